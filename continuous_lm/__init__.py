@@ -1,0 +1,33 @@
+"""Language models as continuous systems, in JAX.
+
+    import continuous_lm as clm
+
+    lm = clm.load("apples")
+    logits = lm(tokens, durations=d)
+
+The face of the package. What it hands on, from the ground up:
+"""
+
+# The ground: time, attention, rotary embedding, text, sweeps.
+from continuous_lm import attention, axes, durations, rotary, sweep, tokenization
+from continuous_lm.errors import InputError
+
+# Models, from the layer above.
+from continuous_lm.models import LanguageModel, Transformer, TransformerConfig, load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InputError",
+    "LanguageModel",
+    "Transformer",
+    "TransformerConfig",
+    "attention",
+    "axes",
+    "durations",
+    "load",
+    "rotary",
+    "save",
+    "sweep",
+    "tokenization",
+]

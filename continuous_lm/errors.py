@@ -1,0 +1,20 @@
+"""The one error for things that a user gave and that cannot be used."""
+
+import contextlib
+
+
+class InputError(ValueError):
+    """A checkpoint, configuration, prompt, array or flag that cannot be used.
+
+    The message is one line that names the culprit and says what to do. Programs print it and exit;
+    anything else that is raised is a defect of ours and keeps its traceback.
+    """
+
+
+@contextlib.contextmanager
+def about(subject: str):
+    """Puts `subject` in front of every `InputError` raised inside, to say where it happened."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{subject}: {error}") from error

@@ -1,0 +1,117 @@
+"""Text to tokens and back: spans by character offsets, answers by their spellings.
+
+Tokenizers are those of the `tokenizers` library, read from a checkpoint's tokenizer.json.
+"""
+
+import pathlib
+from typing import TYPE_CHECKING
+
+from continuous_lm.durations import Span
+from continuous_lm.errors import InputError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+DIGITS = tuple("0123456789")
+
+
+def load(folder: pathlib.Path) -> "tokenizers.Tokenizer | None":
+    """The tokenizer of a checkpoint folder, or None if it has no tokenizer.json."""
+    import tokenizers  # late: importing the package should not cost more than jax and flax
+
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path} is not a tokenizer that can be read ({error})") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding":
+    """Encodes `text`, special tokens added as the tokenizer says.
+
+    Raises:
+      InputError: if it has words that the vocabulary cannot spell; all are named.
+    """
+    encoding = tokenizer.encode(text)
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    unknown_id = tokenizer.token_to_id(unknown) if unknown else None
+    words = [
+        text[a:b]
+        for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
+        if i == unknown_id and b > a
+    ]
+    if words:
+        named = ", ".join(map(repr, dict.fromkeys(words)))
+        raise InputError(
+            f"the vocabulary cannot spell {named};"
+            " use other words, or a model with a larger vocabulary"
+        )
+    if not encoding.ids:
+        raise InputError(f"the text {text!r} has no tokens")
+    return encoding
+
+
+def span(encoding: "tokenizers.Encoding", text: str, first: str, last: str | None = None) -> Span:
+    """The tokens from where `first` first occurs to where `last` last ends.
+
+    Args:
+      encoding: of `text`.
+      text: the prompt.
+      first: a piece of the text, where the span begins.
+      last: a piece of the text, at whose last occurrence the span ends; `first` if left out.
+
+    Returns:
+      (first token, token after the last), every token that overlaps those characters.
+
+    Raises:
+      InputError: if a piece is not in the text.
+    """
+    last = first if last is None else last
+    for piece in (first, last):
+        if not piece or piece not in text:
+            raise InputError(f"{piece!r} is not in the prompt {text!r}")
+    begin, end = text.index(first), text.rindex(last) + len(last)
+    if begin >= end:
+        raise InputError(f"{last!r} ends before {first!r} begins in the prompt {text!r}")
+    return token_span(encoding, begin, end)
+
+
+def token_span(encoding: "tokenizers.Encoding", begin: int, end: int) -> Span:
+    """The tokens that overlap the characters begin, ..., end - 1."""
+    inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin]
+    if not inside:
+        raise InputError(f"no token covers characters {begin} to {end}")
+    return inside[0], inside[-1] + 1
+
+
+def spellings(tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]) -> dict[str, list[int]]:
+    """The tokens that spell each answer and nothing else: "4", and "4" after a space.
+
+    A token counts if it decodes to the answer, white space around it aside. An answer without one
+    gets an empty list.
+    """
+    found: dict[str, list[int]] = {answer: [] for answer in answers}
+    for token in range(tokenizer.get_vocab_size()):
+        text = tokenizer.decode([token], skip_special_tokens=False).strip()
+        if text in found:
+            found[text].append(token)
+    return found
+
+
+def containing(tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]) -> dict[str, list[int]]:
+    """The tokens whose name contains an answer, as the paper's code groups them.
+
+    Case is ignored, byte tokens ("<0x34>") are left out, and a token that contains several answers
+    counts for the first of them.
+    """
+    found: dict[str, list[int]] = {answer: [] for answer in answers}
+    for name, token in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        answer = next((a for a in answers if a.lower() in name.lower()), None)
+        if answer is not None and "0x" not in name:
+            found[answer].append(token)
+    return found

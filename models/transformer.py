@@ -1,0 +1,249 @@
+"""The trunk: a decoder-only transformer over tokens that last any time.
+
+Linen modules name and hold parameters; the mathematics is in `continuous_lm.attention`, `.rotary`
+and `.durations`. Layers are stacked on a leading axis L and scanned. Kernels keep the checkpoints'
+order, outputs before inputs, so that loading them is one read with no transposition.
+"""
+
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from continuous_lm import axes as axes_lib
+from continuous_lm import durations as time
+from continuous_lm import rotary
+from continuous_lm.attention import attend
+from continuous_lm.errors import InputError
+from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
+
+_KERNEL = nn.initializers.normal(0.02)
+_ONES = nn.initializers.ones
+_ZEROS = nn.initializers.zeros
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, in at least float32 (Zhang & Sennrich, 1910.07467)."""
+    wide = time.as_float(x)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale
+
+
+class Layer(nn.Module):
+    """A module with a config, whose parameters are declared by the letters of their axes."""
+
+    config: TransformerConfig
+    param_dtype: jnp.dtype = jnp.float32
+
+    def weight(self, name: str, axes: str, init=_KERNEL) -> jax.Array:
+        """The parameter `name`: its axes say its shape and how it is sharded."""
+        letters = axes_lib.split(axes)
+        shape = tuple(self.config.sizes[a] for a in letters)
+        boxed = nn.with_logical_partitioning(init, letters)
+        return cast(jax.Array, self.param(name, boxed, shape, self.param_dtype))
+
+
+class Norm(Layer):
+    """RMS norm with a learned scale."""
+
+    @nn.compact
+    def __call__(self, x):
+        return rms_norm(x, self.weight("scale", "D", _ONES), self.config.norm_eps)
+
+
+class Attention(Layer):
+    """Projections around `attend`."""
+
+    @nn.compact
+    def __call__(self, x, angles, weights, steps):
+        config = self.config
+        q = jnp.einsum("...td,nhd->...tnh", x, self.weight("q", "N H D"))
+        k = jnp.einsum("...td,khd->...tkh", x, self.weight("k", "K H D"))
+        v = jnp.einsum("...td,khd->...tkh", x, self.weight("v", "K H D"))
+        if config.qkv_bias:
+            q = q + self.weight("q_bias", "N H", _ZEROS)
+            k = k + self.weight("k_bias", "K H", _ZEROS)
+            v = v + self.weight("v_bias", "K H", _ZEROS)
+        q, k = rotary.rotate(q, angles), rotary.rotate(k, angles)
+        y = attend(q, k, v, weights, steps=steps, window=config.window)
+        y = jnp.einsum("...tnh,dnh->...td", y, self.weight("o", "D N H"))
+        return y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
+
+
+class Mlp(Layer):
+    """Gated MLP (Shazeer, arXiv:2002.05202)."""
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        gate = jnp.einsum("...td,fd->...tf", x, self.weight("gate", "F D"))
+        up = jnp.einsum("...td,fd->...tf", x, self.weight("up", "F D"))
+        if config.mlp_bias:
+            gate = gate + self.weight("gate_bias", "F", _ZEROS)
+            up = up + self.weight("up_bias", "F", _ZEROS)
+        y = ACTIVATIONS[config.activation](gate) * up
+        y = jnp.einsum("...tf,df->...td", y, self.weight("down", "D F"))
+        return y + self.weight("down_bias", "D", _ZEROS) if config.mlp_bias else y
+
+
+class Block(Layer):
+    """One layer of the trunk, in the shape that `nn.scan` wants: carry in, carry out."""
+
+    @nn.compact
+    def __call__(self, x, angles, weights, steps):
+        config, dtype = self.config, self.param_dtype
+        y = Norm(config, dtype, name="attention_norm")(x)
+        x = x + Attention(config, dtype, name="attention")(y, angles, weights, steps)
+        y = Norm(config, dtype, name="mlp_norm")(x)
+        return x + Mlp(config, dtype, name="mlp")(y), None
+
+
+class Transformer(Layer):
+    """A pretrained-compatible causal transformer over continuous time.
+
+    `Transformer(config).apply({"params": params}, tokens, durations=d)` is a pure function of its
+    arrays: jit, vmap, grad and shard it. `param_dtype` is that of `init` alone; `apply` computes in
+    the dtype of the parameters that it gets (norms, angles, attention and logits in at least
+    float32).
+    """
+
+    def check(self, tokens: ArrayLike | None = None, **arguments) -> None:
+        """Refuses arguments that do not fit; see `check`."""
+        check(self.config, tokens, **arguments)
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: ArrayLike | None = None,
+        *,
+        embeddings: ArrayLike | None = None,
+        durations: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        times: ArrayLike | None = None,
+        at: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Logits of the next token.
+
+        Leading axes of the arguments are free and broadcast: tokens [T] with durations [P, T] give
+        logits [P, T, V].
+
+        Args:
+          tokens: int [..., T].
+          embeddings: [..., T, D] instead of tokens: rows of the embedding table, or any others.
+          durations: d >= 0 of each token, [..., T]; 1 if left out. They weight the keys and, unless
+            `times` is given, say when each token ends.
+          start: the time at which the first token begins, scalar or [...]; 0 if left out.
+          times: when each token ends, [..., T], instead of start + cumulative durations. Windows
+            then are differences of these times.
+          at: index of the token whose logits are wanted, an int or int [...] (-1: the last); only
+            that position goes through the head.
+
+        Returns:
+          logits [..., T, V], or [..., V] with `at`; at least float32.
+
+        Raises:
+          InputError: for arguments that do not fit and, outside of jit, for values out of range. A
+            first token of duration 0 is refused: its attention would be 0 / 0 (inside jit it
+            attends to nothing, and every other token is right).
+        """
+        self.check(
+            tokens, embeddings=embeddings, durations=durations, start=start, times=times, at=at
+        )
+        table = self.weight("embedding", "V D")
+        x = (
+            table[jnp.asarray(tokens)]
+            if embeddings is None
+            else jnp.asarray(embeddings, table.dtype)
+        )
+        d, times, steps = _clock(x, durations, start, times)
+        batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1])
+        x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
+
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "L"},
+        )
+        angles = rotary.angles(times, self.config.rope, self.config.head_dim)
+        x, _ = layers(self.config, self.param_dtype, name="layers")(x, angles, d, steps)
+
+        if at is not None:
+            x = _take(x, at)
+        x = Norm(self.config, self.param_dtype, name="final_norm")(x)
+        head = table if self.config.tie_embeddings else self.weight("head", "V D")
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
+
+
+def check(
+    config: TransformerConfig,
+    tokens: ArrayLike | None = None,
+    *,
+    embeddings: ArrayLike | None = None,
+    durations: ArrayLike | None = None,
+    start: ArrayLike | None = None,
+    times: ArrayLike | None = None,
+    at: ArrayLike | None = None,
+) -> None:
+    """Refuses arguments of `Transformer` that do not fit; values only where they are known.
+
+    Raises:
+      InputError: which argument is wrong, where, and how.
+    """
+    if tokens is not None and embeddings is None:
+        shape = list(jnp.shape(tokens))
+        time.check_integers("tokens", tokens, 0, config.vocab_size)
+    elif embeddings is not None and tokens is None:
+        *shape, width = jnp.shape(embeddings) or (0,)
+        if width != config.hidden_size:
+            raise InputError(
+                f"embeddings are {width} wide; they must be [..., T, {config.hidden_size}]"
+            )
+        time.check_numbers("embeddings", embeddings)
+    else:
+        raise InputError("give either tokens or embeddings")
+    if not shape or not shape[-1]:
+        raise InputError(
+            "there are no tokens; tokens are [..., T] and embeddings [..., T, D], T >= 1"
+        )
+    n = shape[-1]
+    if durations is not None:
+        time.check(durations, n)
+        if (
+            not isinstance(durations, jax.core.Tracer)
+            and not (np.asarray(durations)[..., 0] > 0).all()
+        ):
+            raise InputError(
+                "durations: the first token has duration 0, so that nothing is there to attend to;"
+                " give it a positive one, or leave it out"
+            )
+    if times is not None:
+        if start is not None:
+            raise InputError("times already say where the first token begins; leave out start")
+        time.check(times, n, "times", minimum=-np.inf)
+    if start is not None:
+        time.check_numbers("start", start)
+    if at is not None:
+        time.check_integers("at", at, -n, n)
+
+
+def _clock(x, durations, start, times) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Durations and times [..., T], and the steps that windows sum (None: the durations)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    d = jnp.ones(x.shape[-2], wide) if durations is None else time.as_float(durations)
+    if times is None:
+        return d, time.end_times(d, 0.0 if start is None else start), None
+    times = time.as_float(times)
+    return d, times, time.from_times(times, times[..., 0])
+
+
+def _take(x: jax.Array, at: ArrayLike) -> jax.Array:
+    """x [..., T, D] at index `at` (int or int [...]): [..., D]."""
+    at = jnp.broadcast_to(jnp.asarray(at) % x.shape[-2], x.shape[:-2])
+    return jnp.take_along_axis(x, at[..., None, None], axis=-2)[..., 0, :]
