@@ -26,7 +26,7 @@ class HasModel(Protocol):
     def model(self) -> Any: ...
 
 
-def vary(durations: ArrayLike, what: str = "both") -> dict[str, jax.Array]:
+def vary(durations: ArrayLike, what: str = "both") -> dict[str, Any]:
     """The arguments of a model that follow `durations` [P, T] in mass, in time, or in both.
 
     "mass" changes the weights of the keys (log d) and leaves every token at its ordinary time;
@@ -86,6 +86,8 @@ def probabilities(
         raise InputError(
             f"a sweep needs arguments with one common number of points; these have {sorted(points)}"
         )
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     lm.model.check(**arrays, at=at)
 
     (num_points,) = points

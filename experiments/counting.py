@@ -97,8 +97,8 @@ def main() -> None:
     ideal = {f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)} if count else {}
     figure = plots.answer_curves(
         result,
-        xlabel="duration factor of the span",
-        title=prompt.strip(),
+        xlabel="duration of each repeated token",
+        title=prompt,
         marks={label: point for label, point in ideal.items() if point >= _LEAST.value},
     )
     with written_aside(folder) as aside:

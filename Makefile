@@ -1,0 +1,54 @@
+# From a clean clone and Python 3.11 or later, each of these sets up what it needs in $(VENV), once.
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    ?= .venv
+RESULTS ?= results
+WORKERS ?= 2
+
+python := $(VENV)/bin/python
+pytest := $(python) -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # two pips in one environment get in each other's way
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: counting
+counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model count them
+	$(python) -m continuous_lm.experiments.counting --output_dir=$(RESULTS)/counting
+
+.PHONY: test
+test: $(VENV)/.has-test ## The fast tests
+	$(pytest) -m "not slow"
+
+.PHONY: test-all
+test-all: $(VENV)/.has-test ## All tests
+	$(pytest)
+
+.PHONY: test-core
+test-core: $(VENV)/.has-test-core ## The fast tests, without installing PyTorch for those that need it
+	$(pytest) -m "not slow"
+
+.PHONY: lint
+lint: $(VENV)/.has-lint ## Style, format, imports, types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy -p continuous_lm
+
+.PHONY: clean
+clean: ## Remove what was set up, built and cached; results stay
+	rm -rf .venv .venv-upper build dist *.egg-info .hypothesis .*_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp .has-X: the environment holds the package, editable, with the extra X.
+$(VENV)/.has-%: pyproject.toml constraints.txt | $(python)
+	@echo "Installing ($*) into $(VENV), which may take minutes ..."
+	@$(python) -m pip install -qq -c constraints.txt -e '.$(patsubst %,[%],$(filter-out runtime,$*))'
+	@touch $@
+
+$(python):
+	@echo "Creating $(VENV) with $(PYTHON) ..."
+	@$(PYTHON) -m venv $(VENV)

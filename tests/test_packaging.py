@@ -1,0 +1,201 @@
+"""What is built holds every module once, under its installed name, and imports point downward."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("losses", "quantize", "models", "experiments")  # installed as continuous_lm.FOLDER
+PACKED = {".json", ".py", ".safetensors", ".typed"}
+
+
+def installed_name(path: Path) -> Path:
+    """models/config.py -> continuous_lm/models/config.py."""
+    return Path("continuous_lm", path) if path.parts[0] in FOLDERS else path
+
+
+def sources(root: Path) -> Iterator[Path]:
+    """The packages' files, relative to `root`; the links to the folders are not followed."""
+    for folder in ("continuous_lm", *FOLDERS):
+        for parent, folders, names in os.walk(root / folder):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            yield from ((Path(parent) / name).relative_to(root) for name in names)
+
+
+# --- The wheel ---
+
+
+def build_wheel(root: Path, out: Path) -> Path:
+    """Builds the wheel of `root` in this environment, without a network."""
+    program = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", program, out], cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is built, so that nothing built earlier can slip in."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("continuous_lm", *FOLDERS):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tree, tmp_path_factory.mktemp("wheel"))
+
+
+def packed(wheel: Path) -> Counter[Path]:
+    """The files in the wheel but its metadata, with how often each is in it."""
+    names = Counter(map(Path, zipfile.ZipFile(wheel).namelist()))
+    return Counter({p: n for p, n in names.items() if not p.parts[0].endswith(".dist-info")})
+
+
+def test_the_wheel_has_one_top_level_name(wheel: Path):
+    assert {path.parts[0] for path in packed(wheel)} == {"continuous_lm"}
+
+
+def test_every_file_is_in_the_wheel_once(wheel: Path):
+    expected = Counter(installed_name(path) for path in sources(ROOT) if path.suffix in PACKED)
+    assert packed(wheel) == expected
+    assert Path("continuous_lm/py.typed") in expected
+
+
+def test_bundled_models_are_packed(tree: Path, tmp_path: Path):
+    copy = tmp_path / "tree"
+    shutil.copytree(tree, copy, symlinks=True)
+    folder = Path("models/bundled/one")
+    (copy / folder).mkdir(parents=True)
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    for name in names:
+        (copy / folder / name).touch()
+    found = packed(build_wheel(copy, tmp_path / "wheel"))
+    assert {installed_name(folder / name) for name in names} <= set(found)
+
+
+def test_the_wheel_imports(wheel: Path, tmp_path: Path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    modules = ["continuous_lm", *(f"continuous_lm.{folder}" for folder in FOLDERS)]
+    program = f"import {', '.join(modules)}; print(continuous_lm.models.__file__)"
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="git makes no links on Windows unless told to")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_are_relative(folder: str):
+    assert os.readlink(ROOT / "continuous_lm" / folder) == f"../{folder}"
+
+
+# --- The layers ---
+
+# Which layers each may import beside its own. The face is continuous_lm/__init__.py, which hands on
+# names from above; the ground is the rest of continuous_lm.
+GROUND, FACE = "continuous_lm", "the face"
+BELOW = {
+    GROUND: set(),
+    "losses": {GROUND},
+    "quantize": {GROUND},
+    "models": {GROUND, "losses", "quantize"},
+    "experiments": {GROUND, "losses", "quantize", "models", FACE},
+    FACE: {GROUND, *FOLDERS},
+}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module imported in `source`, wherever it stands, with the names taken from it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def layer(name: str, ground: set[str]) -> str | None:
+    """The layer that an import of `name` reaches; None outside the project."""
+    top, _, rest = name.partition(".")
+    first = rest.partition(".")[0]
+    if top != "continuous_lm":
+        return None
+    if first in FOLDERS:
+        return first
+    return GROUND if first in ground else FACE
+
+
+def faults(path: Path, source: str, ground: set[str]) -> list[str]:
+    """The imports of the module at `path` that break the rule."""
+    own = FACE if path == Path("continuous_lm/__init__.py") else path.parts[0]
+    found = []
+    for name in imports(source):
+        reached = layer(name, ground)
+        if name.startswith(".") or name.partition(".")[0] in FOLDERS:
+            found.append(f"{path}: import {name} by its installed name, continuous_lm. ...")
+        elif reached not in {None, own, *BELOW[own]}:
+            found.append(f"{path}: {own} may not import {name}, of {reached}")
+    return found
+
+
+def test_imports_point_downward():
+    modules = [path for path in sources(ROOT) if path.suffix == ".py"]
+    ground = {path.parts[1].removesuffix(".py") for path in modules if path.parts[0] == GROUND}
+    found = [f for path in modules for f in faults(path, (ROOT / path).read_text(), ground)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("continuous_lm/attention.py", "import continuous_lm.models.config"),
+        ("continuous_lm/attention.py", "from continuous_lm import losses"),
+        ("continuous_lm/attention.py", "def f():\n    from continuous_lm import load"),
+        ("losses/energy.py", "from continuous_lm.models import config"),
+        ("losses/energy.py", "from continuous_lm.quantize import nearest"),
+        ("quantize/vq.py", "from continuous_lm.experiments.counting import main"),
+        ("models/config.py", "from continuous_lm.experiments import counting"),
+        ("models/config.py", "import continuous_lm as clm"),
+        ("models/config.py", "from models import transformer"),
+        ("models/config.py", "from . import transformer"),
+        ("models/config.py", "from ..losses import energy"),
+        ("experiments/counting.py", "import losses.energy"),
+    ],
+)
+def test_a_fault_is_found(path: str, source: str):
+    assert len(faults(Path(path), source, ground={"attention"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("continuous_lm/__init__.py", "from continuous_lm.models.load import load"),
+        ("continuous_lm/attention.py", "from continuous_lm import attention"),
+        ("losses/energy.py", "import jax, modelsets\nfrom continuous_lm.attention import attend"),
+        ("models/config.py", "from continuous_lm.quantize import vq\nimport continuous_lm.losses"),
+        ("experiments/counting.py", "import continuous_lm as clm\nfrom continuous_lm import load"),
+    ],
+)
+def test_what_is_allowed_is_no_fault(path: str, source: str):
+    assert not faults(Path(path), source, ground={"attention"})
