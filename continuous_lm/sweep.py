@@ -101,8 +101,9 @@ def probabilities(
     ):
         index = np.minimum(np.arange(first, first + size), num_points - 1)  # the last one fills up
         batch = {name: array[index] for name, array in varied.items()}
-        rows.append(_probabilities(lm.model, lm.params, indicator, at, fixed | batch))
-    return np.concatenate([np.asarray(row) for row in rows])[:num_points]
+        row = _probabilities(lm.model, lm.params, indicator, at, fixed | batch)
+        rows.append(np.asarray(row))  # waits, so that the bar tells the truth
+    return np.concatenate(rows)[:num_points]
 
 
 @functools.partial(jax.jit, static_argnums=0)
