@@ -41,4 +41,6 @@ def sharding(
         name = rules.get(axis)
         return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
 
+    # Axes of type Auto, whatever jax.make_mesh chose: the compiler spreads the computation.
+    mesh = Mesh(mesh.devices, mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(*map(place, axes, shape)))

@@ -6,6 +6,7 @@ only, and whatever is wrong ends in an `InputError` that names the file, the fie
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -98,7 +99,7 @@ def _shards_of_index(folder: pathlib.Path) -> dict[str, set[str]]:
         raise InputError(f"{folder / INDEX} has no weight_map from tensor names to files")
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or pathlib.PurePosixPath(file).name != file or "\\" in file:
+        if not isinstance(file, str) or re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]+", file) is None:
             raise InputError(
                 f"{folder / INDEX} puts tensor {name} into {file!r}, not a file of this folder"
             )
@@ -115,14 +116,23 @@ def _open(path: pathlib.Path):
         raise InputError(f"{path} is missing, although the index names it") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if path.suffix in _PICKLES or start[:2] == b"\x80\x02" or start[:4] == b"PK\x03\x04":
-        raise InputError(
-            f"{path} is a pickle, which can run code when it is opened;"
-            " convert the checkpoint to safetensors"
-        )
+    except ValueError:
+        raise InputError(f"{str(path)!a} is not a name that a file can have") from None
     try:
-        return safetensors.safe_open(path, framework="numpy")
+        if path.suffix not in _PICKLES:
+            return safetensors.safe_open(path, framework="numpy")
+        raise safetensors.SafetensorError
     except (safetensors.SafetensorError, OSError) as error:
+        # Not sooner: the length of a safetensors header may look like the start of a pickle.
+        if (
+            path.suffix in _PICKLES
+            or start == b"PK\x03\x04"
+            or re.match(rb"\x80[\x02-\x05]", start)
+        ):
+            raise InputError(
+                f"{path} is a pickle, which can run code when it is opened;"
+                " convert the checkpoint to safetensors"
+            ) from None
         raise InputError(
             f"{path} is not a whole safetensors file ({error}); copy or convert it again"
         ) from None

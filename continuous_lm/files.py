@@ -1,6 +1,7 @@
 """Files that are read with suspicion and written aside, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -52,13 +53,16 @@ def written_aside(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
       InputError: if the folder cannot be made or written.
     """
     folder = pathlib.Path(folder).absolute()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
     aside = None
     try:
+        existing = _existing(folder)
         aside = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=existing))
         aside.chmod(0o777 & ~_umask())
         yield aside
         if folder.exists():
+            for path in sorted(aside.iterdir()):
+                if (folder / path.name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder there")
             for path in sorted(aside.iterdir()):
                 os.replace(path, folder / path.name)
         else:
@@ -76,14 +80,24 @@ def written_aside(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 def check_writable(folder: str | os.PathLike) -> None:
     """Refuses a folder that could not be written, before any work is done for it."""
     folder = pathlib.Path(folder).absolute()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
     try:
-        with tempfile.TemporaryFile(dir=existing):
+        with tempfile.TemporaryFile(dir=_existing(folder)):
             pass
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror or error}; choose another folder"
         ) from error
+
+
+def _existing(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, or the nearest above it that is there (a link that leads nowhere is there)."""
+    for path in (folder, *folder.parents):
+        try:
+            path.lstat()
+            return path
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+    raise AssertionError("the root is always there")
 
 
 def _umask() -> int:

@@ -37,7 +37,10 @@ def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding
     Raises:
       InputError: if it has words that the vocabulary cannot spell; all are named.
     """
-    encoding = tokenizer.encode(text)
+    try:
+        encoding = tokenizer.encode(text)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"the tokenizer cannot encode {text!r} ({error})") from None
     unknown = getattr(tokenizer.model, "unk_token", None)
     unknown_id = tokenizer.token_to_id(unknown) if unknown else None
     words = [
@@ -96,7 +99,7 @@ def spellings(tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]) -> di
     gets an empty list.
     """
     found: dict[str, list[int]] = {answer: [] for answer in answers}
-    for token in range(tokenizer.get_vocab_size()):
+    for token in sorted(tokenizer.get_vocab().values()):
         text = tokenizer.decode([token], skip_special_tokens=False).strip()
         if text in found:
             found[text].append(token)

@@ -54,6 +54,8 @@ class TransformerConfig:
             raise InputError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
             )
+        if self.head_dim > 2**16:
+            raise InputError(f"head_dim is {self.head_dim}; it must be at most {2**16}")
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}; rotary pairs need an even width")
         if self.activation not in ACTIVATIONS:

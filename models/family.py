@@ -57,11 +57,17 @@ class Fields:
         return name in self._values
 
     def integer(self, name: str, default: Any = REQUIRED) -> int:
-        return self._typed(name, default, int, "a positive integer", lambda v: v > 0)
+        return self._typed(
+            name, default, int, "an integer from 1 to 2^31 - 1", lambda v: 0 < v < 2**31
+        )
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         return self._typed(
-            name, default, (int, float), "a positive number", lambda v: v > 0 and math.isfinite(v)
+            name,
+            default,
+            (int, float),
+            "a positive number",
+            lambda v: 0 < v <= float(np.finfo(np.float32).max),
         )
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:

@@ -100,7 +100,7 @@ def load(
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         config = read_config(fields, ignore_fields)
-        dtype = _dtype(fields) if dtype is None else jnp.dtype(dtype)
+        dtype = _dtype(fields) if dtype is None else _float_dtype(dtype)
     tokenizer = tokenization.load(folder)
     if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
         raise InputError(
@@ -150,9 +150,9 @@ def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
 def read_config(fields: dict[str, Any], ignore_fields: Sequence[str] = ()) -> TransformerConfig:
     """The configuration that a config.json describes."""
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(
-            f"field model_type is {kind!r}, which is not handled; only {', '.join(FAMILIES)}"
+            f"field model_type is {kind!r:.60}, which is not handled; only {', '.join(FAMILIES)}"
         )
     reader = Fields(fields)
     config = FAMILIES[kind].read_config(reader)
@@ -206,20 +206,21 @@ def _axes(box: nn.LogicallyPartitioned) -> tuple[str, ...]:
 
 def _check_names(tensors: checkpoints.Tensors, boxes, config: TransformerConfig) -> None:
     """Refuses a tensor that is missing, left over or of another shape, before anything is read."""
-    family, expected = FAMILIES[config.family], {}
+    family, expected, names = FAMILIES[config.family], set[str](), tensors.names
     for path in boxes:
         stored = family.tensors[path]
+        shape = stored.shape(config.sizes)
         for layer in range(config.num_layers if "{layer}" in stored.name else 1):
-            expected[stored.name.format(layer=layer)] = stored.shape(config.sizes)
-    for name, shape in expected.items():
-        if name not in tensors.names:
-            raise InputError(f"tensor {name} {list(shape)} is missing")
-        if tensors.shape(name) != shape:
-            raise InputError(
-                f"tensor {name} in {tensors.path(name).name} has shape {list(tensors.shape(name))},"
-                f" but config.json asks for {list(shape)}"
-            )
-    for name in sorted(tensors.names - set(expected)):
+            name = stored.name.format(layer=layer)
+            if name not in names:  # at once: the number of layers may be anything
+                raise InputError(f"tensor {name} {list(shape)} is missing")
+            if tensors.shape(name) != shape:
+                raise InputError(
+                    f"tensor {name} in {tensors.path(name).name} has shape"
+                    f" {list(tensors.shape(name))}, but config.json asks for {list(shape)}"
+                )
+            expected.add(name)
+    for name in sorted(names - expected):
         if any(re.fullmatch(pattern, name) for pattern in family.ignored):
             continue
         if config.tie_embeddings and name == family.tensors["head"].name:
@@ -249,12 +250,12 @@ def _check_tree(flat: dict[str, np.ndarray], boxes) -> None:
 
 def _find(folder_or_name: str | os.PathLike) -> pathlib.Path:
     folder = pathlib.Path(folder_or_name)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, not an error, for names that no file can have
         return folder
     bundled = sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())
     if str(folder_or_name) in bundled:
         return BUNDLED / str(folder_or_name)
-    if folder.exists():
+    if os.path.exists(folder):
         raise InputError(f"{folder} is a file; give the folder of a checkpoint")
     raise InputError(
         f"{str(folder_or_name)!r} is neither a folder nor a bundled model ({', '.join(bundled)})"
@@ -262,10 +263,22 @@ def _find(folder_or_name: str | os.PathLike) -> pathlib.Path:
 
 
 def _dtype(fields: dict[str, Any]) -> jnp.dtype:
-    name = fields.get("dtype") or fields.get("torch_dtype") or "float32"
-    if name not in _DTYPES:
-        raise InputError(f"field dtype is {name!r}; it must be one of {', '.join(_DTYPES)}")
+    name = next(
+        (fields[k] for k in ("dtype", "torch_dtype") if fields.get(k) is not None), "float32"
+    )
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise InputError(f"field dtype is {name!r:.60}; it must be one of {', '.join(_DTYPES)}")
     return jnp.dtype(_DTYPES[name])
+
+
+def _float_dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or found not in map(jnp.dtype, _DTYPES.values()):
+        raise InputError(f"dtype is {dtype!r:.60}; it must be one of {', '.join(_DTYPES)}")
+    return found
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
