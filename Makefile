@@ -6,7 +6,7 @@ RESULTS ?= results
 WORKERS ?= 2
 
 python := $(VENV)/bin/python
-pytest := $(python) -m pytest -n $(WORKERS)
+pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile # fixtures are made once a file
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment get in each other's way

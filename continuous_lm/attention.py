@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
@@ -25,7 +26,7 @@ def attend(
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    window: float | None = None,
+    window: ArrayLike | None = None,
     steps: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention over weighted keys, in the dense form: O(T S) memory.
@@ -103,7 +104,7 @@ def weighted_exp(
     return p, jnp.where(total > 0, total, 1.0)
 
 
-def _visible(num_queries: int, steps: jax.Array, window: float | None) -> jax.Array:
+def _visible(num_queries: int, steps: jax.Array, window: ArrayLike | None) -> jax.Array:
     """Which key each query sees: bool [T, S], or [..., T, S] with a window."""
     num_keys = steps.shape[-1]
     queries = jnp.arange(num_keys - num_queries, num_keys)

@@ -6,7 +6,7 @@ number of leading batch axes.
     B  batch              T  time (queries)        S  time (keys)        P  points of a sweep
     L  layers             D  model width           F  MLP width          V  vocabulary
     N  query heads        K  key/value heads       G  query heads for each key/value head, N / K
-    H  width of a head    C  tracked answers
+    H  width of a head    C  tracked answers     M  rows of learned positions
 """
 
 from collections.abc import Mapping

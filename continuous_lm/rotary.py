@@ -1,7 +1,8 @@
 """Rotary position embedding at real-valued times (Su et al., arXiv:2104.09864).
 
-The angle of channel pair c at time t is t * f_c with f_c = theta^(-2c / H): nothing asks t to be an
-integer. Channels are paired as two halves, (c, c + H/2), as in Hugging Face checkpoints.
+The angle of channel pair c at time t is t * f_c with f_c = theta^(-2c / R), R the channels that
+turn: nothing asks t to be an integer. They are paired as two halves, (c, c + R/2), as in Hugging
+Face checkpoints.
 """
 
 import dataclasses
@@ -28,32 +29,76 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """All wavelengths stretched by `factor` (Chen et al., arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """Each wavelength stretched by a factor of its own (Ding et al., arXiv:2402.13753).
+
+    Sequences of more than `original_length` tokens take the `long` factors, others the `short`
+    ones. The choice goes by the number of tokens, never by their times, so that sweeps and
+    gradients have no jump. Rotated vectors are multiplied by `amplitude`.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    original_length: int
+    amplitude: float
+
+    @property
+    def factors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.short, self.long
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Base and scaling of the rotary frequencies."""
+    """Base and scaling of the rotary frequencies, and the share of a head's channels that turn."""
 
     theta: float = 10_000.0
-    scaling: Llama3Scaling | None = None
+    scaling: Llama3Scaling | LinearScaling | LongRope | None = None
+    fraction: float = 1.0
+
+    @property
+    def amplitude(self) -> float:
+        """What rotated vectors are multiplied by."""
+        return self.scaling.amplitude if isinstance(self.scaling, LongRope) else 1.0
 
 
-def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Frequencies [H/2] in radians for each token of time, float64, computed on the host."""
-    plain = rope.theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    if rope.scaling is None:
-        return plain
+def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
+    """Frequencies [R/2] in radians for each token of time, float64, computed on the host.
+
+    R is the number of channels that turn, H times the rope's fraction.
+    """
+    width = int(head_dim * rope.fraction)
+    plain = rope.theta ** (-np.arange(0, width, 2) / width)
     s = rope.scaling
+    if s is None:
+        return plain
+    if isinstance(s, LinearScaling):
+        return plain / s.factor
+    if isinstance(s, LongRope):
+        return plain / np.asarray(s.long if num_tokens > s.original_length else s.short)
     turns = s.original_length * plain / (2 * math.pi)  # full turns within the original context
     kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
     return plain * (kept + (1.0 - kept) / s.factor)
 
 
 def angles(times: jax.Array, rope: Rope, head_dim: int) -> jax.Array:
-    """Angles [..., T, H/2] in radians at `times` [..., T], in the dtype of `times`."""
-    return times[..., None] * jnp.asarray(frequencies(rope, head_dim), times.dtype)
+    """Angles [..., T, R/2] in radians at `times` [..., T], in the dtype of `times`."""
+    turning = frequencies(rope, head_dim, num_tokens=times.shape[-1])
+    return times[..., None] * jnp.asarray(turning, times.dtype)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns every channel pair of `x` [..., T, N, H] by `angles` [..., T, H/2]; keeps x's dtype."""
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def rotate(x: jax.Array, angles: jax.Array, amplitude: float = 1.0) -> jax.Array:
+    """Turns channel pairs of `x` [..., T, N, H] by `angles` [..., T, R/2]; keeps x's dtype.
+
+    The first R channels turn, paired as two halves; the others pass.
+    """
+    cos, sin = (amplitude * f(angles)[..., None, :] for f in (jnp.cos, jnp.sin))
+    first, second, rest = jnp.split(x, (angles.shape[-1], 2 * angles.shape[-1]), axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)

@@ -1,13 +1,15 @@
 """The shape of a transformer: one frozen description that every family fills in."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 
 import jax
 
 from continuous_lm.errors import InputError
-from continuous_lm.rotary import Rope
+from continuous_lm.rotary import LongRope, Rope
 
+NORMS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -28,10 +30,22 @@ class TransformerConfig:
     num_heads: int  # N
     num_kv_heads: int  # K
     head_dim: int  # H
+    norm: str = "rms"  # "rms_plus_one": scales by 1 + w; "layer": mean removed, and a bias
     norm_eps: float = 1e-5
+    post_norms: bool = False  # norms after attention and MLP too
+    qk_norm: bool = False  # an RMS norm over each head of q and k
+    parallel: bool = False  # attention and MLP both read the layer's input
     activation: str = "silu"
-    rope: Rope = Rope()
+    gated: bool = True
+    rope: Rope | None = Rope()  # None: no rotary embedding
+    local_rope: Rope | None = None  # of layers with a window, where theirs differs
+    max_positions: int | None = None  # rows of a learned table of positions
     window: float | None = None  # in tokens of duration 1
+    window_pattern: tuple[bool, ...] = (True,)  # which layers have it, repeated over the layers
+    query_width: float | None = None  # scores are divided by its root; head_dim if left out
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    scale_embeddings: bool = False  # by sqrt(hidden_size)
     tie_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
@@ -56,14 +70,39 @@ class TransformerConfig:
             )
         if self.head_dim > 2**16:
             raise InputError(f"head_dim is {self.head_dim}; it must be at most {2**16}")
-        if self.head_dim % 2:
-            raise InputError(f"head_dim is {self.head_dim}; rotary pairs need an even width")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None and not (0 < rope.fraction <= 1 and self._turning(rope) % 2 == 0):
+                raise InputError(
+                    f"{rope.fraction} of a head of {self.head_dim} channels cannot turn: that must"
+                    " be an even number of them"
+                )
+            if rope is not None and isinstance(rope.scaling, LongRope):
+                wanted, lengths = self._turning(rope) // 2, map(len, rope.scaling.factors)
+                if any(length != wanted for length in lengths):
+                    raise InputError(
+                        f"the rope scaling's short_factor and long_factor must be lists of {wanted}"
+                    )
+        if self.norm not in NORMS:
+            raise InputError(f"norm {self.norm!r} is not known; known are {', '.join(NORMS)}")
+        if (self.rope is None) == (self.max_positions is None):
+            raise InputError("a model needs either rope or max_positions, to tell times apart")
         if self.activation not in ACTIVATIONS:
             raise InputError(
                 f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}"
             )
-        if self.window is not None and not self.window > 0:
-            raise InputError(f"window is {self.window}; it must be positive, or None")
+        for name in ("window", "query_width", "attention_softcap", "logits_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}; it must be positive, or None")
+
+    def _turning(self, rope: Rope) -> int:
+        return int(self.head_dim * rope.fraction)
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """Which of the L layers have the window."""
+        cycle = itertools.cycle(self.window_pattern)
+        return tuple(self.window is not None and next(cycle) for _ in range(self.num_layers))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -76,4 +115,5 @@ class TransformerConfig:
             "N": self.num_heads,
             "K": self.num_kv_heads,
             "H": self.head_dim,
+            "M": self.max_positions or 0,
         }

@@ -11,18 +11,21 @@ import numpy as np
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.rotary import Llama3Scaling, Rope
+from continuous_lm.rotary import LinearScaling, Llama3Scaling, LongRope, Rope
 
 REQUIRED: Any = object()
+MOST_LAYERS = 10_000  # more is a mistake, and would cost time before it shows
 
 # Fields that do not change what a causal model computes at inference, so that they may be there.
-_INERT = frozenset(
+INERT = frozenset(
     """
-    _name_or_path architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward
-    dtype embd_pdrop eos_token_id hidden_dropout id2label initializer_range is_decoder
-    is_encoder_decoder label2id max_position_embeddings model_type output_attentions
-    output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop return_dict
-    torch_dtype transformers_version unk_token_id use_cache
+    _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id
+    cache_implementation chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id
+    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    label2id max_position_embeddings model_type n_ctx output_attentions output_hidden_states
+    pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    task_specific_params torch_dtype transformers_version unk_token_id use_cache
     """.split()
 )
 
@@ -56,12 +59,12 @@ class Fields:
         """Whether it is written down, even as null."""
         return name in self._values
 
-    def integer(self, name: str, default: Any = REQUIRED) -> int:
+    def integer(self, name: str, default: Any = REQUIRED, most: int = 2**31 - 1) -> int:
         return self._typed(
-            name, default, int, "an integer from 1 to 2^31 - 1", lambda v: 0 < v < 2**31
+            name, default, int, f"an integer from 1 to {most}", lambda v: 0 < v <= most
         )
 
-    def number(self, name: str, default: Any = REQUIRED) -> float:
+    def number(self, name: str, default: Any = REQUIRED) -> Any:
         return self._typed(
             name,
             default,
@@ -75,6 +78,11 @@ class Fields:
 
     def text(self, name: str, default: Any = REQUIRED) -> str:
         return self._typed(name, default, str, "a string")
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        values = self._typed(name, REQUIRED, list, "a list of positive numbers", _all_positive)
+        return tuple(map(float, values))
 
     def nested(self, name: str) -> "Fields | None":
         """The fields of an object inside, or None if there is none."""
@@ -92,7 +100,7 @@ class Fields:
     def finish(self, ignore: tuple[str, ...] = ()) -> None:
         """Refuses the first field that nobody has read and that may change what is computed."""
         for name, value in self._values.items():
-            if name not in self._read | _INERT | set(ignore) and value is not None:
+            if name not in self._read | INERT | set(ignore) and value is not None:
                 raise InputError(
                     f"field {self._prefix}{name} ({value!r:.60}) is not handled and may change"
                     " what the model computes; if it does not, name it in ignore_fields"
@@ -111,9 +119,15 @@ class Fields:
         return value
 
 
-def read_activation(fields: Fields, name: str = "hidden_act") -> str:
+def _all_positive(values: list) -> bool:
+    return all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in values
+    )
+
+
+def read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
     """The activation's name here."""
-    value = fields.text(name, "silu")
+    value = fields.text(name, default)
     if value not in _ACTIVATION_NAMES:
         raise InputError(
             f"field {name} is {value!r}, which is not handled; only {', '.join(_ACTIVATION_NAMES)}"
@@ -121,57 +135,195 @@ def read_activation(fields: Fields, name: str = "hidden_act") -> str:
     return _ACTIVATION_NAMES[value]
 
 
-def read_rope(fields: Fields, default_theta: float = 10_000.0) -> Rope:
-    """Base and scaling, from rope_theta and rope_scaling or from rope_parameters."""
-    top_theta = fields.number("rope_theta", None)
+def read_shape(fields: Fields, *, activation: str = "silu", tied: bool = False) -> dict[str, Any]:
+    """The fields that most families share, as arguments of `TransformerConfig`."""
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    named = "hidden_activation" if fields.get("hidden_activation", None) else "hidden_act"
+    fields.get("hidden_act", None)  # the older of the two names, which the newer overrules
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "mlp_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
+        "head_dim": fields.integer("head_dim", max(1, hidden_size // num_heads)),
+        "norm_eps": float(fields.number("rms_norm_eps", 1e-6)),
+        "activation": read_activation(fields, named, activation),
+        "tie_embeddings": fields.flag("tie_word_embeddings", tied),
+    }
+
+
+def write_shape(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `read_shape`, and the rotary fields."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "hidden_act": write_activation(config.activation),
+        "tie_word_embeddings": config.tie_embeddings,
+        **write_rope(config.rope),
+    }
+
+
+def require(fields: Fields, *names: str) -> None:
+    """Refuses a config.json without these fields, whose defaults differ from reader to reader."""
+    for name in names:
+        if name not in fields:
+            raise InputError(f"field {name} is missing; write it down, null for none")
+
+
+def read_windows(fields: Fields, num_layers: int, sliding: Callable[[int], bool]) -> dict[str, Any]:
+    """sliding_window and layer_types, as arguments of `TransformerConfig`.
+
+    Args:
+      fields: of config.json.
+      num_layers: L.
+      sliding: whether layer i has the window, if layer_types does not say so.
+    """
+    window = fields.number("sliding_window", None)
+    kinds = fields.get("layer_types", None)
+    if window is None:
+        return {}
+    if kinds is None:
+        pattern = tuple(map(sliding, range(num_layers)))
+    else:
+        names = {"sliding_attention": True, "full_attention": False}
+        if not isinstance(kinds, list) or len(kinds) != num_layers or set(kinds) - set(names):
+            raise InputError(
+                f"field layer_types must be a list of {num_layers}, each one of {', '.join(names)}"
+            )
+        pattern = tuple(names[kind] for kind in kinds)
+    return {"window": float(window), "window_pattern": pattern}
+
+
+def write_windows(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `read_windows`."""
+    names = {True: "sliding_attention", False: "full_attention"}
+    return {
+        "sliding_window": None if config.window is None else int(config.window),
+        "layer_types": [names[has] for has in config.windowed],
+    }
+
+
+def write_activation(name: str) -> str:
+    """The inverse of `read_activation`."""
+    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
+
+
+def read_rope(fields: Fields, theta: float = 10_000.0, fraction: float | None = None) -> Rope:
+    """Base and scaling, from rope_theta and rope_scaling or from rope_parameters.
+
+    Args:
+      fields: of config.json.
+      theta: the base if none is given.
+      fraction: the share of channels that turn if none is given; None if the family knows no other
+        than all.
+    """
+    top = fields.number("rope_theta", None)
+    if fraction is None:
+        fields.must_be("partial_rotary_factor", 1.0)
+    else:
+        fraction = fields.number("partial_rotary_factor", fraction)
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     if scaling is not None and parameters is not None:
         raise InputError("fields rope_scaling and rope_parameters are both given; keep one")
-    inner = parameters or scaling
-    if inner is None:
-        return Rope(theta=float(top_theta or default_theta))
-    theta = inner.number("rope_theta", top_theta or default_theta)
-    if top_theta is not None and theta != top_theta:
-        raise InputError(
-            f"fields rope_theta ({top_theta}) and rope_parameters.rope_theta ({theta}) differ"
-        )
-    kind = inner.text("rope_type", inner.text("type", "default"))
-    inner.must_be("partial_rotary_factor", 1.0)
-    if kind == "default":
-        rope = Rope(theta=float(theta))
-    elif kind == "llama3":
-        stretch = Llama3Scaling(
-            factor=float(inner.number("factor")),
-            low_freq_factor=float(inner.number("low_freq_factor")),
-            high_freq_factor=float(inner.number("high_freq_factor")),
-            original_length=float(inner.number("original_max_position_embeddings")),
-        )
-        if stretch.high_freq_factor <= stretch.low_freq_factor:
-            raise InputError(
-                "the rope scaling's high_freq_factor must be above its low_freq_factor"
-            )
-        rope = Rope(theta=float(theta), scaling=stretch)
+    inner = parameters or scaling or Fields({})
+    return read_rope_parameters(inner, fields, top, theta, fraction)
+
+
+def read_rope_parameters(
+    inner: Fields,
+    fields: Fields,
+    top: float | None,
+    theta: float,
+    fraction: float | None = None,
+) -> Rope:
+    """The Rope of one rope_scaling or rope_parameters object, `inner`."""
+    own = inner.number("rope_theta", top or theta)
+    if top is not None and own != top:
+        raise InputError(f"fields rope_theta ({top}) and rope_parameters.rope_theta ({own}) differ")
+    if fraction is None:
+        inner.must_be("partial_rotary_factor", 1.0)
     else:
-        raise InputError(f"rope scaling {kind!r} is not handled; only 'default' and 'llama3'")
+        fraction = inner.number("partial_rotary_factor", fraction)
+    kind = inner.text("rope_type", inner.text("type", "default"))
+    if kind not in _SCALINGS:
+        raise InputError(f"rope scaling {kind!r} is not handled; only {', '.join(_SCALINGS)}")
+    scaling = _SCALINGS[kind](inner, fields)
     inner.finish()
-    return rope
+    return Rope(theta=float(own), scaling=scaling, fraction=float(fraction or 1.0))
 
 
-def write_rope(rope: Rope) -> dict[str, Any]:
-    """The inverse of `read_rope`, as the fields rope_theta and rope_scaling."""
-    if rope.scaling is None:
-        return {"rope_theta": rope.theta}
-    s = rope.scaling
-    return {
-        "rope_theta": rope.theta,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": int(s.original_length),
-        },
-    }
+def _read_llama3(inner: Fields, fields: Fields) -> Llama3Scaling:
+    scaling = Llama3Scaling(
+        factor=float(inner.number("factor")),
+        low_freq_factor=float(inner.number("low_freq_factor")),
+        high_freq_factor=float(inner.number("high_freq_factor")),
+        original_length=float(inner.number("original_max_position_embeddings")),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise InputError("the rope scaling's high_freq_factor must be above its low_freq_factor")
+    return scaling
+
+
+def _read_longrope(inner: Fields, fields: Fields) -> LongRope:
+    """Phi-3's; the amplitude is sqrt(1 + log(length / original) / log(original))."""
+    original = fields.integer("original_max_position_embeddings", None) or inner.integer(
+        "original_max_position_embeddings"
+    )
+    for name in ("original_max_position_embeddings", "factor"):
+        inner.get(name, None)  # said already by the fields on top
+    longer = fields.integer("max_position_embeddings", original) / original
+    stretch = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    return LongRope(
+        short=inner.numbers("short_factor"),
+        long=inner.numbers("long_factor"),
+        original_length=original,
+        amplitude=float(inner.number("attention_factor", stretch)),
+    )
+
+
+_SCALINGS: dict[str, Callable[[Fields, Fields], Any]] = {
+    "default": lambda inner, fields: None,
+    "linear": lambda inner, fields: LinearScaling(factor=float(inner.number("factor"))),
+    "llama3": _read_llama3,
+    "longrope": _read_longrope,
+    "su": _read_longrope,  # its first name
+}
+
+
+def write_rope(rope: Rope | None) -> dict[str, Any]:
+    """The inverse of `read_rope`, as the field rope_parameters."""
+    if rope is None:
+        return {}
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
+    if rope.fraction != 1.0:
+        parameters["partial_rotary_factor"] = rope.fraction
+    match rope.scaling:
+        case Llama3Scaling() as s:
+            parameters |= {
+                "rope_type": "llama3",
+                "factor": s.factor,
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": int(s.original_length),
+            }
+        case LinearScaling() as s:
+            parameters |= {"rope_type": "linear", "factor": s.factor}
+        case LongRope() as s:
+            parameters |= {
+                "rope_type": "longrope",
+                "short_factor": list(s.short),
+                "long_factor": list(s.long),
+                "attention_factor": s.amplitude,
+            }
+    return {"rope_parameters": parameters}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,36 +332,42 @@ class Stored:
 
     Attributes:
       name: the tensor's name, with {layer} for the layer's number.
-      axes: its axes in letters; "(N H) D" is two axes, the first of size N H.
+      axes: the tensor's axes in letters; "(N H) D" is two axes, the first of size N H. A number is
+        an axis that the parameter does not have: "(N 3 H) D" holds three parameters.
+      pick: which of those this is.
+      rows: if the first axis is several groups one after the other, the axes of each group; `axes`
+        then describes this one, the `pick`-th.
     """
 
     name: str
     axes: str
+    pick: int = 0
+    rows: tuple[str, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape."""
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
-        return tuple(
-            math.prod(sizes[a] for a in axes_lib.split(many or one)) for many, one in groups
-        )
+        shape = [_size(many or one, sizes) for many, one in groups]
+        if self.rows:
+            shape[0] = sum(_size(group, sizes) for group in self.rows)
+        return tuple(shape)
 
-    def unpack(
+    def view(
         self, tensor: np.ndarray, axes: tuple[str, ...], sizes: Mapping[str, int]
     ) -> np.ndarray:
-        """The stored tensor as the parameter with `axes`; a view."""
-        letters = self._letters()
-        split = tensor.reshape([sizes[a] for a in letters])
-        return split.transpose([letters.index(a) for a in axes])
+        """The part of the stored tensor that is the parameter with `axes`: to read or to write."""
+        if self.rows:
+            before = sum(_size(group, sizes) for group in self.rows[: self.pick])
+            tensor = tensor[before : before + _size(self.rows[self.pick], sizes)]
+        letters = axes_lib.split(self.axes.replace("(", "").replace(")", ""))
+        tensor = tensor.reshape([_size(a, sizes) for a in letters])
+        tensor = tensor[tuple(self.pick if a.isdigit() else slice(None) for a in letters)]
+        left = [a for a in letters if not a.isdigit()]
+        return tensor.transpose([left.index(a) for a in axes])
 
-    def pack(
-        self, parameter: np.ndarray, axes: tuple[str, ...], sizes: Mapping[str, int]
-    ) -> np.ndarray:
-        """The inverse of `unpack`, contiguous."""
-        moved = parameter.transpose([axes.index(a) for a in self._letters()])
-        return np.ascontiguousarray(moved).reshape(self.shape(sizes))
 
-    def _letters(self) -> tuple[str, ...]:
-        return axes_lib.split(self.axes.replace("(", "").replace(")", ""))
+def _size(axes: str, sizes: Mapping[str, int]) -> int:
+    return math.prod(int(a) if a.isdigit() else sizes[a] for a in axes_lib.split(axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +379,7 @@ class Family:
       write_config: to the fields of its config.json, model_type and dtype aside.
       tensors: parameter path ("layers/attention/q") -> where it is stored.
       architecture: the name that Hugging Face gives to its causal model.
+      prefix: of the tensors' names, which checkpoints saved without a head leave out.
       ignored: regular expressions of tensors that hold nothing to load.
     """
 
@@ -228,4 +387,5 @@ class Family:
     write_config: Callable[[TransformerConfig], dict[str, Any]]
     tensors: Mapping[str, Stored]
     architecture: str
+    prefix: str = "model."
     ignored: tuple[str, ...] = ()

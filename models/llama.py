@@ -7,29 +7,19 @@ from continuous_lm.models.family import (
     Family,
     Fields,
     Stored,
-    read_activation,
     read_rope,
-    write_rope,
+    read_shape,
+    write_shape,
 )
 
 
 def read_config(fields: Fields) -> TransformerConfig:
     """From the fields of config.json, in either of its styles."""
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     attention_bias = fields.flag("attention_bias", False)
     return TransformerConfig(
         family="llama",
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        mlp_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers"),
-        num_heads=num_heads,
-        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-        head_dim=fields.integer("head_dim", max(1, hidden_size // num_heads)),
-        norm_eps=float(fields.number("rms_norm_eps", 1e-6)),
-        activation=read_activation(fields),
+        **read_shape(fields),
         rope=read_rope(fields),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=attention_bias,
         output_bias=attention_bias,
         mlp_bias=fields.flag("mlp_bias", False),
@@ -38,23 +28,8 @@ def read_config(fields: Fields) -> TransformerConfig:
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": "gelu_pytorch_tanh"
-        if config.activation == "gelu_tanh"
-        else config.activation,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        **write_rope(config.rope),
-    }
+    biases = {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    return write_shape(config) | biases
 
 
 _LAYER = "model.layers.{layer}."

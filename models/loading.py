@@ -5,7 +5,7 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import flax.linen as nn
@@ -20,15 +20,37 @@ from continuous_lm import axes as axes_lib
 from continuous_lm import checkpoints, tokenization
 from continuous_lm.errors import InputError, about
 from continuous_lm.files import read_json, write_json, written_aside
-from continuous_lm.models import llama, mistral
+from continuous_lm.models import (
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    phi3,
+    qwen2,
+    qwen3,
+)
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.family import Family, Fields
+from continuous_lm.models.family import INERT, Family, Fields
 from continuous_lm.models.transformer import Transformer
 
 if TYPE_CHECKING:
     import tokenizers
 
-FAMILIES: dict[str, Family] = {"llama": llama.FAMILY, "mistral": mistral.FAMILY}
+FAMILIES: dict[str, Family] = {  # by model_type
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "gpt_neox": gpt_neox.FAMILY,
+    "gpt2": gpt2.FAMILY,
+}
 BUNDLED = pathlib.Path(__file__).parent / "bundled"
 _DTYPES = {
     "float32": jnp.float32,
@@ -51,12 +73,15 @@ class LanguageModel:
       config: what it computes.
       params: parameter tree, layers stacked on a leading axis.
       tokenizer: of the `tokenizers` library, or None.
+      notes: fields of config.json that do not change what is computed (special tokens, length of
+        the context), kept for `save`.
       model: the Linen module, whose `apply` is a pure function.
     """
 
     config: TransformerConfig
     params: Any
     tokenizer: "tokenizers.Tokenizer | None" = None
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     model: Transformer = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -107,7 +132,9 @@ def load(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, but config.json's"
             f" vocab_size is {config.vocab_size}; they do not belong together"
         )
-    return LanguageModel(config, load_params(folder, config, dtype, mesh), tokenizer)
+    params = load_params(folder, config, dtype, mesh)
+    notes = {name: value for name, value in fields.items() if name in INERT}
+    return LanguageModel(config, params, tokenizer, notes)
 
 
 def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
@@ -127,7 +154,9 @@ def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
     }
     _check_tree(flat, boxes)
     dtype = flat["embedding"].dtype
+    notes = {k: v for k, v in lm.notes.items() if k not in ("dtype", "transformers_version")}
     fields = {
+        **notes,
         "architectures": [family.architecture],
         "model_type": config.family,
         **family.write_config(config),
@@ -135,11 +164,14 @@ def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
     }
     if read_config(fields) != config:
         raise InputError(f"a config.json of {config.family} cannot express this model: {config}")
-    tensors = {
-        name: family.tensors[path].pack(part.astype(dtype, copy=False), axes, config.sizes)
-        for path, box in boxes.items()
-        for name, part, axes in _parts(path, box, flat[path], config)
-    }
+    tensors = {}
+    for template, paths in _groups(boxes, family).items():
+        for layer in _layers(template, config):
+            shape = family.tensors[paths[0]].shape(config.sizes)
+            tensor = tensors[template.format(layer=layer)] = np.empty(shape, dtype)
+            for path in paths:
+                part, axes = _part(flat[path], boxes[path], layer)
+                family.tensors[path].view(tensor, axes, config.sizes)[...] = part
     with written_aside(folder) as aside:
         write_json(aside / "config.json", fields)
         checkpoints.save_tensors(aside / checkpoints.WEIGHTS, tensors)
@@ -174,58 +206,79 @@ def load_params(
     folder: pathlib.Path, config: TransformerConfig, dtype: DTypeLike, mesh: Mesh | None = None
 ) -> Any:
     """The parameter tree that a folder's tensors hold."""
-    family, sizes, params = FAMILIES[config.family], config.sizes, {}
-    boxes = parameter_boxes(config)
+    family, params = FAMILIES[config.family], {}
     with checkpoints.open_tensors(folder) as tensors, about(str(folder)):
-        _check_names(tensors, boxes, config)
-        for path, box in boxes.items():
-            buffer = _aligned_empty(box.value.shape, dtype)
-            for name, part, axes in _parts(path, box, buffer, config):
-                part[...] = family.tensors[path].unpack(tensors.read(name), axes, sizes)
-            place = None if mesh is None else axes_lib.sharding(mesh, _axes(box), buffer.shape)
-            params[path] = jax.device_put(buffer, place)
+        boxes = parameter_boxes(config)
+        named = _check_names(tensors, boxes, config)
+        for template, paths in _groups(boxes, family).items():
+            buffers = {path: _aligned_empty(boxes[path].value.shape, dtype) for path in paths}
+            for layer in _layers(template, config):
+                tensor = tensors.read(named[template.format(layer=layer)])
+                for path, buffer in buffers.items():
+                    part, axes = _part(buffer, boxes[path], layer)
+                    part[...] = family.tensors[path].view(tensor, axes, config.sizes)
+            for path, buffer in buffers.items():
+                axes = _axes(boxes[path])
+                place = None if mesh is None else axes_lib.sharding(mesh, axes, buffer.shape)
+                params[path] = jax.device_put(buffer, place)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _parts(
-    path: str, box: nn.LogicallyPartitioned, whole: np.ndarray, config: TransformerConfig
-) -> Iterator[tuple[str, np.ndarray, tuple[str, ...]]]:
-    """Each stored tensor of a parameter: name, the part of `whole` that it is, that part's axes."""
-    stored = FAMILIES[config.family].tensors[path]
+def _groups(boxes: Mapping[str, Any], family: Family) -> dict[str, list[str]]:
+    """Stored name -> the parameters that lie in that tensor: one, or several in a fused one."""
+    groups: dict[str, list[str]] = {}
+    for path in boxes:
+        groups.setdefault(family.tensors[path].name, []).append(path)
+    return groups
+
+
+def _layers(template: str, config: TransformerConfig) -> range:
+    """The layers that have a tensor of this name."""
+    return range(config.num_layers if "{layer}" in template else 1)
+
+
+def _part(
+    whole: np.ndarray, box: nn.LogicallyPartitioned, layer: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """One layer of a parameter, or all of it if it has no layers; and the axes of that."""
     axes = _axes(box)
-    if axes[0] != "L":
-        yield stored.name, whole, axes
-        return
-    for layer in range(config.num_layers):
-        yield stored.name.format(layer=layer), whole[layer], axes[1:]
+    return (whole[layer], axes[1:]) if axes[0] == "L" else (whole, axes)
 
 
 def _axes(box: nn.LogicallyPartitioned) -> tuple[str, ...]:
     return cast(tuple[str, ...], box.names)
 
 
-def _check_names(tensors: checkpoints.Tensors, boxes, config: TransformerConfig) -> None:
-    """Refuses a tensor that is missing, left over or of another shape, before anything is read."""
-    family, expected, names = FAMILIES[config.family], set[str](), tensors.names
-    for path in boxes:
-        stored = family.tensors[path]
-        shape = stored.shape(config.sizes)
-        for layer in range(config.num_layers if "{layer}" in stored.name else 1):
-            name = stored.name.format(layer=layer)
-            if name not in names:  # at once: the number of layers may be anything
+def _check_names(
+    tensors: checkpoints.Tensors, boxes: Mapping[str, Any], config: TransformerConfig
+) -> dict[str, str]:
+    """Refuses a tensor that is missing, left over or of another shape, before anything is read.
+
+    Returns:
+      the name of each tensor in the family's table -> its name in this checkpoint.
+    """
+    family, names = FAMILIES[config.family], tensors.names
+    bare = not any(name.startswith(family.prefix) for name in names)
+    named: dict[str, str] = {}
+    for template, paths in _groups(boxes, family).items():
+        shape = family.tensors[paths[0]].shape(config.sizes)
+        for layer in _layers(template, config):
+            full = template.format(layer=layer)
+            name = named[full] = full.removeprefix(family.prefix) if bare else full
+            if name not in names:
                 raise InputError(f"tensor {name} {list(shape)} is missing")
             if tensors.shape(name) != shape:
                 raise InputError(
                     f"tensor {name} in {tensors.path(name).name} has shape"
                     f" {list(tensors.shape(name))}, but config.json asks for {list(shape)}"
                 )
-            expected.add(name)
-    for name in sorted(names - expected):
-        if any(re.fullmatch(pattern, name) for pattern in family.ignored):
+    for name in sorted(names - set(named.values())):
+        full = family.prefix + name if bare else name
+        if any(re.fullmatch(pattern, full) for pattern in family.ignored):
             continue
         if config.tie_embeddings and name == family.tensors["head"].name:
             # Some exporters write the tied table twice.
-            table = tensors.read(family.tensors["embedding"].name)
+            table = tensors.read(named[family.tensors["embedding"].name])
             if tensors.shape(name) == table.shape and np.array_equal(tensors.read(name), table):
                 continue
             raise InputError(
@@ -234,6 +287,7 @@ def _check_names(tensors: checkpoints.Tensors, boxes, config: TransformerConfig)
         raise InputError(
             f"tensor {name} in {tensors.path(name).name} is left over: it has no place"
         )
+    return named
 
 
 def _check_tree(flat: dict[str, np.ndarray], boxes) -> None:

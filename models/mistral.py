@@ -3,34 +3,29 @@
 import dataclasses
 from typing import Any
 
-from continuous_lm.errors import InputError
 from continuous_lm.models import llama
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.family import Fields
+from continuous_lm.models.family import Fields, read_rope, read_shape, require, write_shape
 
 
 def read_config(fields: Fields) -> TransformerConfig:
     """As Llama's; sliding_window is a distance in tokens, null for none."""
+    require(fields, "sliding_window", "num_key_value_heads")
     fields.must_be("attention_bias", False)
     fields.must_be("mlp_bias", False)
-    for name in ("sliding_window", "num_key_value_heads"):
-        if (
-            name not in fields
-        ):  # the defaults that readers fill in differ from Llama's; do not guess
-            raise InputError(f"field {name} is missing; write it down, null for none")
     window = fields.number("sliding_window", None)
-    return dataclasses.replace(
-        llama.read_config(fields),
+    return TransformerConfig(
         family="mistral",
+        **read_shape(fields),
+        rope=read_rope(fields),
         window=None if window is None else float(window),
     )
 
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    fields = llama.write_config(config)
-    del fields["attention_bias"], fields["mlp_bias"]
-    return {**fields, "sliding_window": None if config.window is None else int(config.window)}
+    window = None if config.window is None else int(config.window)
+    return write_shape(config) | {"sliding_window": window}
 
 
 FAMILY = dataclasses.replace(

@@ -5,7 +5,7 @@ and `.durations`. Layers are stacked on a leading axis L and scanned. Kernels ke
 order, outputs before inputs, so that loading them is one read with no transposition.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -32,6 +32,23 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * scale
 
 
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """(x - mean) / std * scale + bias over the last axis, in at least float32 (1607.06450)."""
+    wide = time.as_float(x)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * scale + bias).astype(x.dtype)
+
+
+class Clock(NamedTuple):
+    """When the tokens are and how much they weigh, for every layer alike."""
+
+    durations: jax.Array  # [..., T]
+    steps: jax.Array | None  # [..., T] that windows sum; None: the durations
+    angles: jax.Array | None  # [..., T, R/2]
+    local_angles: jax.Array | None  # those of layers with a window, where they differ
+
+
 class Layer(nn.Module):
     """A module with a config, whose parameters are declared by the letters of their axes."""
 
@@ -47,18 +64,28 @@ class Layer(nn.Module):
 
 
 class Norm(Layer):
-    """RMS norm with a learned scale."""
+    """The config's norm over the last axis, with its learned scale."""
+
+    axis: str = "D"
 
     @nn.compact
     def __call__(self, x):
-        return rms_norm(x, self.weight("scale", "D", _ONES), self.config.norm_eps)
+        config, eps = self.config, self.config.norm_eps
+        match config.norm:
+            case "layer":
+                scale = self.weight("scale", self.axis, _ONES)
+                return layer_norm(x, scale, self.weight("bias", self.axis, _ZEROS), eps)
+            case "rms_plus_one":
+                wide = 1.0 + time.as_float(self.weight("scale", self.axis, _ZEROS))
+                return rms_norm(time.as_float(x), wide, eps).astype(x.dtype)
+        return rms_norm(x, self.weight("scale", self.axis, _ONES), eps)
 
 
 class Attention(Layer):
     """Projections around `attend`."""
 
     @nn.compact
-    def __call__(self, x, angles, weights, steps):
+    def __call__(self, x, clock, local):
         config = self.config
         q = jnp.einsum("...td,nhd->...tnh", x, self.weight("q", "N H D"))
         k = jnp.einsum("...td,khd->...tkh", x, self.weight("k", "K H D"))
@@ -67,24 +94,45 @@ class Attention(Layer):
             q = q + self.weight("q_bias", "N H", _ZEROS)
             k = k + self.weight("k_bias", "K H", _ZEROS)
             v = v + self.weight("v_bias", "K H", _ZEROS)
-        q, k = rotary.rotate(q, angles), rotary.rotate(k, angles)
-        y = attend(q, k, v, weights, steps=steps, window=config.window)
+        if config.qk_norm:
+            q = Norm(config, self.param_dtype, axis="H", name="q_norm")(q)
+            k = Norm(config, self.param_dtype, axis="H", name="k_norm")(k)
+        if config.rope is not None:
+            angles, amplitude = clock.angles, config.rope.amplitude
+            if clock.local_angles is not None:
+                angles = jnp.where(local, clock.local_angles, angles)
+            q, k = (rotary.rotate(u, angles, amplitude) for u in (q, k))
+        window: ArrayLike | None = config.window
+        if window is not None and not all(config.windowed):
+            window = jnp.where(local, window, jnp.inf)
+        y = attend(
+            q,
+            k,
+            v,
+            clock.durations,
+            scale=(config.query_width or config.head_dim) ** -0.5,
+            softcap=config.attention_softcap,
+            window=window,
+            steps=clock.steps,
+        )
         y = jnp.einsum("...tnh,dnh->...td", y, self.weight("o", "D N H"))
         return y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
 
 
 class Mlp(Layer):
-    """Gated MLP (Shazeer, arXiv:2002.05202)."""
+    """Two layers, the first gated (Shazeer, arXiv:2002.05202) or not."""
 
     @nn.compact
     def __call__(self, x):
-        config = self.config
-        gate = jnp.einsum("...td,fd->...tf", x, self.weight("gate", "F D"))
-        up = jnp.einsum("...td,fd->...tf", x, self.weight("up", "F D"))
-        if config.mlp_bias:
-            gate = gate + self.weight("gate_bias", "F", _ZEROS)
-            up = up + self.weight("up_bias", "F", _ZEROS)
-        y = ACTIVATIONS[config.activation](gate) * up
+        config, activation = self.config, ACTIVATIONS[self.config.activation]
+        y = jnp.einsum("...td,fd->...tf", x, self.weight("up", "F D"))
+        y = y + self.weight("up_bias", "F", _ZEROS) if config.mlp_bias else y
+        if config.gated:
+            gate = jnp.einsum("...td,fd->...tf", x, self.weight("gate", "F D"))
+            gate = gate + self.weight("gate_bias", "F", _ZEROS) if config.mlp_bias else gate
+            y = activation(gate) * y
+        else:
+            y = activation(y)
         y = jnp.einsum("...tf,df->...td", y, self.weight("down", "D F"))
         return y + self.weight("down_bias", "D", _ZEROS) if config.mlp_bias else y
 
@@ -93,12 +141,18 @@ class Block(Layer):
     """One layer of the trunk, in the shape that `nn.scan` wants: carry in, carry out."""
 
     @nn.compact
-    def __call__(self, x, angles, weights, steps):
+    def __call__(self, x, clock, local):
         config, dtype = self.config, self.param_dtype
+
+        def after(name, y):
+            return Norm(config, dtype, name=name)(y) if config.post_norms else y
+
         y = Norm(config, dtype, name="attention_norm")(x)
-        x = x + Attention(config, dtype, name="attention")(y, angles, weights, steps)
-        y = Norm(config, dtype, name="mlp_norm")(x)
-        return x + Mlp(config, dtype, name="mlp")(y), None
+        y = Attention(config, dtype, name="attention")(y, clock, local)
+        y = after("attention_post_norm", y)
+        z = Norm(config, dtype, name="mlp_norm")(x if config.parallel else x + y)
+        z = after("mlp_post_norm", Mlp(config, dtype, name="mlp")(z))
+        return x + y + z, None
 
 
 class Transformer(Layer):
@@ -162,23 +216,47 @@ class Transformer(Layer):
         batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1])
         x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
 
+        config, dtype = self.config, self.param_dtype
+        if config.scale_embeddings:
+            x = x * jnp.sqrt(jnp.float32(config.hidden_size)).astype(x.dtype)
+        if config.max_positions is not None:
+            x = x + between_rows(self.weight("positions", "M D"), times - 1.0)
+        angles = [
+            None if rope is None else rotary.angles(times, rope, config.head_dim)
+            for rope in (config.rope, config.local_rope)
+        ]
         layers = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.config.num_layers,
+            in_axes=(nn.broadcast, 0),
+            length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        angles = rotary.angles(times, self.config.rope, self.config.head_dim)
-        x, _ = layers(self.config, self.param_dtype, name="layers")(x, angles, d, steps)
+        clock, local = Clock(d, steps, *angles), jnp.array(config.windowed)
+        x, _ = layers(config, dtype, name="layers")(x, clock, local)
 
         if at is not None:
             x = _take(x, at)
-        x = Norm(self.config, self.param_dtype, name="final_norm")(x)
-        head = table if self.config.tie_embeddings else self.weight("head", "V D")
+        x = Norm(config, dtype, name="final_norm")(x)
+        head = table if config.tie_embeddings else self.weight("head", "V D")
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
+        logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
+        cap = config.logits_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def between_rows(table: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rows of `table` [M, D] at real `positions` [..., T], linear in between, clamped to its ends.
+
+    Returns:
+      [..., T, D] in the table's dtype.
+    """
+    positions = jnp.clip(positions, 0.0, table.shape[0] - 1.0)
+    below = jnp.clip(positions.astype(jnp.int32), 0, max(table.shape[0] - 2, 0))
+    share = (positions - below)[..., None]
+    rows = (1.0 - share) * table[below] + share * table[below + 1]
+    return rows.astype(table.dtype)
 
 
 def check(

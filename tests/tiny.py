@@ -55,7 +55,81 @@ def mistral_config(**overrides: Any) -> dict[str, Any]:
     return fields | {"sliding_window": None} | overrides
 
 
-CONFIGS = {"llama": llama_config, "mistral": mistral_config}
+def gemma_config(**overrides: Any) -> dict[str, Any]:
+    """The same for GemmaConfig; the biases of Llama are no fields of the families below."""
+    return mistral_config(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True) | overrides
+
+
+def gemma2_config(**overrides: Any) -> dict[str, Any]:
+    """The same for Gemma2Config and Gemma3TextConfig; caps so low that they change everything."""
+    return (
+        gemma_config()
+        | {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 3,
+        }
+        | overrides
+    )
+
+
+def gemma3_config(**overrides: Any) -> dict[str, Any]:
+    """The same for Gemma3TextConfig, with windows in two of three layers."""
+    caps = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    return gemma2_config(**caps, layer_types=kinds) | overrides
+
+
+def phi3_config(**overrides: Any) -> dict[str, Any]:
+    """The same for Phi3Config; its heads are as wide as they must be."""
+    return mistral_config(pad_token_id=0) | overrides
+
+
+def qwen_config(**overrides: Any) -> dict[str, Any]:
+    """The same for Qwen2Config and Qwen3Config."""
+    return mistral_config() | overrides
+
+
+def gpt_neox_config(**overrides: Any) -> dict[str, Any]:
+    """The same for GPTNeoXConfig."""
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    fields = {name: llama_config()[name] for name in kept}
+    wide = {"hidden_size": 64, "num_attention_heads": 4}  # a quarter of 16 channels turns
+    return fields | wide | {"hidden_act": "gelu"} | overrides
+
+
+def gpt2_config(**overrides: Any) -> dict[str, Any]:
+    """The same for GPT2Config, with a table of positions that long sentences leave."""
+    return {
+        "vocab_size": 64, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 50,
+        "bos_token_id": 0, "eos_token_id": 0,
+    } | overrides  # fmt: skip
+
+
+def longrope(**overrides: Any) -> dict[str, Any]:
+    """Phi-3's rope scaling for heads of 12, with a switch at 32 tokens."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.5, 2.0, 2.5],
+        "long_factor": [1.5, 2.0, 3.0, 4.0, 6.0, 8.0],
+    } | overrides
+
+
+CONFIGS = {
+    "llama": llama_config,
+    "mistral": mistral_config,
+    "gemma": gemma_config,
+    "gemma2": gemma2_config,
+    "gemma3_text": gemma3_config,
+    "phi3": phi3_config,
+    "qwen2": qwen_config,
+    "qwen3": qwen_config,
+    "gpt_neox": gpt_neox_config,
+    "gpt2": gpt2_config,
+}
 
 
 def llama3_scaling(**overrides: Any) -> dict[str, Any]:
@@ -87,9 +161,11 @@ def save_reference(
     kind = transformers.AutoConfig.for_model(model_type, **CONFIGS[model_type](**config))
     model = transformers.AutoModelForCausalLM.from_config(kind, attn_implementation="eager")
     rng = torch.Generator().manual_seed(seed)
+    norm_weight = re.compile(r"(norm|ln_[12f])\.weight$")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            middle = 1.0 if name.endswith("norm.weight") else 0.0
+            plain = norm_weight.search(name) and not model_type.startswith("gemma")
+            middle = 1.0 if plain else 0.0
             drawn = middle + STD * torch.randn(parameter.shape, generator=rng)
             parameter.data = drawn.to(getattr(torch, dtype))  # model.to would round inv_freq too
     model.config.dtype = getattr(torch, dtype)

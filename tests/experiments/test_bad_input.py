@@ -123,7 +123,7 @@ FOLDERS = {
     "soft cap": (fields(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     "made-up field": (fields(made_up=3), "made_up"),
     "head that does not divide": (fields(num_key_value_heads=3), "num_kv_heads 3"),
-    "layers without end": (fields(num_hidden_layers=10**9), "model.layers.3."),
+    "layers without end": (fields(num_hidden_layers=10**9), "num_hidden_layers"),
     "config cut": (cut("config.json"), "config.json is not valid JSON"),
     "config missing": (without("config.json"), "config.json is missing"),
     "tensor missing": (weights(**{NORM: None}), f"tensor {NORM} [48] is missing"),

@@ -385,7 +385,7 @@ def test_quantized_tensor_is_named(tmp_path, folder):
 
 UNHANDLED = [
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "yarn"),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}, "linear"),
+    ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("rope_scaling", {"rope_type": "default", "mscale": 2.0}, "rope_scaling.mscale"),
     ("rope_scaling", {"partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor"),
@@ -403,7 +403,7 @@ UNHANDLED = [
     ("use_qk_norm", True, "use_qk_norm"),
     ("made_up", 0, "made_up"),
     ("hidden_act", "tanh", "hidden_act"),
-    ("model_type", "gpt2", "model_type"),
+    ("model_type", "mamba", "model_type"),
     ("torch_dtype", "int8", "dtype"),
 ]
 
