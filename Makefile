@@ -20,6 +20,16 @@ help: ## List the commands
 counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model count them
 	$(python) -m continuous_lm.experiments.counting --output_dir=$(RESULTS)/counting
 
+embedded := $(RESULTS)/embedded
+.PHONY: embedded
+embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table
+	for seed in 0 1 2; do \
+	  $(python) -m continuous_lm.experiments.train_embedded --seed=$$seed --output_dir=$(embedded)/$$seed || exit; \
+	done
+	$(python) -m continuous_lm.experiments.evaluate_embedded --output_dir=$(embedded) \
+	  --models=$(embedded)/0,$(embedded)/1,$(embedded)/2
+	cp $(embedded)/0/* models/bundled/apples/
+
 .PHONY: test
 test: $(VENV)/.has-test ## The fast tests
 	$(pytest) -m "not slow"
