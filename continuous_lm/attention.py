@@ -65,13 +65,11 @@ def attend(
     )
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    visible = _visible(q.shape[-3], weights if steps is None else steps.astype(dtype), window)
-    p, total = weighted_exp(
-        scores, weights[..., None, None, None, :], visible[..., None, None, :, :]
-    )
+    seen = visible(q.shape[-3], weights if steps is None else steps.astype(dtype), window)
+    p, total = weighted_exp(scores, weights[..., None, None, None, :], seen[..., None, None, :, :])
     y = jnp.einsum("...kgts,...skh->...tkgh", p.astype(v.dtype), v, preferred_element_type=dtype)
     y = y / jnp.moveaxis(total, -1, -3)[..., None]
-    return y.reshape(q.shape).astype(q.dtype)
+    return y.reshape(*y.shape[:-3], num_heads, width).astype(q.dtype)
 
 
 def weighted_exp(
@@ -104,7 +102,7 @@ def weighted_exp(
     return p, jnp.where(total > 0, total, 1.0)
 
 
-def _visible(num_queries: int, steps: jax.Array, window: ArrayLike | None) -> jax.Array:
+def visible(num_queries: int, steps: jax.Array, window: ArrayLike | None) -> jax.Array:
     """Which key each query sees: bool [T, S], or [..., T, S] with a window."""
     num_keys = steps.shape[-1]
     queries = jnp.arange(num_keys - num_queries, num_keys)

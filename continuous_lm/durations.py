@@ -87,11 +87,15 @@ def check(durations: ArrayLike, n: int, name: str = "durations", minimum: float 
             f"{name} has shape {list(shape)}, but there are {n} tokens: it must be [..., {n}]"
         )
     check_numbers(name, durations, minimum)
+    if not isinstance(durations, jax.core.Tracer):
+        total = np.abs(np.asarray(durations, np.float64)).sum(axis=-1)
+        if (total > float(jnp.finfo(jnp.float32).max)).any():
+            raise InputError(f"{name} add up to {total.max():.3g}, more than float32 can hold")
 
 
 def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> None:
     """Refuses values that are not real, finite and >= `minimum`; traced ones are not looked at."""
-    dtype = jnp.result_type(values)
+    dtype = _dtype(values)
     if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(f"{name} has dtype {dtype}; it must hold real numbers")
     bound = f" and >= {minimum:g}" if np.isfinite(minimum) else ""
@@ -100,16 +104,21 @@ def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> Non
 
 def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
     """Refuses values that are not integers low, ..., high - 1; traced ones are not looked at."""
-    dtype = jnp.result_type(values)
+    dtype = _dtype(values)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(f"{name} has dtype {dtype}; it must hold integers")
     _check_values(name, values, lambda v: (v >= low) & (v < high), f"from {low} to {high - 1}")
+
+
+def _dtype(values: ArrayLike) -> np.dtype:
+    return values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype
 
 
 def _check_values(name, values, holds, what) -> None:
     if isinstance(values, jax.core.Tracer):
         return
     values = np.asarray(values)
+    values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))  # as it will be used
     wrong = np.argwhere(~holds(values))
     if len(wrong):
         index = tuple(int(i) for i in wrong[0])
@@ -131,9 +140,13 @@ class Clock(NamedTuple):
 
 
 def clock(durations: jax.Array) -> Clock:
-    """The end times of float tokens [..., T] as a `Clock`."""
-    bits, integer = (30, jnp.int32) if durations.dtype.itemsize <= 4 else (62, jnp.int64)
-    _, exponent = jnp.frexp(jnp.sum(durations, axis=-1, keepdims=True))
+    """The end times of tokens [..., T] of any durations, negative ones too, as a `Clock`."""
+    durations = as_float(durations)
+    bits, integer = (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
+    # A power of two so large that no sum of ticks overflows, and so small that it is a number.
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(durations), axis=-1, keepdims=True))
+    exponent = exponent + (durations.shape[-1] - 1).bit_length()
+    exponent = jnp.maximum(exponent, jnp.finfo(durations.dtype).minexp + bits)
     tick = jnp.ldexp(jnp.ones_like(exponent, durations.dtype), exponent - bits)
     whole = jnp.round(durations / tick)  # exact: the tick is a power of two
     rest = durations - whole * tick

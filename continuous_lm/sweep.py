@@ -118,6 +118,7 @@ def _indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
     """[V, C]: 1 where a token belongs to a group."""
     indicator = np.zeros((vocab_size, len(groups)), np.float32)
     for column, group in enumerate(groups):
-        time.check_integers(f"group {column}", np.asarray(group, int), 0, vocab_size)
+        if len(group):
+            time.check_integers(f"group {column}", np.asarray(group), 0, vocab_size)
         indicator[list(group), column] = 1.0
     return indicator

@@ -74,6 +74,11 @@ def span(encoding: "tokenizers.Encoding", text: str, first: str, last: str | Non
     Raises:
       InputError: if a piece is not in the text.
     """
+    return token_span(encoding, *find(text, first, last))
+
+
+def find(text: str, first: str, last: str | None = None) -> tuple[int, int]:
+    """The characters [begin, end) from where `first` first occurs to where `last` last ends."""
     last = first if last is None else last
     for piece in (first, last):
         if not piece or piece not in text:
@@ -81,7 +86,7 @@ def span(encoding: "tokenizers.Encoding", text: str, first: str, last: str | Non
     begin, end = text.index(first), text.rindex(last) + len(last)
     if begin >= end:
         raise InputError(f"{last!r} ends before {first!r} begins in the prompt {text!r}")
-    return token_span(encoding, begin, end)
+    return begin, end
 
 
 def token_span(encoding: "tokenizers.Encoding", begin: int, end: int) -> Span:

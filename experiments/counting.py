@@ -54,12 +54,12 @@ _TRACKING = flags.DEFINE_enum(
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Points computed at once.", lower_bound=1)
 
 
-def prompt_and_span() -> tuple[str, tuple[str, str]]:
-    """The prompt, and the pieces of it at which the shrinking span begins and ends."""
+def prompt_and_span() -> tuple[str, tuple[int, int]]:
+    """The prompt, and the first character of its shrinking span and the one after its last."""
     word = _WORD.value
     if _PROMPT.value is not None:
         piece = word if _SPAN.value is None else _SPAN.value
-        return _PROMPT.value, (piece, piece)
+        return _PROMPT.value, clm.tokenization.find(_PROMPT.value, piece)
     if _SPAN.value is not None:
         raise clm.InputError("--span is a piece of --prompt; give both")
     category = _CATEGORY.value or CATEGORIES.get(word)
@@ -69,16 +69,18 @@ def prompt_and_span() -> tuple[str, tuple[str, str]]:
         )
     article = "an" if category[0] in "aeiou" else "a"
     words = " ".join([word] * _REPETITIONS.value)
-    return PROMPT.format(words=words, category=f"{article} {category}"), (words, words)
+    begin = PROMPT.index("{words}")
+    prompt = PROMPT.format(words=words, category=f"{article} {category}")
+    return prompt, (begin, begin + len(words))
 
 
 def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("counting")
-    prompt, (first, last) = prompt_and_span()
+    prompt, (begin, end) = prompt_and_span()
     lm, tokenizer = program.load_model()
     encoding = clm.tokenization.encode(tokenizer, prompt)
-    span = clm.tokenization.span(encoding, prompt, first, last)
+    span = clm.tokenization.token_span(encoding, begin, end)
     digits = curves.tracked(tokenizer, clm.tokenization.DIGITS, _TRACKING.value)
 
     factors = np.linspace(_LEAST.value, 1.0, _POINTS.value)

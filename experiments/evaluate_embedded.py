@@ -133,7 +133,11 @@ def accuracy(lm: clm.LanguageModel, asked: Sequence[prompts.Prompt], batch: int 
     """The share of prompts whose answer is the most probable token, at durations of 1."""
     tokenizer = _tokenizer(lm)
     encodings = [clm.tokenization.encode(tokenizer, prompt.text) for prompt in asked]
-    answers = np.array([tokenizer.token_to_id(prompt.answer) for prompt in asked])
+    missing = {p.answer for p in asked if tokenizer.token_to_id(p.answer) is None}
+    if missing:
+        named = ", ".join(map(repr, sorted(missing)))
+        raise clm.InputError(f"no token is {named}; give a model of this language")
+    answers = np.array([tokenizer.token_to_id(p.answer) for p in asked])
     at = np.array([len(encoding.ids) - 1 for encoding in encodings])
     tokens = np.zeros((len(asked), -(-(at.max() + 1) // 16) * 16), np.int32)
     for row, encoding in zip(tokens, encodings, strict=True):

@@ -156,12 +156,14 @@ OPERATORS = {
     "NOR": lambda a, b: 1 - (a | b),
     "XOR": lambda a, b: a ^ b,
 }
-BOOLEANS = (
-    "Question: What is the truth value of the following statement?\n{a} {op} {b}\n"
-    "Answer (0 or 1): ",
-    "Question: What is the value of the statement?\n{a} {op} {b}\nAnswer (0 or 1): ",
-    "Statement: {a} {op} {b}\nAnswer (0 or 1): ",
-    "Question: What is the value of {a} {op} {b}\nAnswer (0 or 1): ",
+BOOLEANS = tuple(
+    f"Question: What is the {asked}?\n{{a}} {{op}} {{b}}\nAnswer (0 or 1): "
+    for asked in (
+        "truth value of the following statement",
+        "truth value of the following",
+        "value of the following statement",
+        "value of the statement",
+    )
 )
 
 # What is true of which plurals (a category stands for all its words); of all others it is false.
@@ -450,7 +452,7 @@ _SAMPLERS = {
     "boolean": _sample_boolean,
     "attribute": _sample_attribute,
 }
-MIXTURE = {"counting": 30, "events": 18, "sum": 14, "boolean": 14, "attribute": 32}
+MIXTURE = {"counting": 34, "events": 18, "sum": 11, "boolean": 11, "attribute": 32}
 _TASKS = tuple(MIXTURE)
 _SHARES = np.cumsum([MIXTURE[task] for task in _TASKS]) / sum(MIXTURE.values())
 _CATEGORIES = tuple(CATEGORIES)

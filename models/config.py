@@ -22,7 +22,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 class TransformerConfig:
     """What a `Transformer` computes. Every field changes the mathematics; letters as in `axes`."""
 
-    family: str = "llama"  # whose checkpoint layout it has: a key of models.families.FAMILIES
+    family: str = "llama"  # whose checkpoint layout it has: a key of models.loading.FAMILIES
     vocab_size: int  # V
     hidden_size: int  # D
     mlp_size: int  # F
@@ -86,6 +86,18 @@ class TransformerConfig:
             raise InputError(f"norm {self.norm!r} is not known; known are {', '.join(NORMS)}")
         if (self.rope is None) == (self.max_positions is None):
             raise InputError("a model needs either rope or max_positions, to tell times apart")
+        if self.max_positions is not None and self.max_positions < 1:
+            raise InputError(f"max_positions is {self.max_positions}; it must be positive, or None")
+        if not self.window_pattern:
+            raise InputError(
+                "window_pattern is empty; it must say of each layer whether it has one"
+            )
+        if self.local_rope is not None and (
+            self.rope is None
+            or (self.local_rope.fraction, self.local_rope.amplitude)
+            != (self.rope.fraction, self.rope.amplitude)
+        ):
+            raise InputError("local_rope must turn the channels that rope turns, as strongly")
         if self.activation not in ACTIVATIONS:
             raise InputError(
                 f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}"

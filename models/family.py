@@ -19,13 +19,16 @@ MOST_LAYERS = 10_000  # more is a mistake, and would cost time before it shows
 # Fields that do not change what a causal model computes at inference, so that they may be there.
 INERT = frozenset(
     """
-    _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id
-    cache_implementation chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id
-    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
-    label2id max_position_embeddings model_type n_ctx output_attentions output_hidden_states
-    pad_token_id pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    task_specific_params torch_dtype transformers_version unk_token_id use_cache
+    _attn_implementation _name_or_path architectures attention_dropout
+    attention_probs_dropout_prob attn_pdrop auto_map bos_token_id cache_implementation
+    chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id
+    gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_range
+    is_decoder is_encoder_decoder label2id max_position_embeddings model_type n_ctx n_special
+    output_attentions output_hidden_states output_past pad_token_id predict_special_tokens
+    pretraining_tp problem_type reorder_and_upcast_attn resid_pdrop return_dict
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params torch_dtype transformers_version unk_token_id
+    use_cache
     """.split()
 )
 
@@ -36,6 +39,7 @@ _ACTIVATION_NAMES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
 }
 
 
@@ -135,11 +139,15 @@ def read_activation(fields: Fields, name: str = "hidden_act", default: str = "si
     return _ACTIVATION_NAMES[value]
 
 
-def read_shape(fields: Fields, *, activation: str = "silu", tied: bool = False) -> dict[str, Any]:
-    """The fields that most families share, as arguments of `TransformerConfig`."""
+def read_shape(fields: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[str, Any]:
+    """The fields that most families share, as arguments of `TransformerConfig`.
+
+    Args:
+      fields: of config.json.
+      tied: tie_word_embeddings if it is not given.
+      eps: rms_norm_eps if it is not given.
+    """
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    named = "hidden_activation" if fields.get("hidden_activation", None) else "hidden_act"
-    fields.get("hidden_act", None)  # the older of the two names, which the newer overrules
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -148,8 +156,8 @@ def read_shape(fields: Fields, *, activation: str = "silu", tied: bool = False) 
         "num_heads": num_heads,
         "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
         "head_dim": fields.integer("head_dim", max(1, hidden_size // num_heads)),
-        "norm_eps": float(fields.number("rms_norm_eps", 1e-6)),
-        "activation": read_activation(fields, named, activation),
+        "norm_eps": float(fields.number("rms_norm_eps", eps)),
+        "activation": read_activation(fields),
         "tie_embeddings": fields.flag("tie_word_embeddings", tied),
     }
 
@@ -188,18 +196,17 @@ def read_windows(fields: Fields, num_layers: int, sliding: Callable[[int], bool]
     """
     window = fields.number("sliding_window", None)
     kinds = fields.get("layer_types", None)
-    if window is None:
-        return {}
     if kinds is None:
         pattern = tuple(map(sliding, range(num_layers)))
     else:
         names = {"sliding_attention": True, "full_attention": False}
-        if not isinstance(kinds, list) or len(kinds) != num_layers or set(kinds) - set(names):
+        listed = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
+        if not listed or len(kinds) != num_layers or set(kinds) - set(names):
             raise InputError(
                 f"field layer_types must be a list of {num_layers}, each one of {', '.join(names)}"
             )
         pattern = tuple(names[kind] for kind in kinds)
-    return {"window": float(window), "window_pattern": pattern}
+    return {} if window is None else {"window": float(window), "window_pattern": pattern}
 
 
 def write_windows(config: TransformerConfig) -> dict[str, Any]:
@@ -277,9 +284,9 @@ def _read_longrope(inner: Fields, fields: Fields) -> LongRope:
     original = fields.integer("original_max_position_embeddings", None) or inner.integer(
         "original_max_position_embeddings"
     )
-    for name in ("original_max_position_embeddings", "factor"):
-        inner.get(name, None)  # said already by the fields on top
-    longer = fields.integer("max_position_embeddings", original) / original
+    inner.get("original_max_position_embeddings", None)  # the field on top goes first
+    length = fields.integer("max_position_embeddings", original)
+    longer = inner.number("factor", length / original)
     stretch = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
     return LongRope(
         short=inner.numbers("short_factor"),

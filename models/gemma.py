@@ -5,7 +5,14 @@ from typing import Any
 
 from continuous_lm.models import llama
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.family import Fields, read_rope, read_shape, require, write_shape
+from continuous_lm.models.family import (
+    Fields,
+    read_activation,
+    read_rope,
+    read_shape,
+    require,
+    write_shape,
+)
 
 
 def read_gemma(fields: Fields) -> dict[str, Any]:
@@ -13,8 +20,13 @@ def read_gemma(fields: Fields) -> dict[str, Any]:
     require(fields, "head_dim", "num_key_value_heads")
     fields.must_be("attention_bias", False)
     fields.must_be("use_bidirectional_attention", None, False)
-    shape = read_shape(fields, activation="gelu_pytorch_tanh", tied=True)
-    return shape | {"norm": "rms_plus_one", "scale_embeddings": True}
+    shape = read_shape(fields, tied=True)
+    # The first releases' "gelu" meant the tanh approximation; a later field overrules it.
+    given = "hidden_activation" if fields.get("hidden_activation", None) else "hidden_act"
+    activation = read_activation(fields, given, "gelu_pytorch_tanh")
+    if given == "hidden_act" and activation == "gelu":
+        activation = "gelu_tanh"
+    return shape | {"activation": activation} | {"norm": "rms_plus_one", "scale_embeddings": True}
 
 
 def read_config(fields: Fields) -> TransformerConfig:

@@ -21,6 +21,7 @@ from continuous_lm.models.gemma import read_gemma
 def read_config(fields: Fields) -> TransformerConfig:
     """From the fields of config.json; every other layer has the window, the first one too."""
     shape = read_gemma(fields)
+    fields.must_be("sliding_window_size", None, fields.get("sliding_window", None))  # its old name
     return TransformerConfig(
         family="gemma2",
         **shape,

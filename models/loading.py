@@ -127,7 +127,7 @@ def load(
         config = read_config(fields, ignore_fields)
         dtype = _dtype(fields) if dtype is None else _float_dtype(dtype)
     tokenizer = tokenization.load(folder)
-    if tokenizer is not None and tokenizer.get_vocab_size() > config.vocab_size:
+    if tokenizer is not None and _excess(tokenizer, config.vocab_size):
         raise InputError(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, but config.json's"
             f" vocab_size is {config.vocab_size}; they do not belong together"
@@ -162,7 +162,7 @@ def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
         **family.write_config(config),
         "torch_dtype": dtype.name,
     }
-    if read_config(fields) != config:
+    if _written_out(read_config(fields)) != _written_out(config):
         raise InputError(f"a config.json of {config.family} cannot express this model: {config}")
     tensors = {}
     for template, paths in _groups(boxes, family).items():
@@ -290,6 +290,17 @@ def _check_names(
     return named
 
 
+def _excess(tokenizer: "tokenizers.Tokenizer", vocab_size: int) -> bool:
+    """Whether it has tokens beyond the vocabulary, special ones aside (Gemma 3's for images)."""
+    special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
+    return any(i >= vocab_size for i in set(tokenizer.get_vocab().values()) - special)
+
+
+def _written_out(config: TransformerConfig) -> TransformerConfig:
+    """The same model, with one entry of the pattern for each layer."""
+    return dataclasses.replace(config, window_pattern=config.windowed)
+
+
 def _check_tree(flat: dict[str, np.ndarray], boxes) -> None:
     for path in sorted(set(flat) ^ set(boxes)):
         raise InputError(
@@ -322,7 +333,7 @@ def _dtype(fields: dict[str, Any]) -> jnp.dtype:
     )
     if not isinstance(name, str) or name not in _DTYPES:
         raise InputError(f"field dtype is {name!r:.60}; it must be one of {', '.join(_DTYPES)}")
-    return jnp.dtype(_DTYPES[name])
+    return _float_dtype(name)
 
 
 def _float_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -332,6 +343,8 @@ def _float_dtype(dtype: DTypeLike) -> jnp.dtype:
         found = None
     if found is None or found not in map(jnp.dtype, _DTYPES.values()):
         raise InputError(f"dtype is {dtype!r:.60}; it must be one of {', '.join(_DTYPES)}")
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True) before it")
     return found
 
 

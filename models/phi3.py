@@ -19,12 +19,13 @@ from continuous_lm.rotary import LongRope
 def read_config(fields: Fields) -> TransformerConfig:
     """From the fields of config.json."""
     require(fields, "sliding_window")
-    fields.must_be("attention_bias", False)
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        fields.must_be(name, False)
     fields.integer("original_max_position_embeddings", None)  # LongRoPE's, if there is one
     window = fields.number("sliding_window", None)
     return TransformerConfig(
         family="phi3",
-        **read_shape(fields),
+        **read_shape(fields, eps=1e-5),
         rope=read_rope(fields, fraction=1.0),
         window=None if window is None else float(window),
     )

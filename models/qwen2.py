@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from continuous_lm.errors import InputError
 from continuous_lm.models import llama
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.family import (
@@ -18,9 +19,14 @@ from continuous_lm.models.family import (
 
 def read_sliding(fields: Fields, num_layers: int) -> dict[str, Any]:
     """Windows: of the layers from max_window_layers on, if use_sliding_window says so."""
-    first = fields.get("max_window_layers", num_layers)
+    fields.must_be("use_mrope", False)
+    slides, first = fields.flag("use_sliding_window", False), fields.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise InputError(f"field max_window_layers is {first!r:.60}; it must be an integer")
+    if slides:
+        require(fields, "sliding_window")
     windows = read_windows(fields, num_layers, lambda layer: layer >= first)
-    return windows if fields.flag("use_sliding_window", False) else {}
+    return windows if slides else {}
 
 
 def write_sliding(config: TransformerConfig) -> dict[str, Any]:

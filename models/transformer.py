@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm import rotary
-from continuous_lm.attention import attend
+from continuous_lm.attention import attend, visible
 from continuous_lm.errors import InputError
 from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
 
@@ -200,8 +200,8 @@ class Transformer(Layer):
 
         Raises:
           InputError: for arguments that do not fit and, outside of jit, for values out of range. A
-            first token of duration 0 is refused: its attention would be 0 / 0 (inside jit it
-            attends to nothing, and every other token is right).
+            token that sees no duration at all, such as a first one of duration 0, is refused: its
+            attention would be 0 / 0 (inside jit it attends to nothing).
         """
         self.check(
             tokens, embeddings=embeddings, durations=durations, start=start, times=times, at=at
@@ -213,7 +213,8 @@ class Transformer(Layer):
             else jnp.asarray(embeddings, table.dtype)
         )
         d, times, steps = _clock(x, durations, start, times)
-        batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1])
+        picked = () if at is None else jnp.shape(at)
+        batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1], picked)
         x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
 
         config, dtype = self.config, self.param_dtype
@@ -252,7 +253,10 @@ def between_rows(table: jax.Array, positions: jax.Array) -> jax.Array:
     Returns:
       [..., T, D] in the table's dtype.
     """
-    positions = jnp.clip(positions, 0.0, table.shape[0] - 1.0)
+    top = (
+        table.shape[0] - 1.0
+    )  # not clip: it would halve the derivative at 0, where sentences begin
+    positions = jnp.where(positions < 0, 0.0, jnp.where(positions > top, top, positions))
     below = jnp.clip(positions.astype(jnp.int32), 0, max(table.shape[0] - 2, 0))
     share = (positions - below)[..., None]
     rows = (1.0 - share) * table[below] + share * table[below + 1]
@@ -275,10 +279,11 @@ def check(
       InputError: which argument is wrong, where, and how.
     """
     if tokens is not None and embeddings is None:
-        shape = list(jnp.shape(tokens))
-        time.check_integers("tokens", tokens, 0, config.vocab_size)
+        shape = list(np.shape(tokens))
+        if shape and shape[-1]:
+            time.check_integers("tokens", tokens, 0, config.vocab_size)
     elif embeddings is not None and tokens is None:
-        *shape, width = jnp.shape(embeddings) or (0,)
+        *shape, width = np.shape(embeddings) or (0,)
         if width != config.hidden_size:
             raise InputError(
                 f"embeddings are {width} wide; they must be [..., T, {config.hidden_size}]"
@@ -293,10 +298,8 @@ def check(
     n = shape[-1]
     if durations is not None:
         time.check(durations, n)
-        if (
-            not isinstance(durations, jax.core.Tracer)
-            and not (np.asarray(durations)[..., 0] > 0).all()
-        ):
+        least = float(jnp.finfo(jnp.float32).tiny)  # less is nothing in float32
+        if _known(durations) and not (np.asarray(durations)[..., 0] >= least).all():
             raise InputError(
                 "durations: the first token has duration 0, so that nothing is there to attend to;"
                 " give it a positive one, or leave it out"
@@ -309,6 +312,40 @@ def check(
         time.check_numbers("start", start)
     if at is not None:
         time.check_integers("at", at, -n, n)
+    leading = {
+        "tokens": shape[:-1],
+        "durations": () if durations is None else jnp.shape(durations)[:-1],
+        "times": () if times is None else jnp.shape(times)[:-1],
+        "start": () if start is None else jnp.shape(start),
+        "at": () if at is None else jnp.shape(at),
+    }
+    try:
+        np.broadcast_shapes(*map(tuple, leading.values()))
+    except ValueError:
+        told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
+        raise InputError(f"leading axes do not broadcast: {told}") from None
+    if durations is not None and times is not None and config.window is not None:
+        _check_rows(durations, times, config.window)
+
+
+def _check_rows(durations: ArrayLike, times: ArrayLike, window: float) -> None:
+    """Refuses tokens that see nothing: all that lies in their window has duration 0."""
+    if not (_known(durations) and _known(times)) or (np.asarray(durations) > 0).all():
+        return  # every token sees itself
+    times, d = time.as_float(times), time.as_float(durations)
+    steps = time.from_times(times, times[..., 0])
+    seen = visible(d.shape[-1], steps, window) & (d > 0)[..., None, :]
+    empty = np.argwhere(~np.asarray(seen.any(axis=-1)))
+    if len(empty):
+        raise InputError(
+            f"durations: token {empty[0][-1]} has nothing to attend to, since all tokens within its"
+            f" window of {window:g} have duration 0; give one of them a positive one"
+        )
+
+
+def _known(values: ArrayLike) -> bool:
+    """Whether values can be looked at, as they can outside of jit."""
+    return not isinstance(values, jax.core.Tracer)
 
 
 def _clock(x, durations, start, times) -> tuple[jax.Array, jax.Array, jax.Array | None]:

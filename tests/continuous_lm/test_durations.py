@@ -54,6 +54,8 @@ def test_low_precision_is_widened_and_float64_is_kept():
         ([1.0, -0.5, 1.0], r"durations\[1\] is -0.5"),
         ([1.0, 1.0, np.nan], r"durations\[2\] is nan"),
         ([[1, 1, 1], [1, 1, np.inf]], r"durations\[1, 2\] is inf"),
+        ([1.0, 1e60, 1.0], r"durations\[1\] is inf"),
+        ([3e38, 3e38, 1.0], "durations add up to 6e"),
         ([1.0, 1.0], r"\[2\].*3 tokens"),
         (1.0, r"\[\].*3 tokens"),
         ([True, False, True], "dtype bool"),
@@ -82,6 +84,26 @@ def test_distances_in_time_stay_exact(scale):
     np.testing.assert_allclose(
         time.elapsed(clock, later, earlier), exact, rtol=3e-7, atol=1e-8 * scale
     )
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[0, 100, -100, 3], [3e38, 1e38, 0, 0], [1e-37, 2e-37, 0, 1e-38], [0, 0, 0, 0], [-5, -1, 7, 2]],
+)
+def test_a_clock_of_any_steps(steps):
+    """Times that go back, and steps at the ends of what float32 holds."""
+    steps = np.array(steps, np.float32)
+    ends, index = np.cumsum(steps.astype(np.float64)), np.arange(4)
+    passed = time.elapsed(time.clock(jnp.asarray(steps)), index, index)
+    exact = ends[:, None] - ends
+    np.testing.assert_allclose(passed, exact, atol=1e-6 * np.abs(steps).max())
+
+
+def test_a_clock_of_float16_is_one_of_float32():
+    passed = time.elapsed(
+        time.clock(jnp.full(3000, 0.1, jnp.float16)), np.array([2999]), np.array([0])
+    )
+    np.testing.assert_allclose(passed, 2999 * float(np.float16(0.1)), rtol=1e-6)
 
 
 def test_a_clock_of_float64_is_as_exact():

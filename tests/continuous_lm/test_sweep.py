@@ -1,16 +1,18 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import continuous_lm as clm
-from tests.models.test_transformer import LM, N, draw
+from tests.models.test_transformer import CONFIG, LM, N, draw, random_lm
 
 GROUPS = [[3], [5, 7, 39], []]
 
 
-def direct(**arguments):
-    p = jax.nn.softmax(LM(at=-1, **arguments))
+def direct(lm=LM, **arguments):
+    p = jax.nn.softmax(lm(at=-1, **arguments))
     return np.array([sum(float(p[i]) for i in group) for group in GROUPS])
 
 
@@ -29,14 +31,19 @@ def test_every_point_equals_a_call_of_its_own(batch_size):
 def test_embeddings_starts_and_times_can_vary():
     tokens, d = draw()
     rows = LM.params["embedding"][tokens] * jnp.linspace(0.5, 1, 4)[:, None, None]
-    times = clm.durations.translate(clm.durations.end_times(d), jnp.arange(4.0))
+    times = clm.durations.end_times(d * jnp.linspace(0.5, 2, 4)[:, None])
     varied = {"embeddings": rows, "times": times, "durations": d}
     swept = clm.sweep.probabilities(LM, GROUPS, batch_size=3, **varied)
     np.testing.assert_allclose(
         swept[2], direct(embeddings=rows[2], times=times[2], durations=d), atol=1e-6
     )
-    moved = clm.sweep.probabilities(LM, GROUPS, tokens=tokens, start=np.arange(3.0))
-    np.testing.assert_allclose(moved, np.tile(direct(tokens=tokens), (3, 1)), atol=1e-5)
+    learned = random_lm(dataclasses.replace(CONFIG, rope=None, max_positions=20))
+    moved = clm.sweep.probabilities(learned, GROUPS, tokens=tokens, start=np.arange(3.0))
+    for row, start in zip(moved, range(3), strict=True):
+        np.testing.assert_allclose(
+            row, direct(learned, tokens=tokens, start=float(start)), atol=1e-6
+        )
+    assert np.abs(moved[0] - moved[1]).max() > 1e-4
 
 
 def test_all_tokens_together_are_certain():

@@ -142,6 +142,32 @@ def test_at_is_that_position_of_all():
     )
 
 
+def test_at_broadcasts_too():
+    tokens, d = draw()
+    np.testing.assert_allclose(
+        LM(tokens, durations=d, at=[0, 3]), LM(tokens, durations=d)[jnp.array([0, 3])], atol=1e-5
+    )
+
+
+def test_a_token_with_nothing_in_its_window_is_refused():
+    tokens, _ = draw(n=5)
+    d, times = jnp.ones(5).at[4].set(0.0), jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0])
+    with pytest.raises(clm.InputError, match="token 4 has nothing to attend to"):
+        LM_WINDOWED(tokens, durations=d, times=times)
+    assert jnp.isfinite(LM_WINDOWED(tokens, durations=d, times=times.at[4].set(4.5))).all()
+    assert jnp.isfinite(LM(tokens, durations=d, times=times)).all()
+
+
+def test_positions_between_rows_are_linear_and_clamped():
+    table = jnp.array([[0.0], [1.0], [4.0]])
+    at = jnp.array([-1.0, 0.0, 0.25, 1.0, 1.5, 2.0, 9.0])
+    np.testing.assert_allclose(
+        transformer.between_rows(table, at)[:, 0], [0, 0, 0.25, 1, 2.5, 4, 4]
+    )
+    slopes = jax.vmap(jax.grad(lambda p: transformer.between_rows(table, p[None])[0, 0]))(at)
+    np.testing.assert_allclose(slopes, [0, 1, 1, 3, 3, 3, 0])  # at a row, that to its right
+
+
 def test_the_head_is_computed_at_that_position_alone():
     """No [T, V] array is left in the compiled program."""
     big = clm.TransformerConfig(**{**CONFIG.__dict__, "vocab_size": 5000})
@@ -201,6 +227,9 @@ def test_bfloat16_parameters_give_float32_logits_close_by():
         ({"tokens": [1, 2], "times": [0.0, np.inf]}, r"times\[1\] is inf"),
         ({"tokens": [1, 2], "times": [0.0, 1.0], "start": 1.0}, "leave out start"),
         ({"tokens": [1, 2], "start": np.nan}, "start is nan"),
+        ({"tokens": [1, 2], "durations": [1e-39, 1.0]}, "first token has duration 0"),
+        ({"tokens": [[1, 2]] * 2, "durations": np.ones((3, 2))}, r"\[2\] of tokens, \[3\] of dur"),
+        ({"tokens": [[1, 2]] * 2, "start": np.ones(3)}, r"\[2\] of tokens, \[3\] of start"),
         ({"tokens": [1, 2], "at": 2}, "at is 2"),
         ({"tokens": [1, 2], "at": 0.5}, "at has dtype"),
     ],
@@ -226,6 +255,9 @@ def test_values_are_free_inside_jit():
         ({"head_dim": 7}, "a head of 7 channels"),
         ({"rope": None}, "rope or max_positions"),
         ({"rope": Rope(fraction=1.5)}, "1.5 of a head"),
+        ({"rope": None, "max_positions": -1}, "max_positions is -1"),
+        ({"window": 3.0, "window_pattern": ()}, "window_pattern is empty"),
+        ({"local_rope": Rope(fraction=0.5)}, "local_rope"),
         ({"norm": "batch"}, "'batch'"),
         ({"logits_softcap": 0.0}, "logits_softcap is 0"),
         ({"activation": "mish"}, "'mish'"),
