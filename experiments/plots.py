@@ -32,14 +32,14 @@ STYLE: dict[Any, Any] = {
 COLOURS = "#56B4E9 #E69F00 #009E73 #0072B2 #D55E00 #CC79A7 #8C6D31 #7F3C8D #11A579 #A5AA99".split()
 FAINT: dict[str, Any] = {"fontsize": 7, "color": "0.5"}
 NAME: dict[str, Any] = {"ha": "center", "fontweight": "bold", "parse_math": False}
-_LEAST = 0.02  # an answer that never gets this probable is not given a line of its own
+_LEAST = 0.05  # an answer that never gets this probable is not given a line of its own
 
 
 def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, float]) -> Figure:
     """Probability against the sweep's points, each answer named where it leads.
 
     Args:
-      curves: what to draw. An answer that never reaches 2 % is drawn with everything else.
+      curves: what to draw. An answer that never reaches 5 % is drawn with everything else.
       xlabel: what the points are.
       title: above the axes; the prompt, say.
       marks: label -> point at which a faint vertical line shows an expectation.
