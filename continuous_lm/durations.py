@@ -118,7 +118,8 @@ def _check_values(name, values, holds, what) -> None:
     if isinstance(values, jax.core.Tracer):
         return
     values = np.asarray(values)
-    values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))  # as it will be used
+    with np.errstate(over="ignore"):  # what overflows is refused as infinite
+        values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))  # as it will be used
     wrong = np.argwhere(~holds(values))
     if len(wrong):
         index = tuple(int(i) for i in wrong[0])
@@ -140,7 +141,11 @@ class Clock(NamedTuple):
 
 
 def clock(durations: jax.Array) -> Clock:
-    """The end times of tokens [..., T] of any durations, negative ones too, as a `Clock`."""
+    """The end times of tokens [..., T] of any durations, negative ones too, as a `Clock`.
+
+    A tick is no smaller than the least normal number, so that float32 durations below about 1e-31
+    lose digits.
+    """
     durations = as_float(durations)
     bits, integer = (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
     # A power of two so large that no sum of ticks overflows, and so small that it is a number.
