@@ -59,6 +59,8 @@ def written_aside(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         aside = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=existing))
         aside.chmod(0o777 & ~_umask())
         yield aside
+        for path in aside.iterdir():  # some writers keep their files to themselves
+            path.chmod(0o666 & ~_umask())
         if folder.exists():
             for path in sorted(aside.iterdir()):
                 if (folder / path.name).is_dir():

@@ -7,9 +7,9 @@ token in training lasts 1: what the model does with other durations is for the e
 
 The loss is the answer's cross-entropy + 0.3 times that of every next token, in nats. An answer that
 is a digit is smoothed over the ten digits (Szegedy et al., arXiv:1512.00567): all the wrong ones
-alike, so that nothing says which digits are neighbours. Without it, training pushes 1 further from
-2 than 2 from 1, or the other way round as the seed has it, and the factor at which the answer
-changes moves with that.
+alike, so that nothing says which digits are neighbours, and the log-odds of neighbouring counts
+stay bounded. Where between two counts the answer changes is not in the data; it differs from run to
+run.
 
 Prompts are sorted by length into rows of similar length, so that little of a batch is padding; as
 the model is causal, padding on the right changes nothing before it.

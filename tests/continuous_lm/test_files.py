@@ -209,3 +209,11 @@ def test_json_is_written_as_utf8_for_people(tmp_path):
     assert json.loads(text) == {"a": [1], "b": 2}
     assert text.endswith("}\n")
     assert "\n  " in text
+
+
+def test_files_that_their_writer_kept_to_itself_are_shared(tmp_path):
+    with files.written_aside(tmp_path / "new") as aside:
+        (aside / "weights").write_bytes(b"1")
+        (aside / "weights").chmod(0o600)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
