@@ -13,20 +13,36 @@ from continuous_lm import attention, axes, durations, rotary, sweep, tokenizatio
 from continuous_lm.errors import InputError
 
 # Models, from the layer above.
-from continuous_lm.models import LanguageModel, Transformer, TransformerConfig, load, save
+from continuous_lm.models import (
+    Generated,
+    KVCache,
+    LanguageModel,
+    Transformer,
+    TransformerConfig,
+    bundled,
+    generate,
+    load,
+    sample_token,
+    save,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Generated",
     "InputError",
+    "KVCache",
     "LanguageModel",
     "Transformer",
     "TransformerConfig",
     "attention",
     "axes",
+    "bundled",
     "durations",
+    "generate",
     "load",
     "rotary",
+    "sample_token",
     "save",
     "sweep",
     "tokenization",

@@ -8,14 +8,19 @@ transformer of Marro et al. (arXiv:2504.03933, section 3); with d any quadrature
 integrates any sampled signal. Adding log d to the logits is the same, but has no gradient at d = 0.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from continuous_lm import blocked, dense
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
+
+FORMS = ("auto", "dense", "blocked")
+DENSE = 256**2  # scores of a head, up to which the dense form is as fast
 
 
 def attend(
@@ -28,11 +33,14 @@ def attend(
     softcap: float | None = None,
     window: ArrayLike | None = None,
     steps: jax.Array | None = None,
+    first: ArrayLike | None = None,
+    form: str = "auto",
+    block: int | None = None,
 ) -> jax.Array:
-    """Causal attention over weighted keys, in the dense form: O(T S) memory.
+    """Causal attention over weighted keys.
 
-    Causality is by index: query i is the token of key S - T + i and sees the keys up to it,
-    whatever their durations. Scores, weights and sums are held in at least float32.
+    Causality is by index: a query sees the key of its own token and those before it, whatever their
+    durations. Scores, weights and sums are held in at least float32.
 
     Args:
       q: queries [..., T, N, H], rotated.
@@ -44,78 +52,51 @@ def attend(
       window: a key is visible while the time since its end is below this, in tokens.
       steps: time [..., S] from the end of the key before to the end of this one, for the window;
         the weights if left out.
+      first: index among the keys of the first query's token; S - T if left out, so that the queries
+        are the last tokens.
+      form: "dense" holds [T, S] scores, in memory O(T S). "blocked" makes them block by block, in
+        memory O(T + S), to the same result within rounding; it has reverse-mode gradients of first
+        order alone. "auto" takes the dense form for short sequences and single queries.
+      block: tokens in a block of the blocked form, at most; chosen by size if left out.
 
     Returns:
       y [..., T, N, H] in the dtype of q. A query that sees no weight at all has no value: it
       gives 0 (callers that know the weights refuse them).
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: if shapes do not fit, or the form is not known.
     """
-    _check_shapes(q, k, v, weights, steps)
-    *_, num_heads, width = q.shape
-    num_kv_heads = k.shape[-2]
+    _check(q, k, v, weights, steps, form, block)
+    *_, num_queries, num_heads, width = q.shape
+    num_keys, num_kv_heads = k.shape[-3:-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    scale = 1.0 / math.sqrt(width) if scale is None else scale
-    weights = jnp.ones(k.shape[-3], dtype) if weights is None else weights.astype(dtype)
-
+    weights = jnp.ones(num_keys, dtype) if weights is None else weights.astype(dtype)
+    clock = None
+    if window is not None:
+        steps = weights if steps is None else steps.astype(dtype)
+        clock = time.clock(jax.lax.stop_gradient(steps))
+    if form == "auto":
+        small = num_queries == 1 or num_queries * num_keys <= DENSE
+        form = "dense" if small else "blocked"
     q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, width)
-    scores = scale * jnp.einsum(
-        "...tkgh,...skh->...kgts", q_grouped, k, preferred_element_type=dtype
+    attend_in_form = (
+        dense.attend if form == "dense" else functools.partial(blocked.attend, block=block)
     )
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    seen = visible(q.shape[-3], weights if steps is None else steps.astype(dtype), window)
-    p, total = weighted_exp(scores, weights[..., None, None, None, :], seen[..., None, None, :, :])
-    y = jnp.einsum("...kgts,...skh->...tkgh", p.astype(v.dtype), v, preferred_element_type=dtype)
-    y = y / jnp.moveaxis(total, -1, -3)[..., None]
+    y = attend_in_form(
+        q_grouped,
+        k,
+        v,
+        weights,
+        scale=1.0 / math.sqrt(width) if scale is None else scale,
+        softcap=softcap,
+        window=window,
+        clock=clock,
+        first=num_keys - num_queries if first is None else first,
+    )
     return y.reshape(*y.shape[:-3], num_heads, width).astype(q.dtype)
 
 
-def weighted_exp(
-    scores: jax.Array, weights: jax.Array, visible: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """p = d exp(s - m) for the visible keys (0 for the others), and its sum over keys.
-
-    m is the largest s + log d of a row, so that p <= 1. Gradients are finite down to d = 0: log d
-    enters only through m, which cancels and is held constant.
-
-    Args:
-      scores: s [..., S].
-      weights: d >= 0, broadcastable to the scores.
-      visible: mask, broadcastable to the scores.
-
-    Returns:
-      p [..., S] and its sum [...]; the sum is 1 where p is 0 throughout.
-    """
-    tiny = jnp.finfo(scores.dtype).tiny
-    scores = jnp.where(visible, scores, -jnp.inf)
-    present = weights >= tiny
-    logits = jnp.where(present, scores + jnp.log(jnp.where(present, weights, 1.0)), -jnp.inf)
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    exponent = scores - jnp.where(jnp.isfinite(peak), peak, 0.0)
-    # A present key has exponent <= -log d. An absent one may exceed any peak; only its derivative
-    # exp(s - m) is used, and the bound keeps that finite.
-    exponent = jnp.where(present, exponent, jnp.minimum(exponent, 60.0))
-    p = weights * jnp.exp(exponent)
-    total = jnp.sum(p, axis=-1)
-    return p, jnp.where(total > 0, total, 1.0)
-
-
-def visible(num_queries: int, steps: jax.Array, window: ArrayLike | None) -> jax.Array:
-    """Which key each query sees: bool [T, S], or [..., T, S] with a window."""
-    num_keys = steps.shape[-1]
-    queries = jnp.arange(num_keys - num_queries, num_keys)
-    causal = jnp.arange(num_keys) <= queries[:, None]
-    if window is None:
-        return causal
-    clock = time.clock(jax.lax.stop_gradient(steps))
-    distance = time.elapsed(clock, queries, jnp.arange(num_keys))
-    # A few ulp inside the edge: a distance that should equal the window never falls inside it.
-    return causal & (distance < window * (1.0 - 4.0 * jnp.finfo(steps.dtype).eps))
-
-
-def _check_shapes(q, k, v, weights, steps) -> None:
+def _check(q, k, v, weights, steps, form, block) -> None:
     if q.ndim < 3 or k.shape != v.shape or k.ndim < 3 or q.shape[-1] != k.shape[-1]:
         raise InputError(
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they must be"
@@ -132,3 +113,7 @@ def _check_shapes(q, k, v, weights, steps) -> None:
             raise InputError(
                 f"{name} has shape {list(array.shape)}; it must be [..., {k.shape[-3]}]"
             )
+    if form not in FORMS:
+        raise InputError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
+    if block is not None and (not isinstance(block, int) or block < 1):
+        raise InputError(f"block is {block!r}; it must be a positive integer")

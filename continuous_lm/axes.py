@@ -11,6 +11,7 @@ number of leading batch axes.
 
 from collections.abc import Mapping
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Which mesh axis shards which letter. What is not here is replicated.
@@ -44,3 +45,10 @@ def sharding(
     # Axes of type Auto, whatever jax.make_mesh chose: the compiler spreads the computation.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(*map(place, axes, shape)))
+
+
+def mesh_of(array: jax.Array) -> Mesh | None:
+    """The mesh that an array lies on, if it lies on one."""
+    placed = getattr(array, "sharding", None)
+    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None

@@ -7,8 +7,13 @@ class InputError(ValueError):
     """A checkpoint, configuration, prompt, array or flag that cannot be used.
 
     The message is one line that names the culprit and says what to do. Programs print it and exit;
-    anything else that is raised is a defect of ours and keeps its traceback.
+    anything else that is raised is a defect of ours and keeps its traceback. What cannot be printed
+    in a line, in the name of a tensor say, is escaped.
     """
+
+    def __init__(self, message: str):
+        printable = (c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__("".join(printable))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Face checkpoints.
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,17 +42,24 @@ class LongRope:
 
     Sequences of more than `original_length` tokens take the `long` factors, others the `short`
     ones. The choice goes by the number of tokens, never by their times, so that sweeps and
-    gradients have no jump. Rotated vectors are multiplied by `amplitude`.
+    gradients have no jump; `use` makes it once and for all. Rotated vectors are multiplied by
+    `amplitude`.
     """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_length: int
     amplitude: float
+    use: Literal["auto", "short", "long"] = "auto"
 
     @property
     def factors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.short, self.long
+
+    def factors_at(self, num_tokens: int) -> tuple[float, ...]:
+        """The factors that a sequence of so many tokens takes."""
+        long = self.use == "long" or (self.use == "auto" and num_tokens > self.original_length)
+        return self.long if long else self.short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +75,16 @@ class Rope:
         """What rotated vectors are multiplied by."""
         return self.scaling.amplitude if isinstance(self.scaling, LongRope) else 1.0
 
+    def at_length(self, num_tokens: int) -> "Rope":
+        """The same, with the choice that goes by the number of tokens made."""
+        s = self.scaling
+        if not isinstance(s, LongRope):
+            return self
+        scaling = dataclasses.replace(
+            s, use="long" if s.factors_at(num_tokens) is s.long else "short"
+        )
+        return dataclasses.replace(self, scaling=scaling)
+
 
 def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
     """Frequencies [R/2] in radians for each token of time, float64, computed on the host.
@@ -81,15 +99,19 @@ def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
     if isinstance(s, LinearScaling):
         return plain / s.factor
     if isinstance(s, LongRope):
-        return plain / np.asarray(s.long if num_tokens > s.original_length else s.short)
+        return plain / np.asarray(s.factors_at(num_tokens))
     turns = s.original_length * plain / (2 * math.pi)  # full turns within the original context
     kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
     return plain * (kept + (1.0 - kept) / s.factor)
 
 
-def angles(times: jax.Array, rope: Rope, head_dim: int) -> jax.Array:
-    """Angles [..., T, R/2] in radians at `times` [..., T], in the dtype of `times`."""
-    turning = frequencies(rope, head_dim, num_tokens=times.shape[-1])
+def angles(times: jax.Array, rope: Rope, head_dim: int, num_tokens: int | None = None) -> jax.Array:
+    """Angles [..., T, R/2] in radians at `times` [..., T], in the dtype of `times`.
+
+    `num_tokens` is the length of the whole sequence, by which LongRoPE chooses its factors; T if
+    left out.
+    """
+    turning = frequencies(rope, head_dim, num_tokens or times.shape[-1])
     return times[..., None] * jnp.asarray(turning, times.dtype)
 
 

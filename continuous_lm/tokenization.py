@@ -3,6 +3,7 @@
 Tokenizers are those of the `tokenizers` library, read from a checkpoint's tokenizer.json.
 """
 
+import os
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -20,15 +21,25 @@ def load(folder: pathlib.Path) -> "tokenizers.Tokenizer | None":
     import tokenizers  # late: importing the package should not cost more than jax and flax
 
     path = folder / "tokenizer.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    if not os.path.isfile(path):  # a link that leads nowhere, a folder, a pipe to wait for
+        raise InputError(f"{path} is not a file that can be read")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path} is not a tokenizer that can be read ({error})") from None
+    except BaseException as error:  # the library raises bare Exception, or panics
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise InputError(
+            f"{path} is not a tokenizer that can be read ({_one_line(error)})"
+        ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding":
@@ -40,7 +51,7 @@ def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding
     try:
         encoding = tokenizer.encode(text)
     except Exception as error:  # the library raises bare Exception
-        raise InputError(f"the tokenizer cannot encode {text!r} ({error})") from None
+        raise InputError(f"the tokenizer cannot encode {text!r} ({_one_line(error)})") from None
     unknown = getattr(tokenizer.model, "unk_token", None)
     unknown_id = tokenizer.token_to_id(unknown) if unknown else None
     words = [

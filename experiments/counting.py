@@ -8,13 +8,10 @@ about k tokens in all, so that its answer changes near factors (k + 1/2) / n. On
 this takes about ten seconds and gives 4, 3, 2, 1.
 """
 
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments import curves, plots, program
-from continuous_lm.files import write_json, written_aside
+from continuous_lm.experiments import program, single, trials
 
 CATEGORIES = {"apple": "fruit", "cat": "animal", "rose": "flower"}  # the paper's
 PROMPT = (
@@ -35,23 +32,6 @@ _SPAN = flags.DEFINE_string(
     None,
     "The piece of --prompt that shrinks.  [default: from the first --word to the last]",
 )
-_POINTS = flags.DEFINE_integer("points", 100, "Points of the sweep.", lower_bound=2)
-_LEAST = flags.DEFINE_float(
-    "least", 0.1, "The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
-)
-_VARY = flags.DEFINE_enum(
-    "vary",
-    "both",
-    ["both", "mass", "times"],
-    "Change the weights of keys, their rotary times, or both.",
-)
-_TRACKING = flags.DEFINE_enum(
-    "tracking",
-    "exact",
-    list(curves.TRACKING),
-    "Tokens of a digit: its spellings, or all that contain it.",
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Points computed at once.", lower_bound=1)
 
 
 def prompt_and_span() -> tuple[str, tuple[int, int]]:
@@ -77,51 +57,23 @@ def prompt_and_span() -> tuple[str, tuple[int, int]]:
 def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("counting")
-    prompt, (begin, end) = prompt_and_span()
+    prompt, characters = prompt_and_span()
     lm, tokenizer = program.load_model()
-    encoding = clm.tokenization.encode(tokenizer, prompt)
-    span = clm.tokenization.token_span(encoding, begin, end)
-    digits = curves.tracked(tokenizer, clm.tokenization.DIGITS, _TRACKING.value)
+    factors, answers = single.points(), single.tracked(tokenizer, clm.tokenization.DIGITS)
+    trial = trials.shrinking(tokenizer, prompt, characters, factors, single.vary())
+    result = single.run(lm, trial, answers, "counting")
 
-    factors = np.linspace(_LEAST.value, 1.0, _POINTS.value)
-    durations = clm.durations.scale(jnp.ones(len(encoding.ids)), factors, span)
-    probabilities = clm.sweep.probabilities(
-        lm,
-        list(digits.values()),
-        tokens=jnp.array(encoding.ids),
-        batch_size=_BATCH_SIZE.value,
-        progress="counting",
-        **clm.sweep.vary(durations, _VARY.value),
-    )
-    result = curves.Curves(factors, tuple(digits), probabilities)
-
-    count = _REPETITIONS.value if _PROMPT.value is None else None
-    ideal = {f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)} if count else {}
-    figure = plots.answer_curves(
+    count = _REPETITIONS.value if _PROMPT.value is None else 0
+    single.write(
+        folder,
+        "counting",
+        tokenizer,
+        trial,
+        answers,
         result,
         xlabel="duration of each repeated token",
-        title=prompt,
-        marks={label: point for label, point in ideal.items() if point >= _LEAST.value},
+        marks=single.ideal(count, factors),
     )
-    with written_aside(folder) as aside:
-        plots.save(figure, aside, "counting")
-        write_json(
-            aside / "counting.json",
-            {
-                "prompt": prompt,
-                "tokens": encoding.tokens,
-                "span": list(span),
-                "tracked": {
-                    a: [tokenizer.id_to_token(t) for t in ids] for a, ids in digits.items()
-                },
-                "curves": result.as_json(),
-                "run": program.record(),
-            },
-        )
-    print(f"{prompt}\n\n{result.as_table('duration factor')}\n")
-    if result.probabilities.sum(axis=1).max() < 0.5:
-        print("Digits never get half of the probability: no number is this model's answer here.\n")
-    print(f"{folder}/counting.json, .png, .pdf")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,21 @@ TRACKING = {"exact": tokenization.spellings, "paper": tokenization.containing}
 
 
 def tracked(
-    tokenizer: tokenizers.Tokenizer, answers: Sequence[str], how: str
+    tokenizer: tokenizers.Tokenizer, answers: Sequence[str] | Mapping[str, Sequence[str]], how: str
 ) -> dict[str, list[int]]:
     """Answer -> the tokens that count for it, as `TRACKING` says.
+
+    Args:
+      tokenizer: of the model.
+      answers: what is tracked; or each answer with the ways to write it, whose tokens are summed.
+      how: a key of `TRACKING`.
 
     Raises:
       InputError: if an answer has no token of its own.
     """
-    found = TRACKING[how](tokenizer, tuple(answers))
+    written = answers if isinstance(answers, Mapping) else {answer: (answer,) for answer in answers}
+    by_text = TRACKING[how](tokenizer, tuple(dict.fromkeys(itertools.chain(*written.values()))))
+    found = {a: [i for text in texts for i in by_text[text]] for a, texts in written.items()}
     missing = [answer for answer, tokens in found.items() if not tokens]
     if missing:
         named = ", ".join(map(repr, missing))

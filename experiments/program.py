@@ -16,7 +16,9 @@ import continuous_lm as clm
 from continuous_lm.files import check_writable
 
 _MODEL = flags.DEFINE_string(
-    "model", "apples", "A checkpoint folder, or a bundled model by its name."
+    "model",
+    "apples",
+    "A checkpoint folder, a bundled model by its name, or org/name on the Hugging Face hub.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -26,6 +28,9 @@ _DTYPE = flags.DEFINE_enum(
 )
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for the results.  [default: results/ and the program's name]"
+)
+_CACHE_DIR = flags.DEFINE_string(
+    "cache_dir", None, "Folder that keeps converted parameters for the next run.  [default: none]"
 )
 _IGNORE = flags.DEFINE_list(
     "ignore_config_fields", [], "Fields of config.json known not to change what the model computes."
@@ -61,7 +66,10 @@ def load_model() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "stored"
     lm = clm.load(
-        _MODEL.value, dtype=None if dtype == "stored" else dtype, ignore_fields=_IGNORE.value
+        _MODEL.value,
+        dtype=None if dtype == "stored" else dtype,
+        ignore_fields=_IGNORE.value,
+        cache_dir=_CACHE_DIR.value,
     )
     if lm.tokenizer is None:
         raise clm.InputError(
@@ -70,16 +78,28 @@ def load_model() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
     return lm, lm.tokenizer
 
 
+def model_name() -> str:
+    """What --model names, without the folders it lies in."""
+    return pathlib.PurePath(_MODEL.value).name
+
+
+def is_bundled() -> bool:
+    """Whether --model names a bundled model, which knows the small language alone."""
+    return _MODEL.value in clm.bundled()
+
+
 def record() -> dict[str, Any]:
     """Flags, versions and device of this run, for its results file."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
-    own = {
+    package = __name__.rpartition(".")[0]
+    ours = {
         flag.name: flag.value
-        for flag in flags.FLAGS.get_key_flags_for_module(sys.modules["__main__"])
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if module.startswith(package) or module == sys.argv[0]
+        for flag in defined
     }
-    shared = {flag.name: flag.value for flag in flags.FLAGS.get_flags_for_module(__name__)}
     return {
-        "flags": dict(sorted((own | shared).items())),
+        "flags": dict(sorted(ours.items())),
         "versions": {"continuous_lm": clm.__version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
         "device": jax.devices()[0].device_kind,

@@ -116,6 +116,11 @@ class TransformerConfig:
         cycle = itertools.cycle(self.window_pattern)
         return tuple(self.window is not None and next(cycle) for _ in range(self.num_layers))
 
+    def at_length(self, num_tokens: int) -> "TransformerConfig":
+        """The model for a sequence of so many tokens, however they are divided over calls."""
+        rope, local = (r and r.at_length(num_tokens) for r in (self.rope, self.local_rope))
+        return dataclasses.replace(self, rope=rope, local_rope=local)
+
     @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis letter."""

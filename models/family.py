@@ -14,7 +14,7 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.rotary import LinearScaling, Llama3Scaling, LongRope, Rope
 
 REQUIRED: Any = object()
-MOST_LAYERS = 10_000  # more is a mistake, and would cost time before it shows
+MOST_LAYERS = 1_000  # more is a mistake, and would cost time and memory before it shows
 
 # Fields that do not change what a causal model computes at inference, so that they may be there.
 INERT = frozenset(
@@ -29,6 +29,8 @@ INERT = frozenset(
     summary_activation summary_first_dropout summary_proj_to_labels summary_type
     summary_use_proj task_specific_params torch_dtype transformers_version unk_token_id
     use_cache
+    _commit_hash decoder_start_token_id do_sample finetuning_task max_length min_length num_beams
+    repetition_penalty sep_token_id temperature tokenizer_class top_k top_p
     """.split()
 )
 
@@ -74,7 +76,7 @@ class Fields:
             default,
             (int, float),
             "a positive number",
-            lambda v: 0 < v <= float(np.finfo(np.float32).max),
+            _positive,
         )
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
@@ -95,10 +97,18 @@ class Fields:
 
     def must_be(self, name: str, *allowed: Any) -> None:
         """Refuses a field whose value would change the maths in a way that is not handled."""
-        if self.get(name, allowed[0]) not in allowed:
+        value = self.get(name, allowed[0])
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
             raise InputError(
-                f"field {self._prefix}{name} is {self._values[name]!r}, which is not handled;"
+                f"field {self._prefix}{name} is {value!r:.60}, which is not handled;"
                 f" only {', '.join(map(repr, allowed))}"
+            )
+
+    def agree(self, name: str, value: Any, other: str, told: Any) -> None:
+        """Refuses two fields that say the same thing and differ; None says nothing."""
+        if value is not None and told is not None and value != told:
+            raise InputError(
+                f"fields {other} ({told!r:.60}) and {self._prefix}{name} ({value!r:.60}) differ"
             )
 
     def finish(self, ignore: tuple[str, ...] = ()) -> None:
@@ -106,8 +116,8 @@ class Fields:
         for name, value in self._values.items():
             if name not in self._read | INERT | set(ignore) and value is not None:
                 raise InputError(
-                    f"field {self._prefix}{name} ({value!r:.60}) is not handled and may change"
-                    " what the model computes; if it does not, name it in ignore_fields"
+                    f"field {self._prefix}{_shown(name)} ({value!r:.60}) is not handled and may"
+                    " change what the model computes; if it does not, name it in ignore_fields"
                 )
 
     def _typed(self, name, default, types, what, holds=lambda v: True):
@@ -123,10 +133,21 @@ class Fields:
         return value
 
 
+def _positive(value: int | float) -> bool:
+    """Whether it is a positive number in float32 too, neither 0 nor infinite there."""
+    limits = np.finfo(np.float32)
+    return float(limits.tiny) <= value <= float(limits.max)
+
+
 def _all_positive(values: list) -> bool:
     return all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in values
+        isinstance(v, (int, float)) and not isinstance(v, bool) and _positive(v) for v in values
     )
+
+
+def _shown(name: str) -> str:
+    """A field's name as it can stand in one line."""
+    return name if name.isprintable() and len(name) <= 60 else f"{name!a:.60}"
 
 
 def read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
@@ -134,7 +155,8 @@ def read_activation(fields: Fields, name: str = "hidden_act", default: str = "si
     value = fields.text(name, default)
     if value not in _ACTIVATION_NAMES:
         raise InputError(
-            f"field {name} is {value!r}, which is not handled; only {', '.join(_ACTIVATION_NAMES)}"
+            f"field {name} is {value!r:.60}, which is not handled;"
+            f" only {', '.join(_ACTIVATION_NAMES)}"
         )
     return _ACTIVATION_NAMES[value]
 
@@ -155,11 +177,20 @@ def read_shape(fields: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict
         "num_layers": fields.integer("num_hidden_layers", most=MOST_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
-        "head_dim": fields.integer("head_dim", max(1, hidden_size // num_heads)),
+        "head_dim": fields.integer("head_dim", None)
+        or head_width(hidden_size, num_heads, "hidden_size", "num_attention_heads"),
         "norm_eps": float(fields.number("rms_norm_eps", eps)),
         "activation": read_activation(fields),
         "tie_embeddings": fields.flag("tie_word_embeddings", tied),
     }
+
+
+def head_width(hidden_size: int, num_heads: int, *names: str) -> int:
+    """The width of a head where nothing else says it; `names` are those of the two fields."""
+    if hidden_size % num_heads:
+        size, heads = names
+        raise InputError(f"field {heads} ({num_heads}) does not divide {size} ({hidden_size})")
+    return hidden_size // num_heads
 
 
 def write_shape(config: TransformerConfig) -> dict[str, Any]:
@@ -206,6 +237,8 @@ def read_windows(fields: Fields, num_layers: int, sliding: Callable[[int], bool]
                 f"field layer_types must be a list of {num_layers}, each one of {', '.join(names)}"
             )
         pattern = tuple(names[kind] for kind in kinds)
+        if window is None and any(pattern):
+            raise InputError("field layer_types has windows, but sliding_window says none")
     return {} if window is None else {"window": float(window), "window_pattern": pattern}
 
 
@@ -241,6 +274,8 @@ def read_rope(fields: Fields, theta: float = 10_000.0, fraction: float | None = 
     if scaling is not None and parameters is not None:
         raise InputError("fields rope_scaling and rope_parameters are both given; keep one")
     inner = parameters or scaling or Fields({})
+    name = "partial_rotary_factor"
+    inner.agree(name, inner.get(name, None), name, fields.get(name, None))
     return read_rope_parameters(inner, fields, top, theta, fraction)
 
 
@@ -259,12 +294,19 @@ def read_rope_parameters(
         inner.must_be("partial_rotary_factor", 1.0)
     else:
         fraction = inner.number("partial_rotary_factor", fraction)
-    kind = inner.text("rope_type", inner.text("type", "default"))
-    if kind not in _SCALINGS:
-        raise InputError(f"rope scaling {kind!r} is not handled; only {', '.join(_SCALINGS)}")
-    scaling = _SCALINGS[kind](inner, fields)
+    kinds = [inner.text(name, None) for name in ("rope_type", "type")]
+    readers = [_scaling_reader(kind) for kind in kinds if kind is not None]
+    if len(set(readers)) > 1:
+        inner.agree("type", kinds[1], "rope_type", kinds[0])
+    scaling = readers[0](inner, fields) if readers else None
     inner.finish()
     return Rope(theta=float(own), scaling=scaling, fraction=float(fraction or 1.0))
+
+
+def _scaling_reader(kind: str) -> "Callable[[Fields, Fields], Any]":
+    if kind not in _SCALINGS:
+        raise InputError(f"rope scaling {kind!r:.60} is not handled; only {', '.join(_SCALINGS)}")
+    return _SCALINGS[kind]
 
 
 def _read_llama3(inner: Fields, fields: Fields) -> Llama3Scaling:
@@ -281,10 +323,12 @@ def _read_llama3(inner: Fields, fields: Fields) -> Llama3Scaling:
 
 def _read_longrope(inner: Fields, fields: Fields) -> LongRope:
     """Phi-3's; the amplitude is sqrt(1 + log(length / original) / log(original))."""
-    original = fields.integer("original_max_position_embeddings", None) or inner.integer(
-        "original_max_position_embeddings"
-    )
-    inner.get("original_max_position_embeddings", None)  # the field on top goes first
+    name = "original_max_position_embeddings"
+    told = fields.integer(name, None)
+    original = inner.integer(name, REQUIRED if told is None else told)
+    inner.agree(name, original, name, told)
+    if original == 1:
+        raise InputError(f"field {name} is 1; it must be more, its logarithm is divided by")
     length = fields.integer("max_position_embeddings", original)
     longer = inner.number("factor", length / original)
     stretch = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0

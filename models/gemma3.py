@@ -20,18 +20,30 @@ from continuous_lm.rotary import Rope
 def read_config(fields: Fields) -> TransformerConfig:
     """From the fields of config.json."""
     shape = read_gemma(fields)
-    every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
     everywhere, local = _read_ropes(fields)
     return TransformerConfig(
         family="gemma3_text",
         **shape,
         **gemma2.read_caps(fields),
-        **read_windows(fields, shape["num_layers"], lambda layer: (layer + 1) % every != 0),
+        **_read_windows(fields, shape["num_layers"]),
         rope=everywhere,
         local_rope=local,
         post_norms=True,
         qk_norm=True,
     )
+
+
+def _read_windows(fields: Fields, num_layers: int) -> dict[str, Any]:
+    """Windows in all layers but every sixth, or as given; layer_types go first.
+
+    Writers put a pattern of 6 next to any layer_types.
+    """
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    given = [fields.integer(name, None) for name in names]
+    fields.agree(names[0], given[0], names[1], given[1])
+    every = given[0] or given[1] or 6
+    regular = tuple((layer + 1) % every != 0 for layer in range(num_layers))
+    return read_windows(fields, num_layers, regular.__getitem__)
 
 
 def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:

@@ -8,6 +8,7 @@ from continuous_lm.models.family import (
     Family,
     Fields,
     Stored,
+    head_width,
     read_activation,
     write_activation,
 )
@@ -26,7 +27,7 @@ def read_config(fields: Fields) -> TransformerConfig:
         num_layers=fields.integer("n_layer", most=MOST_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
+        head_dim=head_width(hidden_size, num_heads, "n_embd", "n_head"),
         norm="layer",
         norm_eps=float(fields.number("layer_norm_epsilon", 1e-5)),
         activation=read_activation(fields, "activation_function", "gelu_new"),

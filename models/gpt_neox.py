@@ -8,6 +8,7 @@ from continuous_lm.models.family import (
     Family,
     Fields,
     Stored,
+    head_width,
     read_activation,
     read_rope,
     write_activation,
@@ -19,7 +20,11 @@ def read_config(fields: Fields) -> TransformerConfig:
     """From the fields of config.json."""
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     bias = fields.flag("attention_bias", True)
-    base, share = fields.number("rotary_emb_base", 10_000.0), fields.number("rotary_pct", 0.25)
+    width = head_width(hidden_size, num_heads, "hidden_size", "num_attention_heads")
+    base, share = fields.number("rotary_emb_base", None), fields.number("rotary_pct", None)
+    rope = read_rope(fields, theta=base or 10_000.0, fraction=share or 0.25)
+    fields.agree("rope_theta", rope.theta, "rotary_emb_base", base)
+    fields.agree("partial_rotary_factor", rope.fraction, "rotary_pct", share)
     return TransformerConfig(
         family="gpt_neox",
         vocab_size=fields.integer("vocab_size"),
@@ -28,13 +33,13 @@ def read_config(fields: Fields) -> TransformerConfig:
         num_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
+        head_dim=width,
         norm="layer",
         norm_eps=float(fields.number("layer_norm_eps", 1e-5)),
         parallel=fields.flag("use_parallel_residual", True),
         activation=read_activation(fields, default="gelu"),
         gated=False,
-        rope=read_rope(fields, theta=base, fraction=share),
+        rope=rope,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=bias,
         output_bias=bias,

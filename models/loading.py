@@ -4,28 +4,27 @@ import dataclasses
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from continuous_lm import axes as axes_lib
 from continuous_lm import checkpoints, tokenization
 from continuous_lm.errors import InputError, about
 from continuous_lm.files import read_json, write_json, written_aside
 from continuous_lm.models import (
+    cache,
     gemma,
     gemma2,
     gemma3,
     gpt2,
     gpt_neox,
+    hub,
     llama,
     mistral,
     phi3,
@@ -34,6 +33,8 @@ from continuous_lm.models import (
 )
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.family import INERT, Family, Fields
+from continuous_lm.models.kv_cache import KVCache
+from continuous_lm.models.layout import Layout, check_tree
 from continuous_lm.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class LanguageModel:
       tokenizer: of the `tokenizers` library, or None.
       notes: fields of config.json that do not change what is computed (special tokens, length of
         the context), kept for `save`.
+      form: of attention, and
+      remat: whether layers are computed anew for the backward pass; see `Transformer`. To change
+        them: `dataclasses.replace(lm, remat=True)`.
       model: the Linen module, whose `apply` is a pure function.
     """
 
@@ -82,10 +86,13 @@ class LanguageModel:
     params: Any
     tokenizer: "tokenizers.Tokenizer | None" = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    form: str = "auto"
+    remat: bool = False
     model: Transformer = dataclasses.field(init=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "model", Transformer(self.config))
+        model = Transformer(self.config, form=self.form, remat=self.remat)
+        object.__setattr__(self, "model", model)
 
     def __call__(self, tokens=None, **arguments) -> jax.Array:
         """`model.apply({"params": params}, ...)`, jitted; arguments as of `Transformer.__call__`.
@@ -93,7 +100,11 @@ class LanguageModel:
         Values are checked before they are compiled over, as long as they are known.
         """
         tokens = None if tokens is None else jnp.asarray(tokens)
-        arguments = {k: jnp.asarray(v) for k, v in arguments.items() if v is not None}
+        arguments = {
+            name: value if isinstance(value, KVCache) else jnp.asarray(value)
+            for name, value in arguments.items()
+            if value is not None
+        }
         self.model.check(tokens, **arguments)
         return _apply(self.model, self.params, tokens, arguments)
 
@@ -104,24 +115,30 @@ def load(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     ignore_fields: Sequence[str] = (),
+    cache_dir: str | os.PathLike | None = None,
 ) -> LanguageModel:
-    """Loads a checkpoint folder in the Hugging Face layout, or a bundled model by its name.
+    """Loads a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
 
-    Tensors are read one at a time into stacked buffers, cast on the way, and placed; there is never
-    a second copy of the model in memory.
+    What the devices hold is read once, cast on the way, and placed; there is never a second copy of
+    the model in memory, and on many hosts each reads what its own devices hold.
 
     Args:
       folder_or_name: a folder with config.json, model.safetensors (or shards with their index) and,
-        if it has one, tokenizer.json; or the name of a bundled model, such as "apples".
+        if it has one, tokenizer.json; or the name of a bundled model, such as "apples"; or
+        "org/name" or "org/name@revision" on the Hugging Face hub, which needs the extra `hub`.
       dtype: of the parameters, and so of the computation; as config.json says if left out.
       mesh: devices to shard the parameters over, with axes "data" and "model" (see `axes.RULES`);
         all on the default device if left out.
       ignore_fields: fields of config.json that are known not to change what the model computes.
+      cache_dir: where to keep the converted parameters for the next time; nowhere if left out. They
+        are converted again when the folder's files have changed.
 
     Raises:
       InputError: naming the file, field or tensor that is missing, left over or not handled.
     """
     folder = _find(folder_or_name)
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise InputError(f"mesh is a {type(mesh).__name__}; make one with jax.make_mesh")
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         config = read_config(fields, ignore_fields)
@@ -132,27 +149,46 @@ def load(
             f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, but config.json's"
             f" vocab_size is {config.vocab_size}; they do not belong together"
         )
-    params = load_params(folder, config, dtype, mesh)
+    layout = Layout(config, FAMILIES[config.family], parameter_boxes(config))
+    targets = layout.targets(dtype, mesh)
+    build = functools.partial(layout.read, folder, targets)
+    flat = build() if cache_dir is None else cache.through(cache_dir, folder, targets, build)
+    params = traverse_util.unflatten_dict(flat, sep="/")
     notes = {name: value for name, value in fields.items() if name in INERT}
     return LanguageModel(config, params, tokenizer, notes)
 
 
-def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
+def save(
+    folder: str | os.PathLike, lm: LanguageModel, *, shard_size: int = checkpoints.SHARD_SIZE
+) -> None:
     """Writes `lm` as a checkpoint folder in the Hugging Face layout, in the parameters' dtype.
 
-    The files reach the folder when all of them are written, not before.
+    The files reach the folder when all of them are written, not before; weights that were there are
+    then gone. Parameters are fetched from their devices tensor by tensor.
+
+    Args:
+      folder: made if it is not there.
+      lm: the model.
+      shard_size: the most bytes of weights in one file; a model that is larger becomes several
+        files with an index.
 
     Raises:
       InputError: if the folder cannot be written, or the family's config.json cannot express the
         model.
     """
+    if not isinstance(lm, LanguageModel):
+        raise InputError(f"lm is a {type(lm).__name__}; only a LanguageModel can be saved")
+    if lm.config.family not in FAMILIES:
+        raise InputError(
+            f"family is {lm.config.family!r}, which has no layout of checkpoints; only"
+            f" {', '.join(FAMILIES)}"
+        )
     config, family = lm.config, FAMILIES[lm.config.family]
-    boxes = parameter_boxes(config)
-    flat = {
-        path: np.asarray(value)
-        for path, value in traverse_util.flatten_dict(lm.params, sep="/").items()
-    }
-    _check_tree(flat, boxes)
+    layout = Layout(config, family, parameter_boxes(config))
+    if not isinstance(lm.params, Mapping):
+        raise InputError(f"params are a {type(lm.params).__name__}; they must be a tree of dicts")
+    flat = traverse_util.flatten_dict(lm.params, sep="/")
+    check_tree(flat, layout.boxes)
     dtype = flat["embedding"].dtype
     notes = {k: v for k, v in lm.notes.items() if k not in ("dtype", "transformers_version")}
     fields = {
@@ -164,17 +200,10 @@ def save(folder: str | os.PathLike, lm: LanguageModel) -> None:
     }
     if _written_out(read_config(fields)) != _written_out(config):
         raise InputError(f"a config.json of {config.family} cannot express this model: {config}")
-    tensors = {}
-    for template, paths in _groups(boxes, family).items():
-        for layer in _layers(template, config):
-            shape = family.tensors[paths[0]].shape(config.sizes)
-            tensor = tensors[template.format(layer=layer)] = np.empty(shape, dtype)
-            for path in paths:
-                part, axes = _part(flat[path], boxes[path], layer)
-                family.tensors[path].view(tensor, axes, config.sizes)[...] = part
-    with written_aside(folder) as aside:
-        write_json(aside / "config.json", fields)
-        checkpoints.save_tensors(aside / checkpoints.WEIGHTS, tensors)
+    with written_aside(folder, replaces=checkpoints.FILES) as aside:
+        with about("config.json"):
+            write_json(aside / "config.json", fields)
+        layout.write(aside, flat, dtype, shard_size)
         if lm.tokenizer is not None:
             lm.tokenizer.save(str(aside / "tokenizer.json"))
 
@@ -202,94 +231,6 @@ def parameter_boxes(config: TransformerConfig) -> dict[str, nn.LogicallyPartitio
     )
 
 
-def load_params(
-    folder: pathlib.Path, config: TransformerConfig, dtype: DTypeLike, mesh: Mesh | None = None
-) -> Any:
-    """The parameter tree that a folder's tensors hold."""
-    family, params = FAMILIES[config.family], {}
-    with checkpoints.open_tensors(folder) as tensors, about(str(folder)):
-        boxes = parameter_boxes(config)
-        named = _check_names(tensors, boxes, config)
-        for template, paths in _groups(boxes, family).items():
-            buffers = {path: _aligned_empty(boxes[path].value.shape, dtype) for path in paths}
-            for layer in _layers(template, config):
-                tensor = tensors.read(named[template.format(layer=layer)])
-                for path, buffer in buffers.items():
-                    part, axes = _part(buffer, boxes[path], layer)
-                    part[...] = family.tensors[path].view(tensor, axes, config.sizes)
-            for path, buffer in buffers.items():
-                axes = _axes(boxes[path])
-                place = None if mesh is None else axes_lib.sharding(mesh, axes, buffer.shape)
-                params[path] = jax.device_put(buffer, place)
-    return traverse_util.unflatten_dict(params, sep="/")
-
-
-def _groups(boxes: Mapping[str, Any], family: Family) -> dict[str, list[str]]:
-    """Stored name -> the parameters that lie in that tensor: one, or several in a fused one."""
-    groups: dict[str, list[str]] = {}
-    for path in boxes:
-        groups.setdefault(family.tensors[path].name, []).append(path)
-    return groups
-
-
-def _layers(template: str, config: TransformerConfig) -> range:
-    """The layers that have a tensor of this name."""
-    return range(config.num_layers if "{layer}" in template else 1)
-
-
-def _part(
-    whole: np.ndarray, box: nn.LogicallyPartitioned, layer: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """One layer of a parameter, or all of it if it has no layers; and the axes of that."""
-    axes = _axes(box)
-    return (whole[layer], axes[1:]) if axes[0] == "L" else (whole, axes)
-
-
-def _axes(box: nn.LogicallyPartitioned) -> tuple[str, ...]:
-    return cast(tuple[str, ...], box.names)
-
-
-def _check_names(
-    tensors: checkpoints.Tensors, boxes: Mapping[str, Any], config: TransformerConfig
-) -> dict[str, str]:
-    """Refuses a tensor that is missing, left over or of another shape, before anything is read.
-
-    Returns:
-      the name of each tensor in the family's table -> its name in this checkpoint.
-    """
-    family, names = FAMILIES[config.family], tensors.names
-    bare = not any(name.startswith(family.prefix) for name in names)
-    named: dict[str, str] = {}
-    for template, paths in _groups(boxes, family).items():
-        shape = family.tensors[paths[0]].shape(config.sizes)
-        for layer in _layers(template, config):
-            full = template.format(layer=layer)
-            name = named[full] = full.removeprefix(family.prefix) if bare else full
-            if name not in names:
-                raise InputError(f"tensor {name} {list(shape)} is missing")
-            if tensors.shape(name) != shape:
-                raise InputError(
-                    f"tensor {name} in {tensors.path(name).name} has shape"
-                    f" {list(tensors.shape(name))}, but config.json asks for {list(shape)}"
-                )
-    for name in sorted(names - set(named.values())):
-        full = family.prefix + name if bare else name
-        if any(re.fullmatch(pattern, full) for pattern in family.ignored):
-            continue
-        if config.tie_embeddings and name == family.tensors["head"].name:
-            # Some exporters write the tied table twice.
-            table = tensors.read(named[family.tensors["embedding"].name])
-            if tensors.shape(name) == table.shape and np.array_equal(tensors.read(name), table):
-                continue
-            raise InputError(
-                f"tensor {name} is not the embedding table, as tie_word_embeddings says"
-            )
-        raise InputError(
-            f"tensor {name} in {tensors.path(name).name} is left over: it has no place"
-        )
-    return named
-
-
 def _excess(tokenizer: "tokenizers.Tokenizer", vocab_size: int) -> bool:
     """Whether it has tokens beyond the vocabulary, special ones aside (Gemma 3's for images)."""
     special = {i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
@@ -301,36 +242,36 @@ def _written_out(config: TransformerConfig) -> TransformerConfig:
     return dataclasses.replace(config, window_pattern=config.windowed)
 
 
-def _check_tree(flat: dict[str, np.ndarray], boxes) -> None:
-    for path in sorted(set(flat) ^ set(boxes)):
-        raise InputError(
-            f"parameter {path} is {'missing' if path in boxes else 'left over: it has no place'}"
-        )
-    for path, box in boxes.items():
-        if flat[path].shape != box.value.shape:
-            raise InputError(
-                f"parameter {path} has shape {flat[path].shape}; it must be {box.value.shape}"
-            )
+def bundled() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())
 
 
 def _find(folder_or_name: str | os.PathLike) -> pathlib.Path:
+    if not isinstance(folder_or_name, (str, os.PathLike)):
+        raise InputError(f"{folder_or_name!r:.60} is neither the path of a folder nor a name")
     folder = pathlib.Path(folder_or_name)
     if os.path.isdir(folder):  # False, not an error, for names that no file can have
         return folder
-    bundled = sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())
-    if str(folder_or_name) in bundled:
+    if str(folder_or_name) in bundled():
         return BUNDLED / str(folder_or_name)
     if os.path.exists(folder):
         raise InputError(f"{folder} is a file; give the folder of a checkpoint")
+    if hub.NAME.fullmatch(str(folder_or_name)):
+        return hub.fetch(str(folder_or_name))
     raise InputError(
-        f"{str(folder_or_name)!r} is neither a folder nor a bundled model ({', '.join(bundled)})"
+        f"{str(folder_or_name)!r} is neither a folder nor a bundled model ({', '.join(bundled())})"
+        " nor org/name on the Hugging Face hub"
     )
 
 
 def _dtype(fields: dict[str, Any]) -> jnp.dtype:
-    name = next(
-        (fields[k] for k in ("dtype", "torch_dtype") if fields.get(k) is not None), "float32"
-    )
+    given = [fields[k] for k in ("dtype", "torch_dtype") if fields.get(k) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise InputError(
+            f"fields dtype ({given[0]!r:.60}) and torch_dtype ({given[1]!r:.60}) differ"
+        )
+    name = given[0] if given else "float32"
     if not isinstance(name, str) or name not in _DTYPES:
         raise InputError(f"field dtype is {name!r:.60}; it must be one of {', '.join(_DTYPES)}")
     return _float_dtype(name)
@@ -346,12 +287,3 @@ def _float_dtype(dtype: DTypeLike) -> jnp.dtype:
     if jax.dtypes.canonicalize_dtype(found) != found:
         raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True) before it")
     return found
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An empty array that the CPU backend can take over as it is, instead of copying it."""
-    dtype, alignment = jnp.dtype(dtype), 64
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + alignment, np.uint8)
-    offset = -raw.ctypes.data % alignment
-    return raw[offset : offset + size].view(dtype).reshape(shape)

@@ -25,7 +25,9 @@ def read_sliding(fields: Fields, num_layers: int) -> dict[str, Any]:
         raise InputError(f"field max_window_layers is {first!r:.60}; it must be an integer")
     if slides:
         require(fields, "sliding_window")
-    windows = read_windows(fields, num_layers, lambda layer: layer >= first)
+    windows = read_windows(fields, num_layers, lambda layer: slides and layer >= first)
+    if not slides and any(windows.get("window_pattern", ())):
+        raise InputError("field layer_types has windows, but use_sliding_window is false")
     return windows if slides else {}
 
 

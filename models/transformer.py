@@ -5,7 +5,7 @@ and `.durations`. Layers are stacked on a leading axis L and scanned. Kernels ke
 order, outputs before inputs, so that loading them is one read with no transposition.
 """
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -16,9 +16,12 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm import rotary
-from continuous_lm.attention import attend, visible
+from continuous_lm.attention import attend
 from continuous_lm.errors import InputError
+from continuous_lm.masks import visible
+from continuous_lm.models import kv_cache
 from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
+from continuous_lm.models.kv_cache import KVCache
 
 _KERNEL = nn.initializers.normal(0.02)
 _ONES = nn.initializers.ones
@@ -43,10 +46,18 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
 class Clock(NamedTuple):
     """When the tokens are and how much they weigh, for every layer alike."""
 
-    durations: jax.Array  # [..., T]
-    steps: jax.Array | None  # [..., T] that windows sum; None: the durations
+    durations: jax.Array  # [..., S]
+    steps: jax.Array | None  # [..., S] that windows sum; None: the durations
+    first: jax.Array | None  # int [], index of the first query's token; None: T = S
     angles: jax.Array | None  # [..., T, R/2]
     local_angles: jax.Array | None  # those of layers with a window, where they differ
+
+
+class Memory(NamedTuple):
+    """Keys and values of all layers, of tokens that came before."""
+
+    keys: jax.Array  # [L, ..., S, K, H]
+    values: jax.Array  # [L, ..., S, K, H]
 
 
 class Layer(nn.Module):
@@ -84,8 +95,10 @@ class Norm(Layer):
 class Attention(Layer):
     """Projections around `attend`."""
 
+    form: str = "auto"
+
     @nn.compact
-    def __call__(self, x, clock, local):
+    def __call__(self, x, memory, clock, layer, local):
         config = self.config
         q = jnp.einsum("...td,nhd->...tnh", x, self.weight("q", "N H D"))
         k = jnp.einsum("...td,khd->...tkh", x, self.weight("k", "K H D"))
@@ -102,6 +115,10 @@ class Attention(Layer):
             if clock.local_angles is not None:
                 angles = jnp.where(local, clock.local_angles, angles)
             q, k = (rotary.rotate(u, angles, amplitude) for u in (q, k))
+        if memory is not None:
+            keys, k = kv_cache.remember(memory.keys, k, layer, clock.first)
+            values, v = kv_cache.remember(memory.values, v, layer, clock.first)
+            memory = Memory(keys, values)
         window: ArrayLike | None = config.window
         if window is not None and not all(config.windowed):
             window = jnp.where(local, window, jnp.inf)
@@ -114,9 +131,12 @@ class Attention(Layer):
             softcap=config.attention_softcap,
             window=window,
             steps=clock.steps,
+            first=clock.first,
+            form=self.form,
         )
         y = jnp.einsum("...tnh,dnh->...td", y, self.weight("o", "D N H"))
-        return y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
+        y = y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
+        return y, memory
 
 
 class Mlp(Layer):
@@ -140,19 +160,23 @@ class Mlp(Layer):
 class Block(Layer):
     """One layer of the trunk, in the shape that `nn.scan` wants: carry in, carry out."""
 
+    form: str = "auto"
+
     @nn.compact
-    def __call__(self, x, clock, local):
+    def __call__(self, carry, clock, layer, local):
         config, dtype = self.config, self.param_dtype
+        x, memory = carry
 
         def after(name, y):
             return Norm(config, dtype, name=name)(y) if config.post_norms else y
 
         y = Norm(config, dtype, name="attention_norm")(x)
-        y = Attention(config, dtype, name="attention")(y, clock, local)
+        attention = Attention(config, dtype, self.form, name="attention")
+        y, memory = attention(y, memory, clock, layer, local)
         y = after("attention_post_norm", y)
         z = Norm(config, dtype, name="mlp_norm")(x if config.parallel else x + y)
         z = after("mlp_post_norm", Mlp(config, dtype, name="mlp")(z))
-        return x + y + z, None
+        return (x + y + z, memory), None
 
 
 class Transformer(Layer):
@@ -162,7 +186,14 @@ class Transformer(Layer):
     arrays: jit, vmap, grad and shard it. `param_dtype` is that of `init` alone; `apply` computes in
     the dtype of the parameters that it gets (norms, angles, attention and logits in at least
     float32).
+
+    Attributes:
+      form: of attention: "dense", "blocked", or "auto", by size; see `continuous_lm.attention`.
+      remat: keeps each layer's input alone for the backward pass, and computes the rest anew.
     """
+
+    form: str = "auto"
+    remat: bool = False
 
     def check(self, tokens: ArrayLike | None = None, **arguments) -> None:
         """Refuses arguments that do not fit; see `check`."""
@@ -178,7 +209,8 @@ class Transformer(Layer):
         start: ArrayLike | None = None,
         times: ArrayLike | None = None,
         at: ArrayLike | None = None,
-    ) -> jax.Array:
+        cache: KVCache | None = None,
+    ) -> Any:
         """Logits of the next token.
 
         Leading axes of the arguments are free and broadcast: tokens [T] with durations [P, T] give
@@ -189,14 +221,18 @@ class Transformer(Layer):
           embeddings: [..., T, D] instead of tokens: rows of the embedding table, or any others.
           durations: d >= 0 of each token, [..., T]; 1 if left out. They weight the keys and, unless
             `times` is given, say when each token ends.
-          start: the time at which the first token begins, scalar or [...]; 0 if left out.
+          start: the time at which the first token begins, scalar or [...]; 0 if left out, or the
+            end of the cache's last token.
           times: when each token ends, [..., T], instead of start + cumulative durations. Windows
             then are differences of these times.
           at: index of the token whose logits are wanted, an int or int [...] (-1: the last); only
             that position goes through the head.
+          cache: of the tokens before these, as from `kv_cache.empty` or an earlier call. A cache
+            too full for T more is refused outside of jit; inside, its last tokens are overwritten.
 
         Returns:
-          logits [..., T, V], or [..., V] with `at`; at least float32.
+          logits [..., T, V], or [..., V] with `at`; at least float32. With a cache: the logits, and
+          the cache with these tokens in it.
 
         Raises:
           InputError: for arguments that do not fit and, outside of jit, for values out of range. A
@@ -204,7 +240,13 @@ class Transformer(Layer):
             attention would be 0 / 0 (inside jit it attends to nothing).
         """
         self.check(
-            tokens, embeddings=embeddings, durations=durations, start=start, times=times, at=at
+            tokens,
+            embeddings=embeddings,
+            durations=durations,
+            start=start,
+            times=times,
+            at=at,
+            cache=cache,
         )
         table = self.weight("embedding", "V D")
         x = (
@@ -212,10 +254,28 @@ class Transformer(Layer):
             if embeddings is None
             else jnp.asarray(embeddings, table.dtype)
         )
+        num_tokens = x.shape[-2]
+        if cache is not None and start is None:
+            start = cache.end
         d, times, steps = _clock(x, durations, start, times)
         picked = () if at is None else jnp.shape(at)
-        batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1], picked)
+        rows = () if cache is None else cache.end.shape
+        batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1], picked, rows)
         x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
+        first, memory = None, None
+        if cache is not None:
+            first, memory = cache.filled, Memory(cache.keys, cache.values)
+            num_tokens = cache.durations.shape[-1]
+            if steps is not None:
+                times = jnp.broadcast_to(times, (*rows, times.shape[-1]))
+            steps = d if steps is None else time.from_times(times, cache.end)
+            cache = cache._replace(
+                durations=kv_cache.append(cache.durations, d, first),
+                steps=kv_cache.append(cache.steps, steps, first),
+                end=jnp.broadcast_to(times[..., -1], cache.end.shape),
+                filled=first + x.shape[-2],
+            )
+            d, steps = cache.durations, cache.steps
 
         config, dtype = self.config, self.param_dtype
         if config.scale_embeddings:
@@ -223,19 +283,20 @@ class Transformer(Layer):
         if config.max_positions is not None:
             x = x + between_rows(self.weight("positions", "M D"), times - 1.0)
         angles = [
-            None if rope is None else rotary.angles(times, rope, config.head_dim)
+            None if rope is None else rotary.angles(times, rope, config.head_dim, num_tokens)
             for rope in (config.rope, config.local_rope)
         ]
         layers = nn.scan(
-            Block,
+            nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=(nn.broadcast, 0, 0),
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        clock, local = Clock(d, steps, *angles), jnp.array(config.windowed)
-        x, _ = layers(config, dtype, name="layers")(x, clock, local)
+        clock, numbers = Clock(d, steps, first, *angles), jnp.arange(config.num_layers)
+        stack: Any = layers(config, dtype, self.form, name="layers")
+        (x, memory), _ = stack((x, memory), clock, numbers, jnp.array(config.windowed))
 
         if at is not None:
             x = _take(x, at)
@@ -243,8 +304,11 @@ class Transformer(Layer):
         head = table if config.tie_embeddings else self.weight("head", "V D")
         wide = jnp.promote_types(x.dtype, jnp.float32)
         logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
-        cap = config.logits_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        if config.logits_softcap is not None:
+            logits = config.logits_softcap * jnp.tanh(logits / config.logits_softcap)
+        if cache is None or memory is None:
+            return logits
+        return logits, cache._replace(keys=memory.keys, values=memory.values)
 
 
 def between_rows(table: jax.Array, positions: jax.Array) -> jax.Array:
@@ -272,6 +336,7 @@ def check(
     start: ArrayLike | None = None,
     times: ArrayLike | None = None,
     at: ArrayLike | None = None,
+    cache: KVCache | None = None,
 ) -> None:
     """Refuses arguments of `Transformer` that do not fit; values only where they are known.
 
@@ -299,7 +364,11 @@ def check(
     if durations is not None:
         time.check(durations, n)
         least = float(jnp.finfo(jnp.float32).tiny)  # less is nothing in float32
-        if _known(durations) and not (np.asarray(durations)[..., 0] >= least).all():
+        if (
+            cache is None
+            and _known(durations)
+            and not (np.asarray(durations)[..., 0] >= least).all()
+        ):
             raise InputError(
                 "durations: the first token has duration 0, so that nothing is there to attend to;"
                 " give it a positive one, or leave it out"
@@ -318,14 +387,37 @@ def check(
         "times": () if times is None else jnp.shape(times)[:-1],
         "start": () if start is None else jnp.shape(start),
         "at": () if at is None else jnp.shape(at),
+        "the cache": () if cache is None else cache.end.shape,
     }
     try:
         np.broadcast_shapes(*map(tuple, leading.values()))
     except ValueError:
         told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
         raise InputError(f"leading axes do not broadcast: {told}") from None
-    if durations is not None and times is not None and config.window is not None:
+    if cache is not None:
+        _check_cache(config, cache, n, leading)
+    elif durations is not None and times is not None and config.window is not None:
         _check_rows(durations, times, config.window)
+
+
+def _check_cache(config: TransformerConfig, cache: KVCache, n: int, leading) -> None:
+    """Refuses a cache of another model, for other sequences, or without room for n more tokens."""
+    length = cache.durations.shape[-1]
+    wanted = (config.num_layers, *cache.end.shape, length, config.num_kv_heads, config.head_dim)
+    if cache.keys.shape != wanted:
+        raise InputError(
+            f"the cache's keys have shape {list(cache.keys.shape)}; this model's are {list(wanted)}"
+        )
+    if np.broadcast_shapes(*map(tuple, leading.values())) != cache.end.shape:
+        raise InputError(
+            f"the cache is for leading axes {list(cache.end.shape)}, and those of the arguments do"
+            " not fit into them"
+        )
+    if _known(cache.filled) and int(cache.filled) + n > length:
+        raise InputError(
+            f"the cache holds {int(cache.filled)} tokens and has room for {length}: {n} more do not"
+            " fit; make it longer"
+        )
 
 
 def _check_rows(durations: ArrayLike, times: ArrayLike, window: float) -> None:
@@ -334,7 +426,8 @@ def _check_rows(durations: ArrayLike, times: ArrayLike, window: float) -> None:
         return  # every token sees itself
     times, d = time.as_float(times), time.as_float(durations)
     steps = time.from_times(times, times[..., 0])
-    seen = visible(d.shape[-1], steps, window) & (d > 0)[..., None, :]
+    index = np.arange(d.shape[-1])
+    seen = visible(index, index, time.clock(steps), window) & (d > 0)[..., None, :]
     empty = np.argwhere(~np.asarray(seen.any(axis=-1)))
     if len(empty):
         raise InputError(

@@ -1,5 +1,6 @@
-"""Against a plain float64 loop over queries and heads, closed forms and finite differences."""
+"""Each form against a plain float64 loop, closed forms and finite differences."""
 
+import functools
 import itertools
 
 import jax
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import attention
 
-attend = jax.jit(attention.attend)
+STATIC = ("scale", "softcap", "form", "block")
+FORMS = {  # blocks so small that nine tokens are several, the last of them cut
+    form: functools.partial(jax.jit(attention.attend, static_argnames=STATIC), form=form, block=4)
+    for form in ("dense", "blocked")
+}
+
+
+@pytest.fixture(params=FORMS, scope="module")
+def attend(request):
+    return FORMS[request.param]
 
 
 def reference(q, k, v, d, scale=None, softcap=None, window=None, steps=None):
@@ -47,14 +57,14 @@ def draw(
 @pytest.mark.parametrize(("num_queries", "num_kv_heads"), [(9, 4), (4, 2), (1, 1)])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 3.3, 0.01])
-def test_equals_the_integral(num_queries, num_kv_heads, softcap, window):
+def test_equals_the_integral(attend, num_queries, num_kv_heads, softcap, window):
     q, k, v, d = draw(num_queries=num_queries, num_kv_heads=num_kv_heads)
     options = {"softcap": softcap, "window": window, "scale": 1.3}
     y = attend(q, k, v, d, **options)
     np.testing.assert_allclose(y, reference(q, k, v, d, **options), atol=2e-6)
 
 
-def test_leading_axes_are_free():
+def test_leading_axes_are_free(attend):
     q, k, v, d = (jnp.stack([a, b]) for a, b in zip(draw(0), draw(1), strict=True))
     y = attend(q[:, None], k[:, None], v[:, None], d[:, None], window=2.0)
     for i in range(2):
@@ -63,7 +73,7 @@ def test_leading_axes_are_free():
         )
 
 
-def test_softcap_comes_before_the_weights():
+def test_softcap_comes_before_the_weights(attend):
     q, k, v, d = draw()
     y = attend(4 * q, k, v, 100 * d.at[3].set(1e-4), softcap=1.0)
     np.testing.assert_allclose(
@@ -71,14 +81,14 @@ def test_softcap_comes_before_the_weights():
     )
 
 
-def test_a_split_key_equals_the_whole():
+def test_a_split_key_equals_the_whole(attend):
     q, k, v, d = draw(num_queries=1)
     halves = d.at[3].mul(0.5)
     split = [jnp.insert(x, 3, x[3], axis=0) for x in (k, v, halves)]
     np.testing.assert_allclose(attend(q, *split), attend(q, k, v, d), atol=1e-6)
 
 
-def test_a_key_of_weight_zero_is_not_there():
+def test_a_key_of_weight_zero_is_not_there(attend):
     q, k, v, d = draw()
     left = [jnp.delete(x, 3, axis=0) for x in (q, k, v, d)]
     y = attend(q, k.at[3].mul(30.0), v.at[3].set(1e6), d.at[3].set(0.0), window=4.0)
@@ -87,12 +97,12 @@ def test_a_key_of_weight_zero_is_not_there():
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**31), st.floats(2.0**-20, 2.0**13, width=32))
-def test_a_common_factor_of_the_weights_cancels(seed, factor):
+def test_a_common_factor_of_the_weights_cancels(attend, seed, factor):
     q, k, v, d = draw(seed)
     np.testing.assert_allclose(attend(q, k, v, factor * d), attend(q, k, v, d), atol=2e-6)
 
 
-def test_the_future_never_leaks():
+def test_the_future_never_leaks(attend):
     """Durations that float32 cannot see next to the time: causality must not come from times."""
     q, k, v, d = draw()
     d = d.at[0].set(4096.0).at[4:].set(1e-4)
@@ -102,7 +112,7 @@ def test_the_future_never_leaks():
 
 
 @pytest.mark.parametrize("before", [0, 4000])
-def test_windows_measure_sums_of_durations(before):
+def test_windows_measure_sums_of_durations(attend, before):
     """0.1 thirty times is 3, at any time: the key at the edge is not visible, the next one is."""
     rng = np.random.default_rng(0)
     n = before + 40
@@ -114,7 +124,7 @@ def test_windows_measure_sums_of_durations(before):
         np.testing.assert_allclose(y, attend(q[-1:], k[cut], v[cut], d[cut]), atol=1e-6)
 
 
-def test_windows_of_whole_tokens_count_like_indices():
+def test_windows_of_whole_tokens_count_like_indices(attend):
     q, k, v, _ = draw()
     ones = jnp.ones(9)
     np.testing.assert_allclose(
@@ -124,7 +134,7 @@ def test_windows_of_whole_tokens_count_like_indices():
     np.testing.assert_allclose(attend(q, k, v, window=3.0)[-1:], cut, atol=1e-6)
 
 
-def test_steps_move_the_window_apart_from_the_weights():
+def test_steps_move_the_window_apart_from_the_weights(attend):
     q, k, v, d = draw()
     steps = d[::-1]
     y = attend(q, k, v, d, window=2.5, steps=steps)
@@ -132,7 +142,7 @@ def test_steps_move_the_window_apart_from_the_weights():
 
 
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (1.5, 2.5)])
-def test_gradients_match_finite_differences(softcap, window):
+def test_gradients_match_finite_differences(attend, softcap, window):
     with jax.enable_x64(True):
         q, k, v, d = draw(dtype=jnp.float64, num_queries=5)
         direction = draw(1, dtype=jnp.float64, num_queries=5)
@@ -154,7 +164,7 @@ def test_gradients_match_finite_differences(softcap, window):
             np.testing.assert_allclose(jnp.vdot(grads[i], direction[i]), numeric, rtol=1e-8)
 
 
-def test_gradient_at_weight_zero_is_the_one_sided_difference():
+def test_gradient_at_weight_zero_is_the_one_sided_difference(attend):
     with jax.enable_x64(True):
         q, k, v, d = draw(dtype=jnp.float64)
         d = d.at[3].set(0.0).at[8].set(0.0)
@@ -166,19 +176,17 @@ def test_gradient_at_weight_zero_is_the_one_sided_difference():
             np.testing.assert_allclose(grads[j], (-3 * a + 4 * b - c) / (2 * h), rtol=1e-5)
 
 
-GRADIENTS = jax.jit(jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), argnums=(0, 1, 2, 3)))
-
-
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-8])
 @pytest.mark.parametrize("loud", [1.0, 60.0])
-def test_gradients_are_finite_down_to_nothing(size, loud):
+def test_gradients_are_finite_down_to_nothing(attend, size, loud):
     q, k, v, d = draw()
     k = k.at[3].mul(loud)
-    grads = GRADIENTS(q, k, v, d.at[3].set(size))
+    loss = lambda *x: jnp.sum(attend(*x) ** 2)  # noqa: E731
+    grads = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, d.at[3].set(size))
     assert all(bool(jnp.isfinite(g).all()) for g in grads)
 
 
-def test_an_empty_row_spoils_nothing():
+def test_an_empty_row_spoils_nothing(attend):
     q, k, v, d = draw()
     d = d.at[:2].set(0.0)
     y, grads = attend(q, k, v, d), jax.grad(lambda d: jnp.sum(attend(q, k, v, d) ** 2))(d)
@@ -187,7 +195,7 @@ def test_an_empty_row_spoils_nothing():
     assert jnp.isfinite(grads).all()
 
 
-def test_low_precision_accumulates_in_float32():
+def test_low_precision_accumulates_in_float32(attend):
     """4096 equal keys: a bfloat16 sum would stop growing at 256."""
     n = 4096
     k = v = jnp.ones((n, 1, 2), jnp.bfloat16)
@@ -205,6 +213,6 @@ def test_low_precision_accumulates_in_float32():
         (((3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)), r"weights has shape \[4\]"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(shapes, message):
+def test_shapes_that_do_not_fit_are_named(attend, shapes, message):
     with pytest.raises(clm.InputError, match=message):
         attend(*map(jnp.zeros, shapes))

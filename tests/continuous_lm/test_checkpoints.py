@@ -26,7 +26,7 @@ WEIGHTS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    checkpoints.save_tensors(tmp_path / checkpoints.WEIGHTS, WEIGHTS)
+    safetensors.numpy.save_file(WEIGHTS, tmp_path / checkpoints.WEIGHTS)
     return tmp_path
 
 
@@ -37,12 +37,12 @@ def sharded(tmp_path):
 
 
 def read_all(folder):
-    with checkpoints.open_tensors(folder) as tensors:
-        for name in tensors.names:
-            assert tensors.shape(name) == tensors.read(name).shape
-            assert tensors.path(name).parent == folder
-            assert name in safetensors.numpy.load_file(tensors.path(name))
-        return {name: tensors.read(name) for name in tensors.names}
+    tensors = checkpoints.open_tensors(folder)
+    for name in tensors.names:
+        assert tensors.shape(name) == tensors[name].shape
+        assert tensors.path(name).parent == folder
+        assert name in safetensors.numpy.load_file(tensors.path(name))
+    return {name: tensors[name] for name in tensors.names}
 
 
 def refusal(folder):
@@ -69,17 +69,129 @@ def test_tensors_come_back_as_they_were_stored(layout, request):
         np.testing.assert_array_equal(found[name], value)
 
 
-def test_a_read_tensor_is_a_copy_of_its_own(folder):
-    with checkpoints.open_tensors(folder) as tensors:
-        once, twice = tensors.read("a"), tensors.read("a")
-        once[...] = 9
-        np.testing.assert_array_equal(twice, WEIGHTS["a"])
-    assert once[0, 0] == 9  # it outlives the file
+def test_a_tensor_is_the_file_mapped(folder):
+    tensors = checkpoints.open_tensors(folder)
+    found, again = tensors["a"], tensors["a"]
+    assert np.shares_memory(found, again)
+    assert not found.flags.writeable
+    del tensors, again
+    (folder / checkpoints.WEIGHTS).unlink()
+    np.testing.assert_array_equal(found, WEIGHTS["a"])  # it outlives the file
 
 
-def test_written_file_is_read_by_others_as_pytorch_s(folder):
-    with safetensors.safe_open(folder / checkpoints.WEIGHTS, framework="numpy") as file:
+@pytest.mark.parametrize("shift", range(8))
+def test_tensors_need_not_be_aligned(tmp_path, shift):
+    """Older writers left the header's length as it was."""
+    entry = {"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}
+    header = json.dumps({"b": entry, "__metadata__": {"format": "pt"}}).encode()
+    header += b" " * shift
+    content = struct.pack("<Q", len(header)) + header + WEIGHTS["b"].tobytes()
+    (tmp_path / checkpoints.WEIGHTS).write_bytes(content)
+    found = read_all(tmp_path)["b"]
+    wide = np.empty((2, 2), np.float32)
+    np.copyto(wide, found.T, casting="unsafe")
+    np.testing.assert_array_equal(wide, [[0, 2], [1, 3]])
+
+
+def test_file_without_tensors(tmp_path):
+    safetensors.numpy.save_file({}, tmp_path / checkpoints.WEIGHTS)
+    assert read_all(tmp_path) == {}
+
+
+# --- Written files ---------------------------------------------------------------------------
+
+MANY = {f"t{i}": np.full((i + 1, 3), i, np.float32) for i in range(4)}  # 12, 24, 36, 48 bytes
+MANY["scalar"] = np.array(7, np.float32)
+
+
+def save(folder, tensors, **arguments):
+    """Writes tensors of one dtype; returns the order in which they were asked for."""
+    asked = []
+
+    def tensor(name):
+        asked.append(name)
+        return tensors[name]
+
+    shapes = {name: value.shape for name, value in tensors.items()}
+    (dtype,) = {value.dtype for value in tensors.values()}
+    checkpoints.save_tensors(folder, shapes, dtype, tensor, **arguments)
+    return asked
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_written_file_is_read_by_others_as_pytorch_s(tmp_path, dtype):
+    tensors = {name: value.T.astype(dtype) for name, value in MANY.items()}
+    assert save(tmp_path, tensors) == list(tensors)
+    path = tmp_path / checkpoints.WEIGHTS
+    with safetensors.safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+    for found in (safetensors.numpy.load_file(path), read_all(tmp_path)):
+        assert found.keys() == tensors.keys()
+        for name, value in tensors.items():
+            assert found[name].dtype == dtype
+            np.testing.assert_array_equal(found[name], value)
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    assert length % 8 == 0  # so that the tensors are aligned
+
+
+@pytest.mark.parametrize(
+    ("shard_size", "shards"),
+    [
+        (124, ["t0 t1 t2 t3 scalar"]),
+        (123, ["t0 t1 t2 t3", "scalar"]),
+        (72, ["t0 t1 t2", "t3 scalar"]),
+        (71, ["t0 t1", "t2", "t3 scalar"]),
+        (1, ["t0", "t1", "t2", "t3", "scalar"]),
+    ],
+)
+def test_shards_are_no_larger_than_they_may(tmp_path, shard_size, shards):
+    assert save(tmp_path, MANY, shard_size=shard_size) == list(MANY)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    held = [set(safetensors.numpy.load_file(tmp_path / file)) for file in files]
+    assert held == [set(names.split()) for names in shards]
+    found = read_all(tmp_path)
+    assert found.keys() == MANY.keys()
+    for name, value in MANY.items():
+        np.testing.assert_array_equal(found[name], value)
+    if len(shards) == 1:
+        assert files == ["model.safetensors"]
+        assert not (tmp_path / checkpoints.INDEX).exists()
+        return
+    n = len(shards)
+    assert files == [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    index = json.loads((tmp_path / checkpoints.INDEX).read_text())
+    assert index["metadata"] == {"total_size": 124}
+    assert index["weight_map"] == {
+        name: file for file, names in zip(files, shards, strict=True) for name in names.split()
+    }
+
+
+@pytest.mark.parametrize("shard_size", [0, -1, 2.5, "5GB", True, None])
+def test_shard_size_that_is_no_number_of_bytes(tmp_path, shard_size):
+    with pytest.raises(clm.InputError, match=r"shard_size is .* number of bytes"):
+        save(tmp_path, MANY, shard_size=shard_size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dtype_that_no_file_holds(tmp_path):
+    with pytest.raises(clm.InputError, match="complex64"):
+        save(tmp_path, {"a": np.ones(2, np.complex64)})
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("model.safetensors", True),
+        ("model-00001-of-00003.safetensors", True),
+        ("model.safetensors.index.json", True),
+        ("mymodel.safetensors", False),
+        ("model.safetensors.bak", False),
+        ("model-of-mine.safetensors", False),
+        ("tokenizer.json", False),
+    ],
+)
+def test_files_that_a_new_checkpoint_replaces(name, ours):
+    assert bool(checkpoints.FILES.fullmatch(name)) == ours
 
 
 def test_nothing_there(tmp_path):

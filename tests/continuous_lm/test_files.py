@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pathlib
+import re
 
 import pytest
 
@@ -86,6 +87,29 @@ def test_a_folder_in_the_place_of_a_file_changes_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_what_the_new_files_stand_in_for_is_removed(tmp_path):
+    for name in ("part-1", "part-2", "my-part-1", "other"):
+        (tmp_path / name).write_text("old")
+    with files.written_aside(tmp_path, replaces=re.compile(r"part-\d|all")) as aside:
+        (aside / "part-1").write_text("new")
+        assert (tmp_path / "part-2").exists()  # not sooner
+    assert tree(tmp_path) == {"part-1": "new", "my-part-1": "old", "other": "old"}
+
+
+def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
+    (tmp_path / "part-1").write_text("old")
+    (tmp_path / "part-2").mkdir()
+    before = tree(tmp_path)
+
+    def fail():
+        with files.written_aside(tmp_path, replaces=re.compile(r"part-\d")) as aside:
+            (aside / "part-1").write_text("new")
+
+    with pytest.raises(clm.InputError, match="part-2 is a folder there"):
+        fail()
+    assert tree(tmp_path) == before
+
+
 def test_relative_folder_stays_where_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -105,6 +129,64 @@ def test_permissions_are_what_the_umask_leaves(tmp_path, mask):
         os.umask(old)
     assert (tmp_path / "results").stat().st_mode & 0o777 == 0o777 & ~mask
     assert (tmp_path / "results" / "a").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+# --- replaced_whole --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_is_replaced_whole(tmp_path, exists):
+    folder = tmp_path / "deep" / "results"
+    if exists:
+        (folder / "old").mkdir(parents=True)
+        (folder / "old" / "a").write_text("old a")
+    with files.replaced_whole(folder) as aside:
+        (aside / "sub").mkdir()
+        (aside / "sub" / "a").write_text("new a")
+        assert (folder / "old" / "a").exists() == exists
+    assert tree(folder) == {"sub": None, "sub/a": "new a"}
+    assert os.listdir(tmp_path / "deep") == ["results"]
+
+
+def test_of_two_that_replace_a_folder_at_once_one_wins(tmp_path):
+    folder = tmp_path / "results"
+    for _ in range(2):
+        with files.replaced_whole(folder) as first:
+            (first / "a").write_text("first")
+            with files.replaced_whole(folder) as second:
+                (second / "a").write_text("second")
+        assert tree(tmp_path) == {"results": None, "results/a": "first"}
+
+
+def test_another_that_is_faster_between_the_two_renames(tmp_path, monkeypatch):
+    folder, rename = tmp_path / "results", os.rename
+
+    def slow(a, b):
+        if pathlib.Path(b) == folder:  # the other's is there by now
+            folder.mkdir()
+            (folder / "a").write_text("other")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", slow)
+    with files.replaced_whole(folder) as aside:
+        (aside / "a").write_text("ours")
+    assert tree(tmp_path) == {"results": None, "results/a": "other"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, clm.InputError])
+def test_an_exception_replaces_nothing(tmp_path, error):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a").write_text("old a")
+    before = tree(tmp_path)
+
+    def fail():
+        with files.replaced_whole(tmp_path / "results") as aside:
+            (aside / "a").write_text("half")
+            raise error("on the way")
+
+    with pytest.raises(error, match="on the way"):
+        fail()
+    assert tree(tmp_path) == before
 
 
 # --- Folders that cannot be written ----------------------------------------------------------

@@ -87,3 +87,62 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
 def test_groups_outside_of_the_vocabulary_are_named():
     with pytest.raises(clm.InputError, match=r"group 1\[0\] is 40"):
         clm.sweep.probabilities(LM, [[1], [40]], tokens=draw()[0], durations=np.ones((2, N)))
+
+
+# --- Many prompts ----------------------------------------------------------------------------
+
+
+def several(count=9, seed=0):
+    """Sweeps of different lengths and numbers of points, in mass, in time, of embeddings."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        n, points = int(rng.integers(3, 40)), int(rng.integers(1, 6))
+        tokens, d = draw(i, n)
+        grid = np.asarray(d) * rng.uniform(0.5, 1.5, (points, 1)).astype(np.float32)
+        arguments = clm.sweep.vary(grid, ("both", "mass", "times")[i % 3])
+        if i % 2:
+            arguments["embeddings"] = LM.params["embedding"][tokens] * 0.9
+        else:
+            arguments["tokens"] = tokens
+        made.append(clm.sweep.Sweep(points, n, lambda arguments=arguments: arguments))
+    return made
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
+    kinds = {}
+    for swept in several():  # what is computed together has the same arguments
+        kinds.setdefault(tuple(sorted(swept.arguments())), []).append(swept)
+    for sweeps in kinds.values():
+        sets = clm.sweep.plan(LM, sweeps, batch_size)
+        assert sorted(i for indices in sets for i in indices) == list(range(len(sweeps)))
+        for indices in sets:
+            chosen = [sweeps[i] for i in indices]
+            assert len(indices) == 1 or sum(s.num_points for s in chosen) <= batch_size
+            found = clm.sweep.together(LM, GROUPS, chosen, batch_size)
+            for swept, rows in zip(chosen, found, strict=True):
+                alone = clm.sweep.probabilities(LM, GROUPS, **swept.arguments())
+                np.testing.assert_allclose(rows, alone, atol=1e-6)
+
+
+def test_many_prompts_run_few_programs():
+    rng, sweeps = np.random.default_rng(0), []
+    for n in rng.integers(3, 33, 40):  # two widths
+        arguments = {"tokens": np.zeros(n, int), "durations": np.ones((5, n), np.float32)}
+        sweeps.append(clm.sweep.Sweep(5, int(n), lambda arguments=arguments: arguments))
+    before = clm.sweep._probabilities._cache_size()
+    for indices in clm.sweep.plan(LM, sweeps, 10):
+        clm.sweep.together(LM, GROUPS, [sweeps[i] for i in indices], 10)
+    assert clm.sweep._probabilities._cache_size() - before <= 4  # and two numbers of sweeps
+
+
+def test_tokens_that_reach_a_threshold_are_found():
+    tokens, d = draw()
+    grid = clm.durations.scale(d, np.linspace(0, 1, 7), (3, 8))
+    each = clm.sweep.probabilities(LM, [[i] for i in range(40)], tokens=tokens, durations=grid)
+    for threshold in (0.02, 0.05, 0.9):
+        found = clm.sweep.reached(LM, threshold, tokens=tokens, durations=grid, batch_size=3)
+        assert set(found) == set(np.flatnonzero(each.max(axis=0) >= threshold))
+        peaks = each.max(axis=0)[found]
+        assert (np.diff(peaks) <= 0).all()

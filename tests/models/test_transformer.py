@@ -276,3 +276,57 @@ def test_rms_norm_is_its_formula():
     np.testing.assert_allclose(
         transformer.rms_norm(jnp.asarray(x), scale, 1e-5), expected, rtol=1e-6
     )
+
+
+# --- What changes how it is computed, and not what -------------------------------------------
+
+CAPPED = clm.TransformerConfig(
+    **{**WINDOWED.__dict__, "attention_softcap": 2.0, "window_pattern": (True, False, True)}
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, CAPPED], ids=["plain", "windows and caps"])
+@pytest.mark.parametrize("options", [{"form": "blocked"}, {"remat": True}], ids=str)
+def test_options_change_neither_logits_nor_gradients(config, options):
+    lm = random_lm(config)
+    tokens, d = draw(n=37)
+
+    def loss(params, d, model):
+        logits = model.apply({"params": params}, tokens, durations=d)
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+    results = [
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(lm.params, d, model)
+        for model in (lm.model.clone(form="dense"), lm.model.clone(**options))
+    ]
+    for x, y in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max())
+
+
+def test_remat_keeps_the_input_of_each_layer_alone():
+    """What one layer more adds to the memory of a gradient."""
+
+    def memory(num_layers, remat):
+        config = clm.TransformerConfig(**{**CONFIG.__dict__, "num_layers": num_layers})
+        model = clm.Transformer(config, remat=remat)
+
+        def loss(params, d):
+            logits = model.apply({"params": params}, jnp.zeros(256, jnp.int32), durations=d)
+            return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
+
+        shapes = (
+            jax.eval_shape(lambda: random_lm(config).params),
+            jax.ShapeDtypeStruct((256,), jnp.float32),
+        )
+        compiled = jax.jit(jax.grad(loss, argnums=1)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    plain, remat = ((memory(24, r) - memory(8, r)) / 16 for r in (False, True))
+    layer_input = 4 * 256 * CONFIG.hidden_size
+    assert remat < 1.5 * layer_input < plain / 3
+
+
+def test_an_unknown_form_is_refused():
+    tokens, _ = draw()
+    with pytest.raises(clm.InputError, match="form is 'flash'"):
+        LM.model.clone(form="flash").apply({"params": LM.params}, tokens)

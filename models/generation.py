@@ -1,0 +1,378 @@
+"""Text from a model: prompts in, new tokens out, each of any duration, in one compiled loop.
+
+Prompts of different lengths share a batch by padding on the left with tokens of duration 0, which
+continuous attention does not see and which take no time. So every row's new tokens stand at the
+same index, and there are no masks or positions to keep.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from continuous_lm import axes as axes_lib
+from continuous_lm import durations as time
+from continuous_lm.errors import InputError, about
+from continuous_lm.models import kv_cache
+from continuous_lm.models.loading import LanguageModel
+from continuous_lm.models.transformer import Transformer
+
+BUCKET = 64  # lengths are rounded up to multiples of it, so that few programs are compiled
+
+
+class Generated(NamedTuple):
+    """New tokens of B prompts."""
+
+    tokens: np.ndarray  # int32 [B, T]; 0 after a row's stop token
+    lengths: np.ndarray  # int32 [B], the stop token included
+
+    def rows(self) -> list[list[int]]:
+        """The new tokens of each prompt, up to and with its stop token."""
+        pairs = zip(self.tokens, self.lengths, strict=True)
+        return [row[:length].tolist() for row, length in pairs]
+
+
+class _Program(NamedTuple):
+    """What the compiled program depends on, apart from shapes."""
+
+    model: Transformer
+    kind: str  # of the prompts: "tokens" or "embeddings"
+    chunk: int
+    greedy: bool
+    top_k: int | None
+    top_p: bool
+    mesh: Mesh | None
+
+
+def sample_token(
+    key: jax.Array,
+    logits: jax.Array,
+    *,
+    temperature: ArrayLike = 1.0,
+    top_k: int | None = None,
+    top_p: ArrayLike | None = None,
+) -> jax.Array:
+    """Draws tokens from softmax(logits / temperature), cut to the likeliest ones.
+
+    Args:
+      key: PRNG key.
+      logits: [..., V].
+      temperature: >= 0, a scalar or [...]; at 0 the likeliest token is drawn.
+      top_k: draw from the k likeliest tokens only, and those that tie with the last of them.
+      top_p: then draw from the fewest tokens only whose probability adds up to p (Holtzman et al.,
+        arXiv:1904.09751); a scalar or [...].
+
+    Returns:
+      tokens int32 [...].
+    """
+    if top_k is not None:
+        _check_count("top_k", top_k)
+    wide = time.as_float(logits)
+    # The likeliest is at 0, so that nothing overflows however small the temperature is.
+    wide = wide - jnp.max(wide, axis=-1, keepdims=True)
+    temperature = jnp.asarray(temperature, wide.dtype)[..., None]
+    wide = wide / jnp.maximum(temperature, jnp.finfo(wide.dtype).tiny)
+    return jax.random.categorical(key, _likeliest(wide, top_k, top_p)).astype(jnp.int32)
+
+
+def _likeliest(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None) -> jax.Array:
+    """The logits [..., V], with -inf in place of those that `sample_token` does not draw from."""
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if top_p is not None:
+        top_p = jnp.asarray(top_p, logits.dtype)[..., None]
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        p = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+        # At 1 all are kept: the rounded sums before the least likely ones can be 1 already.
+        kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p >= 1)
+        kept = jnp.take_along_axis(kept.at[..., 0].set(True), jnp.argsort(order, axis=-1), axis=-1)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return logits
+
+
+def generate(
+    lm: LanguageModel,
+    tokens: ArrayLike | Sequence[ArrayLike] | None = None,
+    *,
+    max_new_tokens: int,
+    embeddings: ArrayLike | Sequence[ArrayLike] | None = None,
+    durations: ArrayLike | Sequence[ArrayLike] | None = None,
+    start: ArrayLike = 0.0,
+    new_durations: ArrayLike = 1.0,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    stop: int | Sequence[int] | None = None,
+    chunk: int = 1024,
+) -> Generated:
+    """Continues prompts token by token.
+
+    The program is compiled for a batch size and for lengths in steps of 64; other prompts of
+    similar lengths, temperatures, durations and numbers of new tokens run it again.
+
+    Args:
+      lm: the language model. If its parameters lie on a mesh, so does the computation.
+      tokens: the prompts: int [B, T], or a list of B of different lengths; [T] is one prompt.
+      max_new_tokens: how many tokens each prompt gets, at most.
+      embeddings: [B, T, D], or a list of B [T, D], instead of tokens; [T, D] is one prompt.
+      durations: of the prompts' tokens, shaped as these; 1 if left out.
+      start: the time at which each prompt begins, a scalar or [B].
+      new_durations: d >= 0 of the new tokens: a scalar, [max_new_tokens] or [B, max_new_tokens].
+      temperature: the logits are divided by it; at 0 the likeliest token is taken each time.
+      top_k: draw from the k likeliest tokens only.
+      top_p: draw from the fewest tokens only whose probability adds up to p.
+      key: PRNG key; needed unless the temperature is 0.
+      stop: tokens that end a row, or () for none; config.json's eos_token_id if left out.
+      chunk: prompts go through the model in pieces of at most so many tokens, so that memory for
+        their activations is bounded.
+
+    LongRoPE's factors are chosen once for all rows, by the number of tokens of the longest prompt
+    with the new ones.
+
+    Returns:
+      The new tokens, on the host.
+
+    Raises:
+      InputError: for arguments that do not fit.
+    """
+    for name, count in {"max_new_tokens": max_new_tokens, "chunk": chunk, "top_k": top_k}.items():
+        if count is not None or name == "max_new_tokens":
+            _check_count(name, count)
+    _check_sampling(temperature, top_p, key)
+    kind, rows, d = _prompts(lm, tokens, embeddings, durations)
+    time.check_numbers("start", start)
+    time.check_numbers("new_durations", new_durations, 0.0)
+
+    shape = (len(rows), max_new_tokens)
+    longest = max(map(len, rows))
+    width, chunk = _pieces(longest, chunk)
+    how = _Program(
+        lm.model.clone(config=lm.config.at_length(longest + max_new_tokens)),
+        kind,
+        chunk,
+        greedy=temperature == 0,
+        top_k=top_k,
+        top_p=top_p is not None,
+        mesh=axes_lib.mesh_of(lm.params["embedding"]),
+    )
+    room = _rounded(max_new_tokens, BUCKET)
+    batch = {
+        "prompts": _padded(rows, width),
+        "durations": _padded(d, width),
+        "new_durations": _fitted("new_durations", new_durations, shape, room),
+        "start": _fitted("start", start, shape[:1]),
+    }
+    new, lengths = _generate(
+        how,
+        lm.params,
+        batch,
+        _stop_tokens(lm, stop),
+        np.int32(max_new_tokens),
+        np.float32(temperature),
+        np.float32(1.0 if top_p is None else top_p),
+        jax.random.key(0) if key is None or how.greedy else key,
+    )
+    return Generated(np.asarray(new)[:, :max_new_tokens], np.asarray(lengths))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(
+    how: _Program,
+    params: Any,
+    batch: dict[str, jax.Array],
+    stop: jax.Array,
+    limit: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens [B, room], of which `limit` are made, and how many are each row's own [B]."""
+    (num_rows, room), width = batch["new_durations"].shape, batch["prompts"].shape[1]
+    model, chunk, dtype = how.model, how.chunk, params["embedding"].dtype
+    place = functools.partial(_placed, how.mesh)
+    batch = {name: place(array, "B T D"[: 2 * array.ndim - 1]) for name, array in batch.items()}
+    cache = kv_cache.empty(model.config, width + room, (num_rows,), dtype)
+    cache = jax.tree.map(place, cache._replace(end=batch["start"]), kv_cache.AXES)
+
+    def piece(name, i, size):
+        return lax.dynamic_slice_in_dim(batch[name], i * size, size, axis=1)
+
+    def step(cache, durations, **inputs):
+        return model.apply({"params": params}, durations=durations, cache=cache, at=-1, **inputs)
+
+    def read(i, carry):
+        """The i-th piece of the prompts."""
+        cache, _ = carry
+        inputs = {how.kind: piece("prompts", i, chunk)}
+        logits, cache = step(cache, piece("durations", i, chunk), **inputs)
+        return cache, logits
+
+    def write(i, logits, cache, new, lengths, done):
+        """The i-th new token."""
+        if how.greedy:
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            p = top_p if how.top_p else None
+            key_i = jax.random.fold_in(key, i)
+            token = sample_token(key_i, logits, temperature=temperature, top_k=how.top_k, top_p=p)
+        token = jnp.where(done, 0, token)
+        new = lax.dynamic_update_slice_in_dim(new, token[:, None], i, axis=1)
+        return i + 1, cache, new, lengths + ~done, done | jnp.isin(token, stop)
+
+    def going_on(state):
+        i, *_, done = state
+        return (i < limit) & ~jnp.all(done)
+
+    def read_and_write(state):
+        i, cache, new, lengths, done = state
+        last = lax.dynamic_slice_in_dim(new, i - 1, 1, axis=1)
+        logits, cache = step(cache, piece("new_durations", i - 1, 1), tokens=last)
+        return write(i, logits, cache, new, lengths, done)
+
+    logits = jnp.zeros((num_rows, model.config.vocab_size), jnp.promote_types(dtype, jnp.float32))
+    cache, logits = lax.fori_loop(0, width // chunk, read, (cache, logits))
+    state = write(
+        jnp.int32(0),
+        logits,
+        cache,
+        jnp.zeros((num_rows, room), jnp.int32),
+        jnp.zeros(num_rows, jnp.int32),
+        jnp.zeros(num_rows, bool),
+    )
+    _, _, new, lengths, _ = lax.while_loop(going_on, read_and_write, state)
+    return place(new, "- -"), place(lengths, "-")  # all of them on every host
+
+
+def _placed(mesh: Mesh | None, array: jax.Array, axes: str) -> jax.Array:
+    """The array, which the compiler is to spread over the mesh by the letters of its axes."""
+    if mesh is None:
+        return array
+    where = axes_lib.sharding(mesh, axes_lib.split(axes), array.shape)
+    return lax.with_sharding_constraint(array, where)
+
+
+def _check_count(name: str, count: Any) -> None:
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not whole or count < 1:
+        raise InputError(f"{name} is {count!r}; it must be a positive integer")
+
+
+def _check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
+    """Refuses what tokens cannot be drawn with."""
+    for name, value in {"temperature": temperature, "top_p": top_p}.items():
+        if value is not None or name == "temperature":
+            time.check_numbers(name, value, 0.0)
+            if np.ndim(value):
+                raise InputError(f"{name} has shape {list(np.shape(value))}; it must be a scalar")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise InputError(f"top_p is {top_p}; it must be above 0, and at most 1")
+    if temperature > 0 and key is None:
+        raise InputError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
+    if temperature > 0 and not _is_key(key):
+        raise InputError("key is not a single PRNG key, such as jax.random.key(0)")
+
+
+def _is_key(key: Any) -> bool:
+    """Whether it is one key, of the typed kind or of the older one of raw numbers."""
+    if not isinstance(key, jax.Array):
+        return False
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.ndim == 0
+    return key.dtype == jnp.uint32 and key.ndim == 1
+
+
+def _prompts(
+    lm: LanguageModel, tokens: Any, embeddings: Any, durations: Any
+) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
+    """Which kind the prompts are of, what they are, and the durations of each one's tokens."""
+    if (tokens is None) == (embeddings is None):
+        raise InputError("give either tokens or embeddings")
+    kind, given = ("tokens", tokens) if embeddings is None else ("embeddings", embeddings)
+    rows = _rows(kind, given, "T" if kind == "tokens" else "T D")
+    d = [np.ones(len(row)) for row in rows]
+    if durations is not None:
+        d = _rows("durations", durations, "T")
+    if len(d) != len(rows):
+        raise InputError(
+            f"durations are given for {len(d)} prompts, and there are {len(rows)} prompts"
+        )
+    for i, (row, d_row) in enumerate(zip(rows, d, strict=True)):
+        with about(f"prompt {i}"):
+            lm.model.check(**{kind: row}, durations=d_row)
+    # One dtype whatever was given, so that one program serves them all.
+    dtype = np.int32 if kind == "tokens" else lm.params["embedding"].dtype
+    return kind, [row.astype(dtype) for row in rows], [row.astype(np.float32) for row in d]
+
+
+def _rows(name: str, given: Any, axes: str) -> list[np.ndarray]:
+    """The arrays with these axes one by one, from one, from an array of them, or from a list."""
+    rank = len(axes_lib.split(axes))
+    try:
+        given = np.asarray(given) if hasattr(given, "ndim") else given
+        rows = [np.asarray(row) for row in given]
+        rows = [np.asarray(given)] if rows and rows[0].ndim == rank - 1 else rows
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be one prompt's [{axes}], or a list of them") from None
+    if not rows:
+        raise InputError(f"{name} are empty; give at least one prompt")
+    for i, row in enumerate(rows):
+        if row.dtype.kind in "US":
+            raise InputError(f"{name} are text; lm.tokenizer.encode(text).ids are its tokens")
+        if row.ndim != rank:
+            raise InputError(
+                f"prompt {i}: {name} have shape {list(row.shape)}; it must be [{axes}]"
+            )
+    return rows
+
+
+def _pieces(length: int, chunk: int) -> tuple[int, int]:
+    """To what length prompts are padded, and in pieces of how many tokens they are read.
+
+    Pieces are as even as they can be, so that little padding is read.
+    """
+    width = _rounded(length, BUCKET)
+    number = -(-width // chunk)
+    chunk = -(-width // number)
+    return number * chunk, chunk
+
+
+def _padded(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """[B, width, ...]: the rows, with zeros in front."""
+    return np.stack(
+        [np.pad(row, [(width - len(row), 0)] + [(0, 0)] * (row.ndim - 1)) for row in rows]
+    )
+
+
+def _fitted(name: str, values: ArrayLike, shape: tuple[int, ...], room: int = 0) -> np.ndarray:
+    """Values broadcast to `shape`, with ones behind up to `room` where that is given."""
+    try:
+        values = np.broadcast_to(np.asarray(values, np.float32), shape)
+    except ValueError:
+        raise InputError(
+            f"{name} has shape {list(np.shape(values))}; it must broadcast to {list(shape)}"
+        ) from None
+    return np.pad(values, [(0, 0), (0, room - shape[-1])], constant_values=1.0) if room else values
+
+
+def _rounded(length: int, step: int) -> int:
+    return -(-length // step) * step
+
+
+def _stop_tokens(lm: LanguageModel, stop: int | Sequence[int] | None) -> np.ndarray:
+    """The tokens that end a row, int [any number]; -1, which no token is, fills it up."""
+    name = "stop"
+    if stop is None:
+        name, stop = "field eos_token_id of config.json", lm.notes.get("eos_token_id")
+    tokens = np.asarray(() if stop is None else stop)
+    if tokens.size:
+        time.check_integers(name, tokens, 0, lm.config.vocab_size)
+    padding = _rounded(max(tokens.size, 1), 8) - tokens.size  # one program for most numbers of them
+    return np.append(tokens.ravel(), [-1] * padding).astype(np.int32)

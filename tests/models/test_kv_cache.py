@@ -1,0 +1,243 @@
+"""Calls that remember what they have seen equal one call over all of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import continuous_lm as clm
+from continuous_lm.models import kv_cache, loading
+from tests import tiny
+
+N = 13
+PIECES = (6, 1, 6)
+LONGROPE = {"rope_parameters": tiny.longrope(), "original_max_position_embeddings": 8}
+
+
+def random_lm(family, dtype=jnp.float32, seed=0, **fields):
+    """A tiny model of a family, with parameters far from zero, norms too."""
+    config = loading.read_config({"model_type": family} | tiny.CONFIGS[family](**fields))
+    rng, flat = np.random.default_rng(seed), {}
+    for path, box in loading.parameter_boxes(config).items():
+        plain = path.endswith("scale") and config.norm != "rms_plus_one"
+        values = (1.0 if plain else 0.0) + 0.2 * rng.normal(size=box.value.shape)
+        flat[path] = jnp.asarray(values, dtype)
+    return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
+
+
+def draw(lm, *shape, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = jnp.asarray(rng.integers(0, lm.config.vocab_size, shape))
+    return tokens, jnp.asarray(rng.uniform(0.05, 3.0, shape), jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(model, params, tokens, timing, cache):
+    return model.apply({"params": params}, tokens, cache=cache, **timing)
+
+
+def in_pieces(lm, tokens, sizes, *, start=None, cache=None, **timing):
+    """Logits [..., T, V] of calls one after another, and the cache behind them."""
+    if cache is None:
+        dtype = lm.params["embedding"].dtype
+        cache = kv_cache.empty(lm.config, tokens.shape[-1] + 3, tokens.shape[:-1], dtype)
+    if start is not None:
+        start = jnp.asarray(start, jnp.float32)
+        cache = cache._replace(end=jnp.broadcast_to(start, cache.end.shape))
+    found, ends = [], np.cumsum(sizes)
+    for first, end in zip(ends - sizes, ends, strict=True):
+        part = {name: values[..., first:end] for name, values in timing.items()}
+        logits, cache = step(lm.model, lm.params, tokens[..., first:end], part, cache)
+        found.append(logits)
+    return jnp.concatenate(found, axis=-2), cache
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+
+
+FAMILIES = [
+    pytest.param("gemma2", {}, id="gemma2"),
+    pytest.param("phi3", LONGROPE, id="longrope"),
+    *(
+        pytest.param(family, fields, id=f"{family}-{number}", marks=pytest.mark.slow)
+        for number, (family, fields) in enumerate(
+            [
+                ("llama", {}),
+                ("mistral", {"sliding_window": 3}),
+                ("mistral", {"sliding_window": 7}),
+                ("gemma", {}),
+                ("gemma3_text", {}),
+                ("phi3", {}),
+                (
+                    "qwen2",
+                    {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+                ),
+                ("qwen3", {}),
+                ("gpt_neox", {}),
+                ("gpt2", {}),
+            ]
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), FAMILIES)
+def test_pieces_equal_the_whole(family, fields):
+    lm = random_lm(family, **fields)
+    tokens, d = draw(lm, N)
+    ours, _ = in_pieces(lm, tokens, PIECES, durations=d, start=2.5)
+    assert_close(ours, lm(tokens, durations=d, start=2.5))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return random_lm("mistral", sliding_window=3)
+
+
+def test_one_token_at_a_time_under_jit_is_one_program(lm):
+    tokens, d = draw(lm, N)
+    compiled = step._cache_size()
+    ours, cache = in_pieces(lm, tokens, (1,) * N, durations=d)
+    assert_close(ours, lm(tokens, durations=d))
+    assert step._cache_size() <= compiled + 1
+    assert int(cache.filled) == N
+    assert_close(cache.end, d.sum())
+    np.testing.assert_array_equal(cache.durations[:N], d)
+    assert (cache.durations[N:] == 0).all()
+
+
+def test_explicit_times(lm):
+    """They say what is in the window, whatever the durations."""
+    tokens, d = draw(lm, N)
+    times = jnp.cumsum(draw(lm, N, seed=1)[1]) - 4.0
+    ours, cache = in_pieces(lm, tokens, PIECES, durations=d, times=times)
+    assert_close(ours, lm(tokens, durations=d, times=times))
+    assert np.abs(ours - lm(tokens, durations=d)).max() > 1e-2
+    assert float(cache.end) == times[-1]
+
+
+def test_a_start_inside_leaves_a_gap(lm):
+    """Angles see it; windows, which sum durations, do not."""
+    tokens, d = draw(lm, N)
+    room = kv_cache.empty(lm.config, N + 3)
+    _, cache = in_pieces(lm, tokens[:6], (6,), cache=room, durations=d[:6])
+    timing = {"durations": d[6:12], "start": cache.end + 2.0}
+    _, cache = step(lm.model, lm.params, tokens[6:12], timing, cache)
+    assert_close(cache.end, d[:12].sum() + 2.0)
+    assert_close(cache.steps[:12], d[:12])
+
+
+def test_without_durations_tokens_last_one(lm):
+    tokens, _ = draw(lm, N)
+    ours, cache = in_pieces(lm, tokens, PIECES)
+    assert_close(ours, lm(tokens))
+    assert float(cache.end) == N
+
+
+def test_leading_axes(lm):
+    tokens, d = draw(lm, 2, 3, N)
+    start = jnp.arange(6.0).reshape(2, 3)
+    ours, cache = in_pieces(lm, tokens, PIECES, durations=d, start=start)
+    assert_close(ours, lm(tokens, durations=d, start=start))
+    assert cache.keys.shape == (3, 2, 3, N + 3, 2, 12)
+    assert cache.end.shape == (2, 3)
+
+
+@pytest.mark.parametrize("timing", ["start", "times"])
+def test_one_sequence_goes_into_every_row_of_a_cache(lm, timing):
+    tokens, d = draw(lm, N)
+    cache = kv_cache.empty(lm.config, N, (2,))
+    arguments = {
+        "start": {"durations": d, "start": 0.0},
+        "times": {"durations": d, "times": jnp.cumsum(d)},
+    }[timing]
+    ours, cache = step(lm.model, lm.params, tokens, arguments, cache)
+    assert ours.shape == (2, N, 64)
+    assert_close(ours[1], lm(tokens, durations=d))
+    assert cache.end.shape == (2,)
+
+
+def test_another_ending_goes_on_from_the_same_cache(lm):
+    """A cache is a value: what is appended to it leaves it as it was."""
+    tokens, d = draw(lm, N)
+    _, cache = in_pieces(lm, tokens[:6], (6,), durations=d[:6])
+    for seed in (1, 2):
+        other, e = draw(lm, 3, seed=seed)
+        ours, _ = in_pieces(lm, other, (3,), cache=cache, durations=e)
+        whole = lm(jnp.append(tokens[:6], other), durations=jnp.append(d[:6], e))
+        assert_close(ours, whole[6:])
+
+
+def test_tokens_of_duration_zero_in_front_change_nothing(lm):
+    """So prompts of different lengths share a batch."""
+    tokens, d = draw(lm, N - 4)
+    padded, zeros = jnp.append(jnp.zeros(4, int), tokens), jnp.append(jnp.zeros(4), d)
+    ours, cache = in_pieces(lm, padded, PIECES, durations=zeros, start=1.5)
+    assert jnp.isfinite(ours).all()
+    assert_close(ours[4:], lm(tokens, durations=d, start=1.5))
+    assert_close(cache.end, 1.5 + d.sum())
+
+
+def test_windows_forget_by_time_over_calls(lm):
+    """A long pause moves everything before it out of the window of 3."""
+    tokens, _ = draw(lm, 12)
+    d = jnp.ones(12).at[6].set(50.0)
+    other = tokens.at[:3].set((tokens[:3] + 1) % 64)
+    a, b = (in_pieces(lm, t, (6, 6), durations=d)[0] for t in (tokens, other))
+    np.testing.assert_allclose(a[6:], b[6:], atol=1e-6)
+    assert (a[:3] != b[:3]).any(axis=-1).all()
+
+
+def test_bfloat16_stays():
+    """In a batch: XLA for CPUs has not every product of a batch in bfloat16."""
+    lm = random_lm("llama", jnp.bfloat16)
+    tokens, d = draw(lm, 2, N)
+    ours, cache = in_pieces(lm, tokens, PIECES, durations=d)
+    assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
+    assert cache.durations.dtype == cache.end.dtype == ours.dtype == jnp.float32
+    assert_close(ours, lm(tokens, durations=d), 0.03)
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "tokens", "message"),
+    [
+        (4, (), np.zeros(5, int), "room for 4: 5 more do not fit"),
+        (8, (2,), np.zeros((3, 5), int), r"leading axes do not broadcast.*\[3\] of tokens"),
+        (8, (), np.zeros((3, 5), int), r"the cache is for leading axes \[\]"),
+        (8, (1,), np.zeros((3, 5), int), r"the cache is for leading axes \[1\]"),
+    ],
+)
+def test_caches_that_do_not_fit_are_refused(lm, length, batch, tokens, message):
+    cache = kv_cache.empty(lm.config, length, batch)
+    with pytest.raises(clm.InputError, match=message):
+        lm.model.apply({"params": lm.params}, tokens, cache=cache)
+
+
+def test_a_full_cache_is_refused(lm):
+    tokens, _ = draw(lm, 5)
+    _, cache = in_pieces(lm, tokens, (5,), cache=kv_cache.empty(lm.config, 6))
+    with pytest.raises(clm.InputError, match="holds 5 tokens and has room for 6: 2 more"):
+        lm.model.apply({"params": lm.params}, tokens[:2], cache=cache)
+
+
+def test_a_cache_of_another_model_is_refused(lm):
+    other = random_lm("llama", num_hidden_layers=2)
+    with pytest.raises(clm.InputError, match="the cache's keys have shape"):
+        lm.model.apply({"params": lm.params}, [1], cache=kv_cache.empty(other.config, 4))
+
+
+@pytest.mark.parametrize("length", [0, -3, True, 2.5])
+def test_lengths_that_make_no_sense_are_refused(lm, length):
+    with pytest.raises(clm.InputError, match="length is"):
+        kv_cache.empty(lm.config, length)
+
+
+def test_the_axes_of_a_cache_are_named(lm):
+    cache = kv_cache.empty(lm.config, 7, (5,))
+    sizes = lm.config.sizes | {"B": 5, "S": 7}
+    for array, axes in zip(cache, kv_cache.AXES, strict=True):
+        assert array.shape == tuple(sizes[axis] for axis in axes.split())
