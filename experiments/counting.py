@@ -26,7 +26,6 @@ _CATEGORY = flags.DEFINE_string(
 _REPETITIONS = flags.DEFINE_integer(
     "repetitions", 4, "How many times.", lower_bound=1, upper_bound=9
 )
-_PROMPT = flags.DEFINE_string("prompt", None, "A prompt of your own, instead of the paper's.")
 _SPAN = flags.DEFINE_string(
     "span",
     None,
@@ -36,10 +35,10 @@ _SPAN = flags.DEFINE_string(
 
 def prompt_and_span() -> tuple[str, tuple[int, int]]:
     """The prompt, and the first character of its shrinking span and the one after its last."""
-    word = _WORD.value
-    if _PROMPT.value is not None:
+    word, own = _WORD.value, single.prompt()
+    if own is not None:
         piece = word if _SPAN.value is None else _SPAN.value
-        return _PROMPT.value, clm.tokenization.find(_PROMPT.value, piece)
+        return own, clm.tokenization.find(own, piece)
     if _SPAN.value is not None:
         raise clm.InputError("--span is a piece of --prompt; give both")
     category = _CATEGORY.value or CATEGORIES.get(word)
@@ -63,7 +62,7 @@ def main() -> None:
     trial = trials.shrinking(tokenizer, prompt, characters, factors, single.vary())
     result = single.run(lm, trial, answers, "counting")
 
-    count = _REPETITIONS.value if _PROMPT.value is None else 0
+    count = _REPETITIONS.value if single.prompt() is None else 0
     single.write(
         folder,
         "counting",

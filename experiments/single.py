@@ -16,9 +16,20 @@ from continuous_lm.files import write_json, written_aside
 
 MOST = 20  # tokens that are tracked because they reach a threshold
 
+_PROMPT = flags.DEFINE_string("prompt", None, "A prompt of your own, instead of the paper's.")
+_PATH = flags.DEFINE_enum(
+    "path", "linear", ["linear", "spherical"], "Of an interpolation between embeddings."
+)
 _POINTS = flags.DEFINE_integer("points", 100, "Points of the sweep.", lower_bound=2)
 _LEAST = flags.DEFINE_float(
     "least", 0.1, "The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
+)
+_THRESHOLD = flags.DEFINE_float(
+    "threshold",
+    0.05,
+    "Where no answers are given, tokens that reach this anywhere are tracked.",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 _VARY = flags.DEFINE_enum(
     "vary",
@@ -40,6 +51,16 @@ def points(least: float | None = None, most: float = 1.0) -> np.ndarray:
     return np.linspace(_LEAST.value if least is None else least, most, _POINTS.value)
 
 
+def prompt() -> str | None:
+    """--prompt."""
+    return _PROMPT.value
+
+
+def path() -> str:
+    """--path."""
+    return _PATH.value
+
+
 def vary() -> str:
     """--vary."""
     return _VARY.value
@@ -58,13 +79,14 @@ def tracked(
 
 
 def reached(
-    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, trial: Trial, threshold: float
+    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, trial: Trial
 ) -> dict[str, list[int]]:
-    """Every token whose probability reaches the threshold anywhere on the sweep, by its text.
+    """Every token whose probability reaches --threshold anywhere on the sweep, by its text.
 
     Raises:
       clm.InputError: if no token does.
     """
+    threshold = _THRESHOLD.value
     tokens = clm.sweep.reached(
         lm, threshold, batch_size=_BATCH_SIZE.value, **trial.sweep.arguments()
     )
@@ -84,9 +106,9 @@ def ideal(count: int, factors: np.ndarray) -> dict[str, float]:
 
 
 def run(
-    lm: clm.LanguageModel, trial: Trial, answers: Mapping[str, Sequence[int]], label: str
+    lm: clm.LanguageModel, trial: Trial, answers: Mapping[str, Sequence[int]], label: str | None
 ) -> curves.Curves:
-    """The sweep of one trial."""
+    """The sweep of one trial, with a progress bar if it has a label."""
     probabilities = clm.sweep.probabilities(
         lm,
         list(answers.values()),

@@ -1,0 +1,246 @@
+"""The report: every experiment on one model, on one page to read.
+
+    make report          # or python -m continuous_lm.experiments.report [--model=FOLDER]
+
+Runs the experiments and the studies, and writes report.html (one file, pictures inside), report.md
+and every figure, table and number beside them. What each section shows stands next to what the
+paper claims (Marro et al., arXiv:2504.03933). What could not be run says why. Studies that were
+stopped go on where they were.
+"""
+
+import itertools
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tokenizers
+import tqdm
+from absl import flags
+
+import continuous_lm as clm
+from continuous_lm.experiments import (
+    analysis,
+    boolean,
+    counting,
+    datasets,
+    events,
+    interpolation,
+    page,
+    plots,
+    program,
+    shifting,
+    single,
+    study,
+    sums,
+    tables,
+    trials,
+)
+from continuous_lm.files import write_json, written_aside
+
+_STUDIED = flags.DEFINE_integer("studied", 200, "Prompts of each study.", lower_bound=1)
+
+Write = Callable[[clm.LanguageModel, tokenizers.Tokenizer], page.Section]
+
+
+def curve(
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    title: str,
+    claim: str,
+    trial: trials.Trial,
+    answers,
+    xlabel: str,
+    count: int = 0,
+) -> page.Section:
+    """The section of one sweep."""
+    if answers is None:
+        answers = single.reached(lm, tokenizer, trial)
+    result = single.run(lm, trial, answers, None)
+    marks = single.ideal(count, trial.points)
+    figure = plots.answer_curves(result, xlabel=xlabel, title=trial.prompt, marks=marks)
+    rows: list[list[tables.Cell]] = [
+        [f"{r.first:.3f} to {r.last:.3f}", r.answer, r.peak] for r in result.ranges
+    ]
+    heads = (tables.Column(xlabel), tables.Column("answer"), tables.Column("at most", format=".3f"))
+    table = tables.Table(page.slug(title), "The most probable of the tracked answers", heads, rows)
+    moved = np.abs(result.probabilities - result.probabilities[-1:]).max()
+    shown = " > ".join(r.answer for r in result.ranges)
+    text = f"Shown: {shown}. The tracked probabilities move by at most {moved:.2g}."
+    return page.Section(title, claim, text, [table], {page.slug(title): figure})
+
+
+def counted(lm, tokenizer) -> page.Section:
+    """Four apples."""
+    prompt, characters = counting.prompt_and_span()
+    trial = trials.shrinking(tokenizer, prompt, characters, single.points())
+    answers = single.tracked(tokenizer, clm.tokenization.DIGITS)
+    claim = "As four apples last less, models answer 3, 2 and 1, each where so many are left."
+    return curve(
+        lm, tokenizer, "Counting", claim, trial, answers, "duration of each repeated token", 4
+    )
+
+
+def told(lm, tokenizer) -> page.Section:
+    """Four things bought."""
+    prompt, characters = events.prompt_and_span("shop")
+    trial = trials.shrinking(tokenizer, prompt, characters, single.points())
+    answers = single.tracked(tokenizer, clm.tokenization.DIGITS)
+    claim = "Events are counted in the same way, although no word is repeated four times."
+    label = "duration of each token of the events"
+    return curve(lm, tokenizer, "Events", claim, trial, answers, label, events.EVENTS)
+
+
+def summed(lm, tokenizer) -> page.Section:
+    """One number of a sum."""
+    small = program.is_bundled()
+    numbers = ("4", "3") if small else ("24", "13")
+    prompt, characters = sums.prompt_and_span(numbers, 2, spaced=False)
+    trial = trials.shrinking(tokenizer, prompt, characters, single.points())
+    answers = study.answers("sums", tokenizer, small)
+    claim = "A number that lasts less is read as one of its digits. (The embedded model knows"
+    claim += " one-digit numbers alone, to which this does not apply.)"
+    label = f"duration of each token of {numbers[1]}"
+    return curve(lm, tokenizer, "Sums", claim, trial, answers, label)
+
+
+def between(how: str) -> Write:
+    """Apples to bananas."""
+
+    def section(lm, tokenizer) -> page.Section:
+        template, points = interpolation.TEMPLATES["question"], single.points(0.0)
+        words = ("apples", "bananas")
+        trial = trials.interpolating(lm, tokenizer, template, words, points, how)
+        answers = single.tracked(tokenizer, interpolation.YES_NO)
+        claim = "Between two words lie others, of which the model says what is true of either end."
+        label = "from apples (0) to bananas (1)"
+        return curve(lm, tokenizer, f"Interpolation, {how}", claim, trial, answers, label)
+
+    return section
+
+
+def used(lm, tokenizer) -> page.Section:
+    """What follows, between two words."""
+    template = interpolation.TEMPLATES["usage"]
+    trial = trials.interpolating(lm, tokenizer, template, ("cats", "dogs"), single.points(0.0))
+    claim = "Without answers to choose from, the output distribution moves smoothly as well."
+    return curve(lm, tokenizer, "Usage", claim, trial, None, "from cats (0) to dogs (1)")
+
+
+def operators(lm, tokenizer) -> page.Section:
+    """Forty Boolean sweeps."""
+    cells = boolean.made(lm, tokenizer, single.points(0.0), "linear")
+    results = single.run_all(lm, cells, single.tracked(tokenizer, ("0", "1")))
+    figure = plots.grid(results, xlabel="from the first operator (0) to the second (1)")
+    heads = [tables.Column("operators"), *(tables.Column(f"{a} {b}") for a, b in _INPUTS)]
+    rows = [
+        [pair, *(" > ".join(r.answer for r in result.ranges) for _, result in group)]
+        for pair, group in itertools.groupby(results.items(), key=lambda item: item[0][0])
+    ]
+    table = tables.Table("boolean", "Answers from the first operator to the second", heads, rows)
+    claim = "Between two operators the answer goes from one truth table to the other, and at times"
+    claim += " through neither."
+    return page.Section("Boolean operators", claim, "", [table], {"boolean": figure})
+
+
+_INPUTS = tuple(itertools.product("01", repeat=2))
+
+
+def moved(change: str) -> Write:
+    """Later, or slower."""
+
+    def section(lm, tokenizer) -> page.Section:
+        prompt = shifting.EMBEDDED if program.is_bundled() else shifting.PROMPTS[0]
+        if change == "translation":
+            trial = trials.moving(tokenizer, prompt, single.points(0.0, 10.0))
+            claim = "Rotary models do not mind when a sentence begins; GPT-2 does."
+            label = "shift in tokens"
+        else:
+            trial = trials.stretching(tokenizer, prompt, single.points(0.01, 1.5))
+            claim = "Models bear a change of the pace of all tokens, but not any."
+            label = "duration of every token"
+        return curve(lm, tokenizer, change.capitalize(), claim, trial, None, label)
+
+    return section
+
+
+SWEEPS: tuple[tuple[str, Write], ...] = (
+    ("Counting", counted),
+    ("Events", told),
+    ("Sums", summed),
+    ("Interpolation, linear", between("linear")),
+    ("Interpolation, spherical", between("spherical")),
+    ("Usage", used),
+    ("Boolean operators", operators),
+    ("Translation", moved("translation")),
+    ("Scaling", moved("scaling")),
+)
+CLAIMS = {
+    "counting": "On 200 prompts, shrinking brings out counts that the ordinary prompt does not"
+    " (observed above counterfactual).",
+    "tutorials": "The same holds of steps of tutorials, which are longer and differ.",
+    "sums": "A shrunk number is often read as one of its digits.",
+    "words": "Interpolations are smooth (Lipschitz estimates), and in part leave the interval"
+    " between their two ends.",
+}
+
+
+def studied(
+    name: str, folder: pathlib.Path, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> page.Section:
+    """A study with its tables and figures, as `study` and `analysis` make them."""
+    tasks = datasets.made(name)[: _STUDIED.value]
+    tracked = study.answers(name, tokenizer, program.is_bundled())
+    points = np.linspace(0, 1, 40) if name == "words" else single.points()
+    records = study.run(folder, lm, tokenizer, tasks, tracked, points, label=name)
+    study.write(folder, name, program.model_name(), records)
+    found = [analysis.read(folder)]
+    numbers = analysis.analyse(found)
+    figures = analysis.STUDIES[name].figures(numbers)
+    return page.Section(
+        f"Study: {name}",
+        CLAIMS[name],
+        f"{len(records)} prompts, of which {len(found[0].failed)} could not be run.",
+        tables.laid_out(name, numbers),
+        {f"{name}_{figure}": drawn for figure, drawn in figures.items()},
+    )
+
+
+def sections(folder: pathlib.Path) -> Iterator[page.Section]:
+    """All of them, one after the other; one that cannot be run says why."""
+    lm, tokenizer = program.load_model()
+    writers: list[tuple[str, Write]] = [
+        *SWEEPS,
+        *(
+            (f"Study: {name}", lambda lm, tok, name=name: studied(name, folder / name, lm, tok))
+            for name in datasets.STUDIES
+        ),
+    ]
+    bar = tqdm.tqdm(writers, unit="section", desc="report")
+    for title, write in bar:
+        try:
+            yield write(lm, tokenizer)
+        except clm.InputError as error:
+            yield page.Section(title, "", f"Not run: {error}", [], {}, failed=True)
+
+
+def main() -> None:
+    """Sections, pages, figures, tables."""
+    folder = program.output_dir("report")
+    made = list(sections(folder / "studies"))
+    run = program.record()
+    title = f"How continuous is {program.model_name()}?"
+    with written_aside(folder) as aside:
+        for section in made:
+            for name, figure in section.figures.items():
+                plots.save(figure, aside, name)
+            for table in section.tables:
+                table.write(aside)
+        page.write(aside, title, made, run)
+        write_json(aside / "report.json", {"sections": [s.as_json() for s in made], "run": run})
+    failed = [section.title for section in made if section.failed]
+    print(f"{len(made)} sections, {len(failed)} of which could not be run: {', '.join(failed)}")
+    print(f"{folder}/report.html, report.md")
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,42 @@
+"""Shifting: the same sentence later, or slower. A rotary model should not mind the first.
+
+    python -m continuous_lm.experiments.shifting [--change=scaling] [--model=FOLDER]
+
+A translation begins the sentence 0 to 10 tokens later: rotary models depend on differences of times
+alone, so that nothing changes but rounding; a model with learned positions (GPT-2) reads other rows
+of its table. A scaling makes every token last 0.01 to 1.5, to which no model is invariant (Marro et
+al., arXiv:2504.03933).
+"""
+
+import numpy as np
+from absl import flags
+
+from continuous_lm.experiments import program, single, trials
+
+PROMPTS = ("The capital of France is", "The Great Gatsby is my favourite")  # the paper's
+EMBEDDED = 'Question: How many fruits are listed in the sentence "apple apple apple"? Reply with a'
+EMBEDDED += " single-digit number\nAnswer: "
+
+_CHANGE = flags.DEFINE_enum("change", "translation", ["translation", "scaling"], "Of all times.")
+
+
+def main() -> None:
+    """Sweep, table, files."""
+    folder = program.output_dir("shifting")
+    lm, tokenizer = program.load_model()
+    prompt = single.prompt() or (EMBEDDED if program.is_bundled() else PROMPTS[0])
+    if _CHANGE.value == "translation":
+        trial = trials.moving(tokenizer, prompt, single.points(0.0, 10.0))
+        xlabel = "shift in tokens"
+    else:
+        trial = trials.stretching(tokenizer, prompt, single.points(0.01, 1.5), single.vary())
+        xlabel = "duration of every token"
+    answers = single.reached(lm, tokenizer, trial)
+    result = single.run(lm, trial, answers, _CHANGE.value)
+    single.write(folder, "shifting", tokenizer, trial, answers, result, xlabel=xlabel, point=xlabel)
+    moved = np.abs(result.probabilities - result.probabilities[:1]).max()
+    print(f"largest change of a tracked probability along the sweep: {moved:.2g}")
+
+
+if __name__ == "__main__":
+    program.run(main)
