@@ -20,6 +20,10 @@ help: ## List the commands
 counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model count them
 	$(python) -m continuous_lm.experiments.counting --output_dir=$(RESULTS)/counting
 
+.PHONY: report
+report: $(VENV)/.has-runtime ## Run every experiment on the embedded model and write the report
+	$(python) -m continuous_lm.experiments.report --output_dir=$(RESULTS)/report
+
 embedded := $(RESULTS)/embedded
 .PHONY: embedded
 embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table

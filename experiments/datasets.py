@@ -24,8 +24,10 @@ import continuous_lm as clm
 from continuous_lm.errors import about
 from continuous_lm.experiments import prompts
 from continuous_lm.experiments.trials import SLOT
+from continuous_lm.files import check_regular
 
 KINDS = ("both", "neither", "first", "second")
+LARGEST = 10**9  # number of a sum
 _FIELDS: Mapping[str, Mapping[str, type]] = {
     "counting": {
         "word": str, "category": str, "category_with_article": str, "repetitions": int,
@@ -61,6 +63,7 @@ def read(study: str, path: pathlib.Path) -> list[Task]:
       clm.InputError: naming the file, the record and the field.
     """
     try:
+        check_regular(path)
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise clm.InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -89,10 +92,11 @@ def tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
             before = 'Question: In the sentence "'
             after = f'", how many times is {record["category_with_article"]} mentioned?'
             after += " Reply with a single-digit number\nAnswer: "
-            return [Task(before + words + after, record, (len(before), len(before) + len(words)))]
+            kept = {name: record[name] for name in _FIELDS[study]}
+            return [Task(before + words + after, kept, (len(before), len(before) + len(words)))]
         case "tutorials":
             text = record["sentence"]
-            begin, end = text.index("- "), text.index("\n\nQuestion:")
+            begin, end = _steps(text)
             return [Task(text, {"num_sentences": record["num_sentences"]}, (begin, end))]
         case "sums":
             return [_sum(record)]
@@ -104,6 +108,12 @@ def tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
         )
         for kind, question in record["questions"].items()
     ]
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """The lines that begin with "- ", up to the question; (0, 0) where there are none."""
+    found = re.search(r"^- .*?(?=\n\nQuestion:)", text, re.DOTALL | re.MULTILINE)
+    return found.span() if found else (0, 0)
 
 
 def _sum(record: Mapping[str, Any]) -> Task:
@@ -135,9 +145,9 @@ def _check(study: str, record: Any) -> None:
             raise clm.InputError(f"field repetitions is {record['repetitions']}; only 1 to 9")
         case "counting" if not record["word"].strip():
             raise clm.InputError("field word is empty")
-        case "tutorials" if (
-            not 0 <= record["sentence"].find("- ") < record["sentence"].find("\n\nQuestion:")
-        ):
+        case "tutorials" if not 1 <= record["num_sentences"] <= 9:
+            raise clm.InputError(f"field num_sentences is {record['num_sentences']}; only 1 to 9")
+        case "tutorials" if _steps(record["sentence"]) == (0, 0):
             raise clm.InputError('field sentence has no "- " steps before its question')
         case "sums":
             used = set(re.findall(r"\{(\w+)\}", record["template"]))
@@ -146,12 +156,19 @@ def _check(study: str, record: Any) -> None:
                     where = "fields" if name not in fields else "template"
                     raise clm.InputError(f"field {where} has no {name}")
             for name in ("item_1", "item_2"):
-                if type(fields[name]) is not int or fields[name] < 0:
-                    raise clm.InputError(f"field {name} is {fields[name]!r:.40}, no whole number")
+                if type(fields[name]) is not int or not 0 <= fields[name] <= LARGEST:
+                    raise clm.InputError(
+                        f"field {name} is {fields[name]!r:.40}; it must be a whole number,"
+                        f" {LARGEST} at most"
+                    )
+                if record["template"].count(f"{{{name}}}") > 1:
+                    raise clm.InputError(f"field template has {name} more than once")
         case "words":
             options, questions = record["options"], record["questions"]
             if len(options) != 2 or not all(isinstance(o, str) and o for o in options):
                 raise clm.InputError(f"field options is {options!r:.60}; it must be two words")
+            if not questions:
+                raise clm.InputError("field questions is empty")
             for kind, question in questions.items():
                 if kind not in KINDS:
                     raise clm.InputError(f"question {kind!r:.40} is of no kind; {', '.join(KINDS)}")

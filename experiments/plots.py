@@ -40,6 +40,8 @@ _LEAST = 0.05  # an answer that never gets this probable is not given a line of 
 def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, float]) -> Figure:
     """Probability against the sweep's points, each answer named where it leads.
 
+    Where names would lie over each other, a legend names them.
+
     Args:
       curves: what to draw. An answer that never reaches 5 % is drawn with everything else.
       xlabel: what the points are.
@@ -53,23 +55,47 @@ def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, f
             at_top = axes.get_xaxis_transform()
             axes.text(point, 1.02, label, transform=at_top, ha="center", **FAINT)
         drawn = curves.probabilities.max(axis=0) >= _LEAST
-        for i in np.flatnonzero(drawn):
-            values, colour = curves.probabilities[:, i], COLOURS[i % len(COLOURS)]
-            axes.plot(curves.points, values, color=colour)
-            leads = values >= 0.98 * values.max()
-            middle = curves.points[leads].mean()
-            height = np.interp(middle, curves.points, values) + 0.02
-            axes.text(middle, height, curves.answers[i], color=colour, **NAME)
         rest = curves.other + curves.probabilities[:, ~drawn].sum(axis=1)
+        highest = max(curves.probabilities.max(), rest.max())
+        top = 1.0 if highest > 0.4 else highest
+        names = _names(curves, drawn)
+        places = np.array(list(names.values())).reshape(-1, 2)
+        apart = _apart(places / [np.ptp(curves.points), top])
+        for i, (middle, height) in names.items():
+            colour, label = COLOURS[i % len(COLOURS)], None if apart else _plain(curves.answers[i])
+            axes.plot(curves.points, curves.probabilities[:, i], color=colour, label=label)
+            if apart:
+                height += 0.02 * top
+                axes.text(middle, height, curves.answers[i], color=colour, **NAME)
         axes.plot(curves.points, rest, color="0.45", lw=1.0, ls=":", label="everything else")
-        axes.set(xlim=curves.points[[0, -1]], ylim=(0, 1.1), xlabel=xlabel, ylabel="probability")
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
+        axes.set(xlim=curves.points[[0, -1]], ylim=(0, 1.1 * top), xlabel=xlabel)
+        axes.set(ylabel="probability")
+        if top == 1.0:
+            axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         wrapped = "\n".join(textwrap.wrap(title, 88))
         axes.set_title(wrapped, pad=16, fontsize=8, style="italic", parse_math=False)
-        axes.legend(
-            frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1.0, -0.13), borderpad=0.0
-        )
+        place: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.0, -0.13)}
+        if not apart:
+            place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+        axes.legend(frameon=False, fontsize=8, borderpad=0.0, **place)
     return figure
+
+
+def _names(curves: Curves, drawn: np.ndarray) -> dict[int, tuple[float, float]]:
+    """Where the names of the answers that are drawn would stand: point and probability."""
+    found = {}
+    for i in np.flatnonzero(drawn):
+        values = curves.probabilities[:, i]
+        middle = curves.points[values >= 0.98 * values.max()].mean()
+        found[int(i)] = (float(middle), float(np.interp(middle, curves.points, values)))
+    return found
+
+
+def _apart(places: np.ndarray) -> bool:
+    """Whether names at these shares of the axes [C, 2] do not lie over each other."""
+    distances = np.abs(places[:, None] - places)
+    close = (distances < [0.1, 0.1]).all(axis=-1)
+    return not np.triu(close, 1).any()
 
 
 def save(figure: Figure, folder: pathlib.Path, name: str) -> None:

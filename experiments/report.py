@@ -12,12 +12,15 @@ import itertools
 import pathlib
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 import tqdm
 from absl import flags
 
 import continuous_lm as clm
+from continuous_lm import attribution, inverse
+from continuous_lm.attribution import next_token
 from continuous_lm.experiments import (
     analysis,
     boolean,
@@ -28,6 +31,7 @@ from continuous_lm.experiments import (
     page,
     plots,
     program,
+    reading,
     shifting,
     single,
     study,
@@ -163,6 +167,101 @@ def moved(change: str) -> Write:
     return section
 
 
+def attributed(lm, tokenizer) -> page.Section:
+    """Which moments of four apples argue for the answer."""
+    read = reading.read(lm, tokenizer, reading.PROMPT, None)
+    value = attribution.log_probability(lm, read.group, tokens=read.tokens)
+    ones = jnp.ones(len(read.tokens))
+    methods = {
+        "integrated gradients": attribution.integrated(value, ones),
+        "gradient times input": attribution.gradient_times_input(value, ones),
+        "leave one out": attribution.leave_one_out(value, ones),
+    }
+    deleted = {n: attribution.deletion(value, ones, found.tokens) for n, found in methods.items()}
+    exact = methods["integrated gradients"]
+    title = f"{read.answer!r}: log probability {exact.base:.2f} to {exact.end:.2f}"
+    heads = [tables.Column("method"), tables.Column("sum", format=".3f")]
+    heads += [
+        tables.Column(h, format=".3f") for h in ("residual", "area of deletion (lower: better)")
+    ]
+    rows: list[list[tables.Cell]] = [
+        [name, float(found.tokens.sum()), found.residual, deleted[name].area]
+        for name, found in methods.items()
+    ]
+    text = (
+        f"The answer is {read.answer!r}. Integrated gradients along the durations, from absent to"
+    )
+    text += " present, add up to the change of its log probability within"
+    text += f" {exact.relative_residual():.2%}."
+    return page.Section(
+        "Duration attribution",
+        "",
+        text,
+        [tables.Table("attribution", "Contributions to the answer, in nats", heads, rows)],
+        {
+            "attribution": plots.heat_maps(
+                read.pieces,
+                read.gaps,
+                {n: found.tokens for n, found in methods.items()},
+                title=title,
+            ),
+            "deletion": plots.deletion_curves({n: d.values for n, d in deleted.items()}),
+        },
+    )
+
+
+def steered(lm, tokenizer) -> page.Section:
+    """Durations that make the model give other answers."""
+    ones, drawn = None, {}
+    heads = [tables.Column("answer"), tables.Column("holds"), tables.Column("tokens changed")]
+    heads += [tables.Column(h, format=".3f") for h in ("total change", "by random search")]
+    rows: list[list[tables.Cell]] = []
+    for answer in TARGETS:
+        read = reading.read(lm, tokenizer, reading.PROMPT, answer)
+        ones = jnp.ones(len(read.tokens))
+        logits = next_token(lm, tokens=read.tokens)
+        slack = inverse.Margin(logits, jnp.array(read.group), MARGIN)
+        found = inverse.steer(slack, ones)
+        chance = inverse.random_search(slack, ones, evaluations=found.evaluations)
+        said = int(np.asarray(lm(read.tokens, durations=found.durations, at=-1)).argmax())
+        holds = said in read.group
+        changed = int((np.abs(found.durations - 1.0) > 1e-3).sum())
+        by_chance = chance.total if chance.slack >= 0 else None
+        rows.append([answer, "yes" if holds else "no", changed, found.total, by_chance])
+        if holds:
+            drawn[f"{answer}: total change {found.total:.3f}"] = found.durations
+    title = "durations that make it say so"
+    figure = plots.durations_over_text(
+        read.pieces, read.gaps, drawn or {"ordinary": np.ones(len(read.pieces))}, title=title
+    )
+    caption = "Total change of durations, sum |d - 1|, at which the answer leads"
+    return page.Section(
+        "Inverse problem",
+        "",
+        "Durations near 1, mostly equal to 1, that make the model give another answer to the prompt"
+        " of four apples, found by gradients; random search had as many evaluations.",
+        [tables.Table("inverse", caption, heads, rows)],
+        {"inverse": figure},
+    )
+
+
+def pruned(lm, tokenizer) -> page.Section:
+    """The least time that keeps the answer."""
+    read = reading.read(lm, tokenizer, reading.PROMPT, None)
+    value = attribution.log_probability(lm, read.group, tokens=read.tokens)
+    ones = np.ones(len(read.tokens), np.float32)
+    d = inverse.prune(value, ones, tolerance=TOLERANCE).durations
+    before, after = (float(value(jnp.asarray(x))) for x in (ones, d))
+    text = f"The smallest durations at which {read.answer!r} loses at most {TOLERANCE} nat: of"
+    text += f" {len(d) - 1} tokens after the first, {int((d[1:] > 0).sum())} are left, which last"
+    text += f" {d[1:].sum():.2f} together; log probability {before:.3f} to {after:.3f}."
+    figure = plots.durations_over_text(read.pieces, read.gaps, {"pruned": d}, title="what is left")
+    return page.Section("Prompt pruning", "", text, [], {"pruning": figure})
+
+
+TARGETS = ("3", "2", "1", "5")
+MARGIN = 0.1  # of the answer's log-odds
+TOLERANCE = 0.1  # nat
 SWEEPS: tuple[tuple[str, Write], ...] = (
     ("Counting", counted),
     ("Events", told),
@@ -214,6 +313,9 @@ def sections(folder: pathlib.Path) -> Iterator[page.Section]:
             (f"Study: {name}", lambda lm, tok, name=name: studied(name, folder / name, lm, tok))
             for name in datasets.STUDIES
         ),
+        ("Duration attribution", attributed),
+        ("Inverse problem", steered),
+        ("Prompt pruning", pruned),
     ]
     bar = tqdm.tqdm(writers, unit="section", desc="report")
     for title, write in bar:

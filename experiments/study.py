@@ -13,6 +13,7 @@ are written as they come, to records.jsonl; a study that was stopped goes on fro
 study.json holds them all in the end, for `analysis`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,13 +48,18 @@ def answers(study: str, tokenizer: tokenizers.Tokenizer, embedded: bool) -> dict
 
 
 def trial(
-    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, task: datasets.Task, points: np.ndarray
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    task: datasets.Task,
+    points: np.ndarray,
+    vary: str = "both",
+    path: str = "linear",
 ) -> trials.Trial:
     """The sweep that a task asks for."""
     if task.phrases is not None:
-        return trials.interpolating(lm, tokenizer, task.prompt, task.phrases, points)
+        return trials.interpolating(lm, tokenizer, task.prompt, task.phrases, points, path)
     assert task.characters is not None
-    return trials.shrinking(tokenizer, task.prompt, task.characters, points)
+    return trials.shrinking(tokenizer, task.prompt, task.characters, points, vary)
 
 
 def run(
@@ -66,6 +72,8 @@ def run(
     *,
     batch_size: int = 256,
     label: str = "study",
+    vary: str = "both",
+    path: str = "linear",
 ) -> list[dict[str, Any]]:
     """The records of all tasks in their order; those that `folder` has already are not run again.
 
@@ -75,12 +83,14 @@ def run(
     made: list[trials.Trial | str] = []
     for task in tasks:
         try:
-            made.append(trial(lm, tokenizer, task, points))
+            made.append(trial(lm, tokenizer, task, points, vary, path))
         except InputError as error:
             made.append(str(error))
     usable = [i for i, found in enumerate(made) if isinstance(found, trials.Trial)]
     sweeps = [t.sweep for t in made if isinstance(t, trials.Trial)]
-    key = _key(lm, tasks, tracked, points, batch_size)
+    read = [t if isinstance(t, str) else t.tokens for t in made]
+    about = [[t.prompt, dict(t.about), t.characters, t.phrases] for t in tasks]
+    key = _key(lm, [about, read, dict(tracked), points.tolist(), batch_size, vary, path])
     done = dict(_resume(folder / PARTIAL, key))
     for indices in tqdm.tqdm(clm.sweep.plan(lm, sweeps, batch_size), desc=label, unit="batch"):
         numbers = [usable[i] for i in indices]
@@ -101,10 +111,9 @@ def run(
     ]
 
 
-def _key(lm, tasks, tracked, points, batch_size) -> str:
-    """What must be the same for results to belong together: data, sweep, and the model itself."""
-    about = [[t.prompt, dict(t.about), t.characters, t.phrases] for t in tasks]
-    said = [about, dict(tracked), points.tolist(), batch_size, repr(lm.config), jax.__version__]
+def _key(lm: clm.LanguageModel, sweeps: list) -> str:
+    """What must be the same for results to belong together: data, sweeps, device, and the model."""
+    said = [sweeps, repr(lm.config), jax.__version__, jax.devices()[0].device_kind]
     marks = [
         (p.shape, str(p.dtype), np.asarray(p.reshape(-1)[:4096]).tobytes().hex())
         for p in jax.tree.leaves(lm.params)
@@ -113,31 +122,57 @@ def _key(lm, tasks, tracked, points, batch_size) -> str:
 
 
 def _resume(path: pathlib.Path, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What an earlier run of the same study has written; a line that was cut off is dropped."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.splitlines()
-    if not lines:
-        path.write_bytes(b"")
-        _append(path, [key])
-        return
-    if json.loads(lines[0]) != key:
-        raise InputError(
-            f"{path} is of another study, model or sweep; choose another folder, or remove it"
-        )
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    for line in lines[1:]:
-        number, values = json.loads(line)
-        yield number, values
+    """What an earlier run of the same study has written.
+
+    A line that was cut off is taken away, one that cannot be read passed over: what it held is
+    computed again.
+    """
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        first = _line(key)
+        if len(content) < len(first) and first.startswith(content):  # cut off in its first line
+            path.write_bytes(b"")
+            _append(path, [key])
+            return
+        if not content.startswith(first):
+            raise InputError(
+                f"{path} is of another study, model or sweep; choose another folder, or remove it"
+            )
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
+    for line in whole[len(first) :].splitlines():
+        try:
+            number, values = json.loads(line)
+        except (ValueError, TypeError, RecursionError):
+            continue
+        if type(number) is int and isinstance(values, dict):
+            yield number, values
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
 def _append(path: pathlib.Path, lines: Sequence[Any]) -> None:
-    """Adds lines at once, and waits until they are on the disk."""
-    with open(path, "ab", buffering=0) as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    """Adds lines, and waits until they are on the disk."""
+    with _writing(path), open(path, "ab") as file:
+        file.write(b"".join(map(_line, lines)))
+        file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """Says what could not be written: a full disk ends a study with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {path}: {error.strerror or error}; make room, or choose another"
+            " folder"
+        ) from error
 
 
 def write(folder: pathlib.Path, study: str, model: str, records: Sequence[Mapping]) -> None:
@@ -156,7 +191,17 @@ def main() -> None:
     lm, tokenizer = program.load_model()
     tracked = answers(study, tokenizer, program.is_bundled())
     points = single.points(0.0 if study == "words" else None)
-    records = run(folder, lm, tokenizer, tasks[: _LIMIT.value], tracked, points, label=study)
+    records = run(
+        folder,
+        lm,
+        tokenizer,
+        tasks[: _LIMIT.value],
+        tracked,
+        points,
+        label=study,
+        vary=single.vary(),
+        path=single.path(),
+    )
     write(folder, study, program.model_name(), records)
     failed = [record for record in records if "failed" in record]
     print(f"{len(records)} prompts, of which {len(failed)} could not be run")

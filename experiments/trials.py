@@ -98,11 +98,13 @@ def interpolating(
     ends of the sweep are the two ordinary prompts, exactly.
 
     Raises:
-      clm.InputError: if the template has not one slot, or the rest of the prompt is not split into
-        the same tokens around both phrases.
+      clm.InputError: if the template has not one slot, a phrase is empty, or the rest of the prompt
+        is not split into the same tokens around both phrases.
     """
     if template.count(SLOT) != 1:
         raise clm.InputError(f"the template {template!r} must hold {SLOT} once")
+    if not all(phrase.strip() for phrase in phrases):
+        raise clm.InputError(f"of {phrases[0]!r} and {phrases[1]!r} one is empty; give two words")
     begin, rest = template.index(SLOT), len(template) - template.index(SLOT) - len(SLOT)
     texts = [template.replace(SLOT, phrase) for phrase in phrases]
     encodings = [clm.tokenization.encode(tokenizer, text) for text in texts]

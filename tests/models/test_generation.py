@@ -251,7 +251,8 @@ def test_bfloat16_parameters_make_tokens():
 # --- Pieces of prompts, memory and programs --------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(7, marks=slow), 64])
+@slow
+@pytest.mark.parametrize("chunk", [7, 64])
 def test_prompts_in_pieces(lm, chunk):
     rows = prompts(lengths=(70, 2, 66))
     d = [uniform(len(row)) for row in rows]
@@ -497,6 +498,7 @@ def test_temperatures_and_cuts_of_each_row():
     assert set(drawn[1::2].tolist()) == {0, 1, 2, 3}
 
 
+@slow
 def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
     """Of a model that finds all tokens equally likely."""
     lm = random_lm("llama")

@@ -716,7 +716,7 @@ def all_fields(good: Good) -> list[str]:
     return sorted({*good.fields, *EXTRA} - INERT)
 
 
-@every_family
+@each_in_time
 def test_field(good, folder):
     """Every field with every wrong value; most of them are refused, for every field."""
     for field in all_fields(good):
