@@ -62,8 +62,9 @@ def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, f
         places = np.array(list(names.values())).reshape(-1, 2)
         apart = _apart(places / [np.ptp(curves.points), top])
         for i, (middle, height) in names.items():
-            colour, label = COLOURS[i % len(COLOURS)], None if apart else _plain(curves.answers[i])
-            axes.plot(curves.points, curves.probabilities[:, i], color=colour, label=label)
+            colour = COLOURS[i % len(COLOURS)]
+            named = None if apart else _plain(curves.answers[i])
+            axes.plot(curves.points, curves.probabilities[:, i], color=colour, label=named)
             if apart:
                 height += 0.02 * top
                 axes.text(middle, height, curves.answers[i], color=colour, **NAME)

@@ -95,8 +95,14 @@ def reached(
     found: dict[str, list[int]] = {}
     for token in tokens[:MOST]:
         text = tokenizer.decode([token], skip_special_tokens=False).strip()
-        found.setdefault(text or str(tokenizer.id_to_token(token)), []).append(token)
+        whole = text and "\ufffd" not in text  # not a part of a character
+        found.setdefault(text if whole else _name(tokenizer, token), []).append(token)
     return found
+
+
+def _name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
+    """As the tokenizer names it; a model may have more tokens than its tokenizer."""
+    return tokenizer.id_to_token(token) or f"token {token}"
 
 
 def ideal(count: int, factors: np.ndarray) -> dict[str, float]:
@@ -150,7 +156,7 @@ def write(
 ) -> None:
     """Writes the figure and every number of a trial, and prints its table."""
     figure = plots.answer_curves(result, xlabel=xlabel, title=trial.prompt, marks=dict(marks or {}))
-    spelled = {a: [tokenizer.id_to_token(t) for t in ids] for a, ids in answers.items()}
+    spelled = {a: [_name(tokenizer, t) for t in ids] for a, ids in answers.items()}
     with written_aside(folder) as aside:
         plots.save(figure, aside, name)
         write_json(
