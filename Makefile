@@ -24,6 +24,39 @@ counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model 
 report: $(VENV)/.has-runtime ## Run every experiment on the embedded model and write the report
 	$(python) -m continuous_lm.experiments.report --output_dir=$(RESULTS)/report
 
+# Density models of text, on the rows of a baseline's table. Text files: make calm DATA=a.txt,b.txt
+calm  := $(python) -m continuous_lm.experiments.calm
+DATA  ?=
+TEXT  := $(if $(DATA),--data=$(DATA))
+WORDS ?= file,path,directory
+.PHONY: calm
+calm: SIZE := --hidden_size=64 --num_layers=2 --length=64 --batch_size=16 --steps=300
+calm: OUT := $(RESULTS)/calm
+calm: $(VENV)/.has-runtime ## Train, sample, evaluate and ablate small density models of text
+	$(calm)_train $(TEXT) $(SIZE) --vocab_size=1024 --head=token --output_dir=$(OUT)/baseline
+	$(calm)_train $(TEXT) $(SIZE) --head=mixture --rows_of=$(OUT)/baseline --output_dir=$(OUT)/mixture
+	$(calm)_sample --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
+	$(calm)_eval $(TEXT) --length=64 --models=$(OUT)/baseline,$(OUT)/mixture --output_dir=$(OUT)/eval
+	$(ablate) $(TEXT) --length=64 --model=$(OUT)/mixture --codes=256 --output_dir=$(OUT)/ablation
+ablate := $(python) -m continuous_lm.experiments.quantization_ablation
+
+.PHONY: calm-full
+calm-full: OUT := $(RESULTS)/calm-full
+calm-full: STEPS := --steps=600 --length=128 --batch_size=32
+calm-full: FROM := --rows_of=$(RESULTS)/calm-full/baseline
+calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and three densities, under an hour
+	$(calm)_train $(TEXT) $(STEPS) --head=token --output_dir=$(OUT)/baseline
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=gaussian --head_settings=depth=1 \
+	  --output_dir=$(OUT)/gaussian
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=mixture --output_dir=$(OUT)/mixture
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=5 \
+	  --output_dir=$(OUT)/experts
+	$(calm)_eval $(TEXT) --output_dir=$(OUT)/eval \
+	  --models=$(OUT)/baseline,$(OUT)/gaussian,$(OUT)/mixture,$(OUT)/experts
+	$(ablate) $(TEXT) --model=$(OUT)/mixture --output_dir=$(OUT)/ablation
+	$(calm)_sample --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
+	  --strengths=0,0.25,0.5,0.75,1,1.5,2 --output_dir=$(OUT)/steering
+
 embedded := $(RESULTS)/embedded
 .PHONY: embedded
 embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table

@@ -7,6 +7,9 @@ number of leading batch axes.
     L  layers             D  model width           F  MLP width          V  vocabulary
     N  query heads        K  key/value heads       G  query heads for each key/value head, N / K
     H  width of a head    C  tracked answers     M  rows of learned positions
+    W  width of a vector that is predicted       X  components of a mixture, or experts
+    E  codes of a codebook                       Q  stages of a residual quantizer
+    R  rank of a low-rank covariance             Z  samples
 """
 
 from collections.abc import Mapping

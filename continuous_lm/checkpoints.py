@@ -192,15 +192,23 @@ def save_tensors(
     where: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
-        _save_file(folder / file, {name: shapes[name] for name in names}, dtype, tensor)
+        save_file(folder / file, {name: shapes[name] for name in names}, dtype, tensor)
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": where})
 
 
-def _save_file(path, shapes, dtype, tensor) -> None:
-    """Writes one safetensors file: the header's length, the header, one tensor after the other."""
+def save_file(
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensor: Callable[[str], np.ndarray],
+) -> None:
+    """Writes one safetensors file: the header's length, the header, one tensor after the other.
+
+    Arguments as of `save_tensors`.
+    """
     kind = next(name for name, known in _DTYPES.items() if known == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses others
     end = 0

@@ -17,7 +17,7 @@ from absl import flags
 
 import continuous_lm as clm
 from continuous_lm import attribution
-from continuous_lm.experiments import plots, program, reading
+from continuous_lm.experiments import plots, pretrained, program, reading
 from continuous_lm.files import write_json, written_aside
 
 _PROMPT = flags.DEFINE_string("prompt", reading.PROMPT, "What the model reads.")
@@ -58,7 +58,7 @@ def main() -> None:
     folder = program.output_dir("attribution")
     if _NODES.value % attribution.PANEL:
         raise clm.InputError(f"--nodes is {_NODES.value}; it must be a multiple of 4")
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     read = reading.read(lm, tokenizer, _PROMPT.value, _ANSWER.value)
     value = attribution.log_probability(lm, read.group, tokens=read.tokens)
     durations = jnp.ones(len(read.tokens))

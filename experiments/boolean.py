@@ -11,7 +11,7 @@ learned their truth tables by heart.
 import itertools
 
 import continuous_lm as clm
-from continuous_lm.experiments import curves, plots, program, single, trials
+from continuous_lm.experiments import curves, plots, pretrained, program, single, trials
 from continuous_lm.files import write_json, written_aside
 
 OPERATORS = ("AND", "OR", "NAND", "NOR", "XOR")
@@ -36,7 +36,7 @@ def made(
 def main() -> None:
     """Forty sweeps, figure, table."""
     folder = program.output_dir("boolean")
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     answers = single.tracked(tokenizer, ("0", "1"))
     cells = made(lm, tokenizer, single.points(0.0), single.path())
     results = single.run_all(lm, cells, answers)

@@ -11,7 +11,7 @@ this takes about ten seconds and gives 4, 3, 2, 1.
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments import program, single, trials
+from continuous_lm.experiments import pretrained, program, single, trials
 
 CATEGORIES = {"apple": "fruit", "cat": "animal", "rose": "flower"}  # the paper's
 PROMPT = (
@@ -57,7 +57,7 @@ def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("counting")
     prompt, characters = prompt_and_span()
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     factors, answers = single.points(), single.tracked(tokenizer, clm.tokenization.DIGITS)
     trial = trials.shrinking(tokenizer, prompt, characters, factors, single.vary())
     result = single.run(lm, trial, answers, "counting")

@@ -31,9 +31,7 @@ SEED = 0  # of the held-out prompts and of irregular filler
 FACTORS = np.linspace(0.1, 1.0, 100)  # the paper's
 PAPER_WORDS = {"apple": "fruit", "cat": "animal", "rose": "flower"}
 
-_MODELS = flags.DEFINE_list(
-    "models", None, "Checkpoint folders or bundled models.  [default: --model alone]"
-)
+_MODELS = flags.DEFINE_list("models", ["apples"], "Checkpoint folders or bundled models.")
 _PROMPTS = flags.DEFINE_integer(
     "held_out_prompts", 1000, "How many to ask of each task.", lower_bound=1
 )
@@ -203,7 +201,7 @@ def _tokenizer(lm: clm.LanguageModel) -> tokenizers.Tokenizer:
 def main() -> None:
     """Tables, files, bars."""
     folder = program.output_dir("evaluate_embedded")
-    models = _MODELS.value or [flags.FLAGS.model]
+    models = _MODELS.value
     results, missed = {}, []
     for name in models:
         lm = clm.load(name, dtype=jnp.float32)

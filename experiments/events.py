@@ -10,7 +10,7 @@ times that the model could count instead.
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments import program, single, trials
+from continuous_lm.experiments import pretrained, program, single, trials
 
 QUESTION = "Reply with a single-digit number\nAnswer: "
 SCENES = {  # the paper's: what comes before the events, the events, what comes after
@@ -47,7 +47,7 @@ def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("events")
     prompt, characters = prompt_and_span(_SCENE.value)
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     factors, answers = single.points(), single.tracked(tokenizer, clm.tokenization.DIGITS)
     trial = trials.shrinking(tokenizer, prompt, characters, factors, single.vary())
     single.write(

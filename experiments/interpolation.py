@@ -13,7 +13,7 @@ tokens are aligned in time (see `trials.interpolating`).
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments import program, single, trials
+from continuous_lm.experiments import pretrained, program, single, trials
 
 TEMPLATES = {  # the paper's
     "question": "Question: Are [] red? (yes/no)\nAnswer:",
@@ -34,7 +34,7 @@ def main() -> None:
     folder = program.output_dir("interpolation")
     if len(_WORDS.value) != 2:
         raise clm.InputError(f"--words is {','.join(_WORDS.value)}; give two, as apples,bananas")
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     first, second = _WORDS.value
     template, points = _TEMPLATE.value, single.points(0.0)
     trial = trials.interpolating(lm, tokenizer, template, (first, second), points, single.path())

@@ -14,7 +14,7 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm import inverse
 from continuous_lm.attribution import next_token
-from continuous_lm.experiments import plots, program, reading
+from continuous_lm.experiments import plots, pretrained, program, reading
 from continuous_lm.files import write_json, written_aside
 
 _PROMPT = flags.DEFINE_string("prompt", reading.PROMPT, "What the model reads.")
@@ -32,7 +32,7 @@ _SEED = flags.DEFINE_integer("search_seed", 0, "Of the random search.")
 def main() -> None:
     """Search, verify, table, files."""
     folder = program.output_dir("inverse")
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     read = reading.read(lm, tokenizer, _PROMPT.value, _ANSWER.value)
     span = None
     if _WITHIN.value is not None:

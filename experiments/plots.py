@@ -33,7 +33,7 @@ STYLE: dict[Any, Any] = {
 # Okabe & Ito's colours, which stay apart for colour-blind readers; then two more for ten digits.
 COLOURS = "#56B4E9 #E69F00 #009E73 #0072B2 #D55E00 #CC79A7 #8C6D31 #7F3C8D #11A579 #A5AA99".split()
 FAINT: dict[str, Any] = {"fontsize": 7, "color": "0.5"}
-NAME: dict[str, Any] = {"ha": "center", "fontweight": "bold", "parse_math": False}
+NAME: dict[str, Any] = {"fontweight": "bold", "parse_math": False}
 _LEAST = 0.05  # an answer that never gets this probable is not given a line of its own
 
 
@@ -66,8 +66,10 @@ def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, f
             named = None if apart else _plain(curves.answers[i])
             axes.plot(curves.points, curves.probabilities[:, i], color=colour, label=named)
             if apart:
+                share = (middle - curves.points[0]) / np.ptp(curves.points)
+                side = "left" if share < 0.03 else "right" if share > 0.97 else "center"
                 height += 0.02 * top
-                axes.text(middle, height, curves.answers[i], color=colour, **NAME)
+                axes.text(middle, height, curves.answers[i], color=colour, ha=side, **NAME)
         axes.plot(curves.points, rest, color="0.45", lw=1.0, ls=":", label="everything else")
         axes.set(xlim=curves.points[[0, -1]], ylim=(0, 1.1 * top), xlabel=xlabel)
         axes.set(ylabel="probability")

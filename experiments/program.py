@@ -1,4 +1,4 @@
-"""What every program shares: the model's flags, how errors end, what a run records."""
+"""What every program shares: its folder of results, how errors end, what a run records."""
 
 import datetime
 import importlib.metadata
@@ -9,31 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import tokenizers
 from absl import app, flags, logging
 
 import continuous_lm as clm
 from continuous_lm.files import check_writable
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    "apples",
-    "A checkpoint folder, a bundled model by its name, or org/name on the Hugging Face hub.",
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "stored", "float32", "bfloat16", "float16"],
-    "Of the parameters and the computation. auto: as stored on an accelerator, float32 on a CPU.",
-)
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for the results.  [default: results/ and the program's name]"
-)
-_CACHE_DIR = flags.DEFINE_string(
-    "cache_dir", None, "Folder that keeps converted parameters for the next run.  [default: none]"
-)
-_IGNORE = flags.DEFINE_list(
-    "ignore_config_fields", [], "Fields of config.json known not to change what the model computes."
 )
 
 
@@ -58,34 +40,6 @@ def output_dir(name: str) -> pathlib.Path:
     folder = pathlib.Path(_OUTPUT_DIR.value or pathlib.Path("results") / name)
     check_writable(folder)
     return folder
-
-
-def load_model() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
-    """The model that the flags name, and its tokenizer."""
-    dtype = _DTYPE.value
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "stored"
-    lm = clm.load(
-        _MODEL.value,
-        dtype=None if dtype == "stored" else dtype,
-        ignore_fields=_IGNORE.value,
-        cache_dir=_CACHE_DIR.value,
-    )
-    if lm.tokenizer is None:
-        raise clm.InputError(
-            f"{_MODEL.value} has no tokenizer.json, which this program needs to read its prompt"
-        )
-    return lm, lm.tokenizer
-
-
-def model_name() -> str:
-    """What --model names, without the folders it lies in."""
-    return pathlib.PurePath(_MODEL.value).name
-
-
-def is_bundled() -> bool:
-    """Whether --model names a bundled model, which knows the small language alone."""
-    return _MODEL.value in clm.bundled()
 
 
 def record() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from absl import flags
 
 from continuous_lm import inverse
 from continuous_lm.attribution import log_probability
-from continuous_lm.experiments import plots, program, reading
+from continuous_lm.experiments import plots, pretrained, program, reading
 from continuous_lm.files import write_json, written_aside
 
 _PROMPT = flags.DEFINE_string("prompt", reading.PROMPT, "What the model reads.")
@@ -30,7 +30,7 @@ _DESCENT = flags.DEFINE_integer("descent", 200, "Steps of gradient descent.", lo
 def main() -> None:
     """Prune, verify, table, files."""
     folder = program.output_dir("pruning")
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     read = reading.read(lm, tokenizer, _PROMPT.value, _ANSWER.value)
     value = log_probability(lm, read.group, tokens=read.tokens)
     plain = np.ones(len(read.tokens), np.float32)

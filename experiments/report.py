@@ -30,6 +30,7 @@ from continuous_lm.experiments import (
     interpolation,
     page,
     plots,
+    pretrained,
     program,
     reading,
     shifting,
@@ -96,7 +97,7 @@ def told(lm, tokenizer) -> page.Section:
 
 def summed(lm, tokenizer) -> page.Section:
     """One number of a sum."""
-    small = program.is_bundled()
+    small = pretrained.is_bundled()
     numbers = ("4", "3") if small else ("24", "13")
     prompt, characters = sums.prompt_and_span(numbers, 2, spaced=False)
     trial = trials.shrinking(tokenizer, prompt, characters, single.points())
@@ -153,7 +154,7 @@ def moved(change: str) -> Write:
     """Later, or slower."""
 
     def section(lm, tokenizer) -> page.Section:
-        prompt = shifting.EMBEDDED if program.is_bundled() else shifting.PROMPTS[0]
+        prompt = shifting.EMBEDDED if pretrained.is_bundled() else shifting.PROMPTS[0]
         if change == "translation":
             trial = trials.moving(tokenizer, prompt, single.points(0.0, 10.0))
             claim = "Rotary models do not mind when a sentence begins; GPT-2 does."
@@ -288,10 +289,10 @@ def studied(
 ) -> page.Section:
     """A study with its tables and figures, as `study` and `analysis` make them."""
     tasks = datasets.made(name)[: _STUDIED.value]
-    tracked = study.answers(name, tokenizer, program.is_bundled())
+    tracked = study.answers(name, tokenizer, pretrained.is_bundled())
     points = np.linspace(0, 1, 40) if name == "words" else single.points()
     records = study.run(folder, lm, tokenizer, tasks, tracked, points, label=name)
-    study.write(folder, name, program.model_name(), records)
+    study.write(folder, name, pretrained.name(), records)
     found = [analysis.read(folder)]
     numbers = analysis.analyse(found)
     figures = analysis.STUDIES[name].figures(numbers)
@@ -306,7 +307,7 @@ def studied(
 
 def sections(folder: pathlib.Path) -> Iterator[page.Section]:
     """All of them, one after the other; one that cannot be run says why."""
-    lm, tokenizer = program.load_model()
+    lm, tokenizer = pretrained.load()
     writers: list[tuple[str, Write]] = [
         *SWEEPS,
         *(
@@ -330,7 +331,7 @@ def main() -> None:
     folder = program.output_dir("report")
     made = list(sections(folder / "studies"))
     run = program.record()
-    title = f"How continuous is {program.model_name()}?"
+    title = f"How continuous is {pretrained.name()}?"
     with written_aside(folder) as aside:
         for section in made:
             for name, figure in section.figures.items():

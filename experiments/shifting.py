@@ -11,7 +11,7 @@ al., arXiv:2504.03933).
 import numpy as np
 from absl import flags
 
-from continuous_lm.experiments import program, single, trials
+from continuous_lm.experiments import pretrained, program, single, trials
 
 PROMPTS = ("The capital of France is", "The Great Gatsby is my favourite")  # the paper's
 EMBEDDED = 'Question: How many fruits are listed in the sentence "apple apple apple"? Reply with a'
@@ -23,8 +23,8 @@ _CHANGE = flags.DEFINE_enum("change", "translation", ["translation", "scaling"],
 def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("shifting")
-    lm, tokenizer = program.load_model()
-    prompt = single.prompt() or (EMBEDDED if program.is_bundled() else PROMPTS[0])
+    lm, tokenizer = pretrained.load()
+    prompt = single.prompt() or (EMBEDDED if pretrained.is_bundled() else PROMPTS[0])
     if _CHANGE.value == "translation":
         trial = trials.moving(tokenizer, prompt, single.points(0.0, 10.0))
         xlabel = "shift in tokens"

@@ -29,7 +29,15 @@ from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.errors import InputError
-from continuous_lm.experiments import curves, datasets, interpolation, program, single, trials
+from continuous_lm.experiments import (
+    curves,
+    datasets,
+    interpolation,
+    pretrained,
+    program,
+    single,
+    trials,
+)
 from continuous_lm.files import write_json, written_aside
 
 PARTIAL = "records.jsonl"
@@ -188,8 +196,8 @@ def main() -> None:
     study = _STUDY.value
     folder = program.output_dir(f"study/{study}")
     tasks = datasets.read(study, pathlib.Path(_DATA.value)) if _DATA.value else datasets.made(study)
-    lm, tokenizer = program.load_model()
-    tracked = answers(study, tokenizer, program.is_bundled())
+    lm, tokenizer = pretrained.load()
+    tracked = answers(study, tokenizer, pretrained.is_bundled())
     points = single.points(0.0 if study == "words" else None)
     records = run(
         folder,
@@ -202,7 +210,7 @@ def main() -> None:
         vary=single.vary(),
         path=single.path(),
     )
-    write(folder, study, program.model_name(), records)
+    write(folder, study, pretrained.name(), records)
     failed = [record for record in records if "failed" in record]
     print(f"{len(records)} prompts, of which {len(failed)} could not be run")
     for reason in sorted({record["failed"] for record in failed})[:5]:

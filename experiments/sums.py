@@ -12,7 +12,7 @@ embedded model knows one-digit numbers, of which every sum is one token: by defa
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments import program, single, trials
+from continuous_lm.experiments import pretrained, program, single, trials
 
 _NUMBERS = flags.DEFINE_list(
     "numbers", None, "The two numbers.  [default: 24,13; for the embedded model 4,3]"
@@ -34,8 +34,8 @@ def prompt_and_span(
 def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("sums")
-    lm, tokenizer = program.load_model()
-    embedded = program.is_bundled()
+    lm, tokenizer = pretrained.load()
+    embedded = pretrained.is_bundled()
     numbers = _NUMBERS.value or (["4", "3"] if embedded else ["24", "13"])
     if len(numbers) != 2 or not all(n.isdecimal() and n.isascii() for n in numbers):
         raise clm.InputError(f"--numbers is {','.join(numbers)}; give two whole numbers, as 24,13")

@@ -5,10 +5,12 @@ continuous attention does not see and which take no time. So every row's new tok
 same index, and there are no masks or positions to keep.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,9 @@ from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import kv_cache
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.densities import tempered
 from continuous_lm.models.loading import LanguageModel
-from continuous_lm.models.transformer import Transformer
 
 BUCKET = 64  # lengths are rounded up to multiples of it, so that few programs are compiled
 
@@ -38,15 +41,15 @@ class Generated(NamedTuple):
         return [row[:length].tolist() for row, length in pairs]
 
 
-class _Program(NamedTuple):
-    """What the compiled program depends on, apart from shapes."""
+class Program(NamedTuple):
+    """What the compiled loop depends on, apart from shapes."""
 
-    model: Transformer
-    kind: str  # of the prompts: "tokens" or "embeddings"
+    model: nn.Module  # takes prompts, durations, cache and at; gives outputs and the cache
+    reads: str  # the name under which it takes the prompts
+    goes_on: str  # and what is drawn
+    draw: Callable[[Any, Any, jax.Array, jax.Array], jax.Array]  # hashable; see `run`
+    config: TransformerConfig  # of the trunk
     chunk: int
-    greedy: bool
-    top_k: int | None
-    top_p: bool
     mesh: Mesh | None
 
 
@@ -72,13 +75,9 @@ def sample_token(
       tokens int32 [...].
     """
     if top_k is not None:
-        _check_count("top_k", top_k)
-    wide = time.as_float(logits)
-    # The likeliest is at 0, so that nothing overflows however small the temperature is.
-    wide = wide - jnp.max(wide, axis=-1, keepdims=True)
-    temperature = jnp.asarray(temperature, wide.dtype)[..., None]
-    wide = wide / jnp.maximum(temperature, jnp.finfo(wide.dtype).tiny)
-    return jax.random.categorical(key, _likeliest(wide, top_k, top_p)).astype(jnp.int32)
+        check_count("top_k", top_k)
+    likeliest = _likeliest(tempered(logits, temperature), top_k, top_p)
+    return jax.random.categorical(key, likeliest).astype(jnp.int32)
 
 
 def _likeliest(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None) -> jax.Array:
@@ -145,87 +144,151 @@ def generate(
     """
     for name, count in {"max_new_tokens": max_new_tokens, "chunk": chunk, "top_k": top_k}.items():
         if count is not None or name == "max_new_tokens":
-            _check_count(name, count)
-    _check_sampling(temperature, top_p, key)
-    kind, rows, d = _prompts(lm, tokens, embeddings, durations)
+            check_count(name, count)
+    check_sampling(temperature, top_p, key)
+    if (tokens is None) == (embeddings is None):
+        raise InputError("give either tokens or embeddings")
+    kind, given = ("tokens", tokens) if embeddings is None else ("embeddings", embeddings)
+    wide = lm.params["embedding"].dtype
+    item = np.dtype(np.int32) if kind == "tokens" else wide
+    rows, d = prompt_rows(lm.model, kind, given, durations, item)
+    how = Program(
+        lm.model,
+        kind,
+        "tokens",
+        _DrawToken(greedy=temperature == 0, top_k=top_k, top_p=top_p is not None),
+        lm.config,
+        chunk,
+        axes_lib.mesh_of(lm.params["embedding"]),
+    )
+    options = {
+        "temperature": np.float32(temperature),
+        "top_p": np.float32(1.0 if top_p is None else top_p),
+    }
+    new, lengths = run(
+        how,
+        lm.params,
+        rows,
+        d,
+        max_new=max_new_tokens,
+        start=start,
+        new_durations=new_durations,
+        options=options,
+        stop=stop_tokens(stop, lm.notes, lm.config.vocab_size),
+        key=jax.random.key(0) if key is None or temperature == 0 else key,
+        dtype=wide,
+    )
+    return Generated(new, lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawToken:
+    """Tokens from logits."""
+
+    greedy: bool
+    top_k: int | None
+    top_p: bool
+
+    def __call__(self, params, options, key, logits):
+        if self.greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        p = options["top_p"] if self.top_p else None
+        temperature = options["temperature"]
+        return sample_token(key, logits, temperature=temperature, top_k=self.top_k, top_p=p)
+
+
+def run(
+    how: Program,
+    params: Any,
+    rows: Sequence[np.ndarray],
+    d: Sequence[np.ndarray],
+    *,
+    max_new: int,
+    start: ArrayLike,
+    new_durations: ArrayLike,
+    options: Any,
+    stop: np.ndarray,
+    key: jax.Array,
+    dtype: np.dtype,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Continues B prompts, whatever they are made of, in one compiled loop.
+
+    At each step `how.draw(params, options, key, outputs)` makes the next items, [B] tokens or
+    [B, W] vectors, from the model's outputs at the last ones, [B, ...].
+
+    Args:
+      how: the program. Its `chunk` is an upper bound here.
+      params: of the model.
+      rows: the prompts.
+      d: their durations.
+      max_new: how many new items are wanted of each, at most.
+      start: as of `generate`.
+      new_durations: as of `generate`.
+      options: tree of arrays that `draw` gets.
+      stop: tokens that end a row.
+      key: PRNG key, from which each step's is folded.
+      dtype: of the cache.
+
+    Returns:
+      the new items [B, max_new, ...], and how many each row has [B].
+    """
     time.check_numbers("start", start)
     time.check_numbers("new_durations", new_durations, 0.0)
-
-    shape = (len(rows), max_new_tokens)
     longest = max(map(len, rows))
-    width, chunk = _pieces(longest, chunk)
-    how = _Program(
-        lm.model.clone(config=lm.config.at_length(longest + max_new_tokens)),
-        kind,
-        chunk,
-        greedy=temperature == 0,
-        top_k=top_k,
-        top_p=top_p is not None,
-        mesh=axes_lib.mesh_of(lm.params["embedding"]),
-    )
-    room = _rounded(max_new_tokens, BUCKET)
+    width, chunk = _pieces(longest, how.chunk)
+    config = how.config.at_length(longest + max_new)
+    how = how._replace(model=how.model.clone(config=config), config=config, chunk=chunk)
+    shape, room = (len(rows), max_new), _rounded(max_new, BUCKET)
     batch = {
         "prompts": _padded(rows, width),
         "durations": _padded(d, width),
         "new_durations": _fitted("new_durations", new_durations, shape, room),
         "start": _fitted("start", start, shape[:1]),
     }
-    new, lengths = _generate(
-        how,
-        lm.params,
-        batch,
-        _stop_tokens(lm, stop),
-        np.int32(max_new_tokens),
-        np.float32(temperature),
-        np.float32(1.0 if top_p is None else top_p),
-        jax.random.key(0) if key is None or how.greedy else key,
-    )
-    return Generated(np.asarray(new)[:, :max_new_tokens], np.asarray(lengths))
+    new, lengths = _run(how, dtype, params, options, batch, stop, np.int32(max_new), key)
+    return np.asarray(new)[:, :max_new], np.asarray(lengths)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _generate(
-    how: _Program,
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+    how: Program,
+    dtype: np.dtype,
     params: Any,
+    options: Any,
     batch: dict[str, jax.Array],
     stop: jax.Array,
     limit: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B, room], of which `limit` are made, and how many are each row's own [B]."""
+    """Items [B, room, ...], of which `limit` are made, and how many are each row's own [B]."""
     (num_rows, room), width = batch["new_durations"].shape, batch["prompts"].shape[1]
-    model, chunk, dtype = how.model, how.chunk, params["embedding"].dtype
     place = functools.partial(_placed, how.mesh)
-    batch = {name: place(array, "B T D"[: 2 * array.ndim - 1]) for name, array in batch.items()}
-    cache = kv_cache.empty(model.config, width + room, (num_rows,), dtype)
+    letters = {"prompts": "B T D", "durations": "B T", "new_durations": "B T", "start": "B"}
+    batch = {k: place(v, letters[k][: 2 * v.ndim - 1]) for k, v in batch.items()}
+    cache = kv_cache.empty(how.config, width + room, (num_rows,), dtype)
     cache = jax.tree.map(place, cache._replace(end=batch["start"]), kv_cache.AXES)
 
     def piece(name, i, size):
         return lax.dynamic_slice_in_dim(batch[name], i * size, size, axis=1)
 
     def step(cache, durations, **inputs):
-        return model.apply({"params": params}, durations=durations, cache=cache, at=-1, **inputs)
+        variables: Any = {"params": params}
+        return how.model.apply(variables, durations=durations, cache=cache, at=-1, **inputs)
 
     def read(i, carry):
         """The i-th piece of the prompts."""
         cache, _ = carry
-        inputs = {how.kind: piece("prompts", i, chunk)}
-        logits, cache = step(cache, piece("durations", i, chunk), **inputs)
-        return cache, logits
+        inputs = {how.reads: piece("prompts", i, how.chunk)}
+        outputs, cache = step(cache, piece("durations", i, how.chunk), **inputs)
+        return cache, outputs
 
-    def write(i, logits, cache, new, lengths, done):
-        """The i-th new token."""
-        if how.greedy:
-            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            p = top_p if how.top_p else None
-            key_i = jax.random.fold_in(key, i)
-            token = sample_token(key_i, logits, temperature=temperature, top_k=how.top_k, top_p=p)
-        token = jnp.where(done, 0, token)
-        new = lax.dynamic_update_slice_in_dim(new, token[:, None], i, axis=1)
-        return i + 1, cache, new, lengths + ~done, done | jnp.isin(token, stop)
+    def write(i, outputs, cache, new, lengths, done):
+        """The i-th new item."""
+        item = how.draw(params, options, jax.random.fold_in(key, i), outputs)
+        item = jnp.where(done.reshape(-1, *[1] * (item.ndim - 1)), 0, item)
+        new = lax.dynamic_update_slice_in_dim(new, item[:, None].astype(new.dtype), i, axis=1)
+        ends = jnp.isin(item, stop) if item.ndim == 1 else False
+        return i + 1, cache, new, lengths + ~done, done | ends
 
     def going_on(state):
         i, *_, done = state
@@ -234,21 +297,23 @@ def _generate(
     def read_and_write(state):
         i, cache, new, lengths, done = state
         last = lax.dynamic_slice_in_dim(new, i - 1, 1, axis=1)
-        logits, cache = step(cache, piece("new_durations", i - 1, 1), tokens=last)
-        return write(i, logits, cache, new, lengths, done)
+        outputs, cache = step(cache, piece("new_durations", i - 1, 1), **{how.goes_on: last})
+        return write(i, outputs, cache, new, lengths, done)
 
-    logits = jnp.zeros((num_rows, model.config.vocab_size), jnp.promote_types(dtype, jnp.float32))
-    cache, logits = lax.fori_loop(0, width // chunk, read, (cache, logits))
+    _, nothing = jax.eval_shape(read, 0, (cache, None))
+    nothing = jnp.zeros(nothing.shape, nothing.dtype)
+    cache, outputs = lax.fori_loop(0, width // how.chunk, read, (cache, nothing))
+    item = jax.eval_shape(how.draw, params, options, key, outputs)
     state = write(
         jnp.int32(0),
-        logits,
+        outputs,
         cache,
-        jnp.zeros((num_rows, room), jnp.int32),
+        jnp.zeros((num_rows, room, *item.shape[1:]), item.dtype),
         jnp.zeros(num_rows, jnp.int32),
         jnp.zeros(num_rows, bool),
     )
     _, _, new, lengths, _ = lax.while_loop(going_on, read_and_write, state)
-    return place(new, "- -"), place(lengths, "-")  # all of them on every host
+    return place(new, "- - -"[: 2 * new.ndim - 1]), place(lengths, "-")  # all, on every host
 
 
 def _placed(mesh: Mesh | None, array: jax.Array, axes: str) -> jax.Array:
@@ -259,13 +324,14 @@ def _placed(mesh: Mesh | None, array: jax.Array, axes: str) -> jax.Array:
     return lax.with_sharding_constraint(array, where)
 
 
-def _check_count(name: str, count: Any) -> None:
+def check_count(name: str, count: Any) -> None:
+    """Refuses what is no positive integer."""
     whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
     if not whole or count < 1:
         raise InputError(f"{name} is {count!r}; it must be a positive integer")
 
 
-def _check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
+def check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
     """Refuses what tokens cannot be drawn with."""
     for name, value in {"temperature": temperature, "top_p": top_p}.items():
         if value is not None or name == "temperature":
@@ -289,27 +355,25 @@ def _is_key(key: Any) -> bool:
     return key.dtype == jnp.uint32 and key.ndim == 1
 
 
-def _prompts(
-    lm: LanguageModel, tokens: Any, embeddings: Any, durations: Any
-) -> tuple[str, list[np.ndarray], list[np.ndarray]]:
-    """Which kind the prompts are of, what they are, and the durations of each one's tokens."""
-    if (tokens is None) == (embeddings is None):
-        raise InputError("give either tokens or embeddings")
-    kind, given = ("tokens", tokens) if embeddings is None else ("embeddings", embeddings)
-    rows = _rows(kind, given, "T" if kind == "tokens" else "T D")
-    d = [np.ones(len(row)) for row in rows]
+def prompt_rows(
+    model: Any, kind: str, given: Any, durations: Any, dtype: np.dtype
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Prompts of a kind one by one, checked by the model, and the durations of each.
+
+    One dtype whatever was given, so that one program serves them all.
+    """
+    found = _rows(kind, given, "T" if kind == "tokens" else "T D")
+    d = [np.ones(len(row)) for row in found]
     if durations is not None:
         d = _rows("durations", durations, "T")
-    if len(d) != len(rows):
+    if len(d) != len(found):
         raise InputError(
-            f"durations are given for {len(d)} prompts, and there are {len(rows)} prompts"
+            f"durations are given for {len(d)} prompts, and there are {len(found)} prompts"
         )
-    for i, (row, d_row) in enumerate(zip(rows, d, strict=True)):
+    for i, (row, d_row) in enumerate(zip(found, d, strict=True)):
         with about(f"prompt {i}"):
-            lm.model.check(**{kind: row}, durations=d_row)
-    # One dtype whatever was given, so that one program serves them all.
-    dtype = np.int32 if kind == "tokens" else lm.params["embedding"].dtype
-    return kind, [row.astype(dtype) for row in rows], [row.astype(np.float32) for row in d]
+            model.check(**{kind: row}, durations=d_row)
+    return [row.astype(dtype) for row in found], [row.astype(np.float32) for row in d]
 
 
 def _rows(name: str, given: Any, axes: str) -> list[np.ndarray]:
@@ -366,13 +430,21 @@ def _rounded(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def _stop_tokens(lm: LanguageModel, stop: int | Sequence[int] | None) -> np.ndarray:
-    """The tokens that end a row, int [any number]; -1, which no token is, fills it up."""
+def stop_tokens(
+    stop: int | Sequence[int] | None, notes: Mapping[str, Any], vocab_size: int
+) -> np.ndarray:
+    """The tokens that end a row, int [any number]; -1, which no token is, fills it up.
+
+    Args:
+      stop: the tokens, or none; if left out, those that
+      notes: name as eos_token_id.
+      vocab_size: V.
+    """
     name = "stop"
     if stop is None:
-        name, stop = "field eos_token_id of config.json", lm.notes.get("eos_token_id")
+        name, stop = "field eos_token_id of config.json", notes.get("eos_token_id")
     tokens = np.asarray(() if stop is None else stop)
     if tokens.size:
-        time.check_integers(name, tokens, 0, lm.config.vocab_size)
+        time.check_integers(name, tokens, 0, vocab_size)
     padding = _rounded(max(tokens.size, 1), 8) - tokens.size  # one program for most numbers of them
     return np.append(tokens.ravel(), [-1] * padding).astype(np.int32)

@@ -176,6 +176,12 @@ def save(
       InputError: if the folder cannot be written, or the family's config.json cannot express the
         model.
     """
+    with written_aside(folder, replaces=checkpoints.FILES) as aside:
+        write(aside, lm, shard_size)
+
+
+def write(aside: pathlib.Path, lm: LanguageModel, shard_size: int = checkpoints.SHARD_SIZE) -> None:
+    """Writes the files of `save` into a folder that is there, one by one."""
     if not isinstance(lm, LanguageModel):
         raise InputError(f"lm is a {type(lm).__name__}; only a LanguageModel can be saved")
     if lm.config.family not in FAMILIES:
@@ -200,12 +206,11 @@ def save(
     }
     if _written_out(read_config(fields)) != _written_out(config):
         raise InputError(f"a config.json of {config.family} cannot express this model: {config}")
-    with written_aside(folder, replaces=checkpoints.FILES) as aside:
-        with about("config.json"):
-            write_json(aside / "config.json", fields)
-        layout.write(aside, flat, dtype, shard_size)
-        if lm.tokenizer is not None:
-            lm.tokenizer.save(str(aside / "tokenizer.json"))
+    with about("config.json"):
+        write_json(aside / "config.json", fields)
+    layout.write(aside, flat, dtype, shard_size)
+    if lm.tokenizer is not None:
+        lm.tokenizer.save(str(aside / "tokenizer.json"))
 
 
 def read_config(fields: dict[str, Any], ignore_fields: Sequence[str] = ()) -> TransformerConfig:

@@ -210,6 +210,7 @@ class Transformer(Layer):
         times: ArrayLike | None = None,
         at: ArrayLike | None = None,
         cache: KVCache | None = None,
+        hidden: bool = False,
     ) -> Any:
         """Logits of the next token.
 
@@ -229,10 +230,12 @@ class Transformer(Layer):
             that position goes through the head.
           cache: of the tokens before these, as from `kv_cache.empty` or an earlier call. A cache
             too full for T more is refused outside of jit; inside, its last tokens are overwritten.
+          hidden: return what the head reads instead of what it says.
 
         Returns:
-          logits [..., T, V], or [..., V] with `at`; at least float32. With a cache: the logits, and
-          the cache with these tokens in it.
+          logits [..., T, V], or [..., V] with `at`; at least float32. With `hidden`: the normed
+          states [..., T, D] or [..., D] in the parameters' dtype. With a cache: these, and the
+          cache with these tokens in it.
 
         Raises:
           InputError: for arguments that do not fit and, outside of jit, for values out of range. A
@@ -301,14 +304,15 @@ class Transformer(Layer):
         if at is not None:
             x = _take(x, at)
         x = Norm(config, dtype, name="final_norm")(x)
-        head = table if config.tie_embeddings else self.weight("head", "V D")
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
-        if config.logits_softcap is not None:
-            logits = config.logits_softcap * jnp.tanh(logits / config.logits_softcap)
+        if not hidden:
+            head = table if config.tie_embeddings else self.weight("head", "V D")
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            x = jnp.einsum("...d,vd->...v", x, head, preferred_element_type=wide)
+            if config.logits_softcap is not None:
+                x = config.logits_softcap * jnp.tanh(x / config.logits_softcap)
         if cache is None or memory is None:
-            return logits
-        return logits, cache._replace(keys=memory.keys, values=memory.values)
+            return x
+        return x, cache._replace(keys=memory.keys, values=memory.values)
 
 
 def between_rows(table: jax.Array, positions: jax.Array) -> jax.Array:

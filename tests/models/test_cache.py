@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 
 import continuous_lm as clm
 from continuous_lm import checkpoints
-from continuous_lm.experiments import program
+from continuous_lm.experiments import pretrained
 from continuous_lm.models import cache
 from tests import tiny
 
@@ -288,7 +288,7 @@ def test_orbax_is_imported_only_for_a_cache():
 def test_programs_take_the_flag(tmp_path):
     with flagsaver.flagsaver():
         flags.FLAGS(["counting", f"--cache_dir={tmp_path / 'cache'}"])
-        lm, _ = program.load_model()
+        lm, _ = pretrained.load()
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.startswith("apples-")
     assert_same(lm.params, clm.load("apples", dtype="float32").params)

@@ -286,8 +286,8 @@ def compiled(monkeypatch, lm, tokens, **options):
         return np.zeros((1, 1), np.int32), np.ones(1, np.int32)
 
     with monkeypatch.context() as patch:
-        original = generation._generate
-        patch.setattr(generation, "_generate", catch)
+        original = generation._run
+        patch.setattr(generation, "_run", catch)
         generate(lm, tokens, **options)
     return found[0]
 
@@ -318,7 +318,7 @@ def test_one_program_serves_all_that_is_alike(lm, top_p):
         generate(lm, prompts(lengths=(n, 2)), **usual | options)
 
     run(3)
-    before = generation._generate._cache_size()
+    before = generation._run._cache_size()
     run(64)
     run(9, temperature=3.0, top_p=top_p and 0.1)
     run(9, new_durations=0.3, start=4, durations=[[1] * 9, [2.5] * 2])
@@ -328,9 +328,9 @@ def test_one_program_serves_all_that_is_alike(lm, top_p):
     run(9, stop=())
     run(9, stop=[1, 2, 3])
     run(9, chunk=2000)
-    assert generation._generate._cache_size() == before
+    assert generation._run._cache_size() == before
     run(65)
-    assert generation._generate._cache_size() == before + 1
+    assert generation._run._cache_size() == before + 1
 
 
 @slow
@@ -550,7 +550,7 @@ generate = functools.partial(
     generation.generate, tokens=rows, max_new_tokens=16, stop=(), **options
 )
 one = generate(clm.load(sys.argv[1])).tokens
-original = generation._generate
+original = generation._run
 
 def inspected(how, *arguments):
     program = original.lower(how, *arguments).compile()
@@ -558,7 +558,7 @@ def inspected(how, *arguments):
     print("f32[3,2,128,1,12]" in text, "f32[3,4,128,4,12]" in text)
     return program(*arguments)
 
-generation._generate = inspected
+generation._run = inspected
 many = generate(clm.load(sys.argv[1], mesh=mesh)).tokens
 print((one == many).all(), len(set(one.ravel().tolist())))
 """

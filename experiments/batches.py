@@ -1,0 +1,111 @@
+"""Windows of a long sequence in an order of chance, by Grain: infinite, deterministic, resumable.
+
+An epoch cuts the sequence into windows that share an end (the last target of one is the first input
+of the next), from an offset of chance, and goes through them in an order of chance. So every epoch
+cuts elsewhere, and within one no target comes twice.
+
+Grain's own shuffle is not used: up to 65,536 windows it walks a cycle of that length for each
+index, which took 9 ms an index with 10 windows, and seed s in epoch 1 gives it the order of seed
+s + 1 in epoch 0.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from continuous_lm.errors import InputError
+
+
+class _Epoch(NamedTuple):
+    offset: int
+    order: np.ndarray  # of the windows
+
+
+class _Windows:
+    """What Grain asks for the window of an index, over all epochs."""
+
+    def __init__(self, array: np.ndarray, length: int, seed: int):
+        self.array, self.length, self.seed = array, length, seed
+        # One window fewer than would fit leaves room for every offset from 0 to length - 1.
+        self.count = max(1, (len(array) - length) // length)
+        self.slack = len(array) - 1 - self.count * length
+        self._epoch = functools.lru_cache(maxsize=2)(self._draw)  # a batch may lie across two
+
+    def _draw(self, epoch: int) -> _Epoch:
+        rng = np.random.default_rng([self.seed, epoch])
+        return _Epoch(int(rng.integers(self.slack + 1)), rng.permutation(self.count))
+
+    def __call__(self, index: int) -> np.ndarray:
+        number, place = divmod(int(index), self.count)
+        epoch = self._epoch(number)
+        begin = epoch.offset + int(epoch.order[place]) * self.length
+        return np.asarray(self.array[begin : begin + self.length + 1])
+
+
+def check_length(array: np.ndarray, length: int, name: str = "the data") -> None:
+    """Refuses a sequence from which no window of `length` inputs and their targets can be cut."""
+    unit = "tokens" if array.ndim == 1 else "frames"
+    if len(array) <= length:
+        raise InputError(
+            f"{name} is too short for one sequence: it has {len(array)} {unit}, and a sequence"
+            f" takes {length + 1} ({length} and the last one's target); give more, or make"
+            " sequences shorter"
+        )
+
+
+def shuffled(array: np.ndarray, *, length: int, batch_size: int, seed: int) -> Any:
+    """An endless iterator of batches of windows, a Grain `DatasetIterator`.
+
+    Its `get_state()` is a small dict that JSON can hold; `set_state` of another iterator over the
+    same arguments goes on from there. Reading is in this process and thread.
+
+    Args:
+      array: [T, ...], time first: tokens int [T] or vectors [T, W]. It may be memory-mapped.
+      length: n, the number of inputs of a window.
+      batch_size: B, windows in a batch.
+      seed: of offsets and orders; not negative.
+
+    Returns:
+      Iterator over arrays [B, n + 1, ...] of the dtype of `array`: inputs are [:, :-1], targets
+      [:, 1:].
+
+    Raises:
+      InputError: if a size is not positive, or the sequence is too short.
+    """
+    for name, value, least in (
+        ("length", length, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, not {value}")
+    check_length(array, length)
+    import grain  # late: it takes a second
+
+    windows = _Windows(array, length, seed)
+    # As good as endless; of `repeat` without a number, Grain cannot always tell the length.
+    dataset = grain.MapDataset.range(2**48).map(windows)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(dataset.batch(batch_size).to_iter_dataset(options))
+
+
+def consecutive(array: np.ndarray, *, length: int, limit: int | None = None) -> np.ndarray:
+    """The windows of a sequence from its beginning, for evaluation: [k, n + 1, ...].
+
+    Each target comes once; a rest that is shorter than a window is left out.
+
+    Args:
+      array: [T, ...], as for `shuffled`.
+      length: n.
+      limit: at most so many windows, spread evenly over the sequence.
+
+    Raises:
+      InputError: if the sequence is too short.
+    """
+    check_length(array, length, "the held-out data")
+    count = (len(array) - 1) // length
+    chosen = np.arange(count)
+    if limit is not None and limit < count:
+        chosen = np.arange(limit) * count // limit
+    return np.asarray(array)[chosen[:, None] * length + np.arange(length + 1)]

@@ -1,0 +1,115 @@
+"""What the calm_* programs share: the trunk's shape, training a density model, reading one."""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from continuous_lm.errors import InputError
+from continuous_lm.experiments import batches, training
+from continuous_lm.files import as_path
+from continuous_lm.models import density
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.density import DensityLM
+from continuous_lm.rotary import Rope
+
+EVALUATED = 32  # held-out windows that a training run looks at
+
+
+def trunk(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    mlp_size: int | None = None,
+) -> TransformerConfig:
+    """A Llama: its MLPs are 8/3 times as wide as it is, in steps of 32, and its head is tied."""
+    if hidden_size % (2 * num_heads):
+        raise InputError(
+            f"{num_heads} heads do not share {hidden_size} channels in even parts; choose others"
+        )
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        mlp_size=mlp_size or -(-8 * hidden_size // 96) * 32,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        rope=Rope(),
+        tie_embeddings=True,
+    )
+
+
+def train(
+    lm: DensityLM,
+    data: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    folder: str | os.PathLike,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    trunk_is_frozen: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> DensityLM:
+    """Trains a density model on tokens [n] or vectors [n, W], or goes on with the run in `folder`.
+
+    Args:
+      lm: the model with its first parameters.
+      data: what to train on.
+      held_out: what the loss is logged of, with each checkpoint.
+      folder: of the run; see `training`.
+      length: inputs in a sequence.
+      batch_size: sequences in a step.
+      seed: of the data's order, and of the keys.
+      trunk_is_frozen: train the head alone.
+      settings: what else must be the same for a run to go on.
+      **options: of `training.fit`.
+    """
+    model, reads = lm.model, lm.model.reads
+
+    def loss(params, batch, key):
+        nats: Any = model.apply({"params": params}, **{reads: batch}, method="loss")
+        return jnp.mean(nats), {}
+
+    watched = batches.consecutive(held_out, length=length, limit=EVALUATED)
+    judge: Callable = jax.jit(lambda params: loss(params, watched, None)[0])
+    params = training.fit(
+        loss,
+        lm.params,
+        batches.shuffled(data, length=length, batch_size=batch_size, seed=seed),
+        folder=folder,
+        frozen=lambda path: path == "table" or (trunk_is_frozen and path.startswith("trunk/")),
+        settings={"length": length, "batch_size": batch_size, **(settings or {})},
+        evaluate=lambda params: {"held_out": float(judge(params))},
+        tokens_per_step=length * batch_size,
+        seed=seed,
+        **options,
+    )
+    return DensityLM(model, params, lm.tokenizer, lm.notes)
+
+
+def load(folder: str | os.PathLike, *, reads: str = "tokens") -> DensityLM:
+    """The density model in a folder, that a program can go on with."""
+    folder = as_path(folder)
+    if not pathlib.Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder; calm_train writes one")
+    lm = density.load(folder)
+    if lm.model.reads != reads:
+        raise InputError(f"{folder} holds a model that reads {lm.model.reads}, not {reads}")
+    if reads == "tokens" and lm.tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
+    return lm
+
+
+def num_parameters(lm: DensityLM) -> int:
+    """How many numbers are learned: a frozen table is not among them."""
+    named = {name: leaf for name, leaf in lm.params.items() if name != "table"}
+    return sum(leaf.size for leaf in jax.tree.leaves(named))

@@ -1,0 +1,152 @@
+"""What a density model of text is worth, in numbers that a discrete model can be held against.
+
+    nll                nats a vector: the negative log-density of held-out tokens' rows
+    perplexity         of tokens, when the density is renormalised over the table's rows
+    shuffled           the same with the contexts of other windows: what is left without a context
+    unigram            of the training tokens' frequencies: what no context is worth
+    accuracy           of the token whose row is nearest to the mean, and to a draw
+    noise, margin      squared distance of a draw from its row, and how much farther the second is
+    collapse           variance and effective rank of the rows; scales that are at their bound
+
+Intervals are 95 %, by bootstrap over windows.
+"""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from continuous_lm import quantize
+from continuous_lm.experiments import batches, corpus
+from continuous_lm.models import densities
+from continuous_lm.models.density import DensityLM, DensityModel
+from continuous_lm.models.heads import ExpertsHead
+from continuous_lm.models.sampling import token_rows
+
+ROWS = 8  # windows judged at once
+RESAMPLES = 1000
+
+
+def judge(
+    lm: DensityLM,
+    held_out: np.ndarray,
+    train: np.ndarray,
+    *,
+    length: int,
+    windows: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All the numbers above.
+
+    Args:
+      lm: a model that reads tokens.
+      held_out: tokens int [m].
+      train: tokens int [n], for the unigram.
+      length: of the windows, in inputs.
+      windows: at most so many, spread over the text.
+      seed: of draws, of the order of the windows and of the bootstrap.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = rng.permutation(batches.consecutive(held_out, length=length, limit=windows))
+    table = None
+    if not lm.model.speaks:
+        rows = token_rows(lm)
+        table = {"rows": rows, "norms": quantize.squared_norms(rows)}
+    found: dict[str, list[np.ndarray]] = {}
+    size = min(ROWS, len(tokens))
+    for i in range(0, len(tokens) - size + 1, size):  # a rest is left out
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        part = _judged(lm.model, lm.params, table, tokens[i : i + size], key)
+        for name, values in part.items():
+            found.setdefault(name, []).append(np.asarray(values))
+    joined = {name: np.concatenate(values) for name, values in found.items()}
+    targets = tokens[: len(joined["nats"]), 1:]
+    frequencies = np.bincount(train, minlength=lm.config.vocab_size) + 1.0
+    unigram = -np.log(frequencies / frequencies.sum())[targets]
+
+    def interval(values, of=lambda x: x):
+        means = values.reshape(len(values), -1).mean(axis=1)
+        drawn = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return {"value": float(of(means.mean())), "low": float(of(low)), "high": float(of(high))}
+
+    result = {
+        "tokens": int(targets.size),
+        "perplexity": interval(joined["nats"], np.exp),
+        "shuffled": interval(joined["shuffled"], np.exp),
+        "unigram": interval(unigram, np.exp),
+        "context_nats": interval(joined["shuffled"] - joined["nats"]),
+    }
+    rest = ("nll", "accuracy_mean", "accuracy_draw", "noise", "margin", "at_bound")
+    result |= {name: interval(joined[name]) for name in rest if name in joined}
+    if table is not None:
+        spread = quantize.spread(table["rows"])
+        result["width"] = lm.model.head.width
+        result["effective_rank"] = float(spread.effective_rank)
+        result["least_variance"] = float(jnp.min(spread.variances))
+    if "used" in joined:
+        used = quantize.code_use(joined["used"], joined["weights"].shape[-1])
+        result["use"] = {"perplexity": float(used.perplexity), "used": float(used.used)}
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _judged(model: DensityModel, params: Any, table: Any, tokens: jax.Array, key: jax.Array):
+    """Numbers of each target, [B, T] each, of windows int [B, T + 1]."""
+
+    def call(method, *arguments):
+        return cast(Any, model.apply({"params": params}, *arguments, method=method))
+
+    targets = tokens[:, 1:]
+    hidden = call("predictions", tokens)
+    logits = call("logits_of", hidden)
+
+    def nats_of(logits):
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - picked
+
+    found = {
+        "nats": nats_of(logits),
+        # Windows come in an order of chance: the one before is not the text before.
+        "shuffled": nats_of(jnp.roll(logits, 1, axis=0)),
+    }
+    density = call("distribution", hidden)
+    if table is None:
+        found["accuracy_mean"] = jnp.argmax(logits, axis=-1) == targets
+        return found | {"accuracy_draw": density.sample(key) == targets}
+    draw = density.sample(key)
+    near = quantize.k_nearest(draw, table["rows"], 2, norms=table["norms"])
+    middle = quantize.nearest(density.mean, table["rows"], norms=table["norms"]).indices
+    found |= {
+        "nll": -density.log_prob(table["rows"][targets]),
+        "accuracy_mean": middle == targets,
+        "accuracy_draw": near.indices[..., 0] == targets,
+        "noise": near.distances[..., 0],
+        "margin": near.distances[..., 1] - near.distances[..., 0],
+        "at_bound": jnp.mean(_scales(density) < 1.1 * model.head.min_scale, axis=-1),  # type: ignore[attr-defined]
+    }
+    if isinstance(density, densities.Mixture):
+        found["weights"] = density.weights
+        found["used"] = jnp.argmax(density.logits, axis=-1)
+        if isinstance(model.head, ExpertsHead):
+            _, chosen, _ = call("routes", hidden)
+            found["used"] = chosen[..., 0]
+            found["weights"] = jnp.zeros((*targets.shape, model.head.experts))
+    return found
+
+
+def _scales(density: Any) -> jax.Array:
+    """The scales that `min_scale` bounds, [..., any number]."""
+    match density:
+        case densities.FullGaussian():
+            return jnp.diagonal(density.cholesky, axis1=-2, axis2=-1)
+        case densities.Mixture():
+            return density.scales.reshape(*density.scales.shape[:-2], -1)
+    return cast(jax.Array, density.scale)
+
+
+def bits_per_byte(judged: dict[str, Any], data: corpus.Corpus) -> float:
+    """The token's information as bits for each byte of text, whatever the tokenizer."""
+    return float(np.log2(judged["perplexity"]["value"]) / data.bytes_per_token)

@@ -1,0 +1,107 @@
+"""What goes wrong in a quantizer, in numbers: unused codes, noise, collapsed vectors."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from continuous_lm.durations import as_float, check_integers
+from continuous_lm.errors import InputError
+from continuous_lm.quantize.kmeans import check_count, check_vectors, counted
+from continuous_lm.quantize.nearest import BLOCK, k_nearest
+
+
+class CodeUse(NamedTuple):
+    """How the codes of a codebook are used."""
+
+    counts: jax.Array  # int32 [E]
+    perplexity: jax.Array  # exp of the entropy of the counts: E if all are used alike, 1 if one is
+    used: jax.Array  # part of the codes that occur at all, from 0 to 1
+
+
+class Noise(NamedTuple):
+    """What quantization does to each vector."""
+
+    distance: jax.Array  # [...], to the nearest code
+    margin: jax.Array  # [...] >= 0, by how much farther the second nearest lies; 0 is a tie
+
+
+class Spread(NamedTuple):
+    """In how many directions vectors differ."""
+
+    variances: jax.Array  # [W], of each dimension
+    effective_rank: jax.Array  # from 1 to W; 0 if all vectors are alike
+
+
+def code_use(indices: ArrayLike, num_codes: int) -> CodeUse:
+    """Counts of the codes, their perplexity and the part of them that is used.
+
+    Args:
+      indices: which code each vector has, int [...]; at least one.
+      num_codes: E.
+
+    Raises:
+      InputError: if there are none; outside of jit, if one is not 0, ..., E - 1.
+
+    >>> print(*code_use([0, 0, 1, 1], 4))
+    [2 2 0 0] 2.0 0.5
+    """
+    check_count("num_codes", num_codes)
+    if not np.size(indices):
+        raise InputError("indices are empty; code use needs at least one")
+    check_integers("indices", indices, 0, num_codes)
+    counts = counted(jnp.asarray(indices).reshape(-1), num_codes, jnp.int32)
+    p = counts / jnp.sum(counts)
+    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
+    return CodeUse(counts, jnp.exp(entropy), jnp.mean(counts > 0, dtype=p.dtype))
+
+
+def quantization_noise(
+    x: ArrayLike, codes: ArrayLike, *, metric: str = "euclidean", block: int = BLOCK
+) -> Noise:
+    """How far vectors lie from their codes, and how much farther from the second nearest ones.
+
+    Where the margin is small against the distance, a little noise changes the code.
+
+    Args:
+      x: vectors [..., W].
+      codes: the codebook [E, W], E >= 2.
+      metric: see `nearest`; "euclidean" is squared.
+      block: see `nearest`.
+
+    Raises:
+      InputError: as `k_nearest` with k = 2.
+
+    >>> print(*quantization_noise([1.0, 0.0], [[0.0, 0.0], [3.0, 0.0]]))
+    1.0 3.0
+    """
+    distances = k_nearest(x, codes, 2, metric=metric, block=block).distances
+    return Noise(distances[..., 0], distances[..., 1] - distances[..., 0])
+
+
+def spread(x: ArrayLike) -> Spread:
+    """Variances of the dimensions and effective rank: near 0 and 1 where vectors have collapsed.
+
+    The effective rank is exp of the entropy of the singular values, divided by their sum (Roy and
+    Vetterli, "The effective rank", 2007), here of the vectors less their mean.
+
+    Args:
+      x: vectors [..., W].
+
+    Raises:
+      InputError: if there are none, or, outside of jit, one is not finite.
+
+    >>> print(*spread([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    [0.5 0.5] 2.0
+    """
+    x = as_float(x)
+    check_vectors(x)
+    x = x.reshape(-1, x.shape[-1])
+    x = x - jnp.mean(x, axis=0)
+    values = jnp.linalg.svd(x, compute_uv=False)
+    total = jnp.sum(values)
+    p = values / jnp.where(total > 0, total, 1.0)
+    rank = jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0))))
+    return Spread(jnp.mean(jnp.square(x), axis=0), jnp.where(total > 0, rank, 0.0))

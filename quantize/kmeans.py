@@ -1,0 +1,118 @@
+"""K-means: a codebook from data, by k-means++ and Lloyd's steps."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from continuous_lm.durations import as_float, check_numbers
+from continuous_lm.errors import InputError
+from continuous_lm.quantize.nearest import BLOCK, distance, nearest
+
+
+class Clusters(NamedTuple):
+    """E clusters of vectors."""
+
+    centres: jax.Array  # [E, W]
+    counts: jax.Array  # [E], vectors nearest to each, in the dtype of the centres
+
+
+def kmeans(
+    key: jax.Array, x: ArrayLike, num_codes: int, *, steps: int = 10, block: int = BLOCK
+) -> Clusters:
+    """Clusters of vectors: means that lie near all of them, in squared Euclidean distance.
+
+    The start is k-means++ (Arthur and Vassilvitskii, 2007): each centre is a vector drawn in
+    proportion to its squared distance from the centres before. Then Lloyd's steps move each centre
+    to the mean of the vectors nearest to it; one that has none moves to the vector that lies
+    farthest from its own centre, the next one to the next farthest.
+
+    Args:
+      key: PRNG key.
+      x: vectors [..., W]; fewer than `num_codes` different ones leave some centres alike, of which
+        all but the first have no vectors.
+      num_codes: E, how many clusters.
+      steps: Lloyd's steps, >= 0; each compares all vectors with all centres.
+      block: see `nearest`.
+
+    Returns:
+      the clusters.
+
+    Raises:
+      InputError: if shapes or numbers do not fit; outside of jit, if a vector is not finite.
+
+    >>> found = kmeans(jax.random.key(0), [[0.0], [2.0], [10.0], [12.0], [14.0]], 2)
+    >>> print(jnp.sort(found.centres, axis=0).T, jnp.sort(found.counts))
+    [[ 1. 12.]] [2. 3.]
+    """
+    x = lax.stop_gradient(as_float(x))
+    check_vectors(x)
+    for name, count, least in (("num_codes", num_codes, 1), ("steps", steps, 0)):
+        check_count(name, count, least)
+    return _kmeans(key, x.reshape(-1, x.shape[-1]), int(num_codes), int(steps), block)
+
+
+@functools.partial(jax.jit, static_argnames=("num_codes", "block"))
+def _kmeans(key: jax.Array, x: jax.Array, num_codes: int, steps: jax.Array, block: int) -> Clusters:
+    centres = _plus_plus(key, x, num_codes)
+    centres = lax.fori_loop(0, steps, lambda _, centres: _lloyd(x, centres, block), centres)
+    return Clusters(centres, counted(nearest(x, centres, block=block).indices, num_codes, x.dtype))
+
+
+def _plus_plus(key: jax.Array, x: jax.Array, num_codes: int) -> jax.Array:
+    """The start [E, W]."""
+
+    def draw(i, carry):
+        centres, distances = carry
+        weight = jnp.log(distances)  # -inf where a centre lies already
+        new = x[jax.random.categorical(jax.random.fold_in(key, i), weight)]
+        return centres.at[i].set(new), jnp.minimum(distances, distance(x, new))
+
+    start = jnp.zeros((num_codes, x.shape[1]), x.dtype), jnp.ones(len(x), x.dtype)
+    # The first is drawn evenly: what "ones" stand for is no distance, and would cap the others.
+    centres, _ = draw(0, start)
+    return lax.fori_loop(1, num_codes, draw, (centres, distance(x, centres[0])))[0]
+
+
+def _lloyd(x: jax.Array, centres: jax.Array, block: int) -> jax.Array:
+    num_codes = len(centres)
+    indices, distances = nearest(x, centres, block=block)
+    counts = counted(indices, num_codes, x.dtype)
+    means = summed(x, indices, num_codes) / jnp.maximum(counts, 1.0)[:, None]
+    farthest = x[lax.top_k(distances, min(num_codes, len(x)))[1]]
+    empty = counts == 0
+    return jnp.where(empty[:, None], farthest[rank(empty) % len(farthest)], means)
+
+
+def counted(indices: jax.Array, num_codes: int, dtype: jnp.dtype) -> jax.Array:
+    """How often each code occurs in `indices` [N], as [E]."""
+    return jnp.zeros(num_codes, jnp.int32).at[indices].add(1).astype(dtype)
+
+
+def summed(x: jax.Array, indices: jax.Array, num_codes: int) -> jax.Array:
+    """The sum [E, W] of the vectors [N, W] of each code."""
+    return jax.ops.segment_sum(x, indices, num_codes)
+
+
+def rank(chosen: jax.Array) -> jax.Array:
+    """How many are chosen before each, int [E]."""
+    return jnp.cumsum(chosen) - chosen
+
+
+def check_count(name: str, count: int, least: int = 1) -> None:
+    """Refuses what is not a whole number of at least `least`."""
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < least:
+        raise InputError(f"{name} is {count!r}; it must be a whole number, at least {least}")
+
+
+def check_vectors(x: jax.Array, width: int | None = None) -> None:
+    """Refuses what is not [..., W] with at least one vector, all of them finite."""
+    if x.ndim < 2 or not x.size:
+        raise InputError(f"x has shape {list(x.shape)}; it must be [..., W], with vectors in it")
+    if width is not None and x.shape[-1] != width:
+        raise InputError(f"x, {list(x.shape)}, is {x.shape[-1]} wide, but the codes are {width}")
+    check_numbers("x", x)

@@ -1,0 +1,344 @@
+"""Nearest neighbours in a codebook: which of E code vectors lie closest to a vector.
+
+The codebook is scanned in blocks, so that memory does not grow with it: N vectors take [N, block]
+scores at a time. Three metrics, each as a distance, smaller for what is nearer:
+
+    euclidean   |x - c|^2, squared, as faiss gives it
+    cosine      1 - x.c / (|x| |c|), and 1 where x or c is zero
+    dot         -x.c
+
+The search compares x.c - |c|^2 / 2, x.c / |c| or x.c: one matrix product a block, and |c|^2, which
+is computed once. The distances of what it finds are computed anew from the vectors, without its
+cancellation.
+Gradients flow through these distances alone, so they cost k rows and not the codebook.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from continuous_lm import axes as axes_lib
+from continuous_lm.durations import as_float
+from continuous_lm.errors import InputError
+
+METRICS = ("euclidean", "cosine", "dot")
+BLOCK = 1024  # codes in a block: large enough to run at the speed of the matrix product
+# Blocks are multiples of it: what is left over beside the full tiles of a matrix product is summed
+# in another order, and there the score of a code would not be that of its double elsewhere.
+TILE = 16
+
+
+class Neighbours(NamedTuple):
+    """The codes nearest to some vectors, the nearest first; equally near ones by their index."""
+
+    indices: jax.Array  # int32 [..., k]
+    distances: jax.Array  # [..., k], at least float32
+
+
+def squared_norms(codes: ArrayLike) -> jax.Array:
+    """|c|^2 of each code, [E] of [E, W]: what the searches of one codebook share.
+
+    >>> squared_norms([[3.0, 4.0], [0.0, 1.0]])
+    Array([25.,  1.], dtype=float32)
+    """
+    return jnp.sum(jnp.square(as_float(codes)), axis=-1)
+
+
+def distance(x: ArrayLike, y: ArrayLike, *, metric: str = "euclidean") -> jax.Array:
+    """The distance of vectors to others, one to one.
+
+    Args:
+      x: [..., W].
+      y: [..., W], of a shape that broadcasts with that of x.
+      metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
+
+    Returns:
+      distances [...], at least float32, with finite gradients everywhere.
+
+    Raises:
+      InputError: if the widths differ, or the metric is not known.
+
+    >>> print(distance([1.0, 2.0], [[1.0, 0.0], [2.0, 4.0]]))
+    [4. 5.]
+    """
+    x, y = as_float(x), as_float(y)
+    _check_metric(metric)
+    if x.ndim < 1 or y.ndim < 1 or x.shape[-1] != y.shape[-1]:
+        raise InputError(
+            f"x {list(x.shape)} and y {list(y.shape)} have no distance; both must be [..., W]"
+        )
+    if metric == "euclidean":
+        return jnp.sum(jnp.square(x - y), axis=-1)
+    product = jnp.sum(x * y, axis=-1)
+    if metric == "dot":
+        return -product
+    return 1.0 - product * _inverse_length(squared_norms(x)) * _inverse_length(squared_norms(y))
+
+
+def nearest(
+    x: ArrayLike,
+    codes: ArrayLike,
+    *,
+    metric: str = "euclidean",
+    norms: jax.Array | None = None,
+    block: int = BLOCK,
+    sharding: NamedSharding | None = None,
+) -> Neighbours:
+    """The code nearest to each vector: `k_nearest` with k = 1, without the axis of k.
+
+    >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    >>> found = nearest([[0.75, 0.0], [0.5, 0.0]], codes)  # the second one lies in the middle
+    >>> print(found.indices, found.distances)
+    [1 0] [0.0625 0.25  ]
+    """
+    found = k_nearest(x, codes, 1, metric=metric, norms=norms, block=block, sharding=sharding)
+    return Neighbours(*(array[..., 0] for array in found))
+
+
+def k_nearest(
+    x: ArrayLike,
+    codes: ArrayLike,
+    k: int,
+    *,
+    metric: str = "euclidean",
+    norms: jax.Array | None = None,
+    block: int = BLOCK,
+    sharding: NamedSharding | None = None,
+) -> Neighbours:
+    """The k codes nearest to each vector, by exact search.
+
+    Products are float32 at the highest precision (float64 for such arrays), whatever the platform's
+    default is. In those numbers equally near codes are taken by their index, the lowest first, in
+    blocks, over devices or in one piece alike.
+
+    Args:
+      x: vectors [..., W].
+      codes: the codebook [E, W]. If its rows lie spread over the devices of a mesh, each device
+        searches its own, and k candidates of each are exchanged.
+      k: how many, at most E.
+      metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
+      norms: `squared_norms(codes)`; computed if left out.
+      block: codes scored at once, rounded up to a multiple of 16. Memory is that of [N, block]
+        scores for N vectors.
+      sharding: how the codes lie on a mesh. It is known outside of jit; inside it must be given, or
+        the compiler brings all codes to every device.
+
+    Returns:
+      The neighbours, [..., k].
+
+    Raises:
+      InputError: if shapes do not fit, k is not 1, ..., E, the metric is not known; and, outside of
+        jit, if a vector or code is not finite, or so large that float32 cannot hold its square.
+
+    >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    >>> found = k_nearest([0.75, 0.0], codes, 2)
+    >>> print(found.indices, found.distances)
+    [1 0] [0.0625 0.5625]
+    """
+    x, codes = jnp.asarray(x), jnp.asarray(codes)
+    _check(x, codes, k, metric, norms, block)
+    x, codes = _automatic(x), _automatic(codes)
+    placed = getattr(codes, "sharding", None) if sharding is None else sharding
+    norms = squared_norms(codes) if norms is None else norms
+    _check_values(x, norms)
+    rows = x.reshape(-1, x.shape[-1])
+    how = _How(int(k), metric, int(block))
+    mesh, entries = _entries(placed)
+    if mesh is not None:
+        found = _sharded(how, mesh, entries, rows, codes, norms)
+    else:
+        found = _alone(how, rows, codes, norms)
+    return Neighbours(*(array.reshape(*x.shape[:-1], k) for array in found))
+
+
+class _How(NamedTuple):
+    """What the compiled search depends on, apart from shapes."""
+
+    k: int
+    metric: str
+    block: int
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _alone(how: _How, x: jax.Array, codes: jax.Array, norms: jax.Array) -> Neighbours:
+    """The neighbours of x [N, W] on one device."""
+    indices, _ = _search(how, x, codes, norms)
+    return _in_order(indices, _distances(how.metric, x, codes, indices))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sharded(
+    how: _How,
+    mesh: Mesh,
+    entries: tuple[str, ...],
+    x: jax.Array,
+    codes: jax.Array,
+    norms: jax.Array,
+) -> Neighbours:
+    """The neighbours of x [N, W] in codes that the mesh axes `entries` spread."""
+
+    def search(x, codes, norms):
+        local = how._replace(k=min(how.k, len(codes)))
+        indices, scores = _search(local, x, codes, norms)
+        distances = _distances(how.metric, x, codes, indices)
+        indices = indices + lax.axis_index(entries) * len(codes)
+        # In the order of the devices, so that lower indices come first and win among equals.
+        indices, scores, distances = (
+            lax.all_gather(a, entries, axis=1, tiled=True) for a in (indices, scores, distances)
+        )
+        places = lax.top_k(scores, how.k)[1]
+        return _in_order(
+            jnp.take_along_axis(indices, places, axis=1),
+            jnp.take_along_axis(distances, places, axis=1),
+        )
+
+    spread = PartitionSpec(entries)
+    search = jax.shard_map(
+        search,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), spread, spread),
+        out_specs=PartitionSpec(),
+        axis_names=set(entries),  # x stays as it is spread over the others
+        check_vma=False,  # what all devices gathered is the same on all of them
+    )
+    return search(x, codes, norms)
+
+
+def _search(
+    how: _How, x: jax.Array, codes: jax.Array, norms: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Indices and scores [N, k] of the k largest scores, by falling score and then by index."""
+    x, codes, norms = (lax.stop_gradient(a) for a in (x, codes, norms))
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, codes.dtype), jnp.float32)
+    x, norms = x.astype(dtype), norms.astype(dtype)
+    k, metric, block = how
+    num_codes, block = len(codes), -(-min(block, len(codes)) // TILE) * TILE
+
+    def best_of(rows, row_norms, seen, indices):
+        """The best of a block, without what was `seen`."""
+        scores = _scores(metric, x, rows.astype(dtype), row_norms)
+        best, places = _largest(jnp.where(seen, -jnp.inf, scores), min(k, block))
+        return indices[places], best
+
+    if block >= num_codes:
+        indices, room = jnp.arange(block, dtype=jnp.int32), block - num_codes
+        rows, row_norms = jnp.pad(codes, [(0, room), (0, 0)]), jnp.pad(norms, (0, room))
+        return best_of(rows, row_norms, indices >= num_codes, indices)
+
+    def step(carry, first):
+        begin = jnp.minimum(first, num_codes - block)  # the last block is as long as the others
+        indices = begin + jnp.arange(block, dtype=jnp.int32)
+        rows, row_norms = (lax.dynamic_slice_in_dim(a, begin, block) for a in (codes, norms))
+        found = best_of(rows, row_norms, indices < first, indices)
+        # What was found before stands first, so that it wins among equals.
+        indices, scores = (jnp.concatenate(pair, axis=1) for pair in zip(carry, found, strict=True))
+        scores, places = _largest(scores, k)
+        return (jnp.take_along_axis(indices, places, axis=1), scores), None
+
+    nothing = jnp.zeros((len(x), k), jnp.int32), jnp.full((len(x), k), -jnp.inf, dtype)
+    found, _ = lax.scan(step, nothing, jnp.arange(0, num_codes, block, dtype=jnp.int32))
+    return found
+
+
+def _scores(metric: str, x: jax.Array, codes: jax.Array, norms: jax.Array) -> jax.Array:
+    """Scores [N, block], larger for what is nearer, in the dtype of x."""
+    scores = jnp.einsum("nw,ew->ne", x, codes, precision=lax.Precision.HIGHEST)
+    if metric == "euclidean":
+        return scores - 0.5 * norms
+    return scores * _inverse_length(norms) if metric == "cosine" else scores
+
+
+def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest [N, k] of scores [N, block] and their places; the first among equals."""
+    if k > 1:
+        best, places = lax.top_k(scores, k)
+        return best, places
+    best = jnp.max(scores, axis=1, keepdims=True)
+    places = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
+    return best, places
+
+
+def _distances(metric: str, x: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
+    """Distances [N, k] of x [N, W] to the codes at `indices`, one of the k at a time."""
+    columns = lax.map(lambda i: distance(x, codes[i], metric=metric), indices.T)
+    return columns.T
+
+
+def _in_order(indices: jax.Array, distances: jax.Array) -> Neighbours:
+    """The neighbours [N, k] by distance, and by index where that is equal."""
+    if indices.shape[1] > 1:
+        distances, indices = lax.sort((distances, indices), dimension=1, num_keys=2)
+    return Neighbours(indices.astype(jnp.int32), distances)
+
+
+def _inverse_length(norms: jax.Array) -> jax.Array:
+    """1 / |c| from |c|^2, and 0 where that is 0, with a gradient there."""
+    return jnp.where(norms > 0, lax.rsqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)
+
+
+def _automatic(array: jax.Array) -> jax.Array:
+    """The array, with axes of type Auto where it lies on a mesh, whatever jax.make_mesh chose."""
+    placed = getattr(array, "sharding", None)
+    if isinstance(array, jax.core.Tracer) or not isinstance(placed, NamedSharding):
+        return array
+    mesh = axes_lib.mesh_of(array)
+    if mesh is None or all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return array
+    return jax.device_put(array, NamedSharding(Mesh(mesh.devices, mesh.axis_names), placed.spec))
+
+
+def _entries(placed: Any) -> tuple[Mesh | None, tuple[str, ...]]:
+    """The mesh and its axes over which the rows of a codebook are spread, if they are."""
+    if not isinstance(placed, NamedSharding) or not placed.spec or placed.spec[0] is None:
+        return None, ()
+    names = placed.spec[0]
+    names = (names,) if isinstance(names, str) else tuple(names)
+    mesh = Mesh(placed.mesh.devices, placed.mesh.axis_names)
+    return (mesh, names) if math.prod(mesh.shape[name] for name in names) > 1 else (None, ())
+
+
+def _check_metric(metric: str) -> None:
+    if metric not in METRICS:
+        raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+
+
+def _check(x, codes, k, metric, norms, block) -> None:
+    _check_metric(metric)
+    if codes.ndim != 2 or not codes.size:
+        raise InputError(f"codes have shape {list(codes.shape)}; they must be [E, W], E and W >= 1")
+    if x.ndim < 1 or x.shape[-1] != codes.shape[-1]:
+        width = f"are {x.shape[-1]} wide" if x.ndim else "have no width"
+        raise InputError(
+            f"the vectors, {list(x.shape)}, {width}, but the codes, {list(codes.shape)}, are"
+            f" {codes.shape[-1]} wide"
+        )
+    for name, array in {"x": x, "codes": codes}.items():
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise InputError(f"{name} has dtype {array.dtype}; it must hold real numbers")
+    for name, count in {"k": k, "block": block}.items():
+        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+            raise InputError(f"{name} is {count!r}; it must be a positive integer")
+    if k > len(codes):
+        raise InputError(f"k is {k}, but there are only {len(codes)} codes")
+    if norms is not None and np.shape(norms) != codes.shape[:1]:
+        raise InputError(
+            f"norms have shape {list(np.shape(norms))}; there are {len(codes)} codes, so they must"
+            f" be [{len(codes)}], as squared_norms gives them"
+        )
+
+
+def _check_values(x, norms) -> None:
+    """Refuses what is not finite, where it is known; a code shows it in its norm."""
+    for name, norms_of in {"codes": norms, "x": squared_norms(x)}.items():
+        if not isinstance(norms_of, jax.core.Tracer) and not jnp.isfinite(norms_of).all():
+            index = np.argwhere(~np.isfinite(np.asarray(norms_of)))[0].tolist()
+            raise InputError(
+                f"{name}{index if index else ''} is not finite, or too large for its square"
+            )

@@ -1,0 +1,298 @@
+"""Learned codebooks, of one stage and of several, against plain NumPy loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import continuous_lm as clm
+from continuous_lm import losses, quantize
+
+KEY = jax.random.key(0)
+
+
+def clusters(num_vectors=400, num_clusters=8, width=4, noise=0.05, seed=0):
+    """Vectors around points far from each other, and these points."""
+    rng = np.random.default_rng(seed)
+    corners = rng.permutation(2**width)[:num_clusters]
+    points = 4.0 * ((corners[:, None] >> np.arange(width)) & 1)
+    which = rng.permutation(np.arange(num_vectors) % num_clusters)
+    x = points[which] + noise * rng.standard_normal((num_vectors, width))
+    return x.astype(np.float32), points, which
+
+
+def nearest(x, codes):
+    return ((x[:, None] - codes) ** 2).sum(-1).argmin(1)
+
+
+# --- K-means ---------------------------------------------------------------------------------
+
+
+def test_kmeans_finds_clusters():
+    x, _, which = clusters()
+    found = quantize.kmeans(KEY, x, 8, steps=5)
+    means = np.array([x[which == i].mean(0) for i in range(8)])
+    order = nearest(means, np.asarray(found.centres))
+    assert sorted(order) == list(range(8))
+    np.testing.assert_allclose(np.asarray(found.centres)[order], means, atol=1e-5)
+    np.testing.assert_array_equal(found.counts, np.full(8, 50))
+
+
+def test_lloyds_steps_are_those_of_numpy():
+    x = np.random.default_rng(0).standard_normal((300, 3)).astype(np.float32)
+    codes = np.array(quantize.kmeans(KEY, x, 10, steps=0).centres)
+    assert all((x == code).all(1).any() for code in codes)  # the start is drawn from the vectors
+    assert len(np.unique(codes, axis=0)) == 10
+    for _ in range(5):
+        which = nearest(x, codes)
+        codes = np.array([x[which == i].mean(0) for i in range(10)])
+    found = quantize.kmeans(KEY, x, 10, steps=5)
+    np.testing.assert_allclose(found.centres, codes, atol=1e-5)
+    np.testing.assert_array_equal(found.counts, np.bincount(nearest(x, codes), minlength=10))
+
+
+def test_kmeans_of_few_different_vectors():
+    x = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
+    found = quantize.kmeans(KEY, x, 5)
+    assert np.isfinite(found.centres).all()
+    assert sorted(found.counts.tolist()) == [0, 0, 4, 4, 4]
+
+
+# --- One stage -------------------------------------------------------------------------------
+
+
+def test_quantize_gives_codes_and_losses():
+    rng = np.random.default_rng(0)
+    x, codes = rng.standard_normal((2, 7, 3)), rng.standard_normal((12, 3))
+    codebook = quantize.Codebook(jnp.asarray(codes), jnp.ones(12), jnp.asarray(codes))
+    coded = quantize.quantize(codebook, x)
+    indices = nearest(x.reshape(-1, 3), codes).reshape(2, 7)
+    np.testing.assert_array_equal(coded.indices, indices)
+    np.testing.assert_array_equal(coded.vectors, quantize.lookup(codebook.codes, indices))
+    squared = ((x - codes[indices]) ** 2).sum(-1)
+    np.testing.assert_allclose(coded.codebook_loss, squared, rtol=1e-5)
+    np.testing.assert_allclose(coded.commitment_loss, squared, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", quantize.GRADIENTS)
+def test_each_loss_moves_its_own_side(gradient):
+    rng = np.random.default_rng(0)
+    x, codes = (jnp.asarray(rng.standard_normal((n, 3)), jnp.float32) for n in (5, 12))
+    g = rng.standard_normal((5, 3)).astype(np.float32)
+
+    def parts(x, codes):
+        coded = quantize.quantize(quantize.Codebook(codes, None, None), x, gradient=gradient)
+        return jnp.stack(
+            [jnp.sum(g * coded.vectors), coded.codebook_loss.sum(), coded.commitment_loss.sum()]
+        )
+
+    to_x, to_codes = jax.jit(jax.jacobian(parts, argnums=(0, 1)))(x, codes)
+    indices = nearest(np.asarray(x), np.asarray(codes))
+    trick = {"rotation": quantize.rotation_trick, "straight_through": quantize.straight_through}
+    through = jax.grad(lambda x: jnp.sum(g * trick[gradient](x, codes[indices])))(x)
+    np.testing.assert_allclose(to_x[0], through, rtol=1e-5)
+    np.testing.assert_array_equal(to_codes[0], 0)
+    np.testing.assert_array_equal(to_x[1], 0)
+    expected = np.zeros((12, 3), np.float32)
+    np.add.at(expected, indices, 2 * (codes[indices] - x))
+    np.testing.assert_allclose(to_codes[1], expected, atol=1e-5)
+    np.testing.assert_allclose(to_x[2], 2 * (x - codes[indices]), atol=1e-5)
+    np.testing.assert_array_equal(to_codes[2], 0)
+
+
+def numpy_ema(codes, counts, sums, x, decay, epsilon):
+    """One step of appendix A.1, a code at a time, in float64."""
+    which = nearest(x, codes)
+    for i in range(len(codes)):
+        mine = x[which == i]
+        counts[i] = decay * counts[i] + (1 - decay) * len(mine)
+        sums[i] = decay * sums[i] + (1 - decay) * mine.sum(0)
+    total = counts.sum()
+    for i in range(len(codes)):
+        codes[i] = sums[i] / ((counts[i] + epsilon) / (total + len(codes) * epsilon) * total)
+    return which
+
+
+@functools.partial(jax.jit, static_argnames="axis_name")
+def ema_step(codebook, x, axis_name=None):
+    indices = quantize.quantize(codebook, x).indices
+    options = {"decay": 0.8, "epsilon": 1e-2, "axis_name": axis_name}
+    return quantize.update_ema(codebook, x, indices, **options), indices
+
+
+def test_moving_averages_are_those_of_numpy():
+    rng = np.random.default_rng(0)
+    batches = rng.standard_normal((6, 64, 3)).astype(np.float32)
+    codebook = quantize.init(KEY, batches[0], 9, steps=1)
+    codes, counts, sums = (np.array(a, np.float64) for a in codebook)
+    np.testing.assert_allclose(sums, codes * counts[:, None], rtol=1e-6)
+    for x in batches:
+        codebook, indices = ema_step(codebook, x)
+        np.testing.assert_array_equal(indices, numpy_ema(codes, counts, sums, x, 0.8, 1e-2))
+        for ours, theirs in zip(codebook, (codes, counts, sums), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_may_lie_on_several_devices():
+    """The same update, revival and start from four parts as from all of it."""
+    x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
+    codebook = quantize.init(KEY, x, 9, steps=1)
+    whole = ema_step(codebook, x)[0]
+    whole = quantize.revive(KEY, whole, x, threshold=6.0)
+    assert (whole.counts == 6.0).any()
+
+    def step(x):
+        codebook = quantize.init(KEY, x, 9, steps=1, axis_name="data")
+        after = ema_step(codebook, x, axis_name="data")[0]
+        return quantize.revive(KEY, after, x, threshold=6.0, axis_name="data")
+
+    parts = jax.vmap(step, axis_name="data")(x.reshape(4, 16, 3))
+    for ours, theirs in zip(parts, whole, strict=True):
+        for part in ours:
+            np.testing.assert_allclose(part, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_dead_codes_become_vectors_of_the_batch():
+    x = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
+    counts = jnp.array([5.0, 0.5, 3.0, 0.0, 0.9, 1.0])
+    codebook = quantize.Codebook(jnp.full((6, 3), 9.0), counts, jnp.full((6, 3), 2.0))
+    after = quantize.revive(KEY, codebook, x, threshold=1.0)
+    dead = np.array([False, True, False, True, True, False])
+    for new, old in zip(after, codebook, strict=True):
+        np.testing.assert_array_equal(new[~dead], old[~dead])
+    np.testing.assert_array_equal(after.counts[dead], 1.0)
+    np.testing.assert_array_equal(after.sums[dead], after.codes[dead])
+    sources = {int(np.flatnonzero((x == code).all(1))[0]) for code in after.codes[dead]}
+    assert len(sources) == 3  # none was drawn twice
+    other = quantize.revive(jax.random.key(1), codebook, x, threshold=1.0)
+    assert (other.codes[dead] != after.codes[dead]).any()
+
+
+def test_a_gradient_codebook_learns_the_clusters():
+    x, points, _ = clusters()
+    start = jnp.asarray(points + 0.9, jnp.float32)
+
+    @jax.jit
+    def fit(codes):
+        def loss(codes):
+            coded = quantize.quantize(quantize.Codebook(codes, None, None), x)
+            return jnp.mean(coded.codebook_loss)
+
+        return jax.lax.fori_loop(0, 60, lambda _, codes: codes - 2.0 * jax.grad(loss)(codes), codes)
+
+    np.testing.assert_allclose(fit(start), points, atol=0.05)
+
+
+# --- Stages ----------------------------------------------------------------------------------
+
+
+def test_stages_quantize_what_is_left_over():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((80, 3)).astype(np.float32)
+    codebooks = quantize.init_residual(KEY, x, 3, 8, steps=2)
+    coded = quantize.quantize_residual(codebooks, x)
+    rest, total = x, 0
+    for stage, codes in enumerate(np.asarray(codebooks.codes)):
+        which = nearest(rest, codes)
+        np.testing.assert_array_equal(coded.indices[:, stage], which)
+        rest, total = rest - codes[which], total + codes[which]
+        np.testing.assert_allclose(coded.commitment_loss[:, stage], (rest**2).sum(1), atol=1e-5)
+    np.testing.assert_allclose(coded.vectors, total, atol=1e-6)
+    found = quantize.lookup_residual(codebooks.codes, coded.indices)
+    np.testing.assert_allclose(found, total, atol=1e-6)
+    errors = np.asarray(coded.commitment_loss).mean(0)
+    assert (np.diff(errors) < 0).all()  # each stage of k-means takes some of it away
+
+
+def test_stages_follow_their_moving_averages():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 3)).astype(np.float32)
+    codebooks = quantize.init_residual(KEY, x, 2, 6, steps=1)
+    y = rng.standard_normal((64, 3)).astype(np.float32)
+    indices = quantize.quantize_residual(codebooks, y).indices
+    after = quantize.update_residual_ema(codebooks, y, indices, decay=0.8, epsilon=1e-2)
+    rest = y.astype(np.float64)
+    for stage in range(2):
+        codes, counts, sums = (np.array(a[stage], np.float64) for a in codebooks)
+        before = codes.copy()
+        which = numpy_ema(codes, counts, sums, rest, 0.8, 1e-2)
+        np.testing.assert_array_equal(indices[:, stage], which)
+        np.testing.assert_allclose(after.codes[stage], codes, atol=1e-4)
+        rest = rest - before[which]
+
+
+def test_stages_are_revived_with_what_is_left_over():
+    x, _, _ = clusters(num_vectors=40)
+    codebooks = quantize.init_residual(KEY, x, 2, 8, steps=3)
+    dead = codebooks._replace(counts=codebooks.counts.at[1, 2].set(0.0))
+    after = quantize.revive_residual(KEY, dead, x)
+    np.testing.assert_array_equal(after.codes[0], codebooks.codes[0])
+    rest = x - np.asarray(codebooks.codes)[0][nearest(x, np.asarray(codebooks.codes)[0])]
+    assert np.abs(rest - np.asarray(after.codes)[1, 2]).max(1).min() < 1e-6
+    np.testing.assert_array_equal(after.codes[1, 3:], codebooks.codes[1, 3:])
+
+
+def test_residual_gradients():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((20, 3)), jnp.float32)
+    codebooks = quantize.init_residual(KEY, x, 2, 4, steps=1)
+
+    def total(x, codes):
+        coded = quantize.quantize_residual(codebooks._replace(codes=codes), x)
+        return jnp.sum(3 * coded.vectors) + coded.codebook_loss.sum()
+
+    to_x, to_codes = jax.jit(jax.grad(total, argnums=(0, 1)))(x, codebooks.codes)
+    np.testing.assert_allclose(to_x, 3.0)
+    rest = np.asarray(x)
+    for stage, codes in enumerate(np.asarray(codebooks.codes)):
+        which = nearest(rest, codes)
+        expected = np.zeros_like(codes)
+        np.add.at(expected, which, 2 * (codes[which] - rest))
+        np.testing.assert_allclose(to_codes[stage], expected, atol=1e-5)
+        rest = rest - codes[which]
+
+
+BOOK = quantize.Codebook(jnp.ones((4, 3)), jnp.ones(4), jnp.ones((4, 3)))
+BOOKS = jax.tree.map(lambda a: a[None], BOOK)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: quantize.kmeans(KEY, np.ones((0, 3)), 2), "x has shape [0, 3]"),
+        (lambda: quantize.kmeans(KEY, np.ones((5, 3)), 0), "num_codes is 0"),
+        (lambda: quantize.kmeans(KEY, np.ones((5, 3)), 2, steps=-1), "steps is -1"),
+        (lambda: quantize.init(KEY, [[np.nan]], 2), "x[0, 0] is nan"),
+        (
+            lambda: quantize.quantize(BOOK, np.ones((2, 5))),
+            "are 5 wide, but the codes, [4, 3], are",
+        ),
+        (lambda: quantize.quantize(BOOK, np.ones(3), gradient="none"), "gradient is 'none'"),
+        (lambda: quantize.lookup(BOOK.codes, 4), "indices is 4"),
+        (lambda: quantize.lookup(BOOKS.codes, 0), "codes have shape [1, 4, 3]"),
+        (lambda: quantize.update_ema(BOOK, np.ones((2, 5)), [0, 0]), "is 5 wide, but the codes"),
+        (lambda: quantize.update_ema(BOOK, np.ones((2, 3)), [0]), "indices have shape [1]"),
+        (lambda: quantize.revive(KEY, BOOK, np.ones((2, 5))), "is 5 wide, but the codes are 3"),
+        (lambda: quantize.init_residual(KEY, np.ones((2, 3)), 0, 2), "num_stages is 0"),
+        (lambda: quantize.quantize_residual(BOOK, np.ones((2, 3))), "they must be [Q, E, W]"),
+        (lambda: quantize.quantize_residual(BOOKS, np.ones((2, 4))), "is 4 wide, but the codes"),
+        (lambda: quantize.lookup_residual(BOOKS.codes, [[0, 0]]), "indices [1, 2] do not fit"),
+        (
+            lambda: quantize.update_residual_ema(BOOKS, np.ones((2, 3)), [0, 0]),
+            "indices have shape [2]; for vectors [2, 3] and 1 stages it must be [2, 1]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(clm.InputError) as refused:
+        call()
+    assert message in str(refused.value)
+
+
+def test_losses_are_those_of_the_losses_package():
+    x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    coded = quantize.quantize(BOOK, x)
+    expected = losses.commitment_loss(x, coded.vectors)
+    np.testing.assert_array_equal(coded.commitment_loss, expected)
