@@ -42,20 +42,25 @@ ablate := $(python) -m continuous_lm.experiments.quantization_ablation
 
 .PHONY: calm-full
 calm-full: OUT := $(RESULTS)/calm-full
-calm-full: STEPS := --steps=600 --length=128 --batch_size=32
+calm-full: STEPS := --steps=400 --length=128 --batch_size=16
 calm-full: FROM := --rows_of=$(RESULTS)/calm-full/baseline
-calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and three densities, under an hour
+calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and its densities, under an hour
 	$(calm)_train $(TEXT) $(STEPS) --head=token --output_dir=$(OUT)/baseline
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=gaussian --head_settings=depth=1 \
-	  --output_dir=$(OUT)/gaussian
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=mixture --output_dir=$(OUT)/mixture
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=5 \
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=gaussian --output_dir=$(OUT)/gaussian
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=mixture --head_settings=components=4 \
+	  --output_dir=$(OUT)/mixture
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=4 \
 	  --output_dir=$(OUT)/experts
-	$(calm)_eval $(TEXT) --output_dir=$(OUT)/eval \
-	  --models=$(OUT)/baseline,$(OUT)/gaussian,$(OUT)/mixture,$(OUT)/experts
+	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=gaussian --contrast=0 \
+	  --output_dir=$(OUT)/likelihood
+	$(calm)_train $(TEXT) $(STEPS) --head=gaussian --output_dir=$(OUT)/learned
+	$(calm)_eval $(TEXT) --output_dir=$(OUT)/eval --models=$(call commas,\
+	  $(addprefix $(OUT)/,baseline gaussian mixture experts likelihood learned))
 	$(ablate) $(TEXT) --model=$(OUT)/mixture --output_dir=$(OUT)/ablation
 	$(calm)_sample --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
 	  --strengths=0,0.25,0.5,0.75,1,1.5,2 --output_dir=$(OUT)/steering
+comma := ,
+commas = $(subst $() $(),$(comma),$(strip $1))
 
 embedded := $(RESULTS)/embedded
 .PHONY: embedded

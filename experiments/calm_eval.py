@@ -6,7 +6,7 @@
 """
 
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from absl import flags
 
@@ -23,11 +23,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of draws and intervals.", lower_bound=0
 def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
     """What is worth comparing, one row a model, from model -> numbers of `judging.judge`."""
 
-    def at(numbers: dict[str, Any], name: str) -> float:
-        return float(numbers[name]["value"])
+    def at(numbers: dict[str, Any], name: str) -> float | None:
+        return cast(float | None, numbers[name]["value"])
 
-    def interval(numbers: dict[str, Any], name: str) -> str:
-        return "{low:.1f} to {high:.1f}".format(**numbers[name])
+    def interval(numbers: dict[str, Any], name: str) -> str | None:
+        low, high = (numbers[name][end] for end in ("low", "high"))
+        return None if high is None else f"{low:.1f} to {high:.1f}"
 
     perplexity = tables.Table(
         "perplexity",
@@ -83,7 +84,7 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
                 numbers["margin"]["value"] / numbers["width"],
                 at(numbers, "at_bound"),
                 numbers["effective_rank"],
-                numbers.get("use", {}).get("perplexity"),
+                numbers.get("use"),
             ]
             for model, numbers in results.items()
             if "nll" in numbers

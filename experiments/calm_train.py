@@ -33,7 +33,10 @@ _ROWS_OF = flags.DEFINE_string(
     "rows_of", None, "Model whose embedding table, frozen, holds the vectors.  [default: its own]"
 )
 _CONTRAST = flags.DEFINE_float(
-    "contrast", 0.0, "Weight of the tokens' cross-entropy under the density.", lower_bound=0.0
+    "contrast",
+    1.0,
+    "Weight of the tokens' cross-entropy under the density, against the nats of a dimension.",
+    lower_bound=0.0,
 )
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 128, "Of a new trunk.", lower_bound=2)
 _LAYERS = flags.DEFINE_integer("num_layers", 4, "Of a new trunk.", lower_bound=1)
@@ -71,6 +74,9 @@ def initial() -> tuple[density.DensityLM, corpus.Corpus]:
     key = jax.random.key(_SEED.value)
     settings = {"kind": _HEAD.value, **head_settings(_HEAD_SETTINGS.value)}
     speaks = _HEAD.value == "token"
+    contrast = 0.0 if speaks else _CONTRAST.value
+    if speaks and _TRUNK.value is None:
+        settings = {"tied": True} | settings  # so that the folder is an ordinary language model too
     if _TRUNK.value is not None:
         if _ROWS_OF.value is not None:
             raise InputError("--rows_of: a pretrained trunk brings its own rows; leave it out")
@@ -80,7 +86,7 @@ def initial() -> tuple[density.DensityLM, corpus.Corpus]:
         data = corpus.read(lm.tokenizer)
         width = lm.config.vocab_size if speaks else lm.config.hidden_size
         head = heads.from_dict({"width": width} | settings)
-        return density.on(lm, head, key=key, contrast=_CONTRAST.value), data
+        return density.on(lm, head, key=key, contrast=contrast), data
     table = None
     if _ROWS_OF.value is None:
         data = corpus.read()
@@ -99,7 +105,7 @@ def initial() -> tuple[density.DensityLM, corpus.Corpus]:
     width = vocab_size if speaks else config.hidden_size
     head = heads.from_dict({"width": width} | settings)
     made = density.create(
-        key, config, head, table=table, tokenizer=data.tokenizer, contrast=_CONTRAST.value
+        key, config, head, table=table, tokenizer=data.tokenizer, contrast=contrast
     )
     return made, data
 

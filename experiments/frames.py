@@ -169,11 +169,18 @@ class Listener:
         return np.asarray(quantize.nearest(frames, self.codes.vectors).indices)
 
     def score(self, windows: np.ndarray, duration: float = 1.0) -> Scores:
-        """Densities of frames after those before, where each lasts `duration`."""
-        found = _score(
-            self.lm.model, self.lm.params, self.codes, self.heard(windows), windows, duration
+        """Densities of frames after those before, where each lasts `duration`.
+
+        Window by window: with many codes, the densities of one take megabytes.
+        """
+        durations = np.full(windows.shape[1], duration, np.float32)
+        found = [
+            _score(self.lm.model, self.lm.params, self.codes, read, window, durations)
+            for read, window in zip(self.heard(windows), windows, strict=True)
+        ]
+        return Scores(
+            *(np.stack([np.asarray(x) for x in part]) for part in zip(*found, strict=True))
         )
-        return Scores(*map(np.asarray, found))
 
     def sample(self, key: jax.Array, prompts: np.ndarray, count: int, temperature: float) -> Any:
         """Frames [N, count, W] after prompts [N, T, W]: of the mixture, or the codes' vectors."""
@@ -190,23 +197,17 @@ def _score(
     params: Any,
     codes: Codes | None,
     heard: jax.Array,
-    windows: jax.Array,
-    duration: jax.Array,
+    window: jax.Array,
+    durations: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """`Scores`, window by window: with many codes, a window's densities fill the memory."""
-
-    def one(pair):
-        read, window = pair
-        durations = jnp.full(window.shape[:1], duration, jnp.float32)
-        hidden = model.apply(
-            {"params": params}, **{model.reads: read}, durations=durations, method="predictions"
-        )
-        found: Any = model.apply({"params": params}, hidden, method="distribution")
-        if codes is not None:
-            found = Mixture(found.logits, jnp.asarray(codes.vectors), jnp.asarray(codes.scales))
-        return found.log_prob(window[1:]), found.mean
-
-    return cast(tuple[jax.Array, jax.Array], jax.lax.map(one, (heard, windows)))
+    """`Scores` of one window, [T] and [T, W]."""
+    variables: Any = {"params": params}
+    given: Any = {model.reads: heard, "durations": durations}
+    hidden = model.apply(variables, **given, method="predictions")
+    found: Any = model.apply(variables, hidden, method="distribution")
+    if codes is not None:
+        found = Mixture(found.logits, jnp.asarray(codes.vectors), jnp.asarray(codes.scales))
+    return found.log_prob(window[1:]), found.mean
 
 
 def without_context(codes: Codes, windows: np.ndarray) -> Scores:
@@ -369,10 +370,10 @@ def comparison(nats: Mapping[str, Mapping[str, Any]], steps: Mapping[str, np.nda
         )
         for i, (name, found) in enumerate(nats.items()):
             colour, (low, high) = _colour(name), found["interval"]
-            left.plot([low, high], [i, i], color=colour, lw=1.2, solid_capstyle="butt")
-            left.plot(found["nats_per_frame"], i, "o", color=colour, ms=5)
+            left.plot([low, high], [i, i], color=colour, lw=1.2, marker="|", ms=7)
+            left.plot(found["nats_per_frame"], i, "o", color=colour, ms=3)
             left.annotate(
-                f"{found['nats_per_frame']:.1f}",
+                f"{found['nats_per_frame']:.1f}".replace("-", "\N{MINUS SIGN}"),
                 (found["nats_per_frame"], i),
                 textcoords="offset points",
                 xytext=(0, 7),
@@ -588,6 +589,11 @@ def main() -> None:
             "reading_error": errors(read[name], windows, deviation),
             "samples": movement(drawn[name]),
         }
+    # As its density says: not only at the codes, but around them.
+    indices = np.asarray(quantize.nearest(drawn["tokens"], codes.vectors).indices)
+    rng = np.random.default_rng(_SEED.value)
+    around = drawn["tokens"] + codes.scales[indices] * rng.standard_normal(drawn["tokens"].shape)
+    results["models"]["tokens"]["samples_around_codes"] = movement(around)
     counts = np.bincount(listeners["tokens"].heard(windows).reshape(-1), minlength=_CODES.value)
     shares = counts[counts > 0] / counts.sum()
     results["models"]["tokens"]["code_perplexity"] = float(np.exp(-(shares * np.log(shares)).sum()))
@@ -600,7 +606,7 @@ def main() -> None:
         other = dataclasses.replace(analysis, hop=round(speed * hop))
         found = units.standardised(sound.log_mel(held_out.samples, other)).astype(np.float32)
         heard[other.hop / hop] = batches.consecutive(found, length=length, limit=_SWEPT)
-    results["durations"] = sweep(listeners, heard, np.linspace(0.5, 1.5, 11))
+    results["durations"] = sweep(listeners, heard, np.linspace(0.5, 1.5, 21).round(2))
 
     # Sound and figures
     real = windows[chosen, :length]

@@ -69,11 +69,16 @@ def judge(
     def interval(values, of=lambda x: x):
         means = values.reshape(len(values), -1).mean(axis=1)
         drawn = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        return {"value": float(of(means.mean())), "low": float(of(low)), "high": float(of(high))}
+        points = {"value": means.mean()} | dict(
+            zip(("low", "high"), np.quantile(drawn, [0.025, 0.975]), strict=True)
+        )
+        with np.errstate(over="ignore"):  # more than a float holds is no number
+            numbers = {name: float(of(x)) for name, x in points.items()}
+        return {name: x if np.isfinite(x) else None for name, x in numbers.items()}
 
     result = {
         "tokens": int(targets.size),
+        "nats": interval(joined["nats"]),
         "perplexity": interval(joined["nats"], np.exp),
         "shuffled": interval(joined["shuffled"], np.exp),
         "unigram": interval(unigram, np.exp),
@@ -86,9 +91,9 @@ def judge(
         result["width"] = lm.model.head.width
         result["effective_rank"] = float(spread.effective_rank)
         result["least_variance"] = float(jnp.min(spread.variances))
-    if "used" in joined:
-        used = quantize.code_use(joined["used"], joined["weights"].shape[-1])
-        result["use"] = {"perplexity": float(used.perplexity), "used": float(used.used)}
+    if "weights" in joined:  # exp of the entropy of the mean weights: X if all are used alike
+        weights = joined["weights"].reshape(-1, joined["weights"].shape[-1]).mean(axis=0)
+        result["use"] = float(np.exp(-np.sum(weights * np.log(np.maximum(weights, 1e-30)))))
     return result
 
 
@@ -129,11 +134,9 @@ def _judged(model: DensityModel, params: Any, table: Any, tokens: jax.Array, key
     }
     if isinstance(density, densities.Mixture):
         found["weights"] = density.weights
-        found["used"] = jnp.argmax(density.logits, axis=-1)
         if isinstance(model.head, ExpertsHead):
-            _, chosen, _ = call("routes", hidden)
-            found["used"] = chosen[..., 0]
-            found["weights"] = jnp.zeros((*targets.shape, model.head.experts))
+            chosen = jax.nn.one_hot(call("routes", hidden)[1], model.head.experts)
+            found["weights"] = jnp.einsum("...k,...kx->...x", density.weights, chosen)
     return found
 
 
@@ -149,4 +152,4 @@ def _scales(density: Any) -> jax.Array:
 
 def bits_per_byte(judged: dict[str, Any], data: corpus.Corpus) -> float:
     """The token's information as bits for each byte of text, whatever the tokenizer."""
-    return float(np.log2(judged["perplexity"]["value"]) / data.bytes_per_token)
+    return float(judged["nats"]["value"] / np.log(2.0) / data.bytes_per_token)

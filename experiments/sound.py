@@ -109,7 +109,7 @@ def istft(spectra: np.ndarray, *, window: int, hop: int, length: int | None = No
       length: n; all that the spectra tell of, (T - 1) hop + 1, if left out.
 
     Returns:
-      samples [n]; `stft` of them, back through here, are they.
+      samples [n]. Of what `stft` gave it is the sound itself, up to the last window's middle.
     """
     cut = np.fft.irfft(spectra, n=window, axis=1) * hann(window)
     total = _overlapped(cut, hop)
@@ -118,7 +118,7 @@ def istft(spectra: np.ndarray, *, window: int, hop: int, length: int | None = No
     begin = window // 2
     room = max(0, begin + length - len(total))
     total, weight = (np.pad(a, (0, room))[begin : begin + length] for a in (total, weight))
-    return total / np.maximum(weight, 1e-8)
+    return total / np.maximum(weight, 1e-3)  # it is less beyond the last window's middle alone
 
 
 def _overlapped(cut: np.ndarray, hop: int) -> np.ndarray:
@@ -240,14 +240,11 @@ def griffin_lim(
             f"magnitudes have shape {list(np.shape(magnitudes))}; a window of {window} gives"
             f" [T, {window // 2 + 1}]"
         )
-    if length is None:
-        length = (len(magnitudes) - 1) * hop + 1
     phases = np.random.default_rng(seed).uniform(-np.pi, np.pi, magnitudes.shape)
     spectra = magnitudes * np.exp(1j * phases)
     before = np.zeros_like(spectra)
     for _ in range(iterations):
-        sound = istft(spectra, window=window, hop=hop, length=length)
-        found = stft(sound, window=window, hop=hop)[: len(magnitudes)]
+        found = stft(istft(spectra, window=window, hop=hop), window=window, hop=hop)
         ahead = found + momentum * (found - before)
         spectra = magnitudes * ahead / np.maximum(np.abs(ahead), 1e-12)
         before = found
@@ -506,9 +503,10 @@ def speech(
     if not sentences:
         raise InputError("there are no sentences to read")
     rng = np.random.default_rng([seed, 2])
-    pieces, total = [], 0
+    pieces: list[np.ndarray] = []
+    total = 0
     while total < count:
-        sentence = sentences[len(pieces) % len(sentences)]
+        sentence = sentences[len(pieces) // 2 % len(sentences)]
         options = ["-v", voice, "-s", str(rng.integers(150, 200)), "-p", str(rng.integers(20, 70))]
         samples = _spoken(command, options, sentence, rate)
         if not samples.any():

@@ -81,7 +81,7 @@ def low_rank_gaussian_nll(
     checks.positive("scale", scale)
     z = (x - mean) / scale
     b = factor / scale[..., None]
-    cholesky = _cholesky_of_gram(b)
+    cholesky = cholesky_of_gram(b)
     c = _solve(cholesky, jnp.einsum("...wr,...w->...r", b, z, precision=EXACT))
     rest = z - jnp.einsum("...wr,...r->...w", b, c, precision=EXACT)
     distance = jnp.sum(jnp.square(rest), axis=-1) + jnp.sum(jnp.square(c), axis=-1)
@@ -118,7 +118,7 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
     return distance / 2 + _sum_log_diagonal(cholesky) + _constant(x.shape[-1])
 
 
-def _cholesky_of_gram(b: jax.Array) -> jax.Array:
+def cholesky_of_gram(b: jax.Array) -> jax.Array:
     """The Cholesky factor [..., R, R] of I + B^T B, with a larger I where rounding leaves none."""
     rank = b.shape[-1]
     eye = jnp.eye(rank, dtype=b.dtype)

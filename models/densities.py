@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 
 from continuous_lm import losses
 from continuous_lm.durations import as_float
+from continuous_lm.losses.gaussian import cholesky_of_gram
 
 _EXACT = jax.lax.Precision.HIGHEST  # a square that is expanded cancels
 
@@ -97,8 +98,7 @@ class LowRankGaussian(NamedTuple):
         # |x - m|^2 in the metric of the covariance is that of the diagonal less that of R
         # directions (Woodbury); the determinants differ by that of the R x R capacitance.
         factor = self.factor / self.scale[..., None]
-        gram = jnp.einsum("...wr,...wk->...rk", factor, factor, precision=_EXACT)
-        root = jnp.linalg.cholesky(gram + jnp.eye(gram.shape[-1], dtype=gram.dtype))
+        root = cholesky_of_gram(factor)
         weights = factor / self.scale[..., None]
         rows = as_float(table)
         along = jnp.einsum("...wr,ew->...re", weights, rows, precision=_EXACT)

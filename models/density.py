@@ -57,9 +57,11 @@ class DensityModel(nn.Module):
       table: where the rows come from: "frozen", a table of the model's own that no gradient
         reaches, or "embedding", the trunk's own embedding table, which learns with it. Either is
         standardised: each dimension has mean 0 and standard deviation 1 over the rows.
-      contrast: weight of the tokens' cross-entropy when the density is renormalised over the table.
-        It is what keeps a learned table from collapsing: the likelihood alone is best when all
-        tokens that are hard to tell apart have the same row.
+      contrast: weight of the tokens' cross-entropy when the density is renormalised over the table,
+        against the negative log-density of one of the W dimensions. It keeps a learned table from
+        collapsing, as the likelihood alone is best when all tokens that are hard to tell apart
+        have the same row; and it makes densities at different rows comparable, which the
+        likelihood of W > 10 dimensions does not.
       form: of the trunk's attention, and
       remat: whether its layers are computed anew for the backward pass; see `Transformer`.
     """
@@ -143,14 +145,17 @@ class DensityModel(nn.Module):
         else:
             states = self.trunk(tokens, hidden=True, **arguments)
         if self.is_initializing():
-            self.head(states)
+            self.distribution(states)
         return states
 
     def rows(self) -> jax.Array:
         """The table of the tokens' vectors, [V, W], standardised."""
         if self.table == "frozen":
             return jax.lax.stop_gradient(self.frozen)
-        return standardised(self.trunk.variables["params"]["embedding"])
+        return standardised(self._embedding())
+
+    def _embedding(self) -> jax.Array:
+        return cast(jax.Array, nn.unbox(self.trunk.variables["params"]["embedding"]))
 
     def targets(self, tokens=None, *, vectors=None) -> jax.Array:
         """What the head is to predict, of int tokens [...] or vectors [..., W]."""
@@ -176,15 +181,19 @@ class DensityModel(nn.Module):
         (Log-probability of the tokens, for a token head.) The last duration has no influence.
         """
         hidden = self.predictions(tokens, vectors=vectors, **arguments)
-        return self.head.log_prob(hidden, self._following(tokens, vectors))
+        return self._log_prob(hidden, self._following(tokens, vectors))
 
     def loss(self, tokens=None, *, vectors=None, **arguments) -> jax.Array:
         """The training loss of each vector after the first, in nats: [..., T - 1]."""
         hidden = self.predictions(tokens, vectors=vectors, **arguments)
-        nats = self.head.loss(hidden, self._following(tokens, vectors))
+        target = self._following(tokens, vectors)
+        if self.speaks:
+            return -self._log_prob(hidden, target)
+        nats = self.head.loss(hidden, target)
         if self.contrast:
             following = Categorical(self.head(hidden).log_probs(self.rows()))
-            nats = nats - self.contrast * following.log_prob(jnp.asarray(tokens)[..., 1:])
+            told = following.log_prob(jnp.asarray(tokens)[..., 1:])
+            nats = nats - self.contrast * self.head.width * told
         return nats
 
     def token_logits(self, tokens=None, *, vectors=None, **arguments) -> jax.Array:
@@ -196,13 +205,17 @@ class DensityModel(nn.Module):
 
     def logits_of(self, hidden: jax.Array) -> jax.Array:
         """Logits of tokens [..., V] from hidden states [..., D]."""
-        if self.speaks:
-            return cast(jax.Array, self.head(hidden).logits)
-        return cast(jax.Array, self.head(hidden).log_probs(self.rows()))
+        density = self.distribution(hidden)
+        return cast(jax.Array, density.logits if self.speaks else density.log_probs(self.rows()))
 
     def distribution(self, hidden: jax.Array) -> Any:
         """The head's distribution, from hidden states [..., D]."""
+        if isinstance(self.head, heads.TokenHead) and self.head.tied:
+            return self.head(hidden, self._embedding())
         return self.head(hidden)
+
+    def _log_prob(self, hidden: jax.Array, target: jax.Array) -> jax.Array:
+        return cast(jax.Array, self.distribution(hidden).log_prob(target))
 
     def routes(self, hidden: jax.Array) -> Any:
         """What `ExpertsHead.routed` says of hidden states [..., D]."""
@@ -290,17 +303,20 @@ def create(
       **settings: further attributes of `DensityModel`.
     """
     model = DensityModel(config, head, table="embedding" if table is None else "frozen", **settings)
+    rows = None
     if table is not None:
         time.check_numbers("table", table)
         if model.reads == "vectors":
             raise InputError("a model that reads vectors has no table of tokens; leave out table")
+        wanted = (config.vocab_size, head.width)
+        if not model.speaks:
+            if np.shape(table) != wanted:
+                raise InputError(
+                    f"table has shape {list(np.shape(table))}; it must be {list(wanted)}"
+                )
+            rows = standardised(jnp.asarray(table))
     params = nn.unbox(jax.jit(model.init)(key, **_stand_in(model))["params"])
-    if table is not None and model.reads == "tokens" and not model.speaks:
-        rows = standardised(jnp.asarray(table))
-        if rows.shape != params["table"].shape:
-            raise InputError(
-                f"table has shape {list(rows.shape)}; it must be {list(params['table'].shape)}"
-            )
+    if rows is not None:
         params = params | {"table": rows}
     return DensityLM(model, params, tokenizer)
 
@@ -319,8 +335,11 @@ def on(lm: LanguageModel, head: heads.Head, *, key: jax.Array, contrast: float =
     model = DensityModel(
         lm.config, head, table="embedding", contrast=contrast, form=lm.form, remat=lm.remat
     )
+    if isinstance(head, heads.TokenHead) and head.tied and not head.depth:
+        raise InputError("a tied token head on a pretrained trunk is that model's own; load it")
     hidden = jnp.zeros((1, lm.config.hidden_size), lm.params["embedding"].dtype)
-    params = {"trunk": lm.params, "head": nn.unbox(head.init(key, hidden)["params"])}
+    tied = {"table": lm.params["embedding"]} if getattr(head, "tied", False) else {}
+    params = {"trunk": lm.params, "head": nn.unbox(head.init(key, hidden, **tied)["params"])}
     return DensityLM(model, params, lm.tokenizer, lm.notes)
 
 
@@ -351,7 +370,7 @@ def save(folder: str | os.PathLike, lm: DensityLM) -> None:
         checkpoints.save_file(
             aside / _WEIGHTS,
             {path: tuple(np.shape(value)) for path, value in above.items()},
-            np.dtype(jnp.result_type(*above.values())),
+            np.dtype(jnp.result_type(*above.values()) if above else np.float32),
             lambda path: np.asarray(above[path]),
         )
 

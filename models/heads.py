@@ -45,7 +45,8 @@ _EPS = 1e-6
 
 def _kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Kernels whose outputs vary as their inputs, the last axis, do."""
-    return shape[-1] ** -0.5 * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+    cut = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796  # of deviation 1
+    return cut * shape[-1] ** -0.5
 
 
 class Head(nn.Module):
@@ -67,6 +68,10 @@ class Head(nn.Module):
         super().__post_init__()
         for name, value in self.settings().items():
             default = type(self).__dataclass_fields__[name].default
+            if isinstance(default, bool):
+                if not isinstance(value, bool):
+                    raise InputError(f"{name} is {value!r:.60}; it must be true or false")
+                continue
             if isinstance(default, float) and type(value) not in (int, float):
                 raise InputError(f"{name} is {value!r:.60}; it must be a number")
             if isinstance(default, float | str) or (value is None and default is None):
@@ -142,11 +147,24 @@ class Head(nn.Module):
 
 
 class TokenHead(Head):
-    """Softmax over tokens: the baseline. `width` is V."""
+    """Softmax over tokens: the baseline. `width` is V.
+
+    Attributes:
+      tied: whether the kernel is the trunk's embedding table, which `DensityModel` hands to the
+        head as `table` [V, D], and not one of its own.
+    """
+
+    tied: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> Categorical:
-        logits = self.linear("logits", self.features(hidden), "D", (self.width,), "V", init=_SMALL)
+    def __call__(self, hidden: jax.Array, table: jax.Array | None = None) -> Categorical:
+        if self.tied != (table is not None):
+            raise InputError("a token head needs a table if it is tied, and only then")
+        hidden = self.features(hidden)
+        if table is None:
+            logits = self.linear("logits", hidden, "D", (self.width,), "V", init=_SMALL)
+        else:
+            logits = jnp.einsum("...d,vd->...v", hidden, table)
         return Categorical(as_float(logits))
 
     def mean(self, hidden: jax.Array) -> jax.Array:
@@ -221,7 +239,8 @@ class ExpertsHead(Head):
 
     Attributes:
       experts: X.
-      top_k: how many of them make the mixture.
+      top_k: how many of them make the mixture. With one alone the router learns from `balance`
+        only, as the weight is 1 whatever its logit is.
       expert_size: F of each expert's MLP; the hidden state's width if left out.
       min_scale: the least standard deviation.
       balance: weight of the balancing term, in nats.
@@ -307,7 +326,7 @@ def from_dict(settings: dict[str, Any]) -> Head:
         wanted = known[name]
         kinds: tuple[type, ...] = (int, type(None)) if wanted is None else (type(wanted),)
         kinds = (int, float) if kinds == (float,) else kinds
-        if not isinstance(value, kinds) or isinstance(value, bool):
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
             names = " or ".join(k.__name__ for k in kinds)
             raise InputError(
                 f"setting {name} of a {kind} head is {value!r:.60}; it must be {names}"

@@ -337,7 +337,10 @@ def _check(x, codes, k, metric, norms, block) -> None:
 def _check_values(x, norms) -> None:
     """Refuses what is not finite, where it is known; a code shows it in its norm."""
     for name, norms_of in {"codes": norms, "x": squared_norms(x)}.items():
-        if not isinstance(norms_of, jax.core.Tracer) and not jnp.isfinite(norms_of).all():
+        if (
+            not isinstance(norms_of, jax.core.Tracer)
+            and not np.isfinite(np.asarray(norms_of)).all()
+        ):
             index = np.argwhere(~np.isfinite(np.asarray(norms_of)))[0].tolist()
             raise InputError(
                 f"{name}{index if index else ''} is not finite, or too large for its square"

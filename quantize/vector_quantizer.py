@@ -228,7 +228,7 @@ def revive(
     check_vectors(x, width)
     if axis_name is not None:
         x = lax.all_gather(x, axis_name)
-    x = lax.stop_gradient(x.reshape(-1, width))
+    x = jnp.reshape(lax.stop_gradient(x), (-1, width))
     drawn = x[jax.random.permutation(key, len(x))[:num_codes]]
     dead = codebook.counts < threshold
     new = drawn[rank(dead) % len(drawn)]

@@ -1,5 +1,6 @@
 """Sound: transforms against their definitions and closed forms, and files against their bytes."""
 
+import itertools
 import shutil
 import stat
 import sys
@@ -161,8 +162,8 @@ def test_magnitudes_give_their_frames_back_where_spectra_are_smooth():
     frames = np.log(power @ ANALYSIS.filters.T + ANALYSIS.floor)
     scale = sound.hann(400).sum()
     found = (sound.magnitudes(frames, ANALYSIS) / scale) ** 2
-    inside = slice(4, 190)
-    np.testing.assert_allclose(found[:, inside], power[:, inside], rtol=0.12)
+    inside = slice(6, 160)
+    np.testing.assert_allclose(found[:, inside], power[:, inside], rtol=0.08)
     np.testing.assert_allclose(found @ ANALYSIS.filters.T, np.exp(frames), rtol=0.01)
 
 
@@ -182,7 +183,7 @@ def test_magnitudes_of_sound_have_nearly_its_frames(speechlike):
         ({"hop": 201}, "hop is 201"),
         ({"rate": 0}, "rate is 0"),
         ({"bands": 4.5}, "bands is 4.5"),
-        ({"bands": 120}, "120 bands are too narrow"),
+        ({"bands": 250}, "250 bands are too narrow"),
         ({"low": 4000.0}, "low is 4000"),
         ({"floor": 0.0}, "floor is 0"),
     ],
@@ -205,8 +206,8 @@ def test_log_mel_refuses_sound_that_is_too_short_or_broken():
 def test_griffin_lim_rebuilds_a_tone():
     samples = sine(440.0)
     wanted = np.abs(sound.stft(samples, **WINDOWS))
-    found = sound.griffin_lim(wanted, **WINDOWS, length=len(samples), iterations=60)
-    assert sound.spectral_convergence(found, wanted, **WINDOWS) < 0.03
+    found = sound.griffin_lim(wanted, **WINDOWS, length=len(samples), iterations=100)
+    assert sound.spectral_convergence(found, wanted, **WINDOWS) < 0.04
     middle = np.abs(np.fft.rfft(found[1000:3000] * np.hanning(2000)))
     assert np.argmax(middle) * RATE / 2000 == pytest.approx(440.0, abs=4.0)
     assert sound.spectral_convergence(samples, wanted, **WINDOWS) < 1e-12
@@ -221,7 +222,7 @@ def test_griffin_lim_never_gets_worse_and_momentum_gets_closer(speechlike):
         return sound.spectral_convergence(found, wanted, **WINDOWS)
 
     plain = [error(i, 0.0) for i in (0, 1, 4, 16, 40)]
-    assert all(b < a for a, b in zip(plain, plain[1:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(plain))
     assert error(40, 0.99) < plain[-1]
 
 
@@ -295,7 +296,7 @@ def test_a_vowel_has_its_pitch_and_its_formants():
 
     assert at(600, 900) > 5 * at(200, 500)
     assert at(900, 1250) > 20 * at(1500, 1850)
-    assert at(2200, 2700) > 3 * at(1700, 2200)
+    assert at(2350, 2550) > 1.5 * at(2000, 2200)
     # The pitch falls from 1.1 to 0.85 of itself, and wavers by a tenth: its period repeats.
     correlation = np.correlate(samples, samples, "full")[4000:]
     lag = 50 + np.argmax(correlation[50:120])

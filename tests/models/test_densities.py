@@ -21,6 +21,7 @@ from continuous_lm.models.densities import (
 KEY = jax.random.key(0)
 NAMES = ("gaussian", "low rank", "full", "mixture")
 RANK, COMPONENTS = 2, 3
+SOME = [pytest.param(n, marks=() if n == "mixture" else pytest.mark.slow) for n in NAMES]
 
 
 def make(name, lead=(), width=2, seed=0, scale=1.0, dtype=np.float64):
@@ -172,7 +173,7 @@ def test_ties_at_temperature_0_go_to_the_first_whatever_the_key():
     np.testing.assert_array_equal(drawn, np.zeros((20, 1)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_shifted_density_is_moved(name):
     density = make(name, (), 3)
     rng = np.random.default_rng(3)
@@ -187,7 +188,7 @@ def test_a_shifted_density_is_moved(name):
     np.testing.assert_array_equal(still.sample(KEY), density.sample(KEY))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_transformations_and_gradients(name):
     """Under jit, vmap and grad; gradients against central differences, in x and parameters."""
     density = make(name, (2,), 3)
@@ -208,6 +209,7 @@ def test_transformations_and_gradients(name):
     assert abs(slope) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_log_probs_in_float32_lose_little(name):
     """The squares that are expanded cancel: about 1e-6 of the largest of them, in nats.
