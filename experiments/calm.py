@@ -1,5 +1,6 @@
 """What the calm_* programs share: the trunk's shape, training a density model, reading one."""
 
+import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -44,6 +45,20 @@ def trunk(
         rope=Rope(),
         tie_embeddings=True,
     )
+
+
+def head_settings(given: list[str]) -> dict[str, object]:
+    """The settings in "name=value", ...; values are JSON, or words."""
+    settings: dict[str, object] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--head_settings: {item!r} is not name=value")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            settings[name.strip()] = value.strip()
+    return settings
 
 
 def train(

@@ -11,13 +11,11 @@ it, which --contrast keeps from collapsing. --trunk fits a head on a pretrained 
 it is.
 """
 
-import json
-
 import jax
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.errors import InputError
+from continuous_lm.errors import InputError, about
 from continuous_lm.experiments import calm, corpus, program, text
 from continuous_lm.files import write_json, written_aside
 from continuous_lm.models import density, heads
@@ -55,24 +53,10 @@ _SAVE_EVERY = flags.DEFINE_integer("save_every", 200, "Steps to a checkpoint.", 
 _SEED = flags.DEFINE_integer("seed", 0, "Of parameters and data.", lower_bound=0)
 
 
-def head_settings(given: list[str]) -> dict[str, object]:
-    """The settings in "name=value", ...; values are JSON, or words."""
-    settings: dict[str, object] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--head_settings: {item!r} is not name=value")
-        try:
-            settings[name.strip()] = json.loads(value)
-        except ValueError:
-            settings[name.strip()] = value.strip()
-    return settings
-
-
 def initial() -> tuple[density.DensityLM, corpus.Corpus]:
     """The model that the flags name, before training, and the text in its tokens."""
     key = jax.random.key(_SEED.value)
-    settings = {"kind": _HEAD.value, **head_settings(_HEAD_SETTINGS.value)}
+    settings = {"kind": _HEAD.value, **calm.head_settings(_HEAD_SETTINGS.value)}
     speaks = _HEAD.value == "token"
     contrast = 0.0 if speaks else _CONTRAST.value
     if speaks and _TRUNK.value is None:
@@ -104,9 +88,10 @@ def initial() -> tuple[density.DensityLM, corpus.Corpus]:
     )
     width = vocab_size if speaks else config.hidden_size
     head = heads.from_dict({"width": width} | settings)
-    made = density.create(
-        key, config, head, table=table, tokenizer=data.tokenizer, contrast=contrast
-    )
+    with about("--rows_of" if table is not None else "--head"):
+        made = density.create(
+            key, config, head, table=table, tokenizer=data.tokenizer, contrast=contrast
+        )
     return made, data
 
 

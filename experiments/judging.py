@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from continuous_lm import quantize
-from continuous_lm.experiments import batches, corpus
+from continuous_lm.experiments import batches, tables
 from continuous_lm.models import densities
 from continuous_lm.models.density import DensityLM, DensityModel
 from continuous_lm.models.heads import ExpertsHead
@@ -150,6 +150,79 @@ def _scales(density: Any) -> jax.Array:
     return cast(jax.Array, density.scale)
 
 
-def bits_per_byte(judged: dict[str, Any], data: corpus.Corpus) -> float:
+def bits_per_byte(judged: dict[str, Any], bytes_per_token: float) -> float:
     """The token's information as bits for each byte of text, whatever the tokenizer."""
-    return float(judged["nats"]["value"] / np.log(2.0) / data.bytes_per_token)
+    return float(judged["nats"]["value"] / np.log(2.0) / bytes_per_token)
+
+
+def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
+    """What is worth comparing, one row a model, from model -> numbers of `judging.judge`."""
+
+    def at(numbers: dict[str, Any], name: str) -> float | None:
+        return cast(float | None, numbers[name]["value"])
+
+    def interval(numbers: dict[str, Any], name: str) -> str | None:
+        low, high = (numbers[name][end] for end in ("low", "high"))
+        return None if high is None else f"{low:.1f} to {high:.1f}"
+
+    perplexity = tables.Table(
+        "perplexity",
+        "Perplexity of held-out tokens (95 % interval), densities renormalised over the table; with"
+        " the contexts of other windows; of the unigram. Accuracy of the token nearest to the mean",
+        [
+            tables.Column("model"),
+            tables.Column("parameters", format=",d"),
+            tables.Column("perplexity", format=".1f"),
+            tables.Column("95 %"),
+            tables.Column("bits a byte", format=".3f"),
+            tables.Column("shuffled", format=".1f"),
+            tables.Column("unigram", format=".1f"),
+            tables.Column("accuracy", format=".1%"),
+        ],
+        [
+            [
+                model,
+                numbers["parameters"],
+                at(numbers, "perplexity"),
+                interval(numbers, "perplexity"),
+                numbers["bits_per_byte"],
+                at(numbers, "shuffled"),
+                at(numbers, "unigram"),
+                at(numbers, "accuracy_mean"),
+            ]
+            for model, numbers in results.items()
+        ],
+    )
+    vectors = tables.Table(
+        "vectors",
+        "Densities: nats a dimension of held-out rows; accuracy of the token nearest to a draw;"
+        " a draw's squared distance from it a dimension, and how much farther the second is; scales"
+        " at their bound; effective rank of the table; components or experts in use",
+        [
+            tables.Column("model"),
+            tables.Column("width", format="d"),
+            tables.Column("nats", format=".4f"),
+            tables.Column("accuracy", format=".1%"),
+            tables.Column("noise", format=".4f"),
+            tables.Column("margin", format=".4f"),
+            tables.Column("at bound", format=".1%"),
+            tables.Column("rank", format=".1f"),
+            tables.Column("use", format=".1f"),
+        ],
+        [
+            [
+                model,
+                numbers["width"],
+                numbers["nll"]["value"] / numbers["width"],
+                at(numbers, "accuracy_draw"),
+                numbers["noise"]["value"] / numbers["width"],
+                numbers["margin"]["value"] / numbers["width"],
+                at(numbers, "at_bound"),
+                numbers["effective_rank"],
+                numbers.get("use"),
+            ]
+            for model, numbers in results.items()
+            if "nll" in numbers
+        ],
+    )
+    return [perplexity, vectors] if vectors.rows else [perplexity]

@@ -4,10 +4,12 @@ import pathlib
 import re
 
 import jax.numpy as jnp
+import pytest
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_the_examples_do_what_they_say(capsys):
     codes = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict = {}
@@ -23,3 +25,10 @@ def test_the_examples_do_what_they_say(capsys):
     sensitivity = names["sensitivity"]
     others = jnp.delete(sensitivity, jnp.arange(first, end))
     assert sensitivity[first:end].min() > others.max() + 1.0  # the apples, and nothing else
+    tokens = names["tokens"]
+    assert names["log_prob"].shape == (len(tokens) - 1,)
+    gradient = names["gradient"]
+    assert jnp.isfinite(gradient).all()
+    assert (gradient != 0).any()
+    assert gradient[-1] == 0  # nothing comes after the last token
+    assert names["new"].tokens.shape == (1, 8)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from continuous_lm.experiments import calm, frames, sound
+from continuous_lm.experiments import calm, listening, sound
 from continuous_lm.models import density, heads
 
 scipy_stats = pytest.importorskip("scipy.stats")
@@ -28,7 +28,7 @@ def some_frames(count, seed=0):
 
 @pytest.fixture(scope="module")
 def codes():
-    return frames.fit_codes(jax.random.key(0), some_frames(400), CODES)
+    return listening.fit_codes(jax.random.key(0), some_frames(400), CODES)
 
 
 def trunk(vocab_size):
@@ -50,10 +50,10 @@ def created(head, vocab_size, **settings):
 
 @pytest.fixture(scope="module")
 def listeners(codes):
-    head = heads.MixtureHead(WIDTH, components=2, min_scale=frames.MIN_SCALE)
+    head = heads.MixtureHead(WIDTH, components=2, min_scale=listening.MIN_SCALE)
     return {
-        "mixture": frames.Listener(created(head, 1, reads="vectors")),
-        "tokens": frames.Listener(created(heads.TokenHead(width=CODES), CODES), codes),
+        "mixture": listening.Listener(created(head, 1, reads="vectors")),
+        "tokens": listening.Listener(created(heads.TokenHead(width=CODES), CODES), codes),
     }
 
 
@@ -81,8 +81,8 @@ def test_codes_have_the_deviations_of_their_frames(codes):
 
 
 def test_deviations_of_codes_are_bounded_as_the_mixtures_are():
-    found = frames.fit_codes(jax.random.key(0), np.repeat(some_frames(CODES), 80, axis=0), CODES)
-    np.testing.assert_array_equal(found.scales, np.float32(frames.MIN_SCALE))
+    found = listening.fit_codes(jax.random.key(0), np.repeat(some_frames(CODES), 80, axis=0), CODES)
+    np.testing.assert_array_equal(found.scales, np.float32(listening.MIN_SCALE))
 
 
 # --- Densities --------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def test_both_densities_integrate_to_one(listeners):
     for listener in listeners.values():
         read = listener.heard(windows.astype(np.float32))
         score = jax.vmap(
-            lambda r, w, listener=listener: frames._score(
+            lambda r, w, listener=listener: listening._score(
                 listener.lm.model,
                 listener.lm.params,
                 listener.codes,
@@ -137,11 +137,11 @@ def test_both_densities_integrate_to_one(listeners):
 
 def test_references_are_their_formulas(codes):
     data, windows = some_frames(200, seed=2), some_frames(30, seed=3).reshape(2, 15, WIDTH)
-    found = frames.without_context(codes, windows)
+    found = listening.without_context(codes, windows)
     wanted = np.log(np.exp(codes.log_shares + code_densities(codes, windows[0, 1:])).sum(axis=-1))
     np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4)
-    found = frames.around_the_last(data, windows)
+    found = listening.around_the_last(data, windows)
     scale = np.sqrt((np.diff(data, axis=0) ** 2).mean(axis=0))
     wanted = scipy_stats.norm(windows[:, :-1], scale).logpdf(windows[:, 1:]).sum(axis=-1)
     np.testing.assert_allclose(found.log_prob, wanted, rtol=1e-4)
@@ -190,36 +190,36 @@ def test_samples_are_the_same_for_a_key_and_of_the_codes(listeners, codes):
 def test_movement_is_of_steps():
     still = np.zeros((1, 5, 2))
     still[0, 3:] = [1.0, 3.0]
-    found = frames.movement(still)
+    found = listening.movement(still)
     assert found["squared_step"] == pytest.approx((1 + 9) / 2 / 4)
     assert found["unmoved"] == 0.75
     assert found["variance"] == pytest.approx((0.24 + 9 * 0.24) / 2)
 
 
 def test_errors_are_in_units_and_decibels():
-    found = frames.errors(np.full((2, 3), 2.0), np.zeros((2, 3)), np.array([1.0, 1.0, 1.0]))
+    found = listening.errors(np.full((2, 3), 2.0), np.zeros((2, 3)), np.array([1.0, 1.0, 1.0]))
     assert found["squared"] == 4.0
     assert found["decibels"] == pytest.approx(10 * np.log10(np.exp(2.0)))
 
 
 def test_intervals_cover_the_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = frames.interval(values)
+    low, high = listening.interval(values)
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
 
 
 def test_a_change_of_units_is_the_densitys_own():
     """Nats of log-mel frames are those of standardised ones less the log of the volume."""
-    scores = frames.Scores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))
-    found = frames.likelihood(scores, np.array([2.0, 5.0]))
+    scores = listening.Scores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))
+    found = listening.likelihood(scores, np.array([2.0, 5.0]))
     assert found["nats_per_frame_log_mel"] == pytest.approx(2.0 - np.log(10.0))
 
 
 def test_sweeps_find_the_duration_that_was_asked(listeners):
     windows = {0.8: some_frames(15)[None], 1.0: some_frames(15)[None] * 0.5}
     points = np.array([0.5, 1.0, 2.0])
-    found = frames.sweep(listeners, windows, points)
+    found = listening.sweep(listeners, windows, points)
     for name, listener in listeners.items():
         for hop, window in windows.items():
             wanted = [listener.score(window, d).log_prob.mean() for d in points]
@@ -232,7 +232,7 @@ def test_sentences_are_plain_and_shuffled():
         "The first one is a plain sentence here. It calls foo(x) and is left out of it.\n\nShort.",
         "The first one is a plain\nsentence here. Another one, which has a comma, is kept too.",
     ]
-    assert sorted(frames.sentences(documents)) == [
+    assert sorted(listening.sentences(documents)) == [
         "Another one, which has a comma, is kept too.",
         "The first one is a plain sentence here.",
     ]
@@ -271,21 +271,21 @@ def test_the_program_writes_what_it_says(tmp_path):
     for name in ("spectrograms", "comparison", "durations"):
         for ending in ("png", "pdf"):
             assert (folder / f"frames_{name}.{ending}").stat().st_size > 5000
-    for name in ("real", *frames._WAVES):
+    for name in ("real", *listening.WAVES):
         samples, rate = sound.read_wav(folder / f"{name}.wav")
         assert rate == 8000
         assert 0.001 < np.abs(samples).max() <= 1.0
         assert len(samples) > 2 * 23 * 100
     # What was saved is what was judged.
     arrays = np.load(folder / "codes.npz")
-    codes = frames.Codes(arrays["vectors"], arrays["scales"], arrays["log_shares"])
+    codes = listening.Codes(arrays["vectors"], arrays["scales"], arrays["log_shares"])
     units = sound.Statistics(arrays["mean"], arrays["deviation"])
     analysis = sound.Analysis(bands=12)
     heard = sound.log_mel(sound.tones(4.0, seed=1, rate=8000), analysis)
     heard = units.standardised(heard).astype(np.float32)
     windows = np.stack([heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)])
     for name, book in (("mixture", None), ("tokens", codes)):
-        found = frames.Listener(density.load(folder / name), book).score(windows)
+        found = listening.Listener(density.load(folder / name), book).score(windows)
         said = values["models"][name]["likelihood"]["nats_per_frame"]
         assert found.log_prob.mean() == pytest.approx(said, abs=1e-3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from continuous_lm.experiments import calm, calm_eval, judging
+from continuous_lm.experiments import calm, judging
 from continuous_lm.models import density, heads, sampling
 
 V, LENGTH = 13, 6
@@ -115,9 +115,9 @@ def test_tables_hold_the_numbers_and_say_where_there_are_none():
         "at_bound": {"value": 0.25},
         "effective_rank": 3.0,
     }
-    perplexity, vectors = calm_eval.tables_of({"baseline": token, "gaussian": vector})
+    perplexity, vectors = judging.tables_of({"baseline": token, "gaussian": vector})
     assert perplexity.cells[1][:4] == ["baseline", "1,234", "12.2", "11.0 to 13.5"]
     assert perplexity.cells[2][2:4] == ["", ""]
     assert vectors.cells[1][:4] == ["gaussian", "4", "2.0000", "50.0"]
     assert vectors.cells[1][-1] == ""
-    assert len(calm_eval.tables_of({"baseline": token})) == 1
+    assert len(judging.tables_of({"baseline": token})) == 1
