@@ -153,7 +153,7 @@ def restore(folder: str | os.PathLike, params: Any) -> tuple[Any, int]:
 
 def save(folder: pathlib.Path, step: int, position: Any, trained: Any, state: Any) -> None:
     """Writes a checkpoint, whole or not at all, and removes those before the last two."""
-    with _writing(folder):
+    with _writing(folder), _silence():
         with replaced_whole(folder / CHECKPOINTS / f"{step:08d}") as aside:
             for name, arrays in (("params", trained), ("optimizer", _numbered(state))):
                 with _checkpointer() as checkpointer:
@@ -244,6 +244,17 @@ def _writing(folder: pathlib.Path) -> Iterator[None]:
             f"cannot write to {folder}: {line:.200}; {kept(folder)}. Make room and start again"
             " with the same settings"
         ) from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps Orbax from printing the traceback of an error that is told in one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 # --- Logs and signals -----------------------------------------------------------------------------
