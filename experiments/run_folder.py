@@ -144,10 +144,10 @@ def restore(folder: str | os.PathLike, params: Any) -> tuple[Any, int]:
     step, path = found[-1]
     named = {name: jnp.asarray(leaf) for name, leaf in named_leaves(params).items()}
     wanted = read_json(folder / SETTINGS)["parameters"]
-    for name, kind in wanted.items():
+    for name, stored in wanted.items():
         here = kind(named[name]) if name in named else "without it"
-        if here != kind:
-            raise InputError(f"{path} has {name} as {kind}, the model is {here}")
+        if here != stored:
+            raise InputError(f"{path} has {name} as {stored}, the model is {here}")
     return rebuilt(params, named | _read(path / "params", {n: named[n] for n in wanted})), step
 
 

@@ -118,7 +118,7 @@ GROUND, FACE = "continuous_lm", "the face"
 BELOW = {
     GROUND: set(),
     "losses": {GROUND},
-    "quantize": {GROUND},
+    "quantize": {GROUND, "losses"},  # whose terms a vector quantizer gives
     "models": {GROUND, "losses", "quantize"},
     "experiments": {GROUND, "losses", "quantize", "models", FACE},
     FACE: {GROUND, *FOLDERS},

@@ -23,7 +23,7 @@ from continuous_lm.models.transformer import Transformer
 from tests import tiny
 from tests.models.test_densities import at, reference
 from tests.models.test_malformed import compose, parse, tensors_in, written
-from tests.models.test_parity import STORIES
+from tests.continuous_lm.test_tokenization import STORIES
 
 KEY = jax.random.key(0)
 CONFIG = TransformerConfig(

@@ -189,7 +189,7 @@ def test_failure_on_the_way_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     lm = draw("llama")
     clm.save(tmp_path, lm)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    plain, written = checkpoints._save_file, []
+    plain, written = checkpoints.save_file, []
 
     def fail(path, *arguments):
         if written:
@@ -197,7 +197,7 @@ def test_failure_on_the_way_leaves_the_older_checkpoint(tmp_path, monkeypatch):
         written.append(path)
         plain(path, *arguments)
 
-    monkeypatch.setattr(checkpoints, "_save_file", fail)
+    monkeypatch.setattr(checkpoints, "save_file", fail)
     with pytest.raises(clm.InputError, match="No space left"):
         clm.save(tmp_path, draw("gpt2"), shard_size=100_000)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
