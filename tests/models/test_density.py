@@ -21,9 +21,9 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import DensityLM, DensityModel
 from continuous_lm.models.transformer import Transformer
 from tests import tiny
+from tests.continuous_lm.test_tokenization import STORIES
 from tests.models.test_densities import at, reference
 from tests.models.test_malformed import compose, parse, tensors_in, written
-from tests.continuous_lm.test_tokenization import STORIES
 
 KEY = jax.random.key(0)
 CONFIG = TransformerConfig(
