@@ -163,7 +163,7 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
 
     def interval(numbers: dict[str, Any], name: str) -> str | None:
         low, high = (numbers[name][end] for end in ("low", "high"))
-        return None if high is None else f"{low:.1f} to {high:.1f}"
+        return None if high is None else f"{low:.4g} to {high:.4g}"
 
     perplexity = tables.Table(
         "perplexity",
@@ -172,10 +172,10 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
         [
             tables.Column("model"),
             tables.Column("parameters", format=",d"),
-            tables.Column("perplexity", format=".1f"),
+            tables.Column("perplexity", format=".4g"),
             tables.Column("95 %"),
             tables.Column("bits a byte", format=".3f"),
-            tables.Column("shuffled", format=".1f"),
+            tables.Column("shuffled", format=".4g"),
             tables.Column("unigram", format=".1f"),
             tables.Column("accuracy", format=".1%"),
         ],

@@ -233,7 +233,7 @@ class ExpertsHead(Head):
 
     Each expert is an MLP of its own (Shazeer et al., arXiv:1701.06538): the mixture's weights are
     the softmax of the router's `top_k` largest logits. The loss holds, besides the likelihood,
-    `balance` times X sum_x share_x p_x, which is least where all are used alike (Fedus et al.,
+    `balance` W times X sum_x share_x p_x, which is least where all are used alike (Fedus et al.,
     arXiv:2101.03961, eq. 4): share_x of the states that are sent to expert x, over all leading
     axes, and p_x its mean probability.
 
@@ -243,7 +243,7 @@ class ExpertsHead(Head):
         only, as the weight is 1 whatever its logit is.
       expert_size: F of each expert's MLP; the hidden state's width if left out.
       min_scale: the least standard deviation.
-      balance: weight of the balancing term, in nats.
+      balance: weight of the balancing term, against the nats of one of the W dimensions.
     """
 
     experts: int = 8
@@ -265,7 +265,7 @@ class ExpertsHead(Head):
         used = jax.nn.one_hot(chosen, self.experts, dtype=routes.dtype)
         share = jnp.mean(used.reshape(-1, self.experts), axis=0)
         balance = self.experts * jnp.sum(share * jnp.mean(probabilities, axis=0))
-        return -density.log_prob(target) + self.balance * balance
+        return -density.log_prob(target) + self.balance * self.width * balance
 
     def __call__(self, hidden: jax.Array) -> Mixture:
         return self.routed(hidden)[-1]

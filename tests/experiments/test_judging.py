@@ -116,7 +116,7 @@ def test_tables_hold_the_numbers_and_say_where_there_are_none():
         "effective_rank": 3.0,
     }
     perplexity, vectors = judging.tables_of({"baseline": token, "gaussian": vector})
-    assert perplexity.cells[1][:4] == ["baseline", "1,234", "12.2", "11.0 to 13.5"]
+    assert perplexity.cells[1][:4] == ["baseline", "1,234", "12.25", "11 to 13.5"]
     assert perplexity.cells[2][2:4] == ["", ""]
     assert vectors.cells[1][:4] == ["gaussian", "4", "2.0000", "50.0"]
     assert vectors.cells[1][-1] == ""

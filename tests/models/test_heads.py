@@ -323,7 +323,7 @@ def test_experts_specialise(top_k):
     the expert says at least half of which cluster it is (mutual information, of log 4 nats).
     """
     which, hidden, target = clusters()
-    head = ExpertsHead(width=2, experts=4, top_k=top_k, expert_size=8, balance=0.3)
+    head = ExpertsHead(width=2, experts=4, top_k=top_k, expert_size=8, balance=0.15)
     made, _ = trained(head, hidden, target)
     _, chosen, mixture = head.apply({"params": made}, hidden, method="routed")
     use = np.zeros((4, 4))  # of cluster, expert: the weight that it gets
