@@ -48,7 +48,8 @@ def main() -> None:
         for table in made:
             table.write(aside)
     print("\n\n".join(table.as_text() for table in made))
-    print(f"\n{folder}/calm_eval.json, .csv, .md, .tex")
+    print("\n{text}, {bytes:,} bytes, SHA-256 {sha256}".format(**data.source))
+    print(f"{folder}/calm_eval.json, .csv, .md, .tex")
 
 
 if __name__ == "__main__":
