@@ -42,6 +42,7 @@ from continuous_lm.experiments import (
 )
 from continuous_lm.files import write_json, written_aside
 
+CHOSEN = ("prompt", "path", "vary")  # flags of single experiments that the report does not take
 _STUDIED = flags.DEFINE_integer("studied", 200, "Prompts of each study.", lower_bound=1)
 
 Write = Callable[[clm.LanguageModel, tokenizers.Tokenizer], page.Section]
@@ -328,6 +329,9 @@ def sections(folder: pathlib.Path) -> Iterator[page.Section]:
 
 def main() -> None:
     """Sections, pages, figures, tables."""
+    for name in CHOSEN:
+        if flags.FLAGS[name].present:
+            raise clm.InputError(f"--{name}: the report has its own; run an experiment's program")
     folder = program.output_dir("report")
     made = list(sections(folder / "studies"))
     run = program.record()

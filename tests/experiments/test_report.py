@@ -260,3 +260,12 @@ def test_a_nasty_vocabulary_reaches_the_page_as_text(tmp_path):
     model = tiny.save(tmp_path / "model", tokenizer=words, num_hidden_layers=1)
     short(tmp_path / "out", f"--model={model}", "--threshold=0", *FLAGS)
     assert_whole(tmp_path / "out")
+
+
+def test_flags_of_single_experiments_are_refused(tmp_path):
+    with tiny.forked("continuous_lm.experiments.report") as run:
+        for flag in ("--vary=mass", "--path=spherical", "--prompt=Hello"):
+            status, _, stderr = run(tmp_path, flag, "--output_dir=out")
+            assert status != 0
+            assert stderr.startswith(f"error: {flag.partition('=')[0]}: the report has its own")
+    assert not (tmp_path / "out").exists()
