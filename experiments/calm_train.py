@@ -52,9 +52,23 @@ _COMPUTE = flags.DEFINE_enum(
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 200, "Steps to a checkpoint.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of parameters and data.", lower_bound=0)
 
+# What a flag's presence leaves without a meaning.
+_EXCLUDES = {
+    "trunk": ("rows_of", "hidden_size", "num_layers", "num_heads"),
+    "token": ("rows_of", "contrast"),
+}
+
 
 def initial() -> tuple[density.DensityLM, corpus.Corpus]:
     """The model that the flags name, before training, and the text in its tokens."""
+    chosen = {"trunk": _TRUNK.value is not None, "token": _HEAD.value == "token"}
+    for what, names in _EXCLUDES.items():
+        for name in names:
+            if chosen[what] and flags.FLAGS[name].present:
+                told = (
+                    "a pretrained trunk has its own" if what == "trunk" else "tokens have no rows"
+                )
+                raise InputError(f"--{name}: {told}; leave it out")
     key = jax.random.key(_SEED.value)
     settings = {"kind": _HEAD.value, **calm.head_settings(_HEAD_SETTINGS.value)}
     speaks = _HEAD.value == "token"
@@ -62,8 +76,6 @@ def initial() -> tuple[density.DensityLM, corpus.Corpus]:
     if speaks and _TRUNK.value is None:
         settings = {"tied": True} | settings  # so that the folder is an ordinary language model too
     if _TRUNK.value is not None:
-        if _ROWS_OF.value is not None:
-            raise InputError("--rows_of: a pretrained trunk brings its own rows; leave it out")
         lm = clm.load(_TRUNK.value, dtype="float32")
         if lm.tokenizer is None:
             raise InputError(f"--trunk: {_TRUNK.value} has no tokenizer.json")
@@ -77,7 +89,7 @@ def initial() -> tuple[density.DensityLM, corpus.Corpus]:
         vocab_size = data.tokenizer.get_vocab_size()
     else:
         other = clm.load(_ROWS_OF.value, dtype="float32")
-        table = None if speaks else other.params["embedding"]
+        table = other.params["embedding"]
         data = corpus.read(other.tokenizer)
         vocab_size = other.config.vocab_size
     config = calm.trunk(

@@ -50,6 +50,9 @@ def read(tokenizer: tokenizers.Tokenizer | None = None) -> Corpus:
     Args:
       tokenizer: of the model; if left out, that of the flags or one that is trained now.
     """
+    for name in ("tokenizer", "vocab_size"):
+        if tokenizer is not None and flags.FLAGS[name].present:
+            raise InputError(f"--{name}: the model brings its own tokenizer; leave it out")
     found = text.read_text(_DATA.value) if _DATA.value else text.default_text()
     train, held_out = text.split(found.documents)
     if tokenizer is None and _TOKENIZER.value is not None:

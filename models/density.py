@@ -61,7 +61,7 @@ class DensityModel(nn.Module):
         against the negative log-density of one of the W dimensions. It keeps a learned table from
         collapsing, as the likelihood alone is best when all tokens that are hard to tell apart
         have the same row; and it makes densities at different rows comparable, which the
-        likelihood of W > 10 dimensions does not.
+        likelihood of many dimensions does not.
       form: of the trunk's attention, and
       remat: whether its layers are computed anew for the backward pass; see `Transformer`.
     """

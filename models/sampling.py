@@ -162,7 +162,7 @@ class _Draw:
         if "shift" in options:
             density = density.shifted(options["shift"])
         if self.model.reads == "tokens" and self.way == "renormalised":
-            return quantized(self.way, density, key, options, temperature=temperature)
+            return Categorical(density.log_probs(options["rows"])).sample(key, temperature)
         x = density.sample(key, temperature)
         if self.model.reads == "vectors":
             return x
@@ -176,21 +176,17 @@ def quantized(
     table: dict[str, jax.Array],
     *,
     candidates: int = 16,
-    temperature: ArrayLike = 1.0,
 ) -> jax.Array:
-    """Tokens int32 [...] from vectors [..., W], by one of `WAYS`.
+    """Tokens int32 [...] from vectors [..., W], by one of `WAYS` that goes through a vector.
 
     Args:
-      way: see the top of the module.
+      way: "euclidean", "cosine" or "rerank"; see the top of the module.
       density: that the vectors were drawn from, with the same leading axes.
-      x: the vectors; for "renormalised" a PRNG key instead.
+      x: the vectors.
       table: "rows" [V, W], and "norms", their squared norms [V].
       candidates: k of "rerank".
-      temperature: of "renormalised".
     """
     rows, norms = table["rows"], table["norms"]
-    if way == "renormalised":
-        return Categorical(density.log_probs(rows)).sample(x, temperature)
     if way == "rerank":
         near = quantize_lib.k_nearest(x, rows, candidates, norms=norms).indices
         at_rows = jax.vmap(density.log_prob, in_axes=-2, out_axes=-1)(rows[near])

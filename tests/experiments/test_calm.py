@@ -21,7 +21,6 @@ PROGRAMS = {
 }
 SMALL = (
     "--data=text.txt",
-    "--vocab_size=280",
     "--hidden_size=16",
     "--num_layers=1",
     "--num_heads=2",
@@ -30,6 +29,7 @@ SMALL = (
     "--steps=12",
     "--save_every=10",
 )
+NEW = "--vocab_size=280"  # of the tokenizer, where no model brings one
 slow = pytest.mark.slow
 
 
@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
     write_text(folder)
     with tiny.forked(PROGRAMS["calm_train"]) as train:
         for arguments in (
-            ("--head=token", "--output_dir=baseline"),
+            (NEW, "--head=token", "--output_dir=baseline"),
             ("--head=mixture", "--rows_of=baseline", "--output_dir=mixture"),
         ):
             status, _, stderr = train(folder, *SMALL, *arguments)
@@ -129,7 +129,7 @@ def test_evaluation_samples_and_ablation(trained):
 @slow
 def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(trained, tmp_path):
     write_text(tmp_path)
-    arguments = (*SMALL, "--head=gaussian", "--output_dir=out")
+    arguments = (*SMALL, NEW, "--head=gaussian", "--output_dir=out")
     with tiny.forked(PROGRAMS["calm_train"]) as train:
         assert train(tmp_path, *arguments)[0] == 0
         whole = density.load(tmp_path / "out").params
@@ -160,6 +160,10 @@ REFUSED = {
     "rows of nothing": (["--rows_of=nowhere"], "nowhere"),
     "rows of another width": (["--rows_of=apples"], "--rows_of", "[300, 96]", "16"),
     "a trunk and rows": (["--trunk=apples", "--rows_of=apples"], "--rows_of"),
+    "a trunk's size": (["--trunk=apples"], "--hidden_size", "has its own"),
+    "a token's rows": (["--head=token", "--rows_of=apples"], "--rows_of", "have no rows"),
+    "a token's contrast": (["--head=token", "--contrast=1"], "--contrast", "have no rows"),
+    "a vocabulary": (["--rows_of=apples", NEW], "--vocab_size", "its own tokenizer"),
     "a tokenizer's folder": (["--tokenizer=nowhere"], "nowhere"),
 }
 
@@ -184,7 +188,9 @@ def train():
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_to_training(texts, train, tmp_path, case):
     arguments, *culprits = REFUSED[case]
-    outcome = train(texts, *SMALL, *arguments, f"--output_dir={tmp_path / 'out'}")
+    brought = any(argument.startswith(("--rows_of", "--trunk")) for argument in arguments)
+    new = () if brought else (NEW,)
+    outcome = train(texts, *SMALL, *new, *arguments, f"--output_dir={tmp_path / 'out'}")
     assert_refused(outcome, *culprits)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
 
@@ -211,7 +217,14 @@ def test_bad_input_to_the_others(trained, texts):
 
 @slow
 def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_path):
-    command = [sys.executable, "-m", PROGRAMS["calm_train"], *SMALL, f"--output_dir={tmp_path}/out"]
+    command = [
+        sys.executable,
+        "-m",
+        PROGRAMS["calm_train"],
+        *SMALL,
+        NEW,
+        f"--output_dir={tmp_path}/out",
+    ]
     limited = f"ulimit -f 40; exec {' '.join(command)}"  # files of at most 20 or 40 kB
     ended = subprocess.run(
         ["bash", "-c", limited], cwd=texts, env=tiny.ENVIRONMENT, capture_output=True, text=True
