@@ -10,6 +10,8 @@ number of leading batch axes.
     W  width of a vector that is predicted       X  components of a mixture, or experts
     E  codes of a codebook                       Q  stages of a residual quantizer
     R  rank of a low-rank covariance             Z  samples
+    O  tokens of a chunk                         U  width of a head's noise
+    J  layers of an encoder, blocks of a head    I  layers of a decoder
 """
 
 from collections.abc import Mapping

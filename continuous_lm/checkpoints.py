@@ -55,6 +55,10 @@ class Tensors:
             self._tensors[name], self._paths[name] = (entry, data), path
         return set(header)
 
+    def alias(self, name: str, other: str) -> None:
+        """Makes a tensor known by a second name."""
+        self._tensors[name], self._paths[name] = self._tensors[other], self._paths[other]
+
     @property
     def names(self) -> set[str]:
         return set(self._tensors)

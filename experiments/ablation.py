@@ -3,6 +3,10 @@
 Nearest rows, Euclidean and cosine, and the nearest few re-ranked by the density search the table
 itself. Vector, residual and finite scalar quantization are fitted to the table's rows; their code
 goes on to the row nearest to it.
+
+Of a next-vector model with K tokens a vector, the decoder takes the rows' place: a draw is decoded
+as it is, or after it was quantized by codes that were fitted to the latents of training chunks, or
+after the nearest of these latents has taken its place.
 """
 
 import time
@@ -17,6 +21,7 @@ from continuous_lm import quantize
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import batches, tables
 from continuous_lm.models import sampling
+from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.density import DensityLM
 
 REPEATS = 5
@@ -55,6 +60,19 @@ def ways(
 
         return to_tokens
 
+    fitted = coders(key, rows, codes=codes, stages=stages, levels=levels)
+    return {
+        "nearest": searched("euclidean"),
+        "cosine": searched("cosine"),
+        "re-ranked": searched("rerank"),
+        **{name: coded(code) for name, code in fitted.items()},
+    }
+
+
+def coders(
+    key: jax.Array, rows: jax.Array, *, codes: int, stages: int, levels: int
+) -> dict[str, Callable[[jax.Array], jax.Array]]:
+    """Name -> from vectors [..., W] to the vectors of their codes, fitted to standardised rows."""
     book = quantize.init(key, rows, codes)
     books = quantize.init_residual(key, rows, stages, max(codes // stages, 2))
 
@@ -67,14 +85,11 @@ def ways(
         return scale * jnp.arctanh(inside).reshape(x.shape)
 
     return {
-        "nearest": searched("euclidean"),
-        "cosine": searched("cosine"),
-        "re-ranked": searched("rerank"),
-        f"VQ, {codes}": coded(lambda x: quantize.quantize(book, x).vectors),
-        f"residual VQ, {stages} x {books.codes.shape[1]}": coded(
-            lambda x: quantize.quantize_residual(books, x).vectors
+        f"VQ, {codes}": lambda x: quantize.quantize(book, x).vectors,
+        f"residual VQ, {stages} x {books.codes.shape[1]}": lambda x: (
+            quantize.quantize_residual(books, x).vectors
         ),
-        f"finite scalar, {levels} levels": coded(finite),
+        f"finite scalar, {levels} levels": finite,
     }
 
 
@@ -111,11 +126,6 @@ def compare(
     for name, way in ways(table, key, **settings).items():
         run = jax.jit(way)
         vectors, found = run(x, density)
-        seconds = []
-        for _ in range(REPEATS):
-            began = time.perf_counter()
-            jax.block_until_ready(run(x, density))
-            seconds.append(time.perf_counter() - began)
         around = jax.tree.map(lambda leaf: leaf[:1], density)
         own = jnp.arange(len(rows))
         kept = None
@@ -127,15 +137,116 @@ def compare(
                 "accuracy": float(np.mean(np.asarray(found) == targets)),
                 "noise": float(jnp.mean((vectors - x) ** 2)),
                 "kept": kept,
-                "microseconds": 1e6 * float(np.median(seconds)) / len(targets),
+                "microseconds": 1e6 * seconds_of(run, x, density) / len(targets),
             }
         )
     return results
 
 
+def compare_chunks(
+    lm: NextVectorLM,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    length: int,
+    windows: int,
+    seed: int,
+    codes: int,
+    stages: int,
+    levels: int,
+    seen: int = 16_384,
+) -> list[dict[str, Any]]:
+    """Each way's numbers for the latents of a next-vector model, as `compare` has them.
+
+    Accuracy is by token, of draws for held-out text; "kept" are the tokens of held-out chunks that
+    come back from their own latents.
+
+    Args:
+      lm: the model.
+      train: tokens int [n], whose chunks' latents the codes are fitted to.
+      held_out: tokens int [m].
+      length: of a window, in chunks.
+      windows: at most so many.
+      seed: of draws and codebooks.
+      codes: of the vector quantizer.
+      stages: of the residual quantizer.
+      levels: of finite scalar quantization.
+      seen: training chunks, at most.
+    """
+    size, width = lm.chunk_size, lm.model.autoencoder.latent_size
+    if width % GROUP:
+        raise InputError(f"latents of width {width} do not fall into groups of {GROUP}")
+    tokens = batches.consecutive(held_out, length=size * (length + 1) - 1, limit=windows)
+    chunks = tokens.reshape(len(tokens), -1, size)
+    targets = chunks[:, 1:].reshape(-1, size)
+    known = np.asarray(train[: len(train) // size * size]).reshape(-1, size)
+    known = known[:: max(1, len(known) // seen)][:seen]
+    key, of_noise = jax.random.split(jax.random.key(seed))
+    variables: Any = {"params": lm.params}
+
+    @jax.jit
+    def drawn(chunks):
+        hidden: Any = lm.model.apply(variables, chunks, method="predictions")
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        noise = lm.model.head.noise(of_noise, hidden.shape[:1])
+        return lm.model.apply(variables, noise, hidden, method="transform")
+
+    x, own = drawn(chunks), lm.codec.encode(targets)[0]
+    latents = lm.codec.encode(known)[0]
+    if codes > len(latents):
+        raise InputError(f"--codes={codes}, but there are {len(latents)} training chunks")
+    middle, spread = jnp.mean(latents, axis=0), jnp.std(latents, axis=0)
+    found = {"decoder": lambda z: z, f"nearest of {len(latents)}": nearest_to(latents)}
+    rest = coders(key, (latents - middle) / spread, codes=codes, stages=stages, levels=levels)
+
+    def scaled(code: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        return lambda z: middle + spread * code((z - middle) / spread)
+
+    found |= {name: scaled(code) for name, code in rest.items()}
+
+    results = []
+    for name, code in found.items():
+
+        def to_tokens(z, code=code):
+            vectors = code(z)
+            logits: Any = lm.model.apply(variables, vectors, method="decode")
+            return vectors, jnp.argmax(logits, axis=-1)
+
+        run = jax.jit(to_tokens)
+        vectors, got = run(x)
+        results.append(
+            {
+                "K": size,
+                "way": name,
+                "accuracy": float(np.mean(np.asarray(got) == targets)),
+                "noise": float(jnp.mean((vectors - x) ** 2)),
+                "kept": float(np.mean(np.asarray(run(own)[1]) == targets)),
+                "microseconds": 1e6 * seconds_of(run, x) / targets.size,
+            }
+        )
+    return results
+
+
+def nearest_to(rows: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """From vectors [N, W] to the rows nearest to them."""
+    norms = quantize.squared_norms(rows)
+    return lambda x: rows[quantize.nearest(x, rows, norms=norms).indices]
+
+
+def seconds_of(run: Callable[..., Any], *arguments: Any) -> float:
+    """The median time of a call; the first one has been made."""
+    seconds = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(run(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))
+
+
 def table_of(results: list[dict[str, Any]]) -> tables.Table:
     """The table of `compare`."""
     columns = [
+        *([tables.Column("K", format="d")] if "K" in results[0] else []),
         tables.Column("way"),
         tables.Column("accuracy", format=".2%"),
         tables.Column("noise", format=".4f"),
@@ -145,7 +256,8 @@ def table_of(results: list[dict[str, Any]]) -> tables.Table:
     return tables.Table(
         "quantization",
         "From a draw to a token: accuracy against the text's token, squared distance between the"
-        " draw and its code a dimension, rows whose code leads back to them, time of a vector",
+        " draw and its code a dimension, rows (or tokens of chunks) whose code leads back to them,"
+        " time of a token",
         columns,
         [list(result.values()) for result in results],
     )

@@ -12,8 +12,10 @@ import numpy as np
 
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import batches, training
-from continuous_lm.files import as_path
-from continuous_lm.models import density
+from continuous_lm.files import as_path, read_json
+from continuous_lm.models import autoencoder, density
+from continuous_lm.models import calm as next_vector
+from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import DensityLM
 from continuous_lm.rotary import Rope
@@ -47,13 +49,13 @@ def trunk(
     )
 
 
-def head_settings(given: list[str]) -> dict[str, object]:
-    """The settings in "name=value", ...; values are JSON, or words."""
-    settings: dict[str, object] = {}
+def named_settings(given: list[str], flag: str) -> dict[str, Any]:
+    """The settings in "name=value", ... of a flag; values are JSON, or words."""
+    settings: dict[str, Any] = {}
     for item in given:
         name, equals, value = item.partition("=")
         if not equals:
-            raise InputError(f"--head_settings: {item!r} is not name=value")
+            raise InputError(f"--{flag}: {item!r} is not name=value")
         try:
             settings[name.strip()] = json.loads(value)
         except ValueError:
@@ -111,6 +113,22 @@ def train(
     return DensityLM(model, params, lm.tokenizer, lm.notes)
 
 
+def load_any(folder: str | os.PathLike) -> DensityLM | NextVectorLM:
+    """The density or next-vector model in a folder, with a tokenizer."""
+    path = as_path(folder)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{folder} is not a folder that calm_train wrote")
+    fields = read_json(path / "config.json")
+    if autoencoder.is_config(fields):
+        raise InputError(f"{folder} holds an autoencoder; give a model that is trained on it")
+    if not next_vector.is_config(fields):
+        return load(folder)
+    lm = next_vector.load(folder)
+    if lm.tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
+    return lm
+
+
 def load(folder: str | os.PathLike, *, reads: str = "tokens") -> DensityLM:
     """The density model in a folder, that a program can go on with."""
     folder = as_path(folder)
@@ -124,7 +142,8 @@ def load(folder: str | os.PathLike, *, reads: str = "tokens") -> DensityLM:
     return lm
 
 
-def num_parameters(lm: DensityLM) -> int:
-    """How many numbers are learned: a frozen table is not among them."""
-    named = {name: leaf for name, leaf in lm.params.items() if name != "table"}
+def num_parameters(lm: DensityLM | NextVectorLM) -> int:
+    """How many numbers are learned: a frozen table or autoencoder is not among them."""
+    frozen = ("table", "autoencoder")
+    named = {name: leaf for name, leaf in lm.params.items() if name not in frozen}
     return sum(leaf.size for leaf in jax.tree.leaves(named))

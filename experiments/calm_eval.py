@@ -1,8 +1,10 @@
-"""Judges density models of text: likelihood, perplexity, noise, collapse. See `judging`.
+"""Judges models of text that calm_train wrote, on the held-out part of what they were trained on.
 
     python -m continuous_lm.experiments.calm_eval --models=results/baseline,results/mixture
 
---data must be what the models were trained on; of it the held-out part is read.
+Likelihood, perplexity, noise and collapse of density models and baselines: see `judging`.
+Reconstruction of next-vector models. BrierLM of all of them, at the same positions: see
+`next_vector`. --data must be what the models were trained on.
 """
 
 import pathlib
@@ -11,13 +13,33 @@ from typing import Any
 from absl import flags
 
 from continuous_lm.errors import InputError, about
-from continuous_lm.experiments import calm, corpus, judging, program
+from continuous_lm.experiments import calm, corpus, judging, next_vector, program
 from continuous_lm.files import write_json, written_aside
+from continuous_lm.models.calm import NextVectorLM
+from continuous_lm.models.density import DensityLM
 
 _MODELS = flags.DEFINE_list("models", None, "Folders that calm_train wrote.", required=True)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
 _WINDOWS = flags.DEFINE_integer("windows", 256, "Sequences, at most.", lower_bound=1)
+_POSITIONS = flags.DEFINE_integer("positions", 512, "Of BrierLM, at most.", lower_bound=1)
+_CONTEXT = flags.DEFINE_integer("context", 64, "Tokens before each of them.", lower_bound=1)
+_STRIDE = flags.DEFINE_integer("stride", 16, "From one of them to the next.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of draws and intervals.", lower_bound=0)
+
+
+def judged(lm: DensityLM | NextVectorLM, data: corpus.Corpus) -> dict[str, Any]:
+    """The numbers of one model's own kind."""
+    if isinstance(lm, NextVectorLM):
+        return next_vector.judge(lm, data.held_out, seed=_SEED.value)
+    found = judging.judge(
+        lm,
+        data.held_out,
+        data.train,
+        length=_LENGTH.value,
+        windows=_WINDOWS.value,
+        seed=_SEED.value,
+    )
+    return found | {"bits_per_byte": judging.bits_per_byte(found, data.bytes_per_token)}
 
 
 def main() -> None:
@@ -28,21 +50,22 @@ def main() -> None:
         label = pathlib.PurePath(name).name
         if label in results:
             raise InputError(f"--models: two folders are called {label}; rename one")
-        lm = calm.load(name)
+        lm = calm.load_any(name)
         with about(name):
             data = corpus.read(lm.tokenizer)
-            results[label] = judging.judge(
+            results[label] = {"parameters": calm.num_parameters(lm), "data": data.source}
+            results[label] |= judged(lm, data)
+            results[label]["brier"] = next_vector.score(
                 lm,
                 data.held_out,
-                data.train,
-                length=_LENGTH.value,
-                windows=_WINDOWS.value,
+                context=_CONTEXT.value,
+                stride=_STRIDE.value,
+                limit=_POSITIONS.value,
                 seed=_SEED.value,
-            ) | {"parameters": calm.num_parameters(lm), "data": data.source}
-            results[label]["bits_per_byte"] = judging.bits_per_byte(
-                results[label], data.bytes_per_token
             )
-    made = judging.tables_of(results)
+    densities = {label: numbers for label, numbers in results.items() if "nats" in numbers}
+    made = judging.tables_of(densities) if densities else []
+    made += next_vector.tables_of(results)
     with written_aside(folder) as aside:
         write_json(aside / "calm_eval.json", {"run": program.record(), "models": results})
         for table in made:

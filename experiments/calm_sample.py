@@ -1,12 +1,18 @@
-"""Draws text from a density model, and steers it.
+"""Draws text from a density or next-vector model, and steers it.
 
     python -m continuous_lm.experiments.calm_sample --model=results/mixture --prompt="Return the"
     python -m continuous_lm.experiments.calm_sample --model=results/mixture \
         --towards=file,path,directory --strengths=0,0.5,1,2
+    python -m continuous_lm.experiments.calm_sample --model=results/calm --temperature=0.5
+    python -m continuous_lm.experiments.calm_sample --model=results/calm \
+        --between="Return the name." --between="Raise an error."
 
 Steering shifts the mean of each density along a direction: the mean of the rows of the words in
 --towards, less that of the words in --away (of all rows, if there are none). What is measured is
 the share of new tokens near the list: those among the --near rows nearest to one of its words.
+
+A next-vector model has no rows to steer by. It takes a --temperature of 1, 1/2, 1/3 ... or 0, any
+up to 1 with --method=exact, and shows what its autoencoder decodes --between two texts.
 """
 
 from typing import Any
@@ -18,23 +24,34 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from continuous_lm import quantize
-from continuous_lm.errors import InputError
-from continuous_lm.experiments import calm, plots, program, tables, text
+from continuous_lm.errors import InputError, about
+from continuous_lm.experiments import calm, next_vector, plots, program, tables, text
 from continuous_lm.files import write_json, written_aside
-from continuous_lm.models import sampling
+from continuous_lm.models import calm_sampling, sampling
+from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.density import DensityLM
 
 _MODEL = flags.DEFINE_string("model", None, "Folder that calm_train wrote.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from.  [default: the end of a text]")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "How many texts, of each strength.", lower_bound=1)
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", 64, "Of each.", lower_bound=1)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0: the mean.", lower_bound=0.0)
+_TEMPERATURE = flags.DEFINE_float(
+    "temperature", None, "0: the mean.  [default: 0.7; 0.5 for next vectors]", lower_bound=0.0
+)
 _QUANTIZE = flags.DEFINE_enum("quantize", "rerank", list(sampling.WAYS), "From vectors to tokens.")
 _TOWARDS = flags.DEFINE_list("towards", [], "Words to steer towards.")
 _AWAY = flags.DEFINE_list("away", [], "Words to steer away from.")
 _STRENGTHS = flags.DEFINE_list("strengths", ["0"], "Of steering, in units of the rows.")
 _NEAR = flags.DEFINE_integer("near", 16, "Rows that are near a word.", lower_bound=1)
+_METHOD = flags.DEFINE_enum(
+    "method", "batch", list(calm_sampling.METHODS), "How next vectors are drawn at a temperature."
+)
+_CANDIDATES = flags.DEFINE_integer("candidates", 128, "Of --method=batch.", lower_bound=1)
+_BETWEEN = flags.DEFINE_multi_string("between", [], "Twice: two texts, and what lies between.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+
+_OF_DENSITIES = ("quantize", "towards", "away", "strengths", "near")
+_OF_NEXT_VECTORS = ("method", "candidates", "between")
 
 
 def strengths() -> list[float]:
@@ -127,11 +144,50 @@ def figure(results: list[dict[str, Any]], xlabel: str) -> Figure:
     return made
 
 
+def of_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
+    """Texts from a next-vector model, and between two."""
+    tokenizer: Any = lm.tokenizer
+    ends = [tokenizer.encode(s, add_special_tokens=False).ids for s in _BETWEEN.value]
+    if len(ends) not in (0, 2):
+        raise InputError(f"--between is given {len(ends)} times; give it twice, or not at all")
+    prompt = tokenizer.encode(_PROMPT.value, add_special_tokens=False).ids
+    end = text.end_of_text(tokenizer)
+    new = calm_sampling.sample(
+        lm,
+        np.tile(prompt or [end], (_SAMPLES.value, 1)),
+        max_new_tokens=_MAX_NEW.value,
+        temperature=0.5 if _TEMPERATURE.value is None else _TEMPERATURE.value,
+        method=_METHOD.value,
+        candidates=_CANDIDATES.value,
+        fill=end,
+        key=jax.random.key(_SEED.value),
+    )
+    found: dict[str, Any] = {"texts": [tokenizer.decode(row) for row in new.rows()]}
+    for drawn in found["texts"]:
+        print(f"---\n{_PROMPT.value}{drawn}")
+    if ends:
+        with about("--between"):
+            found["between"] = [tokenizer.decode(t) for t in next_vector.between(lm.codec, *ends)]
+        print("--- between", *found["between"], sep="\n")
+    return found
+
+
 def main() -> None:
     """Texts, shares, a figure."""
     folder = program.output_dir("calm_sample")
     values = strengths()
-    lm = calm.load(_MODEL.value)
+    lm = calm.load_any(_MODEL.value)
+    wrong = _OF_DENSITIES if isinstance(lm, NextVectorLM) else _OF_NEXT_VECTORS
+    for name in wrong:
+        if flags.FLAGS[name].present:
+            kind = "next-vector" if isinstance(lm, NextVectorLM) else "density"
+            raise InputError(f"--{name} is not for a {kind} model; leave it out")
+    if isinstance(lm, NextVectorLM):
+        with written_aside(folder) as aside:
+            found = of_next_vectors(lm)
+            write_json(aside / "calm_sample.json", {"run": program.record(), **found})
+        print(f"\n{folder}/calm_sample.json")
+        return
     tokenizer: Any = lm.tokenizer
     towards, away = (
         tokens_of(lm, words, name)
@@ -149,7 +205,7 @@ def main() -> None:
         close=_NEAR.value,
         seed=_SEED.value,
         max_new=_MAX_NEW.value,
-        temperature=_TEMPERATURE.value,
+        temperature=0.7 if _TEMPERATURE.value is None else _TEMPERATURE.value,
         quantize=_QUANTIZE.value,
     )
     for result in results:

@@ -1,19 +1,27 @@
-"""Ways from a drawn vector to a token, on one trained density model: accuracy, noise, time.
+"""Ways from a drawn vector to tokens, on trained models: accuracy, noise, time.
 
     python -m continuous_lm.experiments.quantization_ablation --model=results/mixture
+    python -m continuous_lm.experiments.quantization_ablation --model=results/calm-2,results/calm-4
 
 On held-out text, each way gets the same draws from the density of the next vector. Nearest rows,
 Euclidean and cosine, and the nearest few re-ranked by the density search the table itself. Vector,
 residual and finite scalar quantization are fitted to the table's rows; their code goes on to the
 row nearest to it. `kept` is the part of the rows that such a code leads back to themselves.
+
+Of next-vector models, several of which can be given to compare how many tokens K a vector holds,
+the decoder is one more way, and --length counts chunks: see `ablation`.
 """
 
 from absl import flags
 
+from continuous_lm.errors import InputError
 from continuous_lm.experiments import ablation, calm, corpus, program
 from continuous_lm.files import write_json, written_aside
+from continuous_lm.models.calm import NextVectorLM
 
-_MODEL = flags.DEFINE_string("model", None, "Folder that calm_train wrote.", required=True)
+_MODEL = flags.DEFINE_list(
+    "model", None, "Folder that calm_train wrote; several of next-vector models.", required=True
+)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
 _WINDOWS = flags.DEFINE_integer("windows", 16, "Sequences, at most.", lower_bound=1)
 _CODES = flags.DEFINE_integer("codes", 512, "Codes of the vector quantizer.", lower_bound=2)
@@ -26,19 +34,26 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of draws and codebooks.", lower_bound=0
 def main() -> None:
     """Numbers, a table, files."""
     folder = program.output_dir("quantization_ablation")
-    lm = calm.load(_MODEL.value)
-    data = corpus.read(lm.tokenizer)
-    results = ablation.compare(
-        lm,
-        data.held_out,
-        length=_LENGTH.value,
-        windows=_WINDOWS.value,
-        seed=_SEED.value,
-        codes=_CODES.value,
-        stages=_STAGES.value,
-        levels=_LEVELS.value,
-        candidates=_CANDIDATES.value,
-    )
+    settings = {
+        "length": _LENGTH.value,
+        "windows": _WINDOWS.value,
+        "seed": _SEED.value,
+        "codes": _CODES.value,
+        "stages": _STAGES.value,
+        "levels": _LEVELS.value,
+    }
+    results = []
+    for name in _MODEL.value:
+        lm = calm.load_any(name)
+        data = corpus.read(lm.tokenizer)
+        if isinstance(lm, NextVectorLM):
+            if flags.FLAGS["candidates"].present:
+                raise InputError("--candidates: a next-vector model has no rows; leave it out")
+            results += ablation.compare_chunks(lm, data.train, data.held_out, **settings)
+        elif len(_MODEL.value) == 1:
+            results = ablation.compare(lm, data.held_out, candidates=_CANDIDATES.value, **settings)
+        else:
+            raise InputError(f"--model: {name} is a density model; give it alone")
     made = ablation.table_of(results)
     with written_aside(folder) as aside:
         values = {"run": program.record(), "data": data.source, "ways": results}

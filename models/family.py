@@ -414,7 +414,11 @@ class Stored:
         tensor = tensor.reshape([_size(a, sizes) for a in letters])
         tensor = tensor[tuple(self.pick if a.isdigit() else slice(None) for a in letters)]
         left = [a for a in letters if not a.isdigit()]
-        return tensor.transpose([left.index(a) for a in axes])
+        order = []
+        for a in axes:  # a letter that stands twice keeps its order
+            order.append(left.index(a))
+            left[order[-1]] = ""
+        return tensor.transpose(order)
 
 
 def _size(axes: str, sizes: Mapping[str, int]) -> int:

@@ -213,8 +213,9 @@ def run(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Continues B prompts, whatever they are made of, in one compiled loop.
 
-    At each step `how.draw(params, options, key, outputs)` makes the next items, [B] tokens or
-    [B, W] vectors, from the model's outputs at the last ones, [B, ...].
+    At each step `how.draw(params, options, key, outputs)` makes the next items, [B] tokens, [B, O]
+    chunks of them or [B, W] vectors, from the model's outputs at the last ones, [B, ...]. A token
+    of -1 ends its row.
 
     Args:
       how: the program. Its `chunk` is an upper bound here.
@@ -287,7 +288,9 @@ def _run(
         item = how.draw(params, options, jax.random.fold_in(key, i), outputs)
         item = jnp.where(done.reshape(-1, *[1] * (item.ndim - 1)), 0, item)
         new = lax.dynamic_update_slice_in_dim(new, item[:, None].astype(new.dtype), i, axis=1)
-        ends = jnp.isin(item, stop) if item.ndim == 1 else False
+        ends: jax.Array | bool = False
+        if jnp.issubdtype(item.dtype, jnp.integer):  # a token, or any of a chunk's
+            ends = jnp.any(jnp.isin(item, stop).reshape(len(item), -1), axis=-1)
         return i + 1, cache, new, lengths + ~done, done | ends
 
     def going_on(state):

@@ -1,6 +1,7 @@
 """Heads: from the trunk's hidden state to what comes next, as a distribution.
 
-A head's `__call__` gives the distribution (see `densities`), and four methods stand on it:
+A head's `__call__` gives the distribution (see `densities`), and four methods stand on it. Heads
+that have none, and can only be sampled, are in `implicit`.
 
     loss(hidden, target)                [...], nats, lower is better
     log_prob(hidden, target)            [...], nats
@@ -17,6 +18,7 @@ with standard deviation 1 in each dimension give the bound its meaning.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -43,25 +45,21 @@ _ONES = nn.initializers.ones
 _EPS = 1e-6
 
 
-def _kernel(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Kernels whose outputs vary as their inputs, the last axis, do."""
     cut = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796  # of deviation 1
     return cut * shape[-1] ** -0.5
 
 
 class Head(nn.Module):
-    """What all heads share.
+    """What all heads share: attributes that are checked, and parameters.
 
     Attributes:
       width: W of the vectors that are predicted, or V, how many tokens there are.
-      depth: residual MLP blocks between the hidden state and the output. A head on a trunk that is
-        not trained with it needs one or two.
-      mlp_size: F of these blocks; four times the hidden state's width if left out.
+      param_dtype: of the parameters.
     """
 
     width: int
-    depth: int = 0
-    mlp_size: int | None = None
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -81,6 +79,48 @@ class Head(nn.Module):
                 raise InputError(
                     f"{name} is {value!r:.60}; it must be an integer from {least} to {most}"
                 )
+
+    def settings(self) -> dict[str, Any]:
+        """The attributes that make the head what it is, by name."""
+        names = self.__dataclass_fields__
+        return {n: getattr(self, n) for n in names if n not in ("parent", "name", "param_dtype")}
+
+    def weight(self, name: str, shape: tuple[int, ...], axes: str, init: Any) -> jax.Array:
+        """A parameter, sharded by the letters of its axes."""
+        boxed = nn.with_logical_partitioning(init, axes_lib.split(axes))
+        return cast(jax.Array, self.param(name, boxed, shape, self.param_dtype))
+
+    def linear(
+        self,
+        name: str,
+        x: jax.Array,
+        axis: str,
+        shape: tuple[int, ...],
+        axes: str,
+        *,
+        init: Any = kernel_init,
+        bias: Any = _ZEROS,
+    ) -> jax.Array:
+        """x [..., axis] through a kernel [*shape, axis] and a bias [*shape]: [..., *shape]."""
+        kernel = self.weight(name, (*shape, x.shape[-1]), f"{axes} {axis}", init)
+        offset = self.weight(f"{name}_bias", shape, axes, bias)
+        return jnp.tensordot(x, kernel, axes=(-1, -1)) + offset
+
+
+class DistributionHead(Head):
+    """A head whose `__call__` gives a distribution.
+
+    Attributes:
+      depth: residual MLP blocks between the hidden state and the output. A head on a trunk that is
+        not trained with it needs one or two.
+      mlp_size: F of these blocks; four times the hidden state's width if left out.
+    """
+
+    depth: int = 0
+    mlp_size: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
         min_scale = getattr(self, "min_scale", None)
         if min_scale is not None and not 0.0 < min_scale < 1.0:
             raise InputError(
@@ -91,11 +131,6 @@ class Head(nn.Module):
             raise InputError(
                 f"covariance is {covariance!r}; it must be one of {', '.join(COVARIANCES)}"
             )
-
-    def settings(self) -> dict[str, Any]:
-        """The attributes that make the head what it is, by name."""
-        names = self.__dataclass_fields__
-        return {n: getattr(self, n) for n in names if n not in ("parent", "name", "param_dtype")}
 
     def loss(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
         return -self.log_prob(hidden, target)
@@ -119,34 +154,13 @@ class Head(nn.Module):
             x = x + self.linear(f"down_{i}", y, "F", (width,), "D", init=_ZEROS)
         return x
 
-    def weight(self, name: str, shape: tuple[int, ...], axes: str, init: Any) -> jax.Array:
-        """A parameter, sharded by the letters of its axes."""
-        boxed = nn.with_logical_partitioning(init, axes_lib.split(axes))
-        return cast(jax.Array, self.param(name, boxed, shape, self.param_dtype))
-
-    def linear(
-        self,
-        name: str,
-        x: jax.Array,
-        axis: str,
-        shape: tuple[int, ...],
-        axes: str,
-        *,
-        init: Any = _kernel,
-        bias: Any = _ZEROS,
-    ) -> jax.Array:
-        """x [..., axis] through a kernel [*shape, axis] and a bias [*shape]: [..., *shape]."""
-        kernel = self.weight(name, (*shape, x.shape[-1]), f"{axes} {axis}", init)
-        offset = self.weight(f"{name}_bias", shape, axes, bias)
-        return jnp.tensordot(x, kernel, axes=(-1, -1)) + offset
-
     def scale_of(self, raw: jax.Array) -> jax.Array:
         """Standard deviations from any reals; 1 at 0, never below `min_scale`."""
         bound: float = self.min_scale  # type: ignore[attr-defined]
         return bound + jax.nn.softplus(as_float(raw) + math.log(math.expm1(1.0 - bound)))
 
 
-class TokenHead(Head):
+class TokenHead(DistributionHead):
     """Softmax over tokens: the baseline. `width` is V.
 
     Attributes:
@@ -171,7 +185,7 @@ class TokenHead(Head):
         raise InputError("tokens have no mean")
 
 
-class GaussianHead(Head):
+class GaussianHead(DistributionHead):
     """One normal density.
 
     Attributes:
@@ -206,7 +220,7 @@ class GaussianHead(Head):
         return Gaussian(mean, scale)
 
 
-class MixtureHead(Head):
+class MixtureHead(DistributionHead):
     """A mixture of normal densities with diagonal covariance.
 
     Attributes:
@@ -228,7 +242,7 @@ class MixtureHead(Head):
         return Mixture(as_float(logits), as_float(means), scales)
 
 
-class ExpertsHead(Head):
+class ExpertsHead(DistributionHead):
     """A mixture of normal experts, of which a router picks a few for each hidden state.
 
     Each expert is an MLP of its own (Shazeer et al., arXiv:1701.06538): the mixture's weights are
@@ -286,12 +300,12 @@ class ExpertsHead(Head):
             every = jnp.einsum("...xf,xwf->...xw", y, kernel) + offset
             return as_float(jnp.take_along_axis(every, chosen[..., None], axis=-2))
 
-        means = answers("mean", _kernel, nn.initializers.normal(0.5))
+        means = answers("mean", kernel_init, nn.initializers.normal(0.5))
         scales = self.scale_of(answers("scale", _ZEROS, _ZEROS))
         return routes, chosen, Mixture(logits, means, scales)
 
 
-HEADS: dict[str, type[Head]] = {
+HEADS: dict[str, type[DistributionHead]] = {
     "token": TokenHead,
     "gaussian": GaussianHead,
     "mixture": MixtureHead,
@@ -299,23 +313,27 @@ HEADS: dict[str, type[Head]] = {
 }
 
 
-def to_dict(head: Head) -> dict[str, Any]:
-    """What `from_dict` makes the head from."""
-    kind = next(name for name, cls in HEADS.items() if type(head) is cls)
+def to_dict(head: Head, *, kinds: Mapping[str, type[Head]] = HEADS) -> dict[str, Any]:
+    """What `from_dict` makes the head from, with the same `kinds`."""
+    kind = next(name for name, cls in kinds.items() if type(head) is cls)
     return {"kind": kind, **head.settings()}
 
 
-def from_dict(settings: dict[str, Any]) -> Head:
+def from_dict(settings: dict[str, Any], *, kinds: Mapping[str, type[Head]] = HEADS) -> Head:
     """A head from its kind and its settings.
+
+    Args:
+      settings: "kind", "width" and whatever else is not as by default.
+      kinds: the heads that there are, by name.
 
     Raises:
       InputError: for a kind that is not known, or a setting that it does not have.
     """
     settings = dict(settings)
     kind = settings.pop("kind", None)
-    if not isinstance(kind, str) or kind not in HEADS:
-        raise InputError(f"kind of head is {kind!r:.60}; it must be one of {', '.join(HEADS)}")
-    known = HEADS[kind](width=1).settings()
+    if not isinstance(kind, str) or kind not in kinds:
+        raise InputError(f"kind of head is {kind!r:.60}; it must be one of {', '.join(kinds)}")
+    known = kinds[kind](width=1).settings()
     if "width" not in settings:
         raise InputError(f"a {kind} head needs its width")
     for name, value in settings.items():
@@ -324,11 +342,11 @@ def from_dict(settings: dict[str, Any]) -> Head:
                 f"a {kind} head has no setting {name!r:.60}; it has {', '.join(known)}"
             )
         wanted = known[name]
-        kinds: tuple[type, ...] = (int, type(None)) if wanted is None else (type(wanted),)
-        kinds = (int, float) if kinds == (float,) else kinds
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
-            names = " or ".join(k.__name__ for k in kinds)
+        types: tuple[type, ...] = (int, type(None)) if wanted is None else (type(wanted),)
+        types = (int, float) if types == (float,) else types
+        if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
+            names = " or ".join(k.__name__ for k in types)
             raise InputError(
                 f"setting {name} of a {kind} head is {value!r:.60}; it must be {names}"
             )
-    return HEADS[kind](**settings)
+    return kinds[kind](**settings)

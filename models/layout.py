@@ -10,7 +10,7 @@ import functools
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import flax.linen as nn
 import jax
@@ -21,11 +21,18 @@ from jax.sharding import Mesh
 from continuous_lm import axes as axes_lib
 from continuous_lm import checkpoints
 from continuous_lm.errors import InputError, about
-from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.family import Family
 
 Index = tuple[slice, ...]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
+STACKS = ("L", "J", "I")  # axes that are one tensor for each index in a checkpoint
+
+
+class Sized(Protocol):
+    """A config: it says how large the axes are."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Layout:
       boxes: parameter path -> shape and axes.
     """
 
-    config: TransformerConfig
+    config: Sized
     family: Family
     boxes: Mapping[str, nn.LogicallyPartitioned]
 
@@ -77,29 +84,35 @@ class Layout:
         """
         tensors = checkpoints.open_tensors(folder)
         with about(str(folder)):
-            named = self._check(tensors)
-            return {
-                path: _place(
-                    target, functools.partial(self._part, tensors, named, path, target.dtype)
-                )
-                for path, target in targets.items()
-            }
+            named = self.named(tensors)
+            self._check_rest(tensors, named)
+            return self.build(tensors, named, targets)
+
+    def build(
+        self, tensors: checkpoints.Tensors, named: Mapping[str, str], targets: Targets
+    ) -> dict[str, jax.Array]:
+        """The parameters, from tensors whose names here are `named`; see `read`."""
+        return {
+            path: _place(target, functools.partial(self._part, tensors, named, path, target.dtype))
+            for path, target in targets.items()
+        }
 
     def write(
         self, folder: pathlib.Path, params: Mapping[str, Any], dtype: np.dtype, shard_size: int
     ) -> None:
         """Writes the parameters as safetensors files, one tensor in memory at a time."""
-
-        def tensor(name: str) -> np.ndarray:
-            layer, paths = self.places[name]
-            values = np.empty(self.shapes[name], dtype)
-            for path in paths:
-                # Of an array that is used as it is, JAX would keep the copy that is fetched.
-                stack = params[path] if self._stacked(path) else params[path][None]
-                self._view(path, values)[...] = np.asarray(stack[layer])
-            return values
-
+        tensor = functools.partial(self.tensor, params, dtype)
         checkpoints.save_tensors(folder, self.shapes, dtype, tensor, shard_size)
+
+    def tensor(self, params: Mapping[str, Any], dtype: np.dtype, name: str) -> np.ndarray:
+        """The stored tensor of this name, filled from the parameters."""
+        layer, paths = self.places[name]
+        values = np.empty(self.shapes[name], dtype)
+        for path in paths:
+            # Of an array that is used as it is, JAX would keep the copy that is fetched.
+            stack = params[path] if self._stacked(path) else params[path][None]
+            self._view(path, values)[...] = np.asarray(stack[layer])
+        return values
 
     def _part(
         self,
@@ -126,17 +139,17 @@ class Layout:
 
     def _names(self, path: str) -> list[str]:
         """The stored names of a parameter's layers; one that is not of a layer counts as one."""
-        layers = range(self.config.num_layers if self._stacked(path) else 1)
+        layers = range(self.config.sizes[self._axes(path)[0]] if self._stacked(path) else 1)
         return [self.family.tensors[path].name.format(layer=layer) for layer in layers]
 
     def _axes(self, path: str) -> tuple[str, ...]:
         return cast(tuple[str, ...], self.boxes[path].names)
 
     def _stacked(self, path: str) -> bool:
-        return self._axes(path)[0] == "L"
+        return self._axes(path)[0] in STACKS
 
-    def _check(self, tensors: checkpoints.Tensors) -> dict[str, str]:
-        """Refuses a tensor that is missing, left over or of another shape, before anything is read.
+    def named(self, tensors: checkpoints.Tensors) -> dict[str, str]:
+        """Refuses a tensor that is missing or of another shape, before anything is read.
 
         Returns:
           the name of each tensor in the family's table -> its name in this checkpoint.
@@ -153,22 +166,25 @@ class Layout:
                     f"tensor {name} in {tensors.path(name).name} has shape"
                     f" {list(tensors.shape(name))}, but config.json asks for {list(shape)}"
                 )
-        for name in sorted(names - set(named.values())):
-            full = prefix + name if bare else name
+        return named
+
+    def _check_rest(self, tensors: checkpoints.Tensors, named: Mapping[str, str]) -> None:
+        """Refuses what is left over."""
+        head = self.family.tensors["head"].name
+        bare = any(full != name for full, name in named.items())
+        for name in sorted(tensors.names - set(named.values())):
+            full = self.family.prefix + name if bare else name
             if any(re.fullmatch(pattern, full) for pattern in self.family.ignored):
                 continue
-            if self.config.tie_embeddings and name == self.family.tensors["head"].name:
+            if name == head and "head" not in self.boxes:
                 # Some exporters write the tied table twice.
                 table = named[self.family.tensors["embedding"].name]
-                if _equal(tensors[name], tensors[table]):
+                if equal(tensors[name], tensors[table]):
                     continue
                 raise InputError(
                     f"tensor {name} is not the embedding table, as tie_word_embeddings says"
                 )
-            raise InputError(
-                f"tensor {name} in {tensors.path(name).name} is left over: it has no place"
-            )
-        return named
+            raise left_over(tensors, name)
 
 
 def check_tree(params: Mapping[str, Any], boxes: Mapping[str, nn.LogicallyPartitioned]) -> None:
@@ -208,7 +224,12 @@ def _place(target: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) ->
     return jax.make_array_from_callback(target.shape, target.sharding, once, dtype=target.dtype)
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+def left_over(tensors: checkpoints.Tensors, name: str) -> InputError:
+    """What is to be said of a tensor that no parameter reads."""
+    return InputError(f"tensor {name} in {tensors.path(name).name} is left over: it has no place")
+
+
+def equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two tables are equal, row by row: that takes no memory."""
     return a.shape == b.shape and all(map(np.array_equal, a, b))
 

@@ -142,13 +142,8 @@ def load(
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         config = read_config(fields, ignore_fields)
-        dtype = _dtype(fields) if dtype is None else _float_dtype(dtype)
-    tokenizer = tokenization.load(folder)
-    if tokenizer is not None and _excess(tokenizer, config.vocab_size):
-        raise InputError(
-            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, but config.json's"
-            f" vocab_size is {config.vocab_size}; they do not belong together"
-        )
+        dtype = parameter_dtype(fields, dtype)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
     layout = Layout(config, FAMILIES[config.family], parameter_boxes(config))
     targets = layout.targets(dtype, mesh)
     build = functools.partial(layout.read, folder, targets)
@@ -226,6 +221,17 @@ def read_config(fields: dict[str, Any], ignore_fields: Sequence[str] = ()) -> Tr
     return config
 
 
+def read_tokenizer(folder: pathlib.Path, vocab_size: int) -> "tokenizers.Tokenizer | None":
+    """The folder's tokenizer, if it has one, refused if it has tokens beyond the vocabulary."""
+    tokenizer = tokenization.load(folder)
+    if tokenizer is not None and _excess(tokenizer, vocab_size):
+        raise InputError(
+            f"{folder}: tokenizer.json has {tokenizer.get_vocab_size()} tokens, but config.json's"
+            f" vocab_size is {vocab_size}; they do not belong together"
+        )
+    return tokenizer
+
+
 def parameter_boxes(config: TransformerConfig) -> dict[str, nn.LogicallyPartitioned]:
     """Path -> shape and axes of every parameter, from the declarations in the modules."""
     tree = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros(1, jnp.int32))[
@@ -270,7 +276,10 @@ def _find(folder_or_name: str | os.PathLike) -> pathlib.Path:
     )
 
 
-def _dtype(fields: dict[str, Any]) -> jnp.dtype:
+def parameter_dtype(fields: Mapping[str, Any], dtype: DTypeLike | None) -> jnp.dtype:
+    """The dtype that is asked for, or else what a config.json says."""
+    if dtype is not None:
+        return _float_dtype(dtype)
     given = [fields[k] for k in ("dtype", "torch_dtype") if fields.get(k) is not None]
     if len(given) == 2 and given[0] != given[1]:
         raise InputError(

@@ -235,7 +235,7 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
 
 def test_values_of_head_settings_are_json_or_words():
     given = ["depth=2", "min_scale=0.1", "covariance=full", "expert_size=null"]
-    assert calm.head_settings(given) == {
+    assert calm.named_settings(given, "head_settings") == {
         "depth": 2,
         "min_scale": 0.1,
         "covariance": "full",
