@@ -59,6 +59,45 @@ calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and its densit
 	$(ablate) $(TEXT) --model=$(OUT)/mixture --output_dir=$(OUT)/ablation
 	$(calm)_sample --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
 	  --strengths=0,0.25,0.5,0.75,1,1.5,2 --output_dir=$(OUT)/steering
+# Next-vector models: an autoencoder of K tokens, a model of its vectors, a baseline of equal size.
+nv := $(RESULTS)/next-vector
+.PHONY: next-vector
+next-vector: SIZE := --hidden_size=64 --num_layers=2 --batch_size=16 --steps=200
+next-vector: $(VENV)/.has-runtime ## Train, sample and judge small models of K = 4 tokens a vector
+	$(calm)_train $(TEXT) --stage=autoencoder --vocab_size=1024 --hidden_size=64 --latent_size=32 \
+	  --batch_size=16 --steps=300 --output_dir=$(nv)/codec
+	$(calm)_train $(TEXT) --stage=calm --codec=$(nv)/codec $(SIZE) --length=16 --output_dir=$(nv)/calm
+	$(calm)_train $(TEXT) --stage=baseline --tokenizer=$(nv)/codec $(SIZE) --length=64 \
+	  --output_dir=$(nv)/baseline
+	$(calm)_sample --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
+	  --between="the name of the file" --between="a list of numbers"
+	$(calm)_eval $(TEXT) --models=$(nv)/baseline,$(nv)/calm --output_dir=$(nv)/eval
+	$(ablate) $(TEXT) --model=$(nv)/calm --length=16 --output_dir=$(nv)/ablation
+
+# Each step of each model reads 512 vectors: K times as many tokens.
+nvf := $(RESULTS)/next-vector-full
+KS  := 1 2 4 8
+codecs := $(KS:%=$(nvf)/codec-%)
+.PHONY: next-vector-full $(codecs) $(KS:%=$(nvf)/calm-%) $(nvf)/baseline
+$(codecs): $(nvf)/codec-%: $(VENV)/.has-runtime
+	$(calm)_train $(TEXT) --stage=autoencoder $(if $(filter 1,$*),--vocab_size=1024,\
+	  --tokenizer=$(nvf)/codec-1) --chunk_size=$* --latent_size=$(if $(filter 8,$*),128,64) \
+	  --codec_settings=kl_weight=$(if $(filter 8,$*),0.01,0.03) --batch_size=16 --steps=600 --output_dir=$@
+$(KS:%=$(nvf)/calm-%): $(nvf)/calm-%: $(nvf)/codec-%
+	$(calm)_train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 \
+	  --steps=$(if $(filter 4,$*),2000,500) --output_dir=$@
+$(nvf)/baseline: $(nvf)/codec-1
+	$(calm)_train $(TEXT) --stage=baseline --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
+	  --output_dir=$@
+next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) ## The README's table of K, under an hour
+	$(calm)_eval $(TEXT) --positions=4096 --stride=8 --output_dir=$(nvf)/eval \
+	  --models=$(call commas,$(nvf)/baseline $(KS:%=$(nvf)/calm-%))
+	$(ablate) $(TEXT) --length=32 --model=$(call commas,$(KS:%=$(nvf)/calm-%)) \
+	  --output_dir=$(nvf)/ablation
+	$(calm)_sample --model=$(nvf)/calm-4 --output_dir=$(nvf)/sample \
+	  --between="the name of the file" --between="a list of numbers"
+	$(python) -m continuous_lm.experiments.implicit_heads --output_dir=$(nvf)/heads
+
 comma := ,
 commas = $(subst $() $(),$(comma),$(strip $1))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from continuous_lm import losses
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import batches, training
 from continuous_lm.files import as_path, read_json
@@ -20,7 +21,7 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import DensityLM
 from continuous_lm.rotary import Rope
 
-EVALUATED = 32  # held-out windows that a training run looks at
+EVALUATED, SCORED = 32, 128  # held-out windows that a training run takes its loss and score of
 
 
 def trunk(
@@ -98,6 +99,18 @@ def train(
 
     watched = batches.consecutive(held_out, length=length, limit=EVALUATED)
     judge: Callable = jax.jit(lambda params: loss(params, watched, None)[0])
+    scored = batches.consecutive(held_out, length=length, limit=SCORED)
+
+    @jax.jit
+    def brier_1(params):
+        """2 P(token) - sum_v P(v)^2: what next-vector models are scored by, in closed form."""
+        logits: Any = model.apply({"params": params}, scored, method="token_logits")
+        return 1.0 - jnp.mean(losses.brier(jax.nn.softmax(logits), scored[:, 1:]))
+
+    def evaluate(params):
+        scores = {"brier_1": float(brier_1(params))} if model.speaks else {}
+        return {"held_out": float(judge(params)), **scores}
+
     params = training.fit(
         loss,
         lm.params,
@@ -105,7 +118,7 @@ def train(
         folder=folder,
         frozen=lambda path: path == "table" or (trunk_is_frozen and path.startswith("trunk/")),
         settings={"length": length, "batch_size": batch_size, **(settings or {})},
-        evaluate=lambda params: {"held_out": float(judge(params))},
+        evaluate=evaluate,
         tokens_per_step=length * batch_size,
         seed=seed,
         **options,

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 
 from continuous_lm.errors import InputError, about
-from continuous_lm.experiments import calm, corpus, judging, next_vector, program
+from continuous_lm.experiments import calm, corpus, judging, next_vector, plots, program
 from continuous_lm.files import write_json, written_aside
 from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.density import DensityLM
@@ -66,7 +66,10 @@ def main() -> None:
     densities = {label: numbers for label, numbers in results.items() if "nats" in numbers}
     made = judging.tables_of(densities) if densities else []
     made += next_vector.tables_of(results)
+    learning = next_vector.curves({pathlib.PurePath(n).name: n for n in _MODELS.value})
     with written_aside(folder) as aside:
+        if learning is not None:
+            plots.save(learning, aside, "curves")
         write_json(aside / "calm_eval.json", {"run": program.record(), "models": results})
         for table in made:
             table.write(aside)

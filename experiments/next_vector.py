@@ -7,6 +7,8 @@ shuffled         the same draws held against the text that follows other context
 """
 
 import dataclasses
+import itertools
+import json
 import os
 import typing
 from collections.abc import Callable, Mapping
@@ -14,10 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
+from continuous_lm import losses
 from continuous_lm.errors import InputError
-from continuous_lm.experiments import batches, brier, tables, training
+from continuous_lm.experiments import batches, brier, plots, run_folder, tables, training
+from continuous_lm.files import as_path
 from continuous_lm.models import autoencoder, calm_sampling, sampling
 from continuous_lm.models.autoencoder import AutoencoderConfig, Codec
 from continuous_lm.models.calm import NextVectorLM
@@ -26,7 +32,7 @@ from continuous_lm.models.loading import LanguageModel
 
 TOKENS = 64  # of a window from which the autoencoder's chunks are cut
 TARGETS = 16  # draws of the posterior for each chunk of a training step
-EVALUATED = 32  # held-out windows that a training run looks at
+EVALUATED, SCORED = 32, 128  # held-out windows that a training run takes its loss and scores of
 
 
 def train_codec(
@@ -109,8 +115,29 @@ def train(
         score: Any = model.apply({"params": params}, chunks, key, method="loss")
         return jnp.mean(score), {}
 
-    watched = _windows(held_out, tokens)
+    watched, many = (_windows(held_out, tokens, limit) for limit in (EVALUATED, SCORED))
     judge: Callable = jax.jit(lambda params: loss(params, watched, jax.random.key(0))[0])
+
+    @jax.jit
+    def drawn(params):
+        """Two chunks for each of many held-out ones, and these: [2, B, T, O] and [B, T, O]."""
+        chunks = many.reshape(len(many), -1, size)
+        variables: Any = {"params": params}
+        hidden: Any = model.apply(variables, chunks, method="predictions")
+        key = jax.random.key(0)
+        return model.apply(variables, key, hidden, 2, method="draws"), chunks[:, 1:]
+
+    def evaluate(params):
+        (first, second), reference = drawn(params)
+        orders = [n for n in brier.ORDERS if n <= size]
+        scores = {
+            f"brier_{n}": float(
+                jnp.mean(losses.brier_n(first[..., :n], second[..., :n], reference[..., :n], n=n))
+            )
+            for n in orders
+        }
+        return {"held_out": float(judge(params)), **scores}
+
     params = training.fit(
         loss,
         lm.params,
@@ -118,7 +145,7 @@ def train(
         folder=folder,
         frozen=lambda path: path.startswith("autoencoder/"),
         settings={"length": length, "batch_size": batch_size, **(settings or {})},
-        evaluate=lambda params: {"held_out": float(judge(params))},
+        evaluate=evaluate,
         tokens_per_step=length * size * batch_size,
         seed=seed,
         **options,
@@ -126,9 +153,9 @@ def train(
     return dataclasses.replace(lm, params=params)
 
 
-def _windows(tokens: np.ndarray, length: int) -> np.ndarray:
+def _windows(tokens: np.ndarray, length: int, limit: int = EVALUATED) -> np.ndarray:
     """Held-out windows of so many tokens, [k, length]."""
-    return batches.consecutive(tokens, length=length - 1, limit=EVALUATED)
+    return batches.consecutive(tokens, length=length - 1, limit=limit)
 
 
 def _share(model, params, chunks, key, factor) -> jax.Array:
@@ -276,6 +303,42 @@ def between(codec: Codec, first: list[int], second: list[int], points: int = 5) 
     shares = jnp.linspace(0.0, 1.0, points)[:, None, None]
     logits = codec.decode((1 - shares) * ends[0] + shares * ends[1])
     return [row.tolist() for row in np.asarray(jnp.argmax(logits, -1)).reshape(points, count)]
+
+
+def curves(folders: Mapping[str, str | os.PathLike]) -> Figure | None:
+    """Brier-1 of held-out text against the seconds of training, of runs that logged it.
+
+    Args:
+      folders: label -> folder that calm_train wrote.
+    """
+    found = {}
+    for label, folder in folders.items():
+        run = as_path(folder) / "run"
+        logs = [run / name for name in (run_folder.METRICS, run_folder.SPEED)]
+        if all(log.is_file() for log in logs):
+            metrics, speed = ([json.loads(line) for line in log.open()] for log in logs)
+            seconds = dict(zip([s["step"] for s in speed], _spent(speed), strict=True))
+            points = [(seconds[m["step"]], m["brier_1"]) for m in metrics if "brier_1" in m]
+            if points:
+                found[label] = np.array(points).T
+    if not found:
+        return None
+    with plt.rc_context(plots.STYLE):
+        figure, axes = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
+        axes.axhline(0, color="0.75", lw=0.7, zorder=0)
+        for (label, (x, y)), colour in zip(found.items(), itertools.cycle(plots.COLOURS)):
+            axes.plot(x, y, color=colour, marker="o", ms=2.5, label=label)
+        axes.set(xlabel="seconds of training", ylabel="Brier-1 of held-out text")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _spent(speed: list[dict[str, float]]) -> np.ndarray:
+    """Seconds from the start, without what compiling took: a first dispatch counts as the next."""
+    seconds = np.array([s["seconds"] for s in speed])
+    if len(seconds) > 1:
+        seconds[0] = seconds[1]
+    return np.cumsum(seconds)
 
 
 def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:

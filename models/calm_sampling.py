@@ -98,9 +98,11 @@ def sample(
             )
     stops = stop_tokens(stop, lm.notes, lm.config.vocab_size)
     size = lm.chunk_size
-    given = [tokens] if np.ndim(tokens[0]) == 0 else tokens  # type: ignore[index]
+    given: Any = list(cast(Any, tokens)) if np.iterable(tokens) else []
+    if not given:
+        raise InputError("tokens must be one prompt's [n], or a list of prompts; give at least one")
     rows = []
-    for i, row in enumerate(given):  # type: ignore[arg-type]
+    for i, row in enumerate([tokens] if np.ndim(given[0]) == 0 else given):
         with about(f"prompt {i}"):
             rows.append(chunked(cast(Any, row), size, _fill(lm, fill)))
     chunks, d = prompt_rows(lm.model, "chunks", rows, durations, np.dtype(np.int32))
