@@ -173,6 +173,7 @@ def reconstruction(codec: Codec, tokens: np.ndarray, *, seed: int = 0) -> dict[s
     "noisy" is a draw to which noise of the posterior's own scale is added once more.
     """
     size = codec.config.chunk_size
+    batches.check_length(tokens, size - 1, "the held-out data")
     chunks = np.asarray(tokens[: len(tokens) // size * size]).reshape(-1, size)
     share = jax.jit(_share, static_argnums=0)
     found: dict[str, list[float]] = {"mean": [], "sampled": [], "noisy": []}
@@ -398,13 +399,17 @@ def new_codec(
     tokenizer: Any = None,
     **sizes: Any,
 ) -> Codec:
-    """An autoencoder whose MLPs are 8/3 times as wide as it is, in steps of 32.
+    """An autoencoder whose MLPs are 8/3 times as wide as it is, in steps of 32, unless `sizes` say.
 
     Raises:
       InputError: for a setting that `AutoencoderConfig` does not have, or of another type.
     """
     known: dict[str, type] = typing.get_type_hints(AutoencoderConfig)
-    settings = {"encoder_layers": 2, "decoder_layers": 2} | sizes
+    settings = {
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "mlp_size": -(-8 * hidden_size // 96) * 32,
+    } | sizes
     for name, value in settings.items():
         if name not in known:
             raise InputError(f"an autoencoder has no setting {name!r}; it has {', '.join(known)}")
@@ -414,7 +419,6 @@ def new_codec(
     config = AutoencoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        mlp_size=-(-8 * hidden_size // 96) * 32,
         chunk_size=chunk_size,
         **settings,
     )

@@ -1,4 +1,11 @@
-"""Flax modules and what they are loaded from: the trunk, and one file a family of checkpoints."""
+"""Flax modules and what they are loaded from: the trunk, and one file a family of checkpoints.
+
+Continuous output is in modules of its own, imported when they are first used: `density` and
+`sampling` over `heads`, `calm` and `calm_sampling` over `autoencoder` and `implicit`.
+"""
+
+import importlib
+from typing import Any
 
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.generation import Generated, generate, sample_token
@@ -18,3 +25,11 @@ __all__ = [
     "sample_token",
     "save",
 ]
+
+_LATER = "autoencoder calm calm_sampling density heads implicit sampling temperature".split()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__} has no attribute {name}")

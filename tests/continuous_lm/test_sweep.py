@@ -109,7 +109,7 @@ def several(count=9, seed=0):
     return made
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 100])
 def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
     kinds = {}
     for swept in several():  # what is computed together has the same arguments

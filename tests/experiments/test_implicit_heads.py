@@ -39,6 +39,7 @@ def test_energy_distances_are_sums_over_pairs():
         assert found == pytest.approx(2 * distance.cdist(x[i], y[i]).mean() - sum(within))
 
 
+@pytest.mark.slow
 def test_data_is_at_no_distance_from_data_and_the_gaussian_is():
     sizes = {"conditions": 40, "samples": 60}
     data = bimodal.judge(bimodal.draw, KEY, **sizes)

@@ -59,6 +59,7 @@ def test_perplexities_are_those_of_the_logits(kind, text):
         assert found[name]["low"] < found[name]["value"] < found[name]["high"]
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_the_table(text):
     held_out, train = text
     lm, rows = made("gaussian"), windows(held_out)
@@ -82,7 +83,7 @@ def distribution(lm, rows):
     return lm.model.apply(variables, hidden, method="distribution")
 
 
-@pytest.mark.parametrize("kind", ["mixture", "experts"])
+@pytest.mark.parametrize("kind", ["mixture", pytest.param("experts", marks=pytest.mark.slow)])
 def test_use_is_the_perplexity_of_the_mean_weights(kind, text):
     held_out, train = text
     lm, rows = made(kind), windows(held_out)

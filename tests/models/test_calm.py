@@ -542,3 +542,8 @@ def test_reference_energy_score_by_hand():
     near = (1.0 + 5.0**1.5 + 2.0**1.5 + 2.0**1.5) / 4
     wanted = 2 * near - 3.0**1.5
     assert float(reference.energy_score(samples, targets, 1.5)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_face_reaches_it():
+    assert clm.models.calm.load is calm.load
+    assert not hasattr(clm.models, "calm_loading")

@@ -167,10 +167,10 @@ def test_chunks_of_no_duration_are_as_absent(lm):
     rows, rng = prompts(), np.random.default_rng(5)
     plain = sample(lm, rows, **options).tokens
     longer, d = [], []
-    for i, row in enumerate(rows):
-        lead = rng.integers(0, V, SIZE * (i + 1))
-        longer.append(np.concatenate([lead, row]))
-        d.append([0.0] * (i + 1) + [1.0] * (len(row) // SIZE))
+    for i, row in enumerate(rows):  # after the first chunk: that one must be there
+        count, more = len(row) // SIZE - 1, i + 1
+        longer.append(np.concatenate([row[:SIZE], rng.integers(0, V, SIZE * more), row[SIZE:]]))
+        d.append([1.0] + [0.0] * more + [1.0] * count)
     np.testing.assert_array_equal(sample(lm, longer, durations=d, **options).tokens, plain)
     assert (sample(lm, longer, **options).tokens != plain).any()
 
@@ -348,11 +348,12 @@ def test_the_batch_form_draws_what_its_counts_say(known, t, candidates):
     _, counts = many(known, temperature=t, candidates=candidates)
     for found in counts:
         assert stats.chisquare(found, ROWS * exact).pvalue > 1e-3
-        assert stats.chisquare(found, ROWS * np.array(P)).pvalue < 1e-6
+        if candidates > 2:  # two candidates, equal or not, are drawn as one is
+            assert stats.chisquare(found, ROWS * np.array(P)).pvalue < 1e-6
         if candidates < 8:
             assert stats.chisquare(found, ROWS * tempered(t)).pvalue < 1e-6
     distance = np.abs(exact - tempered(t)).sum()
-    assert distance > 0.03 if candidates < 8 else distance < 0.03
+    assert distance > 0.1 if candidates < 8 else distance < 0.1
 
 
 @slow

@@ -444,6 +444,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@slow
 def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     config = dataclasses.replace(CONFIG, tie_embeddings=True)
     head = heads.TokenHead(width=11, tied=True)

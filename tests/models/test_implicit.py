@@ -238,7 +238,8 @@ def test_dtypes(name):
         assert [a.dtype.name for a in found] == [wanted] * 3
 
 
-@pytest.mark.parametrize("name", [pytest.param("energy", marks=pytest.mark.slow), "flow"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["energy", "flow"])
 def test_parameters_at_first(name):
     """The last map and biases are 0, norms 1, other kernels as wide as their inputs are many."""
     head = HEADS[name].clone(hidden_size=40, parent=None)
@@ -319,6 +320,7 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
 
 
 @pytest.mark.parametrize("name", most("energy"))
+@pytest.mark.slow
 def test_training_leaves_the_start(name):
     """All samples are 0 at first, and the gradient is of the last map alone; then of everything."""
     head = HEADS[name]

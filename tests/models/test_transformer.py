@@ -285,7 +285,11 @@ CAPPED = clm.TransformerConfig(
 )
 
 
-@pytest.mark.parametrize("config", [CONFIG, CAPPED], ids=["plain", "windows and caps"])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, pytest.param(CAPPED, marks=pytest.mark.slow)],
+    ids=["plain", "windows and caps"],
+)
 @pytest.mark.parametrize("options", [{"form": "blocked"}, {"remat": True}], ids=str)
 def test_options_change_neither_logits_nor_gradients(config, options):
     lm = random_lm(config)
@@ -303,6 +307,7 @@ def test_options_change_neither_logits_nor_gradients(config, options):
         np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max())
 
 
+@pytest.mark.slow
 def test_remat_keeps_the_input_of_each_layer_alone():
     """What one layer more adds to the memory of a gradient."""
 
