@@ -72,29 +72,34 @@ next-vector: $(VENV)/.has-runtime ## Train, sample and judge small models of K =
 	$(calm)_sample --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
 	  --between="the name of the file" --between="a list of numbers"
 	$(calm)_eval $(TEXT) --models=$(nv)/baseline,$(nv)/calm --output_dir=$(nv)/eval
-	$(ablate) $(TEXT) --model=$(nv)/calm --length=16 --output_dir=$(nv)/ablation
+	$(ablate) $(TEXT) --model=$(nv)/calm --length=64 --output_dir=$(nv)/ablation
 
-# Each step of each model reads 512 vectors: K times as many tokens.
+# K tokens a vector, each of 500 steps of 512 vectors; K = 4 for longer; and tokens, of like time.
 nvf := $(RESULTS)/next-vector-full
 KS  := 1 2 4 8
+LONG := $(nvf)/calm-4-long
 codecs := $(KS:%=$(nvf)/codec-%)
-.PHONY: next-vector-full $(codecs) $(KS:%=$(nvf)/calm-%) $(nvf)/baseline
+.PHONY: next-vector-full $(codecs) $(KS:%=$(nvf)/calm-%) $(LONG) $(nvf)/baseline
+$(nvf)/codec-1: NEW := --vocab_size=1024
+$(filter-out %-1,$(codecs)): NEW := --tokenizer=$(nvf)/codec-1
+$(filter-out %-1,$(codecs)): $(nvf)/codec-1
 $(codecs): $(nvf)/codec-%: $(VENV)/.has-runtime
-	$(calm)_train $(TEXT) --stage=autoencoder $(if $(filter 1,$*),--vocab_size=1024,\
-	  --tokenizer=$(nvf)/codec-1) --chunk_size=$* --latent_size=$(if $(filter 8,$*),128,64) \
-	  --codec_settings=kl_weight=$(if $(filter 8,$*),0.01,0.03) --batch_size=16 --steps=600 --output_dir=$@
+	$(calm)_train $(TEXT) --stage=autoencoder $(NEW) --chunk_size=$* --latent_size=64 \
+	  --codec_settings=kl_weight=0.03 --batch_size=16 --steps=600 --output_dir=$@
 $(KS:%=$(nvf)/calm-%): $(nvf)/calm-%: $(nvf)/codec-%
-	$(calm)_train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 \
-	  --steps=$(if $(filter 4,$*),2000,500) --output_dir=$@
+	$(calm)_train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=500 \
+	  --output_dir=$@
+$(LONG): $(nvf)/codec-4
+	$(calm)_train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=2000 \
+	  --output_dir=$@
 $(nvf)/baseline: $(nvf)/codec-1
 	$(calm)_train $(TEXT) --stage=baseline --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
 	  --output_dir=$@
-next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) ## The README's table of K, under an hour
-	$(calm)_eval $(TEXT) --positions=4096 --stride=8 --output_dir=$(nvf)/eval \
-	  --models=$(call commas,$(nvf)/baseline $(KS:%=$(nvf)/calm-%))
-	$(ablate) $(TEXT) --length=32 --model=$(call commas,$(KS:%=$(nvf)/calm-%)) \
-	  --output_dir=$(nvf)/ablation
-	$(calm)_sample --model=$(nvf)/calm-4 --output_dir=$(nvf)/sample \
+next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG) ## The tables of K, under an hour
+	$(calm)_eval $(TEXT) --positions=4096 --stride=8 --context=32 --output_dir=$(nvf)/eval \
+	  --models=$(call commas,$(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG))
+	$(ablate) $(TEXT) --model=$(call commas,$(KS:%=$(nvf)/calm-%)) --output_dir=$(nvf)/ablation
+	$(calm)_sample --model=$(LONG) --output_dir=$(nvf)/sample \
 	  --between="the name of the file" --between="a list of numbers"
 	$(python) -m continuous_lm.experiments.implicit_heads --output_dir=$(nvf)/heads
 

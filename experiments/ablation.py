@@ -165,7 +165,7 @@ def compare_chunks(
       lm: the model.
       train: tokens int [n], whose chunks' latents the codes are fitted to.
       held_out: tokens int [m].
-      length: of a window, in chunks.
+      length: of a window, in tokens, which is rounded to chunks.
       windows: at most so many.
       seed: of draws and codebooks.
       codes: of the vector quantizer.
@@ -176,7 +176,9 @@ def compare_chunks(
     size, width = lm.chunk_size, lm.model.autoencoder.latent_size
     if width % GROUP:
         raise InputError(f"latents of width {width} do not fall into groups of {GROUP}")
-    tokens = batches.consecutive(held_out, length=size * (length + 1) - 1, limit=windows)
+    if length < 2 * size:
+        raise InputError(f"--length={length} is less than two chunks of {size} tokens")
+    tokens = batches.consecutive(held_out, length=length // size * size - 1, limit=windows)
     chunks = tokens.reshape(len(tokens), -1, size)
     targets = chunks[:, 1:].reshape(-1, size)
     known = np.asarray(train[: len(train) // size * size]).reshape(-1, size)
@@ -209,8 +211,7 @@ def compare_chunks(
 
         def to_tokens(z, code=code):
             vectors = code(z)
-            logits: Any = lm.model.apply(variables, vectors, method="decode")
-            return vectors, jnp.argmax(logits, axis=-1)
+            return vectors, lm.model.apply(variables, vectors, method="tokens")
 
         run = jax.jit(to_tokens)
         vectors, got = run(x)
@@ -246,7 +247,7 @@ def seconds_of(run: Callable[..., Any], *arguments: Any) -> float:
 def table_of(results: list[dict[str, Any]]) -> tables.Table:
     """The table of `compare`."""
     columns = [
-        *([tables.Column("K", format="d")] if "K" in results[0] else []),
+        *([tables.Column("model"), tables.Column("K", format="d")] if "K" in results[0] else []),
         tables.Column("way"),
         tables.Column("accuracy", format=".2%"),
         tables.Column("noise", format=".4f"),

@@ -13,7 +13,7 @@ Intervals are 95 %, by bootstrap over groups of positions, such as windows of th
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import jax
@@ -223,9 +223,6 @@ def discrete(
 ) -> dict[str, dict[str, Any]]:
     """BrierLM of a model of tokens, as any model's and in closed form, from the same draws.
 
-    In closed form the collision rate of Brier-1 is exact, and that of longer n-grams is the mean
-    probability of the two continuations: its expectation over draws from P is sum_x P(x)^2.
-
     Args:
       lm: the model.
       contexts: int [n, T], of one length.
@@ -237,12 +234,77 @@ def discrete(
       rows: how many contexts go through the model at once. Draws depend on it.
 
     Returns:
-      "sampled", as `judge` has it, and "closed", as `closed_form` has it.
+      "sampled", as `judge` has it, and "closed", as `known` has it.
 
     Raises:
       InputError: if shapes do not fit, or tokens are not in the vocabulary.
     """
     check_count("rows", rows)
+    contexts, reference = _contexts(lm, contexts, reference)
+    found = []
+    rows = min(rows, len(contexts))
+    for i, picked in _pieces(len(contexts), rows):
+        drawn = generate(
+            lm,
+            np.concatenate([contexts[picked], contexts[picked]]),
+            max_new_tokens=TOKENS,
+            temperature=1.0,
+            key=jax.random.fold_in(key, i),
+            stop=(),
+        ).tokens.reshape(2, rows, TOKENS)
+        found.append(drawn)
+    first, second = np.concatenate(found, axis=1)[:, : len(contexts)]
+    bootstrap: Any = {"groups": groups, "seed": seed, "resamples": resamples}
+    return {
+        "sampled": judge(first, second, reference, **bootstrap),
+        "closed": known(lm, contexts, (first, second), reference, rows=rows, **bootstrap),
+    }
+
+
+def known(
+    lm: LanguageModel,
+    contexts: np.ndarray,
+    drawn: tuple[np.ndarray, np.ndarray],
+    reference: np.ndarray,
+    *,
+    rows: int = 64,
+    **bootstrap: Any,
+) -> dict[str, Any]:
+    """BrierLM of a model of tokens in closed form, from two draws of its own at each position.
+
+    The collision rate of Brier-1 is exact, and that of longer n-grams is the mean probability of
+    the two continuations: its expectation over draws from P is sum_x P(x)^2.
+
+    Args:
+      lm: the model.
+      contexts: int [n, T], of one length.
+      drawn: two independent continuations that the model drew, int [n, 4] each.
+      reference: the tokens that follow, int [n, 4].
+      rows: how many contexts go through the model at once.
+      **bootstrap: groups, seed and resamples, as of `judge`.
+
+    Returns:
+      as `judge`.
+    """
+    contexts, reference = _contexts(lm, contexts, reference)
+    config = lm.config.at_length(contexts.shape[1] + TOKENS)
+    model = lm.model.clone(config=config)
+    following = np.stack([*drawn, reference]).astype(np.int32)
+    logs, collision = [], []
+    for _, picked in _pieces(len(contexts), min(rows, len(contexts))):
+        told, same = _forced(model, lm.params, contexts[picked], following[:, picked])
+        own = np.exp(np.cumsum(np.asarray(told[:2], np.float64), axis=-1)).mean(axis=0)
+        own[:, 0] = same
+        logs.append(np.asarray(told[2]))
+        collision.append(own)
+    values = (np.concatenate(parts)[: len(contexts)] for parts in (logs, collision))
+    return closed_form(*values, **bootstrap)
+
+
+def _contexts(
+    lm: LanguageModel, contexts: np.ndarray, reference: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both as int32, if they fit the model and each other."""
     contexts, reference = np.asarray(contexts), _continuations("reference", reference)
     if contexts.ndim != 2 or contexts.dtype.kind not in "iu" or len(contexts) != len(reference):
         raise InputError(
@@ -253,35 +315,13 @@ def discrete(
         raise InputError("there are no positions to judge")
     for name, tokens in {"contexts": contexts, "reference": reference}.items():
         time.check_integers(name, tokens, 0, lm.config.vocab_size)
-    config = lm.config.at_length(contexts.shape[1] + TOKENS)
-    model = lm.model.clone(config=config)
-    rows = min(rows, len(contexts))
-    found: list[tuple[np.ndarray, ...]] = []
-    for i in range(0, len(contexts), rows):
-        # The last chunk is filled up, so that there is one program.
-        picked = np.minimum(np.arange(i, i + rows), len(contexts) - 1)
-        context = contexts[picked].astype(np.int32)
-        drawn = generate(
-            lm,
-            np.concatenate([context, context]),
-            max_new_tokens=TOKENS,
-            temperature=1.0,
-            key=jax.random.fold_in(key, i),
-            stop=(),
-        ).tokens.reshape(2, rows, TOKENS)
-        following = np.stack([*drawn, reference[picked].astype(np.int32)])
-        logs, collision = _forced(model, lm.params, context, following)
-        own = np.exp(np.cumsum(np.asarray(logs[:2], np.float64), axis=-1)).mean(axis=0)
-        own[:, 0] = collision
-        found.append((*drawn, np.asarray(logs[2]), own))
-    first, second, logs, collision = (
-        np.concatenate(parts)[: len(contexts)] for parts in zip(*found, strict=True)
-    )
-    bootstrap: Any = {"groups": groups, "seed": seed, "resamples": resamples}
-    return {
-        "sampled": judge(first, second, reference, **bootstrap),
-        "closed": closed_form(logs, collision, **bootstrap),
-    }
+    return contexts.astype(np.int32), reference.astype(np.int32)
+
+
+def _pieces(count: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Beginnings and indices of pieces; the last is filled up, so that there is one program."""
+    for i in range(0, count, rows):
+        yield i, np.minimum(np.arange(i, i + rows), count - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

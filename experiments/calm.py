@@ -104,8 +104,12 @@ def train(
     @jax.jit
     def brier_1(params):
         """2 P(token) - sum_v P(v)^2: what next-vector models are scored by, in closed form."""
-        logits: Any = model.apply({"params": params}, scored, method="token_logits")
-        return 1.0 - jnp.mean(losses.brier(jax.nn.softmax(logits), scored[:, 1:]))
+
+        def of(window):  # one at a time: its logits are length x V numbers
+            logits: Any = model.apply({"params": params}, window, method="token_logits")
+            return losses.brier(jax.nn.softmax(logits), window[1:])
+
+        return 1.0 - jnp.mean(jax.lax.map(of, scored))
 
     def evaluate(params):
         scores = {"brier_1": float(brier_1(params))} if model.speaks else {}
@@ -126,8 +130,15 @@ def train(
     return DensityLM(model, params, lm.tokenizer, lm.notes)
 
 
-def load_any(folder: str | os.PathLike) -> DensityLM | NextVectorLM:
-    """The density or next-vector model in a folder, with a tokenizer."""
+def load_any(
+    folder: str | os.PathLike, codec: str | os.PathLike | None = None
+) -> DensityLM | NextVectorLM:
+    """The density or next-vector model in a folder, with a tokenizer.
+
+    Args:
+      folder: of the model.
+      codec: of the autoencoder, of a next-vector model that does not hold its own.
+    """
     path = as_path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"{folder} is not a folder that calm_train wrote")
@@ -135,8 +146,10 @@ def load_any(folder: str | os.PathLike) -> DensityLM | NextVectorLM:
     if autoencoder.is_config(fields):
         raise InputError(f"{folder} holds an autoencoder; give a model that is trained on it")
     if not next_vector.is_config(fields):
+        if codec is not None:
+            raise InputError(f"--codec: {folder} is a density model; leave it out")
         return load(folder)
-    lm = next_vector.load(folder)
+    lm = next_vector.load(folder, codec)
     if lm.tokenizer is None:
         raise InputError(f"{folder} has no tokenizer.json, which this program needs")
     return lm

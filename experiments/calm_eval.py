@@ -10,6 +10,7 @@ Reconstruction of next-vector models. BrierLM of all of them, at the same positi
 import pathlib
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from continuous_lm.errors import InputError, about
@@ -19,6 +20,9 @@ from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.density import DensityLM
 
 _MODELS = flags.DEFINE_list("models", None, "Folders that calm_train wrote.", required=True)
+_CODEC = flags.DEFINE_string(
+    "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
+)
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
 _WINDOWS = flags.DEFINE_integer("windows", 256, "Sequences, at most.", lower_bound=1)
 _POSITIONS = flags.DEFINE_integer("positions", 512, "Of BrierLM, at most.", lower_bound=1)
@@ -46,13 +50,17 @@ def main() -> None:
     """Numbers, tables, files."""
     folder = program.output_dir("calm_eval")
     results: dict[str, dict[str, Any]] = {}
+    tokens = None
     for name in _MODELS.value:
         label = pathlib.PurePath(name).name
         if label in results:
             raise InputError(f"--models: two folders are called {label}; rename one")
-        lm = calm.load_any(name)
+        lm = calm.load_any(name, _CODEC.value)
         with about(name):
             data = corpus.read(lm.tokenizer)
+            tokens = data.held_out if tokens is None else tokens
+            if not np.array_equal(data.held_out, tokens):
+                raise InputError("it has another tokenizer than the models before; judge it apart")
             results[label] = {"parameters": calm.num_parameters(lm), "data": data.source}
             results[label] |= judged(lm, data)
             results[label]["brier"] = next_vector.score(

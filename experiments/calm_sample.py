@@ -32,11 +32,17 @@ from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.density import DensityLM
 
 _MODEL = flags.DEFINE_string("model", None, "Folder that calm_train wrote.", required=True)
+_CODEC = flags.DEFINE_string(
+    "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
+)
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from.  [default: the end of a text]")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "How many texts, of each strength.", lower_bound=1)
 _MAX_NEW = flags.DEFINE_integer("max_new_tokens", 64, "Of each.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "0: the mean.  [default: 0.7; 0.5 for next vectors]", lower_bound=0.0
+    "temperature",
+    None,
+    "0: the mean, or the most frequent chunk.  [default: 0.7; 0.5 for next vectors]",
+    lower_bound=0.0,
 )
 _QUANTIZE = flags.DEFINE_enum("quantize", "rerank", list(sampling.WAYS), "From vectors to tokens.")
 _TOWARDS = flags.DEFINE_list("towards", [], "Words to steer towards.")
@@ -47,11 +53,12 @@ _METHOD = flags.DEFINE_enum(
     "method", "batch", list(calm_sampling.METHODS), "How next vectors are drawn at a temperature."
 )
 _CANDIDATES = flags.DEFINE_integer("candidates", 128, "Of --method=batch.", lower_bound=1)
+_MAX_ROUNDS = flags.DEFINE_integer("max_rounds", 10_000, "Of --method=exact.", lower_bound=1)
 _BETWEEN = flags.DEFINE_multi_string("between", [], "Twice: two texts, and what lies between.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 _OF_DENSITIES = ("quantize", "towards", "away", "strengths", "near")
-_OF_NEXT_VECTORS = ("method", "candidates", "between")
+_OF_NEXT_VECTORS = ("method", "candidates", "max_rounds", "between")
 
 
 def strengths() -> list[float]:
@@ -150,6 +157,9 @@ def of_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
     ends = [tokenizer.encode(s, add_special_tokens=False).ids for s in _BETWEEN.value]
     if len(ends) not in (0, 2):
         raise InputError(f"--between is given {len(ends)} times; give it twice, or not at all")
+    idle = "candidates" if _METHOD.value == "exact" else "max_rounds"
+    if flags.FLAGS[idle].present:
+        raise InputError(f"--{idle} is not of --method={_METHOD.value}; leave it out")
     prompt = tokenizer.encode(_PROMPT.value, add_special_tokens=False).ids
     end = text.end_of_text(tokenizer)
     new = calm_sampling.sample(
@@ -159,7 +169,9 @@ def of_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
         temperature=0.5 if _TEMPERATURE.value is None else _TEMPERATURE.value,
         method=_METHOD.value,
         candidates=_CANDIDATES.value,
+        max_rounds=_MAX_ROUNDS.value,
         fill=end,
+        stop=None if "eos_token_id" in lm.notes else end,
         key=jax.random.key(_SEED.value),
     )
     found: dict[str, Any] = {"texts": [tokenizer.decode(row) for row in new.rows()]}
@@ -176,7 +188,7 @@ def main() -> None:
     """Texts, shares, a figure."""
     folder = program.output_dir("calm_sample")
     values = strengths()
-    lm = calm.load_any(_MODEL.value)
+    lm = calm.load_any(_MODEL.value, _CODEC.value)
     wrong = _OF_DENSITIES if isinstance(lm, NextVectorLM) else _OF_NEXT_VECTORS
     for name in wrong:
         if flags.FLAGS[name].present:

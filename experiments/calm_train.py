@@ -195,6 +195,10 @@ def train_autoencoder(
     """Trains and writes an autoencoder; returns where the text is from."""
     data = corpus.read()
     settings = calm.named_settings(_CODEC_SETTINGS.value, "codec_settings")
+    for name in sorted({"chunk_size", "latent_size", "hidden_size", "vocab_size"} & set(settings)):
+        raise InputError(
+            f"--codec_settings: {name} has a flag of its own, or follows from the text"
+        )
     with about("--codec_settings"):
         codec = next_vector.new_codec(
             key,
@@ -225,7 +229,10 @@ def train_calm(folder: pathlib.Path, key: jax.Array, options: dict[str, Any]) ->
             raise InputError(f"{_CODEC.value} has no tokenizer.json")
     data = corpus.read(codec.tokenizer)
     settings = {"kind": head_kind(), "width": codec.config.latent_size, "depth": 2}
-    settings |= calm.named_settings(_HEAD_SETTINGS.value, "head_settings")
+    given = calm.named_settings(_HEAD_SETTINGS.value, "head_settings")
+    for name in sorted({"kind", "width"} & set(given)):
+        raise InputError(f"--head_settings: {name} follows from --head and --codec; leave it out")
+    settings |= given
     head: Any = heads.from_dict(settings, kinds=IMPLICIT)
     lm = calm_models.create(
         key, trunk_config(codec.config.vocab_size), codec, head, num_targets=next_vector.TARGETS

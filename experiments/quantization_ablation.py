@@ -9,8 +9,10 @@ residual and finite scalar quantization are fitted to the table's rows; their co
 row nearest to it. `kept` is the part of the rows that such a code leads back to themselves.
 
 Of next-vector models, several of which can be given to compare how many tokens K a vector holds,
-the decoder is one more way, and --length counts chunks: see `ablation`.
+the decoder is one more way: see `ablation`.
 """
+
+import pathlib
 
 from absl import flags
 
@@ -21,6 +23,9 @@ from continuous_lm.models.calm import NextVectorLM
 
 _MODEL = flags.DEFINE_list(
     "model", None, "Folder that calm_train wrote; several of next-vector models.", required=True
+)
+_CODEC = flags.DEFINE_string(
+    "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
 )
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
 _WINDOWS = flags.DEFINE_integer("windows", 16, "Sequences, at most.", lower_bound=1)
@@ -44,12 +49,14 @@ def main() -> None:
     }
     results = []
     for name in _MODEL.value:
-        lm = calm.load_any(name)
+        lm = calm.load_any(name, _CODEC.value)
         data = corpus.read(lm.tokenizer)
         if isinstance(lm, NextVectorLM):
             if flags.FLAGS["candidates"].present:
                 raise InputError("--candidates: a next-vector model has no rows; leave it out")
-            results += ablation.compare_chunks(lm, data.train, data.held_out, **settings)
+            label = pathlib.PurePath(name).name
+            found = ablation.compare_chunks(lm, data.train, data.held_out, **settings)
+            results += [{"model": label, **row} for row in found]
         elif len(_MODEL.value) == 1:
             results = ablation.compare(lm, data.held_out, candidates=_CANDIDATES.value, **settings)
         else:

@@ -201,7 +201,7 @@ def is_matrix(name: str, array: jax.Array) -> bool:
     """
     *folders, last = name.split("/")
     axes = array.ndim - ("layers" in folders)
-    return axes >= 2 and not {"bias", "scale"}.intersection(last.split("_"))
+    return axes >= 2 and not {"bias", "scale", "norm"}.intersection(last.split("_"))
 
 
 def _stacked(batches: list[Any], accumulate: int) -> Any:

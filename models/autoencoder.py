@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import typing
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 ARCHITECTURE = "Autoencoder"
+_LOGITS = 2**24  # so many are made at once when latents are decoded
 _TABLE, _TABLE_AGAIN = "encoder.embed_tokens.weight", "decoder.lm_head_weight"
 # Fields of the trunk's kind that a model without attention has no use for.
 _WITHOUT_MEANING = frozenset(
@@ -73,6 +75,19 @@ class AutoencoderConfig:
     kl_floor: float = 0.5  # nats of each dimension of the latent that cost nothing
 
     def __post_init__(self):
+        for name, wanted in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                raise InputError(f"{name} is {value!r:.60}; it must be {wanted.__name__}")
+            if wanted is int and value < 1:
+                field = f"num_{name}" if name.endswith("_layers") else name
+                raise InputError(f"{field} is {value}; it must be an integer from 1")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
+            )
+        if not 0 < self.norm_eps < 1:
+            raise InputError(f"norm_eps is {self.norm_eps}; it must be above 0, and below 1")
         for name in ("encoder_layers", "decoder_layers"):
             if getattr(self, name) % 2:
                 raise InputError(
@@ -179,6 +194,22 @@ class Autoencoder(Layer):
         x = rms_norm(x, self.decoder_norm, self.config.norm_eps)
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.einsum("...d,vd->...v", x, self.embedding, preferred_element_type=wide)
+
+    def tokens(self, latents: ArrayLike) -> jax.Array:
+        """The likeliest tokens int32 [..., O] of latents [..., W], decoded a few at a time.
+
+        Memory is that of some logits, [O, V] of each, and not of all.
+        """
+        z = jnp.asarray(latents)
+        few = max(1, _LOGITS // (self.config.chunk_size * self.config.vocab_size))
+
+        def likeliest(z):
+            return jnp.argmax(self.decode(z), axis=-1).astype(jnp.int32)
+
+        flat = z.reshape(-1, z.shape[-1])
+        if len(flat) <= few:
+            return likeliest(z)
+        return jax.lax.map(likeliest, flat, batch_size=few).reshape(*z.shape[:-1], -1)
 
     def loss(self, chunks: ArrayLike, key: jax.Array) -> jax.Array:
         """The training loss of each chunk, in nats: [...].

@@ -40,7 +40,6 @@ from continuous_lm.models.transformer import Transformer, layer_norm
 if TYPE_CHECKING:
     import tokenizers
 
-_LOGITS = 2**24  # so many are made at once when draws are decoded
 _EPS = 1e-6  # of the layer norm over compressed chunks, as published
 
 
@@ -77,6 +76,8 @@ class NextVectorModel(nn.Module):
         for name, (own, other) in pairs.items():
             if own != other:
                 raise InputError(f"{name} is {own}, but {other} in the autoencoder")
+        if self.head.depth < 1:
+            raise InputError("depth of the head is 0; it must be at least 1")
         if self.num_targets < 1:
             raise InputError(f"num_targets is {self.num_targets}; it must be at least 1")
 
@@ -174,15 +175,11 @@ class NextVectorModel(nn.Module):
     def draws(self, key: jax.Array, hidden: jax.Array, count: int) -> jax.Array:
         """Chunks of tokens int32 [count, ..., O], drawn and decoded, for hidden states [..., D]."""
         noise = self.head.noise(key, (count, *hidden.shape[:-1]))
-        latents = self.transform(noise, hidden)
-        # Few at a time: the logits of one are O V numbers.
-        logits = hidden.size // hidden.shape[-1] * self.chunk_size * self.config.vocab_size
-        few = max(1, min(count, _LOGITS // logits))
+        return self.tokens(self.transform(noise, hidden))
 
-        def decoded(latents):
-            return jnp.argmax(self.decode(latents), axis=-1).astype(jnp.int32)
-
-        return jax.lax.map(decoded, latents, batch_size=few)
+    def tokens(self, latents: jax.Array) -> jax.Array:
+        """The likeliest tokens int32 [..., O] of latents [..., W]; see `Autoencoder.tokens`."""
+        return self.codec.tokens(latents)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -227,8 +224,17 @@ class NextVectorLM:
         called = _apply(self.model, "__call__", self.params, jnp.asarray(chunks), **given)
         return cast(jax.Array, called)
 
-    def loss(self, chunks: ArrayLike, key: jax.Array, **arguments) -> jax.Array:
+    def loss(
+        self,
+        chunks: ArrayLike,
+        key: jax.Array,
+        *,
+        durations: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        times: ArrayLike | None = None,
+    ) -> jax.Array:
         """`NextVectorModel.loss`, jitted."""
+        arguments = {"durations": durations, "start": start, "times": times}
         given = {k: jnp.asarray(v) for k, v in arguments.items() if v is not None}
         self.model.check(chunks, **given)
         if np.shape(chunks)[-2] < 2:
@@ -469,8 +475,8 @@ def load(
       folder: of the model: config.json, model.safetensors (or shards), perhaps tokenizer.json.
       autoencoder_folder: of its autoencoder. It can be left out if the model's folder holds the
         autoencoder too (tensors ae_model.*); if both do, they must be equal. Without a config of
-        its own, that autoencoder's sizes are those of its tensors, and its activation and the
-        constant of its norms the trunk's.
+        its own, that autoencoder's sizes are those of its tensors (that its last layers are
+        missing cannot be seen), and its activation and the constant of its norms the trunk's.
       dtype: of all parameters; as the model's config.json says if left out.
       mesh: devices to shard the parameters over, with axes "data" and "model".
       ignore_fields: fields of config.json that are known not to change what is computed.
@@ -529,8 +535,8 @@ def _read(
         elif not equal(tensors[name], tensors[full]):
             raise InputError(f"tensor {name} is not {full} again, as it must be")
     layouts = _layouts(model)
-    named = {part: layout.named(tensors) for part, layout in layouts.items() if part[:1] != "a"}
     coded = layouts.pop("autoencoder")
+    named = {part: layout.named(tensors) for part, layout in layouts.items()}
     if apart is None or any(name.startswith(_CODEC) for name in given):
         named["autoencoder"] = coded.named(tensors)
     if apart is None:
@@ -585,7 +591,10 @@ def _codec_config(
 
     def count(side: str) -> int:
         start = f"{_CODEC}{side}.{side}_layers."
-        return len({n.removeprefix(start).split(".")[0] for n in tensors.names if start in n})
+        names = [n.removeprefix(start) for n in tensors.names if n.startswith(start)]
+        if not names:
+            raise InputError(f"tensor {start}0.layernorm.weight is missing, and all layers like it")
+        return len({name.split(".")[0] for name in names})
 
     vocab_size, hidden_size = shape("encoder.embed_tokens")
     mlp_size, _ = shape("encoder.encoder_layers.0.mlp.gate_proj")

@@ -104,6 +104,7 @@ def sample(
     rows = []
     for i, row in enumerate([tokens] if np.ndim(given[0]) == 0 else given):
         with about(f"prompt {i}"):
+            time.check_integers("tokens", row, 0, lm.config.vocab_size)
             rows.append(chunked(cast(Any, row), size, _fill(lm, fill)))
     chunks, d = prompt_rows(lm.model, "chunks", rows, durations, np.dtype(np.int32))
     steps = -(-max_new_tokens // size)
@@ -112,7 +113,13 @@ def sample(
         lm.model,
         "chunks",
         "chunks",
-        _DrawChunk(lm.model, method, order, candidates, max_rounds),
+        _DrawChunk(
+            lm.model,
+            method,
+            order,
+            candidates if order > 1 else 1,
+            max_rounds if method == "exact" else 1,
+        ),
         lm.config,
         chunk,
         axes_lib.mesh_of(trunk["embedding"]),
@@ -149,7 +156,7 @@ class _DrawChunk:
     candidates: int
     max_rounds: int
 
-    def __call__(self, params, options, key, hidden):
+    def __call__(self, params, options, key, hidden, done):
         def draws(key, count):
             variables: Any = {"params": params}
             return self.model.apply(variables, key, hidden, count, method="draws")
@@ -160,6 +167,7 @@ class _DrawChunk:
                 lambda key: draws(key, 1)[0],
                 temperature=options["temperature"],
                 max_rounds=self.max_rounds,
+                done=done,
             )
             return jnp.where(found.accepted[:, None], found.items, -1)
         if self.order == 1:
@@ -171,8 +179,11 @@ class _DrawChunk:
 def _fill(lm: NextVectorLM, fill: int | None) -> int | None:
     """The token to put in front of prompts: that given, or the end of a text, or none."""
     if fill is None:
-        known = np.ravel(lm.notes.get("eos_token_id") or [])
+        told = lm.notes.get("eos_token_id")
+        known = np.ravel([] if told is None else told)
         return int(known[0]) if len(known) else None
+    if np.ndim(fill):
+        raise InputError(f"fill is {fill!r:.60}; it must be one token")
     time.check_integers("fill", fill, 0, lm.config.vocab_size)
     return fill
 

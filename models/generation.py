@@ -47,7 +47,7 @@ class Program(NamedTuple):
     model: nn.Module  # takes prompts, durations, cache and at; gives outputs and the cache
     reads: str  # the name under which it takes the prompts
     goes_on: str  # and what is drawn
-    draw: Callable[[Any, Any, jax.Array, jax.Array], jax.Array]  # hashable; see `run`
+    draw: Callable[..., jax.Array]  # hashable; see `run`
     config: TransformerConfig  # of the trunk
     chunk: int
     mesh: Mesh | None
@@ -189,7 +189,7 @@ class _DrawToken:
     top_k: int | None
     top_p: bool
 
-    def __call__(self, params, options, key, logits):
+    def __call__(self, params, options, key, logits, done):
         if self.greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         p = options["top_p"] if self.top_p else None
@@ -213,9 +213,9 @@ def run(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Continues B prompts, whatever they are made of, in one compiled loop.
 
-    At each step `how.draw(params, options, key, outputs)` makes the next items, [B] tokens, [B, O]
-    chunks of them or [B, W] vectors, from the model's outputs at the last ones, [B, ...]. A token
-    of -1 ends its row.
+    At each step `how.draw(params, options, key, outputs, done)` makes the next items, [B] tokens,
+    [B, O] chunks of them or [B, W] vectors, from the model's outputs at the last ones, [B, ...]. A
+    token of -1 ends its row. What it makes for rows that are done, bool [B], is dropped.
 
     Args:
       how: the program. Its `chunk` is an upper bound here.
@@ -285,12 +285,13 @@ def _run(
 
     def write(i, outputs, cache, new, lengths, done):
         """The i-th new item."""
-        item = how.draw(params, options, jax.random.fold_in(key, i), outputs)
+        item = how.draw(params, options, jax.random.fold_in(key, i), outputs, done)
         item = jnp.where(done.reshape(-1, *[1] * (item.ndim - 1)), 0, item)
         new = lax.dynamic_update_slice_in_dim(new, item[:, None].astype(new.dtype), i, axis=1)
         ends: jax.Array | bool = False
         if jnp.issubdtype(item.dtype, jnp.integer):  # a token, or any of a chunk's
-            ends = jnp.any(jnp.isin(item, stop).reshape(len(item), -1), axis=-1)
+            ending = jnp.isin(item, stop) | (item < 0)
+            ends = jnp.any(ending.reshape(len(item), -1), axis=-1)
         return i + 1, cache, new, lengths + ~done, done | ends
 
     def going_on(state):
@@ -306,14 +307,15 @@ def _run(
     _, nothing = jax.eval_shape(read, 0, (cache, None))
     nothing = jnp.zeros(nothing.shape, nothing.dtype)
     cache, outputs = lax.fori_loop(0, width // how.chunk, read, (cache, nothing))
-    item = jax.eval_shape(how.draw, params, options, key, outputs)
+    nobody = jnp.zeros(num_rows, bool)
+    item = jax.eval_shape(how.draw, params, options, key, outputs, nobody)
     state = write(
         jnp.int32(0),
         outputs,
         cache,
         jnp.zeros((num_rows, room, *item.shape[1:]), item.dtype),
         jnp.zeros(num_rows, jnp.int32),
-        jnp.zeros(num_rows, bool),
+        nobody,
     )
     _, _, new, lengths, _ = lax.while_loop(going_on, read_and_write, state)
     return place(new, "- - -"[: 2 * new.ndim - 1]), place(lengths, "-")  # all, on every host

@@ -38,6 +38,7 @@ from continuous_lm import losses
 from continuous_lm.durations import as_float
 from continuous_lm.errors import InputError
 from continuous_lm.models.heads import Head, kernel_init
+from continuous_lm.models.transformer import layer_norm
 
 SOLVERS = ("euler", "midpoint")
 EPS = 1e-6  # of the layer norms, as in CALM
@@ -442,7 +443,7 @@ def denoise(
 
 def network(weights: Weights, noise: jax.Array, y: jax.Array) -> jax.Array:
     """The blocks and their ends: [..., W] from noise [..., U] and conditions y [..., D]."""
-    x = layer_norm(_embedded(weights, "noise", noise), *_pair(weights, "noise_norm"))
+    x = layer_norm(_embedded(weights, "noise", noise), *_pair(weights, "noise_norm"), EPS)
     x = jnp.broadcast_to(x, (*jnp.broadcast_shapes(x.shape[:-1], y.shape[:-1]), x.shape[-1]))
     size = x.shape[-1]
     blocks = {n: a for n, a in weights.items() if n.startswith("blocks_")}
@@ -450,7 +451,7 @@ def network(weights: Weights, noise: jax.Array, y: jax.Array) -> jax.Array:
 
     def block(x, stacked):
         w, of_x, of_y = stacked
-        normed = layer_norm(x, *_pair(w, "blocks_norm"))
+        normed = layer_norm(x, *_pair(w, "blocks_norm"), EPS)
         # The map of both, [LN(x), y]; y's part is the same for all noise.
         h = _product(normed, of_x) + (_product(y, of_y) + w["blocks_inner_bias"])
         h = _embedded(w, "blocks_middle", jax.nn.silu(h))
@@ -459,19 +460,13 @@ def network(weights: Weights, noise: jax.Array, y: jax.Array) -> jax.Array:
         return x + _embedded(w, "blocks_down", jax.nn.silu(gate) * up), None
 
     x, _ = jax.lax.scan(block, x, (blocks, inner[..., :size], inner[..., size:]))
-    normed = layer_norm(x, *_pair(weights, "last_norm"))
+    normed = layer_norm(x, *_pair(weights, "last_norm"), EPS)
     return _embedded(weights, "last", jax.nn.silu(_embedded(weights, "last_inner", normed)))
 
 
 def conditioned(weights: Weights, embedded: jax.Array) -> jax.Array:
     """What the blocks are told besides the noise, y [..., D], from its embedding [..., D]."""
-    return layer_norm(embedded, *_pair(weights, "hidden_norm"))
-
-
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [..., D] with mean 0 and variance 1 along its last axis, times a scale plus a bias [D]."""
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + EPS) * scale + bias
+    return layer_norm(embedded, *_pair(weights, "hidden_norm"), EPS)
 
 
 def waves(time: jax.Array) -> jax.Array:

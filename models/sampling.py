@@ -153,7 +153,7 @@ class _Draw:
     way: str
     candidates: int
 
-    def __call__(self, params, options, key, hidden):
+    def __call__(self, params, options, key, hidden, done):
         variables: Any = {"params": params}
         density: Any = self.model.apply(variables, hidden, method="distribution")
         temperature = options["temperature"]

@@ -50,6 +50,7 @@ def exact(
     *,
     temperature: ArrayLike,
     max_rounds: int,
+    done: jax.Array | None = None,
 ) -> Exact:
     """Draws from P(x)^(1/T) / Z by rejection.
 
@@ -71,6 +72,7 @@ def exact(
         distributions of their own. It is traced, once.
       temperature: above 0 and at most 1, a scalar or [B].
       max_rounds: how often `draw` is called at most.
+      done: bool [B], rows for which nobody waits; none if left out. Their items are zeros.
 
     Returns:
       items, which of them are drawn as they should be, and at what cost.
@@ -135,9 +137,8 @@ def exact(
 
     nothing = jnp.zeros(item.shape, item.dtype)
     zeros = jnp.zeros(num_rows, inverse.dtype)
-    start = _Rows(
-        nothing, nothing, zeros, zeros, jnp.zeros(num_rows, bool), jnp.zeros(num_rows, jnp.int32)
-    )
+    before = jnp.zeros(num_rows, bool) if done is None else jnp.asarray(done)
+    start = _Rows(nothing, nothing, zeros, zeros, before, jnp.zeros(num_rows, jnp.int32))
     _, rows = lax.while_loop(going_on, step, (jnp.int32(0), start))
     return Exact(rows.last, rows.done, rows.rounds)  # what is accepted is the last draw, always
 

@@ -1,5 +1,6 @@
 """Chunks drawn from next-vector models: against whole passes, and exact tempered distributions."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -49,9 +50,10 @@ def random_like(tree, seed=0):
 
 
 @functools.cache
-def build(head):
-    model = NextVectorModel(CONFIG, CODEC, head, num_targets=3)
-    boxed = jax.eval_shape(model.init, KEY, np.zeros((1, SIZE), np.int32))["params"]
+def build(head, size=SIZE):
+    coded = dataclasses.replace(CODEC, chunk_size=size)
+    model = NextVectorModel(CONFIG, coded, head, num_targets=3)
+    boxed = jax.eval_shape(model.init, KEY, np.zeros((1, size), np.int32))["params"]
     params = random_like(calm.nn.unbox(boxed))
     # So that many chunks are decoded, and hidden states and durations decide among them.
     codec, attention = params["autoencoder"], params["trunk"]["layers"]["attention"]
