@@ -415,7 +415,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, train, name):
 
 
 # Forks of one process that has imported everything run calm_train, and may be killed: so many
-# seconds after the run's log has grown, or after they began where there is no log to wait for.
+# seconds after a new checkpoint, or after they began where there is none to wait for.
 _KILLER = """
 import json, os, pathlib, runpy, signal, sys, time
 import continuous_lm.experiments.next_vector
@@ -423,7 +423,7 @@ import continuous_lm.experiments.program
 
 program = sys.argv[1]
 for line in sys.stdin:
-    seconds, log, *arguments = json.loads(line)
+    seconds, saved, *arguments = json.loads(line)
     child = os.fork()
     if child == 0:
         out = os.open(os.devnull, os.O_WRONLY)
@@ -431,11 +431,11 @@ for line in sys.stdin:
         sys.argv = [program, *arguments]
         runpy.run_module(program, run_name="__main__", alter_sys=True)
         os._exit(0)
-    size = lambda: os.path.getsize(log) if log is not None and os.path.exists(log) else 0
-    least, begin, ended = size(), None if log is not None else time.monotonic(), 0
+    listed = lambda: os.listdir(saved) if saved is not None and os.path.isdir(saved) else []
+    latest = lambda: max([int(name) for name in listed() if name.isdigit()], default=0)
+    before, begin, ended = latest(), None if saved is not None else time.monotonic(), 0
     while not ended:
-        least = min(least, size())  # it is cut back first
-        if begin is None and size() > least:
+        if begin is None and latest() > before:
             begin = time.monotonic()
         ended, status = os.waitpid(child, os.WNOHANG)
         due = seconds is not None and begin is not None and time.monotonic() > begin + seconds
@@ -462,8 +462,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
         text=True,
     )
 
-    def call(folder, seconds, log=None):
-        job = [seconds, log and str(log), *common, f"--output_dir={folder.name}"]
+    def call(folder, seconds, saved=None):
+        job = [seconds, saved and str(saved), *common, f"--output_dir={folder.name}"]
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
@@ -473,17 +473,18 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
         assert call(whole, None) == 0
         assert call(killed, rng.uniform(0, 3)) == -signal.SIGKILL
         while len(reached) < KILLS - 1:
-            log = killed / "run" / "metrics.jsonl"
-            status = call(killed, rng.uniform(0, 0.4), log)
+            saved = killed / "run" / run_folder.CHECKPOINTS
+            status = call(killed, rng.uniform(0, 0.4), saved)
             if status == 0:  # too late: once more
                 shutil.rmtree(killed)
+                reached.clear()
             else:
                 assert status == -signal.SIGKILL  # and not ended by an error of its own
                 steps = [step for step, _ in run_folder.checkpoints(killed / "run")]
                 reached.append(max(steps, default=0))
         assert call(killed, None) == 0
         server.stdin.close()
-    assert max(reached) > 0  # it went on from a checkpoint
+    assert 0 < reached[0] < reached[-1] < 400  # it went on from checkpoints
     assert_same_trees(calm_models.load(whole).params, calm_models.load(killed).params)
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert metrics(whole) == metrics(killed)
