@@ -115,8 +115,10 @@ def head_kind() -> str:
 
 def check_flags() -> None:
     """Refuses flags that have no meaning beside others."""
-    chosen = {_STAGE.value, head_kind()} | ({"trunk"} if _TRUNK.value is not None else set())
-    for what in sorted(chosen & set(_EXCLUDES)):
+    chosen = [_STAGE.value, *(["trunk"] if _TRUNK.value is not None else []), "token"]
+    for what in chosen:
+        if what == "token" and head_kind() != "token":
+            continue
         told, names = _EXCLUDES[what]
         for name in names:
             if flags.FLAGS[name].present:
@@ -195,10 +197,9 @@ def train_autoencoder(
     """Trains and writes an autoencoder; returns where the text is from."""
     data = corpus.read()
     settings = calm.named_settings(_CODEC_SETTINGS.value, "codec_settings")
-    for name in sorted({"chunk_size", "latent_size", "hidden_size", "vocab_size"} & set(settings)):
-        raise InputError(
-            f"--codec_settings: {name} has a flag of its own, or follows from the text"
-        )
+    reserved = "chunk_size hidden_size key latent_size tokenizer vocab_size".split()
+    for name in sorted(set(reserved) & set(settings)):
+        raise InputError(f"--codec_settings: {name} is said by other flags; leave it out")
     with about("--codec_settings"):
         codec = next_vector.new_codec(
             key,

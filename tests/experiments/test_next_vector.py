@@ -150,8 +150,8 @@ def test_between_two_texts():
         (dict(mlp_size="wide"), "mlp_size is 'wide'; it must be int"),
         (dict(encoder_layers=0), "num_encoder_layers is 0; it must be an integer from 1"),
         (dict(decoder_layers=-2), "num_decoder_layers is -2"),
-        (dict(norm_eps=0.0), "rms_norm_eps is 0.0"),
-        (dict(activation="tanh"), "'tanh', which is not handled"),
+        (dict(norm_eps=0.0), "norm_eps is 0.0"),
+        (dict(activation="tanh"), "'tanh'"),
     ],
     ids=str,
 )
