@@ -1,7 +1,7 @@
 """Flax modules and what they are loaded from: the trunk, and one file a family of checkpoints.
 
 Continuous output is in modules of its own, imported when they are first used: `density` and
-`sampling` over `heads`, `calm` and `calm_sampling` over `autoencoder` and `implicit`.
+`sampling` over `heads`; `next_vector`, `calm` and `calm_sampling` over `autoencoder`, `implicit`.
 """
 
 import importlib
@@ -26,7 +26,9 @@ __all__ = [
     "save",
 ]
 
-_LATER = "autoencoder calm calm_sampling density heads implicit sampling temperature".split()
+_LATER = (
+    "autoencoder calm calm_sampling density heads implicit next_vector sampling temperature".split()
+)
 
 
 def __getattr__(name: str) -> Any:

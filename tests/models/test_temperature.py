@@ -147,6 +147,19 @@ def test_rows_have_distributions_and_temperatures_of_their_own():
     assert found.rounds[:size].max() > 20
 
 
+def test_nobody_waits_for_rows_that_are_done():
+    def draw(key):
+        first = jax.random.categorical(key, jnp.zeros(100_000), shape=(2, 1))  # never twice
+        return first.at[1].set(7).astype(jnp.int32)
+
+    done = jnp.array([True, False])
+    found = temperature.exact(KEY, draw, temperature=0.5, max_rounds=50, done=done)
+    assert found.rounds.tolist() == [0, 2]
+    assert found.items[1, 0] == 7
+    alone = temperature.exact(KEY, draw, temperature=0.5, max_rounds=50)
+    assert alone.rounds.tolist() == [50, 2]
+
+
 def test_rows_that_are_not_accepted_hold_the_last_draw_and_say_so():
     def numbers(key):
         """New ones each time, but in row 0."""
