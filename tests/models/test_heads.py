@@ -436,6 +436,10 @@ def test_every_setting_is_read(name):
         return [a.shape for a in outcome(head, jax.eval_shape)]
 
     for setting in base.settings():
+        if setting == "tied":  # then it has no kernel of its own
+            with pytest.raises(clm.InputError, match="table"):
+                base.clone(parent=None, tied=True).init(KEY, hidden)
+            continue
         changed = base.clone(parent=None, **{setting: CHANGED[setting]})
         if shapes(changed) == shapes(base):
             pairs = [outcome(head, lambda f: jax.jit(f)()) for head in (base, changed)]
