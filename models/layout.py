@@ -84,9 +84,13 @@ class Layout:
         """
         tensors = checkpoints.open_tensors(folder)
         with about(str(folder)):
-            named = self.named(tensors)
-            self._check_rest(tensors, named)
-            return self.build(tensors, named, targets)
+            return self.build(tensors, self.check(tensors), targets)
+
+    def check(self, tensors: checkpoints.Tensors) -> dict[str, str]:
+        """`named`, of tensors that are this model's and no others."""
+        named = self.named(tensors)
+        self._check_rest(tensors, named)
+        return named
 
     def build(
         self, tensors: checkpoints.Tensors, named: Mapping[str, str], targets: Targets

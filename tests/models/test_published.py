@@ -102,7 +102,7 @@ def test_every_tensor_has_a_place_and_every_place_a_tensor(name):
     config, (tensors, beside) = config_of(name), published(name)
     boxes = parameter_boxes(config)
     layout = Layout(config, FAMILIES[config.family], boxes)
-    named = layout._check(Listed(tensors | beside))
+    named = layout.check(Listed(tensors | beside))
     assert len(named) == len(set(named.values()))
     assert set(named.values()) == set(tensors)
     # Equal numbers: no part of a fused tensor is left out or taken twice.

@@ -10,7 +10,7 @@ from scipy import stats
 
 import continuous_lm as clm
 from continuous_lm.models import density, generation, sampling
-from continuous_lm.models.densities import Gaussian, Mixture
+from continuous_lm.models.densities import Categorical, Gaussian, Mixture
 from continuous_lm.models.sampling import sample, steering_direction, token_rows
 from tests.models.test_densities import at, reference
 from tests.models.test_density import CONFIG, WIDTH, build
@@ -73,9 +73,7 @@ def test_renormalised_draws_are_proportional_to_the_density():
     gaussian = Gaussian(jnp.zeros((4000, 2)), jnp.full((4000, 2), 0.9))
     logs = reference(at(jax.tree.map(np.float64, gaussian), 0), rows.astype(float))
     for temperature in (1.0, 0.5):
-        drawn = sampling.quantized(
-            "renormalised", gaussian, KEY, {"rows": rows, "norms": None}, temperature=temperature
-        )
+        drawn = Categorical(gaussian.log_probs(rows)).sample(KEY, temperature)
         p = np.exp((logs - logs.max()) / temperature)
         counts = np.bincount(drawn, minlength=5)
         assert stats.chisquare(counts, 4000 * p / p.sum()).pvalue > 1e-3
