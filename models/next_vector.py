@@ -276,6 +276,9 @@ def chunked(tokens: ArrayLike, chunk_size: int, fill: int | None = None) -> np.n
         raise InputError(
             f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be integers [..., n]"
         )
+    time.check_integers("tokens", tokens, 0, np.iinfo(np.int32).max)
+    if fill is not None and not isinstance(fill, int | np.integer):
+        raise InputError(f"fill is {fill!r:.60}; it must be one token")
     over = -tokens.shape[-1] % chunk_size
     if over and fill is None:
         raise InputError(
