@@ -118,8 +118,11 @@ def _check_values(name, values, holds, what) -> None:
     if isinstance(values, jax.core.Tracer):
         return
     values = np.asarray(values)
-    with np.errstate(over="ignore"):  # what overflows is refused as infinite
-        values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))  # as it will be used
+    if not jnp.issubdtype(values.dtype, jnp.integer):  # integers as they are: int32 would wrap them
+        with np.errstate(over="ignore"):  # what overflows is refused as infinite
+            values = values.astype(
+                jax.dtypes.canonicalize_dtype(values.dtype)
+            )  # as it will be used
     wrong = np.argwhere(~holds(values))
     if len(wrong):
         index = tuple(int(i) for i in wrong[0])

@@ -111,3 +111,8 @@ def test_a_clock_of_float64_is_as_exact():
         d = jnp.full(5000, 0.1, jnp.float64).at[0].set(1e9)
         passed = time.elapsed(time.clock(d), jnp.array([4999]), jnp.array([4969]))
         np.testing.assert_allclose(passed, 3.0, rtol=1e-14)
+
+
+def test_integers_are_checked_before_they_are_cut_to_32_bits():
+    with pytest.raises(clm.InputError, match=r"tokens\[1\] is 4294967298; every entry must be"):
+        time.check_integers("tokens", [1, 2**32 + 2], 0, 10)
