@@ -214,7 +214,8 @@ def prune(
     a penalty for what the value lacks, whose weight grows while the value lacks something and falls
     while it does not. The shortest durations at which nothing was lacking are kept, and `pull` then
     takes them to 0 as far as the value allows, the shortest first: most to exactly 0, where a token
-    is absent. The same without the first stage is greedy pruning, and the shorter of the two wins.
+    is absent. The same without the first stage is greedy pruning; so it is from those first whose
+    duration the value depends on least, which is best where it is linear. The shortest wins.
 
     Args:
       value: durations [T] -> a scalar; the log probability of an answer, say.
@@ -240,8 +241,10 @@ def prune(
     target, spent = jnp.where(free, 0.0, d0), GRADIENT_COST * steps + 1
     shrunk = _shrink(slack, d0, free, learning_rate, steps)
     found = []
-    for d in (shrunk, d0):
-        d, cost = _pull(slack, d, target, rounds)
+    worth = jax.jit(jax.grad(value))(d0)
+    spent += GRADIENT_COST
+    for d, order in ((shrunk, None), (d0, None), (d0, jnp.repeat(jnp.argsort(worth), rounds))):
+        d, cost = _pull(slack, d, target, rounds, order)
         found.append(d)
         spent += int(cost)
     return min((_found(slack, d, target, spent) for d in found), key=lambda r: r.total)
@@ -349,9 +352,13 @@ def _ascend(
 
 @functools.partial(jax.jit, static_argnums=3)
 def _pull(
-    slack: Value, d: jax.Array, target: jax.Array, rounds: int
+    slack: Value,
+    d: jax.Array,
+    target: jax.Array,
+    rounds: int,
+    order: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Durations [T], and the evaluations that they cost."""
+    """Durations [T], and the evaluations that they cost; `order` is the tokens', near ones first."""
     factors = jnp.asarray(FACTORS, d.dtype)
     index = jnp.arange(len(d))
 
@@ -375,8 +382,9 @@ def _pull(
         return (jnp.where(held, low, middle), jnp.where(held, middle, high)), None
 
     possible = holds(d)
-    order = jnp.argsort(jnp.abs(d - target))
-    (moved, cost), _ = jax.lax.scan(token, (d, jnp.asarray(0)), jnp.tile(order, rounds))
+    if order is None:
+        order = jnp.tile(jnp.argsort(jnp.abs(d - target)), rounds)
+    (moved, cost), _ = jax.lax.scan(token, (d, jnp.asarray(0)), order)
     d = jnp.where(possible, moved, d)
     edge = (jnp.zeros((), d.dtype), jnp.ones((), d.dtype))
     (_, scale), _ = jax.lax.scan(bisect, edge, length=BISECTIONS)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import continuous_lm as clm
@@ -119,6 +119,7 @@ def test_evaluations_are_counted():
 
 @settings(max_examples=4)
 @given(st.lists(st.floats(0, 3, width=32), min_size=4, max_size=4), st.floats(0.05, 2))
+@example([0.0, 1.0, 2.0, 0.5], 1.5)  # Adam alone, and pulling in any order, were 0.11 off
 def test_pruning_a_line_is_a_knapsack(w, tolerance):
     """What weighs least goes, whole; the best total is that of the fractional knapsack."""
     weights = np.array([1.0, *w], np.float32)

@@ -318,7 +318,8 @@ def test_what_is_forced_is_what_whole_passes_say():
     for tokens, found in zip(following, logs[:, :5], strict=True):
         np.testing.assert_allclose(found, log_probs_of(p, tokens), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(collision[:5], brier.collisions(p)[:, 0], rtol=1e-5)
-    np.testing.assert_array_equal(logs[:, -5:], logs[:, :5])
+    # As equal as rows of one batch are: on some versions of JAX the last bit goes by their place.
+    np.testing.assert_allclose(logs[:, -5:], logs[:, :5], rtol=1e-6)
 
 
 def test_a_model_that_is_its_source_gives_its_collision_rates_or_100():
