@@ -358,7 +358,7 @@ def _pull(
     rounds: int,
     order: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Durations [T], and the evaluations that they cost; `order` is the tokens', near ones first."""
+    """Durations [T], and the evaluations that they cost; in the `order` of tokens if given."""
     factors = jnp.asarray(FACTORS, d.dtype)
     index = jnp.arange(len(d))
 
