@@ -19,7 +19,7 @@ from continuous_lm import blocked, dense
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
 
-FORMS = ("auto", "dense", "blocked")
+IMPLEMENTATIONS = ("auto", "dense", "blocked")
 DENSE = 256**2  # scores of a head, up to which the dense form is as fast
 
 
@@ -34,7 +34,7 @@ def attend(
     window: ArrayLike | None = None,
     steps: jax.Array | None = None,
     first: ArrayLike | None = None,
-    form: str = "auto",
+    implementation: str = "auto",
     block: int | None = None,
 ) -> jax.Array:
     """Causal attention over weighted keys.
@@ -54,9 +54,9 @@ def attend(
         the weights if left out.
       first: index among the keys of the first query's token; S - T if left out, so that the queries
         are the last tokens.
-      form: "dense" holds [T, S] scores, in memory O(T S). "blocked" makes them block by block, in
-        memory O(T + S), to the same result within rounding; it has reverse-mode gradients of first
-        order alone. "auto" takes the dense form for short sequences and single queries.
+      implementation: "dense" holds [T, S] scores, in memory O(T S). "blocked" makes them block by
+        block, in memory O(T + S), to the same result within rounding; it has reverse-mode gradients
+        of first order alone. "auto" is dense for short sequences and single queries.
       block: tokens in a block of the blocked form, at most; chosen by size if left out.
 
     Returns:
@@ -64,9 +64,9 @@ def attend(
       gives 0 (callers that know the weights refuse them).
 
     Raises:
-      InputError: if shapes do not fit, or the form is not known.
+      InputError: if shapes do not fit, or the implementation is not known.
     """
-    _check(q, k, v, weights, steps, form, block)
+    _check(q, k, v, weights, steps, implementation, block)
     *_, num_queries, num_heads, width = q.shape
     num_keys, num_kv_heads = k.shape[-3:-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -75,12 +75,14 @@ def attend(
     if window is not None:
         steps = weights if steps is None else steps.astype(dtype)
         clock = time.clock(jax.lax.stop_gradient(steps))
-    if form == "auto":
+    if implementation == "auto":
         small = num_queries == 1 or num_queries * num_keys <= DENSE
-        form = "dense" if small else "blocked"
+        implementation = "dense" if small else "blocked"
     q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, width)
     attend_in_form = (
-        dense.attend if form == "dense" else functools.partial(blocked.attend, block=block)
+        dense.attend
+        if implementation == "dense"
+        else functools.partial(blocked.attend, block=block)
     )
     y = attend_in_form(
         q_grouped,
@@ -96,7 +98,7 @@ def attend(
     return y.reshape(*y.shape[:-3], num_heads, width).astype(q.dtype)
 
 
-def _check(q, k, v, weights, steps, form, block) -> None:
+def _check(q, k, v, weights, steps, implementation, block) -> None:
     if q.ndim < 3 or k.shape != v.shape or k.ndim < 3 or q.shape[-1] != k.shape[-1]:
         raise InputError(
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they must be"
@@ -113,7 +115,9 @@ def _check(q, k, v, weights, steps, form, block) -> None:
             raise InputError(
                 f"{name} has shape {list(array.shape)}; it must be [..., {k.shape[-3]}]"
             )
-    if form not in FORMS:
-        raise InputError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if block is not None and (not isinstance(block, int) or block < 1):
         raise InputError(f"block is {block!r}; it must be a positive integer")

@@ -62,7 +62,7 @@ class DensityModel(nn.Module):
         collapsing, as the likelihood alone is best when all tokens that are hard to tell apart
         have the same row; and it makes densities at different rows comparable, which the
         likelihood of many dimensions does not.
-      form: of the trunk's attention, and
+      implementation: of the trunk's attention, and
       remat: whether its layers are computed anew for the backward pass; see `Transformer`.
     """
 
@@ -71,7 +71,7 @@ class DensityModel(nn.Module):
     reads: str = "tokens"
     table: str = "frozen"
     contrast: float = 0.0
-    form: str = "auto"
+    implementation: str = "auto"
     remat: bool = False
 
     def __post_init__(self):
@@ -98,7 +98,7 @@ class DensityModel(nn.Module):
         return isinstance(self.head, heads.TokenHead)
 
     def setup(self):
-        self.trunk = Transformer(self.config, form=self.form, remat=self.remat)
+        self.trunk = Transformer(self.config, implementation=self.implementation, remat=self.remat)
         if self.reads == "vectors":
             shape = (self.config.hidden_size, self.head.width)
             boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("D", "W"))
@@ -333,7 +333,12 @@ def on(lm: LanguageModel, head: heads.Head, *, key: jax.Array, contrast: float =
       contrast: see `DensityModel`.
     """
     model = DensityModel(
-        lm.config, head, table="embedding", contrast=contrast, form=lm.form, remat=lm.remat
+        lm.config,
+        head,
+        table="embedding",
+        contrast=contrast,
+        implementation=lm.implementation,
+        remat=lm.remat,
     )
     if isinstance(head, heads.TokenHead) and head.tied and not head.depth:
         raise InputError("a tied token head on a pretrained trunk is that model's own; load it")

@@ -76,7 +76,7 @@ class LanguageModel:
       tokenizer: of the `tokenizers` library, or None.
       notes: fields of config.json that do not change what is computed (special tokens, length of
         the context), kept for `save`.
-      form: of attention, and
+      implementation: of attention, and
       remat: whether layers are computed anew for the backward pass; see `Transformer`. To change
         them: `dataclasses.replace(lm, remat=True)`.
       model: the Linen module, whose `apply` is a pure function.
@@ -86,12 +86,12 @@ class LanguageModel:
     params: Any
     tokenizer: "tokenizers.Tokenizer | None" = None
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    form: str = "auto"
+    implementation: str = "auto"
     remat: bool = False
     model: Transformer = dataclasses.field(init=False)
 
     def __post_init__(self):
-        model = Transformer(self.config, form=self.form, remat=self.remat)
+        model = Transformer(self.config, implementation=self.implementation, remat=self.remat)
         object.__setattr__(self, "model", model)
 
     def __call__(self, tokens=None, **arguments) -> jax.Array:

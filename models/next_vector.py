@@ -48,7 +48,7 @@ class NextVectorModel(nn.Module):
       head: draws latent vectors; see `implicit`.
       inner_size: F of the MLP that compresses a chunk's embeddings; 2 D if left out.
       num_targets: how many draws of the autoencoder's posterior the loss takes for each chunk.
-      form: of the trunk's attention, and
+      implementation: of the trunk's attention, and
       remat: whether its layers are computed anew for the backward pass; see `Transformer`.
     """
 
@@ -57,7 +57,7 @@ class NextVectorModel(nn.Module):
     head: ImplicitHead
     inner_size: int | None = None
     num_targets: int = 100
-    form: str = "auto"
+    implementation: str = "auto"
     remat: bool = False
 
     def __post_init__(self):
@@ -81,7 +81,7 @@ class NextVectorModel(nn.Module):
 
     def setup(self):
         config = dataclasses.replace(self.config, tie_embeddings=True)  # no head of its own
-        self.trunk = Transformer(config, form=self.form, remat=self.remat)
+        self.trunk = Transformer(config, implementation=self.implementation, remat=self.remat)
         self.codec = Autoencoder(self.autoencoder, name="autoencoder")
         width, inner = config.hidden_size, self.inner_size or 2 * config.hidden_size
         kernel = functools.partial(

@@ -95,7 +95,7 @@ class Norm(Layer):
 class Attention(Layer):
     """Projections around `attend`."""
 
-    form: str = "auto"
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, x, memory, clock, layer, local):
@@ -132,7 +132,7 @@ class Attention(Layer):
             window=window,
             steps=clock.steps,
             first=clock.first,
-            form=self.form,
+            implementation=self.implementation,
         )
         y = jnp.einsum("...tnh,dnh->...td", y, self.weight("o", "D N H"))
         y = y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
@@ -160,7 +160,7 @@ class Mlp(Layer):
 class Block(Layer):
     """One layer of the trunk, in the shape that `nn.scan` wants: carry in, carry out."""
 
-    form: str = "auto"
+    implementation: str = "auto"
 
     @nn.compact
     def __call__(self, carry, clock, layer, local):
@@ -171,7 +171,7 @@ class Block(Layer):
             return Norm(config, dtype, name=name)(y) if config.post_norms else y
 
         y = Norm(config, dtype, name="attention_norm")(x)
-        attention = Attention(config, dtype, self.form, name="attention")
+        attention = Attention(config, dtype, self.implementation, name="attention")
         y, memory = attention(y, memory, clock, layer, local)
         y = after("attention_post_norm", y)
         z = Norm(config, dtype, name="mlp_norm")(x if config.parallel else x + y)
@@ -188,11 +188,12 @@ class Transformer(Layer):
     float32).
 
     Attributes:
-      form: of attention: "dense", "blocked", or "auto", by size; see `continuous_lm.attention`.
+      implementation: of attention: "dense", "blocked", or "auto", by size; see
+        `continuous_lm.attention`.
       remat: keeps each layer's input alone for the backward pass, and computes the rest anew.
     """
 
-    form: str = "auto"
+    implementation: str = "auto"
     remat: bool = False
 
     def check(self, tokens: ArrayLike | None = None, **arguments) -> None:
@@ -298,7 +299,7 @@ class Transformer(Layer):
             metadata_params={nn.PARTITION_NAME: "L"},
         )
         clock, numbers = Clock(d, steps, first, *angles), jnp.arange(config.num_layers)
-        stack: Any = layers(config, dtype, self.form, name="layers")
+        stack: Any = layers(config, dtype, self.implementation, name="layers")
         (x, memory), _ = stack((x, memory), clock, numbers, jnp.array(config.windowed))
 
         if at is not None:

@@ -30,7 +30,7 @@ _REPEAT = flags.DEFINE_integer("repeat", 5, "Runs of each.")
 def compiled(form: str, gradients: bool, arguments):
     """The attention, or the gradient for q, k, v and the durations, compiled."""
     attend = functools.partial(
-        attention.attend, form=form, block=_BLOCK.value, window=_WINDOW.value
+        attention.attend, implementation=form, block=_BLOCK.value, window=_WINDOW.value
     )
 
     def loss(*arguments):

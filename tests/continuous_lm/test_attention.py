@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import attention
 
-STATIC = ("scale", "softcap", "form", "block")
+STATIC = ("scale", "softcap", "implementation", "block")
 FORMS = {  # blocks so small that nine tokens are several, the last of them cut
-    form: functools.partial(jax.jit(attention.attend, static_argnames=STATIC), form=form, block=4)
+    form: functools.partial(
+        jax.jit(attention.attend, static_argnames=STATIC), implementation=form, block=4
+    )
     for form in ("dense", "blocked")
 }
 

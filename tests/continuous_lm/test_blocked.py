@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import attention
 
-STATIC = ("scale", "softcap", "form", "block")
+STATIC = ("scale", "softcap", "implementation", "block")
 
 
 def draw(seed, batch, queries, keys, heads, kv_heads, width=8, dtype=jnp.float32):
@@ -60,8 +60,8 @@ CASES = {  # batch, queries, keys, heads, kv_heads, block, options
 def test_equals_the_dense_form(case):
     *shape, block, options = CASES[case]
     arguments = draw(0, *shape)
-    dense = values_and_gradients(*arguments, form="dense", **options)
-    blocked = values_and_gradients(*arguments, form="blocked", block=block, **options)
+    dense = values_and_gradients(*arguments, implementation="dense", **options)
+    blocked = values_and_gradients(*arguments, implementation="blocked", block=block, **options)
     assert_close(blocked, dense, 1e-5)
 
 
@@ -70,8 +70,8 @@ def test_keeps_its_precision(dtype, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
         arguments = draw(1, (), 40, 40, 2, 1, dtype=dtype)
         options = {"window": 11.0, "softcap": 3.0}
-        dense = values_and_gradients(*arguments, form="dense", **options)
-        blocked = values_and_gradients(*arguments, form="blocked", block=16, **options)
+        dense = values_and_gradients(*arguments, implementation="dense", **options)
+        blocked = values_and_gradients(*arguments, implementation="blocked", block=16, **options)
         assert_close(blocked, dense, tolerance)
 
 
@@ -92,8 +92,8 @@ def test_equals_the_dense_form_at_extremes(seed, size, loud, window):
     with jax.enable_x64(True):
         q, k, v, d, steps, y = draw(seed, (), 30, 30, 2, 1, dtype=jnp.float64)
         arguments = loud * q, k, v, d.at[7:15].set(size), jnp.where(steps > 0, steps, 0.0), y
-        dense = values_and_gradients(*arguments, form="dense", window=window)
-        blocked = values_and_gradients(*arguments, form="blocked", block=8, window=window)
+        dense = values_and_gradients(*arguments, implementation="dense", window=window)
+        blocked = values_and_gradients(*arguments, implementation="blocked", block=8, window=window)
     assert all(np.isfinite(x).all() for x in blocked)
     d = np.asarray(arguments[3])
     unit = np.where(d > 0, d, 1.0)
@@ -105,14 +105,17 @@ def test_leading_axes_broadcast():
     """One sentence at three durations: only the weights have the axis."""
     q, k, v, d, _, _ = draw(0, (), 20, 20, 2, 1)
     d = d * jnp.array([0.5, 1.0, 2.0])[:, None]
-    loss = lambda d, form: jnp.sum(attention.attend(q, k, v, d, form=form, block=8) ** 2)  # noqa: E731
-    grads = [jax.jit(jax.grad(functools.partial(loss, form=f)))(d) for f in ("blocked", "dense")]
+    loss = lambda d, form: jnp.sum(attention.attend(q, k, v, d, implementation=form, block=8) ** 2)  # noqa: E731
+    grads = [
+        jax.jit(jax.grad(functools.partial(loss, implementation=f)))(d)
+        for f in ("blocked", "dense")
+    ]
     assert_close(grads[:1], grads[1:], 1e-5)
 
 
 def test_vmap_and_scan_go_through():
     q, k, v, d, _, _ = draw(0, (3,), 20, 20, 2, 1)
-    attend = functools.partial(attention.attend, form="blocked", block=8)
+    attend = functools.partial(attention.attend, implementation="blocked", block=8)
     together = attend(q, k, v, d, window=4.0)
     apart = jax.jit(jax.vmap(lambda *x: attend(*x, window=4.0)))(q, k, v, d)
     windows = jnp.array([4.0, 4.0])
@@ -129,13 +132,13 @@ def test_blocks_out_of_sight_are_not_computed(gradient):
     k, v = (x.at[:32].set(jnp.nan) for x in (k, v))  # further back than the window of the last
 
     def late(q, k, v, d):
-        return attention.attend(q[64:], k, v, d, window=16.0, form="blocked", block=16)
+        return attention.attend(q[64:], k, v, d, window=16.0, implementation="blocked", block=16)
 
     out, pull = jax.vjp(late, q, k, v, d)
     found = pull(y[64:]) if gradient else (out,)
     assert all(bool(jnp.isfinite(x).all()) for x in found)
     # and it is a test that can fail: the dense form touches everything
-    dense = attention.attend(q[64:], k, v, d, window=16.0, form="dense")
+    dense = attention.attend(q[64:], k, v, d, window=16.0, implementation="dense")
     assert not jnp.isfinite(dense).all()
 
 
@@ -144,7 +147,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
     def gradients(form):
         def loss(q, k, v, d):
-            return jnp.sum(attention.attend(q, k, v, d, form=form) ** 2)
+            return jnp.sum(attention.attend(q, k, v, d, implementation=form) ** 2)
 
         shapes = [jax.ShapeDtypeStruct((4096, 8, 64), jnp.float32)] * 3
         shapes.append(jax.ShapeDtypeStruct((4096,), jnp.float32))
@@ -169,9 +172,9 @@ def test_the_form_goes_by_size():
 
 def test_what_the_form_cannot_do_is_said():
     q, k, v, d, _, _ = draw(0, (), 8, 8, 2, 1)
-    with pytest.raises(clm.InputError, match="form is 'flash'"):
-        attention.attend(q, k, v, d, form="flash")
+    with pytest.raises(clm.InputError, match="implementation is 'flash'"):
+        attention.attend(q, k, v, d, implementation="flash")
     with pytest.raises(clm.InputError, match="block is 0"):
-        attention.attend(q, k, v, d, form="blocked", block=0)
+        attention.attend(q, k, v, d, implementation="blocked", block=0)
     with pytest.raises(clm.InputError, match="softcap is traced"):
-        jax.jit(lambda c: attention.attend(q, k, v, d, softcap=c, form="blocked"))(1.0)
+        jax.jit(lambda c: attention.attend(q, k, v, d, softcap=c, implementation="blocked"))(1.0)

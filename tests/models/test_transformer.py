@@ -290,7 +290,7 @@ CAPPED = clm.TransformerConfig(
     [CONFIG, pytest.param(CAPPED, marks=pytest.mark.slow)],
     ids=["plain", "windows and caps"],
 )
-@pytest.mark.parametrize("options", [{"form": "blocked"}, {"remat": True}], ids=str)
+@pytest.mark.parametrize("options", [{"implementation": "blocked"}, {"remat": True}], ids=str)
 def test_options_change_neither_logits_nor_gradients(config, options):
     lm = random_lm(config)
     tokens, d = draw(n=37)
@@ -301,7 +301,7 @@ def test_options_change_neither_logits_nor_gradients(config, options):
 
     results = [
         jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(lm.params, d, model)
-        for model in (lm.model.clone(form="dense"), lm.model.clone(**options))
+        for model in (lm.model.clone(implementation="dense"), lm.model.clone(**options))
     ]
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * np.abs(x).max())
@@ -333,5 +333,5 @@ def test_remat_keeps_the_input_of_each_layer_alone():
 
 def test_an_unknown_form_is_refused():
     tokens, _ = draw()
-    with pytest.raises(clm.InputError, match="form is 'flash'"):
-        LM.model.clone(form="flash").apply({"params": LM.params}, tokens)
+    with pytest.raises(clm.InputError, match="implementation is 'flash'"):
+        LM.model.clone(implementation="flash").apply({"params": LM.params}, tokens)
