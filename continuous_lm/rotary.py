@@ -115,12 +115,25 @@ def angles(times: jax.Array, rope: Rope, head_dim: int, num_tokens: int | None =
     return times[..., None] * jnp.asarray(turning, times.dtype)
 
 
-def rotate(x: jax.Array, angles: jax.Array, amplitude: float = 1.0) -> jax.Array:
-    """Turns channel pairs of `x` [..., T, N, H] by `angles` [..., T, R/2]; keeps x's dtype.
+def turns(angles: jax.Array, amplitude: float = 1.0) -> jax.Array:
+    """Cosines and sines [..., T, R] of `angles` [..., T, R/2], times the amplitude.
+
+    Made once they serve every head and layer.
+    """
+    return amplitude * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def turn(x: jax.Array, turns: jax.Array) -> jax.Array:
+    """Turns channel pairs of `x` [..., T, N, H] by `turns` [..., T, R]; keeps x's dtype.
 
     The first R channels turn, paired as two halves; the others pass.
     """
-    cos, sin = (amplitude * f(angles)[..., None, :] for f in (jnp.cos, jnp.sin))
-    first, second, rest = jnp.split(x, (angles.shape[-1], 2 * angles.shape[-1]), axis=-1)
+    cos, sin = jnp.split(turns[..., None, :], 2, axis=-1)
+    first, second, rest = jnp.split(x, (cos.shape[-1], turns.shape[-1]), axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+
+
+def rotate(x: jax.Array, angles: jax.Array, amplitude: float = 1.0) -> jax.Array:
+    """Turns channel pairs of `x` [..., T, N, H] by `angles` [..., T, R/2]: `turn` and `turns`."""
+    return turn(x, turns(angles, amplitude))

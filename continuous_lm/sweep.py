@@ -1,19 +1,33 @@
-"""Sweeps: a prompt at many durations, the answer's probabilities at each, under one jit."""
+"""Sweeps: a prompt at many durations, the answer's probabilities at each, under one jit.
+
+What all points have in common is computed once: the tokens before the first that differs from
+point to point run through the model a single time, and every point goes on from their keys and
+values. Behind the answer nothing is computed, and in the last layer nothing but the answer. Points
+run in batches of one size; lengths are rounded up to few different ones, with tokens of duration 0,
+so that one program serves many prompts. On a mesh, points are spread over its axis "data".
+"""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
+
+_RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
+# Operations that a prefix has to save before it is computed apart, which is one more program to
+# compile.
+WORTH = 1e10
 
 
 class HasModel(Protocol):
@@ -53,7 +67,7 @@ def probabilities(
     lm: HasModel,
     groups: Sequence[Sequence[int]],
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: str | None = None,
     at: ArrayLike = -1,
     **arguments: ArrayLike,
@@ -63,7 +77,7 @@ def probabilities(
     Args:
       lm: the language model.
       groups: C groups of token ids; the probabilities of a group's tokens are summed.
-      batch_size: at most so many points at once; batches are of one size, compiled once.
+      batch_size: at most so many points at once; as many as suit the device if left out.
       progress: label of a progress bar; none is shown if left out.
       at: index of the token after which the answer stands, an int or int [P].
       **arguments: of the model: tokens [T] or [P, T], or embeddings [T, D] or [P, T, D], and
@@ -77,14 +91,15 @@ def probabilities(
       InputError: if arguments do not fit each other or the model.
     """
     read = functools.partial(_probabilities, _indicator(groups, lm.config.vocab_size))
-    return np.concatenate(list(_batches(lm, read, arguments, at, batch_size, progress)))
+    points = _points(lm, arguments, at)
+    return np.concatenate([rows[0] for rows in _batches(lm, read, [points], batch_size, progress)])
 
 
 def reached(
     lm: HasModel,
     threshold: float,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     at: ArrayLike = -1,
     **arguments: ArrayLike,
 ) -> list[int]:
@@ -92,8 +107,8 @@ def reached(
 
     `batch_size`, `at` and `arguments` as of `probabilities`.
     """
-    batches = _batches(lm, _largest, arguments, at, batch_size, None)
-    (largest,) = functools.reduce(np.maximum, batches)
+    batches = _batches(lm, _largest, [_points(lm, arguments, at)], batch_size, None)
+    largest = functools.reduce(np.maximum, batches)[0, 0]
     return [int(i) for i in np.argsort(-largest, kind="stable") if largest[i] >= threshold]
 
 
@@ -123,10 +138,11 @@ def plan(lm: HasModel, sweeps: Sequence[Sweep], batch_size: int = 32) -> list[tu
     """
 
     def alike(swept: Sweep) -> tuple:
-        return _width(swept), lm.config.at_length(swept.num_tokens)
+        length = _bucket(swept.num_tokens)
+        return swept.num_points, length, lm.config.at_length(swept.num_tokens)
 
     sets: list[list[int]] = []
-    for i in sorted(range(len(sweeps)), key=lambda i: sweeps[i].num_tokens):
+    for i in sorted(range(len(sweeps)), key=lambda i: (sweeps[i].num_points, sweeps[i].num_tokens)):
         last = sets[-1] if sets else []
         size = sum(sweeps[j].num_points for j in (*last, i))
         if last and alike(sweeps[last[0]]) == alike(sweeps[i]) and size <= batch_size:
@@ -137,66 +153,41 @@ def plan(lm: HasModel, sweeps: Sequence[Sweep], batch_size: int = 32) -> list[tu
 
 
 def together(
-    lm: HasModel, groups: Sequence[Sequence[int]], sweeps: Sequence[Sweep], batch_size: int = 32
+    lm: HasModel,
+    groups: Sequence[Sequence[int]],
+    sweeps: Sequence[Sweep],
+    batch_size: int | None = None,
 ) -> list[np.ndarray]:
     """The probabilities [P, C] of each of a set of sweeps that `plan` has made.
 
-    Prompts of similar length run one program: they are filled up with tokens of duration 0 at the
-    end, which no token before them sees.
+    Prompts of similar length run one program: they are filled up with tokens of duration 0, which
+    no token sees.
     """
-    width = max(map(_width, sweeps))
-    rows = [_rows(swept, width) for swept in sweeps]
-    if len({frozenset(row) for row in rows}) > 1:
-        raise InputError("sweeps that are computed together must have the same arguments")
-    at = [np.full(swept.num_points, swept.num_tokens - 1) for swept in sweeps]
-    arguments = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    model = lm.model.clone(config=lm.config.at_length(sweeps[0].num_tokens))
     read = functools.partial(_probabilities, _indicator(groups, lm.config.vocab_size))
-    at_length = _Model(lm.config, lm.params, model)
-    batches = _batches(at_length, read, arguments, np.concatenate(at), batch_size, None)
-    found = np.concatenate(list(batches))
-    return np.split(found, np.cumsum([swept.num_points for swept in sweeps])[:-1])
+    points = [_points(lm, swept.arguments(), -1) for swept in sweeps]
+    if len({(len(p.at), frozenset(p.arguments)) for p in points}) > 1:
+        raise InputError(
+            "sweeps that are computed together must have the same arguments and number of points"
+        )
+    found = np.concatenate(list(_batches(lm, read, points, batch_size, None)), axis=1)
+    return list(found)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    config: Any
-    params: Any
-    model: Any
+# --- From points to batches -------------------------------------------------------------------
 
 
-_RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
-_BUCKET = 16  # lengths of sweeps computed together are rounded up to multiples of it
+class _Points(NamedTuple):
+    """The points of one prompt."""
+
+    num_tokens: int  # T
+    arguments: dict[str, np.ndarray]  # [P, ...] of what differs, [1, ...] of what does not
+    at: np.ndarray  # int [P], not negative
+    shared: int  # tokens that all points begin with
 
 
-def _width(swept: Sweep) -> int:
-    return math.ceil(swept.num_tokens / _BUCKET) * _BUCKET
-
-
-def _rows(swept: Sweep, width: int) -> dict[str, np.ndarray]:
-    """A sweep's arguments at every point, filled up to `width` tokens."""
-    missing = width - swept.num_tokens
-    rows = {"durations": np.ones(swept.num_tokens, np.float32)} | dict(swept.arguments())
-    filled = {}
-    for name, value in rows.items():
-        rank = _RANKS[name]
-        value = np.asarray(value)
-        value = np.broadcast_to(value, (swept.num_points, *value.shape[value.ndim - rank :]))
-        pad = [(0, 0), (0, missing), (0, 0)][: rank + 1] if rank else [(0, 0)]
-        filled[name] = np.pad(value, pad, mode="edge" if name == "times" else "constant")
-    return filled
-
-
-def _batches(
-    lm: HasModel,
-    read: Callable[..., jax.Array],
-    arguments: Mapping[str, ArrayLike],
-    at: ArrayLike,
-    batch_size: int,
-    progress: str | None,
-) -> Iterator[np.ndarray]:
-    """What `read(model, params, at, arguments)` finds in each batch of points; the last is cut."""
-    arrays = {name: jnp.asarray(value) for name, value in arguments.items()}
+def _points(lm: HasModel, given: Mapping[str, ArrayLike], at: ArrayLike) -> _Points:
+    """The arguments of a sweep, checked."""
+    arrays = {name: np.asarray(value) for name, value in given.items()}
     for name, array in arrays.items():
         if name not in _RANKS:
             raise InputError(f"a sweep has no argument {name}; only {', '.join(_RANKS)}")
@@ -205,46 +196,165 @@ def _batches(
                 f"{name} has shape {list(array.shape)}; a sweep allows one axis in front"
             )
     varied = {name: array for name, array in arrays.items() if array.ndim > _RANKS[name]}
-    points = {array.shape[0] for array in varied.values()}
-    if len(points) != 1 or 0 in points:
+    counts = {array.shape[0] for array in varied.values()}
+    if len(counts) != 1 or 0 in counts:
         raise InputError(
-            f"a sweep needs arguments with one common number of points; these have {sorted(points)}"
+            f"a sweep needs arguments with one common number of points; these have {sorted(counts)}"
         )
-    if type(batch_size) is not int or batch_size < 1:
-        raise InputError(f"batch_size is {batch_size!r}; it must be a positive integer")
     lm.model.check(**arrays, at=at)
+    (num_points,) = counts
+    first = next(name for name in ("tokens", "embeddings") if name in arrays)
+    num_tokens = arrays[first].shape[arrays[first].ndim - _RANKS[first]]
+    arrays.setdefault("durations", np.ones(num_tokens, np.float32))
+    arrays = {n: x if n in varied else x[None] for n, x in arrays.items()}
+    at = np.broadcast_to(np.asarray(at) % num_tokens, num_points)
+    return _Points(num_tokens, arrays, at, _shared(arrays, int(at.min())))
 
-    (num_points,) = points
-    fixed = {name: array for name, array in arrays.items() if name not in varied}
-    varied["at"] = jnp.broadcast_to(jnp.asarray(at), (num_points,))
-    num_batches = math.ceil(num_points / batch_size)
-    size = math.ceil(num_points / num_batches)
+
+def _shared(arrays: Mapping[str, np.ndarray], most: int) -> int:
+    """How many tokens are the same at every point, from the first on, at most `most`."""
+    for name, array in arrays.items():
+        differs = (array != array[:1]).any(axis=0)
+        if _RANKS[name] == 0:
+            most = 0 if differs else most
+        else:
+            places = np.flatnonzero(differs.reshape(len(differs), -1).any(axis=1))
+            most = min([most, *places[:1].tolist()])
+    return most
+
+
+def _bucket(length: int) -> int:
+    """The length rounded up, by an eighth at most: to multiples of 8, 16, 32, ... tokens."""
+    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
+    return math.ceil(length / step) * step
+
+
+def _batches(
+    lm: HasModel,
+    read: Callable[..., jax.Array],
+    prompts: Sequence[_Points],
+    batch_size: int | None,
+    progress: str | None,
+) -> Iterator[np.ndarray]:
+    """What `read(model, params, arguments)` finds for B prompts at some points at a time [B, ...].
+
+    The last batch is cut to the points that are left.
+    """
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise InputError(f"batch_size is {batch_size!r}; it must be a positive integer")
+    num_points = len(prompts[0].at)
+    model = lm.model.clone(config=lm.config.at_length(prompts[0].num_tokens))
+    cuts = [p.shared if _worth(lm, p) else 0 for p in prompts]
+    mesh = axes_lib.mesh_of(jax.tree.leaves(lm.params)[0])
+    if mesh is not None:
+        mesh = Mesh(mesh.devices, mesh.axis_names)  # axes of type Auto, as of the parameters
+    arguments: dict[str, Any] = {}
+    if all(cuts):
+        before = _stacked(prompts, [(0, cut) for cut in cuts])
+        before = {name: array[:, :1] for name, array in before.items()}
+        arguments["prefix"] = _remember(model, lm.params, before)
+    else:
+        cuts = [0] * len(prompts)
+    ends = [int(p.at.max()) + 1 for p in prompts]
+    rest = _stacked(prompts, list(zip(cuts, ends, strict=True)))
+    if any(cuts):
+        rest.pop("start", None)  # the prefix says when it ends
+    rest["at"] = np.stack([p.at - cut for p, cut in zip(prompts, cuts, strict=True)])
+
+    width = rest["durations"].shape[-1]
+    spread = 1 if mesh is None else mesh.shape.get("data", 1)
+    most = max(1, (batch_size or _at_once(width, spread)) // len(prompts))
+    num_batches = math.ceil(num_points / most)
+    size = math.ceil(math.ceil(num_points / num_batches) / spread) * spread
     for first in tqdm.tqdm(
         range(0, num_points, size), desc=progress, disable=progress is None, unit="batch"
     ):
         index = np.minimum(np.arange(first, first + size), num_points - 1)  # the last one fills up
-        batch = fixed | {name: array[index] for name, array in varied.items()}
-        found = np.asarray(read(lm.model, lm.params, batch))  # waits: the bar tells the truth
-        yield found[: num_points - first]
+        batch = {n: x[:, index] if x.shape[1] > 1 else x for n, x in rest.items()}
+        if mesh is not None:
+            batch = {name: _spread(mesh, x) for name, x in batch.items()}
+        found = np.asarray(
+            read(model, mesh, lm.params, batch | arguments)
+        )  # waits: the bar is true
+        yield found[:, : num_points - first]
 
 
-def _next(model, params, arguments: Mapping[str, jax.Array]) -> jax.Array:
-    """The distribution [P, V] of the next token."""
+def _worth(lm: HasModel, points: _Points) -> bool:
+    """Whether what all points share is worth a program of its own."""
+    config = lm.config
+    width = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+    each = 2 * config.num_layers * (width + 3 * config.hidden_size * config.mlp_size)
+    return points.shared * (len(points.at) - 1) * each > WORTH
+
+
+def _at_once(width: int, spread: int) -> int:
+    """How many points of `width` tokens suit the device: its caches on a CPU, else its memory."""
+    tokens = 2048 if jax.default_backend() == "cpu" else 16384
+    return max(1, spread * tokens // width)
+
+
+def _stacked(prompts: Sequence[_Points], parts: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Tokens `begin` to `end` of each prompt, filled up to one length: [B, P or 1, ...]."""
+    width = _bucket(max(end - begin for begin, end in parts))
+    stacked = {}
+    for name in prompts[0].arguments:
+        arrays = [p.arguments[name] for p in prompts]
+        if _RANKS[name]:
+            mode: Any = "edge" if name == "times" else "constant"
+            arrays = [
+                np.pad(
+                    array[:, begin:end],
+                    [(0, 0), (0, width - (end - begin)), *[(0, 0)] * (_RANKS[name] - 1)],
+                    mode=mode,
+                )
+                for array, (begin, end) in zip(arrays, parts, strict=True)
+            ]
+        count = max(map(len, arrays))
+        stacked[name] = np.stack([np.broadcast_to(a, (count, *a.shape[1:])) for a in arrays])
+    return stacked
+
+
+def _spread(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """[B, P, ...] with its points over the mesh's axis "data"."""
+    axis = "data" if array.shape[1] > 1 and "data" in mesh.shape else None
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, axis)))
+
+
+# --- Programs -----------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _remember(model, params, arguments: Mapping[str, jax.Array]) -> Any:
+    """What all points share, of B prompts: a prefix with leading axes [B, 1]."""
+    return model.apply({"params": params}, method="remember", **arguments)
+
+
+def _next(model, params, arguments: Mapping[str, Any]) -> jax.Array:
+    """The distribution [B, P, V] of the next token."""
     logits = model.apply({"params": params}, **arguments)
     return jax.nn.softmax(logits.astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _probabilities(indicator, model, params, arguments: Mapping[str, jax.Array]) -> jax.Array:
-    """Group probabilities [P, C] of the next token."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _probabilities(indicator, model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
+    """Group probabilities [B, P, C] of the next token."""
     distribution = _next(model, params, arguments)
-    return jnp.dot(distribution, indicator, precision=jax.lax.Precision.HIGHEST)
+    found = jnp.dot(distribution, indicator, precision=jax.lax.Precision.HIGHEST)
+    return _everywhere(mesh, found)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _largest(model, params, arguments: Mapping[str, jax.Array]) -> jax.Array:
-    """The largest probability of each token at any point, [1, V]."""
-    return jnp.max(_next(model, params, arguments), axis=0, keepdims=True)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _largest(model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
+    """The largest probability of each token at any point, [B, 1, V]."""
+    largest = jnp.max(_next(model, params, arguments), axis=1, keepdims=True)
+    return _everywhere(mesh, largest)
+
+
+def _everywhere(mesh: Mesh | None, array: jax.Array) -> jax.Array:
+    """On a mesh, the whole array on each device, so that each process can read it."""
+    if mesh is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def _indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:

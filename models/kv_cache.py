@@ -62,6 +62,13 @@ def append(buffer: jax.Array, new: jax.Array, filled: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(buffer, new, filled, axis=-1)
 
 
+def joined(old: jax.Array, new: jax.Array, *, axis: int) -> jax.Array:
+    """`old` and then `new` along `axis` (from the end); the axes before it broadcast."""
+    batch = jnp.broadcast_shapes(old.shape[:axis], new.shape[:axis])
+    parts = (jnp.broadcast_to(x, (*batch, *x.shape[axis:])) for x in (old, new))
+    return jnp.concatenate(list(parts), axis=axis)
+
+
 def remember(
     buffer: jax.Array, new: jax.Array, layer: jax.Array, filled: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -49,15 +49,22 @@ class Clock(NamedTuple):
     durations: jax.Array  # [..., S]
     steps: jax.Array | None  # [..., S] that windows sum; None: the durations
     first: jax.Array | None  # int [], index of the first query's token; None: T = S
-    angles: jax.Array | None  # [..., T, R/2]
-    local_angles: jax.Array | None  # those of layers with a window, where they differ
+    turns: jax.Array | None  # [..., T, R], rotary cosines and sines
+    local_turns: jax.Array | None  # those of layers with a window, where they differ
 
 
 class Memory(NamedTuple):
-    """Keys and values of all layers, of tokens that came before."""
+    """Keys and values of all layers, of tokens that came before; new ones are written into it."""
 
     keys: jax.Array  # [L, ..., S, K, H]
     values: jax.Array  # [L, ..., S, K, H]
+
+
+class Prefix(NamedTuple):
+    """One layer's keys and values of tokens that came before, which are only read."""
+
+    keys: jax.Array  # [..., S, K, H]
+    values: jax.Array  # [..., S, K, H]
 
 
 class Layer(nn.Module):
@@ -98,9 +105,10 @@ class Attention(Layer):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, x, memory, clock, layer, local):
+    def __call__(self, x, memory, clock, layer, local, at=None):
         config = self.config
-        q = jnp.einsum("...td,nhd->...tnh", x, self.weight("q", "N H D"))
+        x_q = x if at is None else _pick(x, at)
+        q = jnp.einsum("...td,nhd->...tnh", x_q, self.weight("q", "N H D"))
         k = jnp.einsum("...td,khd->...tkh", x, self.weight("k", "K H D"))
         v = jnp.einsum("...td,khd->...tkh", x, self.weight("v", "K H D"))
         if config.qkv_bias:
@@ -111,11 +119,14 @@ class Attention(Layer):
             q = Norm(config, self.param_dtype, axis="H", name="q_norm")(q)
             k = Norm(config, self.param_dtype, axis="H", name="k_norm")(k)
         if config.rope is not None:
-            angles, amplitude = clock.angles, config.rope.amplitude
-            if clock.local_angles is not None:
-                angles = jnp.where(local, clock.local_angles, angles)
-            q, k = (rotary.rotate(u, angles, amplitude) for u in (q, k))
-        if memory is not None:
+            turns = clock.turns
+            if clock.local_turns is not None:
+                turns = jnp.where(local, clock.local_turns, turns)
+            q = rotary.turn(q, turns if at is None else _pick(turns, at))
+            k = rotary.turn(k, turns)
+        if isinstance(memory, Prefix):
+            k, v = _after(memory.keys, k), _after(memory.values, v)
+        elif memory is not None:
             keys, k = kv_cache.remember(memory.keys, k, layer, clock.first)
             values, v = kv_cache.remember(memory.values, v, layer, clock.first)
             memory = Memory(keys, values)
@@ -163,7 +174,7 @@ class Block(Layer):
     implementation: str = "auto"
 
     @nn.compact
-    def __call__(self, carry, clock, layer, local):
+    def __call__(self, carry, clock, layer, local, at=None):
         config, dtype = self.config, self.param_dtype
         x, memory = carry
 
@@ -172,8 +183,9 @@ class Block(Layer):
 
         y = Norm(config, dtype, name="attention_norm")(x)
         attention = Attention(config, dtype, self.implementation, name="attention")
-        y, memory = attention(y, memory, clock, layer, local)
+        y, memory = attention(y, memory, clock, layer, local, at)
         y = after("attention_post_norm", y)
+        x = x if at is None else _pick(x, at)
         z = Norm(config, dtype, name="mlp_norm")(x if config.parallel else x + y)
         z = after("mlp_post_norm", Mlp(config, dtype, name="mlp")(z))
         return (x + y + z, memory), None
@@ -211,6 +223,7 @@ class Transformer(Layer):
         times: ArrayLike | None = None,
         at: ArrayLike | None = None,
         cache: KVCache | None = None,
+        prefix: KVCache | None = None,
         hidden: bool = False,
     ) -> Any:
         """Logits of the next token.
@@ -231,6 +244,10 @@ class Transformer(Layer):
             that position goes through the head.
           cache: of the tokens before these, as from `kv_cache.empty` or an earlier call. A cache
             too full for T more is refused outside of jit; inside, its last tokens are overwritten.
+          prefix: the tokens before these, as `remember` gives them; for `at` alone. Its leading
+            axes broadcast too, so that many continuations share it. The last layer's query and MLP
+            then see that one position. Gradients for parameters take O(L) times their memory
+            traffic: differentiate for the other arguments.
           hidden: return what the head reads instead of what it says.
 
         Returns:
@@ -251,6 +268,7 @@ class Transformer(Layer):
             times=times,
             at=at,
             cache=cache,
+            prefix=prefix,
         )
         table = self.weight("embedding", "V D")
         x = (
@@ -259,11 +277,12 @@ class Transformer(Layer):
             else jnp.asarray(embeddings, table.dtype)
         )
         num_tokens = x.shape[-2]
-        if cache is not None and start is None:
-            start = cache.end
+        before = prefix if cache is None else cache
+        if before is not None and start is None:
+            start = before.end
         d, times, steps = _clock(x, durations, start, times)
         picked = () if at is None else jnp.shape(at)
-        rows = () if cache is None else cache.end.shape
+        rows = () if before is None else before.end.shape
         batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1], picked, rows)
         x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
         first, memory = None, None
@@ -280,16 +299,30 @@ class Transformer(Layer):
                 filled=first + x.shape[-2],
             )
             d, steps = cache.durations, cache.steps
+        if prefix is not None:
+            num_tokens = prefix.durations.shape[-1] + num_tokens
+            steps = d if steps is None else time.from_times(times, prefix.end)
+            asked = jnp.arange(x.shape[-2]) <= (jnp.asarray(at) % x.shape[-2])[..., None]
+            # What comes later weighs nothing: the position asked for is then as good as the last.
+            d, steps = (
+                kv_cache.joined(old, jnp.where(asked, new, 0.0), axis=-1)
+                for old, new in ((prefix.durations, d), (prefix.steps, steps))
+            )
 
         config, dtype = self.config, self.param_dtype
         if config.scale_embeddings:
             x = x * jnp.sqrt(jnp.float32(config.hidden_size)).astype(x.dtype)
         if config.max_positions is not None:
             x = x + between_rows(self.weight("positions", "M D"), times - 1.0)
-        angles = [
-            None if rope is None else rotary.angles(times, rope, config.head_dim, num_tokens)
+        turns = [
+            None
+            if rope is None
+            else rotary.turns(
+                rotary.angles(times, rope, config.head_dim, num_tokens), rope.amplitude
+            )
             for rope in (config.rope, config.local_rope)
         ]
+        clock, numbers = Clock(d, steps, first, *turns), jnp.arange(config.num_layers)
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False) if self.remat else Block,
             variable_axes={"params": 0},
@@ -298,12 +331,12 @@ class Transformer(Layer):
             length=config.num_layers,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        clock, numbers = Clock(d, steps, first, *angles), jnp.arange(config.num_layers)
-        stack: Any = layers(config, dtype, self.implementation, name="layers")
-        (x, memory), _ = stack((x, memory), clock, numbers, jnp.array(config.windowed))
-
-        if at is not None:
-            x = _take(x, at)
+        if prefix is None:
+            stack: Any = layers(config, dtype, self.implementation, name="layers")
+            (x, memory), _ = stack((x, memory), clock, numbers, jnp.array(config.windowed))
+            x = x if at is None else _pick(x, at)[..., 0, :]
+        else:
+            x = self._continue(x, prefix, clock, at)[..., 0, :]
         x = Norm(config, dtype, name="final_norm")(x)
         if not hidden:
             head = table if config.tie_embeddings else self.weight("head", "V D")
@@ -314,6 +347,40 @@ class Transformer(Layer):
         if cache is None or memory is None:
             return x
         return x, cache._replace(keys=memory.keys, values=memory.values)
+
+    def remember(self, tokens: ArrayLike | None = None, **arguments: Any) -> KVCache:
+        """What a call with `prefix` needs of these tokens; arguments as of `__call__`.
+
+        Tokens of duration 0 may fill them up at the end, since nothing sees those.
+        """
+        given = tokens if tokens is not None else arguments["embeddings"][..., 0]
+        leading = [np.shape(given)[:-1], np.shape(arguments.get("start", 0.0))]
+        leading += [
+            np.shape(arguments[name])[:-1] for name in ("durations", "times") if name in arguments
+        ]
+        dtype = self.variables["params"]["embedding"].dtype
+        room = kv_cache.empty(
+            self.config, np.shape(given)[-1], np.broadcast_shapes(*leading), dtype
+        )
+        return self(tokens, cache=room, at=-1, hidden=True, **arguments)[1]
+
+    def _continue(self, x: jax.Array, prefix: KVCache, clock: Clock, at: ArrayLike) -> jax.Array:
+        """The states [..., 1, D] at `at` after all layers, of which the last does no more."""
+        config = self.config
+        block = Block(config, self.param_dtype, self.implementation, parent=None)
+        stacks = nn.meta.unbox(self.variables["params"]["layers"]), prefix.keys, prefix.values
+
+        def layer(x, i, at=None):
+            # An index into the whole stacks: slices of them as operands of a loop would be copies.
+            params, keys, values = jax.tree.map(lambda stack: stack[i], stacks)
+            local = jnp.array(config.windowed)[i]
+            carry = x, Prefix(keys, values)
+            return block.apply({"params": params}, carry, clock, i, local, at)[0][0], None
+
+        if self.remat:
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        x, _ = jax.lax.scan(layer, x, jnp.arange(config.num_layers - 1))
+        return layer(x, config.num_layers - 1, at)[0]
 
 
 def between_rows(table: jax.Array, positions: jax.Array) -> jax.Array:
@@ -342,6 +409,7 @@ def check(
     times: ArrayLike | None = None,
     at: ArrayLike | None = None,
     cache: KVCache | None = None,
+    prefix: KVCache | None = None,
 ) -> None:
     """Refuses arguments of `Transformer` that do not fit; values only where they are known.
 
@@ -371,6 +439,7 @@ def check(
         least = float(jnp.finfo(jnp.float32).tiny)  # less is nothing in float32
         if (
             cache is None
+            and prefix is None
             and _known(durations)
             and not (np.asarray(durations)[..., 0] >= least).all()
         ):
@@ -393,13 +462,20 @@ def check(
         "start": () if start is None else jnp.shape(start),
         "at": () if at is None else jnp.shape(at),
         "the cache": () if cache is None else cache.end.shape,
+        "the prefix": () if prefix is None else prefix.end.shape,
     }
     try:
         np.broadcast_shapes(*map(tuple, leading.values()))
     except ValueError:
         told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
         raise InputError(f"leading axes do not broadcast: {told}") from None
-    if cache is not None:
+    if prefix is not None:
+        if cache is not None or at is None:
+            raise InputError(
+                "a prefix needs `at`, the one position that is asked for, and no cache"
+            )
+        _check_shape(config, prefix, "prefix")
+    elif cache is not None:
         _check_cache(config, cache, n, leading)
     elif durations is not None and times is not None and config.window is not None:
         _check_rows(durations, times, config.window)
@@ -408,11 +484,7 @@ def check(
 def _check_cache(config: TransformerConfig, cache: KVCache, n: int, leading) -> None:
     """Refuses a cache of another model, for other sequences, or without room for n more tokens."""
     length = cache.durations.shape[-1]
-    wanted = (config.num_layers, *cache.end.shape, length, config.num_kv_heads, config.head_dim)
-    if cache.keys.shape != wanted:
-        raise InputError(
-            f"the cache's keys have shape {list(cache.keys.shape)}; this model's are {list(wanted)}"
-        )
+    _check_shape(config, cache, "cache")
     if np.broadcast_shapes(*map(tuple, leading.values())) != cache.end.shape:
         raise InputError(
             f"the cache is for leading axes {list(cache.end.shape)}, and those of the arguments do"
@@ -422,6 +494,17 @@ def _check_cache(config: TransformerConfig, cache: KVCache, n: int, leading) -> 
         raise InputError(
             f"the cache holds {int(cache.filled)} tokens and has room for {length}: {n} more do not"
             " fit; make it longer"
+        )
+
+
+def _check_shape(config: TransformerConfig, cache: KVCache, what: str) -> None:
+    """Refuses a cache or prefix of another model."""
+    length = cache.durations.shape[-1]
+    wanted = (config.num_layers, *cache.end.shape, length, config.num_kv_heads, config.head_dim)
+    if cache.keys.shape != wanted:
+        raise InputError(
+            f"the {what}'s keys have shape {list(cache.keys.shape)}; this model's are"
+            f" {list(wanted)}"
         )
 
 
@@ -456,7 +539,14 @@ def _clock(x, durations, start, times) -> tuple[jax.Array, jax.Array, jax.Array 
     return d, times, time.from_times(times, times[..., 0])
 
 
-def _take(x: jax.Array, at: ArrayLike) -> jax.Array:
-    """x [..., T, D] at index `at` (int or int [...]): [..., D]."""
-    at = jnp.broadcast_to(jnp.asarray(at) % x.shape[-2], x.shape[:-2])
-    return jnp.take_along_axis(x, at[..., None, None], axis=-2)[..., 0, :]
+def _pick(x: jax.Array, at: ArrayLike) -> jax.Array:
+    """x [..., T, D] at index `at` (int or int [...]): [..., 1, D]; leading axes broadcast."""
+    at = jnp.asarray(at) % x.shape[-2]
+    batch = jnp.broadcast_shapes(x.shape[:-2], at.shape)
+    x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
+    return jnp.take_along_axis(x, jnp.broadcast_to(at, batch)[..., None, None], axis=-2)
+
+
+def _after(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Keys or values [..., S, K, H] of a prefix and then new ones."""
+    return kv_cache.joined(old.astype(new.dtype), new, axis=-3)

@@ -89,6 +89,92 @@ def test_groups_outside_of_the_vocabulary_are_named():
         clm.sweep.probabilities(LM, [[1], [40]], tokens=draw()[0], durations=np.ones((2, N)))
 
 
+# --- What the points share ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Prefixes are computed apart, however little they save."""
+    monkeypatch.setattr(clm.sweep, "WORTH", 0)
+
+
+def prefixes(monkeypatch):
+    """The lengths of the prefixes that are computed from now on, filled up."""
+    made, remember = [], clm.sweep._remember
+
+    def noted(model, params, arguments):
+        made.append(arguments["durations"].shape[-1])
+        return remember(model, params, arguments)
+
+    monkeypatch.setattr(clm.sweep, "_remember", noted)
+    return made
+
+
+VARIANTS = {
+    "plain": {},
+    "windows": {"window": 4.0, "window_pattern": (True, False)},
+    "learned positions": {"rope": None, "max_positions": 40},
+}
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("what", ["both", "mass", "times"])
+def test_a_prefix_changes_nothing(monkeypatch, variant, what):
+    lm = random_lm(dataclasses.replace(CONFIG, **VARIANTS[variant]))
+    made = prefixes(monkeypatch)
+    tokens, d = draw(1, 24)
+    arguments = clm.sweep.vary(clm.durations.scale(d, np.linspace(0.1, 2, 5), (11, 15)), what)
+    arguments["tokens"] = tokens
+    together = clm.sweep.probabilities(lm, GROUPS, batch_size=3, **arguments)
+    assert made == [16]  # eleven tokens, or twelve, filled up
+    for row, i in zip(together, range(5), strict=True):
+        point = {n: np.asarray(x)[i] if np.ndim(x) == 2 else x for n, x in arguments.items()}
+        np.testing.assert_allclose(row, direct(lm, **point), atol=2e-6)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_prefix_ends_where_points_differ_or_the_answer_stands(monkeypatch):
+    made = prefixes(monkeypatch)
+    tokens, d = draw(1, 24)
+    grid = np.tile(d, (3, 1))
+    grid[1, 20] = 9.0
+    at = np.array([9, 21, 23])
+    found = clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid, at=at)
+    assert made == [16]  # nine tokens
+    for row, place, point in zip(found, at, grid, strict=True):
+        alone = direct(tokens=tokens[: place + 1], durations=point[: place + 1])
+        np.testing.assert_allclose(row, alone, atol=2e-6)
+    grid[:, 0] = [1.0, 2.0, 3.0]
+    clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid)
+    clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=d, start=np.arange(3.0))
+    assert made == [16]  # no more: they differ from the first token on, or begin at other times
+
+
+@pytest.mark.usefixtures("eager")
+def test_prefixes_of_different_lengths_in_one_set(monkeypatch):
+    made, sweeps = prefixes(monkeypatch), []
+    for n, first in ((27, 3), (30, 19), (29, 11)):
+        tokens, d = draw(n, n)
+        grid = clm.durations.scale(d, np.linspace(0.2, 1, 4), (first, first + 2))
+        arguments = {"tokens": tokens, "durations": grid, "start": 0.5}
+        sweeps.append(clm.sweep.Sweep(4, n, lambda arguments=arguments: arguments))
+    found = clm.sweep.together(LM, GROUPS, sweeps, 6)
+    assert made == [24]
+    for swept, rows in zip(sweeps, found, strict=True):
+        arguments = swept.arguments()
+        for row, d in zip(rows, arguments.pop("durations"), strict=True):
+            np.testing.assert_allclose(row, direct(durations=d, **arguments), atol=2e-6)
+
+
+def test_a_prefix_is_worth_a_program_of_its_own_for_large_models_alone(monkeypatch):
+    made = prefixes(monkeypatch)
+    tokens, d = draw(1, 24)
+    grid = clm.durations.scale(d, np.linspace(0, 2, 5), (11, 15))
+    clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid)
+    assert not made
+
+
 # --- Many prompts ----------------------------------------------------------------------------
 
 

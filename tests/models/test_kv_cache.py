@@ -241,3 +241,60 @@ def test_the_axes_of_a_cache_are_named(lm):
     sizes = lm.config.sizes | {"B": 5, "S": 7}
     for array, axes in zip(cache, kv_cache.AXES, strict=True):
         assert array.shape == tuple(sizes[axis] for axis in axes.split())
+
+
+# --- Prefixes, which are only read --------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def after_prefix(model, params, tokens, d, cut, at, of):
+    """The answer from a prefix of `cut` tokens and the rest."""
+    before = {name: x[:cut] if x.ndim else x for name, x in of.items()}
+    begun = {"tokens": tokens[:cut], "durations": d[:cut], **before}
+    prefix = model.apply({"params": params}, method="remember", **begun)
+    rest = {name: x[cut:] for name, x in of.items() if x.ndim}
+    rest |= {"tokens": tokens[cut:], "durations": d[cut:]}
+    return model.apply({"params": params}, prefix=prefix, at=at, **rest)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # windows and caps; learned positions
+def test_what_follows_a_prefix_is_as_in_one_call(family):
+    lm = random_lm(family)
+    tokens, d = draw(lm, N)
+    for of in ({"start": jnp.array(1.5)}, {"times": clm.durations.end_times(1.3 * d, 0.4)}):
+        whole = lm(tokens, durations=d, **of)
+        for at in (N - 1, 8):
+            found = after_prefix(lm.model, lm.params, tokens, d, 6, at - 6, of)
+            assert_close(found, whole[at])
+
+
+@pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_reach_through_a_prefix(remat):
+    with jax.enable_x64(True):
+        lm = random_lm("llama", jnp.float64)
+        tokens, d = draw(lm, N)
+        d = d.astype(jnp.float64)
+
+        def grad(answer):
+            return jax.jit(jax.grad(lambda d: answer(d)[3]))(d)
+
+        one = grad(lambda d: lm.model.apply({"params": lm.params}, tokens, durations=d, at=-1))
+        model = lm.model.clone(remat=remat)
+        two = grad(lambda d: after_prefix(model, lm.params, tokens, d, 6, -1, {}))
+        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
+
+
+def test_a_prefix_that_does_not_fit_is_refused(lm):
+    tokens, d = draw(lm, N)
+    apply = functools.partial(lm.model.apply, {"params": lm.params})
+    prefix = apply(tokens[:6], durations=d[:6], method="remember")
+    with pytest.raises(clm.InputError, match="a prefix needs `at`"):
+        apply(tokens[6:], prefix=prefix)
+    with pytest.raises(clm.InputError, match="and no cache"):
+        apply(tokens[6:], prefix=prefix, at=-1, cache=kv_cache.empty(lm.config, 9))
+    other = random_lm("llama", num_hidden_layers=2)
+    with pytest.raises(clm.InputError, match="the prefix's keys have shape"):
+        other.model.apply({"params": other.params}, tokens[6:], prefix=prefix, at=-1)
+    two = jax.tree.map(lambda x: jnp.stack([x, x], 1 if x.ndim > 1 else 0), prefix)
+    with pytest.raises(clm.InputError, match=r"do not broadcast: \[3\] of durations, .*prefix"):
+        apply(tokens[6:], durations=jnp.ones((3, 7)), prefix=two, at=-1)
