@@ -116,6 +116,14 @@ embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seed
 	  --models=$(embedded)/0,$(embedded)/1,$(embedded)/2
 	cp $(embedded)/0/* models/bundled/apples/
 
+.PHONY: benchmark
+benchmark: $(VENV)/.has-peers ## How fast it is, beside PyTorch, transformers, faiss
+	$(python) -m continuous_lm.experiments.benchmark --output_dir=$(RESULTS)/benchmark
+
+.PHONY: growth
+growth: $(VENV)/.has-runtime ## What sweeps of 8B to 70B models cost, and which devices hold them
+	$(python) -m continuous_lm.experiments.growth --output_dir=$(RESULTS)/growth
+
 .PHONY: test
 test: $(VENV)/.has-test ## The fast tests
 	$(pytest) -m "not slow"

@@ -9,7 +9,10 @@ integrates any sampled signal. Adding log d to the logits is the same, but has n
 """
 
 import functools
+import importlib
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from continuous_lm import blocked, dense
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
 
-IMPLEMENTATIONS = ("auto", "dense", "blocked")
+IMPLEMENTATIONS = ("auto", "dense", "blocked", "cudnn", "splash", "pallas")
 DENSE = 256**2  # scores of a head, up to which the dense form is as fast
 
 
@@ -54,9 +57,22 @@ def attend(
         the weights if left out.
       first: index among the keys of the first query's token; S - T if left out, so that the queries
         are the last tokens.
-      implementation: "dense" holds [T, S] scores, in memory O(T S). "blocked" makes them block by
-        block, in memory O(T + S), to the same result within rounding; it has reverse-mode gradients
-        of first order alone. "auto" is dense for short sequences and single queries.
+      implementation: how it is computed, to the same result within rounding. All but "dense" take
+        memory O(T + S), and have reverse-mode gradients of first order alone.
+        "dense" holds [T, S] scores, in memory O(T S).
+        "blocked" makes scores block by block, on any device.
+        "cudnn" calls cuDNN, on NVIDIA GPUs: bfloat16, a query for every key, no soft-capping, no
+        window, heads up to 120 wide, or 248 from Hopper on (3 channels carry the weights, and
+        widths are multiples of 8). Weights below 1e-30 count as that.
+        "splash" calls JAX's kernel for TPUs: no window; `first` must be a number. Without
+        soft-capping, weights below 1e-30 count as that.
+        "pallas" is a kernel of ours that does all that "blocked" does, on GPUs and TPUs; on CPUs it
+        is interpreted, for tests. It is not measured yet, so it must be asked for.
+        "auto" is dense for short sequences and single queries. For others it is cudnn or, on a
+        machine with but one device, splash, if the program is compiled for a GPU or TPU that this
+        machine has, and they take the arguments; and blocked everywhere else.
+        On several TPUs "splash" and "pallas" must be called inside of `jax.shard_map`: the compiler
+        cannot spread them over devices.
       block: tokens in a block of the blocked form, at most; chosen by size if left out.
 
     Returns:
@@ -64,7 +80,7 @@ def attend(
       gives 0 (callers that know the weights refuse them).
 
     Raises:
-      InputError: if shapes do not fit, or the implementation is not known.
+      InputError: if shapes do not fit, the implementation is not known, or does not take them.
     """
     _check(q, k, v, weights, steps, implementation, block)
     *_, num_queries, num_heads, width = q.shape
@@ -75,27 +91,62 @@ def attend(
     if window is not None:
         steps = weights if steps is None else steps.astype(dtype)
         clock = time.clock(jax.lax.stop_gradient(steps))
-    if implementation == "auto":
-        small = num_queries == 1 or num_queries * num_keys <= DENSE
-        implementation = "dense" if small else "blocked"
     q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, width)
-    attend_in_form = (
-        dense.attend
-        if implementation == "dense"
-        else functools.partial(blocked.attend, block=block)
-    )
-    y = attend_in_form(
-        q_grouped,
-        k,
-        v,
-        weights,
-        scale=1.0 / math.sqrt(width) if scale is None else scale,
-        softcap=softcap,
-        window=window,
-        clock=clock,
-        first=num_keys - num_queries if first is None else first,
-    )
+    arrays = q_grouped, k, v, weights
+    options: dict[str, Any] = {
+        "scale": 1.0 / math.sqrt(width) if scale is None else scale,
+        "softcap": softcap,
+        "window": window,
+        "clock": clock,
+        "first": num_keys - num_queries if first is None else first,
+    }
+    in_blocks = functools.partial(blocked.attend, block=block)
+    if implementation == "auto" and (num_queries == 1 or num_queries * num_keys <= DENSE):
+        implementation = "dense"
+    match implementation:
+        case "dense":
+            y = dense.attend(*arrays, **options)
+        case "blocked":
+            y = in_blocks(*arrays, **options)
+        case "auto":
+            y = _on_its_platform(in_blocks, arrays, options)
+        case _:
+            kernel = _module(implementation)
+            if reason := kernel.refusal(*arrays, **options):
+                raise InputError(
+                    f"implementation {implementation!r} is not possible: {reason};"
+                    " take 'blocked', or 'auto', which finds one that is"
+                )
+            y = kernel.attend(*arrays, **options)
     return y.reshape(*y.shape[:-3], num_heads, width).astype(q.dtype)
+
+
+def _module(kernel: str) -> Any:
+    """The module of a kernel, imported when it is wanted: Pallas takes its time."""
+    return importlib.import_module(f"continuous_lm.{kernel}")
+
+
+def _on_its_platform(
+    otherwise: Callable[..., jax.Array], arrays: Sequence[jax.Array], options: Mapping[str, Any]
+) -> jax.Array:
+    """What the kernel of the platform that the program is compiled for gives, if there is one."""
+    kernels = {"cuda": "cudnn"}
+    if jax.default_backend() == "tpu" and jax.device_count() == 1:
+        kernels["tpu"] = "splash"  # not on several: the compiler cannot spread it over devices
+    branches = {
+        platform: functools.partial(_module(kernel).attend, **options)
+        for platform, kernel in kernels.items()
+        if _module(kernel).refusal(*arrays, **options) is None
+    }
+    otherwise = functools.partial(otherwise, **options)
+    if not branches:
+        return otherwise(*arrays)
+
+    def alike(attend):
+        return lambda *arrays: attend(*arrays).astype(arrays[0].dtype)
+
+    branches = {platform: alike(attend) for platform, attend in branches.items()}
+    return jax.lax.platform_dependent(*arrays, **branches, default=alike(otherwise))
 
 
 def _check(q, k, v, weights, steps, implementation, block) -> None:

@@ -15,9 +15,12 @@ number of leading batch axes.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 # Which mesh axis shards which letter. What is not here is replicated.
 RULES: Mapping[str, str] = {
@@ -50,6 +53,44 @@ def sharding(
     # Axes of type Auto, whatever jax.make_mesh chose: the compiler spreads the computation.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(*map(place, axes, shape)))
+
+
+def placed(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
+    """The array where its letters say; inside jit, where the compiler is to put it.
+
+    Args:
+      mesh: None: where it is.
+      array: in every process the same, or one that lies on the mesh.
+      axes: its letters, as in "B T D"; "-" is an axis that is not spread.
+    """
+    if mesh is None:
+        return array
+    where = sharding(mesh, split(axes), np.shape(array))
+    if isinstance(array, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(array, where)
+    if jax.process_count() == 1 or not getattr(array, "is_fully_addressable", True):
+        return jax.device_put(array, where)
+    host = np.asarray(array)  # each process has it all, and hands on its part
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+def placed_tree(mesh: Mesh | None, tree: Any, declared: Any) -> Any:
+    """Parameters where their declarations say; those that are not declared stay where they are.
+
+    Args:
+      mesh: None: where they are.
+      tree: of arrays.
+      declared: the same tree as the modules declare it, `jax.eval_shape(module.init, ...)`: leaves
+        have the `names` of their axes.
+    """
+    boxes = jax.tree.leaves_with_path(declared, is_leaf=lambda x: hasattr(x, "names"))
+    names = {jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes}
+
+    def place(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        return placed(mesh, leaf, names[name]) if name in names else leaf
+
+    return jax.tree.map_with_path(place, tree)
 
 
 def mesh_of(array: jax.Array) -> Mesh | None:

@@ -65,27 +65,34 @@ def attend(
             raise InputError(
                 f"{name} is traced; the blocked form needs a number, so make it static"
             )
-    batch = jnp.broadcast_shapes(q.shape[:-4], k.shape[:-3], v.shape[:-3], weights.shape[:-1])
+    num_queries, heads = q.shape[-4], q.shape[-3:]
+    batch, (q, k, v, weights, *times) = in_one_batch(q, k, v, weights, *(clock or ()))
+    block = block or _block(math.prod((len(q), *heads[:2])))
+    options = Options(scale, softcap, _even(num_queries, block), _even(k.shape[1], block))
+    if clock is not None:
+        ticks, rest, tick = times
+        ticks, rest = (padded(x, options.keys, "edge") for x in (ticks, rest))
+        clock = time.Clock(ticks, rest, tick)
+    seen = Seen(jnp.asarray(first), clock, None if window is None else jnp.asarray(window))
+    q = padded(q, options.queries)
+    k, v, weights = (padded(x, options.keys) for x in (k, v, weights))
+    y = _attend(options, q, k, v, weights, seen)
+    return y[:, :num_queries].reshape(*batch, num_queries, *heads)
+
+
+def in_one_batch(
+    q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array
+) -> tuple[tuple[int, ...], list[jax.Array]]:
+    """The leading axes of q, k, v and others [..., S], and each with one axis B in their place."""
+    ranks = [4, 3, 3, *(1 for _ in others)]
+    arrays = list(zip((q, k, v, *others), ranks, strict=True))
+    batch = jnp.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in arrays))
 
     def flat(x: jax.Array, rank: int) -> jax.Array:
-        """With the leading axes as one axis B."""
         inner = x.shape[x.ndim - rank :]
         return jnp.broadcast_to(x, (*batch, *inner)).reshape(math.prod(batch), *inner)
 
-    block = block or _block(math.prod(batch) * math.prod(q.shape[-3:-1]))
-    options = Options(scale, softcap, _even(q.shape[-4], block), _even(k.shape[-3], block))
-    if clock is not None:
-        ticks, rest = (_padded(flat(x, 1), options.keys, "edge") for x in clock[:2])
-        clock = time.Clock(ticks, rest, flat(clock.tick, 1))
-    seen = Seen(jnp.asarray(first), clock, None if window is None else jnp.asarray(window))
-    y = _attend(
-        options,
-        _padded(flat(q, 4), options.queries),
-        *(_padded(flat(x, 3), options.keys) for x in (k, v)),
-        _padded(flat(weights, 1), options.keys),
-        seen,
-    )
-    return y[:, : q.shape[-4]].reshape(*batch, *q.shape[-4:])
+    return batch, [flat(x, rank) for x, rank in arrays]
 
 
 def _block(rows: int) -> int:
@@ -98,7 +105,7 @@ def _even(length: int, block: int) -> int:
     return math.ceil(length / math.ceil(length / block))
 
 
-def _padded(x: jax.Array, block: int, mode: str = "constant") -> jax.Array:
+def padded(x: jax.Array, block: int, mode: str = "constant") -> jax.Array:
     """x [B, T, ...] with T filled up to whole blocks. As last keys, nobody sees what is added."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
@@ -113,7 +120,7 @@ def _put(x: jax.Array, part: jax.Array, i: jax.Array, block: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * block, axis=1)
 
 
-def _reachable(seen: Seen, options: Options, num_queries: int, num_keys: int) -> jax.Array:
+def reachable_blocks(seen: Seen, options: Options, num_queries: int, num_keys: int) -> jax.Array:
     """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
     i, j = (jnp.arange(n) for n in (num_queries // options.queries, num_keys // options.keys))
     last_query = seen.first + (i[:, None] + 1) * options.queries - 1
@@ -130,7 +137,7 @@ def _reachable(seen: Seen, options: Options, num_queries: int, num_keys: int) ->
     return causal & jnp.any(near, axis=0)
 
 
-def _bounds(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
+def bounds(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first true entry of each row, and the one after its last: int [rows] each."""
     size = reachable.shape[1]
     index = jnp.arange(size, dtype=jnp.int32)
@@ -157,7 +164,7 @@ def _forward(options: Options, q, k, v, d, seen: Seen) -> tuple[jax.Array, ...]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
     (num_batch, num_queries, num_kv_heads, num_groups, width), num_keys = q.shape, k.shape[1]
     dtype, (_, log_d) = d.dtype, dense.log(d)
-    begin, end = _bounds(_reachable(seen, options, num_queries, num_keys))
+    begin, end = bounds(reachable_blocks(seen, options, num_queries, num_keys))
     rows = (num_batch, num_kv_heads, options.queries, num_groups)
 
     def add_keys(i, q_i, j, state):
@@ -193,7 +200,7 @@ def _backward(options: Options, residuals, dy):
     q, k, v, d, seen, y, peak, total = residuals
     dtype, (present, _) = d.dtype, dense.log(d)
     num_queries, num_keys = q.shape[1], k.shape[1]
-    begin, end = _bounds(_reachable(seen, options, num_queries, num_keys).T)
+    begin, end = bounds(reachable_blocks(seen, options, num_queries, num_keys).T)
     inner = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
     dy = dy.astype(v.dtype)
 

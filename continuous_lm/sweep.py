@@ -28,6 +28,7 @@ _RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
 # Operations that a prefix has to save before it is computed apart, which is one more program to
 # compile.
 WORTH = 1e10
+COARSE = 16  # lengths of many prompts, and of prefixes, are rounded up to multiples of it
 
 
 class HasModel(Protocol):
@@ -138,7 +139,7 @@ def plan(lm: HasModel, sweeps: Sequence[Sweep], batch_size: int = 32) -> list[tu
     """
 
     def alike(swept: Sweep) -> tuple:
-        length = _bucket(swept.num_tokens)
+        length = _bucket(swept.num_tokens, COARSE)
         return swept.num_points, length, lm.config.at_length(swept.num_tokens)
 
     sets: list[list[int]] = []
@@ -223,9 +224,9 @@ def _shared(arrays: Mapping[str, np.ndarray], most: int) -> int:
     return most
 
 
-def _bucket(length: int) -> int:
-    """The length rounded up, by an eighth at most: to multiples of 8, 16, 32, ... tokens."""
-    step = max(8, 2 ** (max(length - 1, 1).bit_length() - 3))
+def _bucket(length: int, least: int) -> int:
+    """The length rounded up to a multiple of `least`, and of more as it grows: by an eighth."""
+    step = max(least, 2 ** (max(length - 1, 8).bit_length() - 4))
     return math.ceil(length / step) * step
 
 
@@ -250,13 +251,14 @@ def _batches(
         mesh = Mesh(mesh.devices, mesh.axis_names)  # axes of type Auto, as of the parameters
     arguments: dict[str, Any] = {}
     if all(cuts):
-        before = _stacked(prompts, [(0, cut) for cut in cuts])
+        before = _stacked(prompts, [(0, cut) for cut in cuts], COARSE)
         before = {name: array[:, :1] for name, array in before.items()}
         arguments["prefix"] = _remember(model, lm.params, before)
     else:
         cuts = [0] * len(prompts)
     ends = [int(p.at.max()) + 1 for p in prompts]
-    rest = _stacked(prompts, list(zip(cuts, ends, strict=True)))
+    fine = 1 if len(prompts) == 1 else COARSE
+    rest = _stacked(prompts, list(zip(cuts, ends, strict=True)), fine)
     if any(cuts):
         rest.pop("start", None)  # the prefix says when it ends
     rest["at"] = np.stack([p.at - cut for p, cut in zip(prompts, cuts, strict=True)])
@@ -293,9 +295,11 @@ def _at_once(width: int, spread: int) -> int:
     return max(1, spread * tokens // width)
 
 
-def _stacked(prompts: Sequence[_Points], parts: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+def _stacked(
+    prompts: Sequence[_Points], parts: Sequence[tuple[int, int]], least: int
+) -> dict[str, np.ndarray]:
     """Tokens `begin` to `end` of each prompt, filled up to one length: [B, P or 1, ...]."""
-    width = _bucket(max(end - begin for begin, end in parts))
+    width = _bucket(max(end - begin for begin, end in parts), least)
     stacked = {}
     for name in prompts[0].arguments:
         arrays = [p.arguments[name] for p in prompts]

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm import attribution
+from continuous_lm import attribution, devices
 from continuous_lm.experiments import plots, pretrained, program, reading
 from continuous_lm.files import write_json, written_aside
 
@@ -77,6 +77,8 @@ def main() -> None:
     title = f"{read.answer!r}: log probability {exact.base:.2f} to {exact.end:.2f}"
     heat = plots.heat_maps(read.pieces, read.gaps, rows, title=title)
     curves = plots.deletion_curves({name: d.values for name, d in deletions.items()})
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         plots.save(heat, aside, "attribution")
         plots.save(curves, aside, "deletion")
@@ -119,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

@@ -11,6 +11,7 @@ learned their truth tables by heart.
 import itertools
 
 import continuous_lm as clm
+from continuous_lm import devices
 from continuous_lm.experiments import curves, plots, pretrained, program, single, trials
 from continuous_lm.files import write_json, written_aside
 
@@ -41,6 +42,8 @@ def main() -> None:
     cells = made(lm, tokenizer, single.points(0.0), single.path())
     results = single.run_all(lm, cells, answers)
     figure = plots.grid(results, xlabel="from the first operator (0) to the second (1)")
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         plots.save(figure, aside, "boolean")
         sweeps = [
@@ -61,4 +64,4 @@ def _path(result: curves.Curves) -> str:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True, pmaps=True)

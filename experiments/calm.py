@@ -1,5 +1,6 @@
 """What the calm_* programs share: the trunk's shape, training a density model, reading one."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -9,13 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from continuous_lm import losses
+from continuous_lm import axes as axes_lib
+from continuous_lm import devices, losses
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import batches, training
 from continuous_lm.files import as_path, read_json
 from continuous_lm.models import autoencoder, density
 from continuous_lm.models import calm as next_vector
+from continuous_lm.models import next_vector as next_vector_model
 from continuous_lm.models.calm import NextVectorLM
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import DensityLM
@@ -130,14 +134,41 @@ def train(
     return DensityLM(model, params, lm.tokenizer, lm.notes)
 
 
+def on_mesh(lm: Any, mesh: Mesh | None) -> Any:
+    """A density or next-vector model or an autoencoder, with its parameters on a mesh."""
+    key = jax.random.key(0)
+    match lm:
+        case DensityLM():
+            given = density.stand_in(lm.model)
+            declared = jax.eval_shape(lambda: lm.model.init(key, **given))
+        case NextVectorLM():
+            declared = jax.eval_shape(lm.model.init, key, next_vector_model.stand_in(lm.model))
+        case _:
+            chunk = np.zeros(lm.config.chunk_size, np.int32)
+            declared = jax.eval_shape(lm.model.init, key, chunk)
+    params = axes_lib.placed_tree(mesh, lm.params, declared["params"])
+    return dataclasses.replace(lm, params=params)
+
+
+def save(write: Callable[[Any, Any], None], folder: str | os.PathLike, lm: Any) -> None:
+    """`write(folder, lm)` by process 0, which gets all of the parameters first."""
+    if jax.process_count() > 1:
+        lm = dataclasses.replace(lm, params=devices.fetch(lm.params))
+    if devices.is_first():
+        write(folder, lm)
+
+
 def load_any(
-    folder: str | os.PathLike, codec: str | os.PathLike | None = None
+    folder: str | os.PathLike,
+    codec: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
 ) -> DensityLM | NextVectorLM:
     """The density or next-vector model in a folder, with a tokenizer.
 
     Args:
       folder: of the model.
       codec: of the autoencoder, of a next-vector model that does not hold its own.
+      mesh: on which its parameters are to lie.
     """
     path = as_path(folder)
     if not (path / "config.json").is_file():
@@ -148,19 +179,21 @@ def load_any(
     if not next_vector.is_config(fields):
         if codec is not None:
             raise InputError(f"--codec: {folder} is a density model; leave it out")
-        return load(folder)
-    lm = next_vector.load(folder, codec)
+        return load(folder, mesh=mesh)
+    lm = next_vector.load(folder, codec, mesh=mesh)
     if lm.tokenizer is None:
         raise InputError(f"{folder} has no tokenizer.json, which this program needs")
     return lm
 
 
-def load(folder: str | os.PathLike, *, reads: str = "tokens") -> DensityLM:
+def load(
+    folder: str | os.PathLike, *, reads: str = "tokens", mesh: Mesh | None = None
+) -> DensityLM:
     """The density model in a folder, that a program can go on with."""
     folder = as_path(folder)
     if not pathlib.Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder; calm_train writes one")
-    lm = density.load(folder)
+    lm = density.load(folder, mesh=mesh)
     if lm.model.reads != reads:
         raise InputError(f"{folder} holds a model that reads {lm.model.reads}, not {reads}")
     if reads == "tokens" and lm.tokenizer is None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from continuous_lm import devices
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments import calm, corpus, judging, next_vector, plots, program
 from continuous_lm.files import write_json, written_aside
@@ -55,7 +56,7 @@ def main() -> None:
         label = pathlib.PurePath(name).name
         if label in results:
             raise InputError(f"--models: two folders are called {label}; rename one")
-        lm = calm.load_any(name, _CODEC.value)
+        lm = calm.load_any(name, _CODEC.value, program.mesh())
         with about(name):
             data = corpus.read(lm.tokenizer)
             tokens = data.held_out if tokens is None else tokens
@@ -75,6 +76,8 @@ def main() -> None:
     made = judging.tables_of(densities) if densities else []
     made += next_vector.tables_of(results)
     learning = next_vector.curves({pathlib.PurePath(n).name: n for n in _MODELS.value})
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         if learning is not None:
             plots.save(learning, aside, "curves")
@@ -87,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

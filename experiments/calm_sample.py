@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from matplotlib.figure import Figure
 
-from continuous_lm import quantize
+from continuous_lm import devices, quantize
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments import calm, next_vector, plots, program, tables, text
 from continuous_lm.files import write_json, written_aside
@@ -188,15 +188,17 @@ def main() -> None:
     """Texts, shares, a figure."""
     folder = program.output_dir("calm_sample")
     values = strengths()
-    lm = calm.load_any(_MODEL.value, _CODEC.value)
+    lm = calm.load_any(_MODEL.value, _CODEC.value, program.mesh())
     wrong = _OF_DENSITIES if isinstance(lm, NextVectorLM) else _OF_NEXT_VECTORS
     for name in wrong:
         if flags.FLAGS[name].present:
             kind = "next-vector" if isinstance(lm, NextVectorLM) else "density"
             raise InputError(f"--{name} is not for a {kind} model; leave it out")
     if isinstance(lm, NextVectorLM):
+        found = of_next_vectors(lm)
+        if not devices.is_first():
+            return
         with written_aside(folder) as aside:
-            found = of_next_vectors(lm)
             write_json(aside / "calm_sample.json", {"run": program.record(), **found})
         print(f"\n{folder}/calm_sample.json")
         return
@@ -220,6 +222,8 @@ def main() -> None:
         temperature=0.7 if _TEMPERATURE.value is None else _TEMPERATURE.value,
         quantize=_QUANTIZE.value,
     )
+    if not devices.is_first():
+        return
     for result in results:
         result["texts"] = [tokenizer.decode(row) for row in result["tokens"]]
         told = f" strength {result['strength']:g}, {result['share']['value']:.1%} near" * bool(
@@ -242,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

@@ -26,6 +26,7 @@ import jax
 from absl import flags
 
 import continuous_lm as clm
+from continuous_lm import devices
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments import calm, corpus, next_vector, program, text
 from continuous_lm.files import write_json, written_aside
@@ -145,7 +146,7 @@ def new_density(kind: str, key: jax.Array) -> tuple[density.DensityLM, corpus.Co
     if speaks and _TRUNK.value is None:
         settings = {"tied": True} | settings  # so that the folder is an ordinary language model too
     if _TRUNK.value is not None:
-        lm = clm.load(_TRUNK.value, dtype="float32")
+        lm = clm.load(_TRUNK.value, dtype="float32", mesh=program.mesh())
         if lm.tokenizer is None:
             raise InputError(f"--trunk: {_TRUNK.value} has no tokenizer.json")
         data = corpus.read(lm.tokenizer)
@@ -178,7 +179,7 @@ def train_density(folder: pathlib.Path, key: jax.Array, options: dict[str, Any])
     text.check_tokenizer(data.tokenizer, lm.config.vocab_size, str(_TRUNK.value or _ROWS_OF.value))
     model = {"reads": lm.model.reads, "table": lm.model.table, "contrast": lm.model.contrast}
     lm = calm.train(
-        lm,
+        calm.on_mesh(lm, program.mesh()),
         data.train,
         data.held_out,
         length=_LENGTH.value,
@@ -187,7 +188,7 @@ def train_density(folder: pathlib.Path, key: jax.Array, options: dict[str, Any])
         label=kind,
         **options,
     )
-    density.save(folder, lm)
+    calm.save(density.save, folder, lm)
     return data.source
 
 
@@ -211,14 +212,14 @@ def train_autoencoder(
             **settings,
         )
     codec = next_vector.train_codec(
-        codec,
+        calm.on_mesh(codec, program.mesh()),
         data.train,
         data.held_out,
         settings={"data": data.source},
         label="autoencoder",
         **options,
     )
-    autoencoder.save(folder, codec)
+    calm.save(autoencoder.save, folder, codec)
     return data.source
 
 
@@ -239,7 +240,7 @@ def train_calm(folder: pathlib.Path, key: jax.Array, options: dict[str, Any]) ->
         key, trunk_config(codec.config.vocab_size), codec, head, num_targets=next_vector.TARGETS
     )
     lm = next_vector.train(
-        lm,
+        calm.on_mesh(lm, program.mesh()),
         data.train,
         data.held_out,
         length=_LENGTH.value,
@@ -247,7 +248,7 @@ def train_calm(folder: pathlib.Path, key: jax.Array, options: dict[str, Any]) ->
         label=head_kind(),
         **options,
     )
-    calm_models.save(folder, lm)
+    calm.save(calm_models.save, folder, lm)
     return data.source
 
 
@@ -267,12 +268,15 @@ def main() -> None:
         "compute_dtype": None if _COMPUTE.value == "float32" else _COMPUTE.value,
         "save_every": _SAVE_EVERY.value,
         "seed": _SEED.value,
+        "pmap": program.pmap(),
     }
     source = stages.get(_STAGE.value, train_density)(folder, jax.random.key(_SEED.value), options)
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         write_json(aside / "calm_train.json", {"run": program.record(), "data": source})
     print(f"{folder}: for calm_sample, calm_eval, quantization_ablation")
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True, pmaps=True)

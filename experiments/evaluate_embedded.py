@@ -19,6 +19,7 @@ import tokenizers
 from absl import flags
 
 import continuous_lm as clm
+from continuous_lm import devices
 from continuous_lm.errors import about
 from continuous_lm.experiments import program, prompts
 from continuous_lm.files import write_json, written_aside
@@ -204,7 +205,7 @@ def main() -> None:
     models = _MODELS.value
     results, missed = {}, []
     for name in models:
-        lm = clm.load(name, dtype=jnp.float32)
+        lm = clm.load(name, dtype=jnp.float32, mesh=program.mesh())
         with about(name):
             accuracies, sweeps = evaluate(lm, _PROMPTS.value)
         print(f"\n{name}\n\n{table(accuracies, sweeps)}", flush=True)
@@ -217,6 +218,8 @@ def main() -> None:
                 for s in sweeps
             ],
         }
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         write_json(
             aside / "evaluate_embedded.json",
@@ -234,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

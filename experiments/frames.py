@@ -36,7 +36,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from continuous_lm import quantize
+from continuous_lm import devices, quantize
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import batches, calm, listening, plots, program, sound, text
 from continuous_lm.files import write_json, written_aside
@@ -109,7 +109,7 @@ def train(
     }
     for name, listener in listeners.items():
         lm = calm.train(
-            listener.lm,
+            calm.on_mesh(listener.lm, program.mesh()),
             listener.heard(data.frames),
             listener.heard(held_out.frames),
             folder=folder / f"run_{name}",
@@ -121,7 +121,7 @@ def train(
             settings={**settings, "head": heads.to_dict(listener.lm.model.head)},
             label=name,
         )
-        density.save(folder / name, lm)
+        calm.save(density.save, folder / name, lm)
         listeners[name] = dataclasses.replace(listener, lm=lm)
     return listeners
 
@@ -257,6 +257,8 @@ def main() -> None:
             results["durations"], 1000 * analysis.seconds_per_frame
         ),
     }
+    if not devices.is_first():
+        return
     pause = np.zeros(round(0.3 * rate))
     with written_aside(folder) as aside:
         for name, figure in figures.items():
@@ -273,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

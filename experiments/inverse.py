@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm import inverse
+from continuous_lm import devices, inverse
 from continuous_lm.attribution import next_token
 from continuous_lm.experiments import plots, pretrained, program, reading
 from continuous_lm.files import write_json, written_aside
@@ -66,6 +66,8 @@ def main() -> None:
     figure = plots.durations_over_text(
         read.pieces, read.gaps, drawn or {"ordinary": np.ones(len(plain))}, title=title
     )
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         plots.save(figure, aside, "inverse")
         write_json(
@@ -99,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

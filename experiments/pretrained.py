@@ -7,6 +7,7 @@ import tokenizers
 from absl import flags
 
 import continuous_lm as clm
+from continuous_lm.experiments import program
 
 _MODEL = flags.DEFINE_string(
     "model",
@@ -37,6 +38,7 @@ def load() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
         dtype=None if dtype == "stored" else dtype,
         ignore_fields=_IGNORE.value,
         cache_dir=_CACHE_DIR.value,
+        mesh=program.mesh(),
     )
     if lm.tokenizer is None:
         raise clm.InputError(

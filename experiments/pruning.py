@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from continuous_lm import inverse
+from continuous_lm import devices, inverse
 from continuous_lm.attribution import log_probability
 from continuous_lm.experiments import plots, pretrained, program, reading
 from continuous_lm.files import write_json, written_aside
@@ -51,6 +51,8 @@ def main() -> None:
         f" {after:.3f}"
     )
     figure = plots.durations_over_text(read.pieces, read.gaps, {"pruned": d}, title=title)
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         plots.save(figure, aside, "pruning")
         write_json(
@@ -77,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

@@ -16,6 +16,7 @@ import pathlib
 
 from absl import flags
 
+from continuous_lm import devices
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import ablation, calm, corpus, program
 from continuous_lm.files import write_json, written_aside
@@ -49,7 +50,7 @@ def main() -> None:
     }
     results = []
     for name in _MODEL.value:
-        lm = calm.load_any(name, _CODEC.value)
+        lm = calm.load_any(name, _CODEC.value, program.mesh())
         data = corpus.read(lm.tokenizer)
         if isinstance(lm, NextVectorLM):
             if flags.FLAGS["candidates"].present:
@@ -62,6 +63,8 @@ def main() -> None:
         else:
             raise InputError(f"--model: {name} is a density model; give it alone")
     made = ablation.table_of(results)
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         values = {"run": program.record(), "data": data.source, "ways": results}
         write_json(aside / "quantization_ablation.json", values)
@@ -70,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

@@ -19,7 +19,7 @@ import tqdm
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm import attribution, inverse
+from continuous_lm import attribution, devices, inverse
 from continuous_lm.attribution import next_token
 from continuous_lm.experiments import (
     analysis,
@@ -292,8 +292,11 @@ def studied(
     tasks = datasets.made(name)[: _STUDIED.value]
     tracked = study.answers(name, tokenizer, pretrained.is_bundled())
     points = np.linspace(0, 1, 40) if name == "words" else single.points()
-    records = study.run(folder, lm, tokenizer, tasks, tracked, points, label=name)
+    records = study.run(
+        folder, lm, tokenizer, tasks, tracked, points, label=name, pmap=program.pmap()
+    )
     study.write(folder, name, pretrained.name(), records)
+    devices.wait_for_all("study")
     found = [analysis.read(folder)]
     numbers = analysis.analyse(found)
     figures = analysis.STUDIES[name].figures(numbers)
@@ -336,6 +339,8 @@ def main() -> None:
     made = list(sections(folder / "studies"))
     run = program.record()
     title = f"How continuous is {pretrained.name()}?"
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         for section in made:
             for name, figure in section.figures.items():
@@ -350,4 +355,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True, pmaps=True)

@@ -5,6 +5,9 @@ checkpoints/N/    parameters, optimiser state and data position after N steps; t
 metrics.jsonl     means over each dispatch: loss, what the loss reports, learning rate
 speed.jsonl       seconds of each dispatch; apart, as they differ from run to run
 tensorboard/      both for TensorBoard, if tensorboardX is installed
+
+Of several processes each writes the parts of arrays that its devices hold, and process 0 the rest.
+Where arrays lay is not kept: a run goes on on any mesh.
 """
 
 import contextlib
@@ -24,10 +27,10 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from flax import traverse_util
 
+from continuous_lm import devices
 from continuous_lm.errors import InputError
 from continuous_lm.files import (
     as_path,
@@ -85,7 +88,7 @@ def digest(named: Mapping[str, jax.Array]) -> str | None:
     digest = hashlib.sha256()
     for name, leaf in sorted(named.items()):
         digest.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(devices.fetch(leaf).tobytes())
     return digest.hexdigest() if named else None
 
 
@@ -94,8 +97,9 @@ def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     if not (folder / SETTINGS).exists():
         if (folder / CHECKPOINTS).exists():
             raise InputError(f"{folder} has checkpoints but no {SETTINGS}; choose another folder")
-        with written_aside(folder) as aside:
-            write_json(aside / SETTINGS, settings)
+        if devices.is_first():
+            with written_aside(folder) as aside:
+                write_json(aside / SETTINGS, settings)
         return
     old, new = (
         traverse_util.flatten_dict(values, sep="/", keep_empty_nodes=False)
@@ -154,13 +158,15 @@ def restore(folder: str | os.PathLike, params: Any) -> tuple[Any, int]:
 def save(folder: pathlib.Path, step: int, position: Any, trained: Any, state: Any) -> None:
     """Writes a checkpoint, whole or not at all, and removes those before the last two."""
     with _writing(folder), _silence():
-        with replaced_whole(folder / CHECKPOINTS / f"{step:08d}") as aside:
+        with _replaced_by_all(folder / CHECKPOINTS / f"{step:08d}") as aside:
             for name, arrays in (("params", trained), ("optimizer", _numbered(state))):
                 with _checkpointer() as checkpointer:
                     tree = traverse_util.unflatten_dict(arrays, sep="/")
                     checkpointer.save(aside / name, _orbax().args.PyTreeSave(tree))
-            write_json(aside / STATE, {"step": step, "position": position})
-        for _, path in checkpoints(folder)[:-_KEPT]:  # renamed first: a torn one has no number
+            if devices.is_first():
+                write_json(aside / STATE, {"step": step, "position": position})
+        old = checkpoints(folder)[:-_KEPT] if devices.is_first() else []
+        for _, path in old:  # renamed first: a torn one has no number
             aside = pathlib.Path(tempfile.mkdtemp(prefix=_ASIDE, dir=path.parent))
             os.rename(path, aside / path.name)
             shutil.rmtree(aside)
@@ -168,26 +174,36 @@ def save(folder: pathlib.Path, step: int, position: Any, trained: Any, state: An
 
 def resume(folder: pathlib.Path, trained: Any, state: Any, batches: Batches) -> Any:
     """Steps made, parameters and optimiser state of the last good checkpoint, or of the start."""
-    for path in [
-        *folder.glob(f"{_ASIDE}*"),
-        *folder.glob(f"{CHECKPOINTS}/{_ASIDE}*"),
-    ]:  # it was killed
+    aside = [*folder.glob(f"{_ASIDE}*"), *folder.glob(f"{CHECKPOINTS}/{_ASIDE}*")]
+    for path in aside if devices.is_first() else ():  # it was killed
         shutil.rmtree(path, ignore_errors=True)
-    found = checkpoints(folder)
-    for step, path in reversed(found):
+    # What process 0 sees counts for all.
+    found = devices.from_first([(step, path.name) for step, path in checkpoints(folder)])
+    for step, name in reversed(found):
+        path, why = folder / CHECKPOINTS / name, None
         try:
             position = read_json(path / STATE)["position"]
             new = _read(path / "params", trained)
             leaves = _read(path / "optimizer", _numbered(state))
         except Exception as error:  # whatever Orbax makes of torn files
-            line = " ".join(str(error).split())
-            logging.warning("%s cannot be read and is passed over: %.200s", path, line)
+            why = " ".join(str(error).split())
+        if devices.anywhere(why is not None):
+            logging.warning("%s cannot be read and is passed over: %.200s", path, why)
             continue
         batches.set_state(position)
         return step, new, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values()))
     if found:
         raise InputError(f"none of the checkpoints in {folder} can be read; choose another folder")
     return 0, trained, state
+
+
+@contextlib.contextmanager
+def _replaced_by_all(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """`replaced_whole` for all processes, which write together; process 0 renames."""
+    with replaced_whole(folder) if devices.is_first() else contextlib.nullcontext() as aside:
+        yield pathlib.Path(devices.from_first(str(aside)))
+        devices.wait_for_all("written")
+    devices.wait_for_all("renamed")
 
 
 def _numbered(tree: Any) -> dict[str, jax.Array]:
@@ -261,10 +277,15 @@ def _silence() -> Iterator[None]:
 
 
 class Log:
-    """The two JSONL files and TensorBoard's, cut back to the step from which a run goes on."""
+    """The two JSONL files and TensorBoard's, cut back to the step from which a run goes on.
+
+    Process 0 alone writes them.
+    """
 
     def __init__(self, folder: pathlib.Path, step: int):
-        self.folder = folder
+        self.folder, self.board = folder, None
+        if not devices.is_first():
+            return
         with _writing(folder):
             for name in (METRICS, SPEED):
                 _cut_back(folder / name, step)
@@ -280,6 +301,8 @@ class Log:
 
     def write(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """Adds what a dispatch gave."""
+        if not devices.is_first():
+            return
         with _writing(self.folder):
             for name, values in ((METRICS, metrics), (SPEED, speed)):
                 finite = {k: x if math.isfinite(x) else None for k, x in values.items()}

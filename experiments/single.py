@@ -10,6 +10,7 @@ import tqdm
 from absl import flags
 
 import continuous_lm as clm
+from continuous_lm import devices, parallel
 from continuous_lm.experiments import curves, plots, program
 from continuous_lm.experiments.trials import Trial
 from continuous_lm.files import write_json, written_aside
@@ -115,14 +116,33 @@ def run(
     lm: clm.LanguageModel, trial: Trial, answers: Mapping[str, Sequence[int]], label: str | None
 ) -> curves.Curves:
     """The sweep of one trial, with a progress bar if it has a label."""
-    probabilities = clm.sweep.probabilities(
-        lm,
-        list(answers.values()),
-        batch_size=_BATCH_SIZE.value,
-        progress=label,
-        **trial.sweep.arguments(),
-    )
+    groups = list(answers.values())
+    if program.pmap():
+        probabilities = parallel.pmap_sweep(lm, groups, devices=None, **trial.sweep.arguments())
+    else:
+        probabilities = clm.sweep.probabilities(
+            lm,
+            groups,
+            batch_size=_BATCH_SIZE.value,
+            progress=label if devices.is_first() else None,
+            **trial.sweep.arguments(),
+        )
     return curves.Curves(trial.points, tuple(answers), probabilities)
+
+
+def together(
+    lm: clm.LanguageModel,
+    groups: Sequence[Sequence[int]],
+    sweeps: Sequence[clm.sweep.Sweep],
+    batch_size: int,
+    pmap: bool,
+) -> list[np.ndarray]:
+    """The probabilities of a set of sweeps that `clm.sweep.plan` has made."""
+    if pmap:
+        return [
+            parallel.pmap_sweep(lm, groups, devices=None, **swept.arguments()) for swept in sweeps
+        ]
+    return clm.sweep.together(lm, groups, sweeps, batch_size)
 
 
 def run_all(
@@ -134,7 +154,7 @@ def run_all(
     found: dict[int, np.ndarray] = {}
     for indices in tqdm.tqdm(clm.sweep.plan(lm, sweeps, _BATCH_SIZE.value), unit="batch"):
         chosen = [sweeps[i] for i in indices]
-        rows = clm.sweep.together(lm, list(answers.values()), chosen, _BATCH_SIZE.value)
+        rows = together(lm, list(answers.values()), chosen, _BATCH_SIZE.value, program.pmap())
         found |= zip(indices, rows, strict=True)
     names = tuple(answers)
     return {
@@ -154,7 +174,9 @@ def write(
     point: str = "duration factor",
     marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Writes the figure and every number of a trial, and prints its table."""
+    """Writes the figure and every number of a trial, and prints its table; process 0 alone."""
+    if not devices.is_first():
+        return
     figure = plots.answer_curves(result, xlabel=xlabel, title=trial.prompt, marks=dict(marks or {}))
     spelled = {a: [_name(tokenizer, t) for t in ids] for a, ids in answers.items()}
     with written_aside(folder) as aside:

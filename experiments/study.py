@@ -28,6 +28,7 @@ import tqdm
 from absl import flags
 
 import continuous_lm as clm
+from continuous_lm import devices
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import (
     curves,
@@ -82,6 +83,7 @@ def run(
     label: str = "study",
     vary: str = "both",
     path: str = "linear",
+    pmap: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of all tasks in their order; those that `folder` has already are not run again.
 
@@ -99,18 +101,21 @@ def run(
     read = [t if isinstance(t, str) else t.tokens for t in made]
     about = [[t.prompt, dict(t.about), t.characters, t.phrases] for t in tasks]
     key = _key(lm, [about, read, dict(tracked), points.tolist(), batch_size, vary, path])
-    done = dict(_resume(folder / PARTIAL, key))
+    # What process 0 finds counts for all.
+    found_there = list(_resume(folder / PARTIAL, key)) if devices.is_first() else []
+    done = dict(devices.from_first(found_there))
     for indices in tqdm.tqdm(clm.sweep.plan(lm, sweeps, batch_size), desc=label, unit="batch"):
         numbers = [usable[i] for i in indices]
         if all(number in done for number in numbers):
             continue
         chosen = [sweeps[i] for i in indices]
-        found = clm.sweep.together(lm, list(tracked.values()), chosen, batch_size)
+        found = single.together(lm, list(tracked.values()), chosen, batch_size, pmap)
         new = {
             number: curves.Curves(points, tuple(tracked), rows).as_json()
             for number, rows in zip(numbers, found, strict=True)
         }
-        _append(folder / PARTIAL, [[number, values] for number, values in new.items()])
+        if devices.is_first():
+            _append(folder / PARTIAL, [[number, values] for number, values in new.items()])
         done |= new
     return [
         {"index": i, "prompt": task.prompt, "about": dict(task.about)}
@@ -123,7 +128,7 @@ def _key(lm: clm.LanguageModel, sweeps: list) -> str:
     """What must be the same for results to belong together: data, sweeps, device, and the model."""
     said = [sweeps, repr(lm.config), jax.__version__, jax.devices()[0].device_kind]
     marks = [
-        (p.shape, str(p.dtype), np.asarray(p.reshape(-1)[:4096]).tobytes().hex())
+        (p.shape, str(p.dtype), devices.fetch(p.reshape(-1)[:4096]).tobytes().hex())
         for p in jax.tree.leaves(lm.params)
     ]
     return hashlib.sha256(json.dumps([said, marks]).encode()).hexdigest()
@@ -184,7 +189,9 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 
 
 def write(folder: pathlib.Path, study: str, model: str, records: Sequence[Mapping]) -> None:
-    """study.json, whole; the partial ones go."""
+    """study.json, whole; the partial ones go. Process 0 alone writes."""
+    if not devices.is_first():
+        return
     with written_aside(folder) as aside:
         values = {"study": study, "model": model, "records": list(records)}
         write_json(aside / "study.json", values | {"run": program.record()})
@@ -209,8 +216,11 @@ def main() -> None:
         label=study,
         vary=single.vary(),
         path=single.path(),
+        pmap=program.pmap(),
     )
     write(folder, study, pretrained.name(), records)
+    if not devices.is_first():
+        return
     failed = [record for record in records if "failed" in record]
     print(f"{len(records)} prompts, of which {len(failed)} could not be run")
     for reason in sorted({record["failed"] for record in failed})[:5]:
@@ -219,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True, pmaps=True)

@@ -26,10 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import continuous_lm as clm
-from continuous_lm.experiments import program, prompts
+from continuous_lm import axes as axes_lib
+from continuous_lm import devices
+from continuous_lm.experiments import calm, program, prompts
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.transformer import Transformer
 
@@ -146,26 +149,41 @@ def train_steps(
 
 
 def train(
-    *, seed: int, steps: int, prompts_per_step: int = 48, learning_rate: float = 2e-3
+    *,
+    seed: int,
+    steps: int,
+    prompts_per_step: int = 48,
+    learning_rate: float = 2e-3,
+    mesh: Mesh | None = None,
 ) -> clm.LanguageModel:
     """Trains a model from scratch; the same arguments give the same one on the same machine."""
     tokenizer = prompts.tokenizer()
     shape = config(tokenizer.get_vocab_size())
     model = Transformer(shape)
     params = initialize(jax.random.key(seed), shape)
+    declared = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
+    params = axes_lib.placed_tree(mesh, params, declared)
     rate = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, min(WARM_UP, steps // 2), steps, end_value=0.03 * learning_rate
     )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
     )
-    state = optimizer.init(params)
+    state = jax.tree.map(
+        lambda leaf: leaf if leaf.ndim else axes_lib.placed(mesh, leaf, ""), optimizer.init(params)
+    )
     digits = jnp.array([tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS])
     groups = batches(np.random.default_rng(seed), tokenizer, steps, prompts_per_step)
     with tqdm(total=steps, unit="step", desc=f"seed {seed}", mininterval=1.0) as bar:
         for first in range(0, steps, DISPATCH):
             steps_now = slice(first, first + DISPATCH)
-            part = [(tokens[steps_now], lengths[steps_now]) for tokens, lengths in groups]
+            part = [
+                (
+                    axes_lib.placed(mesh, t[steps_now], "- B T"),
+                    axes_lib.placed(mesh, n[steps_now], "- B"),
+                )
+                for t, n in groups
+            ]
             params, state, watched = train_steps(
                 params, state, part, digits, model=model, optimizer=optimizer
             )
@@ -182,11 +200,14 @@ def main() -> None:
         steps=_STEPS.value,
         prompts_per_step=_PROMPTS.value,
         learning_rate=_LEARNING_RATE.value,
+        mesh=program.mesh(),
     )
     stored = jax.tree.map(lambda array: array.astype(jnp.bfloat16), lm.params)
-    clm.save(folder, dataclasses.replace(lm, params=stored))
+    calm.save(clm.save, folder, dataclasses.replace(lm, params=stored))
+    if not devices.is_first():
+        return
     print(f"{folder}/config.json, model.safetensors, tokenizer.json")
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, meshes=True)

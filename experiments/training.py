@@ -4,6 +4,9 @@ Steps are counted from 1 and made some at a time in one call of a jitted functio
 Dispatches end at multiples of their size and checkpoints are written where one ends, so a run that
 was stopped anywhere and started again makes the same calls with the same numbers: on the same
 machine and core count its parameters are the same bit by bit. `run_folder` has the files.
+
+Parameters that lie on a mesh stay where they lie, rows of batches are spread over its data axis,
+and the compiler does the rest. Every process draws the same batches and holds its part of them.
 """
 
 import functools
@@ -18,8 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from continuous_lm import axes as axes_lib
+from continuous_lm import devices
 from continuous_lm.errors import InputError
 from continuous_lm.experiments import run_folder
 from continuous_lm.files import (
@@ -53,6 +59,7 @@ def fit(
     dispatch: int = 10,
     save_every: int = 500,
     tokens_per_step: int | None = None,
+    pmap: bool = False,
     label: str = "training",
 ) -> Any:
     """Trains, or goes on with the run in `folder`, to its end.
@@ -83,6 +90,8 @@ def fit(
       dispatch: steps in one call.
       save_every: steps between checkpoints, which are written where a dispatch ends.
       tokens_per_step: for the speed, if given.
+      pmap: spread micro-batches over this process's devices by `jax.pmap`; `accumulate` must be a
+        multiple of their number. It is for those who know it: a mesh does more (see `parallel`).
       label: of the progress bar.
 
     Returns:
@@ -107,6 +116,14 @@ def fit(
     trained = {name: jnp.array(leaf) for name, leaf in named.items() if name not in fixed}
     if not trained:
         raise InputError("all parameters are frozen")
+    mesh = axes_lib.mesh_of(next(iter(trained.values())))
+    if pmap and mesh is not None:
+        raise InputError("pmap is for parameters that lie on no mesh")
+    if pmap and accumulate % jax.local_device_count():
+        raise InputError(
+            f"pmap spreads micro-batches over {jax.local_device_count()} devices: accumulate must"
+            f" be a multiple of that, not {accumulate}"
+        )
     said = dict(
         steps=steps,
         learning_rate=learning_rate,
@@ -134,7 +151,9 @@ def fit(
             mask={name: is_matrix(name, leaf) for name, leaf in trained.items()},
         ),
     )
-    state = optimizer.init(trained)
+    state = jax.tree.map(
+        lambda leaf: leaf if leaf.ndim else axes_lib.placed(mesh, leaf, ""), optimizer.init(trained)
+    )
     check_writable(folder)
     run_folder.check_settings(folder, said)
     step, *arrays = run_folder.resume(folder, trained, state, batches)
@@ -143,26 +162,36 @@ def fit(
 
     def draw(step):
         count = min(dispatch - step % dispatch, steps - step)
-        return _stacked([next(batches) for _ in range(count)], accumulate)
+        return _placed(mesh, _stacked([next(batches) for _ in range(count)], accumulate))
 
     whole = functools.partial(run_folder.rebuilt, params)
-    run = _dispatch(loss, optimizer, whole, compute_dtype)
+    places = None
+    if mesh is not None:
+        places = (*jax.tree.map(lambda leaf: leaf.sharding, (trained, state)), None)
+    run = _dispatch(loss, optimizer, whole, compute_dtype, places, pmap)
     key = jax.random.key(seed)
     with (
         run_folder.asked_to_stop() as asked,
         run_folder.Log(folder, step) as log,
-        tqdm(total=steps, initial=step, desc=label, unit="step", mininterval=1.0) as bar,
+        tqdm(
+            total=steps,
+            initial=step,
+            desc=label,
+            unit="step",
+            mininterval=1.0,
+            disable=not devices.is_first(),
+        ) as bar,
     ):
         began = time.perf_counter()
         part = draw(step) if step < steps else None
-        stopped = False
+        stopped = False  # one that is asked to stop stops all processes
         while step < steps and not stopped:
             made = jax.tree.leaves(part)[0].shape[0]
             trained, state, watched = run(trained, state, fixed, part, step, key)
             position = batches.get_state()
             step += made
             part = draw(step) if step < steps else None  # while the device computes
-            watched = {name: np.asarray(watched[name]) for name in ("loss", *watched)}
+            watched = {name: devices.fetch(watched[name]) for name in ("loss", *watched)}
             _check_finite(folder, watched, step - made)
             means = {name: float(np.mean(x, dtype=np.float64)) for name, x in watched.items()}
             seconds = time.perf_counter() - began
@@ -173,14 +202,14 @@ def fit(
             if due and evaluate is not None:
                 means |= {name: float(x) for name, x in evaluate(whole(trained | fixed)).items()}
             log.write(step, means | {"learning_rate": float(rate(step - 1))}, speed)
-            stopped = bool(asked)
+            stopped = devices.anywhere(bool(asked))
             if due or stopped:
                 run_folder.save(folder, step, position, trained, state)
             bar.set_postfix(loss=f"{means['loss']:.4g}", refresh=False)
             bar.update(made)
             began = time.perf_counter()
-    if asked:
-        signal.raise_signal(asked[0])
+    if stopped or asked:
+        signal.raise_signal(asked[0] if asked else signal.SIGTERM)
     return whole(trained | fixed)
 
 
@@ -217,25 +246,36 @@ def _stacked(batches: list[Any], accumulate: int) -> Any:
     return jax.tree.map(stack, *batches)
 
 
+def _placed(mesh: Mesh | None, batches: Any) -> Any:
+    """What `_stacked` makes, its rows over the mesh's data axis."""
+    return jax.tree.map(lambda x: axes_lib.placed(mesh, x, "- - B" + " -" * (x.ndim - 3)), batches)
+
+
 def _dispatch(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     whole: Callable[[Mapping[str, jax.Array]], Any],
     compute_dtype: Any,
+    places: Any = None,
+    pmap: bool = False,
 ) -> Callable:
-    """The jitted function that makes some steps.
+    """The compiled function that makes some steps.
 
-    It takes the trained parameters and the optimiser's state, both of them donated, the frozen
+    It takes the trained parameters and the optimiser's state (donated, but not by pmap), the frozen
     parameters, batches as `_stacked` makes them, the number of steps made before and the run's key.
+    What it returns lies in `places`, if they are given.
     """
+    axis = "devices" if pmap else None
 
     def cast(leaf):
         floating = compute_dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
         return leaf.astype(compute_dtype) if floating else leaf
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def run(trained, state, fixed, batches, before, key):
         num_steps, num_parts = jax.tree.leaves(batches)[0].shape[:2]
+        parts = jnp.arange(num_parts)
+        if axis is not None:
+            parts += num_parts * jax.lax.axis_index(axis)
 
         def objective(trained, batch, key):
             return loss(jax.tree.map(cast, whole(trained | fixed)), batch, key)
@@ -253,9 +293,11 @@ def _dispatch(
                 return jax.tree.map(jnp.add, total, grads), {**watched, "loss": value}
 
             zeros = jax.tree.map(jnp.zeros_like, trained)
-            total, watched = jax.lax.scan(add, zeros, (jnp.arange(num_parts), batch))
+            total, watched = jax.lax.scan(add, zeros, (parts, batch))
             grads = jax.tree.map(lambda leaf: leaf / num_parts, total)
             watched = jax.tree.map(lambda x: jnp.mean(x, axis=0), watched)
+            if axis is not None:
+                grads, watched = jax.lax.pmean((grads, watched), axis)
             watched["gradient_norm"] = jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in grads.values()))
             updates, state = optimizer.update(grads, state, trained)
             return (optax.apply_updates(trained, updates), state), watched
@@ -264,7 +306,18 @@ def _dispatch(
         (trained, state), watched = jax.lax.scan(step, (trained, state), (numbers, batches))
         return trained, state, watched
 
-    return run
+    if axis is None:
+        return jax.jit(run, donate_argnums=(0, 1), out_shardings=places)
+    in_axes = (None, None, None, 0, None, None)
+    mapped = jax.pmap(run, axis_name=axis, in_axes=in_axes, out_axes=None)
+
+    def spread(trained, state, fixed, batches, before, key):
+        """Each device's micro-batches in front."""
+        count = jax.local_device_count()
+        parts = jax.tree.map(lambda x: np.stack(np.split(x, count, axis=1)), batches)
+        return mapped(trained, state, fixed, parts, before, key)
+
+    return spread
 
 
 def _check_finite(folder: pathlib.Path, watched: Mapping[str, np.ndarray], before: int) -> None:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.typing import ArrayLike
 
 from continuous_lm.errors import InputError
@@ -31,6 +30,8 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.
     Raises:
       InputError: if shapes do not fit, smoothing is out of range, or, outside of jit, a label is.
     """
+    import optax  # late: it would be half of what importing the package costs
+
     if not 0 <= smoothing < 1:
         raise InputError(f"smoothing is {smoothing}; it must be from 0 to below 1")
     (wide,) = checks.floats(logits=(logits, "... V"))

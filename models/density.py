@@ -315,7 +315,7 @@ def create(
                     f"table has shape {list(np.shape(table))}; it must be {list(wanted)}"
                 )
             rows = standardised(jnp.asarray(table))
-    params = nn.unbox(jax.jit(model.init)(key, **_stand_in(model))["params"])
+    params = nn.unbox(jax.jit(model.init)(key, **stand_in(model))["params"])
     if rows is not None:
         params = params | {"table": rows}
     return DensityLM(model, params, tokenizer)
@@ -427,7 +427,7 @@ def _shape(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _stand_in(model: DensityModel) -> dict[str, Any]:
+def stand_in(model: DensityModel) -> dict[str, Any]:
     """The shortest input, to make parameters with."""
     if model.reads == "tokens":
         return {"tokens": np.zeros(2, np.int32)}
@@ -436,7 +436,7 @@ def _stand_in(model: DensityModel) -> dict[str, Any]:
 
 def _boxes(model: DensityModel) -> dict[str, nn.LogicallyPartitioned]:
     """Path -> shape and axes of the parameters above the trunk."""
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **_stand_in(model)))["params"]
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **stand_in(model)))["params"]
     flat = traverse_util.flatten_dict(
         tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
     )

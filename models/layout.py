@@ -5,11 +5,13 @@ reshaped and transposed without a copy *is* the parameter (`Stored.view`). Any p
 index away, and since the stored tensors are mapped files, a part is all that is read.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import flax.linen as nn
@@ -25,6 +27,7 @@ from continuous_lm.models.family import Family
 
 Index = tuple[slice, ...]
 Targets = Mapping[str, jax.ShapeDtypeStruct]
+PIECE = 2**24  # bytes that a thread copies at a time, about
 STACKS = ("L", "J", "I")  # axes that are one tensor for each index in a checkpoint
 
 
@@ -132,8 +135,7 @@ class Layout:
         layers = [self._view(path, tensors[named[n]]) for n in self._names(path)[index[0]]]
         parts = [layer[index[1:]] for layer in layers]
         stack = _aligned_empty((len(parts), *parts[0].shape), dtype)
-        for out, part in zip(stack, parts, strict=True):
-            np.copyto(out, part, casting="unsafe")
+        _copy(stack, parts)
         return stack if self._stacked(path) else stack[0]
 
     def _view(self, path: str, tensor: np.ndarray) -> np.ndarray:
@@ -226,6 +228,22 @@ def _place(target: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) ->
         return parts[key]
 
     return jax.make_array_from_callback(target.shape, target.sharding, once, dtype=target.dtype)
+
+
+def _copy(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+    """Copies and casts each part into its row of the stack, in pieces, one for each core at a time.
+
+    NumPy lets other threads run while it copies, and each of them waits for pages of its own.
+    """
+    pieces = [
+        (out[begin : begin + rows], part[begin : begin + rows])
+        for out, part in zip(stack, parts, strict=True)
+        for rows in [max(1, PIECE * len(part) // part.nbytes)]
+        for begin in range(0, len(part), rows)
+    ]
+    copy = functools.partial(np.copyto, casting="unsafe")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(copy, *zip(*pieces, strict=True)))
 
 
 def left_over(tensors: checkpoints.Tensors, name: str) -> InputError:

@@ -200,8 +200,7 @@ class Transformer(Layer):
     float32).
 
     Attributes:
-      implementation: of attention: "dense", "blocked", or "auto", by size; see
-        `continuous_lm.attention`.
+      implementation: of attention; see `continuous_lm.attention.attend`.
       remat: keeps each layer's input alone for the backward pass, and computes the rest anew.
     """
 

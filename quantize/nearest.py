@@ -1,7 +1,8 @@
 """Nearest neighbours in a codebook: which of E code vectors lie closest to a vector.
 
-The codebook is scanned in blocks, so that memory does not grow with it: N vectors take [N, block]
-scores at a time. Three metrics, each as a distance, smaller for what is nearer:
+A codebook of which N vectors take few scores is searched in one piece, where it lies. Others are
+scanned in blocks, so that memory does not grow with them: [N, block] scores and the block's codes.
+Three metrics, each as a distance, smaller for what is nearer:
 
     euclidean   |x - c|^2, squared, as faiss gives it
     cosine      1 - x.c / (|x| |c|), and 1 where x or c is zero
@@ -30,8 +31,11 @@ from continuous_lm.errors import InputError
 
 METRICS = ("euclidean", "cosine", "dot")
 BLOCK = 1024  # codes in a block: large enough to run at the speed of the matrix product
-# Blocks are multiples of it: what is left over beside the full tiles of a matrix product is summed
-# in another order, and there the score of a code would not be that of its double elsewhere.
+# With up to so many scores (64 MB) codes are not cut into blocks: a block is copied, which would
+# take longer than its product with few vectors.
+SCORES = 2**24
+# Codes are multiplied by multiples of it: what is left over beside the full tiles of a matrix
+# product is summed in another order, and its score would not be that of a double elsewhere.
 TILE = 16
 
 
@@ -88,7 +92,7 @@ def nearest(
     *,
     metric: str = "euclidean",
     norms: jax.Array | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> Neighbours:
     """The code nearest to each vector: `k_nearest` with k = 1, without the axis of k.
@@ -109,7 +113,7 @@ def k_nearest(
     *,
     metric: str = "euclidean",
     norms: jax.Array | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> Neighbours:
     """The k codes nearest to each vector, by exact search.
@@ -125,8 +129,8 @@ def k_nearest(
       k: how many, at most E.
       metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
       norms: `squared_norms(codes)`; computed if left out.
-      block: codes scored at once, rounded up to a multiple of 16. Memory is that of [N, block]
-        scores for N vectors.
+      block: codes scored at once, rounded up to a multiple of 16; memory is that of [N, block]
+        scores for N vectors. If left out, all codes where that is at most 2^24 scores, else 1024.
       sharding: how the codes lie on a mesh. It is known outside of jit; inside it must be given, or
         the compiler brings all codes to every device.
 
@@ -149,7 +153,7 @@ def k_nearest(
     norms = squared_norms(codes) if norms is None else norms
     _check_values(x, norms)
     rows = x.reshape(-1, x.shape[-1])
-    how = _How(int(k), metric, int(block))
+    how = _How(int(k), metric, None if block is None else int(block))
     mesh, entries = _entries(placed)
     if mesh is not None:
         found = _sharded(how, mesh, entries, rows, codes, norms)
@@ -163,7 +167,7 @@ class _How(NamedTuple):
 
     k: int
     metric: str
-    block: int
+    block: int | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -218,28 +222,26 @@ def _search(
     x, codes, norms = (lax.stop_gradient(a) for a in (x, codes, norms))
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, codes.dtype), jnp.float32)
     x, norms = x.astype(dtype), norms.astype(dtype)
-    k, metric, block = how
-    num_codes, block = len(codes), -(-min(block, len(codes)) // TILE) * TILE
-
-    def best_of(rows, row_norms, seen, indices):
-        """The best of a block, without what was `seen`."""
-        scores = _scores(metric, x, rows.astype(dtype), row_norms)
-        best, places = _largest(jnp.where(seen, -jnp.inf, scores), min(k, block))
-        return indices[places], best
-
-    if block >= num_codes:
-        indices, room = jnp.arange(block, dtype=jnp.int32), block - num_codes
-        rows, row_norms = jnp.pad(codes, [(0, room), (0, 0)]), jnp.pad(norms, (0, room))
-        return best_of(rows, row_norms, indices >= num_codes, indices)
+    k, metric, num_codes = how.k, how.metric, len(codes)
+    block = how.block
+    if block is None:  # codes of another dtype are cast, which is a copy, too
+        few = len(x) * num_codes <= SCORES and codes.dtype == dtype
+        block = num_codes if few else BLOCK
+    block = -(-block // TILE) * TILE
+    if num_codes <= block:
+        return _largest(_scores(metric, x, codes.astype(dtype), norms), k)
 
     def step(carry, first):
         begin = jnp.minimum(first, num_codes - block)  # the last block is as long as the others
         indices = begin + jnp.arange(block, dtype=jnp.int32)
         rows, row_norms = (lax.dynamic_slice_in_dim(a, begin, block) for a in (codes, norms))
-        found = best_of(rows, row_norms, indices < first, indices)
+        scores = _scores(metric, x, rows.astype(dtype), row_norms)
+        seen = indices < first
+        places, best = _largest(jnp.where(seen[:, None], -jnp.inf, scores), min(k, block))
         # What was found before stands first, so that it wins among equals.
+        found = indices[places], best
         indices, scores = (jnp.concatenate(pair, axis=1) for pair in zip(carry, found, strict=True))
-        scores, places = _largest(scores, k)
+        places, scores = _largest(scores.T, k)
         return (jnp.take_along_axis(indices, places, axis=1), scores), None
 
     nothing = jnp.zeros((len(x), k), jnp.int32), jnp.full((len(x), k), -jnp.inf, dtype)
@@ -248,21 +250,32 @@ def _search(
 
 
 def _scores(metric: str, x: jax.Array, codes: jax.Array, norms: jax.Array) -> jax.Array:
-    """Scores [N, block], larger for what is nearer, in the dtype of x."""
-    scores = jnp.einsum("nw,ew->ne", x, codes, precision=lax.Precision.HIGHEST)
+    """Scores [block, N], larger for what is nearer, in the dtype of x and the codes."""
+    scores = _products(codes, x)
+    if len(codes) % TILE:  # the last codes anew, as a full tile
+        last = codes[-TILE:]
+        full = jnp.pad(last, [(0, TILE - len(last)), (0, 0)])
+        scores = scores.at[-TILE:].set(_products(full, x)[: len(last)])
     if metric == "euclidean":
-        return scores - 0.5 * norms
-    return scores * _inverse_length(norms) if metric == "cosine" else scores
+        return scores - 0.5 * norms[:, None]
+    return scores * _inverse_length(norms)[:, None] if metric == "cosine" else scores
+
+
+def _products(codes: jax.Array, x: jax.Array) -> jax.Array:
+    """x.c [block, N]: with few vectors that is 1.5 times as fast on CPUs as [N, block]."""
+    return jnp.einsum("ew,nw->en", codes, x, precision=lax.Precision.HIGHEST)
 
 
 def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest [N, k] of scores [N, block] and their places; the first among equals."""
+    """Places and values [N, k] of the k largest of scores [block, N]; the first among equals."""
     if k > 1:
-        best, places = lax.top_k(scores, k)
-        return best, places
-    best = jnp.max(scores, axis=1, keepdims=True)
-    places = jnp.argmax(scores, axis=1, keepdims=True).astype(jnp.int32)
-    return best, places
+        best, places = lax.top_k(scores.T, k)
+        return places, best
+    best = jnp.max(scores, axis=0)
+    # In place of argmax, which CPUs do not vectorize; the first of all if they are not numbers.
+    places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
+    places = jnp.min(jnp.where(scores < best, len(scores), places), axis=0)
+    return places[:, None], best[:, None]
 
 
 def _distances(metric: str, x: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
@@ -322,7 +335,7 @@ def _check(x, codes, k, metric, norms, block) -> None:
     for name, array in {"x": x, "codes": codes}.items():
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise InputError(f"{name} has dtype {array.dtype}; it must hold real numbers")
-    for name, count in {"k": k, "block": block}.items():
+    for name, count in {"k": k, "block": BLOCK if block is None else block}.items():
         if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
             raise InputError(f"{name} is {count!r}; it must be a positive integer")
     if k > len(codes):

@@ -1,11 +1,13 @@
-"""Tiny checkpoint folders with random weights, made in milliseconds and without downloads, and
-programs in processes of their own.
+"""Tiny checkpoint folders with random weights, made in milliseconds and without downloads, a tiny
+next-vector model, and programs in processes of their own.
 
 Weights are far from zero, norms and biases too, so that logits are of order one and a mistake
 anywhere shows in them. `save_reference` makes the folder with transformers, `save` by hand.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -16,8 +18,16 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 (registers bfloat16 with numpy)
 import numpy as np
+
+from continuous_lm.models.autoencoder import AutoencoderConfig
+from continuous_lm.models.calm import NextVectorLM, NextVectorModel
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.implicit import EnergyHead, ImplicitHead
 
 STD = 0.15
 
@@ -279,6 +289,51 @@ def word_tokenizer(words: Iterable[str] | str):
     )
     made.add_special_tokens(["<unk>", "<bos>"])
     return made
+
+
+# --- A next-vector model ---------------------------------------------------------------------
+
+TRUNK = TransformerConfig(
+    vocab_size=11, hidden_size=8, mlp_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+)
+CODEC = AutoencoderConfig(
+    vocab_size=11,
+    hidden_size=8,
+    mlp_size=8,
+    encoder_layers=2,
+    decoder_layers=2,
+    latent_size=4,
+    chunk_size=3,
+)
+ENERGY = EnergyHead(width=4, hidden_size=8, depth=1, noise_size=5, num_samples=2)
+
+
+@functools.cache
+def next_vector(head: ImplicitHead = ENERGY, chunk_size: int = CODEC.chunk_size) -> NextVectorLM:
+    """A random next-vector model far from where it starts: a new head draws the same for all noise.
+
+    Many chunks are decoded, and hidden states and durations decide among them.
+    """
+    coded, rng = dataclasses.replace(CODEC, chunk_size=chunk_size), np.random.default_rng(0)
+    model = NextVectorModel(TRUNK, coded, head, num_targets=3)
+
+    def drawn(path, leaf):
+        name = path[-1].key
+        middle = float(name.endswith(("norm", "scale")) and name != "log_scale")
+        return jnp.asarray(middle + 0.5 * rng.normal(size=leaf.shape), jnp.float32)
+
+    first = np.zeros((1, chunk_size), np.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), first)["params"]
+    params = jax.tree_util.tree_map_with_path(drawn, nn.unbox(boxed))
+    codec, attention = params["autoencoder"], params["trunk"]["layers"]["attention"]
+    for part, names, factor in (
+        (codec, ("embedding", "latent", "expand"), 3.0),
+        (codec, ("latent_bias", "expand_bias"), 0.0),
+        (params["head"], ("last",), 3.0),
+        (attention, tuple(attention), 2.0),
+    ):
+        part |= {name: factor * part[name] for name in names}
+    return NextVectorLM(model, params)
 
 
 # --- Programs --------------------------------------------------------------------------------

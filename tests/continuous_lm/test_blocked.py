@@ -105,10 +105,12 @@ def test_leading_axes_broadcast():
     """One sentence at three durations: only the weights have the axis."""
     q, k, v, d, _, _ = draw(0, (), 20, 20, 2, 1)
     d = d * jnp.array([0.5, 1.0, 2.0])[:, None]
-    loss = lambda d, form: jnp.sum(attention.attend(q, k, v, d, implementation=form, block=8) ** 2)  # noqa: E731
+
+    def loss(d, form):
+        return jnp.sum(attention.attend(q, k, v, d, implementation=form, block=8) ** 2)
+
     grads = [
-        jax.jit(jax.grad(functools.partial(loss, implementation=f)))(d)
-        for f in ("blocked", "dense")
+        jax.jit(jax.grad(functools.partial(loss, form=form)))(d) for form in ("blocked", "dense")
     ]
     assert_close(grads[:1], grads[1:], 1e-5)
 

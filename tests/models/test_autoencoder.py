@@ -64,17 +64,27 @@ def seen():
 # --- The loss --------------------------------------------------------------------------------
 
 
+@jax.jit
+def drawn(key, keep):
+    """Which tokens are seen, noise, and which latents are kept."""
+    of_tokens, of_noise, of_latents = jax.random.split(key, 3)
+    latents = (*CHUNKS.shape[:2], CONFIG.latent_size)
+    return (
+        jax.random.bernoulli(of_tokens, keep, CHUNKS.shape),
+        jax.random.normal(of_noise, latents),
+        jax.random.bernoulli(of_latents, keep, latents),
+    )
+
+
 def by_hand(codec, config, key, encode):
     """The loss [2, 4] in numpy, from the model's own encoder and decoder."""
-    of_tokens, of_noise, of_latents = jax.random.split(key, 3)
     keep = 1 - config.dropout
-    mask = np.asarray(jax.random.bernoulli(of_tokens, keep, CHUNKS.shape))
+    mask, noise, kept = map(np.asarray, drawn(key, keep))
     mean, log_scale = (
         np.asarray(a, np.float64) for a in encode(codec.model, codec.params, CHUNKS, mask)
     )
-    noise = np.asarray(jax.random.normal(of_noise, mean.shape), np.float64)
     z = mean + np.exp(log_scale) * noise
-    z = np.where(jax.random.bernoulli(of_latents, keep, z.shape), z / keep, 0)
+    z = np.where(kept, z / keep, 0)
     logs = log_softmax(np.asarray(codec.decode(z), np.float64), axis=-1)
     nats = -np.take_along_axis(logs, CHUNKS[..., None], axis=-1)[..., 0].sum(axis=-1)
     kl = (mean**2 + np.exp(2 * log_scale) - 1) / 2 - log_scale
@@ -190,7 +200,7 @@ def close(found, expected):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     tokenizer = tiny.word_tokenizer("one two three four five six seven eight nine ten")
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), codec.params)
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), codec.params)
     notes = {"eos_token_id": 3, "initializer_range": 0.5}
     autoencoder.save(tmp_path / "out", Codec(CONFIG, params, tokenizer, notes))
     found = autoencoder.load(tmp_path / "out")

@@ -1,6 +1,5 @@
 """Chunks drawn from next-vector models: against whole passes, and exact tempered distributions."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -12,67 +11,22 @@ import pytest
 from scipy import stats
 
 import continuous_lm as clm
-from continuous_lm.models import autoencoder, calm, temperature
-from continuous_lm.models.autoencoder import AutoencoderConfig, Codec
+from continuous_lm.models import autoencoder, temperature
+from continuous_lm.models.autoencoder import Codec
 from continuous_lm.models.calm import NextVectorLM, NextVectorModel
 from continuous_lm.models.calm_sampling import sample
-from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.implicit import EnergyHead, FlowHead, ImplicitHead
+from continuous_lm.models.implicit import FlowHead, ImplicitHead
+from tests import tiny
 
 KEY = jax.random.key(0)
-V, SIZE, W = 11, 3, 4
-CONFIG = TransformerConfig(
-    vocab_size=V, hidden_size=8, mlp_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
-)
-CODEC = AutoencoderConfig(
-    vocab_size=V,
-    hidden_size=8,
-    mlp_size=8,
-    encoder_layers=2,
-    decoder_layers=2,
-    latent_size=W,
-    chunk_size=SIZE,
-)
+V, SIZE, W = tiny.CODEC.vocab_size, tiny.CODEC.chunk_size, tiny.CODEC.latent_size
 ROOM = 8  # chunks of a whole pass
 slow = pytest.mark.slow
 
 
-def random_like(tree, seed=0):
-    """Parameters far from where they start: new heads draw the same for all noise."""
-    rng = np.random.default_rng(seed)
-
-    def drawn(path, leaf):
-        name = path[-1].key
-        middle = float(name.endswith(("norm", "scale")) and name != "log_scale")
-        return jnp.asarray(middle + 0.5 * rng.normal(size=leaf.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(drawn, tree)
-
-
-@functools.cache
-def build(head, size=SIZE):
-    coded = dataclasses.replace(CODEC, chunk_size=size)
-    model = NextVectorModel(CONFIG, coded, head, num_targets=3)
-    boxed = jax.eval_shape(model.init, KEY, np.zeros((1, size), np.int32))["params"]
-    params = random_like(calm.nn.unbox(boxed))
-    # So that many chunks are decoded, and hidden states and durations decide among them.
-    codec, attention = params["autoencoder"], params["trunk"]["layers"]["attention"]
-    for part, names, factor in (
-        (codec, ("embedding", "latent", "expand"), 3.0),
-        (codec, ("latent_bias", "expand_bias"), 0.0),
-        (params["head"], ("last",), 3.0),
-        (attention, tuple(attention), 2.0),
-    ):
-        part |= {name: factor * part[name] for name in names}
-    return NextVectorLM(model, params)
-
-
-ENERGY = EnergyHead(width=W, hidden_size=8, depth=1, noise_size=5, num_samples=2)
-
-
 @pytest.fixture(scope="module")
 def lm():
-    return build(ENERGY)
+    return tiny.next_vector()
 
 
 def prompts(seed=0):
@@ -128,11 +82,12 @@ def timed(seed=3):
 
 
 @pytest.mark.parametrize(
-    "head", [ENERGY, pytest.param(FlowHead(width=W, hidden_size=8, depth=1, steps=3), marks=slow)]
+    "head",
+    [tiny.ENERGY, pytest.param(FlowHead(width=W, hidden_size=8, depth=1, steps=3), marks=slow)],
 )
 def test_chunks_are_those_of_whole_passes(head):
     """Prompts of different lengths, durations and beginnings; the cache changes nothing."""
-    lm, (d, new_d, start) = build(head), timed()
+    lm, (d, new_d, start) = tiny.next_vector(head), timed()
     for options in ({}, dict(d=d, new_d=new_d, start=start)):
         expected = by_whole_passes(lm, prompts(), 3, **options)
         names = {"d": "durations", "new_d": "new_durations", "start": "start"}
@@ -269,8 +224,8 @@ def known(lm):
     latents = np.random.default_rng(0).normal(size=(64, W)).round(2)
     chunks = np.argmax(lm.codec.decode(latents.astype(np.float32)), axis=-1)
     _, first = np.unique(chunks, axis=0, return_index=True)
-    points = latents[first[:3]]
-    model = NextVectorModel(CONFIG, CODEC, Points(width=W, points=tuple(map(tuple, points))))
+    head = Points(width=W, points=tuple(map(tuple, latents[first[:3]])))
+    model = NextVectorModel(tiny.TRUNK, tiny.CODEC, head)
     params = {name: leaf for name, leaf in lm.params.items() if name != "head"}
     return NextVectorLM(model, params), chunks[first[:3]]
 
@@ -375,7 +330,7 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
     lm, _ = known
     model, key, steps, rounds = lm.model, jax.random.key(key), 2, 2
     rows = np.tile(np.arange(SIZE), (6, 1))
-    hidden = jnp.zeros((6, CONFIG.hidden_size))
+    hidden = jnp.zeros((6, tiny.TRUNK.hidden_size))
     accepted = np.stack(
         [
             temperature.exact(
@@ -453,7 +408,7 @@ def test_bad_arguments_are_refused(lm, options, message):
 @pytest.mark.parametrize("beta", [1.0, 1.5])
 def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
     """Central differences in float64, one duration at a time, with the same noise."""
-    lm = build(EnergyHead(width=W, hidden_size=8, depth=1, noise_size=5, num_samples=2, beta=beta))
+    lm = tiny.next_vector(tiny.ENERGY.clone(beta=beta, parent=None))
     rng, count = np.random.default_rng(2), 5
     chunks = rng.integers(0, V, (count, SIZE))
     with jax.enable_x64(True):
@@ -484,4 +439,4 @@ def test_the_codec_of_the_tests_decodes_many_chunks(lm):
     chunks = np.argmax(lm.codec.decode(latents), axis=-1)
     assert len(np.unique(chunks, axis=0)) > 10
     assert isinstance(lm.codec, Codec)
-    assert autoencoder.layout_of(CODEC).boxes.keys() == lm.params["autoencoder"].keys()
+    assert autoencoder.layout_of(tiny.CODEC).boxes.keys() == lm.params["autoencoder"].keys()

@@ -215,7 +215,7 @@ def test_every_part_of_ancestral_noise_counts():
 
 def test_noise_is_what_it_is_said_to_be():
     for name, deviation in (("energy", 12**-0.5), ("ancestral", 1.0)):
-        noise = np.asarray(HEADS[name].noise(KEY, (5000,)))
+        noise = np.asarray(jax.jit(lambda key, name=name: HEADS[name].noise(key, (5000,)))(KEY))
         assert noise.mean() == pytest.approx(0.0, abs=0.02)
         assert noise.std() == pytest.approx(deviation, rel=0.02)
         assert (np.abs(noise).max() <= 0.5) == (name == "energy")
@@ -260,20 +260,17 @@ def test_parameters_at_first(name):
 def test_the_energy_loss_is_the_score_of_its_samples():
     head, params = HEADS["energy"].clone(beta=1.3, parent=None), far(HEADS["energy"])
     hidden, target = some(1, 2, HIDDEN), some(2, 3, 2, WIDTH)
-    noise = head.noise(KEY, (4, 2))
 
     @jax.jit
-    def every(params):
+    def both(params):
         call = functools.partial(head.apply, {"params": params})
+        samples = call(head.noise(KEY, (4, 2)), hidden, method="transform")
         return (
-            call(hidden, target, KEY, method="loss"),
-            call(hidden, target[0], KEY, method="loss"),
-            call(noise, hidden, method="transform"),
+            [call(hidden, y, KEY, method="loss") for y in (target, target[0])],
+            [losses.energy_score(samples, y, beta=1.3) for y in (target, target[:1])],
         )
 
-    loss, first, samples = every(params)
-    score = [losses.energy_score(samples, y, beta=1.3) for y in (target, target[:1])]
-    np.testing.assert_allclose([loss, first], score, rtol=1e-5)
+    np.testing.assert_allclose(*both(params), rtol=1e-5)
 
 
 def test_the_energy_loss_is_proper():
@@ -309,13 +306,13 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
             "diffusion": (jnp.sqrt(a) * y + jnp.sqrt(1 - a) * noise, noise),
         }[name]
         found = head.predictions(hidden)(x, time)
-        return y, noise, time, jnp.mean((found - wanted) ** 2, axis=(0, -1))
+        by_hand = jnp.mean((found - wanted) ** 2, axis=(0, -1))
+        return y, noise, time, by_hand, head.loss(hidden, target, KEY)
 
-    y, noise, time, by_hand = jax.jit(nn.apply(inside, head))({"params": params})
+    y, noise, time, by_hand, loss = jax.jit(nn.apply(inside, head))({"params": params})
     np.testing.assert_array_equal(y, target[[0, 1, 2, 0]])  # in turn
     assert noise.shape == y.shape
     np.testing.assert_array_equal(np.floor(4 * np.asarray(time)), np.arange(4)[:, None] * [1, 1])
-    loss = apply(head, params, hidden, target, KEY, method="loss")
     np.testing.assert_allclose(loss, by_hand, rtol=1e-4)
 
 
@@ -363,10 +360,9 @@ def test_solvers_converge_at_their_order(solver, order):
     wanted = np.array([(scipy_linalg.expm(whole) @ [*row, 0.0, 1.0])[:2] for row in x])
     with jax.enable_x64(True):
         velocity = lambda x, t: x @ a.T + t * b  # noqa: E731
-        errors = [
-            np.abs(implicit.integrate(velocity, x, steps=n, solver=solver) - wanted).max()
-            for n in (32, 64, 128)
-        ]
+        solve = functools.partial(implicit.integrate, velocity, solver=solver)
+        found = jax.jit(lambda x: [solve(x, steps=n) for n in (32, 64, 128)])(x)
+    errors = [np.abs(np.asarray(ends) - wanted).max() for ends in found]
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([order] * 2, abs=0.08)
     assert errors[-1] < 0.02
 
@@ -386,10 +382,9 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
         least = implicit.LEAST_SIGNAL
         first = (z - math.sqrt(least) * mean) / math.sqrt(least * deviation**2 + 1 - least)
         predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
-        errors = [
-            np.abs(implicit.denoise(predict, z, steps=n) - (mean + deviation * first)).max()
-            for n in (64, 128, 256, 512)
-        ]
+        solve = functools.partial(implicit.denoise, predict)
+        found = jax.jit(lambda z: [solve(z, steps=n) for n in (64, 128, 256, 512)])(z)
+    errors = [np.abs(np.asarray(ends) - (mean + deviation * first)).max() for ends in found]
     rates = np.log2(np.divide(errors[:-1], errors[1:]))
     assert rates == pytest.approx([1.0] * 3, abs=0.2)
     assert errors[-1] < 0.01
@@ -398,10 +393,13 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
 def test_ancestral_denoising_draws_the_normal_density():
     mean, deviation, steps, count = -0.5, 0.6, 150, 20_000
     predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
-    first, later = jax.random.split(KEY)
-    z = jax.random.normal(first, (count,))
-    noise = jax.random.normal(later, (steps, count))
-    found = np.asarray(jax.jit(lambda z: implicit.denoise(predict, z, noise, steps=steps))(z))
+
+    @jax.jit
+    def drawn(key):
+        noise = jax.random.normal(key, (1 + steps, count))
+        return noise[0], implicit.denoise(predict, noise[0], noise[1:], steps=steps)
+
+    z, found = map(np.asarray, drawn(KEY))
     assert found.mean() == pytest.approx(mean, abs=0.03)
     assert found.std() == pytest.approx(deviation, rel=0.03)
     assert abs(np.corrcoef(found, z)[0, 1]) < 0.2  # where it begins is nearly forgotten
@@ -410,9 +408,10 @@ def test_ancestral_denoising_draws_the_normal_density():
 def test_signal_is_the_cosine_schedule():
     time = np.linspace(0.0, 0.97, 30)
     f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
-    np.testing.assert_allclose(implicit.signal(time), f(time) / f(0), rtol=1e-5)
-    assert implicit.signal(0.0) == 1.0
-    assert implicit.signal(1.0) == np.float32(implicit.LEAST_SIGNAL)
+    found = np.asarray(jax.jit(implicit.signal)(np.append(time, 1.0)))
+    np.testing.assert_allclose(found[:-1], f(time) / f(0), rtol=1e-5)
+    assert found[0] == 1.0
+    assert found[-1] == np.float32(implicit.LEAST_SIGNAL)
 
 
 def test_evaluations_are_counted():
@@ -444,7 +443,7 @@ def test_targets_that_do_not_fit_are_refused(lead, width):
     shape = (*lead, width)
     hidden, target = jnp.zeros((2, HIDDEN)), np.zeros(shape)
     if width == WIDTH and len(shape) in (2, 3) and shape[-2] in (1, 2):
-        draws = HEADS["flow"].draws(hidden, target)
+        draws = jax.eval_shape(HEADS["flow"].draws, hidden, target)
         assert draws.shape == (shape if len(shape) == 3 else (1, *shape))
     else:
         with pytest.raises(clm.InputError, match="target has shape"):

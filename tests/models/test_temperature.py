@@ -152,12 +152,14 @@ def test_nobody_waits_for_rows_that_are_done():
         first = jax.random.categorical(key, jnp.zeros(100_000), shape=(2, 1))  # never twice
         return first.at[1].set(7).astype(jnp.int32)
 
-    done = jnp.array([True, False])
-    found = temperature.exact(KEY, draw, temperature=0.5, max_rounds=50, done=done)
+    @jax.jit
+    def drawn(done):
+        return temperature.exact(KEY, draw, temperature=0.5, max_rounds=50, done=done)
+
+    found = drawn(jnp.array([True, False]))
     assert found.rounds.tolist() == [0, 2]
     assert found.items[1, 0] == 7
-    alone = temperature.exact(KEY, draw, temperature=0.5, max_rounds=50)
-    assert alone.rounds.tolist() == [50, 2]
+    assert drawn(jnp.array([False, False])).rounds.tolist() == [50, 2]
 
 
 def test_rows_that_are_not_accepted_hold_the_last_draw_and_say_so():

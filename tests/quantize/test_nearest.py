@@ -122,6 +122,16 @@ def test_doubles_tie_exactly(metric, num_codes, width, k):
     assert (np.diff(whole.indices, axis=1)[tied] > 0).all()
 
 
+@pytest.mark.parametrize(("num_vectors", "num_codes"), [(1, 130), (3, 37), (5, 13)])
+def test_equal_codes_score_the_same_beside_full_tiles(num_vectors, num_codes):
+    """The plain product of one vector sums the last rows in another order."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        codes = np.repeat(rng.standard_normal((1, 67), np.float32), num_codes, axis=0)
+        x = rng.standard_normal((num_vectors, 67), np.float32)
+        np.testing.assert_array_equal(quantize.nearest(x, codes, metric="dot").indices, 0)
+
+
 def test_one_code_is_k_nearest_without_the_axis():
     x, codes = draw(num_vectors=6)
     x = x.reshape(2, 3, -1)
@@ -195,6 +205,20 @@ def test_memory_does_not_grow_with_the_codebook():
     norms = 4 * 16384
     assert temporary(16384) <= temporary(1024) + 2 * norms
     assert temporary(16384) < 256 * 16384 * 4 / 4  # of all scores
+
+
+def test_memory_where_no_block_is_given():
+    """Codes of few scores are not copied, others are scanned in blocks."""
+
+    def temporary(num_vectors, num_codes, width):
+        x, codes = draw(num_vectors=num_vectors, num_codes=num_codes, width=width)
+        norms = quantize.squared_norms(codes)
+        search = jax.jit(lambda x, codes, norms: quantize.nearest(x, codes, norms=norms))
+        return search.lower(x, codes, norms).compile().memory_analysis().temp_size_in_bytes
+
+    for num_codes in (16384, 16391):  # full tiles or not
+        assert temporary(2, num_codes, 64) < 4 * num_codes * 64 / 4
+    assert temporary(512, 40000, 2) < 4 * 512 * 40000 / 8  # of all scores
 
 
 @pytest.mark.parametrize(

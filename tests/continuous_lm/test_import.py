@@ -1,0 +1,22 @@
+"""What `import continuous_lm` brings along."""
+
+import subprocess
+import sys
+
+from tests import tiny
+
+LATE = (
+    "optax tokenizers grain orbax matplotlib scipy torch transformers faiss huggingface_hub".split()
+)
+
+
+def test_heavy_packages_wait_until_they_are_used():
+    program = (
+        f"import sys, jax, flax; before = set(sys.modules); import continuous_lm;"
+        f" print(*({set(LATE)} & (set(sys.modules) - before)))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", program], env=tiny.ENVIRONMENT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == []
