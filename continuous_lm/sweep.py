@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
@@ -274,7 +274,8 @@ def _batches(
         index = np.minimum(np.arange(first, first + size), num_points - 1)  # the last one fills up
         batch = {n: x[:, index] if x.shape[1] > 1 else x for n, x in rest.items()}
         if mesh is not None:
-            batch = {name: _spread(mesh, x) for name, x in batch.items()}
+            places = {name: " ".join(f"-P{'-' * (x.ndim - 2)}") for name, x in batch.items()}
+            batch = {name: axes_lib.placed(mesh, x, places[name]) for name, x in batch.items()}
         found = np.asarray(
             read(model, mesh, lm.params, batch | arguments)
         )  # waits: the bar is true
@@ -318,12 +319,6 @@ def _stacked(
     return stacked
 
 
-def _spread(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """[B, P, ...] with its points over the mesh's axis "data"."""
-    axis = "data" if array.shape[1] > 1 and "data" in mesh.shape else None
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(None, axis)))
-
-
 # --- Programs -----------------------------------------------------------------------------------
 
 
@@ -344,21 +339,14 @@ def _probabilities(indicator, model, mesh, params, arguments: Mapping[str, Any])
     """Group probabilities [B, P, C] of the next token."""
     distribution = _next(model, params, arguments)
     found = jnp.dot(distribution, indicator, precision=jax.lax.Precision.HIGHEST)
-    return _everywhere(mesh, found)
+    return axes_lib.placed(mesh, found, "- - -")  # so that each process can read it
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _largest(model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
     """The largest probability of each token at any point, [B, 1, V]."""
     largest = jnp.max(_next(model, params, arguments), axis=1, keepdims=True)
-    return _everywhere(mesh, largest)
-
-
-def _everywhere(mesh: Mesh | None, array: jax.Array) -> jax.Array:
-    """On a mesh, the whole array on each device, so that each process can read it."""
-    if mesh is None:
-        return array
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+    return axes_lib.placed(mesh, largest, "- - -")
 
 
 def _indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
