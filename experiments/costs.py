@@ -56,7 +56,7 @@ class Work(NamedTuple):
 
 def answer(model: Transformer, params: Any, tokens, durations, prefix) -> jax.Array:
     """Probabilities [P, V] of the next token, from tokens [T], durations [P, T] and a prefix."""
-    logits = model.apply({"params": params}, tokens, durations=durations, prefix=prefix, at=-1)
+    logits: Any = model.apply({"params": params}, tokens, durations=durations, prefix=prefix, at=-1)
     return jax.nn.softmax(logits)
 
 
@@ -79,14 +79,14 @@ def arguments(config: TransformerConfig, mesh: Mesh, task: Task, dtype: DTypeLik
     layout = Layout(config, loading.FAMILIES[config.family], loading.parameter_boxes(config))
     targets = dict(layout.targets(jnp.dtype(dtype), mesh))
     remembered = jax.eval_shape(lambda: kv_cache.empty(config, task.shared, (1,), dtype))
+    letters: Any = kv_cache.AXES
+    places: Any = [place(x.shape, x.dtype, a) for x, a in zip(remembered, letters, strict=True)]
     rest = task.tokens - task.shared
     return Arguments(
         params=traverse_util.unflatten_dict(targets, sep="/"),
         tokens=place((rest,), jnp.int32, "T"),
         durations=place((task.points, rest), jnp.float32, "P T"),
-        prefix=kv_cache.KVCache(
-            *(place(x.shape, x.dtype, a) for x, a in zip(remembered, kv_cache.AXES, strict=True))
-        ),
+        prefix=kv_cache.KVCache(*places),
     )
 
 
@@ -102,7 +102,7 @@ def compiled(
     model = Transformer(config, implementation=implementation)
     given = arguments(config, mesh, task, dtype)
     lowered = jax.jit(functools.partial(answer, model)).lower(*given)
-    quick = {"xla_backend_optimization_level": 0}  # of machine code, which does not run
+    quick: Any = {"xla_backend_optimization_level": 0}  # of machine code, which does not run
     return lowered.compile(quick if mesh.devices.flat[0].platform == "cpu" else None)
 
 
@@ -120,7 +120,7 @@ def unrolled() -> Iterator[None]:
 def counted(config: TransformerConfig, mesh: Mesh, task: Task) -> Work:
     """What XLA counts in the program of all layers, unrolled."""
     with unrolled():
-        found = compiled(config, mesh, task, implementation="dense").cost_analysis()
+        found: Any = compiled(config, mesh, task, implementation="dense").cost_analysis()
     return Work(found["flops"], found["bytes accessed"])
 
 
@@ -164,7 +164,7 @@ def memory(
 ) -> Memory:
     """Arguments in `dtype`, by their shardings; temporaries as compiled in float32."""
     given = arguments(config, mesh, task, dtype)
-    found = compiled(config, mesh, task).memory_analysis()
+    found: Any = compiled(config, mesh, task).memory_analysis()
     return Memory(
         held(given),
         found.temp_size_in_bytes + found.output_size_in_bytes,

@@ -363,7 +363,7 @@ class Transformer(Layer):
         )
         return self(tokens, cache=room, at=-1, hidden=True, **arguments)[1]
 
-    def _continue(self, x: jax.Array, prefix: KVCache, clock: Clock, at: ArrayLike) -> jax.Array:
+    def _continue(self, x: jax.Array, prefix: KVCache, clock: Clock, at: Any) -> jax.Array:
         """The states [..., 1, D] at `at` after all layers, of which the last does no more."""
         config = self.config
         block = Block(config, self.param_dtype, self.implementation, parent=None)

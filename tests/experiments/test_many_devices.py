@@ -87,7 +87,7 @@ def assert_close(one, other, where=""):
     """Equal, numbers to 1e-5, apart from what is said of the run."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        for name in one.keys() - {"run", "seconds", "steps_per_second", "tokens_per_second"}:
+        for name in one.keys() - {"run", "order"}:  # the order of what is equally large is free
             assert_close(one[name], other[name], f"{where}/{name}")
     elif isinstance(one, list):
         assert len(one) == len(other), where
