@@ -263,7 +263,7 @@ def _run(
 ) -> tuple[jax.Array, jax.Array]:
     """Items [B, room, ...], of which `limit` are made, and how many are each row's own [B]."""
     (num_rows, room), width = batch["new_durations"].shape, batch["prompts"].shape[1]
-    place = functools.partial(_placed, how.mesh)
+    place = functools.partial(axes_lib.placed, how.mesh)
     letters = {"prompts": "B T D", "durations": "B T", "new_durations": "B T", "start": "B"}
     batch = {k: place(v, letters[k][: 2 * v.ndim - 1]) for k, v in batch.items()}
     cache = kv_cache.empty(how.config, width + room, (num_rows,), dtype)
@@ -319,14 +319,6 @@ def _run(
     )
     _, _, new, lengths, _ = lax.while_loop(going_on, read_and_write, state)
     return place(new, "- - -"[: 2 * new.ndim - 1]), place(lengths, "-")  # all, on every host
-
-
-def _placed(mesh: Mesh | None, array: jax.Array, axes: str) -> jax.Array:
-    """The array, which the compiler is to spread over the mesh by the letters of its axes."""
-    if mesh is None:
-        return array
-    where = axes_lib.sharding(mesh, axes_lib.split(axes), array.shape)
-    return lax.with_sharding_constraint(array, where)
 
 
 def check_count(name: str, count: Any) -> None:
