@@ -72,6 +72,17 @@ many = parallel.pmap_sweep(lm, groups, tokens=tokens, durations=d)
 assert many.shape == one.shape == (11, 3)
 np.testing.assert_allclose(many, one, atol=1e-5)
 assert np.ptp(one, axis=0).max() > 1e-4  # else anything would do
+
+clm.sweep.WORTH = 0  # so that what the points share is computed apart
+tokens = np.tile(tokens, 3)
+d = np.ones((11, len(tokens)), np.float32)
+d[:, 5:] = np.linspace(0.1, 1.0, 11)[:, None]
+one = clm.sweep.probabilities(lm, groups, tokens=tokens, durations=d)
+assert np.ptp(one, axis=0).max() > 1e-4
+for shape in ("data=8", "data=2,model=4"):
+    spread = clm.load("apples", dtype="float32", mesh=devices.mesh(shape))
+    found = clm.sweep.probabilities(spread, groups, tokens=tokens, durations=d, batch_size=6)
+    np.testing.assert_allclose(found, one, atol=1e-5)
 """
 
 
