@@ -1,6 +1,6 @@
 """What a sweep costs as it grows, on devices that need not be there, and which of them hold it.
 
-    python -m continuous_lm.experiments.growth [--models=Llama-3-8B,...] [--output_dir=FOLDER]
+    python -m continuous_lm.experiments.growth [--shapes=Llama-3-8B,...] [--output_dir=FOLDER]
 
 Operations, bytes and memory on each device against the tokens of the prompt, the points and the
 mesh, for models of published sizes; the first quarter of a prompt is shared by all points. A second
@@ -75,7 +75,7 @@ TOKENS, POINTS, MODEL = (64, 256, 1024, 4096), 100, 8
 AT_ONCE = 16384  # tokens after the shared ones that a row of the mesh computes at once
 DEVICES = (1, 2, 4, 8, 16, 32)  # that the memory is spread over
 
-_MODELS = flags.DEFINE_list("models", list(MODELS), f"Of {', '.join(MODELS)}.")
+_SHAPES = flags.DEFINE_list("shapes", list(MODELS), f"Of {', '.join(MODELS)}.")
 
 
 class Case(NamedTuple):
@@ -202,13 +202,13 @@ def fitting_table(numbers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.
 
 def main() -> None:
     """Numbers and tables."""
-    for name in _MODELS.value:
+    for name in _SHAPES.value:
         if name not in MODELS:
-            raise InputError(f"--models: {name!r:.60} is not known; known are {', '.join(MODELS)}")
+            raise InputError(f"--shapes: {name!r:.60} is not known; known are {', '.join(MODELS)}")
     folder = program.output_dir("growth")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)
-    configs = {name: loading.read_config(MODELS[name]) for name in _MODELS.value}
+    configs = {name: loading.read_config(MODELS[name]) for name in _SHAPES.value}
     growing: dict[str, list] = {name: [] for name in configs}
     spread: dict[str, list] = {name: [] for name in configs}
     with tqdm.tqdm(total=len(configs) * (len(cases()) + len(DEVICES)), unit="case") as bar:
