@@ -105,6 +105,11 @@ def read(path):
     return json.loads(path.read_text())
 
 
+FRAMES = (
+    "--seconds=8 --held_out_seconds=4 --steps=2 --batch_size=2 --length=24 --prompt=6 --codes=8"
+    " --components=2 --hidden_size=16 --num_heads=2 --num_layers=1 --bands=12 --samples=2"
+    " --iterations=3"
+).split()
 SWEEPS = {
     "counting": (("--points=13",), (*MESHES, PMAP)),
     "study": (("--limit=4", "--points=5"), (*MESHES, PMAP)),
@@ -112,7 +117,9 @@ SWEEPS = {
     "attribution": (("--nodes=4",), MESHES),
     "inverse": (("--ascent=2",), MESHES),
     "pruning": (("--descent=2",), MESHES),
-}
+    "evaluate_embedded": (("--held_out_prompts=8",), MESHES[2:]),
+    "frames": (FRAMES, MESHES[2:]),
+} | dict.fromkeys(("boolean", "events", "sums", "shifting"), (("--points=5",), (MESHES[2], PMAP)))
 
 
 @slow
@@ -184,6 +191,8 @@ JUDGED = {
     " --positions=16 --context=8",
     "calm_sample of densities": "--model=density0 --samples=2 --max_new_tokens=6",
     "calm_sample of next vectors": "--model=calm0 --samples=2 --max_new_tokens=8",
+    "quantization_ablation": "--model=density0 --data=text.txt --length=16 --codes=32 --stages=2"
+    " --windows=4",
 }
 
 
