@@ -14,9 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
 from continuous_lm import sweep as sweep_lib
-from continuous_lm.errors import InputError
 
 
 def pmap_rows(
@@ -65,19 +63,11 @@ def pmap_sweep(
     Returns:
       probabilities [P, C], float32: those of one device, to rounding.
     """
-    lm.model.check(**arguments, at=at)
-    ranks = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
-    given = {name: np.asarray(value) for name, value in arguments.items()}
-    rows = {name: value for name, value in given.items() if value.ndim > ranks[name]}
-    sizes = {len(value) for value in rows.values()}
-    if len(sizes) != 1 or 0 in sizes:
-        raise InputError(f"a sweep needs one number of points; these have {sorted(sizes)}")
-    rows["at"] = np.broadcast_to(np.asarray(at), (*sizes,))
-    indicator = np.zeros((lm.config.vocab_size, len(groups)), np.float32)
-    for column, group in enumerate(groups):
-        time.check_integers(f"group {column}", np.asarray(group, int), 0, lm.config.vocab_size)
-        indicator[list(group), column] = 1.0
-    fixed = {name: value for name, value in given.items() if name not in rows}
+    points = sweep_lib.checked(lm, arguments, at)
+    rows: dict[str, np.ndarray] = {n: x for n, x in points.arguments.items() if len(x) > 1}
+    fixed = {name: x[0] for name, x in points.arguments.items() if name not in rows}
+    rows["at"] = points.at
+    indicator = sweep_lib.indicator(groups, lm.config.vocab_size)
     read = _points(lm.model, None if devices is None else tuple(devices))
     return read((lm.params, fixed, indicator), rows)
 

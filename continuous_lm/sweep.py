@@ -91,8 +91,8 @@ def probabilities(
     Raises:
       InputError: if arguments do not fit each other or the model.
     """
-    read = functools.partial(_probabilities, _indicator(groups, lm.config.vocab_size))
-    points = _points(lm, arguments, at)
+    read = functools.partial(_probabilities, indicator(groups, lm.config.vocab_size))
+    points = checked(lm, arguments, at)
     return np.concatenate([rows[0] for rows in _batches(lm, read, [points], batch_size, progress)])
 
 
@@ -108,7 +108,7 @@ def reached(
 
     `batch_size`, `at` and `arguments` as of `probabilities`.
     """
-    batches = _batches(lm, _largest, [_points(lm, arguments, at)], batch_size, None)
+    batches = _batches(lm, _largest, [checked(lm, arguments, at)], batch_size, None)
     largest = functools.reduce(np.maximum, batches)[0, 0]
     return [int(i) for i in np.argsort(-largest, kind="stable") if largest[i] >= threshold]
 
@@ -164,8 +164,8 @@ def together(
     Prompts of similar length run one program: they are filled up with tokens of duration 0, which
     no token sees.
     """
-    read = functools.partial(_probabilities, _indicator(groups, lm.config.vocab_size))
-    points = [_points(lm, swept.arguments(), -1) for swept in sweeps]
+    read = functools.partial(_probabilities, indicator(groups, lm.config.vocab_size))
+    points = [checked(lm, swept.arguments(), -1) for swept in sweeps]
     if len({(len(p.at), frozenset(p.arguments)) for p in points}) > 1:
         raise InputError(
             "sweeps that are computed together must have the same arguments and number of points"
@@ -177,7 +177,7 @@ def together(
 # --- From points to batches -------------------------------------------------------------------
 
 
-class _Points(NamedTuple):
+class Points(NamedTuple):
     """The points of one prompt."""
 
     num_tokens: int  # T
@@ -186,7 +186,7 @@ class _Points(NamedTuple):
     shared: int  # tokens that all points begin with
 
 
-def _points(lm: HasModel, given: Mapping[str, ArrayLike], at: ArrayLike) -> _Points:
+def checked(lm: HasModel, given: Mapping[str, ArrayLike], at: ArrayLike) -> Points:
     """The arguments of a sweep, checked."""
     arrays = {name: np.asarray(value) for name, value in given.items()}
     for name, array in arrays.items():
@@ -209,7 +209,7 @@ def _points(lm: HasModel, given: Mapping[str, ArrayLike], at: ArrayLike) -> _Poi
     arrays.setdefault("durations", np.ones(num_tokens, np.float32))
     arrays = {n: x if n in varied else x[None] for n, x in arrays.items()}
     at = np.broadcast_to(np.asarray(at) % num_tokens, num_points)
-    return _Points(num_tokens, arrays, at, _shared(arrays, int(at.min())))
+    return Points(num_tokens, arrays, at, _shared(arrays, int(at.min())))
 
 
 def _shared(arrays: Mapping[str, np.ndarray], most: int) -> int:
@@ -233,7 +233,7 @@ def _bucket(length: int, least: int) -> int:
 def _batches(
     lm: HasModel,
     read: Callable[..., jax.Array],
-    prompts: Sequence[_Points],
+    prompts: Sequence[Points],
     batch_size: int | None,
     progress: str | None,
 ) -> Iterator[np.ndarray]:
@@ -282,7 +282,7 @@ def _batches(
         yield found[:, : num_points - first]
 
 
-def _worth(lm: HasModel, points: _Points) -> bool:
+def _worth(lm: HasModel, points: Points) -> bool:
     """Whether what all points share is worth a program of its own."""
     config = lm.config
     width = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
@@ -297,7 +297,7 @@ def _at_once(width: int, spread: int) -> int:
 
 
 def _stacked(
-    prompts: Sequence[_Points], parts: Sequence[tuple[int, int]], least: int
+    prompts: Sequence[Points], parts: Sequence[tuple[int, int]], least: int
 ) -> dict[str, np.ndarray]:
     """Tokens `begin` to `end` of each prompt, filled up to one length: [B, P or 1, ...]."""
     width = _bucket(max(end - begin for begin, end in parts), least)
@@ -335,10 +335,10 @@ def _next(model, params, arguments: Mapping[str, Any]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _probabilities(indicator, model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
+def _probabilities(members, model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
     """Group probabilities [B, P, C] of the next token."""
     distribution = _next(model, params, arguments)
-    found = jnp.dot(distribution, indicator, precision=jax.lax.Precision.HIGHEST)
+    found = jnp.dot(distribution, members, precision=jax.lax.Precision.HIGHEST)
     return axes_lib.placed(mesh, found, "- - -")  # so that each process can read it
 
 
@@ -349,11 +349,11 @@ def _largest(model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
     return axes_lib.placed(mesh, largest, "- - -")
 
 
-def _indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+def indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
     """[V, C]: 1 where a token belongs to a group."""
-    indicator = np.zeros((vocab_size, len(groups)), np.float32)
+    found = np.zeros((vocab_size, len(groups)), np.float32)
     for column, group in enumerate(groups):
         if len(group):
             time.check_integers(f"group {column}", np.asarray(group), 0, vocab_size)
-        indicator[list(group), column] = 1.0
-    return indicator
+        found[list(group), column] = 1.0
+    return found
