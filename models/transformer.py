@@ -351,6 +351,8 @@ class Transformer(Layer):
         """What a call with `prefix` needs of these tokens; arguments as of `__call__`.
 
         Tokens of duration 0 may fill them up at the end, since nothing sees those.
+        LongRoPE chooses by the tokens of one call: make its choice for the whole sequence first, by
+        a config `at_length` of it.
         """
         given = tokens if tokens is not None else arguments["embeddings"][..., 0]
         leading = [np.shape(given)[:-1], np.shape(arguments.get("start", 0.0))]
