@@ -45,6 +45,8 @@ def attend(
     Causality is by index: a query sees the key of its own token and those before it, whatever their
     durations. Scores, weights and sums are held in at least float32.
 
+    Leading axes broadcast.
+
     Args:
       q: queries [..., T, N, H], rotated.
       k: keys [..., S, K, H], rotated; K divides N.
@@ -150,7 +152,8 @@ def _on_its_platform(
 
 
 def _check(q, k, v, weights, steps, implementation, block) -> None:
-    if q.ndim < 3 or k.shape != v.shape or k.ndim < 3 or q.shape[-1] != k.shape[-1]:
+    few = min(q.ndim, k.ndim, v.ndim) < 3
+    if few or k.shape[-3:] != v.shape[-3:] or q.shape[-1] != k.shape[-1]:
         raise InputError(
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they must be"
             " [..., T, N, H], [..., S, K, H] and [..., S, K, H]"

@@ -37,16 +37,17 @@ def attend(
       y [..., T, K, G, H] in the dtype of the weights.
     """
     dtype = weights.dtype
-    scores = jnp.einsum("...tkgh,...skh->...kgts", q, k, preferred_element_type=dtype)
+    # Axes stand as the products leave them: others would be copies, and in bfloat16 XLA for CPUs
+    # knows no others.
+    scores = jnp.einsum("...tkgh,...skh->...ktgs", q, k, preferred_element_type=dtype)
     scores = jnp.multiply(scale, scores)
     if softcap is not None:
         scores = jnp.multiply(softcap, jnp.tanh(jnp.divide(scores, softcap)))
     queries = jnp.asarray(first) + jnp.arange(q.shape[-4])
     seen = visible(queries, jnp.arange(k.shape[-3]), clock, window)
-    p, total = weighted_exp(scores, weights[..., None, None, None, :], seen[..., None, None, :, :])
-    # The order of axes that the product has by itself: XLA for CPUs knows no other in bfloat16.
-    y = jnp.einsum("...kgts,...skh->...kgth", p.astype(v.dtype), v, preferred_element_type=dtype)
-    return jnp.moveaxis(y / total[..., None], -2, -4)
+    p, total = weighted_exp(scores, weights[..., None, None, None, :], seen[..., None, :, None, :])
+    y = jnp.einsum("...ktgs,...skh->...ktgh", p.astype(v.dtype), v, preferred_element_type=dtype)
+    return jnp.swapaxes(y / total[..., None], -3, -4)
 
 
 def weighted_exp(

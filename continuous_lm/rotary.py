@@ -131,6 +131,7 @@ def turn(x: jax.Array, turns: jax.Array) -> jax.Array:
     cos, sin = jnp.split(turns[..., None, :], 2, axis=-1)
     first, second, rest = jnp.split(x, (cos.shape[-1], turns.shape[-1]), axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
+    rest = jnp.broadcast_to(rest, (*turned[0].shape[:-1], rest.shape[-1]))
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
 
 

@@ -162,14 +162,16 @@ def _product(size: int) -> tuple[Callable[[], jax.Array], float]:
 def operations(config: clm.TransformerConfig, points: int, length: int) -> float:
     """Of the products with weights and the attention that a sweep cannot do without.
 
-    The first quarter is computed once, all later tokens at every point, and only the last position
-    needs the last layer's query, its output and MLP, and the head.
+    The first quarter is computed once, all later tokens at every point but for the first layer's
+    queries, keys and values, and only the last position needs the last layer's query, its output
+    and MLP, and the head.
     """
     width, layers = config.hidden_size, config.num_layers
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rest = 2 * width * heads + 3 * width * config.mlp_size
     prefix, later = length // 4, points * (length - length // 4)
     everywhere = (prefix + later) * (layers * 2 * width * kv + (layers - 1) * rest)
+    everywhere -= (points - 1) * (length - prefix) * width * (heads + 2 * kv)
     pairs = prefix**2 / 2 + points * (length**2 - prefix**2) / 2
     attention = 2 * heads * (pairs * (layers - 1) + points * length)
     return 2 * (everywhere + attention + points * (rest + width * config.vocab_size))

@@ -136,15 +136,18 @@ def products(config: TransformerConfig, task: Task) -> float:
 
     2 for each weight that a token meets and 4 N H for each score: all T S of them, as the dense
     form has them, where the blocked one leaves out most of what comes later. The last layer makes
-    keys and values of all tokens, and the rest for one token of each point.
+    keys and values of all tokens, and the rest for one token of each point; the first makes
+    queries, keys and values once for all points.
     """
     s, rest = config.sizes, task.tokens - task.shared
     keys = 2 * s["K"] * s["H"] * s["D"]
-    others = 2 * s["N"] * s["H"] * s["D"] + (2 + config.gated) * s["D"] * s["F"]
+    queries = s["N"] * s["H"] * s["D"]
+    others = 2 * queries + (2 + config.gated) * s["D"] * s["F"]
     scores = 2 * s["N"] * s["H"] * task.tokens
     layer = rest * (keys + others + scores)
     last = rest * keys + others + scores
-    return 2 * task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"])
+    once = (task.points - 1) * rest * (queries + keys) if s["L"] > 1 else 0
+    return 2 * (task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"]) - once)
 
 
 class Memory(NamedTuple):

@@ -43,6 +43,16 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> j
     return (normed * scale + bias).astype(x.dtype)
 
 
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] by a kernel [*out, D]: [..., *out], in the dtype of both.
+
+    As one product of two matrices: over several axes at once XLA for CPUs would transpose copies.
+    """
+    *out, width = kernel.shape
+    y = jnp.einsum("...d,ed->...e", x, kernel.reshape(-1, width))
+    return y.reshape(*x.shape[:-1], *out)
+
+
 class Clock(NamedTuple):
     """When the tokens are and how much they weigh, for every layer alike."""
 
@@ -108,9 +118,9 @@ class Attention(Layer):
     def __call__(self, x, memory, clock, layer, local, at=None):
         config = self.config
         x_q = x if at is None else _pick(x, at)
-        q = jnp.einsum("...td,nhd->...tnh", x_q, self.weight("q", "N H D"))
-        k = jnp.einsum("...td,khd->...tkh", x, self.weight("k", "K H D"))
-        v = jnp.einsum("...td,khd->...tkh", x, self.weight("v", "K H D"))
+        q = project(x_q, self.weight("q", "N H D"))
+        k = project(x, self.weight("k", "K H D"))
+        v = project(x, self.weight("v", "K H D"))
         if config.qkv_bias:
             q = q + self.weight("q_bias", "N H", _ZEROS)
             k = k + self.weight("k_bias", "K H", _ZEROS)
@@ -145,7 +155,8 @@ class Attention(Layer):
             first=clock.first,
             implementation=self.implementation,
         )
-        y = jnp.einsum("...tnh,dnh->...td", y, self.weight("o", "D N H"))
+        o = self.weight("o", "D N H")
+        y = project(y.reshape(*y.shape[:-2], -1), o.reshape(len(o), -1))
         y = y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
         return y, memory
 
@@ -156,15 +167,15 @@ class Mlp(Layer):
     @nn.compact
     def __call__(self, x):
         config, activation = self.config, ACTIVATIONS[self.config.activation]
-        y = jnp.einsum("...td,fd->...tf", x, self.weight("up", "F D"))
+        y = project(x, self.weight("up", "F D"))
         y = y + self.weight("up_bias", "F", _ZEROS) if config.mlp_bias else y
         if config.gated:
-            gate = jnp.einsum("...td,fd->...tf", x, self.weight("gate", "F D"))
+            gate = project(x, self.weight("gate", "F D"))
             gate = gate + self.weight("gate_bias", "F", _ZEROS) if config.mlp_bias else gate
             y = activation(gate) * y
         else:
             y = activation(y)
-        y = jnp.einsum("...tf,df->...td", y, self.weight("down", "D F"))
+        y = project(y, self.weight("down", "D F"))
         return y + self.weight("down_bias", "D", _ZEROS) if config.mlp_bias else y
 
 
@@ -283,7 +294,8 @@ class Transformer(Layer):
         picked = () if at is None else jnp.shape(at)
         rows = () if before is None else before.end.shape
         batch = jnp.broadcast_shapes(x.shape[:-2], d.shape[:-1], times.shape[:-1], picked, rows)
-        x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
+        if prefix is None:
+            x = jnp.broadcast_to(x, (*batch, *x.shape[-2:]))
         first, memory = None, None
         if cache is not None:
             first, memory = cache.filled, Memory(cache.keys, cache.values)
@@ -335,7 +347,7 @@ class Transformer(Layer):
             (x, memory), _ = stack((x, memory), clock, numbers, jnp.array(config.windowed))
             x = x if at is None else _pick(x, at)[..., 0, :]
         else:
-            x = self._continue(x, prefix, clock, at)[..., 0, :]
+            x = self._continue(x, batch, prefix, clock, at)[..., 0, :]
         x = Norm(config, dtype, name="final_norm")(x)
         if not hidden:
             head = table if config.tie_embeddings else self.weight("head", "V D")
@@ -365,8 +377,14 @@ class Transformer(Layer):
         )
         return self(tokens, cache=room, at=-1, hidden=True, **arguments)[1]
 
-    def _continue(self, x: jax.Array, prefix: KVCache, clock: Clock, at: Any) -> jax.Array:
-        """The states [..., 1, D] at `at` after all layers, of which the last does no more."""
+    def _continue(
+        self, x: jax.Array, batch: tuple[int, ...], prefix: KVCache, clock: Clock, at: Any
+    ) -> jax.Array:
+        """The states [*batch, 1, D] at `at` after all layers, of which the last does no more.
+
+        While all of the batch have the same x, as before the first attention, its projections in
+        the first layer are made once.
+        """
         config = self.config
         block = Block(config, self.param_dtype, self.implementation, parent=None)
         stacks = nn.meta.unbox(self.variables["params"]["layers"]), prefix.keys, prefix.values
@@ -380,8 +398,12 @@ class Transformer(Layer):
 
         if self.remat:
             layer = jax.checkpoint(layer, prevent_cse=False)
-        x, _ = jax.lax.scan(layer, x, jnp.arange(config.num_layers - 1))
-        return layer(x, config.num_layers - 1, at)[0]
+        last, full, done = config.num_layers - 1, (*batch, *x.shape[-2:]), 0
+        if last and x.shape != full:
+            x, done = layer(x, 0)[0], 1
+        x = jnp.broadcast_to(x, full)
+        x, _ = jax.lax.scan(layer, x, np.arange(done, last))
+        return layer(x, last, at)[0]
 
 
 def between_rows(table: jax.Array, positions: jax.Array) -> jax.Array:

@@ -75,6 +75,14 @@ def test_leading_axes_are_free(attend):
         )
 
 
+def test_each_has_leading_axes_of_its_own(attend):
+    """Keys turned to two times, values that have none."""
+    (q, k, v, d), (_, k2, _, d2) = draw(0), draw(1)
+    y = attend(q, jnp.stack([k, k2]), v[None], jnp.stack([d, d2]), window=2.0)
+    np.testing.assert_allclose(y[0], reference(q, k, v, d, window=2.0), atol=2e-6)
+    np.testing.assert_allclose(y[1], reference(q, k2, v, d2, window=2.0), atol=2e-6)
+
+
 def test_softcap_comes_before_the_weights(attend):
     q, k, v, d = draw()
     y = attend(4 * q, k, v, 100 * d.at[3].set(1e-4), softcap=1.0)

@@ -187,6 +187,18 @@ def test_training(name, trained):
                 np.testing.assert_allclose(weights[tensor], value, rtol=1e-5, atol=1e-5)
 
 
+@slow
+def test_training_by_pmap(tmp_path):
+    write_text(tmp_path)
+    arguments = [*stage("--stage=baseline"), "--accumulate=8"]
+    with on_eight(), tiny.forked(f"{PACKAGE}.calm_train") as train:
+        for name, ways in {"one": [], "pmap": [PMAP]}.items():
+            status, _, stderr = train(tmp_path, *arguments, *ways, f"--output_dir={name}")
+            assert status == 0, stderr
+    one, other = (read(tmp_path / name / "run/metrics.jsonl") for name in ("one", "pmap"))
+    assert_close(one, other)
+
+
 JUDGED = {
     "calm_eval": "--models=baseline0,density0,calm0 --data=text.txt --length=16 --windows=8"
     " --positions=16 --context=8",

@@ -268,6 +268,25 @@ def test_what_follows_a_prefix_is_as_in_one_call(family):
             assert_close(found, whole[at])
 
 
+# Windows and caps; learned positions; channels that do not turn; a last layer that is the first.
+FAMILIES = {"gemma2": {}, "gpt2": {}, "gpt_neox": {}, "llama": {"num_hidden_layers": 1}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_points_after_a_prefix_are_as_each_alone(family):
+    """Tokens have no axis of points, so that the first layer's projections are made once."""
+    lm = random_lm(family, **FAMILIES[family])
+    tokens, d = draw(lm, N)
+    factors = jnp.where(jnp.arange(N) < 6, 1.0, jnp.array([0.5, 1.0, 2.0])[:, None])
+    apply = jax.jit(functools.partial(lm.model.apply, {"params": lm.params}))
+    remember = functools.partial(lm.model.apply, {"params": lm.params}, method="remember")
+    prefix = remember(tokens[:6], durations=d[:6])
+    at = jnp.array([N - 1, 8, N - 1])
+    found = apply(tokens[6:], durations=(factors * d)[:, 6:], prefix=prefix, at=at - 6)
+    for row, factor, i in zip(found, factors, at, strict=True):
+        assert_close(row, lm(tokens, durations=factor * d)[i])
+
+
 @pytest.mark.parametrize("remat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_reach_through_a_prefix(remat):
     with jax.enable_x64(True):
