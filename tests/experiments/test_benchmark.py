@@ -207,8 +207,8 @@ def test_the_papers_mask_is_the_logarithm_of_durations():
 
 def test_operations_are_those_of_the_products_that_a_sweep_needs():
     config = calm.trunk(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
-    # 4 tokens, the first of them shared by 3 points. Each passes the first projections once; 1 + 3 * 3
-    # the rest of the first layer and the keys and values of the second, of which 3 go on.
+    # 4 tokens, the first of them shared by 3 points. Each passes the first projections once; 1 + 3
+    # times 3 the rest of the first layer and the keys and values of the second, of which 3 go on.
     query, key_value, rest = 32 * 32, 2 * 32 * 32, 32 * 32 + 3 * 32 * config.mlp_size
     weights = 4 * (query + key_value) + 10 * (rest + key_value) + 3 * (query + rest + 32 * 64)
     # Half of the pairs in the first layer, one query each in the second; scores and values.
