@@ -126,9 +126,9 @@ growth: $(VENV)/.has-runtime ## What sweeps of 8B to 70B models cost, and which 
 
 # Most of the fast tests' time is compiling: without optimisation it is half, and with the older code
 # generator, which JAX for Python 3.11 still has, a third of that. `test-all` compiles as programs do.
-older = $(shell $(python) -c "import sys; sys.version_info < (3, 12) and print('--xla_cpu_use_fusion_emitters=false')")
+older = $(shell $(python) -c "import sys; sys.version_info < (3, 12) and print('--xla_cpu_use_fusion_emitters=false')" 2>/dev/null)
 given := $(XLA_FLAGS)
-test test-core: export XLA_FLAGS = $(given) --xla_backend_optimization_level=0 $(older)
+test test-core: export XLA_FLAGS = --xla_backend_optimization_level=0 $(older) $(given)
 TESTS ?= # of these files and folders; of all if left out
 
 .PHONY: test

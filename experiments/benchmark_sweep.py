@@ -171,7 +171,8 @@ def operations(config: clm.TransformerConfig, points: int, length: int) -> float
     rest = 2 * width * heads + 3 * width * config.mlp_size
     prefix, later = length // 4, points * (length - length // 4)
     everywhere = (prefix + later) * (layers * 2 * width * kv + (layers - 1) * rest)
-    everywhere -= (points - 1) * (length - prefix) * width * (heads + 2 * kv)
+    if layers > 1:
+        everywhere -= (points - 1) * (length - prefix) * width * (heads + 2 * kv)
     pairs = prefix**2 / 2 + points * (length**2 - prefix**2) / 2
     attention = 2 * heads * (pairs * (layers - 1) + points * length)
     return 2 * (everywhere + attention + points * (rest + width * config.vocab_size))

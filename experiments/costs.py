@@ -137,7 +137,8 @@ def products(config: TransformerConfig, task: Task) -> float:
     2 for each weight that a token meets and 4 N H for each score: all T S of them, as the dense
     form has them, where the blocked one leaves out most of what comes later. The last layer makes
     keys and values of all tokens, and the rest for one token of each point; the first makes
-    queries, keys and values once for all points.
+    queries, keys and values once for all points, unless positions were added to the embeddings
+    before. (Rows of devices on the axis "data" each make them; here they are counted once.)
     """
     s, rest = config.sizes, task.tokens - task.shared
     keys = 2 * s["K"] * s["H"] * s["D"]
@@ -146,8 +147,10 @@ def products(config: TransformerConfig, task: Task) -> float:
     scores = 2 * s["N"] * s["H"] * task.tokens
     layer = rest * (keys + others + scores)
     last = rest * keys + others + scores
-    once = (task.points - 1) * rest * (queries + keys) if s["L"] > 1 else 0
-    return 2 * (task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"]) - once)
+    all_points = task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"])
+    if s["L"] > 1 and config.max_positions is None:
+        all_points -= (task.points - 1) * rest * (queries + keys)
+    return 2 * all_points
 
 
 class Memory(NamedTuple):

@@ -156,7 +156,8 @@ class Attention(Layer):
             implementation=self.implementation,
         )
         o = self.weight("o", "D N H")
-        y = project(y.reshape(*y.shape[:-2], -1), o.reshape(len(o), -1))
+        heads = config.num_heads * config.head_dim
+        y = project(y.reshape(*y.shape[:-2], heads), o.reshape(-1, heads))
         y = y + self.weight("o_bias", "D", _ZEROS) if config.output_bias else y
         return y, memory
 
@@ -402,7 +403,8 @@ class Transformer(Layer):
         if last and x.shape != full:
             x, done = layer(x, 0)[0], 1
         x = jnp.broadcast_to(x, full)
-        x, _ = jax.lax.scan(layer, x, np.arange(done, last))
+        if done < last:
+            x, _ = jax.lax.scan(layer, x, np.arange(done, last))
         return layer(x, last, at)[0]
 
 

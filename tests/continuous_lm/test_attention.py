@@ -221,6 +221,8 @@ def test_low_precision_accumulates_in_float32(attend):
         (((3, 4, 8), (3, 2, 8), (3, 2, 6), (3,)), "do not fit"),
         (((4, 4, 8), (3, 2, 8), (3, 2, 8), (3,)), "4 queries for 3 keys"),
         (((3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)), r"weights has shape \[4\]"),
+        (((3, 4, 8), (2, 3, 2, 8), (5, 3, 2, 8), (3,)), r"broadcast: \[2\] of k, \[5\] of v"),
+        (((3, 4, 8), (2, 3, 2, 8), (3, 2, 8), (5, 3)), r"broadcast: \[2\] of k, \[5\] of weights"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(attend, shapes, message):

@@ -50,9 +50,14 @@ def test_products_are_most_of_what_is_counted():
     assert 1.0 <= operations / costs.products(config, TASK) < 1.02
 
 
-def test_products_against_every_product_of_the_program():
-    """Those of the traced program, one by one; here the loop runs all but the last layer."""
-    config = llama(5)
+def gpt2(num_layers):
+    fields = tiny.gpt2_config(model_type="gpt2", n_layer=num_layers)
+    return loading.read_config(fields)
+
+
+@pytest.mark.parametrize("config", [llama(5), gpt2(3)])
+def test_products_against_every_product_of_the_program(config):
+    """Those of the traced program, one by one; here layers between first and last are a loop."""
     model = costs.Transformer(config, implementation="dense")
     given = costs.arguments(config, one_device(), TASK, jnp.float32)
     with costs.unrolled():

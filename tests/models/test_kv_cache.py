@@ -268,14 +268,19 @@ def test_what_follows_a_prefix_is_as_in_one_call(family):
             assert_close(found, whole[at])
 
 
-# Windows and caps; learned positions; channels that do not turn; a last layer that is the first.
-FAMILIES = {"gemma2": {}, "gpt2": {}, "gpt_neox": {}, "llama": {"num_hidden_layers": 1}}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_points_after_a_prefix_are_as_each_alone(family):
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gemma2", {}),  # windows and caps
+        ("gpt2", {}),  # learned positions
+        ("gpt_neox", {}),  # channels that do not turn
+        ("llama", {"num_hidden_layers": 1}),  # the last layer is the first
+        ("llama", {"num_hidden_layers": 2}),  # and none is between them
+    ],
+)
+def test_points_after_a_prefix_are_as_each_alone(family, fields):
     """Tokens have no axis of points, so that the first layer's projections are made once."""
-    lm = random_lm(family, **FAMILIES[family])
+    lm = random_lm(family, **fields)
     tokens, d = draw(lm, N)
     factors = jnp.where(jnp.arange(N) < 6, 1.0, jnp.array([0.5, 1.0, 2.0])[:, None])
     apply = jax.jit(functools.partial(lm.model.apply, {"params": lm.params}))
@@ -295,12 +300,26 @@ def test_gradients_reach_through_a_prefix(remat):
         d = d.astype(jnp.float64)
 
         def grad(answer):
-            return jax.jit(jax.grad(lambda d: answer(d)[3]))(d)
+            return jax.jit(jax.grad(lambda d: answer(d)[..., 3].sum()))(d)
 
-        one = grad(lambda d: lm.model.apply({"params": lm.params}, tokens, durations=d, at=-1))
+        apply = functools.partial(lm.model.apply, {"params": lm.params})
+        one = grad(lambda d: apply(tokens, durations=d, at=-1))
         model = lm.model.clone(remat=remat)
         two = grad(lambda d: after_prefix(model, lm.params, tokens, d, 6, -1, {}))
         np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
+
+        # Points, that have the first layer's projections in common.
+        factors = jnp.array([0.5, 1.0, 2.0])[:, None]
+        prefix = apply(tokens[:6], durations=d[:6], method="remember")
+
+        def points(d):
+            given = {"params": lm.params}, tokens[6:]
+            return model.apply(*given, durations=factors * d[6:], prefix=prefix, at=-1)
+
+        def alone(d):
+            return apply(tokens, durations=jnp.where(jnp.arange(N) < 6, d, factors * d), at=-1)
+
+        np.testing.assert_allclose(grad(points)[6:], grad(alone)[6:], rtol=1e-9, atol=1e-12)
 
 
 def test_a_prefix_that_does_not_fit_is_refused(lm):

@@ -62,6 +62,10 @@ def test_a_translation_changes_nothing(lm, seed, shift):
     assert np.abs(moved - plain).max() <= 1e-5 * np.abs(plain).max()
 
 
+def test_an_empty_batch_has_empty_logits():
+    assert LM(np.zeros((0, 5), int)).shape == (0, 5, LM.config.vocab_size)
+
+
 @both
 @pytest.mark.parametrize("gone", [[3], [3, 4], [1, 6, 11], [0], [0, 1, 5]])
 def test_a_token_of_duration_zero_is_as_if_not_there(lm, gone):
