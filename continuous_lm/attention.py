@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from continuous_lm import blocked, dense
+from continuous_lm import axes, blocked, dense
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
 
@@ -170,12 +170,9 @@ def _check(q, k, v, weights, steps, implementation, block) -> None:
                 f"{name} has shape {list(array.shape)}; it must be [..., {k.shape[-3]}]"
             )
     arrays = {"q": (q, 3), "k": (k, 3), "v": (v, 3), "weights": (weights, 1), "steps": (steps, 1)}
-    leading = {n: x.shape[: x.ndim - rank] for n, (x, rank) in arrays.items() if x is not None}
-    try:
-        jnp.broadcast_shapes(*leading.values())
-    except ValueError:
-        told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
-        raise InputError(f"leading axes do not broadcast: {told}") from None
+    axes.check_leading(
+        {n: x.shape[: x.ndim - rank] for n, (x, rank) in arrays.items() if x is not None}
+    )
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"

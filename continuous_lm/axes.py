@@ -14,13 +14,15 @@ number of leading batch axes.
     J  layers of an encoder, blocks of a head    I  layers of a decoder
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
+
+from continuous_lm.errors import InputError
 
 # Which mesh axis shards which letter. What is not here is replicated.
 RULES: Mapping[str, str] = {
@@ -91,6 +93,19 @@ def placed_tree(mesh: Mesh | None, tree: Any, declared: Any) -> Any:
         return placed(mesh, leaf, names[name]) if name in names else leaf
 
     return jax.tree.map_with_path(place, tree)
+
+
+def check_leading(leading: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+    """The shape to which the leading axes of arguments broadcast, given by the arguments' names.
+
+    Raises:
+      InputError: if they do not: whose they are.
+    """
+    try:
+        return np.broadcast_shapes(*map(tuple, leading.values()))
+    except ValueError:
+        told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
+        raise InputError(f"leading axes do not broadcast: {told}") from None
 
 
 def mesh_of(array: jax.Array) -> Mesh | None:

@@ -147,10 +147,10 @@ def products(config: TransformerConfig, task: Task) -> float:
     scores = 2 * s["N"] * s["H"] * task.tokens
     layer = rest * (keys + others + scores)
     last = rest * keys + others + scores
-    all_points = task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"])
+    total = task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"])
     if s["L"] > 1 and config.max_positions is None:
-        all_points -= (task.points - 1) * rest * (queries + keys)
-    return 2 * all_points
+        total -= (task.points - 1) * rest * (queries + keys)
+    return 2 * total
 
 
 class Memory(NamedTuple):

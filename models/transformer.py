@@ -489,11 +489,7 @@ def check(
         "the cache": () if cache is None else cache.end.shape,
         "the prefix": () if prefix is None else prefix.end.shape,
     }
-    try:
-        np.broadcast_shapes(*map(tuple, leading.values()))
-    except ValueError:
-        told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
-        raise InputError(f"leading axes do not broadcast: {told}") from None
+    axes_lib.check_leading(leading)
     if prefix is not None:
         if cache is not None or at is None:
             raise InputError(
