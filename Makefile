@@ -120,6 +120,23 @@ embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seed
 benchmark: $(VENV)/.has-peers ## How fast it is, beside PyTorch, transformers, faiss
 	$(python) -m continuous_lm.experiments.benchmark --output_dir=$(RESULTS)/benchmark
 
+# With a python that is there, and nothing installed: the one of $(VENV) if it has a CUDA jax.
+has_cuda = import importlib.util as u; print(any(map(u.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))))
+GPU_PYTHON ?= $(if $(filter True,$(shell $(python) -c '$(has_cuda)' 2>/dev/null)),$(python),python3)
+GPU_FLAGS  ?= # --allow_cpu to try it without a GPU
+needs := absl-py flax jax ml_dtypes numpy optax safetensors tokenizers tqdm
+define absent
+import sys
+from importlib import metadata
+gone = [name for name in "$(needs)".split() if not list(metadata.distributions(name=name))]
+gone and sys.exit(f"error: {sys.executable} lacks {', '.join(gone)}: {sys.executable} -m pip install {' '.join(gone)}")
+endef
+export absent
+.PHONY: gpu
+gpu: ## Check this machine's GPU, in eight minutes at most; installs nothing
+	@$(GPU_PYTHON) -c "$$absent"
+	$(GPU_PYTHON) -m continuous_lm.experiments.gpu_check $(GPU_FLAGS) --output_dir=$(RESULTS)/gpu
+
 .PHONY: growth
 growth: $(VENV)/.has-runtime ## What sweeps of 8B to 70B models cost, and which devices hold them
 	$(python) -m continuous_lm.experiments.growth --output_dir=$(RESULTS)/growth

@@ -63,20 +63,17 @@ def case(quick: bool, repeats: int) -> Iterator[Row]:
 # --- Attention ----------------------------------------------------------------------------------
 
 
-def attention(setting: Setting, n: int, repeats: int, plain: str | None = "cudnn") -> Iterator[Row]:
-    """Continuous attention against the plain causal one and against flex_attention."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (1, n, setting.heads, setting.width)
-    qkv = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:3]]
-    durations = jax.random.uniform(keys[3], (1, n), minval=0.1, maxval=2.0)
+def attention(
+    setting: Setting, n: int, repeats: int, plain: str | None = "cudnn", *, peer: bool = True
+) -> Iterator[Row]:
+    """Continuous attention against the plain causal one and, with its `peer`, flex_attention."""
+    *qkv, durations = drawn(setting, n)
     causal = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=plain)
-    absent = peers.missing("torch")
-    if not absent and not peers.load("torch").cuda.is_available():
-        absent = "this PyTorch has no CUDA"
+    absent = peers.without_cuda() if peer else "left out"
     for gradients, most in {False: 1.15, True: 1.25}.items():
         ways: dict[str, Callable[[], Any]] = {
-            "ours": _calls(clm.attention.attend, (*qkv, durations), gradients),
-            "plain": _calls(causal, qkv, gradients),
+            "ours": calls(clm.attention.attend, (*qkv, durations), gradients),
+            "plain": calls(causal, qkv, gradients),
         }
         if not absent:
             arrays = [np.asarray(x.astype(jnp.float32)) for x in (*qkv, durations)]
@@ -98,7 +95,15 @@ def attention(setting: Setting, n: int, repeats: int, plain: str | None = "cudnn
             )
 
 
-def _calls(attend: Callable[..., jax.Array], arguments: Any, gradients: bool) -> Callable[[], Any]:
+def drawn(setting: Setting, n: int) -> tuple[jax.Array, ...]:
+    """Queries, keys and values in bfloat16, and durations, of n tokens."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (1, n, setting.heads, setting.width)
+    qkv = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:3])
+    return *qkv, jax.random.uniform(keys[3], (1, n), minval=0.1, maxval=2.0)
+
+
+def calls(attend: Callable[..., jax.Array], arguments: Any, gradients: bool) -> Callable[[], Any]:
     """Attention, or the gradients for all its arguments, some times in a row."""
 
     def loss(*arguments: jax.Array) -> jax.Array:
@@ -114,7 +119,7 @@ def _calls(attend: Callable[..., jax.Array], arguments: Any, gradients: bool) ->
 
 def large_sweep(setting: Setting, repeats: int) -> Iterator[Row]:
     """All points of a sweep of a large model, with random weights."""
-    lm = clm.LanguageModel(setting.model, _random_params(setting.model))
+    lm = clm.LanguageModel(setting.model, random_params(setting.model))
     size = sum(x.size for x in jax.tree.leaves(lm.params))
     durations = np.ones((setting.points, setting.tokens), np.float32)
     changed = slice(setting.tokens // 4, setting.tokens // 2)
@@ -130,7 +135,7 @@ def large_sweep(setting: Setting, repeats: int) -> Iterator[Row]:
     )
 
 
-def _random_params(config: clm.TransformerConfig) -> Any:
+def random_params(config: clm.TransformerConfig) -> Any:
     """Parameters in bfloat16, made where they stay."""
     init = clm.Transformer(config).init
     shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros(1, jnp.int32)))["params"]

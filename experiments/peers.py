@@ -44,6 +44,13 @@ def missing(*names: str) -> str:
     return ""
 
 
+def without_cuda() -> str:
+    """Why no PyTorch runs on a GPU here; "" if one does."""
+    if absent := missing("torch"):
+        return absent
+    return "" if load("torch").cuda.is_available() else "this PyTorch has no CUDA"
+
+
 # --- A sweep, as the paper's code does it -------------------------------------------------------
 
 

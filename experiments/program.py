@@ -159,6 +159,15 @@ def output_dir(name: str) -> pathlib.Path:
 
 def record() -> dict[str, Any]:
     """Flags, versions and device of this run, for its results file."""
+    return settings() | {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+    }
+
+
+def settings() -> dict[str, Any]:
+    """What `record` says but for the devices, which are not touched."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
     package = __name__.rpartition(".")[0]
     ours = {
@@ -171,8 +180,5 @@ def record() -> dict[str, Any]:
         "flags": dict(sorted(ours.items())),
         "versions": {"continuous_lm": clm.__version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in packages},
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "num_processes": jax.process_count(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
