@@ -160,6 +160,10 @@ test-all: $(VENV)/.has-test ## All tests
 test-core: $(VENV)/.has-test-core ## The fast tests, without installing PyTorch for those that need it
 	$(pytest) -m "not slow" $(TESTS)
 
+.PHONY: mutants
+mutants: $(VENV)/.has-test ## Put small defects into the code and count those that the fast tests see
+	$(python) -m tests.mutants --workers=$(WORKERS) --output=$(RESULTS)/mutants.json
+
 .PHONY: lint
 lint: $(VENV)/.has-lint ## Style, format, imports, types
 	$(VENV)/bin/ruff check
