@@ -4,7 +4,8 @@
 
 The table of defects is mutants.toml. Each is made in a copy of the tree, where the tests run that
 should fail. It is killed if one of them fails; tests that cannot run, or do not end, kill nothing.
-The number killed must not fall below the one in mutants_killed.json, which --record writes.
+The number killed must not fall below the one in mutants_killed.json, which --record writes unless
+it would fall.
 """
 
 import argparse
@@ -222,10 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if run.status != "survived":
                 print(f"{run.output}\n{file} fails without a defect")
                 return 2
+        files = {mutant.id: mutant.file for mutant in mutants}
         for name, run in trees.runs({mutant.id: (mutant.tests, mutant) for mutant in mutants}):
             found[name] = run
-            row = f"{name:30} | {run.status:8} | {run.seconds:4.0f} s | {run.failed}"
-            print(row, flush=True)
+            columns = f"{name:36}", f"{files[name]:27}", f"{run.status:8}", f"{run.seconds:3.0f} s"
+            print(*columns, run.failed, sep=" | ", flush=True)
 
     rows = [{"id": m.id, "file": m.file, **dataclasses.asdict(found[m.id])} for m in mutants]
     output = pathlib.Path(given.output)
@@ -234,12 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     survivors = [row["id"] for row in rows if row["status"] != "killed"]
     killed = len(rows) - len(survivors)
     print(f"killed {killed} of {len(rows)}; others: {', '.join(survivors) or 'none'}")
-    worse = worse_than_recorded(survivors, len(rows), len(table))
+    if worse := worse_than_recorded(survivors, len(rows), len(table)):
+        print(worse)
+        return 1
     if given.record:
         write(RECORD, {"killed": killed, "of": len(rows), "survivors": survivors})
-    elif worse:
-        print(worse)
-    return int(bool(worse) and not given.record)
+    return 0
 
 
 def write(path: pathlib.Path, values: object) -> None:
@@ -249,4 +251,7 @@ def write(path: pathlib.Path, values: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that copies go then, too
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
