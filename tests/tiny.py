@@ -356,20 +356,27 @@ def run(cwd: pathlib.Path, program: str, *arguments: str) -> tuple[int, str, str
 
 @contextlib.contextmanager
 def forked(program: str):
-    """Gives a function (cwd, *arguments) that does what `run` does, without its imports' seconds.
+    """Gives a function (cwd, *arguments) that does what `run` does, without its imports' seconds."""
+    with forking(ENVIRONMENT) as call:
+        yield lambda cwd, *arguments: call(cwd, program, *arguments)
 
-    One process imports what such programs import. For each call it forks, and the fork, in which
-    JAX has not started yet, runs the program as `__main__`.
+
+@contextlib.contextmanager
+def forking(environment: Mapping[str, str]):
+    """Gives a function (cwd, program, *arguments) like `run`, for any program.
+
+    One process imports what programs import. For each call it forks, and the fork, in which JAX
+    has not started yet, runs the program as `__main__`.
     """
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _SERVER],
-        env=ENVIRONMENT,
+        env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
 
-    def call(cwd, *arguments):
+    def call(cwd, program, *arguments):
         with tempfile.TemporaryDirectory() as logs:
             out, err = (pathlib.Path(logs, name) for name in ("out", "err"))
             job = [program, str(cwd), str(out), str(err), *map(str, arguments)]
