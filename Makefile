@@ -163,6 +163,9 @@ test-core: $(VENV)/.has-test-core ## The fast tests, without installing PyTorch 
 .PHONY: mutants
 mutants: $(VENV)/.has-test ## Put small defects into the code and count those that the fast tests see
 	$(python) -m tests.mutants --workers=$(WORKERS) --output=$(RESULTS)/mutants.json
+.PHONY: golden
+golden: $(VENV)/.has-test-core ## Store anew what every program writes when it is run small
+	$(python) -m tests.golden --write --noise $(GROUPS)
 
 .PHONY: lint
 lint: $(VENV)/.has-lint ## Style, format, imports, types

@@ -1,20 +1,24 @@
 """Golden outputs: what every program writes when it is run small, and how to compare a new run.
 
-    python -m tests.golden --write            # stores tests/golden_outputs.json.gz anew
-    python -m tests.golden [calm sweeps ...]  # runs again and prints what differs
+python -m tests.golden [GROUP...]         # runs them and prints what is not as stored
+python -m tests.golden --write [GROUP...] # stores numbers anew, of some groups or of all
+python -m tests.golden --noise [GROUP...] # measures anew how far other compilers move them
 """
 
 import argparse
+import contextlib
 import gzip
+import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,13 +97,17 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "vectors/sample": (X + "calm_sample", "--model=energy --samples=2 --max_new_tokens=8"),
     "vectors/between": (
         X + "calm_sample",
-        "--model=flow --samples=1 --max_new_tokens=8 --between='a path' --between='the file'",
+        "--model=flow --max_new_tokens=8 --between='Ann reads a path.'"
+        " --between='Bob opens the file.'",
     ),
     "vectors/eval": (
         X + "calm_eval",
         f"{EVAL} --models=baseline,energy,flow,diffusion --positions=16 --context=8 --windows=4",
     ),
-    "vectors/ablation": (X + "quantization_ablation", f"{ABLATE} --model=energy"),
+    "vectors/ablation": (
+        X + "quantization_ablation",
+        f"{EVAL} --codes=16 --stages=2 --windows=2 --model=energy",
+    ),
     "heads/implicit_heads": (
         X + "implicit_heads",
         "--steps=3 --hidden_size=8 --conditions=4 --samples=8 --batch_size=8",
@@ -114,22 +122,55 @@ PROGRAMS: dict[str, tuple[str, str]] = {
 }  # `benchmark` writes times alone
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in PROGRAMS))
 
-# What is not compared: what differs from run to run or from machine to machine.
-SKIPPED_KEYS = ("run", "date", "seconds", "sha256", "digest", "per_second", "source")
-SKIPPED_FILES = ("tokenizer.json", "speed.jsonl", "checkpoints")
-
-# Everything that decides how numbers are rounded is the same for every run.
-ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
-} | {
-    "PYTHONPATH": str(tiny.ROOT),
-    "PYTHONHASHSEED": "0",
-    "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "0",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
+# Not compared: run records, times, checksums (of bits) and paths; copies of what is compared.
+SKIPPED_KEYS = {
+    "run",
+    "frozen",
+    "sha256",
+    "sha256_of_frames",
+    "microseconds",
+    "a_second",
+    "sources",
 }
-FLAGS = "--xla_cpu_multi_thread_eigen=false"
+SKIPPED_FILES = {"tokenizer.json", "speed.jsonl", "checkpoints"}
+
+# --- Where they run ---------------------------------------------------------------------------
+
+# The same for every run, so that the numbers are those of the program and of little else.
+SINGLE, UNOPTIMISED = "--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0"
+if sys.version_info < (3, 12):  # of which JAX still has the older code generator
+    UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
+OLD, OLDEST = (
+    f" --xla_cpu_max_isa={name}" if platform.machine() == "x86_64" else ""
+    for name in ("AVX2", "SSE4_2")
+)
+FLAGS = f"{SINGLE} {UNOPTIMISED}{OLD}"
+# Stand in for other machines and compilers.
+OTHERS = {"default": "", "unoptimised": UNOPTIMISED, "oldest": SINGLE + OLDEST}
+
+
+def environment(flags: str = FLAGS) -> dict[str, str]:
+    """Of a program, for these flags of XLA; nothing that JAX reads is inherited."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    return ours | {
+        "PYTHONPATH": str(tiny.ROOT),
+        "PYTHONHASHSEED": "0",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "OPENBLAS_NUM_THREADS": "1",
+        "OPENBLAS_CORETYPE": "Haswell",
+    }
+
+
+def machine() -> dict[str, Any]:
+    """On what numbers are bound to be the same."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        names = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        cpu = names[0] if names else cpu
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    python = platform.python_version()
+    return {"cpu": cpu, "cores": os.cpu_count(), "flags": FLAGS, "python": python, **versions}
 
 
 def write_text(path: pathlib.Path) -> None:
@@ -144,28 +185,28 @@ def write_text(path: pathlib.Path) -> None:
     path.write_text("\n".join(sentences) + "\n")
 
 
-def run(group: str, environment: Mapping[str, str]) -> dict[str, Any]:
+def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
     """What the programs of a group wrote: "group/name/file/key/..." -> number, array or text."""
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, tiny.forking(environment) as call:
+    with tempfile.TemporaryDirectory() as folder:
         cwd = pathlib.Path(folder)
         write_text(cwd / "text.txt")
-        for name, (module, flags) in PROGRAMS.items():
-            if name.partition("/")[0] != group:
-                continue
-            out = name.partition("/")[2]
-            started = time.perf_counter()
-            status, _, stderr = call(cwd, module, *shlex.split(flags), f"--output_dir={out}")
-            if os.environ.get("GOLDEN_TIMES"):
-                print(f"{time.perf_counter() - started:7.1f} s  {name}", file=sys.stderr)
-            if "Traceback" in stderr:
-                raise RuntimeError(f"{name}: {stderr}")
-            found[f"{name}/exit status"] = status
-            if status:
-                found[f"{name}/error"] = stderr
-            for path in sorted((cwd / out).rglob("*")):
-                if not any(skipped in path.parts for skipped in SKIPPED_FILES):
-                    found |= numbers_of(path, f"{name}/{path.relative_to(cwd / out)}")
+        compiled = {  # what one program compiled serves the next
+            "JAX_COMPILATION_CACHE_DIR": str(cwd / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        with tiny.forking(environment(flags) | compiled) as call:
+            for name, (module, given) in PROGRAMS.items():
+                of, _, out = name.partition("/")
+                if of != group:
+                    continue
+                status, _, stderr = call(cwd, module, *shlex.split(given), f"--output_dir={out}")
+                if status:
+                    raise RuntimeError(f"{name}: {module} {given} ended with {status}:\n{stderr}")
+                for path in sorted((cwd / out).rglob("*")):
+                    inside = path.relative_to(cwd / out)
+                    if SKIPPED_FILES.isdisjoint(inside.parts):
+                        found |= numbers_of(path, f"{name}/{inside}")
     return found
 
 
@@ -197,11 +238,8 @@ def flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
                 yield from flat(part, f"{key}/{name}")
         return
     if isinstance(value, list):
-        try:
-            array = np.array(value)
-        except ValueError:  # ragged
-            array = np.array(None)
-        if array.size and array.dtype.kind in "iuf":
+        array = flat_array(value)
+        if array is not None:
             yield key, array
             return
         if any(isinstance(part, dict | list) for part in value):
@@ -209,3 +247,155 @@ def flat(value: Any, key: str) -> Iterator[tuple[str, Any]]:
                 yield from flat(part, f"{key}/{i}")
             return
     yield key, value
+
+
+def flat_array(value: list) -> np.ndarray | None:
+    """A nested list of numbers as an array, None for other lists."""
+    try:
+        array = np.array(value)
+    except ValueError:  # ragged
+        return None
+    return array if array.size and array.dtype.kind in "iuf" else None
+
+
+# --- Comparing --------------------------------------------------------------------------------
+
+
+def moved(old: Any, new: Any) -> float:
+    """How far, relative to the larger; infinitely where text or a shape is another."""
+    if not all(isinstance(value, int | float | np.ndarray) for value in (old, new)):
+        return 0.0 if old == new else math.inf
+    a, b = (np.asarray(value, np.float64) for value in (old, new))
+    if a.shape != b.shape or (np.isfinite(a) != np.isfinite(b)).any():
+        return math.inf
+    a, b = np.nan_to_num(a), np.nan_to_num(b)
+    largest = max(np.abs(a).max(), np.abs(b).max())
+    return float(np.abs(a - b).max() / largest) if largest else 0.0
+
+
+MISSING = "nothing"
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], noise: Mapping[str, float] | None = None
+) -> dict[str, tuple[float, str]]:
+    """Keys that moved by more than they may: how far, and from what to what, farthest first.
+
+    Args:
+      old: what is stored.
+      new: what was found.
+      noise: how far rounding moves each key, of which four times are allowed; None allows none.
+    """
+    found = {}
+    for key in old.keys() | new.keys():
+        a, b = old.get(key, MISSING), new.get(key, MISSING)
+        far = moved(a, b)
+        if far > max(TOLERANCE, 4 * (noise or {}).get(key, 0.0)):
+            found[key] = far, f"{key}: {shown(a, b)} -> {shown(b, a)} ({far:.2g})"
+    return dict(sorted(found.items(), key=lambda item: (-item[1][0], item[0])))
+
+
+def shown(value: Any, other: Any) -> str:
+    """A value, of an array the entry that is farthest from another array's."""
+    if isinstance(value, np.ndarray) and np.shape(value) == np.shape(other):
+        place = np.unravel_index(np.abs(value - np.asarray(other)).argmax(), value.shape)
+        return f"{value[place]:.9g} at {list(map(int, place))}"
+    return f"{value!r:.80}"
+
+
+# --- Storing ----------------------------------------------------------------------------------
+
+
+def read() -> dict[str, Any]:
+    """What is stored: machine, note, values by key, noise by key."""
+    stored = json.loads(gzip.decompress(STORED.read_bytes()))
+    for key, value in stored["values"].items():
+        if isinstance(value, list) and flat_array(value) is not None:
+            stored["values"][key] = flat_array(value)
+    stored["noise"] = {k: math.inf if far is None else far for k, far in stored["noise"].items()}
+    return stored
+
+
+def write(values: Mapping[str, Any], noise: Mapping[str, float]) -> None:
+    """Stores them, the same bytes for the same numbers."""
+    far = [noise.get(key, 0.0) for key in values]
+    note = {
+        "keys": len(values),
+        "compared to 1e-6 everywhere": sum(4 * x <= TOLERANCE for x in far),
+        "elsewhere compared to four times their noise": sum(
+            TOLERANCE < 4 * x < math.inf for x in far
+        ),
+        "not compared elsewhere, as rounding decides them": sum(x == math.inf for x in far),
+    }
+    stored = {
+        "note": note,
+        "machine": machine(),
+        "values": {key: rounded(value) for key, value in sorted(values.items())},
+        "noise": {
+            key: None if x == math.inf else float(f"{x:.2g}")
+            for key, x in sorted(noise.items())
+            if 4 * x > TOLERANCE
+        },
+    }
+    text = json.dumps(stored, separators=(",", ":"))
+    STORED.write_bytes(gzip.compress(text.encode(), mtime=0))
+    print(json.dumps(note, indent=2))
+
+
+def rounded(value: Any) -> Any:
+    """Nine digits, as JSON."""
+    if isinstance(value, np.ndarray | list):
+        return [rounded(part) for part in (value.tolist() if hasattr(value, "tolist") else value)]
+    return float(f"{value:.9g}") if isinstance(value, float) else value
+
+
+def differing(group: str, stored: Mapping[str, Any]) -> list[str]:
+    """Runs a group again; a line for each key that is not as stored."""
+    old = {k: value for k, value in stored["values"].items() if k.startswith(f"{group}/")}
+    noise = None if stored["machine"] == machine() else stored["noise"]
+    new = run(group)
+    if noise is not None:  # keys that rounding brings forth
+        new = {k: v for k, v in new.items() if k in old or noise.get(k) != math.inf}
+    return [line for _, line in differences(old, new, noise).values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--noise", action="store_true")
+    given = parser.parse_args()
+    groups = given.groups or GROUPS
+    stored = read() if STORED.exists() else {"values": {}, "noise": {}}
+    if not (given.write or given.noise):
+        lines = [line for group in groups for line in differing(group, stored)]
+        sys.exit("\n".join(lines) or None)
+    for group in groups:
+        values, noise = (
+            {k: x for k, x in stored[part].items() if k.partition("/")[0] != group}
+            for part in ("values", "noise")
+        )
+        found = {k: x for k, x in stored["values"].items() if k.startswith(f"{group}/")}
+        if given.write:
+            found = run(group)
+        far = {k: x for k, x in stored["noise"].items() if k.startswith(f"{group}/")}
+        if given.noise:
+            far = noise_of(group, found)
+        stored = {"values": values | found, "noise": noise | far}
+        print(f"{group}: {len(found)} keys", flush=True)
+        write(stored["values"], stored["noise"])
+
+
+def noise_of(group: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """How far each key of a group moves at most, with the flags that stand for other machines."""
+    far: dict[str, float] = {}
+    for flags in OTHERS.values():
+        new = run(group, flags)
+        for key in values.keys() | new.keys():
+            move = moved(values.get(key, MISSING), new.get(key, MISSING))
+            far[key] = max(far.get(key, 0.0), move)
+    return far
+
+
+if __name__ == "__main__":
+    main()

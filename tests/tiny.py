@@ -356,7 +356,7 @@ def run(cwd: pathlib.Path, program: str, *arguments: str) -> tuple[int, str, str
 
 @contextlib.contextmanager
 def forked(program: str):
-    """Gives a function (cwd, *arguments) that does what `run` does, without its imports' seconds."""
+    """Gives a function (cwd, *arguments) like `run`, without the seconds that its imports take."""
     with forking(ENVIRONMENT) as call:
         yield lambda cwd, *arguments: call(cwd, program, *arguments)
 

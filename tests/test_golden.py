@@ -1,0 +1,53 @@
+"""Every program, run small, writes the numbers that are stored; see `golden`."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tests import golden
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return golden.read()
+
+
+def check(group, stored):
+    lines = golden.differing(group, stored)
+    more = f"\n... and {len(lines) - 20} more" if len(lines) > 20 else ""
+    assert not lines, f"{len(lines)} keys of {group} moved:\n" + "\n".join(lines[:20]) + more
+
+
+@pytest.mark.parametrize("group", ["sweeps", "studies", "gradients"])
+def test_outputs_are_as_stored(group, stored):
+    check(group, stored)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["report", "embedded", "growth"])
+def test_outputs_of_long_programs_are_as_stored(group, stored):
+    check(group, stored)
+
+
+def test_every_program_is_run(stored):
+    ran = {module.rpartition(".")[2] for module, _ in golden.PROGRAMS.values()}
+    texts = {
+        path.stem: path.read_text() for path in (golden.tiny.ROOT / "experiments").glob("*.py")
+    }
+    programs = {name for name, text in texts.items() if "    program.run(main" in text}
+    assert programs - ran == {"benchmark", "growth"}  # the latter through small_growth
+    assert {key.partition("/")[0] for key in stored["values"]} == set(golden.GROUPS)
+
+
+def test_differences_are_named():
+    old = {"a/x": 1.0, "a/list": np.array([1e-9, 2.0]), "a/gone": "text", "a/near": 3.0}
+    new = {"a/x": 1.1, "a/list": np.array([2e-9, 2.0]), "a/new": 4, "a/near": 3.000001}
+    lines = [line for _, line in golden.differences(old, new).values()]
+    assert len(lines) == 3
+    assert lines[0].startswith("a/gone: 'text' -> 'nothing'")
+    assert lines[1].startswith("a/new: 'nothing' -> 4")
+    assert lines[2].startswith("a/x: 1.0 -> 1.1")
+    assert not golden.differences({"x": 1.0}, {"x": 1.1}, {"x": 0.03})
+    assert golden.differences({"x": 1.0}, {"x": 1.1}, {"x": 0.01})
+    assert not golden.differences({"x": "a"}, {"x": "b"}, {"x": math.inf})
