@@ -5,7 +5,7 @@ section 3). An ordinary sentence has d = 1 and start = 0. Durations and times ar
 in units of one token, with any leading axes.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,3 +166,10 @@ def elapsed(clock: Clock, later: jax.Array, earlier: jax.Array) -> jax.Array:
     ticks = clock.ticks[..., later, None] - clock.ticks[..., None, earlier]
     rest = clock.rest[..., later, None] - clock.rest[..., None, earlier]
     return ticks.astype(rest.dtype) * clock.tick[..., None] + rest
+
+
+def check_count(name: str, count: Any) -> None:
+    """Refuses what is no positive integer."""
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not whole or count < 1:
+        raise InputError(f"{name} is {count!r}; it must be a positive integer")

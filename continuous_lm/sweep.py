@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm.errors import InputError
+from continuous_lm.parallel import pmap_rows
 
 _RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
 # Operations that a prefix has to save before it is computed apart, which is one more program to
@@ -357,3 +358,45 @@ def indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
             time.check_integers(f"group {column}", np.asarray(group), 0, vocab_size)
         found[list(group), column] = 1.0
     return found
+
+
+def pmap_sweep(
+    lm: HasModel,
+    groups: Sequence[Sequence[int]],
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    at: ArrayLike = -1,
+    **arguments: ArrayLike,
+) -> np.ndarray:
+    """`sweep.probabilities` by `jax.pmap`: the points spread over devices.
+
+    Args:
+      lm: the language model, on no mesh.
+      groups: as of `sweep.probabilities`.
+      devices: of this process; all of them if left out.
+      at: as of `sweep.probabilities`, and
+      **arguments: as there. All points run at once: for fewer, cut them up.
+
+    Returns:
+      probabilities [P, C], float32: those of one device, to rounding.
+    """
+    points = checked(lm, arguments, at)
+    rows: dict[str, np.ndarray] = {n: x for n, x in points.arguments.items() if len(x) > 1}
+    fixed = {name: x[0] for name, x in points.arguments.items() if name not in rows}
+    rows["at"] = points.at
+    members = indicator(groups, lm.config.vocab_size)
+    read = _pmap_program(lm.model, None if devices is None else tuple(devices))
+    return read((lm.params, fixed, members), rows)
+
+
+@functools.lru_cache(maxsize=8)
+def _pmap_program(model: Any, devices: tuple[jax.Device, ...] | None) -> Callable[..., Any]:
+    """The same function for the same model, so that it is compiled once."""
+
+    def read(shared: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        params, fixed, members = shared
+        logits = model.apply({"params": params}, **fixed, **rows)
+        distribution = jax.nn.softmax(logits.astype(jnp.float32))
+        return jnp.dot(distribution, members, precision=jax.lax.Precision.HIGHEST)
+
+    return pmap_rows(read, devices)

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from continuous_lm import durations as time
+from continuous_lm.durations import check_count
 from continuous_lm.errors import InputError
 from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
-from continuous_lm.models.generation import check_count, generate
+from continuous_lm.models.generation import generate
 from continuous_lm.models.loading import LanguageModel
 from continuous_lm.models.transformer import Transformer
 

@@ -10,10 +10,11 @@ import tqdm
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm import devices, parallel
+from continuous_lm import devices
 from continuous_lm.experiments import curves, plots, program
 from continuous_lm.experiments.trials import Trial
 from continuous_lm.files import write_json, written_aside
+from continuous_lm.sweep import pmap_sweep
 
 MOST = 20  # tokens that are tracked because they reach a threshold
 
@@ -118,7 +119,7 @@ def run(
     """The sweep of one trial, with a progress bar if it has a label."""
     groups = list(answers.values())
     if program.pmap():
-        probabilities = parallel.pmap_sweep(lm, groups, devices=None, **trial.sweep.arguments())
+        probabilities = pmap_sweep(lm, groups, devices=None, **trial.sweep.arguments())
     else:
         probabilities = clm.sweep.probabilities(
             lm,
@@ -139,9 +140,7 @@ def together(
 ) -> list[np.ndarray]:
     """The probabilities of a set of sweeps that `clm.sweep.plan` has made."""
     if pmap:
-        return [
-            parallel.pmap_sweep(lm, groups, devices=None, **swept.arguments()) for swept in sweeps
-        ]
+        return [pmap_sweep(lm, groups, devices=None, **swept.arguments()) for swept in sweeps]
     return clm.sweep.together(lm, groups, sweeps, batch_size)
 
 

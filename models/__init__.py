@@ -8,9 +8,10 @@ import importlib
 from typing import Any
 
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.generation import Generated, generate, sample_token
+from continuous_lm.models.generation import Generated, generate
 from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.loading import LanguageModel, bundled, load, save
+from continuous_lm.models.samplers import sample_token
 from continuous_lm.models.transformer import Transformer
 
 __all__ = [

@@ -21,18 +21,12 @@ from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
+from continuous_lm.durations import check_count
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import temperature as temperature_lib
 from continuous_lm.models.calm import NextVectorLM, NextVectorModel, chunked
-from continuous_lm.models.generation import (
-    Generated,
-    Program,
-    check_count,
-    check_sampling,
-    prompt_rows,
-    run,
-    stop_tokens,
-)
+from continuous_lm.models.generation import Generated, Program, prompt_rows, run, stop_tokens
+from continuous_lm.models.samplers import check_sampling
 
 METHODS = ("batch", "exact")
 

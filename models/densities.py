@@ -24,6 +24,7 @@ from jax.typing import ArrayLike
 from continuous_lm import losses
 from continuous_lm.durations import as_float
 from continuous_lm.losses.gaussian import cholesky_of_gram
+from continuous_lm.models.samplers import tempered
 
 _EXACT = jax.lax.Precision.HIGHEST  # a square that is expanded cancels
 
@@ -216,17 +217,6 @@ class Mixture(NamedTuple):
 
 
 Density = Gaussian | LowRankGaussian | FullGaussian | Mixture
-
-
-def tempered(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
-    """logits / temperature [..., E], the largest of which is 0; at temperature 0 it stands alone.
-
-    In at least float32. So nothing overflows, however small the temperature is.
-    """
-    wide = as_float(logits)
-    wide = wide - jnp.max(wide, axis=-1, keepdims=True)
-    temperature = jnp.asarray(temperature, wide.dtype)[..., None]
-    return wide / jnp.maximum(temperature, jnp.finfo(wide.dtype).tiny)
 
 
 def _root(temperature: ArrayLike, like: jax.Array) -> jax.Array:

@@ -20,11 +20,12 @@ from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
+from continuous_lm.durations import check_count
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.densities import tempered
 from continuous_lm.models.loading import LanguageModel
+from continuous_lm.models.samplers import check_sampling, sample_token
 
 BUCKET = 64  # lengths are rounded up to multiples of it, so that few programs are compiled
 
@@ -51,49 +52,6 @@ class Program(NamedTuple):
     config: TransformerConfig  # of the trunk
     chunk: int
     mesh: Mesh | None
-
-
-def sample_token(
-    key: jax.Array,
-    logits: jax.Array,
-    *,
-    temperature: ArrayLike = 1.0,
-    top_k: int | None = None,
-    top_p: ArrayLike | None = None,
-) -> jax.Array:
-    """Draws tokens from softmax(logits / temperature), cut to the likeliest ones.
-
-    Args:
-      key: PRNG key.
-      logits: [..., V].
-      temperature: >= 0, a scalar or [...]; at 0 the likeliest token is drawn.
-      top_k: draw from the k likeliest tokens only, and those that tie with the last of them.
-      top_p: then draw from the fewest tokens only whose probability adds up to p (Holtzman et al.,
-        arXiv:1904.09751); a scalar or [...].
-
-    Returns:
-      tokens int32 [...].
-    """
-    if top_k is not None:
-        check_count("top_k", top_k)
-    likeliest = _likeliest(tempered(logits, temperature), top_k, top_p)
-    return jax.random.categorical(key, likeliest).astype(jnp.int32)
-
-
-def _likeliest(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None) -> jax.Array:
-    """The logits [..., V], with -inf in place of those that `sample_token` does not draw from."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    if top_p is not None:
-        top_p = jnp.asarray(top_p, logits.dtype)[..., None]
-        order = jnp.argsort(logits, axis=-1, descending=True)
-        p = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
-        # At 1 all are kept: the rounded sums before the least likely ones can be 1 already.
-        kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p >= 1)
-        kept = jnp.take_along_axis(kept.at[..., 0].set(True), jnp.argsort(order, axis=-1), axis=-1)
-        logits = jnp.where(kept, logits, -jnp.inf)
-    return logits
 
 
 def generate(
@@ -319,37 +277,6 @@ def _run(
     )
     _, _, new, lengths, _ = lax.while_loop(going_on, read_and_write, state)
     return place(new, "- - -"[: 2 * new.ndim - 1]), place(lengths, "-")  # all, on every host
-
-
-def check_count(name: str, count: Any) -> None:
-    """Refuses what is no positive integer."""
-    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
-    if not whole or count < 1:
-        raise InputError(f"{name} is {count!r}; it must be a positive integer")
-
-
-def check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
-    """Refuses what tokens cannot be drawn with."""
-    for name, value in {"temperature": temperature, "top_p": top_p}.items():
-        if value is not None or name == "temperature":
-            time.check_numbers(name, value, 0.0)
-            if np.ndim(value):
-                raise InputError(f"{name} has shape {list(np.shape(value))}; it must be a scalar")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise InputError(f"top_p is {top_p}; it must be above 0, and at most 1")
-    if temperature > 0 and key is None:
-        raise InputError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
-    if temperature > 0 and not _is_key(key):
-        raise InputError("key is not a single PRNG key, such as jax.random.key(0)")
-
-
-def _is_key(key: Any) -> bool:
-    """Whether it is one key, of the typed kind or of the older one of raw numbers."""
-    if not isinstance(key, jax.Array):
-        return False
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key.ndim == 0
-    return key.dtype == jnp.uint32 and key.ndim == 1
 
 
 def prompt_rows(

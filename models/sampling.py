@@ -21,18 +21,12 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm import quantize as quantize_lib
+from continuous_lm.durations import check_count
 from continuous_lm.errors import InputError
 from continuous_lm.models.densities import Categorical
 from continuous_lm.models.density import DensityLM, DensityModel
-from continuous_lm.models.generation import (
-    Generated,
-    Program,
-    check_count,
-    check_sampling,
-    prompt_rows,
-    run,
-    stop_tokens,
-)
+from continuous_lm.models.generation import Generated, Program, prompt_rows, run, stop_tokens
+from continuous_lm.models.samplers import check_sampling
 
 WAYS = ("euclidean", "cosine", "rerank", "renormalised")
 

@@ -18,9 +18,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from continuous_lm import durations as time
-from continuous_lm.durations import as_float
+from continuous_lm.durations import as_float, check_count
 from continuous_lm.errors import InputError
-from continuous_lm.models.generation import check_count
 
 _WHOLE = 1e-5  # 1/T that is so near to an integer, relative to it, is meant to be that integer
 

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from continuous_lm import devices, parallel
+from continuous_lm import devices
+from continuous_lm.sweep import pmap_sweep
 from tests import many
 
 # --- Meshes ---------------------------------------------------------------------------------------
@@ -30,6 +31,8 @@ def test_more_devices_than_there_are():
 
 
 MANY = """
+from continuous_lm.sweep import pmap_sweep
+
 import jax, numpy as np
 import jax.numpy as jnp
 import continuous_lm as clm
@@ -68,7 +71,7 @@ tokens = np.array(lm.tokenizer.encode("apple apple apple").ids)
 d = np.linspace(0.1, 1.0, 11)[:, None] * np.ones(len(tokens), np.float32)
 groups = [[1], [2, 3], []]
 one = clm.sweep.probabilities(lm, groups, tokens=tokens, durations=d)
-many = parallel.pmap_sweep(lm, groups, tokens=tokens, durations=d)
+many = pmap_sweep(lm, groups, tokens=tokens, durations=d)
 assert many.shape == one.shape == (11, 3)
 np.testing.assert_allclose(many, one, atol=1e-5)
 assert np.ptp(one, axis=0).max() > 1e-4  # else anything would do
@@ -97,9 +100,9 @@ def test_sweeps_that_pmap_refuses():
         ({"tokens": [1, 2], "durations": np.ones((0, 2))}, "number of points"),
     ):
         with pytest.raises(clm.InputError, match=why):
-            parallel.pmap_sweep(lm, [[1]], **arguments)
+            pmap_sweep(lm, [[1]], **arguments)
     with pytest.raises(clm.InputError, match="group 0"):
-        parallel.pmap_sweep(lm, [[10**6]], tokens=[1, 2], durations=np.ones((3, 2)))
+        pmap_sweep(lm, [[10**6]], tokens=[1, 2], durations=np.ones((3, 2)))
 
 
 # --- Processes ------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from continuous_lm.models.densities import (
     Gaussian,
     LowRankGaussian,
     Mixture,
-    tempered,
 )
+from continuous_lm.models.samplers import tempered
 
 KEY = jax.random.key(0)
 NAMES = ("gaussian", "low rank", "full", "mixture")

@@ -13,7 +13,8 @@ from scipy import stats
 
 import continuous_lm as clm
 from continuous_lm.models import generation, kv_cache
-from continuous_lm.models.generation import generate, sample_token
+from continuous_lm.models.generation import generate
+from continuous_lm.models.samplers import _likeliest, sample_token
 from tests import tiny
 from tests.models.test_kv_cache import random_lm
 from tests.models.test_parity import LONGROPE, STORIES
@@ -423,7 +424,7 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
     for warp in warpers:
         expected = warp(None, expected)
     expected = expected[0].numpy()
-    ours = np.asarray(generation._likeliest(jnp.asarray(logits / temperature), top_k, top_p))
+    ours = np.asarray(_likeliest(jnp.asarray(logits / temperature), top_k, top_p))
     if top_p is not None and on_the_edge(logits / temperature, top_k, top_p):
         return
     # Which of tied tokens are cut is transformers' own order: the kept values are compared.
@@ -436,7 +437,7 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
 
 def on_the_edge(logits, top_k, top_p):
     """Whether rounding decides about a token."""
-    p = np.exp(np.float64(generation._likeliest(jnp.asarray(logits), top_k, None)))
+    p = np.exp(np.float64(_likeliest(jnp.asarray(logits), top_k, None)))
     sums = np.cumsum(np.sort(p / p.sum())[::-1])
     return np.abs(sums - top_p).min() < 1e-5
 
@@ -476,7 +477,7 @@ def test_no_cut_changes_no_draw():
     np.testing.assert_array_equal(sample_token(KEY, logits, top_p=1.0), plain)
     np.testing.assert_array_equal(sample_token(KEY, logits, top_k=5000), plain)
     np.testing.assert_array_equal(sample_token(KEY, logits, top_k=9999), plain)
-    assert jnp.isfinite(generation._likeliest(logits, 5000, 1.0)).all()
+    assert jnp.isfinite(_likeliest(logits, 5000, 1.0)).all()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44, 0.0])
