@@ -9,7 +9,8 @@ The face of the package. What it hands on, from the ground up:
 """
 
 # The ground: time, attention, rotary embedding, text, sweeps.
-from continuous_lm import attention, axes, durations, rotary, sweep, tokenization
+from continuous_lm import attention, axes, durations, rotary, tokenization
+from continuous_lm.analysis import sweep
 from continuous_lm.errors import InputError
 
 # Models, from the layer above.

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from continuous_lm import arguments
 from continuous_lm.errors import InputError
-from continuous_lm.losses import checks
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
@@ -32,9 +32,9 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, values are out of range.
     """
-    (p,) = checks.floats(probabilities=(probabilities, "... V"))
-    checks.distribution("probabilities", p)
-    known = checks.labels("labels", labels, p.shape[:-1], p.shape[-1])
+    (p,) = arguments.floats(probabilities=(probabilities, "... V"))
+    arguments.distribution("probabilities", p)
+    known = arguments.labels("labels", labels, p.shape[:-1], p.shape[-1])
     return jnp.sum(jnp.square(p - jax.nn.one_hot(known, p.shape[-1], dtype=p.dtype)), axis=-1)
 
 

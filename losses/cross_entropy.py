@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from continuous_lm import arguments
 from continuous_lm.errors import InputError
-from continuous_lm.losses import checks
 
 
 def cross_entropy(logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.0) -> jax.Array:
@@ -34,8 +34,8 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.
 
     if not 0 <= smoothing < 1:
         raise InputError(f"smoothing is {smoothing}; it must be from 0 to below 1")
-    (wide,) = checks.floats(logits=(logits, "... V"))
-    known = checks.labels("labels", labels, wide.shape[:-1], wide.shape[-1])
+    (wide,) = arguments.floats(logits=(logits, "... V"))
+    known = arguments.labels("labels", labels, wide.shape[:-1], wide.shape[-1])
     # A logit of 1e4 has no digits left for a loss of 0.1.
     wide = wide - jax.lax.stop_gradient(jnp.max(wide, axis=-1, keepdims=True))
     nats = optax.softmax_cross_entropy_with_integer_labels(wide, known)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from continuous_lm import arguments
 from continuous_lm.errors import InputError
-from continuous_lm.losses import checks
 
 
 def energy_score(samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0) -> jax.Array:
@@ -41,7 +41,7 @@ def energy_score(samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0) -
     """
     if not 0 < beta < 2:
         raise InputError(f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only")
-    x, y = checks.floats(samples=(samples, "Z ... W"), targets=(targets, "Y ... W"))
+    x, y = arguments.floats(samples=(samples, "Z ... W"), targets=(targets, "Y ... W"))
     for name, array, least in (("samples", x, 2), ("targets", y, 1)):
         if len(array) < least:
             raise InputError(f"{name} are {len(array)}; there must be at least {least}")

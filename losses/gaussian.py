@@ -13,7 +13,7 @@ from jax import lax
 from jax.scipy import linalg
 from jax.typing import ArrayLike
 
-from continuous_lm.losses import checks
+from continuous_lm import arguments
 
 EXACT = lax.Precision.HIGHEST  # of products that accelerators would round to bfloat16
 
@@ -37,8 +37,8 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, mean, scale = checks.floats(x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W"))
-    checks.positive("scale", scale)
+    x, mean, scale = arguments.floats(x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W"))
+    arguments.positive("scale", scale)
     z = (x - mean) / scale
     return jnp.sum(jnp.square(z) / 2 + jnp.log(scale), axis=-1) + _constant(x.shape[-1])
 
@@ -75,10 +75,10 @@ def low_rank_gaussian_nll(
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, mean, scale, factor = checks.floats(
+    x, mean, scale, factor = arguments.floats(
         x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W"), factor=(factor, "... W R")
     )
-    checks.positive("scale", scale)
+    arguments.positive("scale", scale)
     z = (x - mean) / scale
     b = factor / scale[..., None]
     cholesky = cholesky_of_gram(b)
@@ -109,10 +109,10 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a diagonal entry is not above 0.
     """
-    x, mean, cholesky = checks.floats(
+    x, mean, cholesky = arguments.floats(
         x=(x, "... W"), mean=(mean, "... W"), cholesky=(cholesky, "... W W")
     )
-    checks.positive("the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1))
+    arguments.positive("the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1))
     z = _forward(cholesky, x - mean)
     distance = jnp.sum(jnp.square(z), axis=-1)
     return distance / 2 + _sum_log_diagonal(cholesky) + _constant(x.shape[-1])

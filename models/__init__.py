@@ -1,7 +1,6 @@
 """Flax modules and what they are loaded from: the trunk, and one file a family of checkpoints.
 
-Continuous output is in modules of its own, imported when they are first used: `density` and
-`sampling` over `heads`; `next_vector`, `calm` and `calm_sampling` over `autoencoder`, `implicit`.
+Continuous output is in packages of its own, imported when they are first used: `density` and `calm`.
 """
 
 import importlib
@@ -10,7 +9,7 @@ from typing import Any
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.generation import Generated, generate
 from continuous_lm.models.kv_cache import KVCache
-from continuous_lm.models.loading import LanguageModel, bundled, load, save
+from continuous_lm.models.language_model import LanguageModel, bundled, load, save
 from continuous_lm.models.samplers import sample_token
 from continuous_lm.models.transformer import Transformer
 
@@ -27,9 +26,7 @@ __all__ = [
     "save",
 ]
 
-_LATER = (
-    "autoencoder calm calm_sampling density heads implicit next_vector sampling temperature".split()
-)
+_LATER = ("calm", "density")
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from continuous_lm.durations import check_count
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.loading import LanguageModel
+from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.samplers import check_sampling, sample_token
 
 BUCKET = 64  # lengths are rounded up to multiples of it, so that few programs are compiled

@@ -17,8 +17,8 @@ from continuous_lm import axes as axes_lib
 from continuous_lm import durations as time
 from continuous_lm import rotary
 from continuous_lm.attention import attend
+from continuous_lm.attention.visibility import visible
 from continuous_lm.errors import InputError
-from continuous_lm.masks import visible
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
 from continuous_lm.models.kv_cache import KVCache

@@ -17,14 +17,13 @@ from continuous_lm.quantize.diagnostics import (
     quantization_noise,
     spread,
 )
-from continuous_lm.quantize.finite import (
+from continuous_lm.quantize.fsq import (
     FiniteQuantized,
     finite_bound,
     finite_indices,
     finite_vectors,
     quantize_finite,
 )
-from continuous_lm.quantize.gradients import GRADIENTS, rotation_trick, straight_through
 from continuous_lm.quantize.kmeans import Clusters, kmeans
 from continuous_lm.quantize.nearest import (
     METRICS,
@@ -34,14 +33,15 @@ from continuous_lm.quantize.nearest import (
     nearest,
     squared_norms,
 )
-from continuous_lm.quantize.residual import (
+from continuous_lm.quantize.rvq import (
     init_residual,
     lookup_residual,
     quantize_residual,
     revive_residual,
     update_residual_ema,
 )
-from continuous_lm.quantize.vector_quantizer import (
+from continuous_lm.quantize.straight_through import GRADIENTS, rotation_trick, straight_through
+from continuous_lm.quantize.vq import (
     Codebook,
     Quantized,
     init,

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests import tiny
+from tests.fixtures import tiny
 
 STORED = pathlib.Path(__file__).with_name("golden_outputs.json.gz")
 TOLERANCE = 1e-6  # relative to the larger number, in an array to its largest
@@ -118,7 +118,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         " --codes=8 --components=2 --hidden_size=16 --num_heads=2 --num_layers=1 --bands=12"
         " --samples=2 --iterations=3",
     ),
-    "growth/growth": ("tests.small_growth", "--shapes=small"),
+    "growth/growth": ("tests.fixtures.small_growth", "--shapes=small"),
 }  # `benchmark` writes times alone
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in PROGRAMS))
 

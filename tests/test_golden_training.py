@@ -2,7 +2,10 @@
 
 import pytest
 
-from tests.test_golden import check, stored  # noqa: F401 (a fixture)
+from tests.test_golden import (
+    check,
+    stored,  # noqa: F401 (a fixture)
+)
 
 
 @pytest.mark.parametrize("group", ["densities", "sound"])

@@ -169,18 +169,18 @@ def test_imports_point_downward():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("continuous_lm/attention.py", "import continuous_lm.models.config"),
-        ("continuous_lm/attention.py", "from continuous_lm import losses"),
-        ("continuous_lm/attention.py", "def f():\n    from continuous_lm import load"),
+        ("continuous_lm/attention/__init__.py", "import continuous_lm.models.config"),
+        ("continuous_lm/attention/__init__.py", "from continuous_lm import losses"),
+        ("continuous_lm/attention/__init__.py", "def f():\n    from continuous_lm import load"),
         ("losses/energy.py", "from continuous_lm.models import config"),
         ("losses/energy.py", "from continuous_lm.quantize import nearest"),
-        ("quantize/vq.py", "from continuous_lm.experiments.counting import main"),
-        ("models/config.py", "from continuous_lm.experiments import counting"),
+        ("quantize/vq.py", "from continuous_lm.experiments.durations.counting import main"),
+        ("models/config.py", "from continuous_lm.experiments.durations import counting"),
         ("models/config.py", "import continuous_lm as clm"),
         ("models/config.py", "from models import transformer"),
         ("models/config.py", "from . import transformer"),
         ("models/config.py", "from ..losses import energy"),
-        ("experiments/counting.py", "import losses.energy"),
+        ("experiments/durations/counting.py", "import losses.energy"),
     ],
 )
 def test_a_fault_is_found(path: str, source: str):
@@ -191,10 +191,13 @@ def test_a_fault_is_found(path: str, source: str):
     ("path", "source"),
     [
         ("continuous_lm/__init__.py", "from continuous_lm.models.load import load"),
-        ("continuous_lm/attention.py", "from continuous_lm import attention"),
+        ("continuous_lm/attention/__init__.py", "from continuous_lm import attention"),
         ("losses/energy.py", "import jax, modelsets\nfrom continuous_lm.attention import attend"),
         ("models/config.py", "from continuous_lm.quantize import vq\nimport continuous_lm.losses"),
-        ("experiments/counting.py", "import continuous_lm as clm\nfrom continuous_lm import load"),
+        (
+            "experiments/durations/counting.py",
+            "import continuous_lm as clm\nfrom continuous_lm import load",
+        ),
     ],
 )
 def test_what_is_allowed_is_no_fault(path: str, source: str):

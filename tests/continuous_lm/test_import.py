@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests import tiny
+from tests.fixtures import tiny
 
 LATE = (
     "optax tokenizers grain orbax matplotlib scipy torch transformers faiss huggingface_hub".split()

@@ -7,7 +7,7 @@ import tokenizers as lib
 import continuous_lm as clm
 from continuous_lm import tokenization
 from continuous_lm.tokenization import DIGITS
-from tests import tiny
+from tests.fixtures import tiny
 
 STORIES = pathlib.Path(__file__).parents[3] / "shared" / "data" / "stories260k"
 SENTENCE = 'the sentence "apple apple apple" is said'

@@ -13,7 +13,7 @@ from scipy.stats import norm
 
 import continuous_lm as clm
 from continuous_lm import losses
-from tests.losses.differences import check_gradient
+from tests.fixtures.differences import check_gradient
 
 energy_score = jax.jit(losses.energy_score, static_argnames="beta")
 

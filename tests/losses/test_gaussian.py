@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import multivariate_normal, norm
 
 from continuous_lm import losses
-from tests.losses.differences import check_gradient
+from tests.fixtures.differences import check_gradient
 
 
 def draw(seed=0, width=5, rank=2, batch=(3,)):

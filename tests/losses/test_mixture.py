@@ -13,7 +13,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from continuous_lm import losses
-from tests.losses.differences import check_gradient
+from tests.fixtures.differences import check_gradient
 
 gaussian_mixture_nll = jax.jit(losses.gaussian_mixture_nll)
 

@@ -15,9 +15,9 @@ import continuous_lm as clm
 from continuous_lm.models import generation, kv_cache
 from continuous_lm.models.generation import generate
 from continuous_lm.models.samplers import _likeliest, sample_token
-from tests import tiny
+from tests.fixtures import tiny
+from tests.models.families.test_parity import LONGROPE, STORIES
 from tests.models.test_kv_cache import random_lm
-from tests.models.test_parity import LONGROPE, STORIES
 
 KEY = jax.random.key(0)
 LENGTHS = (3, 9, 17)

@@ -9,8 +9,8 @@ import pytest
 from flax import traverse_util
 
 import continuous_lm as clm
-from continuous_lm.models import kv_cache, loading
-from tests import tiny
+from continuous_lm.models import kv_cache, language_model
+from tests.fixtures import tiny
 
 N = 13
 PIECES = (6, 1, 6)
@@ -19,9 +19,9 @@ LONGROPE = {"rope_parameters": tiny.longrope(), "original_max_position_embedding
 
 def random_lm(family, dtype=jnp.float32, seed=0, **fields):
     """A tiny model of a family, with parameters far from zero, norms too."""
-    config = loading.read_config({"model_type": family} | tiny.CONFIGS[family](**fields))
+    config = language_model.read_config({"model_type": family} | tiny.CONFIGS[family](**fields))
     rng, flat = np.random.default_rng(seed), {}
-    for path, box in loading.parameter_boxes(config).items():
+    for path, box in language_model.parameter_boxes(config).items():
         plain = path.endswith("scale") and config.norm != "rms_plus_one"
         values = (1.0 if plain else 0.0) + 0.2 * rng.normal(size=box.value.shape)
         flat[path] = jnp.asarray(values, dtype)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import continuous_lm as clm
-from continuous_lm.models import loading, transformer
+from continuous_lm.models import language_model, transformer
 from continuous_lm.rotary import Rope
 
 CONFIG = clm.TransformerConfig(
@@ -29,7 +29,7 @@ N = 12
 def random_lm(config=CONFIG, seed=0, dtype=jnp.float32):
     """Parameters far from zero, norms too."""
     rng, flat = np.random.default_rng(seed), {}
-    for path, box in loading.parameter_boxes(config).items():
+    for path, box in language_model.parameter_boxes(config).items():
         middle = 1.0 if path.endswith("scale") else 0.0
         flat[path] = jnp.asarray(middle + 0.2 * rng.normal(size=box.value.shape), dtype)
     return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))

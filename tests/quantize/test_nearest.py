@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm import quantize
-from tests import tiny
+from tests.fixtures import tiny
 
 METRICS = quantize.METRICS
 

@@ -1,0 +1,1 @@
+"""Analysis of a model in its durations: sweeps, attribution, search, pruning."""

@@ -1,0 +1,1 @@
+"""Many devices: meshes, processes, and data parallelism by `jax.pmap`."""

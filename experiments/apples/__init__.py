@@ -1,0 +1,1 @@
+"""The bundled model apples: its prompts, training and evaluation."""

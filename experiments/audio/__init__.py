@@ -1,0 +1,1 @@
+"""Density models of sound."""

@@ -1,0 +1,205 @@
+"""Our quantizers against vector-quantize-pytorch's: error and code use on the same batches.
+
+    python -m continuous_lm.experiments.benchmarks.vector_quantizers [--steps=200] [--seeds=5]
+
+Vectors are drawn from a mixture of correlated Gaussians. Both sides see the same batches, with the
+same codebook sizes, decay, k-means initialisation on the first batch and threshold of revival; for
+FSQ, with the same first weights of the linear maps around it, and Adam. Measured on vectors that
+neither has seen: the squared error for each dimension, as a part of the variance, and the
+perplexity of the codes (of the first stage, for residual quantizers). Mean and standard deviation
+over seeds, and the mean and standard error of the difference of a seed's two runs.
+"""
+
+import functools
+import statistics
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import vector_quantize_pytorch as peer
+from absl import app, flags
+
+from continuous_lm import quantize as q
+
+_WIDTH = flags.DEFINE_integer("width", 16, "Of the vectors.")
+_COMPONENTS = flags.DEFINE_integer("components", 64, "Of the mixture.")
+_CODES = flags.DEFINE_integer("codes", 256, "Of a codebook.")
+_STAGES = flags.DEFINE_integer("stages", 4, "Of the residual quantizer.")
+_LEVELS = flags.DEFINE_list("levels", ["8", "5", "5", "5"], "Of finite scalar quantization.")
+_BATCH = flags.DEFINE_integer("batch", 1024, "Vectors a step.")
+_STEPS = flags.DEFINE_integer("steps", 200, "Batches.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each.")
+_DECAY = flags.DEFINE_float("decay", 0.95, "Of the moving averages.")
+_KMEANS = flags.DEFINE_integer("kmeans", 10, "Steps of k-means at the start.")
+_THRESHOLD = flags.DEFINE_float("threshold", 2.0, "Codes with a smaller count are replaced.")
+_RATE = flags.DEFINE_float("rate", 3e-3, "Learning rate, for FSQ.")
+
+
+def draw(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Batches [steps, batch, W] and unseen vectors [4 batch, W]."""
+    rng = np.random.default_rng(seed)
+    width, components = _WIDTH.value, _COMPONENTS.value
+    means = rng.normal(size=(components, width))
+    factors = 0.3 * rng.normal(size=(components, width, width)) / np.sqrt(width)
+    shares = rng.dirichlet(np.full(components, 2.0))
+    steps, batch = _STEPS.value, _BATCH.value
+    which = rng.choice(components, p=shares, size=(steps + 4) * batch)
+    noise = rng.normal(size=(len(which), width))
+    x = means[which] + np.einsum("nw,nwv->nv", noise, factors[which])
+    x = (x / x.std()).astype(np.float32)
+    return x[: steps * batch].reshape(steps, batch, width), x[steps * batch :]
+
+
+def measured(x, vectors, indices, num_codes: int) -> tuple[float, float]:
+    """Error as a part of the variance, and perplexity."""
+    error = np.mean(np.square(x - np.asarray(vectors))) / np.mean(x.var(axis=0))
+    return float(error), float(q.code_use(np.asarray(indices), num_codes).perplexity)
+
+
+# --- Ours ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("stages", "num_codes", "kmeans_steps"))
+def train(key, batches, stages: int, num_codes: int, kmeans_steps: int, decay, threshold):
+    """A codebook after all batches; residual ones if there are stages."""
+    settings = dict(decay=decay)
+    if stages:
+        codebook = q.init_residual(key, batches[0], stages, num_codes, steps=kmeans_steps)
+        code, update, revive = q.quantize_residual, q.update_residual_ema, q.revive_residual
+    else:
+        codebook = q.init(key, batches[0], num_codes, steps=kmeans_steps)
+        code, update, revive = q.quantize, q.update_ema, q.revive
+
+    def step(codebook, inputs):
+        i, x = inputs
+        codebook = update(codebook, x, code(codebook, x).indices, **settings)
+        return revive(jax.random.fold_in(key, i), codebook, x, threshold=threshold), None
+
+    return jax.lax.scan(step, codebook, (jnp.arange(len(batches)), batches))[0]
+
+
+def our_codebook(seed, batches, unseen, stages=0):
+    codebook = train(
+        jax.random.key(seed),
+        batches,
+        stages,
+        _CODES.value,
+        _KMEANS.value,
+        _DECAY.value,
+        _THRESHOLD.value,
+    )
+    coded = (q.quantize_residual if stages else q.quantize)(codebook, unseen)
+    indices = coded.indices[:, 0] if stages else coded.indices
+    return measured(unseen, coded.vectors, indices, _CODES.value)
+
+
+def our_fsq(seed, batches, unseen):
+    levels = tuple(map(int, _LEVELS.value))
+    first = their_fsq_module(seed).state_dict()
+    params = {name: jnp.asarray(first[name].numpy()) for name in first if "project" in name}
+    optimizer = optax.adam(_RATE.value)
+
+    def code(params, x):
+        x = x @ params["project_in.weight"].T + params["project_in.bias"]
+        coded = q.quantize_finite(x, levels)
+        out = coded.vectors @ params["project_out.weight"].T + params["project_out.bias"]
+        return out, coded.indices
+
+    @jax.jit
+    def fit(params):
+        def step(carry, x):
+            params, state = carry
+            gradient = jax.grad(lambda p: jnp.mean(jnp.square(code(p, x)[0] - x)))(params)
+            change, state = optimizer.update(gradient, state)
+            return (optax.apply_updates(params, change), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
+
+    return measured(unseen, *code(fit(params), unseen), int(np.prod(levels)))
+
+
+# --- Theirs ----------------------------------------------------------------------------------
+
+
+def their_codebook(seed, batches, unseen, stages=0):
+    torch.manual_seed(seed)
+    settings = dict(
+        dim=_WIDTH.value,
+        codebook_size=_CODES.value,
+        decay=_DECAY.value,
+        kmeans_init=True,
+        kmeans_iters=_KMEANS.value,
+        threshold_ema_dead_code=_THRESHOLD.value,
+    )
+    if stages:
+        module = peer.ResidualVQ(num_quantizers=stages, **settings)
+    else:
+        module = peer.VectorQuantize(**settings)
+    with torch.no_grad():
+        for x in batches:
+            module(torch.from_numpy(x)[None])
+        module.eval()
+        vectors, indices, _ = module(torch.from_numpy(unseen)[None])
+    indices = indices[0, :, 0] if stages else indices[0]
+    return measured(unseen, vectors[0], indices, _CODES.value)
+
+
+def their_fsq_module(seed):
+    torch.manual_seed(seed)
+    return peer.FSQ(levels=list(map(int, _LEVELS.value)), dim=_WIDTH.value)
+
+
+def their_fsq(seed, batches, unseen):
+    module = their_fsq_module(seed)
+    optimizer = torch.optim.Adam(module.parameters(), lr=_RATE.value)
+    for x in batches:
+        x = torch.from_numpy(x)[None]
+        optimizer.zero_grad()
+        torch.mean(torch.square(module(x)[0] - x)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        vectors, indices = module(torch.from_numpy(unseen)[None])
+    return measured(unseen, vectors[0], indices[0], int(np.prod(module._levels.numpy())))
+
+
+def main(_) -> None:
+    stages = _STAGES.value
+    pairs = {
+        f"VQ {_CODES.value}": (our_codebook, their_codebook),
+        f"residual VQ {stages} x {_CODES.value}": (
+            functools.partial(our_codebook, stages=stages),
+            functools.partial(their_codebook, stages=stages),
+        ),
+        f"FSQ {' '.join(_LEVELS.value)}": (our_fsq, their_fsq),
+    }
+    runs = {name: ([], []) for name in pairs}
+    for seed in range(_SEEDS.value):
+        data = draw(seed)
+        for name, pair in pairs.items():
+            for results, run in zip(runs[name], pair, strict=True):
+                results.append(run(seed, *data))
+    version = getattr(peer, "__version__", "")
+    print(
+        f"{_SEEDS.value} seeds, {_STEPS.value} batches of {_BATCH.value} x {_WIDTH.value}", version
+    )
+    print(f"{'':22}  {'':10}  {'ours':>18}  {'theirs':>18}  {'ours - theirs':>18}")
+    for name, (ours, theirs) in runs.items():
+        for i, what in enumerate(("error", "perplexity")):
+            a, b = ([run[i] for run in side] for side in (ours, theirs))
+            difference = [x - y for x, y in zip(a, b, strict=True)]
+            sem = statistics.stdev(difference) / len(difference) ** 0.5
+            print(
+                f"{name:22}  {what:10}  {spread(a)}  {spread(b)}"
+                f"  {statistics.mean(difference):9.4f} ± {sem:6.4f}"
+            )
+
+
+def spread(values: list[float]) -> str:
+    digits = 4 if max(values) < 10 else 1
+    return f"{statistics.mean(values):9.{digits}f} ± {statistics.stdev(values):6.{digits}f}"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Shared by the programs: flags and runs, models, answers, plots, tables."""

@@ -1,0 +1,209 @@
+"""What the calm_* programs share: the trunk's shape, training a density model, reading one."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from continuous_lm import axes as axes_lib
+from continuous_lm import losses
+from continuous_lm.errors import InputError
+from continuous_lm.experiments.training import fit, window_batches
+from continuous_lm.io.atomic_files import as_path, read_json
+from continuous_lm.models import calm, density
+from continuous_lm.models import calm as next_vector
+from continuous_lm.models.calm import autoencoder
+from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.density.model import DensityLM
+from continuous_lm.parallel import processes
+from continuous_lm.rotary import Rope
+
+EVALUATED, SCORED = 32, 128  # held-out windows that a training run takes its loss and score of
+
+
+def trunk(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    mlp_size: int | None = None,
+) -> TransformerConfig:
+    """A Llama: its MLPs are 8/3 times as wide as it is, in steps of 32, and its head is tied."""
+    if hidden_size % (2 * num_heads):
+        raise InputError(
+            f"{num_heads} heads do not share {hidden_size} channels in even parts; choose others"
+        )
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        mlp_size=mlp_size or -(-8 * hidden_size // 96) * 32,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
+        rope=Rope(),
+        tie_embeddings=True,
+    )
+
+
+def named_settings(given: list[str], flag: str) -> dict[str, Any]:
+    """The settings in "name=value", ... of a flag; values are JSON, or words."""
+    settings: dict[str, Any] = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise InputError(f"--{flag}: {item!r} is not name=value")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            settings[name.strip()] = value.strip()
+    return settings
+
+
+def train(
+    lm: DensityLM,
+    data: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    folder: str | os.PathLike,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    trunk_is_frozen: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> DensityLM:
+    """Trains a density model on tokens [n] or vectors [n, W], or goes on with the run in `folder`.
+
+    Args:
+      lm: the model with its first parameters.
+      data: what to train on.
+      held_out: what the loss is logged of, with each checkpoint.
+      folder: of the run; see `training`.
+      length: inputs in a sequence.
+      batch_size: sequences in a step.
+      seed: of the data's order, and of the keys.
+      trunk_is_frozen: train the head alone.
+      settings: what else must be the same for a run to go on.
+      **options: of `training.fit`.
+    """
+    model, reads = lm.model, lm.model.reads
+
+    def loss(params, batch, key):
+        nats: Any = model.apply({"params": params}, **{reads: batch}, method="loss")
+        return jnp.mean(nats), {}
+
+    watched = window_batches.consecutive(held_out, length=length, limit=EVALUATED)
+    judge: Callable = jax.jit(lambda params: loss(params, watched, None)[0])
+    scored = window_batches.consecutive(held_out, length=length, limit=SCORED)
+
+    @jax.jit
+    def brier_1(params):
+        """2 P(token) - sum_v P(v)^2: what next-vector models are scored by, in closed form."""
+
+        def of(window):  # one at a time: its logits are length x V numbers
+            logits: Any = model.apply({"params": params}, window, method="token_logits")
+            return losses.brier(jax.nn.softmax(logits), window[1:])
+
+        return 1.0 - jnp.mean(jax.lax.map(of, scored))
+
+    def evaluate(params):
+        scores = {"brier_1": float(brier_1(params))} if model.speaks else {}
+        return {"held_out": float(judge(params)), **scores}
+
+    params = fit.fit(
+        loss,
+        lm.params,
+        window_batches.shuffled(data, length=length, batch_size=batch_size, seed=seed),
+        folder=folder,
+        frozen=lambda path: path == "table" or (trunk_is_frozen and path.startswith("trunk/")),
+        settings={"length": length, "batch_size": batch_size, **(settings or {})},
+        evaluate=evaluate,
+        tokens_per_step=length * batch_size,
+        seed=seed,
+        **options,
+    )
+    return DensityLM(model, params, lm.tokenizer, lm.notes)
+
+
+def on_mesh(lm: Any, mesh: Mesh | None) -> Any:
+    """A density or next-vector model or an autoencoder, with its parameters on a mesh."""
+    key = jax.random.key(0)
+    match lm:
+        case DensityLM():
+            given = density.stand_in(lm.model)
+            declared = jax.eval_shape(lambda: lm.model.init(key, **given))
+        case NextVectorLM():
+            declared = jax.eval_shape(lm.model.init, key, calm.stand_in(lm.model))
+        case _:
+            chunk = np.zeros(lm.config.chunk_size, np.int32)
+            declared = jax.eval_shape(lm.model.init, key, chunk)
+    params = axes_lib.placed_tree(mesh, lm.params, declared["params"])
+    return dataclasses.replace(lm, params=params)
+
+
+def save(write: Callable[[Any, Any], None], folder: str | os.PathLike, lm: Any) -> None:
+    """`write(folder, lm)` by process 0, which gets all of the parameters first."""
+    if jax.process_count() > 1:
+        lm = dataclasses.replace(lm, params=processes.fetch(lm.params))
+    if processes.is_first():
+        write(folder, lm)
+
+
+def load_any(
+    folder: str | os.PathLike,
+    codec: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+) -> DensityLM | NextVectorLM:
+    """The density or next-vector model in a folder, with a tokenizer.
+
+    Args:
+      folder: of the model.
+      codec: of the autoencoder, of a next-vector model that does not hold its own.
+      mesh: on which its parameters are to lie.
+    """
+    path = as_path(folder)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{folder} is not a folder that calm_train wrote")
+    fields = read_json(path / "config.json")
+    if autoencoder.is_config(fields):
+        raise InputError(f"{folder} holds an autoencoder; give a model that is trained on it")
+    if not next_vector.is_config(fields):
+        if codec is not None:
+            raise InputError(f"--codec: {folder} is a density model; leave it out")
+        return load(folder, mesh=mesh)
+    lm = next_vector.load(folder, codec, mesh=mesh)
+    if lm.tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
+    return lm
+
+
+def load(
+    folder: str | os.PathLike, *, reads: str = "tokens", mesh: Mesh | None = None
+) -> DensityLM:
+    """The density model in a folder, that a program can go on with."""
+    folder = as_path(folder)
+    if not pathlib.Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder; calm_train writes one")
+    lm = density.load(folder, mesh=mesh)
+    if lm.model.reads != reads:
+        raise InputError(f"{folder} holds a model that reads {lm.model.reads}, not {reads}")
+    if reads == "tokens" and lm.tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
+    return lm
+
+
+def num_parameters(lm: DensityLM | NextVectorLM) -> int:
+    """How many numbers are learned: a frozen table or autoencoder is not among them."""
+    frozen = ("table", "autoencoder")
+    named = {name: leaf for name, leaf in lm.params.items() if name not in frozen}
+    return sum(leaf.size for leaf in jax.tree.leaves(named))

@@ -1,0 +1,1 @@
+"""Programs on the durations of one prompt."""

@@ -1,0 +1,1 @@
+"""Checks of a GPU: attention, sweeps, generation, training, benchmarks."""

@@ -1,0 +1,184 @@
+"""One command that says whether this GPU computes the right numbers, and how fast.
+
+    python3 -m continuous_lm.experiments.gpu.gpu_check [--sections=attention,sweep] [--allow_cpu]
+
+Attention in every form and with all its gradients against float64; a sweep, text and a step of
+training against this machine's own CPU; speeds; the benchmark's rows for a GPU. It needs a checkout
+and a JAX that sees a GPU, no installation. Each section is a process of its own with a time limit,
+and all of them together end within eight minutes; what fails is a row, and the rest goes on. The
+exit status is 1 if any row failed; a speed below its target alone is no failure. What the sections
+print is in SECTION.log in the folder of results.
+
+--allow_cpu is for trying the program itself: all is tiny, kernels are interpreted where they can
+be, and figures mean nothing.
+"""
+
+import dataclasses
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+
+from continuous_lm.errors import InputError
+from continuous_lm.experiments.common import program, tables
+from continuous_lm.experiments.gpu import attention_checks, isolated_checks, model_checks
+from continuous_lm.experiments.gpu.isolated_checks import Check
+from continuous_lm.io.atomic_files import as_path, write_json, written_aside
+
+_ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "Without a GPU, run everything tiny on the CPU.")
+
+
+class Section(NamedTuple):
+    """What is checked in one process."""
+
+    run: Callable[[bool], Iterable[Check]]
+    seconds: float  # that it may take; what others leave over is added
+
+
+SECTIONS: Mapping[str, Section] = {
+    "attention": Section(attention_checks.section, 140.0),
+    "sweep": Section(model_checks.sweep, 80.0),
+    "generation": Section(model_checks.generation, 70.0),
+    "training": Section(model_checks.training, 50.0),
+    "benchmark": Section(model_checks.benchmark, 80.0),
+}
+START = 40.0  # seconds until the device must have been found
+_SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), f"Of {', '.join(SECTIONS)}.")
+
+
+def chosen(names: Sequence[str]) -> dict[str, Section]:
+    """The sections of these names.
+
+    Raises:
+      InputError: if one is not known.
+    """
+    for name in names:
+        if name not in SECTIONS:
+            known = ", ".join(SECTIONS)
+            raise InputError(f"--sections: {name!r:.60} is not known; known are {known}")
+    return {name: SECTIONS[name] for name in names}
+
+
+def look(tiny: bool) -> Iterator[dict[str, Any]]:
+    """What device there is; it is asked for in a process of its own, which may fail or hang."""
+    del tiny
+    device = jax.devices()[0]
+    yield {
+        "platform": jax.default_backend(),
+        "device": device.device_kind,
+        "num_devices": jax.device_count(),
+        "version": str(getattr(device.client, "platform_version", "")),
+        "host": platform.platform(),
+    }
+
+
+def found_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
+    """What `look` finds.
+
+    Raises:
+      InputError: if it is no GPU (or TPU), unless the CPU is allowed.
+    """
+    log = as_path(folder) / "device.log"
+    found = next(isolated_checks.apart(look, False, START, log))
+    if isinstance(found, Check):
+        raise InputError(f"JAX finds no device: {found.note}; what it printed is in {log}")
+    if found["platform"] == "cpu" and not allow_cpu:
+        raise InputError(
+            f"no GPU: JAX {jax.__version__} of {sys.executable} finds the CPU alone; install"
+            " 'jax[cuda12]' or 'jax[cuda13]' there, choose another python, or give --allow_cpu;"
+            f" what JAX printed is in {log}"
+        )
+    return found
+
+
+def checked(
+    sections: Mapping[str, Section], tiny: bool, folder: os.PathLike, device: str
+) -> dict[str, list[Check]]:
+    """The rows of every section, each printed when it is there."""
+    rows: dict[str, list[Check]] = {}
+    until = time.monotonic()
+    for name, section in sections.items():
+        until += section.seconds
+        left, log = until - time.monotonic(), as_path(folder) / f"{name}.log"
+        rows[name] = []
+        for check in isolated_checks.apart(section.run, tiny, left, log):
+            rows[name].append(check)
+            cells = [cell for cell in as_cells(name, check, device) if cell]
+            print(" | ".join(map(str, cells)), flush=True)
+        if not rows[name]:
+            rows[name].append(Check("all of it", isolated_checks.NOT_RUN, note="it has no rows"))
+    return rows
+
+
+# --- What it says ---------------------------------------------------------------------------------
+
+
+def as_cells(section: str, check: Check, device: str) -> list[tables.Cell]:
+    """A row of the table."""
+    value = None if check.value is None else f"{check.value:.3g}"
+    words = check.unit or None, check.target or None
+    return [section, check.what, value, *words, check.verdict, device, check.note or None]
+
+
+def table(rows: Mapping[str, Sequence[Check]], device: str) -> tables.Table:
+    """All rows, for people."""
+    heads = ("section", "what", "value", "unit", "tolerance or target", "verdict", "card", "note")
+    cells = [as_cells(name, check, device) for name, checks in rows.items() for check in checks]
+    caption = f"Checks on {device}"
+    return tables.Table("gpu", caption, [tables.Column(head) for head in heads], cells)
+
+
+def summary(rows: Mapping[str, Sequence[Check]]) -> str:
+    """The last line.
+
+    >>> summary({"attention": [Check("dense", checking.OK), Check("cudnn", checking.UNSUPPORTED)]})
+    'passed 1 / FAILED 0 / not run 0 / not supported 1 / only measured 0 / below target 0'
+    """
+    count = Counter(check.verdict for checks in rows.values() for check in checks)
+    named = {
+        "passed": isolated_checks.OK,
+        "FAILED": isolated_checks.FAILED,
+        "not run": isolated_checks.NOT_RUN,
+        "not supported": isolated_checks.UNSUPPORTED,
+        "only measured": isolated_checks.MEASURED,
+        "below target": isolated_checks.MISSED,
+    }
+    return " / ".join(f"{words} {count[verdict]}" for words, verdict in named.items())
+
+
+def main() -> None:
+    """Rows, a table, files."""
+    begin = time.monotonic()
+    folder, sections = program.output_dir("gpu"), chosen(_SECTIONS.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Other processes use the device too, PyTorch in the same one: JAX must not take all its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and "cpu" not in platforms:  # which numbers are compared with
+        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
+    found = found_device(folder, _ALLOW_CPU.value)
+    tiny = found["platform"] == "cpu"
+    device = "cpu" if tiny else found["device"]
+    print("cpu: figures mean nothing\n" if tiny else f"{device}, JAX {jax.__version__}\n")
+    rows = checked(sections, tiny, folder, device)
+    last, made = summary(rows), table(rows, device).as_text()
+    seconds = time.monotonic() - begin
+    with written_aside(folder) as aside:
+        of_sections = {name: [dataclasses.asdict(check) for check in rows[name]] for name in rows}
+        run = program.settings() | found | {"seconds": seconds}
+        write_json(aside / "gpu.json", {"sections": of_sections, "summary": last, "run": run})
+        (aside / "gpu.txt").write_text(f"{made}\n\n{last}\n", encoding="utf-8")
+    print(f"\n{made}\n\n{folder}: gpu.json, gpu.txt, and a log of each section; {seconds:.0f} s")
+    print("cpu: figures mean nothing\n" * tiny + last, flush=True)
+    if any(check.verdict == isolated_checks.FAILED for checks in rows.values() for check in checks):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,153 @@
+"""Rows that say whether a machine computes the right numbers, and sections of them run apart.
+
+A check that fails is a row, not the end. A section is a process of its own with a time limit: one
+that hangs or takes its process along costs its own rows alone.
+"""
+
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import os
+import pathlib
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+
+from continuous_lm.experiments.benchmarks.timing import Row, Target, quantity
+
+OK, FAILED, MISSED = "ok", "FAILED", "missed"
+MEASURED, UNSUPPORTED, NOT_RUN = "measured", "not supported", "not run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One row.
+
+    Attributes:
+      what: is checked or measured.
+      verdict: one of those above; a speed below its target is `MISSED`, a wrong number `FAILED`.
+      value: the error, the time or what else was found; None if there is none.
+      unit: of the value.
+      target: the tolerance, or what the speed should be, in words.
+      note: what else there is to say, or why there is no value.
+    """
+
+    what: str
+    verdict: str
+    value: float | None = None
+    unit: str = ""
+    target: str = ""
+    note: str = ""
+
+
+def judged(what: str, value: float, target: Target, unit: str = "", note: str = "") -> Check:
+    """The row of a number that must meet its target; one that is not finite never does."""
+    if not math.isfinite(value):
+        return Check(what, FAILED, None, unit, str(target), f"it is {value}; {note}".rstrip("; "))
+    return Check(what, OK if target.met(value) else FAILED, value, unit, str(target), note)
+
+
+def measured(row: Row) -> Check:
+    """A row of the benchmark."""
+    verdict = {True: OK, False: MISSED, None: MEASURED}[row.met]
+    target = "" if row.target is None else str(row.target)
+    if row.value is None:
+        verdict = NOT_RUN
+    sides = [
+        f"{side} {quantity(value, row.unit)}"
+        for side, value in (("ours", row.ours), ("theirs", row.theirs))
+        if value is not None
+    ]
+    note = ", ".join([*sides, *([row.note] if row.note else [])])
+    return Check(row.what, verdict, row.value, target=target, note=note)
+
+
+def guarded(what: str, make: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+    """The rows that `make` gives; if it raises, a row in place of those that are missing."""
+    try:
+        yield from make()
+    except Exception as error:
+        traceback.print_exc()
+        yield Check(what, FAILED, note=in_a_line(error))
+
+
+def in_a_line(error: BaseException) -> str:
+    """Its type and the beginning of what it says."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+# --- In a process of its own --------------------------------------------------------------------
+
+
+def apart(
+    section: Callable[[bool], Iterable[Any]], tiny: bool, seconds: float, log: pathlib.Path
+) -> Iterator[Any]:
+    """What `section(tiny)` gives, item by item, made in a new process.
+
+    If it raises, crashes or takes longer than `seconds`, a failed `Check` comes last.
+
+    Args:
+      section: a function of a module.
+      tiny: for it.
+      seconds: until the process is killed, with those that it has started.
+      log: file for all that it prints.
+    """
+    begin = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    process = context.Process(target=_serve, args=(there, section, tiny, log, cache))
+    process.start()
+    there.close()
+    grace = 5.0  # in which a process may end by itself
+    try:
+        while here.poll(max(0.0, begin + seconds - time.monotonic())):
+            item = here.recv()
+            if item is None:
+                return
+            yield item
+        grace = 0.0
+        why = f"stopped after {seconds:.0f} s; what it had not come to was not run"
+        yield Check("all of it", FAILED, note=why)
+    except EOFError:
+        process.join(grace)
+        yield Check("all of it", FAILED, note=f"{_ending(process.exitcode)}; see {log.name}")
+    finally:
+        here.close()
+        process.join(grace)
+        if process.is_alive() and process.pid is not None:
+            for kill in (os.killpg, os.kill):  # it may not lead a group yet
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(process.pid, signal.SIGKILL)
+            process.join(5.0)
+
+
+def _ending(status: int | None) -> str:
+    """How a process ended, in words."""
+    if status is not None and status < 0:
+        return f"the process was ended by {signal.Signals(-status).name}"
+    return f"the process ended with status {status}"
+
+
+def _serve(
+    pipe: Connection,
+    section: Callable[[bool], Iterable[Any]],
+    tiny: bool,
+    log: pathlib.Path,
+    cache: str | None,
+) -> None:
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    if cache is not None:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    for item in guarded("all of it", lambda: section(tiny)):
+        pipe.send(item)
+    pipe.send(None)

@@ -1,0 +1,1 @@
+"""Programs on many prompts: studies, their analysis, the report."""

@@ -1,0 +1,1 @@
+"""Programs that train, sample and evaluate models with continuous output on text."""

@@ -1,0 +1,67 @@
+"""The text that a density model is trained and judged on: its flags, its tokens, its two parts."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tokenizers
+from absl import flags
+
+from continuous_lm import tokenization
+from continuous_lm.errors import InputError
+from continuous_lm.experiments.training import text
+from continuous_lm.io.atomic_files import as_path
+
+_DATA = flags.DEFINE_list(
+    "data", [], "UTF-8 text files.  [default: the documentation that this Python carries]"
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer",
+    None,
+    "Folder of a tokenizer.json, of a checkpoint, say.  [default: one trained on the text]",
+)
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 2048, "Tokens of the tokenizer that is trained.", lower_bound=257
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text in tokens.
+
+    Attributes:
+      tokenizer: whose tokens they are.
+      train: int32 [n].
+      held_out: int32 [m], of other parts of the text.
+      bytes_per_token: of the held-out text, to compare tokenizers by.
+      source: where the text is from, its size in bytes and its SHA-256, for the records.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    train: np.ndarray
+    held_out: np.ndarray
+    bytes_per_token: float
+    source: dict[str, Any]
+
+
+def read(tokenizer: tokenizers.Tokenizer | None = None) -> Corpus:
+    """The text that the flags name.
+
+    Args:
+      tokenizer: of the model; if left out, that of the flags or one that is trained now.
+    """
+    for name in ("tokenizer", "vocab_size"):
+        if tokenizer is not None and flags.FLAGS[name].present:
+            raise InputError(f"--{name}: the model brings its own tokenizer; leave it out")
+    found = text.read_text(_DATA.value) if _DATA.value else text.default_text()
+    train, held_out = text.split(found.documents)
+    if tokenizer is None and _TOKENIZER.value is not None:
+        tokenizer = tokenization.load(as_path(_TOKENIZER.value))
+        if tokenizer is None:
+            raise InputError(f"--tokenizer: {_TOKENIZER.value} has no tokenizer.json")
+    if tokenizer is None:
+        tokenizer = text.train_tokenizer(train, _VOCAB_SIZE.value)
+    tokens = text.encode(tokenizer, held_out)
+    size = sum(len(document.encode()) for document in held_out)
+    source = {"text": found.source, "bytes": found.size, "sha256": found.sha256}
+    return Corpus(tokenizer, text.encode(tokenizer, train), tokens, size / len(tokens), source)

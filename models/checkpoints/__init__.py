@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: config fields, tensor layouts, caches, the hub."""

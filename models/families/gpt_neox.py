@@ -1,0 +1,100 @@
+"""GPT-NeoX and Pythia (Black et al., arXiv:2204.06745): parallel residual, partial rotary."""
+
+from typing import Any
+
+from continuous_lm.models.checkpoints.config_fields import (
+    MOST_LAYERS,
+    Family,
+    Fields,
+    Stored,
+    head_width,
+    read_activation,
+    read_rope,
+    write_activation,
+    write_rope,
+)
+from continuous_lm.models.config import TransformerConfig
+
+
+def read_config(fields: Fields) -> TransformerConfig:
+    """From the fields of config.json."""
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    bias = fields.flag("attention_bias", True)
+    width = head_width(hidden_size, num_heads, "hidden_size", "num_attention_heads")
+    base, share = fields.number("rotary_emb_base", None), fields.number("rotary_pct", None)
+    rope = read_rope(fields, theta=base or 10_000.0, fraction=share or 0.25)
+    fields.agree("rope_theta", rope.theta, "rotary_emb_base", base)
+    fields.agree("partial_rotary_factor", rope.fraction, "rotary_pct", share)
+    return TransformerConfig(
+        family="gpt_neox",
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        mlp_size=fields.integer("intermediate_size"),
+        num_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=num_heads,
+        head_dim=width,
+        norm="layer",
+        norm_eps=float(fields.number("layer_norm_eps", 1e-5)),
+        parallel=fields.flag("use_parallel_residual", True),
+        activation=read_activation(fields, default="gelu"),
+        gated=False,
+        rope=rope,
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+    )
+
+
+def write_config(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `read_config`."""
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        "use_parallel_residual": config.parallel,
+        "hidden_act": write_activation(config.activation),
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": config.qkv_bias,
+        **write_rope(config.rope),
+    }
+
+
+_LAYER = "gpt_neox.layers.{layer}."
+_QKV = _LAYER + "attention.query_key_value."
+
+TENSORS = {
+    "embedding": Stored("gpt_neox.embed_in.weight", "V D"),
+    "layers/attention_norm/scale": Stored(_LAYER + "input_layernorm.weight", "D"),
+    "layers/attention_norm/bias": Stored(_LAYER + "input_layernorm.bias", "D"),
+    "layers/attention/q": Stored(_QKV + "weight", "(N 3 H) D", 0),
+    "layers/attention/k": Stored(_QKV + "weight", "(K 3 H) D", 1),
+    "layers/attention/v": Stored(_QKV + "weight", "(K 3 H) D", 2),
+    "layers/attention/q_bias": Stored(_QKV + "bias", "(N 3 H)", 0),
+    "layers/attention/k_bias": Stored(_QKV + "bias", "(K 3 H)", 1),
+    "layers/attention/v_bias": Stored(_QKV + "bias", "(K 3 H)", 2),
+    "layers/attention/o": Stored(_LAYER + "attention.dense.weight", "D (N H)"),
+    "layers/attention/o_bias": Stored(_LAYER + "attention.dense.bias", "D"),
+    "layers/mlp_norm/scale": Stored(_LAYER + "post_attention_layernorm.weight", "D"),
+    "layers/mlp_norm/bias": Stored(_LAYER + "post_attention_layernorm.bias", "D"),
+    "layers/mlp/up": Stored(_LAYER + "mlp.dense_h_to_4h.weight", "F D"),
+    "layers/mlp/up_bias": Stored(_LAYER + "mlp.dense_h_to_4h.bias", "F"),
+    "layers/mlp/down": Stored(_LAYER + "mlp.dense_4h_to_h.weight", "D F"),
+    "layers/mlp/down_bias": Stored(_LAYER + "mlp.dense_4h_to_h.bias", "D"),
+    "final_norm/scale": Stored("gpt_neox.final_layer_norm.weight", "D"),
+    "final_norm/bias": Stored("gpt_neox.final_layer_norm.bias", "D"),
+    "head": Stored("embed_out.weight", "V D"),
+}
+
+FAMILY = Family(
+    read_config,
+    write_config,
+    TENSORS,
+    architecture="GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+)

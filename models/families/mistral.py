@@ -1,0 +1,42 @@
+"""Mistral (Jiang et al., arXiv:2310.06825): Llama's tensors, and a sliding window in early ones."""
+
+import dataclasses
+from typing import Any
+
+from continuous_lm.models.checkpoints.config_fields import (
+    Fields,
+    read_rope,
+    read_shape,
+    require,
+    write_shape,
+)
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families import llama
+
+
+def read_config(fields: Fields) -> TransformerConfig:
+    """As Llama's; sliding_window is a distance in tokens, null for none."""
+    require(fields, "sliding_window", "num_key_value_heads")
+    fields.must_be("attention_bias", False)
+    fields.must_be("mlp_bias", False)
+    window = fields.number("sliding_window", None)
+    return TransformerConfig(
+        family="mistral",
+        **read_shape(fields),
+        rope=read_rope(fields),
+        window=None if window is None else float(window),
+    )
+
+
+def write_config(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `read_config`."""
+    window = None if config.window is None else int(config.window)
+    return write_shape(config) | {"sliding_window": window}
+
+
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
+    read_config=read_config,
+    write_config=write_config,
+    architecture="MistralForCausalLM",
+)

@@ -1,0 +1,326 @@
+"""Frames: what is said of each model is its density, and the program writes what it says."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from continuous_lm.experiments.audio import audio_models, sound
+from continuous_lm.experiments.densities import density_training
+from continuous_lm.models import density
+from continuous_lm.models.density import heads
+
+scipy_stats = pytest.importorskip("scipy.stats")
+WIDTH, CODES = 3, 5
+TINY = (
+    "--seconds=8 --held_out_seconds=4 --steps=2 --batch_size=2 --length=24 --prompt=6 --codes=8"
+    " --components=2 --hidden_size=16 --num_heads=2 --num_layers=1 --bands=12 --samples=2"
+    " --iterations=3"
+).split()
+
+
+def some_frames(count, seed=0):
+    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def codes():
+    return audio_models.fit_codes(jax.random.key(0), some_frames(400), CODES)
+
+
+def trunk(vocab_size):
+    return density_training.trunk(vocab_size=vocab_size, hidden_size=8, num_layers=1, num_heads=2)
+
+
+def created(head, vocab_size, **settings):
+    """A model with random weights: initialising one takes seconds of compiling."""
+    shapes = jax.eval_shape(
+        lambda key: density.create(key, trunk(vocab_size), head, **settings).params,
+        jax.random.key(0),
+    )
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda s: rng.normal(0.0, 0.4, s.shape).astype(np.float32) + (len(s.shape) == 1), shapes
+    )
+    return density.DensityLM(density.DensityModel(trunk(vocab_size), head, **settings), params)
+
+
+@pytest.fixture(scope="module")
+def listeners(codes):
+    head = heads.MixtureHead(WIDTH, components=2, min_scale=audio_models.MIN_SCALE)
+    return {
+        "mixture": audio_models.Listener(created(head, 1, reads="vectors")),
+        "tokens": audio_models.Listener(created(heads.TokenHead(width=CODES), CODES), codes),
+    }
+
+
+def code_densities(codes, x):
+    """log N(x; code_e, scale_e) of frames [T, W], by scipy: [T, E]."""
+    each = scipy_stats.norm(codes.vectors, codes.scales).logpdf(np.asarray(x)[:, None])
+    return each.sum(axis=-1)
+
+
+# --- Codes ------------------------------------------------------------------------------------
+
+
+def test_codes_have_the_deviations_of_their_frames(codes):
+    data = some_frames(400)
+    distances = ((data[:, None] - codes.vectors) ** 2).sum(axis=-1)
+    nearest = distances.argmin(axis=1)
+    squares = (data - codes.vectors[nearest]) ** 2
+    for e in range(CODES):
+        own = squares[nearest == e]
+        assert len(own) > 10
+        variance = (own.sum(axis=0) + 10 * squares.mean(axis=0)) / (len(own) + 10)
+        np.testing.assert_allclose(codes.scales[e], np.sqrt(variance), rtol=1e-4)
+    shares = (np.bincount(nearest, minlength=CODES) + 1) / (400 + CODES)
+    np.testing.assert_allclose(np.exp(codes.log_shares), shares, rtol=1e-5)
+
+
+def test_deviations_of_codes_are_bounded_as_the_mixtures_are():
+    found = audio_models.fit_codes(
+        jax.random.key(0), np.repeat(some_frames(CODES), 80, axis=0), CODES
+    )
+    np.testing.assert_array_equal(found.scales, np.float32(audio_models.MIN_SCALE))
+
+
+# --- Densities --------------------------------------------------------------------------------
+
+
+def test_the_mixtures_score_is_its_log_prob_and_mean(listeners):
+    windows = some_frames(30).reshape(2, 15, WIDTH)
+    for duration in (1.0, 0.7):
+        found = listeners["mixture"].score(windows, duration)
+        lm = listeners["mixture"].lm
+        wanted = lm.log_prob(vectors=windows, durations=np.full((2, 15), duration, np.float32))
+        np.testing.assert_allclose(found.log_prob, wanted, rtol=0, atol=1e-4)
+    assert found.mean.shape == (2, 14, WIDTH)
+    assert np.abs(found.log_prob - listeners["mixture"].score(windows).log_prob).max() > 1e-6
+
+
+def test_the_tokens_score_is_the_sum_over_codes(listeners, codes):
+    """log sum_e p(e | codes before) N(frame; code_e, scale_e), put together by hand."""
+    listener, window = listeners["tokens"], some_frames(15)
+    heard = listener.heard(window)
+    assert heard.shape == (15,)
+    logits = np.asarray(listener.lm.token_logits(heard[None]))[0]
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    wanted = np.log(np.exp(log_p + code_densities(codes, window[1:])).sum(axis=-1))
+    found = listener.score(window[None])
+    np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.mean[0], np.exp(log_p) @ codes.vectors, atol=1e-5)
+
+
+def test_both_densities_integrate_to_one(listeners):
+    """What makes them comparable: by importance sampling, over a frame after the same past."""
+    rng = np.random.default_rng(0)
+    past, count = some_frames(3), 20_000
+    last = 3.0 * rng.standard_normal((count, WIDTH))
+    proposal = scipy_stats.norm(0, 3).logpdf(last).sum(axis=-1)
+    windows = np.concatenate([np.broadcast_to(past, (count, 3, WIDTH)), last[:, None]], axis=1)
+    for listener in listeners.values():
+        read = listener.heard(windows.astype(np.float32))
+        score = jax.vmap(
+            lambda r, w, listener=listener: audio_models._score(
+                listener.lm.model,
+                listener.lm.params,
+                listener.codes,
+                r,
+                w,
+                np.ones(4, np.float32),
+            )[0][-1]
+        )
+        nats = np.asarray(score(read, windows.astype(np.float32)))
+        assert np.exp(nats - proposal).mean() == pytest.approx(1.0, abs=0.04)
+
+
+def test_references_are_their_formulas(codes):
+    data, windows = some_frames(200, seed=2), some_frames(30, seed=3).reshape(2, 15, WIDTH)
+    found = audio_models.without_context(codes, windows)
+    wanted = np.log(np.exp(codes.log_shares + code_densities(codes, windows[0, 1:])).sum(axis=-1))
+    np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4)
+    found = audio_models.around_the_last(data, windows)
+    scale = np.sqrt((np.diff(data, axis=0) ** 2).mean(axis=0))
+    wanted = scipy_stats.norm(windows[:, :-1], scale).logpdf(windows[:, 1:]).sum(axis=-1)
+    np.testing.assert_allclose(found.log_prob, wanted, rtol=1e-4)
+    np.testing.assert_array_equal(found.mean, windows[:, :-1])
+
+
+def test_size_counts_codes_and_their_deviations(listeners):
+    trained = sum(x.size for x in jax.tree.leaves(listeners["tokens"].lm.params))
+    assert listeners["tokens"].size == trained + 2 * CODES * WIDTH
+
+
+def test_the_programs_models_are_of_equal_size():
+    """With the default flags, within a few percent."""
+    width, codes = 40, 256
+
+    def size(head, vocab_size, **settings):
+        sizes = density_training.trunk(
+            vocab_size=vocab_size, hidden_size=96, num_layers=2, num_heads=4
+        )
+        shapes = jax.eval_shape(
+            lambda key: density.create(key, sizes, head, **settings).params, jax.random.key(0)
+        )
+        return sum(s.size for s in jax.tree.leaves(shapes))
+
+    mixture = size(heads.MixtureHead(width, components=8), 1, reads="vectors")
+    tokens = size(heads.TokenHead(width=codes), codes) + 2 * codes * width
+    assert tokens == pytest.approx(mixture, rel=0.03)
+    assert (mixture, tokens) == (288_456, 291_552)
+
+
+# --- Samples and numbers ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_samples_are_the_same_for_a_key_and_of_the_codes(listeners, codes):
+    prompts = some_frames(8, seed=5).reshape(2, 4, WIDTH)
+    for name, listener in listeners.items():
+        first, again = (listener.sample(jax.random.key(2), prompts, 6, 1.0) for _ in range(2))
+        other = listener.sample(jax.random.key(3), prompts, 6, 1.0)
+        assert first.shape == (2, 6, WIDTH)
+        np.testing.assert_array_equal(first, again)
+        assert np.abs(first - other).max() > 0
+        if name == "tokens":
+            rows = {tuple(row) for row in codes.vectors.tolist()}
+            assert {tuple(row) for row in first.reshape(-1, WIDTH).tolist()} <= rows
+
+
+def test_movement_is_of_steps():
+    still = np.zeros((1, 5, 2))
+    still[0, 3:] = [1.0, 3.0]
+    found = audio_models.movement(still)
+    assert found["squared_step"] == pytest.approx((1 + 9) / 2 / 4)
+    assert found["unmoved"] == 0.75
+    assert found["variance"] == pytest.approx((0.24 + 9 * 0.24) / 2)
+
+
+def test_errors_are_in_units_and_decibels():
+    found = audio_models.errors(np.full((2, 3), 2.0), np.zeros((2, 3)), np.array([1.0, 1.0, 1.0]))
+    assert found["squared"] == 4.0
+    assert found["decibels"] == pytest.approx(10 * np.log10(np.exp(2.0)))
+
+
+def test_intervals_cover_the_mean():
+    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
+    low, high = audio_models.interval(values)
+    assert low < values.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
+
+
+def test_a_change_of_units_is_the_densitys_own():
+    """Nats of log-mel frames are those of standardised ones less the log of the volume."""
+    scores = audio_models.Scores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))
+    found = audio_models.likelihood(scores, np.array([2.0, 5.0]))
+    assert found["nats_per_frame_log_mel"] == pytest.approx(2.0 - np.log(10.0))
+
+
+def test_sweeps_find_the_duration_that_was_asked(listeners):
+    windows = {0.8: some_frames(15)[None], 1.0: some_frames(15)[None] * 0.5}
+    points = np.array([0.5, 1.0, 2.0])
+    found = audio_models.sweep(listeners, windows, points)
+    for name, listener in listeners.items():
+        for hop, window in windows.items():
+            wanted = [listener.score(window, d).log_prob.mean() for d in points]
+            np.testing.assert_allclose(found["nats_per_frame"][name][f"{hop:g}"], wanted, 1e-5)
+            assert found["best_duration"][name][f"{hop:g}"] == points[np.argmax(wanted)]
+
+
+def test_sentences_are_plain_and_shuffled():
+    documents = [
+        "The first one is a plain sentence here. It calls foo(x) and is left out of it.\n\nShort.",
+        "The first one is a plain\nsentence here. Another one, which has a comma, is kept too.",
+    ]
+    assert sorted(audio_models.sentences(documents)) == [
+        "Another one, which has a comma, is kept too.",
+        "The first one is a plain sentence here.",
+    ]
+
+
+# --- The program ------------------------------------------------------------------------------
+
+
+def run(*flags, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "continuous_lm.experiments.audio.frames", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+        cwd=pathlib.Path(__file__).parents[3],
+    )
+
+
+@pytest.mark.slow
+def test_the_program_writes_what_it_says(tmp_path):
+    folder = tmp_path / "out"
+    done = run(*TINY, f"--output_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    values = json.loads((folder / "frames.json").read_text())
+    for name in ("mixture", "tokens", "codes, no context", "around the last frame"):
+        nats = values["models"][name]["likelihood"]
+        low, high = nats["interval"]
+        assert low <= nats["nats_per_frame"] <= high
+        assert f"{nats['nats_per_frame']:.2f}" in done.stdout
+    assert values["models"]["mixture"]["reading_error"]["squared"] == 0.0
+    assert values["models"]["tokens"]["reading_error"]["squared"] > 0.0
+    assert values["run"]["flags"]["codes"] == 8
+    curves = values["durations"]["nats_per_frame"]
+    assert set(curves["mixture"]) == {"0.8", "1", "1.25"}
+    for name in ("spectrograms", "comparison", "durations"):
+        for ending in ("png", "pdf"):
+            assert (folder / f"frames_{name}.{ending}").stat().st_size > 5000
+    for name in ("real", *audio_models.WAVES):
+        samples, rate = sound.read_wav(folder / f"{name}.wav")
+        assert rate == 8000
+        assert 0.001 < np.abs(samples).max() <= 1.0
+        assert len(samples) > 2 * 23 * 100
+    # What was saved is what was judged.
+    arrays = np.load(folder / "codes.npz")
+    codes = audio_models.Codes(arrays["vectors"], arrays["scales"], arrays["log_shares"])
+    units = sound.Statistics(arrays["mean"], arrays["deviation"])
+    analysis = sound.Analysis(bands=12)
+    heard = sound.log_mel(sound.tones(4.0, seed=1, rate=8000), analysis)
+    heard = units.standardised(heard).astype(np.float32)
+    windows = np.stack([heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)])
+    for name, book in (("mixture", None), ("tokens", codes)):
+        found = audio_models.Listener(density.load(folder / name), book).score(windows)
+        said = values["models"][name]["likelihood"]["nats_per_frame"]
+        assert found.log_prob.mean() == pytest.approx(said, abs=1e-3)
+
+    # The same command again finds both runs done, and says the same.
+    again = run(*TINY, f"--output_dir={folder}")
+    assert again.stdout == done.stdout
+    # Other sound is another run.
+    other = run(*TINY, "--seed=1", f"--output_dir={folder}")
+    assert other.returncode == 1
+    assert "choose another folder" in other.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sound=speech"], "apt install espeak-ng"),
+        (["--seconds=0.2"], "--seconds: the sound is too short"),
+        (["--held_out_seconds=0.2"], "--held_out_seconds: the held-out sound is too short"),
+        (["--seconds=0.01"], "too short: a window has 400 samples"),
+        (["--seconds=0"], "seconds of sound are too short"),
+        (["--prompt=24"], "--prompt=24 leaves nothing"),
+        (["--bands=300"], "300 bands are too narrow"),
+        (["--rate=100"], "low is 50"),
+    ],
+)
+def test_the_program_says_what_is_wrong(tmp_path, flags, said):
+    done = run(*TINY, *flags, f"--output_dir={tmp_path / 'out'}", PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,183 @@
+"""What is counted for few layers holds for many; tables say what was measured."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from continuous_lm.experiments.benchmarks import device_costs, program_costs
+from continuous_lm.models import language_model
+from tests.fixtures import tiny
+
+TASK = program_costs.Task(tokens=12, shared=4, points=6)
+
+
+def one_device():
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+
+
+def llama(num_layers):
+    fields = tiny.llama_config(model_type="llama", num_hidden_layers=num_layers)
+    return language_model.read_config(fields)
+
+
+def test_three_and_four_layers_say_what_six_cost():
+    mesh = one_device()
+    assert program_costs.work(llama(6), mesh, TASK) == program_costs.counted(llama(6), mesh, TASK)
+
+
+@pytest.mark.slow
+def test_xla_counts_the_body_of_a_loop_once():
+    """Otherwise no layer would have to be unrolled, nor anything extrapolated."""
+
+    def looped(n):
+        return program_costs.compiled(llama(n), one_device(), TASK).cost_analysis()["flops"]
+
+    assert looped(3) == pytest.approx(looped(6), rel=0.01)
+
+
+@pytest.mark.slow
+def test_products_are_most_of_what_is_counted():
+    config = dataclasses.replace(llama(4), hidden_size=512, mlp_size=1024, head_dim=128)
+    operations, _ = program_costs.work(config, one_device(), TASK)
+    assert 1.0 <= operations / program_costs.products(config, TASK) < 1.02
+
+
+def gpt2(num_layers):
+    fields = tiny.gpt2_config(model_type="gpt2", n_layer=num_layers)
+    return language_model.read_config(fields)
+
+
+@pytest.mark.parametrize("config", [llama(5), gpt2(3)])
+def test_products_against_every_product_of_the_program(config):
+    """Those of the traced program, one by one; here layers between first and last are a loop."""
+    model = program_costs.Transformer(config, implementation="dense")
+    given = program_costs.arguments(config, one_device(), TASK, jnp.float32)
+    with program_costs.unrolled():
+        traced = jax.make_jaxpr(lambda *a: program_costs.answer(model, *a))(*given)
+
+    def dots(jaxpr, times=1):
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left = equation.invars[0].aval.shape
+                size = math.prod(left[i] for i in contracted)
+                total += times * 2 * size * math.prod(equation.outvars[0].aval.shape)
+            repeated = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    total += dots(inner, times * repeated)
+        return total
+
+    assert dots(traced.jaxpr) == program_costs.products(config, TASK)
+
+
+def test_bytes_of_arguments_are_those_that_xla_allocates():
+    config, mesh = llama(3), one_device()
+    found = program_costs.compiled(config, mesh, TASK).memory_analysis()
+    held = program_costs.held(program_costs.arguments(config, mesh, TASK, jnp.float32))
+    assert held == pytest.approx(found.argument_size_in_bytes, abs=64)  # scalars not read
+    halved = program_costs.memory(config, mesh, TASK).arguments
+    assert held / 2 < halved < 0.51 * held  # but for times and durations
+
+
+def test_batches_are_even_over_the_rows_of_a_mesh():
+    for case in (*device_costs.cases(), device_costs.Case(tokens=4096, points=7, data=4)):
+        at_once = case.task.points
+        assert at_once % case.data == 0
+        batches = math.ceil(case.points / at_once)
+        assert (batches - 1) * at_once < case.points <= batches * at_once
+        assert at_once / case.data * (case.tokens - case.task.shared) <= device_costs.AT_ONCE
+
+
+def test_sizes_are_the_published_ones():
+    counts = {}
+    for name, fields in device_costs.MODELS.items():
+        boxes = language_model.parameter_boxes(language_model.read_config(fields))
+        counts[name] = sum(math.prod(box.value.shape) for box in boxes.values())
+    assert counts == {
+        "Llama-3-8B": 8_030_261_248,
+        "Llama-3-70B": 70_553_706_496,
+        "Gemma-2-9B": 9_241_705_984,
+    }
+
+
+def test_the_least_number_of_devices_is_named():
+    rows = [
+        {"model": 1, "weights": 30e9, "temporaries": 1e9, "fits": ["H200"]},
+        {"model": 2, "weights": 15e9, "temporaries": 1e9, "fits": ["H200", "TPU v6e"]},
+    ]
+    heads, *body = device_costs.fitting_table({"m": rows}).cells
+    assert heads == ["accelerator", "GB", "m"]
+    assert ["TPU v5e", "16", ""] in body
+    assert ["TPU v6e", "32", "2"] in body
+    assert ["H200", "141", "1"] in body
+
+
+SHARDED = """
+import json, sys
+import jax, numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from continuous_lm.experiments.benchmarks import program_costs
+from continuous_lm.models import language_model
+from tests.fixtures import tiny
+fields = tiny.llama_config(
+    model_type="llama", num_hidden_layers=4, hidden_size=256, head_dim=64, intermediate_size=512
+)
+config, task = language_model.read_config(fields), program_costs.Task(12, 4, 6)
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
+held = program_costs.held(program_costs.arguments(config, mesh, task, jnp.float32))
+found = program_costs.compiled(config, mesh, task).memory_analysis().argument_size_in_bytes
+whole = program_costs.products(config, task)
+print(json.dumps([held, found, 4 * program_costs.counted(config, mesh, task).operations / whole]))
+"""
+
+
+PROGRAM = """
+from continuous_lm.experiments.benchmarks import device_costs
+from continuous_lm.experiments.common import program
+from tests.fixtures import tiny
+device_costs.MODELS = {"tiny": tiny.llama_config(model_type="llama", num_hidden_layers=5)}
+device_costs.DEVICES = (1, 2)
+device_costs.cases = lambda: [device_costs.Case(tokens=16, points=4, data=2, model=2)]
+program.run(device_costs.main)
+"""
+
+
+def python(code, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=tiny.ENVIRONMENT | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.mark.slow
+def test_four_devices_share_the_work():
+    flag = "--xla_force_host_platform_device_count=4"
+    held, found, ratio = json.loads(python(SHARDED, XLA_FLAGS=flag))
+    assert held == pytest.approx(found, abs=64)
+    assert 1.0 <= ratio < 1.1
+
+
+@pytest.mark.slow
+def test_the_program_writes_what_it_prints(tmp_path):
+    out = python(PROGRAM, "--shapes=tiny", f"--output_dir={tmp_path}")
+    (row,) = json.loads((tmp_path / "growth.json").read_text())["growth"]["tiny"]
+    assert (row["at_once"], row["fits"]) == (4, list(device_costs.ACCELERATORS))
+    assert row["over_products"] > 1.0
+    assert device_costs.growth_table({"tiny": [row]}).as_text() in out
+    for name in ("growth", "memory", "fitting"):
+        assert "tiny" in (tmp_path / f"{name}.md").read_text()

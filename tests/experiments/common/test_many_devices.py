@@ -1,0 +1,345 @@
+"""Every program's numbers on meshes of eight devices, by pmap, and in two processes."""
+
+import contextlib
+import json
+import math
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from safetensors.numpy import load_file
+
+from continuous_lm.experiments.common import program
+from continuous_lm.experiments.training import run_folder
+from tests.experiments.text_models.test_text_models import write_text
+from tests.fixtures import many_devices, tiny
+
+PACKAGE = "continuous_lm.experiments"
+MESHES = ("--mesh=data=8", "--mesh=model=8", "--mesh=data=4,model=2")
+PMAP = "--pmap"
+slow = pytest.mark.slow
+
+# --- Refused --------------------------------------------------------------------------------------
+
+REFUSED = {
+    "counting": {
+        "--mesh=rows=2": "data=2,model=4",
+        "--mesh=data=2": "takes 2 devices, and there are 1",
+        "--process_id=0": "--process_id: it is of several processes",
+        "--silent_for=9": "there is no --coordinator",
+        "--coordinator=here --num_processes=2 --process_id=0": "host:port",
+        "--coordinator=localhost:1234 --process_id=0": "num_processes is missing",
+        "--coordinator=localhost:1234 --pmap": "--pmap is for one process",
+        "--pmap --mesh=data=1": "two ways to the same",
+        "--compilation_cache=/dev/null/x": "cannot be written",
+    },
+    "attribution": {"--pmap": "nothing that it could spread"},
+    "implicit_heads": {"--mesh=data=1": "this program runs on one device"},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_flags_are_read_or_refused(name, tmp_path):
+    with tiny.forked(f"{PACKAGE}.{name}") as run:
+        for given, why in REFUSED[name].items():
+            status, _, stderr = run(tmp_path, *given.split())
+            assert status == 1, given
+            assert why in stderr
+            assert len(stderr.splitlines()) == 1, stderr
+
+
+def test_what_was_compiled_is_kept_unless_told_otherwise(monkeypatch, tmp_path):
+    flags.FLAGS.mark_as_parsed()
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    with flagsaver.flagsaver(compilation_cache=None):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        program._keep_compiled()
+        folder = tmp_path / "continuous_lm" / "jax"
+        assert updates == {"jax_compilation_cache_dir": str(folder)}
+        assert folder.is_dir()
+        updates.clear()
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+        program._keep_compiled()
+        assert not updates
+    with flagsaver.flagsaver(compilation_cache="none"):
+        program._keep_compiled()
+        assert updates == {"jax_enable_compilation_cache": False}
+    with flagsaver.flagsaver(compilation_cache=str(tmp_path / "own")):
+        program._keep_compiled()
+        assert updates["jax_compilation_cache_dir"] == str(tmp_path / "own")
+
+
+# --- Meshes and pmap ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on_eight():
+    """Programs see eight devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "ENVIRONMENT", many_devices.environment(8))
+        yield
+
+
+def assert_close(one, other, where=""):
+    """Equal, numbers to 1e-5, apart from what is said of the run."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        # Times are those of a run, and what comes first of what is equally large is free.
+        for name in one.keys() - {"run", "microseconds", "order", "best_duration"}:
+            assert_close(one[name], other[name], f"{where}/{name}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_close(*pair, f"{where}/{i}")
+    elif isinstance(one, float):
+        assert math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-5), (where, one, other)
+    else:
+        assert one == other, where
+
+
+def read(path):
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return json.loads(path.read_text())
+
+
+FRAMES = (
+    "--seconds=8 --held_out_seconds=4 --steps=2 --batch_size=2 --length=24 --prompt=6 --codes=8"
+    " --components=2 --hidden_size=16 --num_heads=2 --num_layers=1 --bands=12 --samples=2"
+    " --iterations=3"
+).split()
+SWEEPS = {
+    "counting": (("--points=13",), (*MESHES, PMAP)),
+    "study": (("--limit=4", "--points=5"), (*MESHES, PMAP)),
+    "interpolation": (("--points=6",), (MESHES[2], PMAP)),
+    "attribution": (("--nodes=4",), MESHES),
+    "inverse": (("--ascent=2",), MESHES),
+    "pruning": (("--descent=2",), MESHES),
+    "evaluate_embedded": (("--held_out_prompts=8",), MESHES[2:]),
+    "frames": (FRAMES, MESHES[2:]),
+} | dict.fromkeys(("boolean", "events", "sums", "shifting"), (("--points=5",), (MESHES[2], PMAP)))
+
+
+@slow
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_and_searches(name, tmp_path):
+    arguments, ways = SWEEPS[name]
+    found = []
+    with on_eight(), tiny.forked(f"{PACKAGE}.{name}") as run:
+        for i, way in enumerate(("", *ways)):
+            given = (*arguments, *way.split(), f"--output_dir={i}")
+            status, _, stderr = run(tmp_path, *given)
+            assert status == 0, stderr
+            found.append(read(tmp_path / str(i) / f"{name}.json"))
+    for way, other in zip(ways, found[1:], strict=True):
+        assert_close(found[0], other, way)
+
+
+TRAIN = (
+    "--data=text.txt --vocab_size=280 --hidden_size=16 --num_layers=1 --num_heads=2 --length=16"
+    " --batch_size=8 --steps=6 --save_every=6 --accumulate=1"
+).split()
+
+
+def stage(*arguments):
+    """Flags of `calm_train`; those that a stage does not have are left out."""
+    without = ("--num_layers", "--num_heads", "--length") if "autoencoder" in arguments[0] else ()
+    if any(a.startswith(("--codec=", "--rows_of=")) for a in arguments):
+        without += ("--vocab_size",)
+    return [a for a in TRAIN if not a.startswith(without or "-----")] + list(arguments)
+
+
+STAGES = {
+    "baseline": stage("--stage=baseline"),
+    "density": stage("--stage=density", "--head=mixture", "--rows_of=baseline0"),
+    "codec": stage("--stage=autoencoder", "--latent_size=8"),
+    "calm": stage("--stage=calm", "--codec=codec0"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the models of all stages, trained on one device and on meshes."""
+    folder = tmp_path_factory.mktemp("many")
+    write_text(folder)
+    with on_eight(), tiny.forked(f"{PACKAGE}.calm_train") as train:
+        for name, arguments in STAGES.items():
+            for i, way in enumerate(("", *MESHES)):
+                given = (*arguments, *way.split(), f"--output_dir={name}{i}")
+                status, _, stderr = train(folder, *given)
+                assert status == 0, stderr
+    return folder
+
+
+@slow
+@pytest.mark.parametrize("name", STAGES)
+def test_training(name, trained):
+    one = trained / f"{name}0"
+    for i, _ in enumerate(MESHES, 1):
+        other = trained / f"{name}{i}"
+        assert_close(read(one / "run/metrics.jsonl"), read(other / "run/metrics.jsonl"))
+        for path in one.glob("*.safetensors"):
+            weights = load_file(other / path.name)
+            for tensor, value in load_file(path).items():
+                np.testing.assert_allclose(weights[tensor], value, rtol=1e-5, atol=1e-5)
+
+
+@slow
+def test_training_by_pmap(tmp_path):
+    write_text(tmp_path)
+    arguments = [*stage("--stage=baseline"), "--accumulate=8"]
+    with on_eight(), tiny.forked(f"{PACKAGE}.calm_train") as train:
+        for name, ways in {"one": [], "pmap": [PMAP]}.items():
+            status, _, stderr = train(tmp_path, *arguments, *ways, f"--output_dir={name}")
+            assert status == 0, stderr
+    one, other = (read(tmp_path / name / "run/metrics.jsonl") for name in ("one", "pmap"))
+    assert_close(one, other)
+
+
+JUDGED = {
+    "calm_eval": "--models=baseline0,density0,calm0 --data=text.txt --length=16 --windows=8"
+    " --positions=16 --context=8",
+    "calm_sample of densities": "--model=density0 --samples=2 --max_new_tokens=6",
+    "calm_sample of next vectors": "--model=calm0 --samples=2 --max_new_tokens=8",
+    "quantization_ablation": "--model=density0 --data=text.txt --length=16 --codes=32 --stages=2"
+    " --windows=4",
+}
+
+
+@slow
+@pytest.mark.parametrize("case", JUDGED)
+def test_evaluation_and_samples(case, trained):
+    name = case.split()[0]
+    found = []
+    with on_eight(), tiny.forked(f"{PACKAGE}.{name}") as run:
+        for way in ("", *MESHES):
+            status, _, stderr = run(trained, *JUDGED[case].split(), *way.split())
+            assert status == 0, stderr
+            found.append(read(trained / "results" / name / f"{name}.json"))
+    for way, other in zip(MESHES, found[1:], strict=True):
+        assert_close(found[0], other, way)
+
+
+FIT = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from continuous_lm import axes
+from continuous_lm.parallel import processes
+from continuous_lm.errors import InputError
+from continuous_lm.experiments.training import window_batches
+from continuous_lm.experiments.training import run_folder
+from continuous_lm.experiments.training import fit
+
+params = {"matrix": jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), "bias": jnp.zeros(8)}
+
+def loss(params, batch, key):  # with noise, of which every micro-batch draws its own
+    x = batch[..., :4] + 0.1 * jax.random.normal(key, batch[..., :4].shape)
+    return jnp.mean((x @ params["matrix"] + params["bias"] - 1.0) ** 2), {"mean": jnp.mean(x)}
+
+data = np.random.default_rng(0).standard_normal((500, 5)).astype(np.float32)
+def fit(name, params=params, **options):
+    rows = window_batches.shuffled(data, length=3, batch_size=32, seed=0)
+    options = {"steps": 20, "learning_rate": 1e-2, "accumulate": 16, "save_every": 10} | options
+    return fit.fit(loss, params, rows, folder=f"{sys.argv[1]}/{name}", **options)
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
+
+one = fit("one")
+close(fit("pmap", pmap=True), one)
+try:
+    fit("uneven", pmap=True, accumulate=4)
+except InputError as error:
+    assert "accumulate must be a multiple" in str(error)
+else:
+    raise AssertionError
+
+mesh, other = processes.mesh("data=2,model=4"), processes.mesh("data=8")
+def on(mesh):
+    letters = {"matrix": "D F", "bias": "F"}
+    return {name: axes.placed(mesh, x, letters[name]) for name, x in params.items()}
+
+assert not on(mesh)["matrix"].sharding.is_fully_replicated
+close(fit("mesh", on(mesh)), one)
+# Half of a run on one mesh, the rest on another, or by pmap, or on one device.
+import shutil
+shutil.rmtree(f"{sys.argv[1]}/mesh/checkpoints/00000020")
+for name, given in {"again": on(other), "alone": params}.items():
+    shutil.copytree(f"{sys.argv[1]}/mesh", f"{sys.argv[1]}/{name}")
+    new = fit(name, given)
+    close(new, one)
+    for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(given)):
+        assert a.sharding == b.sharding, (a.sharding, b.sharding)
+"""
+
+
+@slow
+def test_training_on_meshes_and_by_pmap(tmp_path):
+    many_devices.on_devices(FIT, 8, str(tmp_path))
+
+
+# --- Two processes --------------------------------------------------------------------------------
+
+
+def together(cwd, name, *arguments):
+    """`many.processes` of a program in two processes of four devices."""
+    address = f"localhost:{many_devices.free_port()}"
+    said = (f"--coordinator={address}", "--num_processes=2", "--silent_for=20")
+    return many_devices.processes(
+        [("-m", f"{PACKAGE}.{name}", *arguments, *said, f"--process_id={i}") for i in (0, 1)],
+        cwd=cwd,
+    )
+
+
+def assert_all_end(processes):
+    for process in processes:
+        _, told = process.communicate(timeout=600)
+        assert process.returncode == 0, told
+
+
+@slow
+def test_a_sweep_in_two_processes(tmp_path):
+    status, _, stderr = tiny.run(tmp_path, f"{PACKAGE}.counting", "--points=9", "--output_dir=one")
+    assert status == 0, stderr
+    arguments = ("--points=9", "--mesh=data=4,model=2", "--output_dir=two")
+    with together(tmp_path, "counting", *arguments) as processes:
+        assert_all_end(processes)
+    one, two = (read(tmp_path / name / "counting.json") for name in ("one", "two"))
+    assert_close(one, two)
+    assert two["run"]["num_processes"] == 2
+    assert two["run"]["num_devices"] == 8
+    assert two["run"]["flags"]["process_id"] == 0
+
+
+@slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
+    write_text(tmp_path)
+    arguments = [*stage("--stage=baseline"), "--steps=60", "--save_every=10"]
+    with together(tmp_path, "calm_train", *arguments, "--mesh=data=4,model=2") as processes:
+        deadline = time.monotonic() + 600
+        while not run_folder.checkpoints(tmp_path / "results/calm_train/run"):
+            assert time.monotonic() < deadline
+            assert processes[0].poll() is None, processes[0].communicate()[1]
+            time.sleep(0.1)
+        processes[lost].kill()
+        began = time.monotonic()
+        _, told = processes[1 - lost].communicate(timeout=60)
+        assert time.monotonic() - began < 20  # --silent_for
+        assert processes[1 - lost].returncode == 1, told
+        assert told.splitlines()[-1].startswith(f"error: process {lost} has ended early"), told
+    made = [step for step, _ in run_folder.checkpoints(tmp_path / "results/calm_train/run")]
+    assert made[-1] < 60  # or nothing was left to go on with
+
+    with together(tmp_path, "calm_train", *arguments, "--mesh=data=8") as processes:
+        assert_all_end(processes)
+    status, _, stderr = tiny.run(
+        tmp_path, f"{PACKAGE}.calm_train", *arguments, "--output_dir=results/one"
+    )
+    assert status == 0, stderr
+    one, two = (tmp_path / "results" / name for name in ("one", "calm_train"))
+    assert_close(read(one / "run/metrics.jsonl"), read(two / "run/metrics.jsonl"))

@@ -1,0 +1,273 @@
+"""Trials: their ends, middles and refusals, which closed forms give exactly."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+import continuous_lm as clm
+from continuous_lm.experiments.durations import prompt_sweeps
+from tests.fixtures import tiny
+
+TEMPLATE = "we saw the [] near here"
+WORDS = f"{TEMPLATE} one two three four five six"
+PAIRS = [  # of one token and two, two and three, four and two
+    pytest.param(("one", "two three"), marks=pytest.mark.slow),
+    ("one two", "three four five"),
+    pytest.param(("one two three four", "five six"), marks=pytest.mark.slow),
+]
+ENDS = np.array([0.0, 1.0])
+counts = st.integers(1, 12)
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory):
+    # With a window shorter than the prompt, so that a time that is wrong hides something.
+    words = tiny.word_tokenizer(WORDS)
+    folder = tmp_path_factory.mktemp("model")
+    return clm.load(tiny.save(folder, "mistral", tokenizer=words, sliding_window=5))
+
+
+def interpolating(lm, phrases, points=ENDS, template=TEMPLATE, how="linear"):
+    return prompt_sweeps.interpolating(lm, lm.tokenizer, template, phrases, points, how)
+
+
+def embedded(lm, text):
+    ids = clm.tokenization.encode(lm.tokenizer, text).ids
+    return np.asarray(lm.params["embedding"], np.float32)[ids]
+
+
+# --- Interpolation: what a model is given -----------------------------------------------------
+
+
+@pytest.mark.parametrize("phrases", PAIRS)
+def test_the_ends_of_an_interpolation_are_the_ordinary_prompts(lm, phrases):
+    trial = interpolating(lm, phrases)
+    found = jax.nn.softmax(lm(at=-1, **trial.sweep.arguments()))
+    for row, phrase in zip(found, phrases, strict=True):
+        ids = clm.tokenization.encode(lm.tokenizer, TEMPLATE.replace("[]", phrase)).ids
+        plain = jax.nn.softmax(lm(jnp.array(ids), at=-1))
+        np.testing.assert_allclose(row, plain, atol=1e-6, rtol=0)
+    assert np.abs(found[0] - found[1]).max() > 1e-2
+
+
+def test_phrases_of_one_length_mix_token_by_token(lm):
+    trial = interpolating(lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0]))
+    given = trial.sweep.arguments()
+    ends = [embedded(lm, TEMPLATE.replace("[]", p)) for p in ("one two", "three four")]
+    np.testing.assert_array_equal(given["embeddings"][[0, 2]], ends)
+    np.testing.assert_allclose(given["embeddings"][1], np.mean(ends, axis=0), atol=1e-7)
+    n = trial.sweep.num_tokens
+    np.testing.assert_array_equal(given["durations"], np.ones((3, n)))
+    np.testing.assert_array_equal(given["times"], np.tile(np.arange(1, n + 1), (3, 1)))
+    assert trial.tokens[slice(*trial.span)] == ["one|three", "two|four"]
+    assert trial.tokens[trial.span[0] - 1] == "the"
+    assert trial.tokens[trial.span[1] :] == ["near", "here"]
+
+
+def test_a_phrase_turns_into_itself_without_a_change(lm):
+    given = interpolating(lm, ("one two", "one two"), np.linspace(0, 1, 5), how="spherical")
+    rows = given.sweep.arguments()["embeddings"]
+    np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("template", ["[]", "[] here", "we saw []"])
+def test_slots_may_stand_at_either_end(lm, template):
+    given = interpolating(lm, ("one two", "three four five"), template=template).sweep.arguments()
+    for i, phrase in enumerate(("one two", "three four five")):
+        kept = given["durations"][i] > 0
+        rows = embedded(lm, template.replace("[]", phrase))
+        np.testing.assert_array_equal(given["embeddings"][i][kept], rows)
+        np.testing.assert_allclose(given["times"][i][kept], np.arange(1, len(rows) + 1), rtol=1e-6)
+
+
+# --- Alignment --------------------------------------------------------------------------------
+
+
+def test_single_tokens_are_aligned_with_each_other():
+    found = prompt_sweeps.align(1, 1)
+    np.testing.assert_array_equal(found.ends, [1])
+    np.testing.assert_array_equal(found.tokens, [[0], [0]])
+    np.testing.assert_array_equal(found.weights, [[1], [1]])
+
+
+def test_two_tokens_with_three():
+    found = prompt_sweeps.align(2, 3)
+    np.testing.assert_allclose(found.ends, [1 / 3, 1 / 2, 2 / 3, 1], rtol=1e-15)
+    np.testing.assert_array_equal(found.tokens, [[0, 0, 1, 1], [0, 1, 1, 2]])
+    np.testing.assert_array_equal(found.weights, [[0, 1, 0, 1], [1, 0, 1, 1]])
+
+
+def test_two_tokens_with_four():
+    found = prompt_sweeps.align(2, 4)
+    np.testing.assert_array_equal(found.ends, [0.25, 0.5, 0.75, 1])
+    np.testing.assert_array_equal(found.tokens, [[0, 0, 1, 1], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(found.weights, [[0, 1, 0, 1], [1, 1, 1, 1]])
+
+
+@given(counts, counts)
+def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
+    found = prompt_sweeps.align(first, second)
+    exact = sorted({Fraction(k, n) for n in (first, second) for k in range(1, n + 1)})
+    np.testing.assert_allclose(found.ends, [float(e) for e in exact], rtol=1e-15)
+    for n, tokens, weights in zip((first, second), found.tokens, found.weights, strict=True):
+        for end, token, weight in zip(exact, tokens, weights, strict=True):
+            assert Fraction(int(token), n) < end <= Fraction(int(token) + 1, n)
+            assert weight == (end * n == token + 1)
+        assert weights.sum() == n
+
+
+@given(counts, counts)
+def test_an_alignment_the_other_way_round_is_the_same(first, second):
+    one, other = prompt_sweeps.align(first, second), prompt_sweeps.align(second, first)
+    np.testing.assert_array_equal(one.ends, other.ends)
+    np.testing.assert_array_equal(one.tokens, other.tokens[::-1])
+    np.testing.assert_array_equal(one.weights, other.weights[::-1])
+
+
+@given(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
+def test_durations_and_times_go_from_one_prompt_to_the_other(first, second, before, after, share):
+    found = prompt_sweeps.align(first, second)
+    points = np.array([0.0, share, 1.0])
+    given = found.timed(points, before, after)
+    lengths = before + after + (1 - points) * first + points * second
+    np.testing.assert_allclose(given["durations"].sum(axis=1), lengths, rtol=1e-6)
+    if after:
+        np.testing.assert_allclose(given["times"][:, -1], lengths, rtol=1e-6)
+    assert (np.diff(given["times"], axis=1) > 0).all()
+    for row in (0, 2):  # where only the ordinary tokens of one prompt are left
+        kept = given["durations"][row] > 0
+        np.testing.assert_array_equal(given["durations"][row][kept], 1)
+        np.testing.assert_allclose(
+            given["times"][row][kept], np.arange(1, lengths[row] + 1), rtol=1e-6
+        )
+
+
+# --- Mixing -----------------------------------------------------------------------------------
+
+
+def unit_vectors(seed, angle):
+    """Two unit vectors [1, 8] at an angle, in a random plane."""
+    plane, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 2)))
+    return plane[:, 0][None], (np.cos(angle) * plane[:, 0] + np.sin(angle) * plane[:, 1])[None]
+
+
+seeds, angles = st.integers(0, 2**32 - 1), st.floats(0.05, 3.0)
+
+
+@given(seeds, angles)
+def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
+    points = np.linspace(0, 1, 9)
+    first, second = unit_vectors(seed, angle)
+    arc = prompt_sweeps.mix(first, second, points, "spherical")[:, 0]
+    np.testing.assert_allclose(np.linalg.norm(arc, axis=1), 1, atol=2e-5)
+    # Components in the plane say how far the arc has turned.
+    aside = (second[0] - np.cos(angle) * first[0]) / np.sin(angle)
+    turned = np.arctan2(arc @ aside, arc @ first[0])
+    np.testing.assert_allclose(turned, points * angle, atol=2e-5)
+
+
+@given(seeds, st.floats(0, 1))
+def test_a_line_goes_straight(seed, share):
+    first, second = np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
+    ends = prompt_sweeps.mix(first, second, ENDS, "linear")
+    np.testing.assert_array_equal(ends, [first, second])
+    (middle,) = prompt_sweeps.mix(first, second, [0.5], "linear")
+    np.testing.assert_array_equal(middle, (first + second) / 2)
+    (point,) = prompt_sweeps.mix(first, second, [share], "linear")
+    np.testing.assert_allclose(point, first + share * (second - first), atol=1e-5)
+
+
+@given(seeds)
+def test_both_ways_begin_and_end_alike(seed):
+    first, second = np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
+    arcs = prompt_sweeps.mix(first, second, ENDS, "spherical")
+    np.testing.assert_allclose(arcs, [first, second], atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.5, -1.0])
+def test_an_arc_of_parallel_vectors_is_a_line(factor):
+    first = np.ones((1, 8), np.float32)
+    points = np.linspace(0, 1, 5)
+    arc = prompt_sweeps.mix(first, factor * first, points, "spherical")
+    line = prompt_sweeps.mix(first, factor * first, points, "linear")
+    np.testing.assert_allclose(arc, line, atol=1e-6)
+
+
+# --- Other trials -----------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0.01, 3), min_size=1, max_size=5))
+def test_shrinking_touches_the_words_that_the_characters_touch(factors):
+    words = tiny.word_tokenizer(WORDS)
+    prompt = "we saw one two near here"
+    begin = prompt.index("ne two n")  # inside of "one" to inside of "near"
+    characters, factors = (begin, begin + len("ne two n")), np.array(factors)
+    trial = prompt_sweeps.shrinking(words, prompt, characters, factors)
+    assert trial.tokens[slice(*trial.span)] == ["one", "two", "near"]
+    expected = np.ones((len(factors), 7))
+    expected[:, 3:6] = factors[:, None]
+    np.testing.assert_allclose(trial.sweep.arguments()["durations"], expected, rtol=1e-6)
+
+
+def test_moving_and_stretching_take_the_whole_prompt():
+    words, points = tiny.word_tokenizer(WORDS), np.array([0.5, 2.0])
+    moved = prompt_sweeps.moving(words, "we saw one", points)
+    np.testing.assert_array_equal(moved.sweep.arguments()["start"], points)
+    slow = prompt_sweeps.stretching(words, "we saw one", points)
+    np.testing.assert_array_equal(slow.sweep.arguments()["durations"], [[0.5] * 4, [2.0] * 4])
+    for trial in (moved, slow):
+        assert trial.tokens == ["<bos>", "we", "saw", "one"]
+        assert trial.as_json() == {"prompt": "we saw one", "tokens": trial.tokens, "span": [0, 4]}
+
+
+# --- What is refused --------------------------------------------------------------------------
+
+
+def refused(lm, *culprits, **changes):
+    given = {"phrases": ("one", "two"), "template": TEMPLATE} | changes
+    with pytest.raises(clm.InputError) as caught:
+        interpolating(lm, **given).sweep.arguments()
+    for culprit in culprits:
+        assert culprit in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["we saw the", "the [] saw the []"])
+def test_templates_have_one_slot(lm, template):
+    refused(lm, repr(template), "[] once", template=template)
+
+
+@pytest.mark.parametrize("phrases", [("one", "seventy"), ("seventy", "one")])
+def test_words_outside_of_the_vocabulary_are_named(lm, phrases):
+    refused(lm, "cannot spell 'seventy'", phrases=phrases)
+
+
+def test_empty_phrases_are_refused(lm):
+    refused(lm, "'one' and ''", "empty", phrases=("one", ""))
+
+
+def test_there_are_two_ways_between_vectors(lm):
+    refused(lm, "'cubic'", "'linear' or 'spherical'", how="cubic")
+
+
+def merging_tokenizer():
+    """A BPE that takes "y" from what follows the slot after "a", but not after "b"."""
+    letters = {letter: i for i, letter in enumerate("xabyz")}
+    merged = [("a", "y"), ("y", "z")]
+    vocab = letters | {"".join(pair): len(letters) + i for i, pair in enumerate(merged)}
+    return tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merged))
+
+
+def test_phrases_that_merge_with_what_is_around_them_cannot_be_aligned(lm):
+    bpe = merging_tokenizer()
+    assert bpe.encode("xayz").tokens == ["x", "ay", "z"]
+    assert bpe.encode("xbyz").tokens == ["x", "b", "yz"]
+    with pytest.raises(clm.InputError, match="'a' and 'b' cannot be aligned"):
+        prompt_sweeps.interpolating(lm, bpe, "x[]yz", ("a", "b"), ENDS)
+    trial = prompt_sweeps.interpolating(lm, bpe, "x[]yz", ("b", "bb"), ENDS)
+    assert trial.tokens == ["x", "b|b", "b|b", "yz"]

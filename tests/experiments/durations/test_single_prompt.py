@@ -1,0 +1,288 @@
+"""The programs of one prompt, on the embedded model: what they write is what the model says.
+
+Each run is the program in a process of its own; see `tiny.forked`.
+"""
+
+import contextlib
+import json
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+import continuous_lm as clm
+from continuous_lm.experiments.durations import boolean
+from tests.fixtures import tiny
+
+POINTS = 5
+MIDDLE = POINTS // 2  # the point that is checked by hand
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return clm.load("apples", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def call():
+    """Function (program, cwd, *flags): exit status, stdout, stderr."""
+    with contextlib.ExitStack() as servers:
+        started = {}
+
+        def call(program, cwd, *arguments):
+            if program not in started:
+                name = f"continuous_lm.experiments.{program}"
+                started[program] = servers.enter_context(tiny.forked(name))
+            return started[program](cwd, *arguments)
+
+        yield call
+
+
+@pytest.fixture
+def run(call, tmp_path):
+    """Function (program, *flags): the result and what was printed, all files looked at."""
+
+    def run(program, *arguments):
+        status, printed, stderr = call(program, tmp_path, f"--points={POINTS}", *arguments)
+        assert status == 0, stderr
+        assert_whole(tmp_path / "results" / program, program)
+        assert f"{program}.json" in printed
+        return json.loads((tmp_path / "results" / program / f"{program}.json").read_text()), printed
+
+    return run
+
+
+def assert_whole(folder, name):
+    """A result, a picture that is one, and a PDF."""
+    assert {p.name for p in folder.iterdir()} == {f"{name}.json", f"{name}.png", f"{name}.pdf"}
+    picture = matplotlib.image.imread(folder / f"{name}.png")
+    assert min(picture.shape[:2]) > 100
+    assert np.ptp(picture) > 0.5
+    assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF-")
+
+
+def ids_of(lm, tokens):
+    """The numbers of tokens by their names; one without a name is "token 63"."""
+    named = {f"token {i}": i for i in range(lm.config.vocab_size)}
+    return np.array([(named | lm.tokenizer.get_vocab())[token] for token in tokens])
+
+
+def assert_says(lm, curves, tracked, **arguments):
+    """The curves' middle is what one call of the model says."""
+    p = np.asarray(jax.nn.softmax(lm(at=-1, **arguments)), np.float64)
+    assert list(curves["probabilities"]) == list(tracked)
+    for answer, tokens in tracked.items():
+        expected = sum(p[i] for i in ids_of(lm, tokens))
+        assert curves["probabilities"][answer][MIDDLE] == pytest.approx(expected, abs=1e-5)
+    rest = 1 - sum(row[MIDDLE] for row in curves["probabilities"].values())
+    assert curves["other"][MIDDLE] == pytest.approx(rest, abs=1e-6)
+
+
+def assert_shrinks(lm, result, shrunk):
+    """Its span is `shrunk`, and the middle is where that lasts as long as the points say."""
+    tokens = result["tokens"]
+    first, end = result["span"]
+    assert " ".join(tokens[first:end]) == shrunk
+    durations = np.ones(len(tokens), np.float32)
+    durations[first:end] = result["curves"]["points"][MIDDLE]
+    ids = ids_of(lm, tokens)
+    assert_says(lm, result["curves"], result["tracked"], tokens=ids, durations=durations)
+
+
+def row_of(lm, word):
+    return np.asarray(lm.params["embedding"], np.float32)[lm.tokenizer.token_to_id(word)]
+
+
+# --- Runs -------------------------------------------------------------------------------------
+
+EVENTS = {
+    "shop": "She buys a carton of milk . She buys an apple . She buys a potato ."
+    " She buys a loaf of bread .",
+    "zoo": "They saw a lion . They saw an elephant . They saw a giraffe . They saw a penguin .",
+    "beach": "She found a seashell . She found a starfish . She found a smooth stone ."
+    " She found a piece of seaweed .",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", EVENTS)
+def test_events(run, lm, scene):
+    result, _ = run("events", f"--scene={scene}")
+    assert_shrinks(lm, result, EVENTS[scene])
+    assert list(result["tracked"]) == list("0123456789")
+    assert result["curves"]["points"] == pytest.approx(np.linspace(0.1, 1, POINTS))
+    assert result["curves"]["ranges"][-1]["answer"] == "4"
+
+
+SUMS = {
+    "default": ([], "The sum of 4 and 3 is", "3"),
+    "first": (["--shrink=1", "--numbers=8,5"], "The sum of 8 and 5 is", "8"),
+    "two digits": (["--numbers=18,13"], "The sum of 18 and 13 is", "13"),
+    "spaced": (["--numbers=24,13", "--spaced"], "The sum of 2 4 and 1 3 is", "1 3"),
+    "spaced first": (
+        ["--numbers=24,13", "--spaced", "--shrink=1"],
+        "The sum of 2 4 and 1 3 is",
+        "2 4",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SUMS)
+def test_sums(run, lm, name):
+    arguments, prompt, shrunk = SUMS[name]
+    result, _ = run("sums", *arguments)
+    assert result["prompt"].strip() == prompt
+    assert_shrinks(lm, result, shrunk)
+    assert list(result["tracked"]) == [str(i) for i in range(19)]
+
+
+INTERPOLATIONS = {
+    "question": [],
+    "arc": ["--path=spherical"],
+    "answers": ["--answers=yes,no,red", "--words=apples,cabbages"],
+    "usage": ["--template=We bought two [] at the", "--threshold=0.1"],
+    "lengths": ["--words=red apples,bananas"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "arc" else pytest.param(n, marks=pytest.mark.slow) for n in INTERPOLATIONS]
+)
+def test_interpolation(run, lm, name):
+    result, _ = run("interpolation", *INTERPOLATIONS[name])
+    assert result["curves"]["points"] == pytest.approx(np.linspace(0, 1, POINTS))
+    assert_says(lm, result["curves"], result["tracked"], **halfway(lm, result, name))
+    curves = result["curves"]["probabilities"]
+    if name == "answers":
+        assert list(curves) == ["yes", "no", "red"]
+    elif name == "usage":
+        assert all(max(row) >= 0.1 for row in curves.values())
+        assert max(result["curves"]["other"]) < 0.9
+    else:
+        assert list(curves) == ["Yes", "No"]
+
+
+def halfway(lm, result, name):
+    """The model's arguments in the middle of an interpolation, by hand."""
+    first, end = result["span"]
+    names = [token.partition("|")[::2] for token in result["tokens"][first:end]]
+    mixed = [(row_of(lm, a) + row_of(lm, b)) / 2 for a, b in names]
+    if name == "arc":  # the middle of an arc: in the direction of the sum of a and b
+        ((a, b),) = ((row_of(lm, a), row_of(lm, b)) for a, b in names)
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        mixed = [(a + b) / (2 * np.cos(np.arccos(cosine) / 2))]
+    before, after = (
+        [row_of(lm, token) for token in part]
+        for part in (result["tokens"][:first], result["tokens"][end:])
+    )
+    rows = np.array([*before, *mixed, *after])
+    durations, times = np.ones(len(rows)), np.arange(1.0, len(rows) + 1)
+    if name == "lengths":  # of two tokens and one: 1.5, of which the first half weighs 1/2
+        assert names == [("red", "bananas"), ("apples", "bananas")]
+        durations[first] = 0.5
+        times = np.cumsum(durations)
+        times[first] = first + 0.75
+    return {"embeddings": rows, "durations": durations, "times": times}
+
+
+@pytest.mark.slow
+def test_boolean(run, lm):
+    result, printed = run("boolean")
+    cells = result["sweeps"]
+    assert len({(cell["pair"], cell["inputs"]) for cell in cells}) == len(cells) == 40
+    cell = next(c for c in cells if (c["pair"], c["inputs"]) == ("OR to XOR", "1, 1"))
+    prompt = boolean.TEMPLATE.format(a=1, b=1)
+    for point, operator in ((0, "OR"), (-1, "XOR")):
+        ids = clm.tokenization.encode(lm.tokenizer, prompt.replace("[]", operator)).ids
+        p = jax.nn.softmax(lm(np.array(ids), at=-1))
+        for answer in "01":
+            found = cell["curves"]["probabilities"][answer][point]
+            assert found == pytest.approx(float(p[lm.tokenizer.token_to_id(answer)]), abs=1e-5)
+    for text in ("OR to XOR", "AND to NAND", "0 > 1"):
+        assert text in printed
+    tracked = {"0": ["0"], "1": ["1"]}
+    assert_says(lm, cell["curves"], tracked, **halfway(lm, cell, "line"))
+
+
+@pytest.mark.slow
+def test_translation_changes_nothing_in_a_rotary_model(run, lm):
+    result, printed = run("shifting")
+    assert result["curves"]["points"] == pytest.approx(np.linspace(0, 10, POINTS))
+    for row in result["curves"]["probabilities"].values():
+        assert np.ptp(row) <= 1e-5
+    ids = ids_of(lm, result["tokens"])
+    assert_says(lm, result["curves"], result["tracked"], tokens=ids)
+    assert "largest change" in printed
+
+
+@pytest.mark.slow
+def test_scaling_changes_the_answer(run, lm):
+    result, _ = run("shifting", "--change=scaling")
+    tokens, points = ids_of(lm, result["tokens"]), result["curves"]["points"]
+    assert points == pytest.approx(np.linspace(0.01, 1.5, POINTS))
+    durations = np.full(len(tokens), points[MIDDLE])
+    assert_says(lm, result["curves"], result["tracked"], tokens=tokens, durations=durations)
+    assert max(np.ptp(row) for row in result["curves"]["probabilities"].values()) > 1e-2
+
+
+@pytest.mark.slow
+def test_translation_changes_the_answer_with_learned_positions(run, tmp_path):
+    pytest.importorskip("torch")
+    folder = tmp_path / "gpt2"
+    tiny.save_reference(folder, "gpt2")
+    tiny.word_tokenizer(tiny.COUNTING_TEXT).save(str(folder / "tokenizer.json"))
+    prompt = "--prompt=how many times is apple"
+    result, _ = run("shifting", f"--model={folder}", prompt, "--threshold=0.02")
+    assert max(np.ptp(row) for row in result["curves"]["probabilities"].values()) > 1e-2
+    # The model has more tokens than the tokenizer, and says which are likely all the same.
+    assert [a for a in result["tracked"] if a.startswith("token ")]
+    lm, start = clm.load(folder), result["curves"]["points"][MIDDLE]
+    ids = ids_of(lm, result["tokens"])
+    assert_says(lm, result["curves"], result["tracked"], tokens=ids, start=start)
+
+
+# --- Bad input --------------------------------------------------------------------------------
+
+REFUSED = {  # program and flags -> what the message names
+    ("sums", "--numbers=1"): ["--numbers", "two whole numbers"],
+    ("sums", "--numbers=a,b"): ["--numbers", "a,b"],
+    ("sums", "--numbers=1,-2"): ["--numbers", "1,-2"],
+    ("sums", "--numbers=24,13"): ["cannot spell", "'24'"],
+    ("events", "--prompts=x", "--scene=zoo"): ["prompts"],
+    ("events", "--scene=moon"): ["scene", "moon"],
+    ("events", "--points=1"): ["points"],
+    ("interpolation", "--words=apples"): ["--words", "apples"],
+    ("interpolation", "--words=apples,"): ["'apples' and ''", "empty"],
+    ("interpolation", "--words=apples,kumquats"): ["cannot spell", "'kumquats'"],
+    ("interpolation", "--answers=yes,kumquat"): ["no single token spells", "'kumquat'"],
+    ("interpolation", "--template=Are they red? (yes/no)"): ["template", "[]"],
+    ("interpolation", "--template=We bought two [] at the", "--threshold=1"): ["--threshold"],
+    ("interpolation", "--path=cubic"): ["path", "cubic"],
+    ("shifting", "--prompt=Where is the kumquat"): ["cannot spell", "'kumquat'"],
+    ("shifting", "--change=rotation"): ["change", "rotation"],
+    ("boolean", "--least=2"): ["least"],
+}
+
+
+def refused():
+    """Each case; but those of one program are slow, as starting another is."""
+    for case in REFUSED:
+        fast = case[0] == "interpolation" and "--threshold=1" not in case
+        yield pytest.param(case, marks=[] if fast else pytest.mark.slow, id=" ".join(case))
+
+
+@pytest.mark.parametrize("arguments", list(refused()))
+def test_bad_input_is_refused_in_one_line(call, tmp_path, arguments):
+    program, *flags = arguments
+    status, printed, stderr = call(program, tmp_path, *flags)
+    assert status != 0
+    assert "Traceback" not in stderr
+    if not stderr.startswith("FATAL Flags parsing error"):  # absl's own, with its usage below
+        assert stderr.startswith("error: ")
+        assert stderr.count("\n") == 1
+    for culprit in REFUSED[arguments]:
+        assert culprit in stderr
+    assert "probability" not in printed
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,330 @@
+"""Data sets of the studies: the made ones hold what they claim, bad files are refused by name."""
+
+import collections
+import copy
+import json
+import os
+import pathlib
+
+import pytest
+
+import continuous_lm as clm
+from continuous_lm.experiments.apples import prompts
+from continuous_lm.experiments.durations import prompt_sweeps
+from continuous_lm.experiments.studies import analysis, datasets
+from tests.fixtures import tiny
+
+PROGRAM = "continuous_lm.experiments.studies.study"
+PAPER = pathlib.Path(__file__).parents[4] / "shared" / "data" / "paper"
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {study: datasets.made(study) for study in datasets.STUDIES}
+
+
+# --- Made of the small language ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("study", datasets.STUDIES)
+def test_two_hundred_tasks_that_are_always_the_same(made, study):
+    tasks = made[study]
+    assert len(tasks) == 200
+    assert tasks == datasets.made(study)
+    assert len({(t.prompt, t.characters, t.phrases) for t in tasks}) > 150  # sums may be alike
+
+
+def texts(task):
+    if task.phrases is None:
+        return [task.prompt]
+    return [task.prompt.replace(prompt_sweeps.SLOT, phrase) for phrase in task.phrases]
+
+
+@pytest.mark.parametrize("study", datasets.STUDIES)
+def test_the_small_language_spells_every_made_prompt(made, study):
+    tokenizer = prompts.tokenizer()
+    for task in made[study]:
+        for text in texts(task):
+            clm.tokenization.encode(tokenizer, text)  # refuses what it cannot spell
+
+
+@pytest.mark.parametrize("study", datasets.STUDIES)
+def test_the_analysis_takes_what_every_made_task_is_about(made, study):
+    for task in made[study]:
+        analysis.STUDIES[study].check(task.about)
+
+
+def varied(task):
+    return task.prompt[slice(*task.characters)]
+
+
+def test_counted_words(made):
+    for task in made["counting"]:
+        word, category, n = (task.about[k] for k in ("word", "category", "repetitions"))
+        assert varied(task).split() == [word] * n
+        assert word in prompts.WORDS[category]
+        assert f"many times is {task.about['category_with_article']} mentioned?" in task.prompt
+    assert {task.about["repetitions"] for task in made["counting"]} == {2, 3, 4, 5, 6}
+
+
+def test_counted_steps(made):
+    for task in made["tutorials"]:
+        assert_steps(task)
+    assert {task.about["num_sentences"] for task in made["tutorials"]} == {2, 3, 4, 5, 6, 7}
+
+
+def assert_steps(task):
+    """Steps, all of them and nothing else, are what shrinks."""
+    steps = varied(task).splitlines()
+    assert len(steps) == task.about["num_sentences"]
+    assert all(step.startswith("- ") for step in steps)
+    before, after = task.prompt[: task.characters[0]], task.prompt[task.characters[1] :]
+    assert before.endswith("\n")
+    assert after.startswith("\n\nQuestion:")
+    assert "\n- " not in before[:-1] + after
+
+
+def assert_number(task):
+    """The number that shrinks, and the other beside it, are in the prompt once each."""
+    shrunk, other = ("item_1", "item_2") if task.about["shrink_1"] else ("item_2", "item_1")
+    assert varied(task) == str(task.about[shrunk])
+    around = task.prompt[: task.characters[0]] + task.prompt[task.characters[1] :]
+    assert str(task.about[other]) in around
+    assert "{" not in task.prompt
+
+
+def test_summed_numbers(made):
+    for task in made["sums"]:
+        assert_number(task)
+        assert {task.about["item_1"], task.about["item_2"]} <= set(range(1, 10))
+    assert {task.about["shrink_1"] for task in made["sums"]} == {True, False}
+
+
+def test_questions_are_true_of_the_words_that_their_kind_names(made):
+    kinds = collections.Counter(task.about["kind"] for task in made["words"])
+    assert kinds == dict.fromkeys(datasets.KINDS, 50)
+    holds = {"both": (1, 1), "neither": (0, 0), "first": (1, 0), "second": (0, 1)}
+    for task in made["words"]:
+        true = [p in prompts.true_of(task.about["question"]) for p in task.phrases]
+        assert tuple(true) == holds[task.about["kind"]], task
+        assert list(task.phrases) == task.about["options"]
+    assert len({task.phrases for task in made["words"]}) == 50
+
+
+# --- The paper's files ------------------------------------------------------------------------
+
+
+def paper(study, name):
+    path = PAPER / f"{name}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    tasks = datasets.read(study, path)
+    for task in tasks:
+        analysis.STUDIES[study].check(task.about)
+    return tasks, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_words_of_the_paper():
+    tasks, records = paper("counting", "words_with_repetitions")
+    assert len(tasks) == len(records) == 200
+    for task, record in zip(tasks, records, strict=True):
+        assert task.about == record
+        assert varied(task) == " ".join([record["word"]] * record["repetitions"])
+
+
+def test_tutorials_of_the_paper():
+    tasks, _ = paper("tutorials", "counting_events_seq")
+    assert len(tasks) == 200
+    for task in tasks:
+        assert_steps(task)
+
+
+def test_sums_of_the_paper():
+    tasks, _ = paper("sums", "sums")
+    assert len(tasks) == 200
+    for task in tasks:
+        assert_number(task)
+
+
+def test_pairs_of_the_paper():
+    tasks, records = paper("words", "embedding_filtered")
+    assert len(tasks) == 4 * len(records) >= 200
+    for i, task in enumerate(tasks):
+        assert list(task.phrases) == records[i // 4]["options"]
+        assert task.about["question"] == records[i // 4]["questions"][task.about["kind"]]
+        assert task.prompt.count(prompt_sweeps.SLOT) == 1
+
+
+# --- Bad files --------------------------------------------------------------------------------
+
+GOOD = {
+    "counting": {
+        "word": "apple",
+        "category": "fruit",
+        "category_with_article": "a fruit",
+        "repetitions": 3,
+    },
+    "tutorials": {
+        "sentence": "Tutorial: How to eat - well\n\n- Cook.\n- Eat.\n\nQuestion: How many steps?",
+        "num_sentences": 2,
+    },
+    "sums": {
+        "template": "{name} has {item_1} and {item_2}. {name} has ",
+        "fields": {"name": "Mia", "item_1": 82, "item_2": 38},
+        "shrink_1": False,
+    },
+    "words": {
+        "options": ["cats", "dogs"],
+        "questions": {"both": "Are {} pets?", "first": "Do {} purr?"},
+    },
+}
+
+
+def store(folder, content):
+    path = folder / "data.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_good_records(tmp_path):
+    for study, record in GOOD.items():
+        assert datasets.read(study, store(tmp_path, [record])), study
+    (tutorial,) = datasets.read("tutorials", store(tmp_path, [GOOD["tutorials"]]))
+    assert_steps(tutorial)  # in spite of the "- " in its title
+    (total,) = datasets.read("sums", store(tmp_path, [GOOD["sums"]]))
+    assert total.prompt == "Mia has 82 and 38. Mia has "
+    assert varied(total) == "38"
+
+
+FILES = {
+    "not JSON": ("[{", "not valid JSON"),
+    "empty": ("", "not valid JSON"),
+    "deep": ("[" * 100_000, "not valid JSON"),
+    "a number too long to read": ("[" + "1" * 5000 + "]", "not valid JSON"),
+    "an object": ({"records": []}, "a JSON list"),
+    "an empty list": ([], "a JSON list"),
+    "text": ('"records"', "a JSON list"),
+    "null": ("null", "a JSON list"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_file_that_is_no_list_of_records(tmp_path, case):
+    content, culprit = FILES[case]
+    path = store(tmp_path, content)
+    for study in datasets.STUDIES:
+        refused(study, path, culprit)
+
+
+def test_file_that_cannot_be_read(tmp_path):
+    refused("sums", tmp_path / "nowhere.json", "cannot be read")
+    refused("sums", tmp_path, "cannot be read")
+    (tmp_path / "latin.json").write_bytes(b'["\xff"]')
+    refused("sums", tmp_path / "latin.json", "not valid JSON")
+    os.mkfifo(tmp_path / "pipe.json")  # would be waited for
+    refused("sums", tmp_path / "pipe.json", "cannot be read")
+
+
+def refused(study, path, *culprits):
+    with pytest.raises(clm.InputError) as error:
+        datasets.read(study, path)
+    for culprit in (str(path), *culprits):
+        assert culprit in str(error.value)
+
+
+# study -> dotted field, its value, and what must be named beside the record.
+RECORDS = [
+    ("counting", "repetitions", 0, "repetitions"),
+    ("counting", "repetitions", 10, "repetitions"),
+    ("counting", "repetitions", -1, "repetitions"),
+    ("counting", "repetitions", True, "repetitions"),
+    ("counting", "repetitions", 3.0, "repetitions"),
+    ("counting", "word", "", "word"),
+    ("counting", "word", " \n", "word"),
+    ("tutorials", "num_sentences", 0, "num_sentences"),
+    ("tutorials", "num_sentences", 10, "num_sentences"),
+    ("tutorials", "num_sentences", False, "num_sentences"),
+    ("tutorials", "sentence", "", "sentence"),
+    ("tutorials", "sentence", "- Cook.\n- Eat.", "sentence"),
+    ("tutorials", "sentence", "How to eat\n\nQuestion: How many steps?", "sentence"),
+    ("tutorials", "sentence", "How to eat - well\n\nQuestion: How many?", "sentence"),
+    ("tutorials", "sentence", "How?\n\nQuestion: How many steps?\n- Eat.", "sentence"),
+    ("sums", "template", "{item_1} things", "item_2"),
+    ("sums", "template", "{item_1}, {item_2}, {item_1}", "item_1"),
+    ("sums", "template", "{item_1} {item_2} {nouns}", "nouns"),
+    ("sums", "template", "", "template"),
+    ("sums", "fields", {}, "item_1"),
+    ("sums", "fields.item_1", -1, "item_1"),
+    ("sums", "fields.item_2", True, "item_2"),
+    ("sums", "fields.item_2", "3", "item_2"),
+    ("sums", "fields.item_2", 3.5, "item_2"),
+    ("sums", "fields.item_2", None, "item_2"),
+    ("sums", "fields.item_2", 10**10, "item_2"),
+    ("sums", "shrink_1", 1, "shrink_1"),
+    ("words", "options", ["cats"], "options"),
+    ("words", "options", [], "options"),
+    ("words", "options", ["cats", "dogs", "cows"], "options"),
+    ("words", "options", ["cats", ""], "options"),
+    ("words", "options", ["cats", 3], "options"),
+    ("words", "questions", {}, "questions"),
+    ("words", "questions.all", "Are {} pets?", "'all'"),
+    ("words", "questions.both", "Are they pets?", "both"),
+    ("words", "questions.both", "Are {} like {}?", "both"),
+    ("words", "questions.both", None, "both"),
+]
+
+
+@pytest.mark.parametrize(("study", "field", "value", "named"), RECORDS)
+def test_record_that_cannot_be_used(tmp_path, study, field, value, named):
+    bad = copy.deepcopy(GOOD[study])
+    *outer, last = field.split(".")
+    (bad[outer[0]] if outer else bad)[last] = value
+    refused(study, store(tmp_path, [GOOD[study], bad]), "record 1", named)
+
+
+@pytest.mark.parametrize(("study", "field"), [(s, name) for s, r in GOOD.items() for name in r])
+def test_field_that_is_missing_or_of_another_type(tmp_path, study, field):
+    less = {name: value for name, value in GOOD[study].items() if name != field}
+    refused(study, store(tmp_path, [less]), "record 0", field, "missing")
+    for value in (None, {"a": 1} if isinstance(GOOD[study][field], list) else ["a"]):
+        refused(study, store(tmp_path, [less | {field: value}]), "record 0", field)
+
+
+@pytest.mark.parametrize("record", [None, "apple", 3, ["word", "apple"]])
+def test_record_that_is_no_object(tmp_path, record):
+    for study in datasets.STUDIES:
+        refused(study, store(tmp_path, [GOOD[study], record]), "record 1", "object")
+
+
+# --- Through the program ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run():
+    with tiny.forked(PROGRAM) as run:
+        yield run
+
+
+@pytest.mark.parametrize(
+    ("study", "content", "culprits"),
+    [
+        ("counting", "[{", ["data.json", "not valid JSON"]),
+        ("counting", {}, ["data.json", "a JSON list"]),
+        ("counting", [GOOD["counting"] | {"repetitions": 10}], ["record 0", "repetitions"]),
+        ("tutorials", [GOOD["tutorials"], {}], ["data.json, record 1", "sentence"]),
+        ("sums", [GOOD["counting"]], ["record 0", "template"]),
+        ("words", [GOOD["words"], 3], ["record 1", "object"]),
+    ],
+)
+def test_the_program_ends_with_one_line_and_writes_nothing(run, tmp_path, study, content, culprits):
+    path = store(tmp_path, content)
+    status, stdout, stderr = run(
+        tmp_path, f"--study={study}", f"--data={path}", "--output_dir=out/deep"
+    )
+    assert status != 0
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    for culprit in culprits:
+        assert culprit in stderr
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,550 @@
+"""Published next-vector models, against the same in plain PyTorch (`calm_reference`)."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import continuous_lm as clm
+from continuous_lm import losses
+from tests.fixtures import tiny
+
+torch = pytest.importorskip("torch", reason="the reference is written in PyTorch")
+pytest.importorskip("transformers", reason="the reference's trunk is transformers' Llama")
+
+from continuous_lm.models import calm  # noqa: E402
+from continuous_lm.models.calm import autoencoder
+from tests.fixtures import calm_reference as reference  # noqa: E402
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+PATCH, VOCABULARY = 4, 40
+CHUNKS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 5, PATCH))  # [B, T, K]
+NOISES = (
+    np.random.default_rng(1).uniform(-0.5, 0.5, (4, 2, 5, 6)).astype(np.float32)
+)  # [Z, B, T, U]
+DURATIONS = np.array([1.0, 0.25, 2.0, 0.5, 1.5], np.float32)
+
+
+def close(ours, theirs, **tolerance):
+    """Equal to 1e-5, and neither constant nor of another shape."""
+    theirs = theirs.numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.03
+    np.testing.assert_allclose(np.asarray(ours), theirs, **(TOLERANCE | tolerance))
+
+
+def flat(chunks):
+    """Int [B, T, K] as the reference takes it, [B, T * K]."""
+    return torch.tensor(chunks.reshape(len(chunks), -1))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """All folders but a few are of the same shapes."""
+    with reference.traced_once():
+        yield
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """The autoencoder and the energy model in PyTorch."""
+    return reference.autoencoder(), reference.energy_model()
+
+
+@pytest.fixture(scope="module")
+def folders(theirs, tmp_path_factory):
+    """The published folders: of the energy model, of the autoencoder."""
+    folder = tmp_path_factory.mktemp("published")
+    ae, energy = map(reference.tensors, theirs)
+    reference.write(folder / "autoencoder", reference.autoencoder_fields(), ae)
+    reference.write(folder / "calm", reference.energy_fields(), energy)
+    return folder / "calm", folder / "autoencoder"
+
+
+@pytest.fixture(scope="module")
+def lm(folders):
+    return calm.load(*folders)
+
+
+@pytest.fixture(scope="module")
+def ae(folders):
+    return autoencoder.load(folders[1])
+
+
+@pytest.fixture(scope="module")
+def hidden(theirs):
+    """Hidden states of the reference, [B, T, D]."""
+    return theirs[1].hidden(flat(CHUNKS))
+
+
+def normal(*shape):
+    return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+# --- The same numbers ------------------------------------------------------------------------
+
+
+def test_latents(ae, theirs):
+    mean, log_std = ae.encode(CHUNKS)
+    wanted = theirs[0].latents(torch.tensor(CHUNKS))
+    close(mean, wanted[0])
+    close(log_std, wanted[1])
+
+
+def test_decoded_logits(ae, theirs):
+    latents = normal(2, 5, 10)
+    close(ae.decode(latents), theirs[0].logits(torch.tensor(latents)))
+
+
+def test_one_chunk_alone(ae, theirs):
+    """No leading axes at all."""
+    mean, log_std = ae.encode(CHUNKS[1, 2])
+    wanted = theirs[0].latents(torch.tensor(CHUNKS[1, 2]))
+    close(mean, wanted[0])
+    close(log_std, wanted[1])
+
+
+def test_the_models_own_autoencoder(lm, ae):
+    assert_same_tree(lm.codec.params, ae.params)
+    np.testing.assert_array_equal(lm.codec.encode(CHUNKS)[0], ae.encode(CHUNKS)[0])
+    assert lm.chunk_size == PATCH
+
+
+def test_hidden_states(lm, theirs, hidden):
+    close(lm.hidden(CHUNKS), hidden)
+
+
+def test_hidden_states_of_durations(lm, theirs):
+    wanted = theirs[1].hidden(flat(CHUNKS), DURATIONS)
+    close(lm.hidden(CHUNKS, durations=DURATIONS), wanted)
+
+
+def test_durations_of_1_change_nothing(lm):
+    plain = lm.hidden(CHUNKS)
+    close(lm.hidden(CHUNKS, durations=np.ones(5, np.float32)), plain, rtol=1e-6, atol=1e-6)
+
+
+def test_samples(lm, theirs, hidden):
+    """Four samples a position, the hidden states shared."""
+    wanted = theirs[1].sample(torch.tensor(NOISES), hidden)
+    close(lm.transform(NOISES, hidden.numpy()), wanted)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.7])
+def test_energy_scores(lm, theirs, hidden, beta):
+    """From tokens to the score, everything ours: the first four chunks predict what follows."""
+    spread = normal(6, 2, 5, 10)
+    samples = lm.transform(NOISES, lm.hidden(CHUNKS))
+    mean, log_std = map(np.asarray, lm.codec.encode(CHUNKS))
+    targets = (mean + np.exp(log_std) * spread)[:, :, 1:]
+    ours = losses.energy_score(np.asarray(samples)[:, :, :-1], targets, beta=beta)
+    mean, log_std = theirs[0].latents(torch.tensor(CHUNKS))
+    targets = (mean + log_std.exp() * torch.tensor(spread))[:, :, 1:]
+    samples = theirs[1].sample(torch.tensor(NOISES), hidden)[:, :, :-1]
+    close(ours, reference.energy_score(samples, targets, beta))
+
+
+SMALL = (  # what makes the inputs of the layer norms so small that their epsilon decides
+    "noise_embd", "hidden_embd", "norm_noise", "embed_proj.2", "mlp_blocks.0.down_proj",
+    "mlp_blocks.1.down_proj", "mlp_blocks.2.down_proj",
+)  # fmt: skip
+
+
+def test_epsilon_of_the_layer_norms(folders, tmp_path):
+    theirs = reference.energy_model(seed=5)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if any(part in name for part in SMALL):
+                parameter *= 1e-3
+    reference.write(tmp_path / "calm", reference.energy_fields(), reference.tensors(theirs))
+    lm = calm.load(tmp_path / "calm", folders[1])
+    hidden = theirs.hidden(flat(CHUNKS))
+    close(lm.hidden(CHUNKS), hidden)
+    wanted = theirs.sample(torch.tensor(NOISES), hidden)
+    close(lm.transform(NOISES, hidden.numpy()), wanted)
+
+
+@pytest.mark.slow
+def test_derivatives(lm, theirs, hidden):
+    """With respect to the noise and the hidden states, of a weighted sum of the samples."""
+    noise, weights = NOISES[0], normal(2, 5, 10)
+    ours = jax.grad(lambda *a: (lm.transform(*a) * weights).sum(), (0, 1))(
+        jnp.asarray(noise), jnp.asarray(hidden.numpy())
+    )
+    leaves = torch.tensor(noise, requires_grad=True), hidden.clone().requires_grad_()
+    (theirs[1].sample(*leaves) * torch.tensor(weights)).sum().backward()
+    for mine, leaf in zip(ours, leaves, strict=True):
+        close(mine, leaf.grad, rtol=1e-4)
+
+
+# --- Other ways to write the same down -------------------------------------------------------
+
+
+def assert_same_tree(found, wanted):
+    for (path, a), (_, b) in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(wanted), strict=True
+    ):
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def assert_same(found, wanted):
+    """The autoencoder's parameters are among them."""
+    assert_same_tree(found.params, wanted.params)
+
+
+@pytest.fixture
+def energy(theirs):
+    """Tensors of the energy model, to change."""
+    return reference.tensors(theirs[1])
+
+
+@pytest.fixture
+def autoencoders(theirs):
+    """Tensors of the autoencoder, to change."""
+    return reference.tensors(theirs[0])
+
+
+def renamed(tensors, old, new):
+    """A copy of the tensors that begin with `old`, under the other name."""
+    return {
+        new + name.removeprefix(old): value.clone()
+        for name, value in tensors.items()
+        if name.startswith(old)
+    }
+
+
+def refusal(*given, load=calm.load):
+    with pytest.raises(clm.InputError) as refused:
+        load(*given)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+HEADS = [
+    "mlp_generator.noise_embd.bias",
+    "mlp_generator.mlp_blocks.1.linears.4.weight",
+    "mlp_generator.final_layer.linears.2.weight",
+]
+
+
+def test_the_head_under_its_other_name(lm, folders, energy, tmp_path):
+    """Beside the first, in its place, or, as of tensors that share memory one is saved, in part."""
+    again = renamed(energy, "mlp_generator.", "generative_head.")
+    rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
+    mixed = dict(list(energy.items())[:-9]) | dict(list(again.items())[-9:])
+    for i, tensors in enumerate([energy | again, rest | again, mixed]):
+        folder = reference.write(tmp_path / str(i), reference.energy_fields(), tensors)
+        assert_same(calm.load(folder, folders[1]), lm)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_twice_and_different(folders, energy, tmp_path, name):
+    again = renamed(energy, "mlp_generator.", "generative_head.")
+    other = name.replace("mlp_generator", "generative_head")
+    again[other].view(-1)[-1] += 1e-3
+    reference.write(tmp_path, reference.energy_fields(), energy | again)
+    assert other in refusal(tmp_path, folders[1])
+
+
+def test_half_of_the_head_under_its_other_name(folders, energy, tmp_path):
+    """Neither copy is whole: what the second lacks is missing."""
+    again = renamed(energy, "mlp_generator.", "generative_head.")
+    rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
+    del again["generative_head.norm_hidden.bias"]
+    reference.write(tmp_path, reference.energy_fields(), rest | again)
+    assert "norm_hidden.bias" in refusal(tmp_path, folders[1])
+
+
+def test_the_table_again(ae, autoencoders, tmp_path):
+    """Beside the encoder's, or in its place."""
+    table = autoencoders["encoder.embed_tokens.weight"].clone()
+    rest = {n: t for n, t in autoencoders.items() if n != "encoder.embed_tokens.weight"}
+    for i, tensors in enumerate([autoencoders, rest]):
+        tensors = tensors | {"decoder.lm_head_weight": table}
+        folder = reference.write(tmp_path / str(i), reference.autoencoder_fields(), tensors)
+        assert_same_tree(autoencoder.load(folder).params, ae.params)
+
+
+def test_another_table(autoencoders, tmp_path):
+    table = autoencoders["encoder.embed_tokens.weight"].clone()
+    table[-1, -1] += 1e-3
+    tensors = autoencoders | {"decoder.lm_head_weight": table}
+    reference.write(tmp_path, reference.autoencoder_fields(), tensors)
+    assert "decoder.lm_head_weight" in refusal(tmp_path, load=autoencoder.load)
+
+
+def test_the_autoencoder_inside(lm, folders, energy, autoencoders, tmp_path):
+    """It may be there beside the autoencoder's own folder."""
+    inside = renamed(autoencoders, "", "ae_model.")
+    inside["ae_model.decoder.lm_head_weight"] = autoencoders["encoder.embed_tokens.weight"].clone()
+    reference.write(tmp_path, reference.energy_fields(), energy | inside)
+    assert_same(calm.load(tmp_path, folders[1]), lm)
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder.embed_tokens.weight", "decoder.decoder_layers.2.mlp.up_proj.weight"]
+)
+def test_another_autoencoder_inside(folders, energy, autoencoders, tmp_path, name):
+    inside = renamed(autoencoders, "", "ae_model.")
+    inside[f"ae_model.{name}"].view(-1)[0] += 1e-3
+    reference.write(tmp_path, reference.energy_fields(), energy | inside)
+    assert f"ae_model.{name}" in refusal(tmp_path, folders[1])
+
+
+def test_half_an_autoencoder_inside(folders, energy, autoencoders, tmp_path):
+    inside = renamed(autoencoders, "", "ae_model.")
+    del inside["ae_model.decoder.norm.weight"]
+    reference.write(tmp_path, reference.energy_fields(), energy | inside)
+    assert "ae_model.decoder.norm.weight" in refusal(tmp_path, folders[1])
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
+    """It serves where no folder of its own is given: sizes by its tensors, the rest by the trunk.
+
+    The epsilon of its norms is then the trunk's.
+    """
+    apart, whole = tmp_path / "autoencoder", tmp_path / "calm"
+    eps = reference.energy_fields()["rms_norm_eps"]
+    reference.write(apart, reference.autoencoder_fields(rms_norm_eps=eps), autoencoders)
+    inside = renamed(autoencoders, "", "ae_model.")
+    inside["ae_model.decoder.lm_head_weight"] = autoencoders["encoder.embed_tokens.weight"].clone()
+    reference.write(whole, reference.energy_fields(), energy | inside, shards=shards)
+    found, wanted = calm.load(whole), autoencoder.load(apart)
+    assert_same_tree(found.codec.params, wanted.params)
+    sizes = "vocab_size hidden_size mlp_size encoder_layers decoder_layers latent_size chunk_size"
+    for name in f"{sizes} norm_eps activation".split():
+        assert getattr(found.codec.config, name) == getattr(wanted.config, name), name
+
+
+def test_no_autoencoder_at_all(folders):
+    assert "autoencoder" in refusal(folders[0])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_shards(lm, energy, autoencoders, tmp_path, shards):
+    calm_folder, folder = tmp_path / "calm", tmp_path / "autoencoder"
+    reference.write(calm_folder, reference.energy_fields(), energy, shards=shards)
+    reference.write(folder, reference.autoencoder_fields(), autoencoders, shards=shards)
+    assert_same(calm.load(calm_folder, folder), lm)
+
+
+@pytest.fixture
+def rounded(energy, autoencoders, tmp_path):
+    """Folders whose weights and config.json are of bfloat16."""
+    folders = tmp_path / "calm", tmp_path / "autoencoder"
+    kinds = reference.energy_fields, reference.autoencoder_fields
+    for folder, fields, tensors in zip(folders, kinds, (energy, autoencoders), strict=True):
+        short = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        reference.write(folder, fields(torch_dtype="bfloat16"), short)
+    return folders
+
+
+def test_bfloat16_is_kept(rounded, lm):
+    short = jax.tree.map(lambda a: np.asarray(a).astype(jnp.bfloat16), lm.params)
+    assert_same_tree(calm.load(*rounded).params, short)
+
+
+def test_bfloat16_read_as_float32(rounded, theirs):
+    """The numbers are then those of the rounded weights, to 1e-5 as ever."""
+    lm = calm.load(*rounded, dtype=jnp.float32)
+    ae, energy = reference.autoencoder(), reference.energy_model()
+    for module in (ae, energy):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    wanted = energy.hidden(flat(CHUNKS))
+    close(lm.hidden(CHUNKS), wanted)
+    vectors = energy.sample(torch.tensor(NOISES), wanted)
+    close(lm.transform(NOISES, wanted.numpy()), vectors)
+    close(lm.codec.decode(vectors[0].numpy()), ae.logits(vectors[0]))
+    assert (wanted - theirs[1].hidden(flat(CHUNKS))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("drop", [("architectures",), ("architectures", "model_type")], ids=str)
+def test_known_by_its_fields(lm, folders, energy, autoencoders, tmp_path, drop):
+    places = tmp_path / "calm", tmp_path / "autoencoder"
+    for place, folder in zip(places, folders, strict=True):
+        shutil.copytree(folder, place)
+        fields = json.loads((place / "config.json").read_text())
+        kept = {name: value for name, value in fields.items() if name not in drop}
+        (place / "config.json").write_text(json.dumps(kept))
+    assert_same(calm.load(*places), lm)
+
+
+def test_known_by_architectures_alone(lm, folders, energy, tmp_path):
+    """Fields of training that were not saved are none of the model's."""
+    fields = energy_without("num_samples", "ae_path", "beta")
+    reference.write(tmp_path, fields, energy)
+    assert_same(calm.load(tmp_path, folders[1]), lm)
+
+
+def energy_without(*names):
+    return {n: value for n, value in reference.energy_fields().items() if n not in names}
+
+
+# --- Folders in the wrong place --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("llama"), vocab_size=VOCABULARY)
+
+
+def test_folders_in_the_wrong_place(folders, llama):
+    energy, ae = folders
+    wrong = {
+        "the two in turn": ((ae, energy), calm.load, ae),
+        "a Llama as the energy model": ((llama, ae), calm.load, llama),
+        "a Llama as the autoencoder": ((energy, llama), calm.load, llama),
+        "the energy model twice": ((energy, energy), calm.load, energy),
+        "the autoencoder twice": ((ae, ae), calm.load, ae),
+        "the energy model alone": ((energy,), autoencoder.load, energy),
+        "a Llama alone": ((llama,), autoencoder.load, llama),
+    }
+    for case, (given, load, culprit) in wrong.items():
+        message = refusal(*given, load=load)
+        assert str(culprit) in message, (case, message)
+        assert "config.json" in message, (case, message)
+        wanted = "architectures" if culprit != llama else "model_type|architectures"
+        assert any(word in message for word in wanted.split("|")), (case, message)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_general_loader_refuses_them(folders, which):
+    assert "model_type" in refusal(folders[which], load=clm.load)
+
+
+# --- Saved and loaded again ------------------------------------------------------------------
+
+
+def stored(folder):
+    import safetensors.torch
+
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def test_save(lm, theirs, tmp_path):
+    """One folder holds both; PyTorch reads what we write."""
+    calm.save(tmp_path / "calm", lm)
+    again = calm.load(tmp_path / "calm")
+    assert_same(again, lm)
+    assert again.config == lm.config
+    assert again.codec.config == lm.codec.config
+    tensors = stored(tmp_path / "calm")
+    inside = {n: t for n, t in tensors.items() if n.startswith("ae_model.")}
+    wanted = {"ae_model." + name: t for name, t in reference.tensors(theirs[0]).items()}
+    assert inside.keys() - {"ae_model.decoder.lm_head_weight"} == wanted.keys()
+    for name, tensor in {**wanted, **reference.tensors(theirs[1])}.items():
+        assert torch.equal(tensors[name], tensor), name
+    close(again.hidden(CHUNKS), np.asarray(lm.hidden(CHUNKS)), rtol=0, atol=0)
+
+
+def test_save_of_the_autoencoder(ae, theirs, tmp_path):
+    autoencoder.save(tmp_path / "autoencoder", ae)
+    again = autoencoder.load(tmp_path / "autoencoder")
+    assert_same_tree(again.params, ae.params)
+    assert again.config == ae.config
+    reference.Autoencoder(reference.autoencoder_fields()).load_state_dict(
+        {n: t for n, t in stored(tmp_path / "autoencoder").items() if "lm_head" not in n}
+    )
+
+
+def test_saved_config_is_as_it_is_published(lm, ae, tmp_path):
+    """Every field that says what is computed is written back as it was read."""
+    calm.save(tmp_path / "calm", lm)
+    autoencoder.save(tmp_path / "autoencoder", ae)
+    for folder, fields in (
+        (tmp_path / "calm", reference.energy_fields()),
+        (tmp_path / "autoencoder", reference.autoencoder_fields()),
+    ):
+        found = json.loads((folder / "config.json").read_text())
+        for name in set(fields) & set(DECISIVE):
+            assert found[name] == fields[name], name
+        assert found["architectures"] == fields["architectures"]
+
+
+DECISIVE = """
+    beta hidden_size intermediate_size latent_size noise_size num_attention_heads
+    num_decoder_layers num_encoder_layers num_hidden_layers num_key_value_heads num_mlp_layers
+    num_samples patch_size rms_norm_eps vocab_size
+""".split()
+
+
+@pytest.mark.slow
+def test_saved_in_bfloat16(rounded, tmp_path):
+    lm = calm.load(*rounded)
+    calm.save(tmp_path / "again", lm)
+    assert_same(calm.load(tmp_path / "again"), lm)
+
+
+# --- The reference itself --------------------------------------------------------------------
+
+
+def test_reference_with_chunks_of_one_token_is_llama(hidden):
+    """With K = 1 and nothing between the table and the trunk."""
+    one = reference.energy_model(patch_size=1)
+    one.embed_proj = torch.nn.Identity()
+    tokens = flat(CHUNKS)
+    wanted = one.transformer(input_ids=tokens).last_hidden_state
+    close(one.hidden(tokens), wanted, rtol=0, atol=0)
+    assert not torch.equal(hidden[:, 0], hidden[:, 1])
+
+
+def test_reference_reads_chunks_in_order(theirs):
+    """By hand: the rows of four tokens end to end, times the first matrix."""
+    model, tokens = theirs[1], [7, 3, 39, 0]
+    table, names = model.transformer.embed_tokens.weight.numpy(), dict(model.named_parameters())
+    weight, bias = (names[f"embed_proj.0.{kind}"].numpy() for kind in ("weight", "bias"))
+    x = bias + sum(weight[:, 32 * i : 32 * (i + 1)] @ table[t] for i, t in enumerate(tokens))
+    x = names["embed_proj.2.bias"].numpy() + names["embed_proj.2.weight"].numpy() @ (
+        x / (1 + np.exp(-x))
+    )
+    x = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+    x = x * names["embed_proj.3.weight"].numpy() + names["embed_proj.3.bias"].numpy()
+    close(model.inputs(torch.tensor([tokens]))[0, 0], x)
+
+
+def test_reference_of_durations_is_causal_and_needs_no_durations_of_1(theirs, hidden):
+    tokens, model = flat(CHUNKS), theirs[1]
+    close(model.hidden(tokens, np.ones(5)), hidden)
+    other = tokens.clone()
+    other[:, 4 * 3 :] = (other[:, 4 * 3 :] + 1) % VOCABULARY
+    moved = model.hidden(other, DURATIONS)
+    kept = model.hidden(tokens, DURATIONS)
+    assert (moved - kept)[:, :3].abs().max() < 1e-6
+    assert (moved - kept)[:, 3:].abs().min(dim=-1).values.max() > 1e-4
+
+
+def test_reference_norm_is_torchs():
+    x, norm = torch.tensor(normal(7, 24)), reference.RmsNorm(24, 0.02)
+    norm.weight.data += torch.tensor(normal(24))
+    wanted = torch.nn.functional.rms_norm(x, (24,), norm.weight, 0.02)
+    close(norm(x).detach(), wanted.detach())
+
+
+def test_reference_layers_before_the_squeeze_see_one_token(theirs):
+    """A token moves its own quarter of what is squeezed, and nothing else of it."""
+    encoder, seen = theirs[0].encoder, []
+    hook = encoder.squeeze_layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    for third in (3, 4):
+        encoder(torch.tensor([1, 2, third, 5]))
+    hook.remove()
+    moved = (seen[0] - seen[1]).reshape(4, 24).abs().max(dim=-1).values > 0
+    assert moved.tolist() == [False, False, True, False]
+
+
+def test_reference_energy_score_by_hand():
+    """Points on a line, 1, 5, 2 and 2 from the targets and 3 from one another."""
+    samples, targets = torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [5.0]])
+    near = (1.0 + 5.0**1.5 + 2.0**1.5 + 2.0**1.5) / 4
+    wanted = 2 * near - 3.0**1.5
+    assert float(reference.energy_score(samples, targets, 1.5)) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_face_reaches_it():
+    assert clm.models.calm.load is calm.load
+    assert not hasattr(clm.models, "calm_loading")

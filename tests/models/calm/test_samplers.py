@@ -1,0 +1,442 @@
+"""Chunks drawn from next-vector models: against whole passes, and exact tempered distributions."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import continuous_lm as clm
+from continuous_lm.models.calm import autoencoder, repeated_draws
+from continuous_lm.models.calm.autoencoder import Codec
+from continuous_lm.models.calm.checkpoint import NextVectorLM, NextVectorModel
+from continuous_lm.models.calm.implicit_heads import FlowHead, ImplicitHead
+from continuous_lm.models.calm.samplers import sample
+from tests.fixtures import tiny
+
+KEY = jax.random.key(0)
+V, SIZE, W = tiny.CODEC.vocab_size, tiny.CODEC.chunk_size, tiny.CODEC.latent_size
+ROOM = 8  # chunks of a whole pass
+slow = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.next_vector()
+
+
+def prompts(seed=0):
+    """Of 1, 3 and 5 chunks."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, V, SIZE * n) for n in (1, 3, 5)]
+
+
+# --- The loop --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole(model, params, chunks, durations, start, at):
+    """Hidden states [B, D] after chunk `at` of each row, of whole passes without any cache."""
+    arguments = {"durations": durations, "start": start}
+    states = model.apply({"params": params}, chunks, **arguments)
+    return states[jnp.arange(len(at)), at]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_draw(model, params, key, hidden):
+    """Chunks [B, O] that the noise of this key gives."""
+    noise = model.head.noise(key, (1, len(hidden)))
+    latents = model.apply({"params": params}, noise, hidden, method="transform")[0]
+    return jnp.argmax(model.apply({"params": params}, latents, method="decode"), axis=-1)
+
+
+def by_whole_passes(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
+    """What temperature 1 draws: everything goes through the model again for each new chunk."""
+    lengths = np.array([len(row) // SIZE for row in rows])
+    buffer = np.zeros((len(rows), ROOM, SIZE), np.int32)
+    times = np.ones((len(rows), ROOM), np.float32)
+    new_d = np.broadcast_to(new_d, (len(rows), steps))
+    start = np.broadcast_to(np.float32(start), len(rows))
+    for i, n in enumerate(lengths):
+        buffer[i, :n] = np.reshape(rows[i], (-1, SIZE))
+        times[i, :n] = 1.0 if d is None else d[i]
+        times[i, n : n + steps] = new_d[i]
+    made = []
+    for step in range(steps):
+        hidden = whole(lm.model, lm.params, buffer, times, start, lengths + step - 1)
+        new = np.asarray(one_draw(lm.model, lm.params, jax.random.fold_in(key, step), hidden))
+        buffer[np.arange(len(rows)), lengths + step] = new
+        made.append(new)
+    return np.concatenate(made, axis=1)
+
+
+def timed(seed=3):
+    """Durations of the prompts' chunks and of 3 new ones, and starts."""
+    rng = np.random.default_rng(seed)
+    d = [rng.uniform(0.3, 2.0, n).astype(np.float32) for n in (1, 3, 5)]
+    return d, rng.uniform(0.3, 2.0, (3, 3)).astype(np.float32), np.array([0.0, 2.0, -1.5])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [tiny.ENERGY, pytest.param(FlowHead(width=W, hidden_size=8, depth=1, steps=3), marks=slow)],
+)
+def test_chunks_are_those_of_whole_passes(head):
+    """Prompts of different lengths, durations and beginnings; the cache changes nothing."""
+    lm, (d, new_d, start) = tiny.next_vector(head), timed()
+    for options in ({}, dict(d=d, new_d=new_d, start=start)):
+        expected = by_whole_passes(lm, prompts(), 3, **options)
+        names = {"d": "durations", "new_d": "new_durations", "start": "start"}
+        given: Any = {names[name]: value for name, value in options.items()}
+        made = sample(lm, prompts(), max_new_tokens=3 * SIZE, key=KEY, stop=(), **given)
+        np.testing.assert_array_equal(made.tokens, expected)
+        np.testing.assert_array_equal(made.lengths, 3 * SIZE)
+        assert len(np.unique(made.tokens)) > 3
+        other = by_whole_passes(lm, prompts(), 3, key=jax.random.key(1), **options)
+        assert (other != expected).mean() > 0.2
+
+
+def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
+    chunks = np.reshape(prompts()[2], (-1, SIZE))
+    padded = np.zeros((1, ROOM, SIZE), np.int32)
+    padded[0, :5] = chunks
+    found = whole(lm.model, lm.params, padded, np.ones((1, ROOM)), np.zeros(1), np.array([4]))
+    np.testing.assert_allclose(found[0], lm.hidden(chunks)[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_durations_count(lm):
+    d, new_d, _ = timed()
+    options = dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
+    plain = sample(lm, prompts(), **options).tokens
+    moved = sample(lm, prompts(), durations=d, **options).tokens
+    assert (plain != moved).any()
+    later = sample(lm, prompts(), new_durations=4 * new_d, **options).tokens
+    np.testing.assert_array_equal(later[:, :SIZE], plain[:, :SIZE])
+    assert (later != plain).any()
+
+
+def test_chunks_of_no_duration_are_as_absent(lm):
+    options = dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
+    rows, rng = prompts(), np.random.default_rng(5)
+    plain = sample(lm, rows, **options).tokens
+    longer, d = [], []
+    for i, row in enumerate(rows):  # after the first chunk: that one must be there
+        count, more = len(row) // SIZE - 1, i + 1
+        longer.append(np.concatenate([row[:SIZE], rng.integers(0, V, SIZE * more), row[SIZE:]]))
+        d.append([1.0] + [0.0] * more + [1.0] * count)
+    np.testing.assert_array_equal(sample(lm, longer, durations=d, **options).tokens, plain)
+    assert (sample(lm, longer, **options).tokens != plain).any()
+
+
+def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
+    fill, options = 4, dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
+    rows = [row[cut:] for row, cut in zip(prompts(), (2, 0, 1), strict=True)]
+    by_hand = [np.concatenate([[fill] * (-len(row) % SIZE), row]).astype(int) for row in rows]
+    assert [len(row) for row in by_hand] == [3, 9, 15]
+    expected = sample(lm, by_hand, **options).tokens
+    np.testing.assert_array_equal(sample(lm, rows, fill=fill, **options).tokens, expected)
+    noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
+    np.testing.assert_array_equal(sample(noted, rows, **options).tokens, expected)
+    assert (sample(lm, rows, fill=7, **options).tokens != expected).any()
+    with pytest.raises(clm.InputError, match="prompt 0: 1 tokens are no multiple of a chunk of 3"):
+        sample(lm, rows, **options)
+
+
+def test_stop_tokens_end_rows_within_chunks(lm):
+    """In any chunk, and not only at its end."""
+    options = dict(max_new_tokens=6 * SIZE, key=KEY)
+    free = sample(lm, prompts(), stop=(), **options)
+    places = set()
+    for stop in range(V):
+        made = sample(lm, prompts(), stop=stop, **options)
+        for row, length, before in zip(made.tokens, made.lengths, free.tokens, strict=True):
+            where = np.flatnonzero(before == stop)
+            expected = where[0] + 1 if len(where) else 6 * SIZE
+            assert length == expected
+            np.testing.assert_array_equal(row[:length], before[:length])
+            np.testing.assert_array_equal(row[length:], 0)
+            places |= {divmod(where[0], SIZE)} if len(where) else set()
+        assert [len(row) for row in made.rows()] == made.lengths.tolist()
+        noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": stop})
+        np.testing.assert_array_equal(sample(noted, prompts(), **options).tokens, made.tokens)
+    assert {0, 1} <= {place % SIZE for _, place in places}
+    assert {min(chunk, 1) for chunk, _ in places} == {0, 1}
+
+
+@pytest.mark.parametrize("count", [1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE + 2])
+def test_any_number_of_new_tokens(lm, count):
+    options = dict(key=KEY, stop=())
+    long = sample(lm, prompts(), max_new_tokens=3 * SIZE, **options)
+    made = sample(lm, prompts(), max_new_tokens=count, **options)
+    np.testing.assert_array_equal(made.tokens, long.tokens[:, :count])
+    np.testing.assert_array_equal(made.lengths, count)
+    stop = int(long.tokens[0, count - 1])  # the last that is wanted, or one before
+    made = sample(lm, prompts(), max_new_tokens=count, key=KEY, stop=stop)
+    assert made.lengths[0] == np.flatnonzero(long.tokens[0] == stop)[0] + 1
+    assert made.lengths.max() <= count
+
+
+@slow
+def test_prompts_in_pieces_and_one_alone(lm):
+    """Pieces of the prompt change nothing, nor does its form."""
+    options = dict(max_new_tokens=2 * SIZE, key=KEY, stop=())
+    row = prompts()[2]
+    alone = sample(lm, row, **options).tokens
+    assert alone.shape == (1, 2 * SIZE)
+    for given in ([row], row[None], row.tolist(), [row.tolist()]):
+        np.testing.assert_array_equal(sample(lm, given, **options).tokens, alone)
+    np.testing.assert_array_equal(sample(lm, row, chunk=2, **options).tokens, alone)
+
+
+# --- Temperatures ----------------------------------------------------------------------------
+
+P = (0.5, 0.3, 0.2)
+ROWS = 4000
+
+
+class Points(ImplicitHead):
+    """Latents that are one of a few points, with probabilities P: the noise alone decides."""
+
+    points: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def noise_width(self):
+        return 1
+
+    def settings(self):
+        return {}
+
+    def noise(self, key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, (*shape, 1), dtype)
+
+    def transform(self, noise, hidden):
+        which = jnp.sum(noise >= np.cumsum(P, dtype=np.float32)[:-1], axis=-1)
+        return jnp.asarray(self.points, hidden.dtype)[which]
+
+
+@pytest.fixture(scope="module")
+def known(lm):
+    """A model that draws one of three chunks, and these chunks [3, O], the likeliest first."""
+    latents = np.random.default_rng(0).normal(size=(64, W)).round(2)
+    chunks = np.argmax(lm.codec.decode(latents.astype(np.float32)), axis=-1)
+    _, first = np.unique(chunks, axis=0, return_index=True)
+    head = Points(width=W, points=tuple(map(tuple, latents[first[:3]])))
+    model = NextVectorModel(tiny.TRUNK, tiny.CODEC, head)
+    params = {name: leaf for name, leaf in lm.params.items() if name != "head"}
+    return NextVectorLM(model, params), chunks[first[:3]]
+
+
+def counted(tokens, chunks):
+    """How often each chunk came, at each step: [steps, 3]."""
+    made = np.reshape(tokens, (len(tokens), -1, 1, SIZE))
+    counts = (made == chunks).all(axis=-1).sum(axis=0)
+    assert (counts.sum(axis=-1) == len(tokens)).all()  # nothing else
+    return counts
+
+
+def tempered(t):
+    weights = np.array(P) ** (1 / t)
+    return weights / weights.sum()
+
+
+def many(known, **options):
+    """Two chunks of 4000 rows, and which they are: [2, 3]."""
+    lm, chunks = known
+    row = np.arange(2 * SIZE) % V
+    made = sample(lm, np.tile(row, (ROWS, 1)), max_new_tokens=2 * SIZE, stop=(), key=KEY, **options)
+    return made.tokens, counted(made.tokens, chunks)
+
+
+@slow
+@pytest.mark.parametrize(
+    ("t", "options"),
+    [
+        (1.0, {}),
+        (1.0, dict(method="exact")),
+        (0.7, dict(method="exact")),
+        (1 / 2, dict(method="exact")),
+        (1 / 3, dict(method="exact")),
+    ],
+    ids=str,
+)
+def test_draws_are_those_of_the_tempered_distribution(known, t, options):
+    tokens, counts = many(known, temperature=t, **options)
+    for found in counts:
+        assert stats.chisquare(found, ROWS * tempered(t)).pvalue > 1e-3
+        for other in (1.0, 0.7, 1 / 2, 1 / 3):  # neighbours are told apart
+            if abs(other - t) > 0.01:
+                assert stats.chisquare(found, ROWS * tempered(other)).pvalue < 1e-6
+    # Steps are independent, as the head reads nothing.
+    same = (tokens[:, :SIZE] == tokens[:, SIZE:]).all(axis=1).mean()
+    expected = (tempered(t) ** 2).sum()
+    assert abs(same - expected) < 4 * np.sqrt(expected * (1 - expected) / ROWS)
+
+
+def of_batches(candidates, n):
+    """What the batch form draws, exactly: over all counts of the chunks among the candidates."""
+    total = np.zeros(len(P))
+    for first in range(candidates + 1):
+        for second in range(candidates - first + 1):
+            counts = np.array([first, second, candidates - first - second])
+            order = min(n, counts.max())
+            weights = np.array([math.comb(int(c), int(order)) for c in counts], float)
+            chance = stats.multinomial.pmf(counts, candidates, P)
+            total += chance * weights / weights.sum()
+    return total
+
+
+@pytest.mark.parametrize(
+    ("t", "candidates"),
+    [
+        (1 / 2, 6),
+        pytest.param(1 / 2, 64, marks=slow),
+        pytest.param(1 / 3, 4, marks=slow),
+        pytest.param(1 / 3, 48, marks=slow),
+        pytest.param(1 / 2, 2, marks=slow),
+    ],
+)
+def test_the_batch_form_draws_what_its_counts_say(known, t, candidates):
+    """For few candidates that is not the tempered distribution, and for many nearly."""
+    exact = of_batches(candidates, round(1 / t))
+    _, counts = many(known, temperature=t, candidates=candidates)
+    for found in counts:
+        assert stats.chisquare(found, ROWS * exact).pvalue > 1e-3
+        if candidates > 2:  # two candidates, equal or not, are drawn as one is
+            assert stats.chisquare(found, ROWS * np.array(P)).pvalue < 1e-6
+        if candidates < 8:
+            assert stats.chisquare(found, ROWS * tempered(t)).pvalue < 1e-6
+    distance = np.abs(exact - tempered(t)).sum()
+    assert distance > 0.1 if candidates < 8 else distance < 0.1
+
+
+@slow
+def test_temperature_0_takes_what_comes_most_often(known):
+    lm, chunks = known
+    rows = [np.arange(SIZE), np.arange(2 * SIZE) % V]
+    options = dict(max_new_tokens=3 * SIZE, temperature=0.0, stop=())
+    for key in ({}, {"key": KEY}):
+        made = sample(lm, rows, candidates=400, **options, **key)
+        np.testing.assert_array_equal(made.tokens, np.tile(chunks[0], (2, 3)))
+
+
+@slow
+@pytest.mark.parametrize("key", [0, 1])
+def test_draws_that_are_never_accepted_name_the_prompt(known, key):
+    """In two draws a chunk at T = 1/2, about a third of all rows have one."""
+    lm, _ = known
+    model, key, steps, rounds = lm.model, jax.random.key(key), 2, 2
+    rows = np.tile(np.arange(SIZE), (6, 1))
+    hidden = jnp.zeros((6, tiny.TRUNK.hidden_size))
+    accepted = np.stack(
+        [
+            repeated_draws.exact(
+                jax.random.fold_in(key, i),
+                lambda key: one_draw(model, lm.params, key, hidden),
+                temperature=0.5,
+                max_rounds=rounds,
+            ).accepted
+            for i in range(steps)
+        ]
+    )
+    row = np.argmin(accepted.all(axis=0))
+    assert not accepted[:, row].all()
+    step = np.argmin(accepted[:, row])
+    options = dict(temperature=0.5, method="exact", max_rounds=rounds, key=key, stop=())
+    message = f"prompt {row}: no draw was accepted in 2 rounds at new chunk {step};"
+    with pytest.raises(clm.InputError, match=message):
+        sample(lm, rows, max_new_tokens=steps * SIZE, **options)
+
+
+# --- What is refused -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(temperature=0.7), "1, 1/2, 1/3 or another 1/n"),
+        (dict(temperature=2.0), "temperature is 2.0"),
+        (dict(temperature=2.0, method="exact"), "temperature is 2.0"),
+        (dict(temperature=0.0, method="exact"), "temperature is 0.0; exact needs one above 0"),
+        (dict(temperature=-0.5), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(temperature=np.array([0.5, 0.5])), r"temperature has shape \[2\]"),
+        (dict(temperature=1 / 3, candidates=2), "1/3 needs at least 3 candidates, not 2"),
+        (dict(method="greedy"), "method is 'greedy'; it must be one of batch, exact"),
+        (dict(key=None), "needs a key"),
+        (dict(key=3), "key is not a single PRNG key"),
+        (dict(candidates=0), "candidates is 0"),
+        (dict(max_rounds=0), "max_rounds is 0"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(max_new_tokens=2.0), "max_new_tokens is 2.0"),
+        (dict(chunk=0), "chunk is 0"),
+        (dict(fill=V), "fill"),
+        (dict(fill=-1), "fill"),
+        (dict(stop=V), "stop"),
+        (dict(tokens=np.arange(SIZE + 1)), "prompt 0: 4 tokens are no multiple of a chunk of 3"),
+        (dict(tokens=[np.arange(SIZE), np.arange(2)]), "prompt 1: 2 tokens are no multiple"),
+        (dict(tokens=[[1, 2, V]]), "prompt 0: tokens"),
+        (dict(tokens=[[1, 2, 3], [1, -2, 3]]), "prompt 1: tokens"),
+        (dict(tokens=[0.5, 1.5, 2.0]), "prompt 0: tokens has dtype float64"),
+        (dict(tokens=[[1, 2, 3], []]), "prompt 1: tokens"),
+        (dict(tokens=[]), "prompt"),
+        (dict(tokens=5), "prompt"),
+        (dict(tokens="text"), "prompt"),
+        (dict(tokens=["text"]), "prompt"),
+        (dict(durations=[1.0, 1.0]), "prompt 0: durations"),
+        (dict(durations=[[1.0], [1.0]]), "durations are given for 2 prompts"),
+        (dict(durations=[-1.0]), "durations"),
+        (dict(new_durations=-1.0), "new_durations"),
+        (dict(new_durations=[1.0] * 6), r"new_durations has shape \[6\]"),  # chunks, not tokens
+        (dict(start=[0.0, 1.0]), r"start has shape \[2\]"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused(lm, options, message):
+    given: Any = dict(tokens=np.arange(SIZE), max_new_tokens=2 * SIZE, key=KEY) | options
+    with pytest.raises(clm.InputError, match=message):
+        sample(lm, **given)
+
+
+# --- Derivatives in time ---------------------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize("beta", [1.0, 1.5])
+def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
+    """Central differences in float64, one duration at a time, with the same noise."""
+    lm = tiny.next_vector(tiny.ENERGY.clone(beta=beta, parent=None))
+    rng, count = np.random.default_rng(2), 5
+    chunks = rng.integers(0, V, (count, SIZE))
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: a.astype(jnp.float64), lm.params)
+
+        @jax.jit
+        @jax.value_and_grad
+        def total(d):
+            loss = lm.model.apply(
+                {"params": params}, chunks, jax.random.key(5), durations=d, method="loss"
+            )
+            return loss.sum()
+
+        d, step = rng.uniform(0.3, 2.0, count), 1e-5
+        gradient = np.asarray(total(d)[1])
+        assert gradient.dtype == np.float64
+        slopes = [
+            (total(d + step * e)[0] - total(d - step * e)[0]) / (2 * step) for e in np.eye(count)
+        ]
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-8)
+    assert gradient[-1] == 0.0
+    assert np.abs(gradient[:-1]).min() > 1e-5
+
+
+def test_the_codec_of_the_tests_decodes_many_chunks(lm):
+    """Otherwise the comparisons above would say little."""
+    latents = np.random.default_rng(0).normal(size=(64, W)).astype(np.float32)
+    chunks = np.argmax(lm.codec.decode(latents), axis=-1)
+    assert len(np.unique(chunks, axis=0)) > 10
+    assert isinstance(lm.codec, Codec)
+    assert autoencoder.layout_of(tiny.CODEC).boxes.keys() == lm.params["autoencoder"].keys()

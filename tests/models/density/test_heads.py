@@ -1,0 +1,446 @@
+"""Heads: what they start as, bounds, training on sources that are known, settings."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import continuous_lm as clm
+from continuous_lm.models.density import heads
+from continuous_lm.models.density.heads import ExpertsHead, GaussianHead, MixtureHead, TokenHead
+
+KEY = jax.random.key(0)
+HIDDEN, WIDTH = 5, 3
+HEADS = {
+    "token": TokenHead(width=7, depth=1, mlp_size=6),
+    "gaussian": GaussianHead(width=WIDTH, min_scale=0.1),
+    "low rank": GaussianHead(width=WIDTH, covariance="low_rank", rank=2, depth=2),
+    "full": GaussianHead(width=WIDTH, covariance="full", min_scale=0.2),
+    "mixture": MixtureHead(width=WIDTH, components=4, depth=1),
+    "experts": ExpertsHead(width=WIDTH, experts=4, top_k=2, expert_size=6, min_scale=0.01),
+}
+DENSITIES = [name for name in HEADS if name != "token"]
+
+
+def some(values, *quick):
+    """All of them as parameters, and those that are not quick as slow ones."""
+    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in values]
+
+
+def initial(head, size=HIDDEN):
+    """Parameters as they are at the start."""
+    return jax.jit(lambda: nn.unbox(head.init(KEY, jnp.zeros(size))["params"]))()
+
+
+def shapes_of(head, size=HIDDEN):
+    return jax.eval_shape(lambda: nn.unbox(head.init(KEY, jnp.zeros(size))["params"]))
+
+
+@functools.cache
+def far(name):
+    """Parameters anywhere but at the start."""
+    leaves, tree = jax.tree.flatten(shapes_of(HEADS[name]))
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(tree, [rng.normal(size=a.shape).astype(np.float32) for a in leaves])
+
+
+def apply(name, params, *args, method=None):
+    return HEADS[name].apply({"params": params}, *args, method=method)
+
+
+def scales(density):
+    """All that `min_scale` bounds."""
+    if hasattr(density, "cholesky"):
+        return np.diagonal(density.cholesky, axis1=-2, axis2=-1)
+    return np.asarray(density.scales if hasattr(density, "scales") else density.scale)
+
+
+@pytest.mark.parametrize("name", some(DENSITIES, "mixture", "full"))
+def test_scales_are_1_at_first(name):
+    hidden = jax.random.normal(KEY, (6, HIDDEN))
+    density = bounded(name, initial(HEADS[name]), hidden)
+    np.testing.assert_allclose(scales(density), 1.0, rtol=1e-6)
+    if name == "low rank":
+        assert 0 < np.abs(density.factor).max() < 0.3  # not 0, where it has no gradient
+    if name == "full":
+        np.testing.assert_array_equal(density.cholesky, np.broadcast_to(np.eye(3), (6, 3, 3)))
+    if hasattr(density, "means"):  # components that are equal would stay so
+        assert np.abs(np.diff(density.means, axis=-2)).min() > 1e-4
+
+
+@settings(max_examples=25)
+@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=HIDDEN, max_size=HIDDEN))
+def test_no_scale_is_below_its_bound(hidden):
+    hidden = jnp.asarray(hidden)
+    for name in ("gaussian", "full", "experts"):
+        found = scales(bounded(name, far(name), hidden))
+        bound = np.float32(HEADS[name].min_scale)
+        assert (found >= bound).all()
+        assert np.isfinite(found).all()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def bounded(name, params, hidden):
+    return HEADS[name].apply({"params": params}, hidden)
+
+
+def test_the_bound_is_reached_and_bounds_the_density():
+    """Targets that are all equal: the best scale is 0."""
+    head = GaussianHead(width=2, min_scale=0.05)
+    density = head.apply(
+        {"params": {**zeros(head), "scale_bias": jnp.full(2, -1e4)}}, jnp.zeros(HIDDEN)
+    )
+    np.testing.assert_allclose(density.scale, 0.05, rtol=1e-6)
+    peak = float(density.log_prob(jnp.zeros(2)))
+    assert peak == pytest.approx(-2 * math.log(math.sqrt(2 * math.pi) * 0.05), rel=1e-5)
+
+
+def zeros(head):
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes_of(head))
+
+
+@pytest.mark.parametrize("name", some(HEADS, "token", "experts"))
+def test_methods_are_those_of_the_distribution(name):
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.normal(size=(4, 1, HIDDEN)), jnp.float32)
+    target = jnp.asarray(rng.normal(size=(4, 2, WIDTH)), jnp.float32)
+    target = jnp.asarray([[1, 6]]) if name == "token" else target
+
+    @jax.jit
+    def every(params):
+        call = functools.partial(apply, name, params)
+        ours = {
+            "log_prob": call(hidden, target, method="log_prob"),
+            "sample": call(KEY, hidden, 0.5, method="sample"),
+            "loss": call(hidden, target, method="loss"),
+            "mean": 0 if name == "token" else call(hidden, method="mean"),
+        }
+        distribution = call(hidden)
+        theirs = {
+            "log_prob": distribution.log_prob(target),
+            "sample": distribution.sample(KEY, 0.5),
+            "mean": 0 if name == "token" else distribution.mean,
+        }
+        return ours, theirs
+
+    ours, theirs = every(far(name))
+    for method, expected in theirs.items():
+        np.testing.assert_allclose(ours[method], expected, rtol=1e-6)
+    log_prob, loss = ours["log_prob"], ours["loss"]
+    assert log_prob.shape == (4, 2)
+    if name == "experts":  # and its balance, which is the same for all
+        more = np.asarray(loss + log_prob)
+        np.testing.assert_allclose(more, more[0, 0], atol=1e-4)
+        assert more[0, 0] > 0.005
+    else:
+        np.testing.assert_allclose(loss, -log_prob, rtol=1e-6)
+    if name == "token":
+        with pytest.raises(clm.InputError, match="no mean"):
+            apply(name, far(name), hidden, method="mean")
+    else:
+        assert ours["mean"].shape == (4, 1, WIDTH)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_distributions_are_float32_at_least(name):
+    """Of bfloat16, and of float32 where float64 is on."""
+    for low, wanted in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+        with jax.enable_x64(low != "bfloat16"):
+            cast = lambda a, low=low: jax.ShapeDtypeStruct(a.shape, low)  # noqa: E731
+            tree = jax.tree.map(cast, far(name))
+            hidden = jax.ShapeDtypeStruct((HIDDEN,), low)
+            found = jax.eval_shape(functools.partial(apply, name), tree, hidden)
+        assert {a.dtype.name for a in jax.tree.leaves(found)} == {wanted}
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
+    head = GaussianHead(width=2, depth=depth, mlp_size=6)
+    made = initial(head)
+    assert sorted(n for n in made if n.startswith("down_") and "bias" not in n) == [
+        f"down_{i}" for i in range(depth)
+    ]
+    hidden = jnp.arange(1.0, 1 + HIDDEN)
+    plain = made["mean"] @ hidden + made["mean_bias"]
+    np.testing.assert_allclose(head.apply({"params": made}, hidden).mean, plain, rtol=1e-6)
+    if depth:  # a hand-written block
+        rng = np.random.default_rng(0)
+        made = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), made)
+        x = np.asarray(hidden)
+        for i in range(depth):
+            normed = x / np.sqrt(np.mean(x**2) + 1e-6) * made[f"norm_{i}"]
+            gate = made[f"gate_{i}"] @ normed + made[f"gate_{i}_bias"]
+            up = made[f"up_{i}"] @ normed + made[f"up_{i}_bias"]
+            x = x + made[f"down_{i}"] @ (gate / (1 + np.exp(-gate)) * up) + made[f"down_{i}_bias"]
+        found = head.apply({"params": made}, hidden).mean
+        np.testing.assert_allclose(found, made["mean"] @ x + made["mean_bias"], rtol=1e-4)
+
+
+# --- Experts ---------------------------------------------------------------------------------
+
+
+def test_experts_are_what_their_parameters_say():
+    head, p = HEADS["experts"], jax.tree.map(np.asarray, far("experts"))
+    hidden = np.random.default_rng(2).normal(size=(6, HIDDEN)).astype(np.float32)
+    routes, chosen, mixture = head.apply({"params": far("experts")}, hidden, method="routed")
+    np.testing.assert_allclose(routes, hidden @ p["router"].T + p["router_bias"], rtol=1e-4)
+    for i, h in enumerate(hidden):
+        best = np.argsort(-np.asarray(routes[i]))[:2]
+        np.testing.assert_array_equal(chosen[i], best)
+        np.testing.assert_array_equal(mixture.logits[i], routes[i][best])
+        for j, x in enumerate(best):
+            inner = np.asarray(jax.nn.gelu(p["inner"][x] @ h + p["inner_bias"][x]))
+            mean = p["mean"][x] @ inner + p["mean_bias"][x]
+            np.testing.assert_allclose(mixture.means[i, j], mean, rtol=1e-4, atol=1e-5)
+            raw = p["scale"][x] @ inner + p["scale_bias"][x]
+            scale = 0.01 + np.logaddexp(0, raw + math.log(math.expm1(0.99)))
+            np.testing.assert_allclose(mixture.scales[i, j], scale, rtol=1e-4, atol=1e-5)
+
+
+def balance(routes, top_k, weight=1.0):
+    """The balancing term, of a router that is made to say `routes` [N, X]."""
+    experts = np.shape(routes)[1]
+    head = ExpertsHead(width=1, experts=experts, top_k=top_k, balance=weight)
+    made = {k: np.zeros(a.shape, np.float32) for k, a in shapes_of(head, experts).items()} | {
+        "router": np.eye(experts, dtype=np.float32)
+    }
+    target = np.zeros((len(routes), 1), np.float32)
+
+    @jax.jit
+    def more(routes):
+        logs = head.apply({"params": made}, routes, target, method="log_prob")
+        return head.apply({"params": made}, routes, target, method="loss") + logs
+
+    return float(more(np.asarray(routes, np.float32))[0])
+
+
+@pytest.mark.parametrize("top_k", some([1, 2], 2))
+def test_balance_is_least_where_all_experts_are_used_alike(top_k):
+    even = 3.0 * np.eye(4)  # each state likes another one
+    even = even + 2.0 * np.roll(np.eye(4), 1, axis=1)
+    assert balance(even, top_k) == pytest.approx(1.0, rel=1e-5)
+    one = np.tile(even[0], (4, 1))
+    p = np.exp(one[0]) / np.exp(one[0]).sum()
+    expected = 4 * np.mean(np.sort(p)[::-1][:top_k])  # by hand: X sum_x share_x p_x
+    assert balance(one, top_k) == pytest.approx(expected, rel=1e-5)
+    assert expected > 1.5
+    assert balance(one, top_k, weight=0.25) == pytest.approx(expected / 4, rel=1e-4)
+    rng = np.random.default_rng(0)
+    assert balance(rng.normal(size=(200, 4)), top_k) > 0.999
+
+
+# --- Training --------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def train(head, params, hidden, target, steps=400, rate=0.03):
+    """Adam on one batch; parameters and the last loss."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+
+    def loss(params):
+        return head.apply({"params": params}, hidden, target, method="loss").mean()
+
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), None, steps)
+    return params, values[-1]
+
+
+def trained(head, hidden, target, **options):
+    return train(head, initial(head, hidden.shape[-1]), hidden, target, *options.values())
+
+
+@pytest.mark.slow
+def test_training_recovers_a_known_mixture():
+    rng = np.random.default_rng(0)
+    weights, means = np.array([0.5, 0.3, 0.2]), np.array([[0.0, 0.0], [3.0, 1.0], [-2.0, 3.0]])
+    spreads = np.array([[0.5, 0.8], [0.4, 0.3], [0.6, 0.4]])
+    which = rng.choice(3, 2000, p=weights)
+    target = means[which] + spreads[which] * rng.normal(size=(2000, 2))
+    head = MixtureHead(width=2, components=3)
+    hidden = jnp.ones((1, 1))
+    made, _ = trained(head, hidden, jnp.asarray(target, jnp.float32))
+    found = jax.tree.map(lambda a: np.asarray(a[0]), head.apply({"params": made}, hidden))
+    order = [np.argmin(((found.means - mean) ** 2).sum(axis=-1)) for mean in means]
+    assert sorted(order) == [0, 1, 2]
+    np.testing.assert_allclose(found.means[order], means, atol=0.12)
+    np.testing.assert_allclose(found.scales[order], spreads, atol=0.06)
+    np.testing.assert_allclose(np.asarray(found.weights)[order], weights, atol=0.05)
+
+
+def test_covariances_win_what_theory_says():
+    """Targets of one correlation: a diagonal costs -1/2 log det of the correlations more.
+
+    That is the least that training can reach with each of them, in nats on these very samples. A
+    factor of rank 1 gets what of the correlation matrix it can express.
+    """
+    rng, width = np.random.default_rng(0), 3
+    mix = np.array([[1.0, 0.0, 0.0], [0.9, 0.5, 0.0], [-0.7, 0.6, 0.5]])
+    target = rng.normal(size=(3000, width)) @ mix.T
+    covariance = np.cov(target.T, bias=True)
+    best = 0.5 * (width * math.log(2 * math.pi * math.e) + np.linalg.slogdet(covariance)[1])
+    deviations = np.sqrt(np.diag(covariance))
+    gap = -0.5 * np.linalg.slogdet(covariance / np.outer(deviations, deviations))[1]
+    assert gap > 0.8
+    hidden, target = jnp.ones((1, 1)), jnp.asarray(target, jnp.float32)
+    nats = {
+        covariance: float(
+            trained(GaussianHead(width=width, covariance=covariance, rank=1), hidden, target)[1]
+        )
+        for covariance in heads.COVARIANCES
+    }
+    assert nats["full"] == pytest.approx(best, abs=0.01)
+    assert nats["diagonal"] == pytest.approx(best + gap, abs=0.01)
+    assert nats["full"] + 0.05 < nats["low_rank"] < nats["diagonal"] - 0.05
+
+
+def clusters(count=800, number=4, seed=0):
+    """Hidden states around `number` points, and targets that depend on each in another way."""
+    rng = np.random.default_rng(seed)
+    which = rng.integers(number, size=count)
+    hidden = 2.0 * np.eye(number)[which] + 0.2 * rng.normal(size=(count, number))
+    maps = rng.normal(size=(number, 2, number))
+    target = np.einsum("zij,zj->zi", maps[which], hidden) + 0.1 * rng.normal(size=(count, 2))
+    return which, jnp.asarray(hidden, jnp.float32), jnp.asarray(target, jnp.float32)
+
+
+@pytest.mark.parametrize("top_k", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_experts_specialise(top_k):
+    """Clusters go to experts of their own, and all are used alike.
+
+    To one each where one is asked. Pairs of them can tell clusters apart in other ways too: there,
+    the expert says at least half of which cluster it is (mutual information, of log 4 nats).
+    """
+    which, hidden, target = clusters()
+    head = ExpertsHead(width=2, experts=4, top_k=top_k, expert_size=8, balance=0.15)
+    made, _ = trained(head, hidden, target)
+    _, chosen, mixture = head.apply({"params": made}, hidden, method="routed")
+    use = np.zeros((4, 4))  # of cluster, expert: the weight that it gets
+    np.add.at(use, (which[:, None], np.asarray(chosen)), np.asarray(mixture.weights))
+    use /= use.sum()
+    if top_k == 1:
+        assert (use.max(axis=1) / use.sum(axis=1)).min() > 0.75
+        assert sorted(use.argmax(axis=1)) == [0, 1, 2, 3]
+    apart = use.sum(axis=0) * use.sum(axis=1)[:, None]
+    information = np.sum(use * np.log(np.maximum(use, 1e-30) / apart))
+    assert information > 0.5 * math.log(4)
+    share = np.bincount(np.asarray(chosen).ravel(), minlength=4) / np.size(chosen)
+    assert share.min() > 0.15
+
+
+# --- Settings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_settings_there_and_back(name):
+    written = heads.to_dict(HEADS[name])
+    assert heads.from_dict(written) == HEADS[name]
+    assert heads.from_dict({"kind": written["kind"], "width": 4}).width == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "gauss"}, "kind of head is 'gauss'"),
+        ({"kind": None}, "kind of head is None"),
+        ({"kind": ["mixture"]}, "kind of head is"),
+        ({"width": None}, "width"),
+        ({"width": 0}, "width is 0"),
+        ({"width": True}, "width"),
+        ({"width": 3.0}, "width"),
+        ({"width": 10**30}, "width"),
+        ({"depth": -1}, "depth is -1"),
+        ({"depth": 10**9}, "depth"),
+        ({"mlp_size": 0}, "mlp_size is 0"),
+        ({"components": 0}, "components is 0"),
+        ({"components": "8"}, "components"),
+        ({"min_scale": 0.0}, "min_scale is 0.0"),
+        ({"min_scale": 1}, "min_scale is 1"),
+        ({"min_scale": float("nan")}, "min_scale is nan"),
+        ({"min_scale": "small"}, "min_scale"),
+        ({"min_scale": True}, "min_scale"),
+        ({"parent": None}, "no setting 'parent'"),
+        ({"param_dtype": "float32"}, "no setting 'param_dtype'"),
+        ({"rank": 2}, "no setting 'rank'"),
+        ({"kind": "gaussian", "components": ..., "covariance": "round"}, "covariance is 'round'"),
+        ({"kind": "gaussian", "components": ..., "rank": None}, "rank"),
+        ({"kind": "experts", "components": ..., "top_k": 9}, "top_k is 9"),
+        ({"kind": "experts", "components": ..., "balance": -1.0}, "balance is -1.0"),
+        ({"kind": "experts", "components": ..., "balance": float("inf")}, "balance is inf"),
+    ],
+)
+def test_settings_that_are_refused(changes, message):
+    fields = {"kind": "mixture", "width": 3, "components": 4} | changes
+    fields = {name: value for name, value in fields.items() if value is not ...}
+    with pytest.raises(clm.InputError) as refused:
+        heads.from_dict(fields)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    made = {k: v for k, v in fields.items() if k not in ("kind", "parent", "param_dtype")}
+    kind = fields["kind"]
+    if isinstance(kind, str) and kind in heads.HEADS and "no setting" not in message:
+        with pytest.raises(clm.InputError):  # and by hand as well
+            heads.HEADS[kind](**made)
+
+
+def test_a_head_needs_its_width():
+    with pytest.raises(clm.InputError, match="width"):
+        heads.from_dict({"kind": "mixture"})
+
+
+CHANGED = {
+    "depth": 2,
+    "mlp_size": 9,
+    "covariance": "full",
+    "rank": 3,
+    "min_scale": 0.3,
+    "components": 5,
+    "experts": 6,
+    "top_k": 1,
+    "expert_size": 9,
+    "balance": 0.5,
+    "width": 4,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["token", "low rank", "mixture", "experts"])
+def test_every_setting_is_read(name):
+    """Changed, the parameters, the distribution or the loss are others."""
+    base = HEADS[name].clone(depth=1, mlp_size=4, parent=None)
+    hidden = jnp.ones((2, HIDDEN))
+
+    def outcome(head, compute):  # in shapes, or where these are the same, in numbers
+        def all_of():
+            params = nn.unbox(head.init(KEY, hidden)["params"])
+            low = {k: v - 5.0 if k == "scale_bias" else v for k, v in params.items()}
+            tokens = isinstance(head, TokenHead)
+            target = jnp.zeros(2, int) if tokens else jnp.zeros((2, head.width))
+            loss = head.apply({"params": params}, hidden, target, method="loss")
+            return [params, loss, head.apply({"params": low}, hidden)]
+
+        return jax.tree.leaves(compute(all_of))
+
+    def shapes(head):
+        return [a.shape for a in outcome(head, jax.eval_shape)]
+
+    for setting in base.settings():
+        if setting == "tied":  # then it has no kernel of its own
+            with pytest.raises(clm.InputError, match="table"):
+                base.clone(parent=None, tied=True).init(KEY, hidden)
+            continue
+        changed = base.clone(parent=None, **{setting: CHANGED[setting]})
+        if shapes(changed) == shapes(base):
+            pairs = [outcome(head, lambda f: jax.jit(f)()) for head in (base, changed)]
+            assert not all(map(np.array_equal, *pairs)), setting

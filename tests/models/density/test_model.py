@@ -1,0 +1,553 @@
+"""Density models against the trunk and scipy, their derivatives in time, and their folders."""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from scipy.special import log_softmax
+
+import continuous_lm as clm
+from continuous_lm.models import density
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.density import heads
+from continuous_lm.models.density.model import DensityLM, DensityModel
+from continuous_lm.models.transformer import Transformer
+from tests.continuous_lm.test_tokenization import STORIES
+from tests.fixtures import tiny
+from tests.models.checkpoints.test_malformed_checkpoints import compose, parse, tensors_in, written
+from tests.models.density.test_distributions import at, reference
+
+KEY = jax.random.key(0)
+CONFIG = TransformerConfig(
+    vocab_size=11, hidden_size=6, mlp_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+)
+KINDS = {
+    "token": heads.TokenHead(width=11),
+    "gaussian": heads.GaussianHead(width=6),
+    "low rank": heads.GaussianHead(width=6, covariance="low_rank", rank=2),
+    "full": heads.GaussianHead(width=6, covariance="full", depth=1, mlp_size=5),
+    "mixture": heads.MixtureHead(width=6, components=3, depth=1, mlp_size=5),
+    "experts": heads.ExpertsHead(width=6, experts=3, top_k=2, expert_size=4),
+}
+N, WIDTH = 6, 3  # WIDTH: of plain vectors
+CASES = [(name, "tokens") for name in KINDS] + [
+    (name, "vectors") for name in KINDS if name[0] != "t"
+]
+QUICK = [("full", "tokens"), ("mixture", "vectors")]
+slow = pytest.mark.slow
+
+
+def cases(quick):
+    return [
+        pytest.param(*case, id="-".join(case), marks=() if case in quick else slow)
+        for case in CASES
+    ]
+
+
+def random_like(flat, seed=0):
+    """Parameters far from where they start, by their paths."""
+    rng, made = np.random.default_rng(seed), {}
+    for path, a in flat.items():
+        norm = path.startswith("trunk/") and path.endswith("scale")
+        spread = 0.8 if path in ("head/mean", "head/logits", "table") else 0.4
+        made[path] = jnp.asarray(norm + spread * rng.normal(size=a.shape), jnp.float32)
+    return made
+
+
+@functools.cache
+def build(name, reads="tokens", table="frozen", contrast=0.0):
+    head = KINDS[name] if reads == "tokens" else KINDS[name].clone(width=WIDTH, parent=None)
+    model = DensityModel(CONFIG, head, reads=reads, table=table, contrast=contrast)
+    flat = {path: box.value for path, box in density._boxes(model).items()}
+    trunk = {
+        f"trunk/{path}": box.value
+        for path, box in clm.models.loading.parameter_boxes(CONFIG).items()
+    }
+    params = traverse_util.unflatten_dict(random_like(flat | trunk), sep="/")
+    return DensityLM(model, params)
+
+
+def sequence(reads, seed=0):
+    """Inputs [T] or [T, W] by name, and durations [T]."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(N, WIDTH)).astype(np.float32)
+    inputs = {"tokens": rng.integers(0, 11, N)} if reads == "tokens" else {"vectors": vectors}
+    return inputs, rng.uniform(0.3, 2.0, N).astype(np.float32)
+
+
+# --- What it computes ------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def states(model, params, durations, **inputs):
+    return model.apply({"params": params}, durations=durations, hidden=True, **inputs)
+
+
+@pytest.mark.parametrize(("name", "reads"), cases(QUICK))
+def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
+    """Position by position, by scipy, at hidden states that the trunk alone gives."""
+    lm, (inputs, d) = build(name, reads), sequence(reads)
+    if reads == "tokens":
+        given, target = {"tokens": inputs["tokens"][:-1]}, lm.params.get("table")
+        target = inputs["tokens"][1:] if target is None else target[inputs["tokens"][1:]]
+    else:
+        embeddings = inputs["vectors"] @ np.asarray(lm.params["read"]).T
+        given, target = {"embeddings": embeddings[:-1]}, inputs["vectors"][1:]
+    hidden = states(Transformer(CONFIG), lm.params["trunk"], d[:-1], **given)
+    assert hidden.shape == (N - 1, 6)
+    distribution = lm.model.head.apply({"params": lm.params["head"]}, hidden)
+    if name == "token":
+        logits = np.asarray(distribution.logits, np.float64)
+        expected = log_softmax(logits, axis=-1)[np.arange(N - 1), target]
+    else:
+        exact = jax.tree.map(lambda a: np.asarray(a, np.float64), distribution)
+        expected = [reference(at(exact, i), np.asarray(target[i])) for i in range(N - 1)]
+    found = lm.log_prob(**inputs, durations=d)
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    assert np.abs(np.diff(found)).min() > 1e-3
+
+
+@slow
+def test_hidden_states_are_what_the_trunks_head_reads():
+    lm, (inputs, d) = build("gaussian"), sequence("tokens")
+    trunk, params = Transformer(CONFIG), lm.params["trunk"]
+    hidden = states(trunk, params, d, **inputs)
+    logits = trunk.apply({"params": params}, **inputs, durations=d)
+    np.testing.assert_allclose(hidden @ params["head"].T, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reads", [pytest.param("tokens", marks=slow), "vectors"])
+def test_durations_of_1_are_none_and_the_last_one_has_no_influence(reads):
+    lm, (inputs, d) = build("mixture", reads), sequence(reads)
+    plain = lm.log_prob(**inputs)
+    assert plain.shape == (N - 1,)
+    np.testing.assert_allclose(lm.log_prob(**inputs, durations=np.ones(N)), plain, rtol=1e-6)
+    timed = lm.log_prob(**inputs, durations=d)
+    assert np.abs(timed - plain).max() > 1e-3
+    other = np.append(d[:-1], np.float32(0.0))
+    np.testing.assert_array_equal(lm.log_prob(**inputs, durations=other), timed)
+    ends = 3.0 + np.cumsum(d)  # the same, said in times
+    moved = lm.log_prob(**inputs, durations=d, times=ends.astype(np.float32))
+    np.testing.assert_allclose(moved, timed, rtol=1e-3, atol=1e-4)
+    started = lm.log_prob(**inputs, durations=d, start=3.0)
+    np.testing.assert_allclose(started, moved, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "reads"), cases([("gaussian", "tokens")]))
+def test_gradients_in_the_durations_are_finite_differences(name, reads):
+    """Central differences in float64, one duration at a time."""
+    lm, (inputs, d) = build(name, reads), sequence(reads)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: a.astype(jnp.float64), lm.params)
+
+        @jax.jit
+        @jax.value_and_grad
+        def total(d):
+            return lm.model.apply(
+                {"params": params}, **inputs, durations=d, method="log_prob"
+            ).sum()
+
+        d = d.astype(np.float64)
+        gradient, step = np.asarray(total(d)[1]), 1e-5
+        assert gradient.dtype == np.float64
+        slopes = [(total(d + step * e)[0] - total(d - step * e)[0]) / (2 * step) for e in np.eye(N)]
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-8)
+    assert gradient[-1] == 0.0
+    assert np.abs(gradient[:-1]).min() > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "reads", "contrast"),
+    [
+        ("token", "tokens", 0.0),
+        pytest.param("gaussian", "tokens", 0.5, marks=slow),
+        pytest.param("mixture", "vectors", 0.0, marks=slow),
+    ],
+)
+def test_a_sweep_of_durations_runs_at_once(name, reads, contrast):
+    lm, (inputs, d) = build(name, reads, contrast=contrast), sequence(reads)
+    sweep = clm.durations.scale(d, jnp.array([0.5, 1.0, 2.0, 3.0]), (1, 3))
+    for method in (lm.log_prob, lm.loss):
+        found = method(**inputs, durations=sweep)
+        assert found.shape == (4, N - 1)
+        for row, each in zip(found, sweep, strict=True):
+            np.testing.assert_allclose(row, method(**inputs, durations=each), rtol=2e-4, atol=1e-5)
+    assert np.abs(found[0] - found[3]).max() > 1e-3
+
+
+# --- Tables ----------------------------------------------------------------------------------
+
+
+def loss_gradient(lm, tokens):
+    def loss(params):
+        return lm.model.apply({"params": params}, tokens, method="loss").sum()
+
+    return jax.jit(jax.grad(loss))(lm.params)
+
+
+def test_a_frozen_table_gets_no_gradient_and_a_learned_one_does():
+    tokens = np.array([1, 2, 3, 4])  # the last is not read, only predicted
+    frozen = loss_gradient(build("gaussian", contrast=0.5), tokens)
+    np.testing.assert_array_equal(frozen["table"], 0.0)
+    np.testing.assert_array_equal(frozen["trunk"]["embedding"][4], 0.0)
+    assert np.abs(frozen["trunk"]["embedding"][1]).max() > 1e-4
+    assert np.abs(frozen["head"]["mean"]).max() > 1e-4
+    learned = loss_gradient(build("gaussian", table="embedding"), tokens)
+    assert "table" not in learned
+    assert np.abs(learned["trunk"]["embedding"][4]).max() > 1e-4
+    assert np.abs(learned["trunk"]["embedding"][9]).max() > 1e-6  # by the standardisation
+
+
+@pytest.mark.parametrize("table", ["frozen", pytest.param("embedding", marks=slow)])
+def test_contrast_is_the_cross_entropy_of_the_renormalised_density(table):
+    lm, (inputs, d) = build("mixture", table=table, contrast=0.7), sequence("tokens")
+    tokens = inputs["tokens"]
+    rows = np.asarray(lm.params["table" if table == "frozen" else "trunk"])
+    if table == "embedding":
+        rows = np.asarray(lm.params["trunk"]["embedding"])
+        rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
+    np.testing.assert_allclose(
+        lm.model.apply({"params": lm.params}, method="rows"), rows, rtol=1e-4, atol=1e-5
+    )
+    hidden = states(Transformer(CONFIG), lm.params["trunk"], d[:-1], tokens=tokens[:-1])
+    mixture = lm.model.head.apply({"params": lm.params["head"]}, hidden)
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
+    logits = np.stack([reference(at(exact, i), rows) for i in range(N - 1)])
+    np.testing.assert_allclose(lm.token_logits(tokens, durations=d), logits, rtol=1e-4, atol=1e-3)
+    picked = np.arange(N - 1), tokens[1:]
+    expected = -logits[picked] - 0.7 * 6 * log_softmax(logits, axis=-1)[picked]  # 6 dimensions
+    np.testing.assert_allclose(lm.loss(tokens, durations=d), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_standardised_tables():
+    rng = np.random.default_rng(0)
+    table = (5.0 + rng.normal(size=(40, 4)) * [1e-6, 0.02, 1.0, 0.0]).astype(np.float32)
+    table[:, 0] -= 5.0
+    found = density.standardised(jnp.asarray(table))
+    np.testing.assert_allclose(found.mean(axis=0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(found.std(axis=0), [1.0, 1.0, 1.0, 0.0], rtol=0.02)
+    gradient = jax.grad(lambda t: (density.standardised(t) ** 3).sum())(jnp.asarray(table))
+    assert np.isfinite(gradient).all()
+    with jax.enable_x64(True):
+        assert density.standardised(jnp.asarray(table, jnp.float64)).dtype == jnp.float64
+
+
+def test_a_given_table_is_standardised_and_frozen():
+    table = 3.0 + 0.1 * np.random.default_rng(0).normal(size=(11, 6))
+    lm = density.create(KEY, CONFIG, KINDS["gaussian"], table=table)
+    assert lm.model.table == "frozen"
+    expected = (table - table.mean(axis=0)) / table.std(axis=0)
+    np.testing.assert_allclose(lm.params["table"], expected, rtol=1e-3, atol=1e-4)
+    assert np.isfinite(lm.log_prob(sequence("tokens")[0]["tokens"])).all()
+
+
+# --- Folders ---------------------------------------------------------------------------------
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(("name", "reads"), cases(CASES))
+def test_there_and_back(name, reads, tmp_path):
+    lm = build(name, reads)
+    density.save(tmp_path / "made", lm)
+    back = density.load(tmp_path / "made")
+    assert dataclasses.replace(back.model, config=CONFIG) == lm.model
+    same(back.params, lm.params)
+    trunk = clm.load(tmp_path / "made")
+    same(trunk.params, lm.params["trunk"])
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [
+        "config.json",
+        "density.json",
+        "density.safetensors",
+        "model.safetensors",
+    ]
+
+
+def test_settings_tokenizer_and_notes_come_back(tmp_path):
+    lm = build("gaussian", table="embedding", contrast=0.25)
+    tokenizer = tiny.word_tokenizer("a b c d e")
+    lm = dataclasses.replace(lm, tokenizer=tokenizer, notes={"eos_token_id": 3})
+    density.save(tmp_path, lm)
+    density.save(tmp_path, lm)  # over itself
+    back = density.load(tmp_path, dtype=jnp.bfloat16)
+    assert (back.model.table, back.model.contrast) == ("embedding", 0.25)
+    assert back.notes["eos_token_id"] == 3
+    assert back.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert back.params["trunk"]["embedding"].dtype == jnp.bfloat16
+    same(back.params["head"], lm.params["head"])
+    assert np.isfinite(back.log_prob(np.array([1, 2, 3]))).all()
+
+
+MESH_PROGRAM = """
+import sys
+import jax, numpy as np
+from continuous_lm.models import density
+
+assert jax.device_count() == 8
+mesh = jax.make_mesh((2, 4), ("data", "model"))
+for folder in sys.argv[1:]:
+    many, one = density.load(folder, mesh=mesh), density.load(folder)
+    for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
+        assert len(a.sharding.device_set) == 8 and len(b.sharding.device_set) == 1
+        np.testing.assert_array_equal(a, b)
+    rng = np.random.default_rng(0)
+    given = {"tokens": rng.integers(0, 11, (2, 6))}
+    if many.model.reads == "vectors":
+        given = {"vectors": rng.normal(size=(2, 6, 3)).astype(np.float32)}
+    np.testing.assert_allclose(many.log_prob(**given), one.log_prob(**given), rtol=1e-4, atol=1e-5)
+"""
+
+
+@slow
+def test_onto_a_mesh(tmp_path):
+    folders = []
+    for name, reads in CASES:
+        folders.append(str(tmp_path / f"{name}-{reads}"))
+        density.save(folders[-1], build(name, reads))
+    process = subprocess.run(
+        [sys.executable, "-c", MESH_PROGRAM, *folders],
+        env=tiny.ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good") / "made"
+    density.save(folder, build("mixture", "vectors"))
+    return folder
+
+
+def edited(change):
+    """A change of the settings as one of the folder."""
+
+    def edit(folder):
+        path = folder / "density.json"
+        settings = json.loads(path.read_text())
+        change(settings)
+        path.write_text(json.dumps(settings))
+
+    return edit
+
+
+def setting(name, value):
+    return edited(lambda settings: settings.update({name: value}))
+
+
+def of_head(name, value):
+    return edited(lambda settings: settings["head"].update({name: value}))
+
+
+def tensors(change):
+    def edit(folder):
+        path = folder / "density.safetensors"
+        found = tensors_in(path.read_bytes())
+        change(found)
+        path.write_bytes(written(found))
+
+    return edit
+
+
+def torn(folder):
+    path = folder / "density.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def of_integers(folder):
+    path = folder / "density.safetensors"
+    header, data = parse(path.read_bytes())
+    header["read"]["dtype"] = "I32"
+    path.write_bytes(compose(header, data))
+
+
+MALFORMED = {
+    "no settings": (lambda f: (f / "density.json").unlink(), "density.json is missing"),
+    "no weights": (
+        lambda f: (f / "density.safetensors").unlink(),
+        "density.safetensors is missing",
+    ),
+    "no trunk": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+    "torn settings": (lambda f: (f / "density.json").write_text('{"format": 1'), "density.json"),
+    "a list": (lambda f: (f / "density.json").write_text("[1]"), "density.json"),
+    "torn weights": (torn, "density.safetensors"),
+    "integers": (of_integers, "I32"),
+    "left over": (tensors(lambda t: t.update(more=np.zeros(2, np.float32))), "more is left over"),
+    "missing": (tensors(lambda t: t.pop("head/logits")), "head/logits is missing"),
+    "misshapen": (
+        tensors(lambda t: t.update(read=np.zeros((3, 6), np.float32))),
+        "read has shape (3, 6)",
+    ),
+    "unknown setting": (setting("colour", 1), "setting colour is not known"),
+    "missing setting": (edited(lambda s: s.pop("reads")), "setting reads is missing"),
+    "format 2": (setting("format", 2), "format"),
+    "format true": (setting("format", True), "format"),
+    "reads": (setting("reads", "pictures"), "reads is 'pictures'"),
+    "reads 3": (setting("reads", 3), "reads is 3"),
+    "reads tokens": (setting("reads", "tokens"), "the head's width is 3"),
+    "table": (setting("table", ["frozen"]), "table is"),
+    "contrast": (setting("contrast", "much"), "contrast"),
+    "contrast true": (setting("contrast", True), "contrast"),
+    "contrast < 0": (setting("contrast", -1.0), "contrast is -1.0"),
+    "contrast huge": (setting("contrast", 10**400), "contrast"),
+    "contrast of vectors": (setting("contrast", 1.0), "contrast"),
+    "head": (setting("head", "mixture"), "head must be an object"),
+    "head's kind": (of_head("kind", "gauss"), "kind of head is 'gauss'"),
+    "head's setting": (of_head("rank", 2), "no setting 'rank'"),
+    "head's type": (of_head("components", "3"), "components"),
+    "head's width": (of_head("width", 4), "has shape"),
+    "head's huge width": (of_head("width", 10**12), "width"),
+    "head's components": (of_head("components", 4), "has shape"),
+    "head's depth": (of_head("depth", 2), "is missing"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_folders_are_refused(name, good, tmp_path):
+    change, message = MALFORMED[name]
+    folder = tmp_path / "made"
+    shutil.copytree(good, folder)
+    change(folder)
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(clm.InputError) as refused:
+        density.load(folder)
+    assert message in str(refused.value)
+    assert len(str(refused.value)) < 600
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_what_cannot_be_saved_leaves_nothing(tmp_path):
+    lm = build("gaussian")
+    without = {k: v for k, v in lm.params.items() if k != "table"}
+    with pytest.raises(clm.InputError, match="table is missing"):
+        density.save(tmp_path / "a", dataclasses.replace(lm, params=without))
+    with pytest.raises(clm.InputError, match="read is left over"):
+        density.save(tmp_path / "a", dataclasses.replace(lm, params=lm.params | {"read": 0.0}))
+    short = lm.params | {"table": lm.params["table"][:-1]}
+    with pytest.raises(clm.InputError, match="table has shape"):
+        density.save(tmp_path / "a", dataclasses.replace(lm, params=short))
+    assert list(tmp_path.iterdir()) == []
+
+
+@slow
+def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
+    config = dataclasses.replace(CONFIG, tie_embeddings=True)
+    head = heads.TokenHead(width=11, tied=True)
+    lm = density.create(KEY, config, head)
+    assert set(lm.params) == {"trunk"}
+    tokens = sequence("tokens")[0]["tokens"]
+    logits = Transformer(config).apply({"params": lm.params["trunk"]}, tokens[:-1])
+    np.testing.assert_allclose(lm.token_logits(tokens), logits, rtol=1e-5, atol=1e-6)
+    nats = -log_softmax(np.asarray(logits, np.float64), axis=-1)[np.arange(N - 1), tokens[1:]]
+    np.testing.assert_allclose(lm.loss(tokens), nats, rtol=1e-5)
+    density.save(tmp_path, lm)
+    back = density.load(tmp_path)
+    assert back.model.head.tied
+    np.testing.assert_array_equal(back.log_prob(tokens), lm.log_prob(tokens))
+    np.testing.assert_allclose(clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(clm.InputError, match="that model's own"):
+        density.on(clm.load(tmp_path), head, key=KEY)
+    with pytest.raises(clm.InputError, match="if it is tied"):
+        head.init(KEY, np.zeros(6, np.float32))
+
+
+# --- Pretrained trunks -----------------------------------------------------------------------
+
+
+def check_on(lm, tokens, vectors_wide):
+    head = heads.MixtureHead(width=vectors_wide, components=2, depth=1, mlp_size=8)
+    made = density.on(lm, head, key=KEY, contrast=0.1)
+    assert made.params["trunk"] is lm.params
+    assert made.model.table == "embedding"
+    logs = made.log_prob(tokens)
+    assert logs.shape == (len(tokens) - 1,)
+    assert np.isfinite(logs).all()
+    rows = density.standardised(lm.params["embedding"])
+    hidden = states(lm.model, lm.params, np.ones(len(tokens) - 1), tokens=tokens[:-1])
+    mixture = head.apply({"params": made.params["head"]}, hidden)
+    np.testing.assert_allclose(logs, mixture.log_prob(rows[tokens[1:]]), rtol=1e-3)
+
+
+@slow
+def test_on_the_bundled_model():
+    lm = clm.load("apples", dtype="float32")
+    tokens = np.array([1, 2, 3, 2, 5, 1])
+    check_on(lm, tokens, lm.config.hidden_size)
+    with pytest.raises(clm.InputError, match="the head's width is 5"):
+        density.on(lm, heads.GaussianHead(width=5), key=KEY)
+
+
+@slow
+def test_on_the_stories():
+    if not STORIES.exists():
+        pytest.skip(f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}")
+    lm = clm.load(STORIES)
+    tokens = np.array(clm.tokenization.encode(lm.tokenizer, "Once upon a time").ids)
+    check_on(lm, tokens, lm.config.hidden_size)
+
+
+# --- Arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reads": "pictures"}, "reads is 'pictures'"),
+        ({"table": "learned"}, "table is 'learned'"),
+        ({"contrast": -1.0}, "contrast is -1.0"),
+        ({"contrast": math.nan}, "contrast is nan"),
+        ({"head": heads.GaussianHead(width=7)}, "the head's width is 7"),
+        ({"head": heads.TokenHead(width=6)}, "vocab_size is 11"),
+        ({"head": KINDS["token"], "contrast": 1.0}, "contrast"),
+        ({"head": KINDS["token"], "reads": "vectors"}, "token head"),
+        ({"reads": "vectors", "contrast": 1.0}, "contrast"),
+    ],
+)
+def test_models_that_make_no_sense(arguments, message):
+    with pytest.raises(clm.InputError) as refused:
+        DensityModel(CONFIG, **{"head": KINDS["gaussian"], **arguments})
+    assert message in str(refused.value)
+
+
+def test_arguments_that_do_not_fit():
+    tokens, vectors = np.arange(4), np.zeros((4, WIDTH), np.float32)
+    lm, plain = build("gaussian"), build("gaussian", "vectors")
+    for call, message in {
+        lambda: lm.log_prob(): "reads tokens",
+        lambda: lm.log_prob(vectors=vectors): "reads tokens",
+        lambda: plain.log_prob(tokens): "reads vectors",
+        lambda: plain.log_prob(vectors=np.zeros((4, 2))): "[..., T, 3]",
+        lambda: plain.log_prob(vectors=np.full((4, 3), np.nan)): "vectors[0, 0] is nan",
+        lambda: lm.log_prob(np.array([1, 11])): "tokens[1] is 11",
+        lambda: lm.log_prob(tokens[:1]): "at least two",
+        lambda: lm.log_prob(tokens, durations=np.ones(3)): "durations has shape",
+        lambda: lm.log_prob(tokens, durations=-np.ones(4)): "durations[0] is -1",
+        lambda: density.create(KEY, CONFIG, KINDS["gaussian"], table=np.ones((3, 6))): "table",
+        lambda: density.create(
+            KEY, CONFIG, KINDS["gaussian"], table=np.full((11, 6), np.nan)
+        ): "table[0, 0] is nan",
+        lambda: density.create(
+            KEY, CONFIG, KINDS["gaussian"], table=np.ones((11, 6)), reads="vectors"
+        ): "leave out table",
+    }.items():
+        with pytest.raises(clm.InputError) as refused:
+            call()
+        assert message in str(refused.value)
+    with pytest.raises(TypeError):  # all vectors would be judged by the last state
+        lm.log_prob(tokens, at=-1)

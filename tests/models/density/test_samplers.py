@@ -1,0 +1,359 @@
+"""Samples of density models against loops of whole forward passes, and plain numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import continuous_lm as clm
+from continuous_lm.models import density, generation
+from continuous_lm.models.density.distributions import Categorical, Gaussian, Mixture
+from continuous_lm.models.density.samplers import sample, steering_direction, token_rows
+from tests.models.density.test_distributions import at, reference
+from tests.models.density.test_model import CONFIG, WIDTH, build
+
+KEY = jax.random.key(0)
+slow = pytest.mark.slow
+
+
+def prompts(lengths=(2, 5, 9), seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 11, n) for n in lengths]
+
+
+def vectors(lengths=(2, 5, 9), seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.normal(size=(n, WIDTH)).astype(np.float32) for n in lengths]
+
+
+# --- Ways back to tokens ---------------------------------------------------------------------
+
+
+def by_numpy(way, density, x, rows, k):
+    """The token of a vector x [W], in float64."""
+    near = np.argsort(((rows - x) ** 2).sum(axis=-1), kind="stable")
+    if way == "cosine":
+        lengths = np.linalg.norm(rows, axis=-1) * np.linalg.norm(x)
+        return np.argmax(rows @ x / lengths)
+    if way == "rerank":
+        return near[:k][np.argmax(reference(density, rows[near[:k]]))]
+    return near[0]
+
+
+@pytest.mark.parametrize("way", ["euclidean", "cosine", "rerank"])
+def test_ways_back_are_those_of_numpy(way):
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(40, 3)).astype(np.float32)
+    mixture = Mixture(
+        *(rng.normal(size=(25, *shape)).astype(np.float32) for shape in [(2,), (2, 3)]),
+        rng.uniform(0.3, 1.0, (25, 2, 3)).astype(np.float32),
+    )
+    mixture = jax.tree.map(jnp.asarray, mixture)
+    x = (2 * rng.normal(size=(25, 3))).astype(np.float32)
+    table = {"rows": jnp.asarray(rows), "norms": jnp.sum(rows**2, axis=-1)}
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
+    tokens = {}
+    back = jax.jit(density.quantized, static_argnums=0, static_argnames="candidates")
+    for k in (1, 7, 40) if way == "rerank" else (1,):
+        found = back(way, mixture, jnp.asarray(x), table, candidates=k)
+        expected = [by_numpy(way, at(exact, i), x[i], rows.astype(float), k) for i in range(25)]
+        np.testing.assert_array_equal(found, expected)
+        tokens[k] = np.asarray(found)
+    if way == "rerank":  # 1 candidate: the nearest; all of them: the mode, whatever was drawn
+        assert np.mean(tokens[1] != tokens[7]) * 25 > 3
+        assert np.mean(tokens[40] != tokens[7]) * 25 > 3
+
+
+def test_renormalised_draws_are_proportional_to_the_density():
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(5, 2)).astype(np.float32)
+    gaussian = Gaussian(jnp.zeros((4000, 2)), jnp.full((4000, 2), 0.9))
+    logs = reference(at(jax.tree.map(np.float64, gaussian), 0), rows.astype(float))
+    for temperature in (1.0, 0.5):
+        drawn = Categorical(gaussian.log_probs(rows)).sample(KEY, temperature)
+        p = np.exp((logs - logs.max()) / temperature)
+        counts = np.bincount(drawn, minlength=5)
+        assert stats.chisquare(counts, 4000 * p / p.sum()).pvalue > 1e-3
+
+
+# --- The loop --------------------------------------------------------------------------------
+
+ROOM = 16
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole(model, params, durations, start, at, **inputs):
+    """The distribution after token `at`, of one whole forward pass and without any cache."""
+    hidden = model.apply({"params": params}, durations=durations, start=start, at=at, **inputs)
+    return model.apply({"params": params}, hidden, method="distribution")
+
+
+def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
+    """What is drawn at temperature 0, one forward pass over everything for each."""
+    reads, n, made = lm.model.reads, len(prompt), []
+    buffer = np.zeros((ROOM, *np.shape(prompt)[1:]), np.asarray(prompt).dtype)
+    times = np.ones(ROOM, np.float32)
+    buffer[:n], times[:n] = prompt, 1.0 if d is None else d
+    new_d = np.broadcast_to(new_d, count)
+    for i in range(count):
+        found = whole(
+            lm.model, lm.params, times, np.float32(start), n + i - 1, **{reads: buffer.copy()}
+        )
+        found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+        if lm.model.speaks:
+            item = np.argmax(found.logits)
+        else:
+            likeliest = np.argmax(found.logits) if hasattr(found, "logits") else None
+            item = found.mean if likeliest is None else found.means[likeliest]
+            if reads == "tokens":
+                rows = np.asarray(token_rows(lm), np.float64)
+                if way == "renormalised":
+                    item = np.argmax(reference(found, rows))
+                else:
+                    item = by_numpy(way, found, item, rows, 4)
+        made.append(item)
+        buffer[n + i], times[n + i] = item, new_d[i]
+    return np.asarray(made)
+
+
+NEW = 6
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("mixture", "euclidean"),
+        pytest.param("gaussian", "rerank", marks=slow),
+        pytest.param("token", "euclidean", marks=slow),
+        pytest.param("full", "cosine", marks=slow),
+        pytest.param("experts", "renormalised", marks=slow),
+        pytest.param("low rank", "renormalised", marks=slow),
+        pytest.param("experts", "rerank", marks=slow),
+    ],
+)
+def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
+    """Prompts of different lengths, durations and beginnings; the cache changes nothing."""
+    lm, rows, rng = build(name), prompts(), np.random.default_rng(3)
+    d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
+    new_d = rng.uniform(0.3, 2.0, (3, NEW)).astype(np.float32)
+    start = np.array([0.0, 2.0, -1.5], np.float32)
+    options = dict(max_new=NEW, temperature=0.0, quantize=way, candidates=4, stop=())
+    made = sample(lm, rows, durations=d, new_durations=new_d, start=start, **options)
+    expected = [
+        naive(lm, row, NEW, d=d[i], new_d=new_d[i], start=start[i], way=way)
+        for i, row in enumerate(rows)
+    ]
+    np.testing.assert_array_equal(made.tokens, expected)
+    np.testing.assert_array_equal(made.lengths, NEW)
+    assert len(np.unique(made.tokens)) > 1
+    alone = sample(
+        lm, rows[1], durations=d[1], new_durations=new_d[1], start=start[1], chunk=2, **options
+    )
+    np.testing.assert_array_equal(alone.tokens[0], expected[1])
+
+
+@pytest.mark.parametrize("name", ["mixture", pytest.param("full", marks=slow)])
+def test_vectors_of_a_batch_are_those_of_whole_passes(name):
+    lm, rows, rng = build(name, "vectors"), vectors(), np.random.default_rng(4)
+    d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
+    new_d = rng.uniform(0.3, 2.0, NEW).astype(np.float32)
+    made = sample(lm, vectors=rows, durations=d, new_durations=new_d, max_new=NEW, temperature=0.0)
+    assert made.shape == (3, NEW, WIDTH)
+    assert made.dtype == np.float32
+    for i, row in enumerate(rows):
+        expected = naive(lm, row, NEW, d=d[i], new_d=new_d)
+        np.testing.assert_allclose(made[i], expected, rtol=1e-3, atol=1e-4)
+    other = sample(lm, vectors=rows, durations=d, max_new=NEW, temperature=0.0)
+    np.testing.assert_array_equal(other[:, 0], made[:, 0])
+    assert np.abs(other[:, 1:] - made[:, 1:]).max() > 1e-3
+
+
+@slow
+def test_draws_follow_the_density():
+    """First draws after one prompt, many rows of it: the moments of the density there."""
+    lm, prompt = build("mixture", "vectors"), vectors((4,))[0]
+    many = np.broadcast_to(prompt, (3000, *prompt.shape))
+    buffer = np.zeros((ROOM, WIDTH), np.float32)
+    buffer[:4] = prompt
+    found = whole(lm.model, lm.params, np.ones(ROOM, np.float32), np.float32(0), 3, vectors=buffer)
+    w, means, scales = (np.asarray(a, np.float64) for a in (found.weights, *found[1:]))
+    mean = w @ means
+    std = np.sqrt(w @ (means**2 + scales**2) - mean**2)
+    made = sample(lm, vectors=many, max_new=1, key=KEY)[:, 0]
+    assert (np.abs(made.mean(axis=0) - mean) < 5 * std / 3000**0.5).all()
+    np.testing.assert_allclose(made.std(axis=0), std, rtol=0.1)
+
+
+def test_a_token_heads_samples_are_those_of_generate():
+    """Of the language model with that head, drawn with the same key."""
+    lm = build("token")
+    params = lm.params["trunk"] | {"head": lm.params["head"]["logits"]}
+    bare = density.DensityLM(lm.model, without_bias(lm.params))
+    plain = clm.LanguageModel(CONFIG, params)
+    for options in ({"temperature": 1.0, "key": KEY}, {"temperature": 0.0}):
+        ours = sample(bare, prompts(), max_new=8, stop=(), **options)
+        theirs = clm.generate(plain, prompts(), max_new_tokens=8, stop=(), **options)
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    assert len(np.unique(theirs.tokens)) > 1
+
+
+def without_bias(params):
+    head = params["head"]
+    return params | {"head": head | {"logits_bias": jnp.zeros_like(head["logits_bias"])}}
+
+
+def test_stop_tokens_end_rows():
+    lm = build("mixture")
+    options = dict(max_new=12, key=KEY)
+    free = sample(lm, prompts(), stop=(), **options)
+    stop = int(free.tokens[0, 2])
+    made = sample(lm, prompts(), stop=stop, **options)
+    for row, length, before in zip(made.tokens, made.lengths, free.tokens, strict=True):
+        where = np.flatnonzero(before == stop)
+        expected = where[0] + 1 if len(where) else 12
+        assert length == expected
+        np.testing.assert_array_equal(row[:length], before[:length])
+        np.testing.assert_array_equal(row[length:], 0)
+    noted = density.DensityLM(lm.model, lm.params, None, {"eos_token_id": stop})
+    np.testing.assert_array_equal(sample(noted, prompts(), **options).tokens, made.tokens)
+
+
+# --- Steering --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("mixture", "euclidean"),
+        pytest.param("full", "rerank", marks=slow),
+        pytest.param("low rank", "renormalised", marks=slow),
+        pytest.param("experts", "cosine", marks=slow),
+        pytest.param("gaussian", "renormalised", marks=slow),
+    ],
+)
+def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
+    lm = build(name)
+    rows = np.asarray(token_rows(lm))
+    target = int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=-1)))
+    direction = steering_direction(lm, [target])  # far along which its row is the nearest
+    assert lm.config.vocab_size < 16  # fewer tokens than there are candidates for "rerank"
+    options = dict(max_new=20, key=KEY, quantize=way, stop=())
+    if way == "rerank":
+        options["candidates"] = 4
+    plain = sample(lm, prompts(), **options).tokens
+    np.testing.assert_array_equal(
+        sample(lm, prompts(), direction=direction, strength=0.0, **options).tokens, plain
+    )
+    shares = [
+        np.mean(sample(lm, prompts(), direction=direction, strength=s, **options).tokens == target)
+        for s in (0.0, 1.0, 50.0)
+    ]
+    assert shares[0] < 0.5
+    assert shares[0] <= shares[1] <= shares[2]
+    if way == "euclidean":
+        assert shares[2] > 0.95
+
+
+def test_strength_0_changes_no_bit_of_vectors():
+    lm, rows = build("mixture", "vectors"), vectors()
+    options = dict(max_new=10, key=KEY)
+    plain = sample(lm, vectors=rows, **options)
+    direction = np.array([1.0, -2.0, 0.5])
+    still = sample(lm, vectors=rows, direction=direction, strength=0.0, **options)
+    np.testing.assert_array_equal(still, plain)
+    moved = sample(lm, vectors=rows, direction=direction, strength=0.5, **options)
+    np.testing.assert_allclose(
+        moved[:, 0], plain[:, 0] + 0.5 * direction, rtol=1e-4, atol=1e-5
+    )  # the later ones have read what was moved
+
+
+def test_directions_are_differences_of_means():
+    lm = build("gaussian", table="embedding")
+    rows = np.asarray(token_rows(lm), np.float64)
+    found = steering_direction(lm, [1, 4], [2, 3, 9])
+    np.testing.assert_allclose(
+        found, rows[[1, 4]].mean(axis=0) - rows[[2, 3, 9]].mean(axis=0), rtol=1e-4, atol=1e-5
+    )
+    found = steering_direction(lm, np.array([5]))
+    np.testing.assert_allclose(found, rows[5] - rows.mean(axis=0), rtol=1e-4, atol=1e-5)
+
+
+# --- Programs and errors ---------------------------------------------------------------------
+
+
+def test_one_program_serves_temperatures_strengths_and_directions():
+    lm, options = build("mixture"), dict(max_new=5, key=KEY)
+    sample(lm, prompts(), direction=np.ones(6), strength=1.0, **options)
+    before = generation._run._cache_size()
+    for temperature, strength in ((0.5, 2.0), (1.0, -1.0), (0.0, 0.0)):
+        direction = np.arange(6.0) * strength
+        sample(
+            lm,
+            prompts((4, 1, 30)),
+            direction=direction,
+            strength=strength,
+            temperature=temperature,
+            new_durations=0.5,
+            start=2.0,
+            max_new=9,
+            key=jax.random.key(1),
+        )
+    assert generation._run._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_new": 0}, "max_new is 0"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"candidates": 0}, "candidates is 0"),
+        ({"candidates": 12, "quantize": "rerank"}, "there are 11 tokens"),
+        ({"quantize": "nearest"}, "quantize is 'nearest'"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": np.ones(3)}, "temperature has shape"),
+        ({"key": None}, "needs a key"),
+        ({"strength": 1.0}, "needs a direction"),
+        ({"strength": np.nan, "direction": np.ones(6)}, "strength is nan"),
+        ({"strength": np.ones(3), "direction": np.ones(6)}, "strength has shape [3]"),
+        ({"direction": np.ones(5)}, "direction has shape [5]"),
+        ({"direction": np.full(6, np.inf)}, "direction[0] is inf"),
+        ({"tokens": None}, "this model reads tokens"),
+        ({"vectors": np.ones((2, 6))}, "this model reads tokens"),
+        ({"tokens": [[1, 11]]}, "prompt 0: tokens[1] is 11"),
+        ({"tokens": []}, "empty"),
+        ({"durations": np.ones(3)}, "durations"),
+        ({"durations": [0.0, 1.0]}, "duration 0"),
+        ({"new_durations": -1.0}, "new_durations is -1"),
+        ({"new_durations": np.ones(3)}, "new_durations has shape [3]"),
+        ({"stop": 11}, "stop"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes, message):
+    given = {"tokens": [1, 2], "max_new": 2, "key": KEY} | changes
+    with pytest.raises(clm.InputError) as refused:
+        sample(build("gaussian"), **given)
+    assert message in str(refused.value)
+
+
+def test_arguments_that_do_not_fit_the_model():
+    speaks, plain = build("token"), build("gaussian", "vectors")
+    lm = build("gaussian")
+    for call, message in {
+        lambda: sample(speaks, [1], max_new=1, key=KEY, direction=np.ones(11)): "token head",
+        lambda: sample(plain, [1, 2], max_new=1, key=KEY): "this model reads vectors",
+        lambda: sample(plain, vectors=np.ones((2, 4)), max_new=1, key=KEY): "prompt 0",
+        lambda: sample(
+            plain, vectors=np.ones((2, 3)), max_new=1, key=KEY, stop=3
+        ): "leave out stop",
+        lambda: steering_direction(plain, [1]): "table of tokens",
+        lambda: steering_direction(speaks, [1]): "table of tokens",
+        lambda: steering_direction(lm, []): "towards is empty",
+        lambda: steering_direction(lm, [11]): "towards[0] is 11",
+        lambda: steering_direction(lm, [1], [0.5]): "away has dtype",
+    }.items():
+        with pytest.raises(clm.InputError) as refused:
+            call()
+        assert message in str(refused.value)
