@@ -18,11 +18,11 @@ help: ## List the commands
 
 .PHONY: counting
 counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model count them
-	$(python) -m continuous_lm.experiments.durations.counting --output_dir=$(RESULTS)/counting
+	$(python) -m continuous_lm counting --output_dir=$(RESULTS)/counting
 
 .PHONY: report
 report: $(VENV)/.has-runtime ## Run every experiment on the embedded model and write the report
-	$(python) -m continuous_lm.experiments.studies.report --output_dir=$(RESULTS)/report
+	$(python) -m continuous_lm report --output_dir=$(RESULTS)/report
 
 # Density models of text, on the rows of a baseline's table. Text files: make calm DATA=a.txt,b.txt
 calm  := $(python) -m continuous_lm.experiments.densities.density_training
@@ -38,7 +38,7 @@ calm: $(VENV)/.has-runtime ## Train, sample, evaluate and ablate small density m
 	$(calm)_sample --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
 	$(calm)_eval $(TEXT) --length=64 --models=$(OUT)/baseline,$(OUT)/mixture --output_dir=$(OUT)/eval
 	$(ablate) $(TEXT) --length=64 --model=$(OUT)/mixture --codes=256 --output_dir=$(OUT)/ablation
-ablate := $(python) -m continuous_lm.experiments.text_models.compare_quantizers
+ablate := $(python) -m continuous_lm compare_quantizers
 
 .PHONY: calm-full
 calm-full: OUT := $(RESULTS)/calm-full
@@ -101,7 +101,7 @@ next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG) ## The tables of
 	$(ablate) $(TEXT) --model=$(call commas,$(KS:%=$(nvf)/calm-%)) --output_dir=$(nvf)/ablation
 	$(calm)_sample --model=$(LONG) --output_dir=$(nvf)/sample \
 	  --between="the name of the file" --between="a list of numbers"
-	$(python) -m continuous_lm.experiments.calm.compare_heads --output_dir=$(nvf)/heads
+	$(python) -m continuous_lm compare_heads --output_dir=$(nvf)/heads
 
 comma := ,
 commas = $(subst $() $(),$(comma),$(strip $1))
@@ -110,15 +110,15 @@ embedded := $(RESULTS)/embedded
 .PHONY: embedded
 embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table
 	for seed in 0 1 2; do \
-	  $(python) -m continuous_lm.experiments.apples.train_apples --seed=$$seed --output_dir=$(embedded)/$$seed || exit; \
+	  $(python) -m continuous_lm train_apples --seed=$$seed --output_dir=$(embedded)/$$seed || exit; \
 	done
-	$(python) -m continuous_lm.experiments.apples.evaluate_apples --output_dir=$(embedded) \
+	$(python) -m continuous_lm evaluate_apples --output_dir=$(embedded) \
 	  --models=$(embedded)/0,$(embedded)/1,$(embedded)/2
 	cp $(embedded)/0/* models/bundled/apples/
 
 .PHONY: benchmark
 benchmark: $(VENV)/.has-peers ## How fast it is, beside PyTorch, transformers, faiss
-	$(python) -m continuous_lm.experiments.benchmarks.benchmark --output_dir=$(RESULTS)/benchmark
+	$(python) -m continuous_lm benchmark --output_dir=$(RESULTS)/benchmark
 
 # With a python that is there, and nothing installed: the one of $(VENV) if it has a CUDA jax.
 has_cuda = import importlib.util as u; print(any(map(u.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))))
@@ -135,11 +135,11 @@ export absent
 .PHONY: gpu
 gpu: ## Check this machine's GPU, in eight minutes at most; installs nothing
 	@$(GPU_PYTHON) -c "$$absent"
-	$(GPU_PYTHON) -m continuous_lm.experiments.gpu.gpu_check $(GPU_FLAGS) --output_dir=$(RESULTS)/gpu
+	$(GPU_PYTHON) -m continuous_lm gpu_check $(GPU_FLAGS) --output_dir=$(RESULTS)/gpu
 
 .PHONY: growth
 growth: $(VENV)/.has-runtime ## What sweeps of 8B to 70B models cost, and which devices hold them
-	$(python) -m continuous_lm.experiments.benchmarks.device_costs --output_dir=$(RESULTS)/growth
+	$(python) -m continuous_lm device_costs --output_dir=$(RESULTS)/growth
 
 # Most of the fast tests' time is compiling: without optimisation it is half, and with the older code
 # generator, which JAX for Python 3.11 still has, a third of that. `test-all` compiles as programs do.

@@ -1,6 +1,6 @@
-"""Flax modules and what they are loaded from: the trunk, and one file a family of checkpoints.
+"""Flax modules and their checkpoints: the trunk, one file a family, density and CALM models.
 
-Continuous output is in packages of its own, imported when they are first used: `density` and `calm`.
+The packages of continuous output, `density` and `calm`, are imported when they are first used.
 """
 
 import importlib

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ def sources(root: Path) -> Iterator[Path]:
 
 def build_wheel(root: Path, out: Path) -> Path:
     """Builds the wheel of `root` in this environment, without a network."""
-    program = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    program = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
     run = subprocess.run(
         [sys.executable, "-c", program, out], cwd=root, capture_output=True, text=True
     )
@@ -110,24 +110,50 @@ def test_links_are_relative(folder: str):
     assert os.readlink(ROOT / "continuous_lm" / folder) == f"../{folder}"
 
 
+def test_the_command_line_is_installed(wheel: Path):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+    assert "continuous-lm = continuous_lm.__main__:main" in archive.read(name).decode()
+
+
+# --- The folders ---
+
+MOST_FILES = 13  # of a folder: more of one kind want sub-folders
+
+
+def test_no_folder_is_crowded():
+    counts = Counter(path.parent for path in sources(ROOT) if path.suffix == ".py")
+    crowded = {str(folder): n for folder, n in counts.items() if n > MOST_FILES}
+    assert not crowded
+
+
 # --- The layers ---
 
-# Which layers each may import beside its own. The face is continuous_lm/__init__.py, which hands on
-# names from above; the ground is the rest of continuous_lm.
-GROUND, FACE = "continuous_lm", "the face"
+# The packages that each layer may import beside its own. The ground is all of continuous_lm but
+# analysis, which stands above the models, and the face: __init__.py, which hands on names from
+# above, and __main__.py, the command line.
+GROUND, ANALYSIS, FACE = "continuous_lm", "analysis", "the face"
 BELOW = {
     GROUND: set(),
     "losses": {GROUND},
-    "quantize": {GROUND, "losses"},  # whose terms a vector quantizer gives
+    "quantize": {GROUND, "losses"},  # the terms of a vector quantizer's loss
     "models": {GROUND, "losses", "quantize"},
-    "experiments": {GROUND, "losses", "quantize", "models", FACE},
-    FACE: {GROUND, *FOLDERS},
+    ANALYSIS: {GROUND, "losses", "quantize", "models"},
+    "experiments": {GROUND, "losses", "quantize", "models", ANALYSIS, FACE},
+    FACE: {GROUND, ANALYSIS, *FOLDERS},
 }
+FACE_FILES = ("continuous_lm/__init__.py", "continuous_lm/__main__.py")
 
 
-def imports(source: str) -> Iterator[str]:
-    """Every module imported in `source`, wherever it stands, with the names taken from it."""
-    for node in ast.walk(ast.parse(source)):
+def imports(source: str, *, everywhere: bool = True) -> Iterator[str]:
+    """Every module imported in `source`, with the names taken from it.
+
+    Args:
+      source: of a module.
+      everywhere: also inside functions and under TYPE_CHECKING.
+    """
+    tree = ast.parse(source)
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -141,14 +167,21 @@ def layer(name: str, ground: set[str]) -> str | None:
     first = rest.partition(".")[0]
     if top != "continuous_lm":
         return None
-    if first in FOLDERS:
+    if first in FOLDERS or first == ANALYSIS:
         return first
     return GROUND if first in ground else FACE
 
 
+def own_layer(path: Path) -> str:
+    """The layer of the module at `path`."""
+    if path.as_posix() in FACE_FILES:
+        return FACE
+    return ANALYSIS if path.parts[:2] == ("continuous_lm", ANALYSIS) else path.parts[0]
+
+
 def faults(path: Path, source: str, ground: set[str]) -> list[str]:
     """The imports of the module at `path` that break the rule."""
-    own = FACE if path == Path("continuous_lm/__init__.py") else path.parts[0]
+    own = own_layer(path)
     found = []
     for name in imports(source):
         reached = layer(name, ground)
@@ -159,9 +192,14 @@ def faults(path: Path, source: str, ground: set[str]) -> list[str]:
     return found
 
 
+def python_files() -> list[Path]:
+    return [path for path in sources(ROOT) if path.suffix == ".py"]
+
+
 def test_imports_point_downward():
-    modules = [path for path in sources(ROOT) if path.suffix == ".py"]
+    modules = python_files()
     ground = {path.parts[1].removesuffix(".py") for path in modules if path.parts[0] == GROUND}
+    ground -= {ANALYSIS, "__init__", "__main__"}
     found = [f for path in modules for f in faults(path, (ROOT / path).read_text(), ground)]
     assert not found, "\n".join(found)
 
@@ -169,13 +207,17 @@ def test_imports_point_downward():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("continuous_lm/attention/__init__.py", "import continuous_lm.models.config"),
-        ("continuous_lm/attention/__init__.py", "from continuous_lm import losses"),
-        ("continuous_lm/attention/__init__.py", "def f():\n    from continuous_lm import load"),
+        ("continuous_lm/attention/dense.py", "import continuous_lm.models.config"),
+        ("continuous_lm/attention/dense.py", "from continuous_lm import losses"),
+        ("continuous_lm/attention/dense.py", "def f():\n    from continuous_lm import load"),
+        ("continuous_lm/parallel/pmap.py", "from continuous_lm.analysis import sweep"),
+        ("continuous_lm/analysis/sweep.py", "from continuous_lm import load"),
+        ("continuous_lm/analysis/sweep.py", "from continuous_lm.experiments import report"),
         ("losses/energy.py", "from continuous_lm.models import config"),
         ("losses/energy.py", "from continuous_lm.quantize import nearest"),
         ("quantize/vq.py", "from continuous_lm.experiments.durations.counting import main"),
         ("models/config.py", "from continuous_lm.experiments.durations import counting"),
+        ("models/config.py", "from continuous_lm.analysis import sweep"),
         ("models/config.py", "import continuous_lm as clm"),
         ("models/config.py", "from models import transformer"),
         ("models/config.py", "from . import transformer"),
@@ -190,8 +232,10 @@ def test_a_fault_is_found(path: str, source: str):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("continuous_lm/__init__.py", "from continuous_lm.models.load import load"),
-        ("continuous_lm/attention/__init__.py", "from continuous_lm import attention"),
+        ("continuous_lm/__init__.py", "from continuous_lm.models.language_model import load"),
+        ("continuous_lm/__main__.py", "from continuous_lm.experiments import PROGRAMS"),
+        ("continuous_lm/attention/dense.py", "from continuous_lm import attention"),
+        ("continuous_lm/analysis/sweep.py", "from continuous_lm.models import transformer"),
         ("losses/energy.py", "import jax, modelsets\nfrom continuous_lm.attention import attend"),
         ("models/config.py", "from continuous_lm.quantize import vq\nimport continuous_lm.losses"),
         (
@@ -202,3 +246,49 @@ def test_a_fault_is_found(path: str, source: str):
 )
 def test_what_is_allowed_is_no_fault(path: str, source: str):
     assert not faults(Path(path), source, ground={"attention"})
+
+
+def module_name(path: Path) -> str:
+    """models/config.py -> continuous_lm.models.config."""
+    parts = installed_name(path).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(files: Mapping[str, str], packages: set[str]) -> dict[str, set[str]]:
+    """The modules that each module imports when it is imported itself.
+
+    Args:
+      files: module -> source.
+      packages: the modules that are packages. A package imports its own modules, and they do not
+        count as importing it: Python enters a package before its modules anyway.
+    """
+    graph = {}
+    for name, source in files.items():
+        reached = set()
+        for full in imports(source, everywhere=False):
+            target = full if full in files else full.rpartition(".")[0]
+            if target in files and not (target in packages and name.startswith(f"{target}.")):
+                reached.add(target)
+        graph[name] = reached - {name}
+    return graph
+
+
+def a_circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; none if there is no circle."""
+    remaining = {name: set(reached) for name, reached in graph.items()}
+    while leaves := {name for name, reached in remaining.items() if not reached & set(remaining)}:
+        for name in leaves:
+            del remaining[name]
+    return sorted(remaining)
+
+
+def test_imports_form_no_circle():
+    modules = {module_name(path): (ROOT / path).read_text() for path in python_files()}
+    packages = {module_name(p) for p in python_files() if p.name == "__init__.py"}
+    assert not a_circle(import_graph(modules, packages))
+
+
+def test_a_circle_is_found():
+    files = {"a": "from a import b", "a.b": "import a.c", "a.c": "from a.b import x", "a.d": ""}
+    assert a_circle(import_graph(files, {"a"})) == ["a", "a.b", "a.c"]
+    assert not a_circle(import_graph(files | {"a.c": "def f():\n    import a.b"}, {"a"}))

@@ -1,6 +1,6 @@
 """Evaluates embedded models: held-out accuracy, and counting while what is counted shrinks.
 
-    python -m continuous_lm.experiments.apples.evaluate_apples [--models=FOLDER,FOLDER,...]
+    python -m continuous_lm evaluate_apples [--models=FOLDER,FOLDER,...]
 
 Each sweep shrinks a counted span of n words or events by 100 factors from 0.1 to 1, as the paper
 does, and asks whether every count 1..n is in turn the most probable token, and how far the factors
@@ -202,7 +202,7 @@ def _tokenizer(lm: clm.LanguageModel) -> tokenizers.Tokenizer:
 
 def main() -> None:
     """Tables, files, bars."""
-    folder = program.output_dir("evaluate_embedded")
+    folder = program.output_dir("evaluate_apples")
     models = _MODELS.value
     results, missed = {}, []
     for name in models:
@@ -223,7 +223,7 @@ def main() -> None:
         return
     with written_aside(folder) as aside:
         write_json(
-            aside / "evaluate_embedded.json",
+            aside / "evaluate_apples.json",
             {
                 "factors": FACTORS.tolist(),
                 "models": results,
@@ -231,7 +231,7 @@ def main() -> None:
                 "run": program.record(),
             },
         )
-    print(f"\n{folder}/evaluate_embedded.json")
+    print(f"\n{folder}/evaluate_apples.json")
     if missed:
         sys.exit("\n".join(["missed:", *missed]))
     print("every bar is met")

@@ -1,6 +1,6 @@
 """Trains the embedded model: a small Llama that counts, from the prompts of `experiments.prompts`.
 
-    python -m continuous_lm.experiments.apples.train_apples --output_dir=results/embedded --seed=0
+    python -m continuous_lm train_apples --output_dir=results/embedded --seed=0
 
 writes a Hugging Face folder (config.json, model.safetensors in bfloat16, tokenizer.json). Every
 token in training lasts 1: what the model does with other durations is for the experiments to find.
@@ -196,7 +196,7 @@ def train(
 
 def main() -> None:
     """Trains, writes."""
-    folder = program.output_dir("train_embedded")
+    folder = program.output_dir("train_apples")
     lm = train(
         seed=_SEED.value,
         steps=_STEPS.value,

@@ -1,6 +1,6 @@
 r"""Frames of sound: a mixture of Gaussians over the next one, against tokens of equal size.
 
-    python -m continuous_lm.experiments.audio.frames [--sound=speech] [--steps=600] [--output_dir=FOLDER]
+    python -m continuous_lm frames [--sound=speech] [--steps=600] [--output_dir=FOLDER]
 
 Two models with the same trunk hear the same sound, 80 log-mel frames a second, and are asked for
 the density of the next frame of sound that they have not heard, in nats, in units in which each

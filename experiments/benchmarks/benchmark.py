@@ -1,6 +1,6 @@
 """How fast ours is, beside what else there is: ratios, measured in turns in one run.
 
-    python -m continuous_lm.experiments.benchmarks.benchmark [--cases=sweep,nearest] [--repeats=5] [--quick]
+    python -m continuous_lm benchmark [--cases=sweep,nearest] [--repeats=5] [--quick]
 
 Ours and its peers (the extra `peers`: PyTorch, transformers, faiss, vector-quantize-pytorch) take
 turns in one process, or in fresh ones that follow each other, so that what else the machine does

@@ -1,6 +1,6 @@
 """What a sweep costs as it grows, on devices that need not be there, and which of them hold it.
 
-    python -m continuous_lm.experiments.benchmarks.device_costs [--shapes=Llama-3-8B,...] [--output_dir=FOLDER]
+    python -m continuous_lm device_costs [--shapes=Llama-3-8B,...] [--output_dir=FOLDER]
 
 Operations, bytes and memory on each device against the tokens of the prompt, the points and the
 mesh, for models of published sizes; the first quarter of a prompt is shared by all points. A second
@@ -206,7 +206,7 @@ def main() -> None:
     for name in _SHAPES.value:
         if name not in MODELS:
             raise InputError(f"--shapes: {name!r:.60} is not known; known are {', '.join(MODELS)}")
-    folder = program.output_dir("growth")
+    folder = program.output_dir("device_costs")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)
     configs = {name: language_model.read_config(MODELS[name]) for name in _SHAPES.value}
@@ -224,11 +224,11 @@ def main() -> None:
     made = growth_table(growing), memory_table(spread), fitting_table(spread)
     with written_aside(folder) as aside:
         record = {"run": program.record(), "growth": growing, "memory": spread}
-        write_json(aside / "growth.json", record)
+        write_json(aside / "device_costs.json", record)
         for table in made:
             table.write(aside)
     print("\n\n".join(table.as_text() for table in made))
-    print(f"\n{folder}: growth.json; growth, memory and fitting as .csv, .md, .tex")
+    print(f"\n{folder}: device_costs.json; growth, memory and fitting as .csv, .md, .tex")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a sweep of a model costs each device, read from compiled programs; no weights are made.
+"""The cost of a sweep for each device, read from compiled programs; no weights are made.
 
-The program is that of `continuous_lm.analysis.sweep`: it goes on from what is remembered of the tokens that
-all points share, at some points at once, batch after batch. Those tokens themselves, a quarter of
-the prompt computed once, would add one part in 3 P to a sweep of P points, and are left out.
+The program is that of `continuous_lm.analysis.sweep`: it continues from the keys and values of the
+shared prefix, at some points at once, batch after batch. The prefix itself, a quarter of the prompt
+computed once, would add one part in 3 P to a sweep of P points, and are left out.
 
 Operations and bytes are those of XLA's cost analysis, which counts the body of a loop once, however
 often it runs. So layers are unrolled, attention is dense (its blocked form loops), and what one

@@ -1,6 +1,6 @@
 """Our quantizers against vector-quantize-pytorch's: error and code use on the same batches.
 
-    python -m continuous_lm.experiments.benchmarks.vector_quantizers [--steps=200] [--seeds=5]
+    python -m continuous_lm vector_quantizers [--steps=200] [--seeds=5]
 
 Vectors are drawn from a mixture of correlated Gaussians. Both sides see the same batches, with the
 same codebook sizes, decay, k-means initialisation on the first batch and threshold of revival; for
@@ -12,16 +12,19 @@ over seeds, and the mean and standard error of the difference of a seed's two ru
 
 import functools
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
-import vector_quantize_pytorch as peer
-from absl import app, flags
+from absl import flags
 
 from continuous_lm import quantize as q
+from continuous_lm.errors import InputError
+from continuous_lm.experiments.benchmarks import baselines
+from continuous_lm.experiments.common import program
 
 _WIDTH = flags.DEFINE_integer("width", 16, "Of the vectors.")
 _COMPONENTS = flags.DEFINE_integer("components", 64, "Of the mixture.")
@@ -64,23 +67,24 @@ def measured(x, vectors, indices, num_codes: int) -> tuple[float, float]:
 @functools.partial(jax.jit, static_argnames=("stages", "num_codes", "kmeans_steps"))
 def train(key, batches, stages: int, num_codes: int, kmeans_steps: int, decay, threshold):
     """A codebook after all batches; residual ones if there are stages."""
-    settings = dict(decay=decay)
+    code: Callable[..., Any] = q.quantize_residual if stages else q.quantize
+    update: Callable[..., Any] = q.update_residual_ema if stages else q.update_ema
+    revive: Callable[..., Any] = q.revive_residual if stages else q.revive
     if stages:
         codebook = q.init_residual(key, batches[0], stages, num_codes, steps=kmeans_steps)
-        code, update, revive = q.quantize_residual, q.update_residual_ema, q.revive_residual
     else:
         codebook = q.init(key, batches[0], num_codes, steps=kmeans_steps)
-        code, update, revive = q.quantize, q.update_ema, q.revive
 
     def step(codebook, inputs):
         i, x = inputs
-        codebook = update(codebook, x, code(codebook, x).indices, **settings)
+        codebook = update(codebook, x, code(codebook, x).indices, decay=decay)
         return revive(jax.random.fold_in(key, i), codebook, x, threshold=threshold), None
 
     return jax.lax.scan(step, codebook, (jnp.arange(len(batches)), batches))[0]
 
 
 def our_codebook(seed, batches, unseen, stages=0):
+    """Error and perplexity of our quantizer, residual if there are stages."""
     codebook = train(
         jax.random.key(seed),
         batches,
@@ -90,12 +94,14 @@ def our_codebook(seed, batches, unseen, stages=0):
         _DECAY.value,
         _THRESHOLD.value,
     )
-    coded = (q.quantize_residual if stages else q.quantize)(codebook, unseen)
+    quantize: Callable[..., Any] = q.quantize_residual if stages else q.quantize
+    coded = quantize(codebook, unseen)
     indices = coded.indices[:, 0] if stages else coded.indices
     return measured(unseen, coded.vectors, indices, _CODES.value)
 
 
 def our_fsq(seed, batches, unseen):
+    """Error and perplexity of our finite scalar quantizer."""
     levels = tuple(map(int, _LEVELS.value))
     first = their_fsq_module(seed).state_dict()
     params = {name: jnp.asarray(first[name].numpy()) for name in first if "project" in name}
@@ -117,13 +123,16 @@ def our_fsq(seed, batches, unseen):
 
         return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
 
-    return measured(unseen, *code(fit(params), unseen), int(np.prod(levels)))
+    vectors, indices = code(fit(params), unseen)
+    return measured(unseen, vectors, indices, int(np.prod(levels)))
 
 
 # --- Theirs ----------------------------------------------------------------------------------
 
 
 def their_codebook(seed, batches, unseen, stages=0):
+    """Error and perplexity of vector-quantize-pytorch's quantizer, residual if there are stages."""
+    torch, peer = baselines.load("torch"), baselines.load("vector_quantize_pytorch")
     torch.manual_seed(seed)
     settings = dict(
         dim=_WIDTH.value,
@@ -147,11 +156,16 @@ def their_codebook(seed, batches, unseen, stages=0):
 
 
 def their_fsq_module(seed):
-    torch.manual_seed(seed)
-    return peer.FSQ(levels=list(map(int, _LEVELS.value)), dim=_WIDTH.value)
+    """vector-quantize-pytorch's finite scalar quantizer, with its linear maps."""
+    baselines.load("torch").manual_seed(seed)
+    return baselines.load("vector_quantize_pytorch").FSQ(
+        levels=list(map(int, _LEVELS.value)), dim=_WIDTH.value
+    )
 
 
 def their_fsq(seed, batches, unseen):
+    """Error and perplexity of `their_fsq_module`, trained by PyTorch."""
+    torch = baselines.load("torch")
     module = their_fsq_module(seed)
     optimizer = torch.optim.Adam(module.parameters(), lr=_RATE.value)
     for x in batches:
@@ -164,9 +178,13 @@ def their_fsq(seed, batches, unseen):
     return measured(unseen, vectors[0], indices[0], int(np.prod(module._levels.numpy())))
 
 
-def main(_) -> None:
+def main() -> None:
+    """Runs both sides on the same batches and prints the table."""
+    for name in ("torch", "vector_quantize_pytorch"):
+        if missing := baselines.missing(name):
+            raise InputError(f"{missing}; pip install -e '.[peers]'")
     stages = _STAGES.value
-    pairs = {
+    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         f"VQ {_CODES.value}": (our_codebook, their_codebook),
         f"residual VQ {stages} x {_CODES.value}": (
             functools.partial(our_codebook, stages=stages),
@@ -174,16 +192,13 @@ def main(_) -> None:
         ),
         f"FSQ {' '.join(_LEVELS.value)}": (our_fsq, their_fsq),
     }
-    runs = {name: ([], []) for name in pairs}
+    runs: dict[str, tuple[list[Any], list[Any]]] = {name: ([], []) for name in pairs}
     for seed in range(_SEEDS.value):
         data = draw(seed)
         for name, pair in pairs.items():
             for results, run in zip(runs[name], pair, strict=True):
                 results.append(run(seed, *data))
-    version = getattr(peer, "__version__", "")
-    print(
-        f"{_SEEDS.value} seeds, {_STEPS.value} batches of {_BATCH.value} x {_WIDTH.value}", version
-    )
+    print(f"{_SEEDS.value} seeds, {_STEPS.value} batches of {_BATCH.value} x {_WIDTH.value}")
     print(f"{'':22}  {'':10}  {'ours':>18}  {'theirs':>18}  {'ours - theirs':>18}")
     for name, (ours, theirs) in runs.items():
         for i, what in enumerate(("error", "perplexity")):
@@ -197,9 +212,10 @@ def main(_) -> None:
 
 
 def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
     digits = 4 if max(values) < 10 else 1
     return f"{statistics.mean(values):9.{digits}f} ± {statistics.stdev(values):6.{digits}f}"
 
 
 if __name__ == "__main__":
-    app.run(main)
+    program.run(main)

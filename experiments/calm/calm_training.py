@@ -314,7 +314,7 @@ def curves(folders: Mapping[str, str | os.PathLike]) -> Figure | None:
     """Brier-1 of held-out text against the seconds of training, of runs that logged it.
 
     Args:
-      folders: label -> folder that calm_train wrote.
+      folders: label -> folder that the program train wrote.
     """
     found = {}
     for label, folder in folders.items():

@@ -1,6 +1,6 @@
 """Energy, flow and diffusion heads against Gaussians, on one target of two modes, on one page.
 
-    python -m continuous_lm.experiments.calm.compare_heads [--steps=1000] [--output_dir=FOLDER]
+    python -m continuous_lm compare_heads [--steps=1000] [--output_dir=FOLDER]
 
 Each head is fitted to the same stream of data, with as many optimiser steps and nearly as many
 parameters: see `bimodal` for the target. The table holds the energy distance of their samples to
@@ -31,7 +31,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of data, parameters and samples.", lowe
 
 def main() -> None:
     """Fits, numbers, a table, a figure."""
-    folder = program.output_dir("implicit_heads")
+    folder = program.output_dir("compare_heads")
     chosen = two_mode_target.candidates(_HIDDEN_SIZE.value, _DEPTH.value, _NUM_SAMPLES.value)
     numbers, draws = two_mode_target.compare(
         chosen,
@@ -46,10 +46,10 @@ def main() -> None:
     drawn = {name: way for name, way in draws.items() if name != "flow, Euler"}  # as the other
     figure = two_mode_target.panels(drawn, numbers, jax.random.key(_SEED.value + 1))
     with written_aside(folder) as aside:
-        write_json(aside / "implicit_heads.json", {"run": program.record(), "heads": numbers})
+        write_json(aside / "compare_heads.json", {"run": program.record(), "heads": numbers})
         made.write(aside)
-        plots.save(figure, aside, "implicit_heads")
-    print(f"{made.as_text()}\n\n{folder}: implicit_heads.json, .csv, .md, .tex, .png, .pdf")
+        plots.save(figure, aside, "compare_heads")
+    print(f"{made.as_text()}\n\n{folder}: compare_heads.json, .csv, .md, .tex, .png, .pdf")
 
 
 if __name__ == "__main__":

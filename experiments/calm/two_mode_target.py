@@ -279,7 +279,7 @@ def table_of(numbers: Mapping[str, Mapping[str, Any]]) -> tables.Table:
         for name, found in numbers.items()
     ]
     return tables.Table(
-        "implicit_heads",
+        "compare_heads",
         "Heads on a target of two modes: energy distance to fresh data, its interval over"
         f" conditions, samples within {NEAR:g} deviations of a mode and, of these, at the likelier"
         f" one ({SHARE:.0%} of the data), evaluations of the network a sample",

@@ -173,7 +173,7 @@ def load_any(
     """
     path = as_path(folder)
     if not (path / "config.json").is_file():
-        raise InputError(f"{folder} is not a folder that calm_train wrote")
+        raise InputError(f"{folder} is not a folder that the program train wrote")
     fields = read_json(path / "config.json")
     if autoencoder.is_config(fields):
         raise InputError(f"{folder} holds an autoencoder; give a model that is trained on it")
@@ -193,7 +193,7 @@ def load(
     """The density model in a folder, that a program can go on with."""
     folder = as_path(folder)
     if not pathlib.Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; calm_train writes one")
+        raise InputError(f"{folder} is not a folder; train writes one")
     lm = density.load(folder, mesh=mesh)
     if lm.model.reads != reads:
         raise InputError(f"{folder} holds a model that reads {lm.model.reads}, not {reads}")

@@ -1,6 +1,6 @@
 """Attribution: how much each token's time argues for an answer.
 
-    python -m continuous_lm.experiments.durations.attribution [--prompt=TEXT] [--answer=4] [--nodes=64]
+    python -m continuous_lm attribution [--prompt=TEXT] [--answer=4] [--nodes=64]
 
 Integrated gradients along durations, from a sentence of which only the first token is there to the
 whole of it, share out what the sentence adds to the log probability of the answer. Gradient times

@@ -1,6 +1,6 @@
 """Boolean operators: what is between AND and OR?
 
-    python -m continuous_lm.experiments.durations.boolean [--model=FOLDER]
+    python -m continuous_lm boolean [--model=FOLDER]
 
 The embedding of one operator turns into that of another, for all ten pairs of AND, OR, NAND, NOR
 and XOR on all four inputs (Marro et al., arXiv:2504.03933): one figure of forty curves. Where

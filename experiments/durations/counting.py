@@ -1,6 +1,6 @@
 """Counting: as repeated words last less, does the model count fewer of them?
 
-    python -m continuous_lm.experiments.durations.counting [--model=FOLDER] [--word=cat --category=animal]
+    python -m continuous_lm counting [--model=FOLDER] [--word=cat --category=animal]
 
 The durations of "apple apple apple apple" shrink together from 1 to 0.1 of a token each (Marro et
 al., arXiv:2504.03933, section 4.1). A model that counts by mass answers k where the words last for

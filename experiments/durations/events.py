@@ -1,6 +1,6 @@
 """Events: as the sentences that tell of four things last less, does the model count fewer of them?
 
-    python -m continuous_lm.experiments.durations.events [--scene=shop|zoo|beach] [--model=FOLDER]
+    python -m continuous_lm events [--scene=shop|zoo|beach] [--model=FOLDER]
 
 "She buys a carton of milk. She buys an apple. ..." shrinks as a whole, from the first event to the
 last (Marro et al., arXiv:2504.03933): unlike in `counting`, no word is repeated four

@@ -1,7 +1,7 @@
 """Interpolation: what does the model say of a thing between two words?
 
-    python -m continuous_lm.experiments.durations.interpolation
-    python -m continuous_lm.experiments.durations.interpolation --template="We bought two [] at the"
+    python -m continuous_lm interpolation
+    python -m continuous_lm interpolation --template="We bought two [] at the"
 
 The embeddings of one phrase turn into those of another (Marro et al., arXiv:2504.03933, section
 4.3), along a line or, with --path=spherical, an arc. --answers says what is tracked; without it,

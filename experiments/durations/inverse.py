@@ -1,6 +1,6 @@
 """The inverse problem: durations that make the model say a chosen answer.
 
-    python -m continuous_lm.experiments.durations.inverse [--prompt=TEXT] --answer=3 [--within="apple apple"]
+    python -m continuous_lm inverse [--prompt=TEXT] --answer=3 [--within="apple apple"]
 
 Durations are found by gradients, near 1 and mostly equal to 1, at which the answer leads every
 other token by --margin; random search with as many evaluations of the model (a gradient counts as

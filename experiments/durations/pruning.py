@@ -1,6 +1,6 @@
 """Pruning: the shortest prompt, in time, that keeps an answer.
 
-    python -m continuous_lm.experiments.durations.pruning [--prompt=TEXT] [--answer=4] [--tolerance=0.1]
+    python -m continuous_lm pruning [--prompt=TEXT] [--answer=4] [--tolerance=0.1]
 
 Durations shrink as far as the log probability of the answer stays within a tolerance; what comes to
 0 is gone. The result is verified by the plain model, on the prompt from which those tokens have

@@ -1,6 +1,6 @@
 """Shifting: the same sentence later, or slower. A rotary model should not mind the first.
 
-    python -m continuous_lm.experiments.durations.shifting [--change=scaling] [--model=FOLDER]
+    python -m continuous_lm shifting [--change=scaling] [--model=FOLDER]
 
 A translation begins the sentence 0 to 10 tokens later: rotary models depend on differences of times
 alone, so that nothing changes but rounding; a model with learned positions (GPT-2) reads other rows

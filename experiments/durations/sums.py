@@ -1,6 +1,6 @@
 """Sums: as one number of a sum lasts less, which sum does the model give?
 
-    python -m continuous_lm.experiments.durations.sums [--numbers=24,13 --shrink=2 --model=FOLDER] [--spaced]
+    python -m continuous_lm sums [--numbers=24,13 --shrink=2 --model=FOLDER] [--spaced]
 
 "The sum of 24 and 13 is" with the tokens of one number shrinking (Marro et al., arXiv:2504.03933):
 where "13" is read as one digit, the answer begins like 24 + 1 or 24 + 3. Some tokenizers make one

@@ -1,6 +1,6 @@
 """One command that says whether this GPU computes the right numbers, and how fast.
 
-    python3 -m continuous_lm.experiments.gpu.gpu_check [--sections=attention,sweep] [--allow_cpu]
+    python3 -m continuous_lm gpu_check [--sections=attention,sweep] [--allow_cpu]
 
 Attention in every form and with all its gradients against float64; a sweep, text and a step of
 training against this machine's own CPU; speeds; the benchmark's rows for a GPU. It needs a checkout

@@ -1,6 +1,6 @@
 """Analysis: the paper's tables and figures from the stored results of studies, without a model.
 
-    python -m continuous_lm.experiments.studies.analysis --studies=FOLDER,FOLDER [--output_dir=FOLDER]
+    python -m continuous_lm analysis --studies=FOLDER,FOLDER [--output_dir=FOLDER]
 
 Each folder holds the study.json of one study with one model. Models of the same study make the rows
 of its tables, with a row "Global" over the records of all of them (Marro et al., arXiv:2504.03933,

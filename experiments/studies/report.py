@@ -1,6 +1,6 @@
 """The report: every experiment on one model, on one page to read.
 
-    make report          # or python -m continuous_lm.experiments.studies.report [--model=FOLDER]
+    make report          # or python -m continuous_lm report [--model=FOLDER]
 
 Runs the experiments and the studies, and writes report.html (one file, pictures inside), report.md
 and every figure, table and number beside them. What each section shows stands next to what the

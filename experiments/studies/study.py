@@ -1,6 +1,6 @@
 """A study: one experiment on a whole data set, batched across prompts, stopped and resumed at will.
 
-    python -m continuous_lm.experiments.studies.study --study=counting [--model=FOLDER] [--data=FILE]
+    python -m continuous_lm study --study=counting [--model=FOLDER] [--data=FILE]
 
 counting    200 prompts of a word repeated 2 to 6 times, which shrinks
 tutorials   200 how-to tutorials, whose steps shrink

@@ -1,7 +1,7 @@
 """Ways from a drawn vector to tokens, on trained models: accuracy, noise, time.
 
-    python -m continuous_lm.experiments.text_models.compare_quantizers --model=results/mixture
-    python -m continuous_lm.experiments.text_models.compare_quantizers --model=results/calm-2,results/calm-4
+    python -m continuous_lm compare_quantizers --model=results/mixture
+    python -m continuous_lm compare_quantizers --model=results/calm-2,results/calm-4
 
 On held-out text, each way gets the same draws from the density of the next vector. Nearest rows,
 Euclidean and cosine, and the nearest few re-ranked by the density search the table itself. Vector,
@@ -25,7 +25,10 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.parallel import processes
 
 _MODEL = flags.DEFINE_list(
-    "model", None, "Folder that calm_train wrote; several of next-vector models.", required=True
+    "model",
+    None,
+    "Folder that the program train wrote; several of next-vector models.",
+    required=True,
 )
 _CODEC = flags.DEFINE_string(
     "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
@@ -41,7 +44,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of draws and codebooks.", lower_bound=0
 
 def main() -> None:
     """Numbers, a table, files."""
-    folder = program.output_dir("quantization_ablation")
+    folder = program.output_dir("compare_quantizers")
     settings = {
         "length": _LENGTH.value,
         "windows": _WINDOWS.value,
@@ -71,9 +74,9 @@ def main() -> None:
         return
     with written_aside(folder) as aside:
         values = {"run": program.record(), "data": data.source, "ways": results}
-        write_json(aside / "quantization_ablation.json", values)
+        write_json(aside / "compare_quantizers.json", values)
         made.write(aside)
-    print(f"{made.as_text()}\n\n{folder}/quantization_ablation.json, quantization.csv, .md, .tex")
+    print(f"{made.as_text()}\n\n{folder}/compare_quantizers.json, quantization.csv, .md, .tex")
 
 
 if __name__ == "__main__":

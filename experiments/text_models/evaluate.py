@@ -1,10 +1,11 @@
-"""Judges models of text that calm_train wrote, on the held-out part of what they were trained on.
+"""Evaluates models of text, written by the program train, on the held-out part of their data.
 
-    python -m continuous_lm.experiments.text_models.evaluate --models=results/baseline,results/mixture
+    python -m continuous_lm evaluate --models=results/baseline,results/mixture
 
-Likelihood, perplexity, noise and collapse of density models and baselines: see `judging`.
+Likelihood, perplexity, noise and collapse of density models and baselines: see
+`densities.evaluation`.
 Reconstruction of next-vector models. BrierLM of all of them, at the same positions: see
-`next_vector`. --data must be what the models were trained on.
+`calm_training`. --data must be what the models were trained on.
 """
 
 import pathlib
@@ -23,7 +24,7 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.parallel import processes
 
-_MODELS = flags.DEFINE_list("models", None, "Folders that calm_train wrote.", required=True)
+_MODELS = flags.DEFINE_list("models", None, "Folders that the program train wrote.", required=True)
 _CODEC = flags.DEFINE_string(
     "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
 )
@@ -52,7 +53,7 @@ def judged(lm: DensityLM | NextVectorLM, data: tokenized_text.Corpus) -> dict[st
 
 def main() -> None:
     """Numbers, tables, files."""
-    folder = program.output_dir("calm_eval")
+    folder = program.output_dir("evaluate")
     results: dict[str, dict[str, Any]] = {}
     tokens = None
     for name in _MODELS.value:
@@ -87,12 +88,12 @@ def main() -> None:
     with written_aside(folder) as aside:
         if learning is not None:
             plots.save(learning, aside, "curves")
-        write_json(aside / "calm_eval.json", {"run": program.record(), "models": results})
+        write_json(aside / "evaluate.json", {"run": program.record(), "models": results})
         for table in made:
             table.write(aside)
     print("\n\n".join(table.as_text() for table in made))
     print("\n{text}, {bytes:,} bytes, SHA-256 {sha256}".format(**data.source))
-    print(f"{folder}/calm_eval.json, .csv, .md, .tex")
+    print(f"{folder}/evaluate.json, .csv, .md, .tex")
 
 
 if __name__ == "__main__":

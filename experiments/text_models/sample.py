@@ -1,10 +1,10 @@
 """Draws text from a density or next-vector model, and steers it.
 
-    python -m continuous_lm.experiments.text_models.sample --model=results/mixture --prompt="Return the"
-    python -m continuous_lm.experiments.text_models.sample --model=results/mixture \
+    python -m continuous_lm sample --model=results/mixture --prompt="Return the"
+    python -m continuous_lm sample --model=results/mixture \
         --towards=file,path,directory --strengths=0,0.5,1,2
-    python -m continuous_lm.experiments.text_models.sample --model=results/calm --temperature=0.5
-    python -m continuous_lm.experiments.text_models.sample --model=results/calm \
+    python -m continuous_lm sample --model=results/calm --temperature=0.5
+    python -m continuous_lm sample --model=results/calm \
         --between="Return the name." --between="Raise an error."
 
 Steering shifts the mean of each density along a direction: the mean of the rows of the words in
@@ -35,7 +35,7 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.parallel import processes
 
-_MODEL = flags.DEFINE_string("model", None, "Folder that calm_train wrote.", required=True)
+_MODEL = flags.DEFINE_string("model", None, "Folder that the program train wrote.", required=True)
 _CODEC = flags.DEFINE_string(
     "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
 )
@@ -190,7 +190,7 @@ def of_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
 
 def main() -> None:
     """Texts, shares, a figure."""
-    folder = program.output_dir("calm_sample")
+    folder = program.output_dir("sample")
     values = strengths()
     lm = density_training.load_any(_MODEL.value, _CODEC.value, program.mesh())
     wrong = _OF_DENSITIES if isinstance(lm, NextVectorLM) else _OF_NEXT_VECTORS
@@ -203,8 +203,8 @@ def main() -> None:
         if not processes.is_first():
             return
         with written_aside(folder) as aside:
-            write_json(aside / "calm_sample.json", {"run": program.record(), **found})
-        print(f"\n{folder}/calm_sample.json")
+            write_json(aside / "sample.json", {"run": program.record(), **found})
+        print(f"\n{folder}/sample.json")
         return
     tokenizer: Any = lm.tokenizer
     towards, away = (
@@ -236,7 +236,7 @@ def main() -> None:
         for drawn in result["texts"]:
             print(f"---{told}\n{_PROMPT.value}{drawn}")
     with written_aside(folder) as aside:
-        write_json(aside / "calm_sample.json", {"run": program.record(), "samples": results})
+        write_json(aside / "sample.json", {"run": program.record(), "samples": results})
         if towards:
             drawn_figure = figure(results, f"strength towards {', '.join(_TOWARDS.value)}")
             plots.save(drawn_figure, aside, "steering")
@@ -246,7 +246,7 @@ def main() -> None:
             table = tables.Table("steering", "Share of new tokens near the list", columns, rows)
             table.write(aside)
             print(f"\n{table.as_text()}")
-    print(f"\n{folder}/calm_sample.json")
+    print(f"\n{folder}/sample.json")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Trains continuous autoregressive language models, and the discrete ones they are held against.
 
-    python -m continuous_lm.experiments.text_models.train --stage=baseline --output_dir=results/baseline
-    python -m continuous_lm.experiments.text_models.train --head=mixture --rows_of=results/baseline \
+    python -m continuous_lm train --stage=baseline --output_dir=results/baseline
+    python -m continuous_lm train --head=mixture --rows_of=results/baseline \
         --output_dir=results/mixture
-    python -m continuous_lm.experiments.text_models.train --stage=autoencoder --output_dir=results/codec
-    python -m continuous_lm.experiments.text_models.train --stage=calm --codec=results/codec \
+    python -m continuous_lm train --stage=autoencoder --output_dir=results/codec
+    python -m continuous_lm train --stage=calm --codec=results/codec \
         --output_dir=results/calm
 
 A run that was stopped goes on when the same command is given again: it is in `run/` of the folder,
@@ -262,7 +262,7 @@ def train_calm(folder: pathlib.Path, key: jax.Array, options: dict[str, Any]) ->
 
 def main() -> None:
     """Trains, writes."""
-    folder = program.output_dir("calm_train")
+    folder = program.output_dir("train")
     check_flags()
     stages = {"autoencoder": train_autoencoder, "calm": train_calm}
     options = {
@@ -282,8 +282,8 @@ def main() -> None:
     if not processes.is_first():
         return
     with written_aside(folder) as aside:
-        write_json(aside / "calm_train.json", {"run": program.record(), "data": source})
-    print(f"{folder}: for calm_sample, calm_eval, quantization_ablation")
+        write_json(aside / "train.json", {"run": program.record(), "data": source})
+    print(f"{folder}: for sample, evaluate, compare_quantizers")
 
 
 if __name__ == "__main__":

@@ -249,7 +249,7 @@ def test_sentences_are_plain_and_shuffled():
 
 def run(*flags, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "continuous_lm.experiments.audio.frames", *flags],
+        [sys.executable, "-m", "continuous_lm", "frames", *flags],
         capture_output=True,
         text=True,
         check=False,

@@ -175,7 +175,7 @@ def test_four_devices_share_the_work():
 @pytest.mark.slow
 def test_the_program_writes_what_it_prints(tmp_path):
     out = python(PROGRAM, "--shapes=tiny", f"--output_dir={tmp_path}")
-    (row,) = json.loads((tmp_path / "growth.json").read_text())["growth"]["tiny"]
+    (row,) = json.loads((tmp_path / "device_costs.json").read_text())["growth"]["tiny"]
     assert (row["at_once"], row["fits"]) == (4, list(device_costs.ACCELERATORS))
     assert row["over_products"] > 1.0
     assert device_costs.growth_table({"tiny": [row]}).as_text() in out

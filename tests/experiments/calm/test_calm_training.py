@@ -24,7 +24,6 @@ from continuous_lm.models import calm as calm_models
 from continuous_lm.models.calm import autoencoder
 from tests.experiments.text_models.test_text_models import (
     NEW,
-    PROGRAMS,
     assert_refused,
     run,
     write_text,
@@ -223,7 +222,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def train():
-    with tiny.forked(PROGRAMS["calm_train"]) as train:
+    with tiny.forked("train") as train:
         yield train
 
 
@@ -291,7 +290,7 @@ def test_what_is_trained_is_whole(trained):
         assert_same_trees(lm.params["autoencoder"], of.params)  # it stayed as it was
         assert np.isfinite([line["loss"] for line in metrics(trained / name)]).all()
         assert metrics(trained / name)[-1]["held_out"] > 0
-        stored = read(trained / name / "calm_train.json")
+        stored = read(trained / name / "train.json")
         assert stored["data"]["bytes"] == (trained / "text.txt").stat().st_size
         assert stored["run"]["flags"]["stage"] == "calm"
     head = calm_models.load(trained / "energy").model.head
@@ -303,14 +302,14 @@ def test_evaluation_of_both_kinds_at_the_same_positions(trained):
     options = ("--length=16", "--context=8", "--stride=8", "--positions=20")
     status, stdout, stderr = run(
         trained,
-        "calm_eval",
+        "evaluate",
         DATA,
         *options,
         "--models=baseline,energy,flow",
         "--output_dir=eval",
     )
     assert status == 0, stderr
-    models = read(trained / "eval" / "calm_eval.json")["models"]
+    models = read(trained / "eval" / "evaluate.json")["models"]
     assert models["baseline"]["perplexity"]["value"] > 1
     assert list(models["baseline"]["brier"]) == ["sampled", "shuffled", "closed"]
     for name, size in (("energy", 2), ("flow", 4)):
@@ -354,11 +353,11 @@ def test_samples_and_what_lies_between(trained):
         "between": ("--between=Ann reads the file.", "--between=Bob opens a path."),
     }
     found = {}
-    with tiny.forked(PROGRAMS["calm_sample"]) as sample:
+    with tiny.forked("sample") as sample:
         for name, arguments in runs.items():
             status, stdout, stderr = sample(trained, *common, *arguments, f"--output_dir=s/{name}")
             assert status == 0, stderr
-            found[name] = read(trained / "s" / name / "calm_sample.json")
+            found[name] = read(trained / "s" / name / "sample.json")
             assert len(found[name]["texts"]) == 3
             for text in (*found[name]["texts"], *found[name].get("between", [])):
                 assert text in stdout
@@ -374,10 +373,10 @@ def test_samples_and_what_lies_between(trained):
 def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
     options = ("--length=8", "--windows=16", "--codes=16", "--stages=2", "--output_dir=ablation")
     status, stdout, stderr = run(
-        trained, "quantization_ablation", DATA, "--model=energy,flow", *options
+        trained, "compare_quantizers", DATA, "--model=energy,flow", *options
     )
     assert status == 0, stderr
-    ways = read(trained / "ablation" / "quantization_ablation.json")["ways"]
+    ways = read(trained / "ablation" / "compare_quantizers.json")["ways"]
     train, held_out = (tokens_of(trained, part) for part in (0, 1))
     assert [way["K"] for way in ways] == [2] * 5 + [4] * 5
     for size in (2, 4):
@@ -443,7 +442,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, train, name):
         assert_refused(train(trained, *arguments, "--codec=moved"), "frozen")
 
 
-# Forks of one process that has imported everything run calm_train, and may be killed: so many
+# Forks of one process that has imported everything run train, and may be killed: so many
 # seconds after a new checkpoint, or after they began where there is none to wait for.
 _KILLER = """
 import json, os, pathlib, runpy, signal, sys, time
@@ -457,8 +456,8 @@ for line in sys.stdin:
     if child == 0:
         out = os.open(os.devnull, os.O_WRONLY)
         os.dup2(out, 1), os.dup2(out, 2)
-        sys.argv = [program, *arguments]
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+        sys.argv = ["continuous_lm", program, *arguments]
+        runpy.run_module("continuous_lm", run_name="__main__", alter_sys=True)
         os._exit(0)
     listed = lambda: os.listdir(saved) if saved is not None and os.path.isdir(saved) else []
     latest = lambda: max([int(name) for name in listed() if name.isdigit()], default=0)
@@ -484,7 +483,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
     common = [DATA, *STAGE, "--codec=codec", HEAD, f"--steps={steps}"]
     whole, killed = (trained / name for name in ("whole", "killed"))
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", _KILLER, PROGRAMS["calm_train"]],
+        [sys.executable, "-W", "ignore", "-c", _KILLER, "train"],
         cwd=trained,
         env=tiny.ENVIRONMENT,
         stdin=subprocess.PIPE,
@@ -613,16 +612,16 @@ def test_flags_out_of_range(trained, train, arguments):
 @slow
 def test_bad_input_to_the_others(trained):
     models, other = "--models=codec", ("--model=energy", "--output_dir=refused")
-    assert_refused(run(trained, "calm_eval", models, DATA), "codec holds an autoencoder")
+    assert_refused(run(trained, "evaluate", models, DATA), "codec holds an autoencoder")
     assert_refused(
-        run(trained, "calm_eval", "--models=energy,energy", DATA), "two folders are called energy"
+        run(trained, "evaluate", "--models=energy,energy", DATA), "two folders are called energy"
     )
     assert_refused(
-        run(trained, "calm_eval", "--models=energy", DATA, "--context=100000"),
+        run(trained, "evaluate", "--models=energy", DATA, "--context=100000"),
         "energy",
         "too short",
     )
-    with tiny.forked(PROGRAMS["calm_sample"]) as sample:
+    with tiny.forked("sample") as sample:
         for arguments, *culprits in (
             (["--between=Ann reads"], "--between is given 1 times; give it twice"),
             (["--between=Ann", "--between=Bob", "--between=Eve"], "--between is given 3 times"),
@@ -639,7 +638,7 @@ def test_bad_input_to_the_others(trained):
             (["--model=codec"], "codec holds an autoencoder"),
         ):
             assert_refused(sample(trained, *other, *arguments), *culprits)
-    with tiny.forked(PROGRAMS["quantization_ablation"]) as ablate:
+    with tiny.forked("compare_quantizers") as ablate:
         for arguments, *culprits in (
             (["--candidates=3"], "--candidates", "has no rows"),
             (["--model=energy,baseline"], "baseline is a density model; give it alone"),

@@ -13,7 +13,7 @@ import pytest
 from continuous_lm.experiments.calm import two_mode_target
 
 KEY = jax.random.key(3)
-PROGRAM = "continuous_lm.experiments.calm.compare_heads"
+PROGRAM = "compare_heads"
 
 
 def test_the_target_and_its_best_gaussian():
@@ -72,14 +72,21 @@ def test_heads_that_differ_in_sampling_alone_are_fitted_once():
 def test_the_program_writes_what_it_says(tmp_path):
     flags = "--steps=3 --hidden_size=8 --conditions=3 --samples=4 --batch_size=4".split()
     done = subprocess.run(
-        [sys.executable, "-m", PROGRAM, *flags, f"--output_dir={tmp_path / 'out'}"],
+        [
+            sys.executable,
+            "-m",
+            "continuous_lm",
+            PROGRAM,
+            *flags,
+            f"--output_dir={tmp_path / 'out'}",
+        ],
         capture_output=True,
         text=True,
         check=False,
         cwd=pathlib.Path(__file__).parents[3],
     )
     assert done.returncode == 0, done.stderr
-    values = json.loads((tmp_path / "out" / "implicit_heads.json").read_text())
+    values = json.loads((tmp_path / "out" / "compare_heads.json").read_text())
     assert values["run"]["flags"]["steps"] == 3
     assert list(values["heads"]) == ["data", "best Gaussian", *two_mode_target.candidates(8, 1, 2)]
     for found in values["heads"].values():

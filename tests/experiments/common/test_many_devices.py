@@ -17,7 +17,6 @@ from continuous_lm.experiments.training import run_folder
 from tests.experiments.text_models.test_text_models import write_text
 from tests.fixtures import many_devices, tiny
 
-PACKAGE = "continuous_lm.experiments"
 MESHES = ("--mesh=data=8", "--mesh=model=8", "--mesh=data=4,model=2")
 PMAP = "--pmap"
 slow = pytest.mark.slow
@@ -37,13 +36,13 @@ REFUSED = {
         "--compilation_cache=/dev/null/x": "cannot be written",
     },
     "attribution": {"--pmap": "nothing that it could spread"},
-    "implicit_heads": {"--mesh=data=1": "this program runs on one device"},
+    "compare_heads": {"--mesh=data=1": "this program runs on one device"},
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_flags_are_read_or_refused(name, tmp_path):
-    with tiny.forked(f"{PACKAGE}.{name}") as run:
+    with tiny.forked(name) as run:
         for given, why in REFUSED[name].items():
             status, _, stderr = run(tmp_path, *given.split())
             assert status == 1, given
@@ -119,7 +118,7 @@ SWEEPS = {
     "attribution": (("--nodes=4",), MESHES),
     "inverse": (("--ascent=2",), MESHES),
     "pruning": (("--descent=2",), MESHES),
-    "evaluate_embedded": (("--held_out_prompts=8",), MESHES[2:]),
+    "evaluate_apples": (("--held_out_prompts=8",), MESHES[2:]),
     "frames": (FRAMES, MESHES[2:]),
 } | dict.fromkeys(("boolean", "events", "sums", "shifting"), (("--points=5",), (MESHES[2], PMAP)))
 
@@ -129,7 +128,7 @@ SWEEPS = {
 def test_sweeps_and_searches(name, tmp_path):
     arguments, ways = SWEEPS[name]
     found = []
-    with on_eight(), tiny.forked(f"{PACKAGE}.{name}") as run:
+    with on_eight(), tiny.forked(name) as run:
         for i, way in enumerate(("", *ways)):
             given = (*arguments, *way.split(), f"--output_dir={i}")
             status, _, stderr = run(tmp_path, *given)
@@ -146,7 +145,7 @@ TRAIN = (
 
 
 def stage(*arguments):
-    """Flags of `calm_train`; those that a stage does not have are left out."""
+    """Flags of `train`; those that a stage does not have are left out."""
     without = ("--num_layers", "--num_heads", "--length") if "autoencoder" in arguments[0] else ()
     if any(a.startswith(("--codec=", "--rows_of=")) for a in arguments):
         without += ("--vocab_size",)
@@ -166,7 +165,7 @@ def trained(tmp_path_factory):
     """A folder with the models of all stages, trained on one device and on meshes."""
     folder = tmp_path_factory.mktemp("many")
     write_text(folder)
-    with on_eight(), tiny.forked(f"{PACKAGE}.calm_train") as train:
+    with on_eight(), tiny.forked("train") as train:
         for name, arguments in STAGES.items():
             for i, way in enumerate(("", *MESHES)):
                 given = (*arguments, *way.split(), f"--output_dir={name}{i}")
@@ -192,7 +191,7 @@ def test_training(name, trained):
 def test_training_by_pmap(tmp_path):
     write_text(tmp_path)
     arguments = [*stage("--stage=baseline"), "--accumulate=8"]
-    with on_eight(), tiny.forked(f"{PACKAGE}.calm_train") as train:
+    with on_eight(), tiny.forked("train") as train:
         for name, ways in {"one": [], "pmap": [PMAP]}.items():
             status, _, stderr = train(tmp_path, *arguments, *ways, f"--output_dir={name}")
             assert status == 0, stderr
@@ -201,11 +200,11 @@ def test_training_by_pmap(tmp_path):
 
 
 JUDGED = {
-    "calm_eval": "--models=baseline0,density0,calm0 --data=text.txt --length=16 --windows=8"
+    "evaluate": "--models=baseline0,density0,calm0 --data=text.txt --length=16 --windows=8"
     " --positions=16 --context=8",
-    "calm_sample of densities": "--model=density0 --samples=2 --max_new_tokens=6",
-    "calm_sample of next vectors": "--model=calm0 --samples=2 --max_new_tokens=8",
-    "quantization_ablation": "--model=density0 --data=text.txt --length=16 --codes=32 --stages=2"
+    "sample of densities": "--model=density0 --samples=2 --max_new_tokens=6",
+    "sample of next vectors": "--model=calm0 --samples=2 --max_new_tokens=8",
+    "compare_quantizers": "--model=density0 --data=text.txt --length=16 --codes=32 --stages=2"
     " --windows=4",
 }
 
@@ -215,7 +214,7 @@ JUDGED = {
 def test_evaluation_and_samples(case, trained):
     name = case.split()[0]
     found = []
-    with on_eight(), tiny.forked(f"{PACKAGE}.{name}") as run:
+    with on_eight(), tiny.forked(name) as run:
         for way in ("", *MESHES):
             status, _, stderr = run(trained, *JUDGED[case].split(), *way.split())
             assert status == 0, stderr
@@ -290,7 +289,7 @@ def together(cwd, name, *arguments):
     address = f"localhost:{many_devices.free_port()}"
     said = (f"--coordinator={address}", "--num_processes=2", "--silent_for=20")
     return many_devices.processes(
-        [("-m", f"{PACKAGE}.{name}", *arguments, *said, f"--process_id={i}") for i in (0, 1)],
+        [("-m", "continuous_lm", name, *arguments, *said, f"--process_id={i}") for i in (0, 1)],
         cwd=cwd,
     )
 
@@ -303,7 +302,7 @@ def assert_all_end(processes):
 
 @slow
 def test_a_sweep_in_two_processes(tmp_path):
-    status, _, stderr = tiny.run(tmp_path, f"{PACKAGE}.counting", "--points=9", "--output_dir=one")
+    status, _, stderr = tiny.run(tmp_path, "counting", "--points=9", "--output_dir=one")
     assert status == 0, stderr
     arguments = ("--points=9", "--mesh=data=4,model=2", "--output_dir=two")
     with together(tmp_path, "counting", *arguments) as processes:
@@ -320,9 +319,9 @@ def test_a_sweep_in_two_processes(tmp_path):
 def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
     write_text(tmp_path)
     arguments = [*stage("--stage=baseline"), "--steps=60", "--save_every=10"]
-    with together(tmp_path, "calm_train", *arguments, "--mesh=data=4,model=2") as processes:
+    with together(tmp_path, "train", *arguments, "--mesh=data=4,model=2") as processes:
         deadline = time.monotonic() + 600
-        while not run_folder.checkpoints(tmp_path / "results/calm_train/run"):
+        while not run_folder.checkpoints(tmp_path / "results/train/run"):
             assert time.monotonic() < deadline
             assert processes[0].poll() is None, processes[0].communicate()[1]
             time.sleep(0.1)
@@ -332,14 +331,12 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
         assert time.monotonic() - began < 20  # --silent_for
         assert processes[1 - lost].returncode == 1, told
         assert told.splitlines()[-1].startswith(f"error: process {lost} has ended early"), told
-    made = [step for step, _ in run_folder.checkpoints(tmp_path / "results/calm_train/run")]
+    made = [step for step, _ in run_folder.checkpoints(tmp_path / "results/train/run")]
     assert made[-1] < 60  # or nothing was left to go on with
 
-    with together(tmp_path, "calm_train", *arguments, "--mesh=data=8") as processes:
+    with together(tmp_path, "train", *arguments, "--mesh=data=8") as processes:
         assert_all_end(processes)
-    status, _, stderr = tiny.run(
-        tmp_path, f"{PACKAGE}.calm_train", *arguments, "--output_dir=results/one"
-    )
+    status, _, stderr = tiny.run(tmp_path, "train", *arguments, "--output_dir=results/one")
     assert status == 0, stderr
-    one, two = (tmp_path / "results" / name for name in ("one", "calm_train"))
+    one, two = (tmp_path / "results" / name for name in ("one", "train"))
     assert_close(read(one / "run/metrics.jsonl"), read(two / "run/metrics.jsonl"))

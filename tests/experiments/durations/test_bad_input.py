@@ -16,7 +16,7 @@ import safetensors.numpy
 import continuous_lm as clm
 from tests.fixtures import tiny
 
-PROGRAM = "continuous_lm.experiments.durations.counting"
+PROGRAM = "counting"
 
 
 @pytest.fixture(scope="module")

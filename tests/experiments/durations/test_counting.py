@@ -13,7 +13,7 @@ import continuous_lm as clm
 from continuous_lm.models import language_model
 from tests.fixtures import tiny
 
-PROGRAM = "continuous_lm.experiments.durations.counting"
+PROGRAM = "counting"
 DIGITS = "0123456789"
 POINTS = 12
 # Digits, what merely contains them, and what the prompt needs.

@@ -32,8 +32,7 @@ def call():
 
         def call(program, cwd, *arguments):
             if program not in started:
-                name = f"continuous_lm.experiments.{program}"
-                started[program] = servers.enter_context(tiny.forked(name))
+                started[program] = servers.enter_context(tiny.forked(program))
             return started[program](cwd, *arguments)
 
         yield call

@@ -18,7 +18,7 @@ from continuous_lm.models import generation
 from tests.continuous_lm.attention.test_pallas import gpu
 from tests.fixtures import tiny
 
-PROGRAM = "continuous_lm.experiments.gpu.gpu_check"
+PROGRAM = "gpu_check"
 
 # --- The program ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.studies import metrics
 from tests.fixtures import tiny
 
-PROGRAM = "continuous_lm.experiments.studies.analysis"
+PROGRAM = "analysis"
 DIGITS = "0123456789"
 SWEEP = np.linspace(0.1, 1.0, 10)
 

@@ -14,7 +14,7 @@ from continuous_lm.experiments.durations import prompt_sweeps
 from continuous_lm.experiments.studies import analysis, datasets
 from tests.fixtures import tiny
 
-PROGRAM = "continuous_lm.experiments.studies.study"
+PROGRAM = "study"
 PAPER = pathlib.Path(__file__).parents[4] / "shared" / "data" / "paper"
 
 

@@ -270,7 +270,7 @@ def test_a_nasty_vocabulary_reaches_the_page_as_text(tmp_path):
 
 
 def test_flags_of_single_experiments_are_refused(tmp_path):
-    with tiny.forked("continuous_lm.experiments.studies.report") as run:
+    with tiny.forked("report") as run:
         for flag in ("--vary=mass", "--path=spherical", "--prompt=Hello"):
             status, _, stderr = run(tmp_path, flag, "--output_dir=out")
             assert status != 0

@@ -16,7 +16,7 @@ from continuous_lm.experiments.common import answer_curves
 from continuous_lm.experiments.studies import datasets, study
 from tests.fixtures import tiny
 
-PROGRAM = "continuous_lm.experiments.studies.study"
+PROGRAM = "study"
 POINTS = np.linspace(0.1, 1.0, 5)
 DIGITS = clm.tokenization.DIGITS
 

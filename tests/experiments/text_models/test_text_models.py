@@ -16,10 +16,6 @@ from continuous_lm.experiments.training import run_folder
 from continuous_lm.models import density
 from tests.fixtures import tiny
 
-PROGRAMS = {
-    name: f"continuous_lm.experiments.{name}"
-    for name in ("calm_train", "calm_eval", "calm_sample", "quantization_ablation")
-}
 SMALL = (
     "--data=text.txt",
     "--hidden_size=16",
@@ -53,7 +49,7 @@ def trained(tmp_path_factory):
     """A folder with a text, a baseline and a mixture on its rows."""
     folder = tmp_path_factory.mktemp("calm")
     write_text(folder)
-    with tiny.forked(PROGRAMS["calm_train"]) as train:
+    with tiny.forked("train") as train:
         for arguments in (
             (NEW, "--head=token", "--output_dir=baseline"),
             ("--head=mixture", "--rows_of=baseline", "--output_dir=mixture"),
@@ -64,7 +60,7 @@ def trained(tmp_path_factory):
 
 
 def run(folder, name, *arguments):
-    with tiny.forked(PROGRAMS[name]) as program:
+    with tiny.forked(name) as program:
         return program(folder, *arguments)
 
 
@@ -90,7 +86,7 @@ def test_what_is_trained_is_whole(trained):
     lines = (trained / "mixture" / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[-1] < losses[0]
-    stored = json.loads((trained / "mixture" / "calm_train.json").read_text())
+    stored = json.loads((trained / "mixture" / "train.json").read_text())
     assert stored["data"]["bytes"] == (trained / "text.txt").stat().st_size
 
 
@@ -98,28 +94,26 @@ def test_what_is_trained_is_whole(trained):
 def test_evaluation_samples_and_ablation(trained):
     data = SMALL[0]
     status, stdout, stderr = run(
-        trained, "calm_eval", data, "--length=16", "--models=baseline,mixture", "--output_dir=eval"
+        trained, "evaluate", data, "--length=16", "--models=baseline,mixture", "--output_dir=eval"
     )
     assert status == 0, stderr
-    models = json.loads((trained / "eval" / "calm_eval.json").read_text())["models"]
+    models = json.loads((trained / "eval" / "evaluate.json").read_text())["models"]
     assert f"{models['mixture']['perplexity']['value']:.1f}" in stdout
     assert models["baseline"]["bits_per_byte"] > 0
 
     steering = ("--towards=file", "--strengths=0,50", "--samples=3", "--max_new_tokens=8")
     common = ("--model=mixture", "--quantize=euclidean", "--near=1", "--output_dir=sample")
-    status, stdout, stderr = run(trained, "calm_sample", *common, *steering)
+    status, stdout, stderr = run(trained, "sample", *common, *steering)
     assert status == 0, stderr
-    samples = json.loads((trained / "sample" / "calm_sample.json").read_text())["samples"]
+    samples = json.loads((trained / "sample" / "sample.json").read_text())["samples"]
     assert samples[1]["share"]["value"] > 0.9  # far along, the words are the list
     assert samples[0]["share"]["value"] < samples[1]["share"]["value"]
     assert (trained / "sample" / "steering.png").exists()
 
     options = ("--length=16", "--codes=32", "--stages=2", "--windows=4", "--output_dir=ablation")
-    status, stdout, stderr = run(
-        trained, "quantization_ablation", data, "--model=mixture", *options
-    )
+    status, stdout, stderr = run(trained, "compare_quantizers", data, "--model=mixture", *options)
     assert status == 0, stderr
-    ways = json.loads((trained / "ablation" / "quantization_ablation.json").read_text())["ways"]
+    ways = json.loads((trained / "ablation" / "compare_quantizers.json").read_text())["ways"]
     assert [way["way"] for way in ways][:3] == ["nearest", "cosine", "re-ranked"]
     by_name = {way["way"]: way for way in ways}
     assert by_name["nearest"]["noise"] <= min(by_name[n]["noise"] for n in ("cosine", "re-ranked"))
@@ -131,7 +125,7 @@ def test_evaluation_samples_and_ablation(trained):
 def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(trained, tmp_path):
     write_text(tmp_path)
     arguments = (*SMALL, NEW, "--head=gaussian", "--output_dir=out")
-    with tiny.forked(PROGRAMS["calm_train"]) as train:
+    with tiny.forked("train") as train:
         assert train(tmp_path, *arguments)[0] == 0
         whole = density.load(tmp_path / "out").params
         steps = [step for step, _ in run_folder.checkpoints(tmp_path / "out" / "run")]
@@ -181,7 +175,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train():
-    with tiny.forked(PROGRAMS["calm_train"]) as train:
+    with tiny.forked("train") as train:
         yield train
 
 
@@ -198,11 +192,11 @@ def test_bad_input_to_training(texts, train, tmp_path, case):
 
 @slow
 def test_bad_input_to_the_others(trained, texts):
-    assert_refused(run(texts, "calm_eval", "--models=nowhere"), "nowhere is not a folder")
+    assert_refused(run(texts, "evaluate", "--models=nowhere"), "nowhere is not a folder")
     apples = os.path.dirname(importlib.util.find_spec("continuous_lm").origin)
     folder = os.path.join(apples, "models", "bundled", "apples")
-    assert_refused(run(texts, "calm_eval", f"--models={folder}"), "density.json is missing")
-    with tiny.forked(PROGRAMS["calm_sample"]) as sample:
+    assert_refused(run(texts, "evaluate", f"--models={folder}"), "density.json is missing")
+    with tiny.forked("sample") as sample:
         for arguments, *culprits in (
             (["--strengths=0,1"], "need --towards"),
             (["--towards=file", "--strengths=much"], "--strengths"),
@@ -211,7 +205,7 @@ def test_bad_input_to_the_others(trained, texts):
         ):
             assert_refused(sample(trained, "--model=mixture", *arguments), *culprits)
     ablation = ("--model=mixture", SMALL[0], "--length=16")
-    with tiny.forked(PROGRAMS["quantization_ablation"]) as ablate:
+    with tiny.forked("compare_quantizers") as ablate:
         assert_refused(ablate(trained, *ablation, "--codes=10000"), "--codes=10000")
         assert_refused(ablate(trained, *ablation, "--model=baseline"), "draws tokens")
 
@@ -221,7 +215,8 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
     command = [
         sys.executable,
         "-m",
-        PROGRAMS["calm_train"],
+        "continuous_lm",
+        "train",
         *SMALL,
         NEW,
         f"--output_dir={tmp_path}/out",

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the reference is written in PyTorch
 pytest.importorskip("transformers", reason="the reference's trunk is transformers' Llama")
 
 from continuous_lm.models import calm  # noqa: E402
-from continuous_lm.models.calm import autoencoder
+from continuous_lm.models.calm import autoencoder  # noqa: E402
 from tests.fixtures import calm_reference as reference  # noqa: E402
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
