@@ -127,6 +127,23 @@ def test_no_folder_is_crowded():
     assert not crowded
 
 
+def test_the_command_line_is_installed(wheel: Path):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
+    assert "continuous-lm = continuous_lm.__main__:main" in archive.read(name).decode()
+
+
+# --- The folders ---
+
+MOST_FILES = 13  # of a folder: more of one kind want sub-folders
+
+
+def test_no_folder_is_crowded():
+    counts = Counter(path.parent for path in sources(ROOT) if path.suffix == ".py")
+    crowded = {str(folder): n for folder, n in counts.items() if n > MOST_FILES}
+    assert not crowded
+
+
 # --- The layers ---
 
 # The packages that each layer may import beside its own. The ground is all of continuous_lm but
@@ -275,11 +292,13 @@ def import_graph(files: Mapping[str, str], packages: set[str]) -> dict[str, set[
 
 def a_circle(graph: Mapping[str, set[str]]) -> list[str]:
     """Modules that import each other in a circle; none if there is no circle."""
-    remaining = {name: set(reached) for name, reached in graph.items()}
-    while leaves := {name for name, reached in remaining.items() if not reached & set(remaining)}:
-        for name in leaves:
-            del remaining[name]
-    return sorted(remaining)
+    remaining = set(graph)
+    while True:
+        reached = {target for name in remaining for target in graph[name]}
+        inner = {name for name in remaining & reached if graph[name] & remaining}
+        if inner == remaining:
+            return sorted(remaining)
+        remaining = inner
 
 
 def test_imports_form_no_circle():
