@@ -122,24 +122,8 @@ MOST_FILES = 13  # of a folder: more of one kind want sub-folders
 
 
 def test_no_folder_is_crowded():
-    counts = Counter(path.parent for path in sources(ROOT) if path.suffix == ".py")
-    crowded = {str(folder): n for folder, n in counts.items() if n > MOST_FILES}
-    assert not crowded
-
-
-def test_the_command_line_is_installed(wheel: Path):
-    archive = zipfile.ZipFile(wheel)
-    (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
-    assert "continuous-lm = continuous_lm.__main__:main" in archive.read(name).decode()
-
-
-# --- The folders ---
-
-MOST_FILES = 13  # of a folder: more of one kind want sub-folders
-
-
-def test_no_folder_is_crowded():
-    counts = Counter(path.parent for path in sources(ROOT) if path.suffix == ".py")
+    modules = [path for path in sources(ROOT) if path.suffix == ".py"]
+    counts = Counter(path.parent for path in modules if path.name != "__init__.py")
     crowded = {str(folder): n for folder, n in counts.items() if n > MOST_FILES}
     assert not crowded
 
@@ -309,5 +293,5 @@ def test_imports_form_no_circle():
 
 def test_a_circle_is_found():
     files = {"a": "from a import b", "a.b": "import a.c", "a.c": "from a.b import x", "a.d": ""}
-    assert a_circle(import_graph(files, {"a"})) == ["a", "a.b", "a.c"]
+    assert a_circle(import_graph(files, {"a"})) == ["a.b", "a.c"]
     assert not a_circle(import_graph(files | {"a.c": "def f():\n    import a.b"}, {"a"}))

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 READS = ("tokens", "vectors")
 TABLES = ("frozen", "embedding")
-_SETTINGS, _WEIGHTS, _TRUNK = "density.json", "density.safetensors", "trunk"
+_SETTINGS, _WEIGHTS = "density.json", "density.safetensors"
+_TRUNK = "trunk"
 
 
 class DensityModel(nn.Module):
