@@ -50,7 +50,9 @@ GROUPS: Mapping[str, Mapping[str, Program]] = {
     "Speed and memory": {
         "benchmark": Program("benchmarks.benchmark", "measure speed against other libraries"),
         "device_costs": Program("benchmarks.device_costs", "compute what large models need"),
-        "gpu_check": Program("gpu.gpu_check", "check what this machine's GPU computes, and its speed"),
+        "gpu_check": Program(
+            "gpu.gpu_check", "check what this machine's GPU computes, and its speed"
+        ),
         "vector_quantizers": Program(
             "benchmarks.vector_quantizers", "compare quantizers with vector-quantize-pytorch"
         ),
