@@ -1,12 +1,13 @@
 """What every loss asks of its arguments: floats of one dtype, axes that fit, values in range."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
 from continuous_lm.errors import InputError
 
 
@@ -52,7 +53,7 @@ def positive(name: str, values: jax.Array) -> None:
 def at_least(name: str, values: jax.Array, minimum: float) -> None:
     """Refuses values that are not finite and >= `minimum`; traced ones are not looked at."""
     if is_known(values):
-        time.check_numbers(name, values, minimum)
+        check_numbers(name, values, minimum)
 
 
 def distribution(name: str, p: jax.Array, slack: float = 0.02) -> None:
@@ -62,7 +63,7 @@ def distribution(name: str, p: jax.Array, slack: float = 0.02) -> None:
     """
     if not is_known(p):
         return
-    time.check_numbers(name, p, 0.0)
+    check_numbers(name, p, 0.0)
     off = np.abs(np.asarray(p, np.float64).sum(axis=-1) - 1)
     if (off > slack).any():
         raise InputError(f"{name} are {off.max():.3g} off adding up to 1 along the last axis")
@@ -76,7 +77,7 @@ def labels(name: str, values: ArrayLike, shape: tuple[int, ...], num: int) -> ja
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(f"{name} has dtype {array.dtype}; it must hold integers")
     if is_known(array):
-        time.check_integers(name, array, 0, num)
+        check_integers(name, array, 0, num)
     return array
 
 
@@ -90,4 +91,54 @@ def _real(name: str, values: ArrayLike) -> jax.Array:
     kinds = (jnp.floating, jnp.integer)
     if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
         raise InputError(f"{name} has dtype {array.dtype}; it must hold real numbers")
-    return time.as_float(array)
+    return as_float(array)
+
+
+def as_float(values: ArrayLike) -> jax.Array:
+    """`values` as an array of at least float32; float64 stays float64."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> None:
+    """Refuses values that are not real, finite and >= `minimum`; traced ones are not looked at."""
+    dtype = _dtype(values)
+    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
+        raise InputError(f"{name} has dtype {dtype}; it must hold real numbers")
+    bound = f" and >= {minimum:g}" if np.isfinite(minimum) else ""
+    _check_values(name, values, lambda v: np.isfinite(v) & (v >= minimum), f"finite{bound}")
+
+
+def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
+    """Refuses values that are not integers low, ..., high - 1; traced ones are not looked at."""
+    dtype = _dtype(values)
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise InputError(f"{name} has dtype {dtype}; it must hold integers")
+    _check_values(name, values, lambda v: (v >= low) & (v < high), f"from {low} to {high - 1}")
+
+
+def _dtype(values: ArrayLike) -> np.dtype:
+    return values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype
+
+
+def _check_values(name, values, holds, what) -> None:
+    if isinstance(values, jax.core.Tracer):
+        return
+    values = np.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):  # integers as they are: int32 would wrap them
+        with np.errstate(over="ignore"):  # what overflows is refused as infinite
+            values = values.astype(
+                jax.dtypes.canonicalize_dtype(values.dtype)
+            )  # as it will be used
+    wrong = np.argwhere(~holds(values))
+    if len(wrong):
+        index = tuple(int(i) for i in wrong[0])
+        place = f"{name}{list(index)}" if index else name
+        raise InputError(f"{place} is {values[index]}; every entry must be {what}")
+
+
+def check_count(name: str, count: Any) -> None:
+    """Refuses what is no positive integer."""
+    whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not whole or count < 1:
+        raise InputError(f"{name} is {count!r}; it must be a positive integer")

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
+from continuous_lm.arguments import as_float, check_numbers
+from continuous_lm.durations import check as check_durations
+from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
 
 KINDS = ("constant", "linear", "cubic")
@@ -76,13 +78,13 @@ def sample(
       InputError: if arguments do not fit, or the trapezoid rule is asked for the ends of constant
         pieces, where the signal jumps.
     """
-    e, d, start = jnp.asarray(embeddings), time.as_float(durations), time.as_float(start)
+    e, d, start = jnp.asarray(embeddings), as_float(durations), as_float(start)
     _check(e, d, start, initial, kind, rule, points)
     width = e.shape[1]
     e0 = e[0] if initial is None else jnp.asarray(initial, e.dtype)
     shares, parts = _shares(rule, points)
     values = between(e, d, shares, initial=e0, kind=kind).reshape(-1, width)
-    times = time.end_times(d, start)[:, None] - (1.0 - shares) * d[:, None]  # 1 is the knot exactly
+    times = end_times(d, start)[:, None] - (1.0 - shares) * d[:, None]  # 1 is the knot exactly
     times, weights = times.reshape(-1), (d[:, None] * parts).reshape(-1)
     if rule == "rectangle":
         return Samples(values, times, weights)
@@ -91,7 +93,7 @@ def sample(
         half = jnp.pad(weights / 2.0, 1)
         times = jnp.concatenate([first, times])
         return Samples(jnp.concatenate([e0[None], values]), times, half[1:] + half[:-1])
-    end = time.end_times(d, start)[-1:]
+    end = end_times(d, start)[-1:]
     return Samples(
         jnp.concatenate([values, e[-1:]]), jnp.concatenate([times, end]), jnp.pad(weights, (0, 1))
     )
@@ -122,7 +124,7 @@ def between(
     Returns:
       [T, S, D] in the dtype of the embeddings; exactly the embeddings where the share is 1.
     """
-    u = jnp.asarray(shares, time.as_float(durations).dtype)[:, None]
+    u = jnp.asarray(shares, as_float(durations).dtype)[:, None]
     knots = jnp.concatenate([initial[None], embeddings]).astype(u.dtype)
     left, right = knots[:-1, None], knots[1:, None]
     if kind == "constant":
@@ -164,9 +166,9 @@ def _check(embeddings, durations, start, initial, kind, rule, points) -> None:
         raise InputError(f"embeddings have shape {list(shape)}; a signal has [T, D], T >= 1")
     if np.ndim(durations) != 1:
         raise InputError(f"durations have shape {list(np.shape(durations))}; they must be [T]")
-    time.check(durations, shape[0])
-    time.check_numbers("embeddings", embeddings)
-    time.check_numbers("start", start)
+    check_durations(durations, shape[0])
+    check_numbers("embeddings", embeddings)
+    check_numbers("start", start)
     if np.ndim(start):
         raise InputError(f"start has shape {list(np.shape(start))}; it must be a scalar")
     if initial is not None and np.shape(initial) != shape[1:]:

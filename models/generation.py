@@ -19,8 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
-from continuous_lm.durations import check_count
+from continuous_lm.arguments import check_count, check_integers, check_numbers
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import TransformerConfig
@@ -191,8 +190,8 @@ def run(
     Returns:
       the new items [B, max_new, ...], and how many each row has [B].
     """
-    time.check_numbers("start", start)
-    time.check_numbers("new_durations", new_durations, 0.0)
+    check_numbers("start", start)
+    check_numbers("new_durations", new_durations, 0.0)
     longest = max(map(len, rows))
     width, chunk = _pieces(longest, how.chunk)
     config = how.config.at_length(longest + max_new)
@@ -369,6 +368,6 @@ def stop_tokens(
         name, stop = "field eos_token_id of config.json", notes.get("eos_token_id")
     tokens = np.asarray(() if stop is None else stop)
     if tokens.size:
-        time.check_integers(name, tokens, 0, vocab_size)
+        check_integers(name, tokens, 0, vocab_size)
     padding = _rounded(max(tokens.size, 1), 8) - tokens.size  # one program for most numbers of them
     return np.append(tokens.ravel(), [-1] * padding).astype(np.int32)

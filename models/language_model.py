@@ -17,9 +17,10 @@ from jax.typing import DTypeLike
 from continuous_lm import tokenization
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import read_json, write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models.checkpoints import hub, parameter_cache
-from continuous_lm.models.checkpoints.config_fields import INERT, Family, Fields
+from continuous_lm.models.checkpoints.config_fields import INERT, Fields
 from continuous_lm.models.checkpoints.parameter_layout import Layout, check_tree
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families import (
@@ -34,6 +35,7 @@ from continuous_lm.models.families import (
     qwen2,
     qwen3,
 )
+from continuous_lm.models.families.family import Family
 from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.transformer import Transformer
 

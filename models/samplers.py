@@ -8,8 +8,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
-from continuous_lm.durations import as_float, check_count
+from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 
 
@@ -60,7 +59,7 @@ def check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
     """Refuses what tokens cannot be drawn with."""
     for name, value in {"temperature": temperature, "top_p": top_p}.items():
         if value is not None or name == "temperature":
-            time.check_numbers(name, value, 0.0)
+            check_numbers(name, value, 0.0)
             if np.ndim(value):
                 raise InputError(f"{name} has shape {list(np.shape(value))}; it must be a scalar")
     if top_p is not None and not 0.0 < top_p <= 1.0:

@@ -14,10 +14,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
 from continuous_lm import rotary
+from continuous_lm.arguments import as_float, check_integers, check_numbers
 from continuous_lm.attention import attend
-from continuous_lm.attention.visibility import visible
+from continuous_lm.attention.visibility import visible, window_times
+from continuous_lm.durations import check as check_durations
+from continuous_lm.durations import end_times, from_times
 from continuous_lm.errors import InputError
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
@@ -30,14 +32,14 @@ _ZEROS = nn.initializers.zeros
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, in at least float32 (Zhang & Sennrich, 1910.07467)."""
-    wide = time.as_float(x)
+    wide = as_float(x)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
     """(x - mean) / std * scale + bias over the last axis, in at least float32 (1607.06450)."""
-    wide = time.as_float(x)
+    wide = as_float(x)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (normed * scale + bias).astype(x.dtype)
@@ -104,8 +106,8 @@ class Norm(Layer):
                 scale = self.weight("scale", self.axis, _ONES)
                 return layer_norm(x, scale, self.weight("bias", self.axis, _ZEROS), eps)
             case "rms_plus_one":
-                wide = 1.0 + time.as_float(self.weight("scale", self.axis, _ZEROS))
-                return rms_norm(time.as_float(x), wide, eps).astype(x.dtype)
+                wide = 1.0 + as_float(self.weight("scale", self.axis, _ZEROS))
+                return rms_norm(as_float(x), wide, eps).astype(x.dtype)
         return rms_norm(x, self.weight("scale", self.axis, _ONES), eps)
 
 
@@ -303,7 +305,7 @@ class Transformer(Layer):
             num_tokens = cache.durations.shape[-1]
             if steps is not None:
                 times = jnp.broadcast_to(times, (*rows, times.shape[-1]))
-            steps = d if steps is None else time.from_times(times, cache.end)
+            steps = d if steps is None else from_times(times, cache.end)
             cache = cache._replace(
                 durations=kv_cache.append(cache.durations, d, first),
                 steps=kv_cache.append(cache.steps, steps, first),
@@ -313,7 +315,7 @@ class Transformer(Layer):
             d, steps = cache.durations, cache.steps
         if prefix is not None:
             num_tokens = prefix.durations.shape[-1] + num_tokens
-            steps = d if steps is None else time.from_times(times, prefix.end)
+            steps = d if steps is None else from_times(times, prefix.end)
             asked = jnp.arange(x.shape[-2]) <= (jnp.asarray(at) % x.shape[-2])[..., None]
             # What comes later weighs nothing: the position asked for is then as good as the last.
             d, steps = (
@@ -444,14 +446,14 @@ def check(
     if tokens is not None and embeddings is None:
         shape = list(np.shape(tokens))
         if shape and shape[-1]:
-            time.check_integers("tokens", tokens, 0, config.vocab_size)
+            check_integers("tokens", tokens, 0, config.vocab_size)
     elif embeddings is not None and tokens is None:
         *shape, width = np.shape(embeddings) or (0,)
         if width != config.hidden_size:
             raise InputError(
                 f"embeddings are {width} wide; they must be [..., T, {config.hidden_size}]"
             )
-        time.check_numbers("embeddings", embeddings)
+        check_numbers("embeddings", embeddings)
     else:
         raise InputError("give either tokens or embeddings")
     if not shape or not shape[-1]:
@@ -460,7 +462,7 @@ def check(
         )
     n = shape[-1]
     if durations is not None:
-        time.check(durations, n)
+        check_durations(durations, n)
         least = float(jnp.finfo(jnp.float32).tiny)  # less is nothing in float32
         if (
             cache is None
@@ -475,11 +477,11 @@ def check(
     if times is not None:
         if start is not None:
             raise InputError("times already say where the first token begins; leave out start")
-        time.check(times, n, "times", minimum=-np.inf)
+        check_durations(times, n, "times", minimum=-np.inf)
     if start is not None:
-        time.check_numbers("start", start)
+        check_numbers("start", start)
     if at is not None:
-        time.check_integers("at", at, -n, n)
+        check_integers("at", at, -n, n)
     leading = {
         "tokens": shape[:-1],
         "durations": () if durations is None else jnp.shape(durations)[:-1],
@@ -533,10 +535,10 @@ def _check_rows(durations: ArrayLike, times: ArrayLike, window: float) -> None:
     """Refuses tokens that see nothing: all that lies in their window has duration 0."""
     if not (_known(durations) and _known(times)) or (np.asarray(durations) > 0).all():
         return  # every token sees itself
-    times, d = time.as_float(times), time.as_float(durations)
-    steps = time.from_times(times, times[..., 0])
+    times, d = as_float(times), as_float(durations)
+    steps = from_times(times, times[..., 0])
     index = np.arange(d.shape[-1])
-    seen = visible(index, index, time.clock(steps), window) & (d > 0)[..., None, :]
+    seen = visible(index, index, window_times(steps), window) & (d > 0)[..., None, :]
     empty = np.argwhere(~np.asarray(seen.any(axis=-1)))
     if len(empty):
         raise InputError(
@@ -553,11 +555,11 @@ def _known(values: ArrayLike) -> bool:
 def _clock(x, durations, start, times) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Durations and times [..., T], and the steps that windows sum (None: the durations)."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    d = jnp.ones(x.shape[-2], wide) if durations is None else time.as_float(durations)
+    d = jnp.ones(x.shape[-2], wide) if durations is None else as_float(durations)
     if times is None:
-        return d, time.end_times(d, 0.0 if start is None else start), None
-    times = time.as_float(times)
-    return d, times, time.from_times(times, times[..., 0])
+        return d, end_times(d, 0.0 if start is None else start), None
+    times = as_float(times)
+    return d, times, from_times(times, times[..., 0])
 
 
 def _pick(x: jax.Array, at: ArrayLike) -> jax.Array:

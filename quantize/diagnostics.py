@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.durations import as_float, check_integers
+from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.kmeans import check_count, check_vectors, counted
 from continuous_lm.quantize.nearest import BLOCK, k_nearest

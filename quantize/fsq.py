@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.durations import as_float, check_integers
+from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.straight_through import straight_through
 

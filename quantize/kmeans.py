@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.durations import as_float, check_numbers
+from continuous_lm.arguments import as_float, check_numbers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.nearest import BLOCK, distance, nearest
 

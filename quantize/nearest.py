@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.durations import as_float
+from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
 
 METRICS = ("euclidean", "cosine", "dot")

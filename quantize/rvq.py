@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.durations import as_float, check_integers
+from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize import vq
 from continuous_lm.quantize.kmeans import check_count, check_vectors

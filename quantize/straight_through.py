@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.durations import as_float
+from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
 
 GRADIENTS = ("straight_through", "rotation")

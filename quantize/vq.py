@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.durations import as_float, check_integers
+from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.losses import codebook_loss, commitment_loss
 from continuous_lm.quantize.kmeans import check_vectors, counted, kmeans, rank, summed

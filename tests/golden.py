@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.fixtures import tiny
+from tests.fixtures.programs import ROOT, fork_server
 
 STORED = pathlib.Path(__file__).with_name("golden_outputs.json.gz")
 TOLERANCE = 1e-6  # relative to the larger number, in an array to its largest
@@ -152,7 +152,7 @@ def environment(flags: str = FLAGS) -> dict[str, str]:
     """Of a program, for these flags of XLA; nothing that JAX reads is inherited."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     return ours | {
-        "PYTHONPATH": str(tiny.ROOT),
+        "PYTHONPATH": str(ROOT),
         "PYTHONHASHSEED": "0",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
@@ -194,7 +194,7 @@ def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
             "JAX_COMPILATION_CACHE_DIR": str(cwd / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        with tiny.forking(environment(flags) | compiled) as call:
+        with fork_server(environment(flags) | compiled) as call:
             for name, (module, given) in PROGRAMS.items():
                 of, _, out = name.partition("/")
                 if of != group:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import golden
+from tests.fixtures.programs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,7 @@ def test_outputs_of_long_programs_are_as_stored(group, stored):
 
 def test_every_program_is_run(stored):
     ran = {module.rpartition(".")[2] for module, _ in golden.PROGRAMS.values()}
-    texts = {
-        path.stem: path.read_text() for path in (golden.tiny.ROOT / "experiments").glob("*.py")
-    }
+    texts = {path.stem: path.read_text() for path in (ROOT / "experiments").glob("*.py")}
     programs = {name for name, text in texts.items() if "    program.run(main" in text}
     assert programs - ran == {"benchmark", "growth"}  # the latter through small_growth
     assert {key.partition("/")[0] for key in stored["values"]} == set(golden.GROUPS)

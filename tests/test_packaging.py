@@ -128,23 +128,6 @@ def test_no_folder_is_crowded():
     assert not crowded
 
 
-def test_the_command_line_is_installed(wheel: Path):
-    archive = zipfile.ZipFile(wheel)
-    (name,) = (n for n in archive.namelist() if n.endswith("entry_points.txt"))
-    assert "continuous-lm = continuous_lm.__main__:main" in archive.read(name).decode()
-
-
-# --- The folders ---
-
-MOST_FILES = 13  # of a folder: more of one kind want sub-folders
-
-
-def test_no_folder_is_crowded():
-    counts = Counter(path.parent for path in sources(ROOT) if path.suffix == ".py")
-    crowded = {str(folder): n for folder, n in counts.items() if n > MOST_FILES}
-    assert not crowded
-
-
 # --- The layers ---
 
 # The packages that each layer may import beside its own. The ground is all of continuous_lm but

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
 from continuous_lm.analysis.sweep import HasModel
+from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.durations import check as check_durations
 from continuous_lm.errors import InputError
 
 Value = Callable[[jax.Array], jax.Array]  # durations [T] -> a scalar
@@ -74,7 +75,7 @@ class LogProbability:
     answer: jax.Array
 
     def __call__(self, durations: jax.Array) -> jax.Array:
-        logits = time.as_float(self.logits(durations))
+        logits = as_float(self.logits(durations))
         return jax.nn.logsumexp(logits[..., self.answer], axis=-1) - jax.nn.logsumexp(
             logits, axis=-1
         )
@@ -129,7 +130,7 @@ def group(answer: Sequence[int], vocab_size: int) -> jax.Array:
     """
     if not len(answer):
         raise InputError("the answer has no tokens; give at least one")
-    time.check_integers("answer", np.asarray(answer), 0, vocab_size)
+    check_integers("answer", np.asarray(answer), 0, vocab_size)
     return jnp.asarray(sorted(set(map(int, answer))))
 
 
@@ -294,74 +295,18 @@ def leave_one_out(
     return Attribution(heights[-1] - heights[:-2], float(heights[-1]), float(heights[-2]))
 
 
-class Deletion(NamedTuple):
-    """How f falls as tokens are taken away, most important first.
-
-    Attributes:
-      order: the tokens that are taken away, int [R].
-      values: f after 0, 1, ..., R of them are gone, float64 [R + 1].
-    """
-
-    order: np.ndarray
-    values: np.ndarray
-
-    @property
-    def area(self) -> float:
-        """Mean of f less its first value, by the trapezoid rule over the share that is gone.
-
-        The lower, the sooner f falls: the better the order. In the unit of f.
-        """
-        return float(np.trapezoid(self.values - self.values[0], dx=1.0 / max(len(self.order), 1)))
-
-
-def deletion(
-    value: Value,
-    durations: ArrayLike,
-    attribution: ArrayLike,
-    base: ArrayLike | None = None,
-    *,
-    batch_size: int = 16,
-) -> Deletion:
-    """Sets tokens to their base duration in the order of an attribution, and watches f.
-
-    Args:
-      value: f.
-      durations: [T].
-      attribution: of each token [T]; the largest goes first, the earlier one of two equals.
-      base: [T], as of `integrated`; tokens that have this duration already stay out.
-      batch_size: durations computed at once.
-
-    Raises:
-      InputError: if an array does not fit.
-    """
-    end, base = _path(durations, base)
-    importance = np.asarray(attribution, np.float64)
-    if importance.shape != end.shape or not np.isfinite(importance).all():
-        raise InputError(
-            f"attribution has shape {list(importance.shape)}; it must be {list(end.shape)} finite"
-            " numbers, one for each token"
-        )
-    order = np.argsort(-importance, kind="stable")
-    order = order[np.asarray(end != base)[order]]
-    rank = np.full(len(end), len(end))
-    rank[order] = np.arange(len(order))
-    gone = rank < np.arange(len(order) + 1)[:, None]
-    heights = values(as_pytree(value), jnp.where(gone, base, end), batch_size)
-    return Deletion(order, np.asarray(heights, np.float64))
-
-
 def _path(durations: ArrayLike, base: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
     """The ends of the path, [T] each."""
-    end = time.as_float(durations)
+    end = as_float(durations)
     if end.ndim != 1 or not end.size:
         raise InputError(f"durations have shape {list(end.shape)}; a path needs [T], T >= 1")
-    time.check(end, len(end))
+    check_durations(end, len(end))
     if base is None:
         return end, jnp.where(jnp.arange(len(end)) == 0, end, 0.0)
-    base = time.as_float(base).astype(end.dtype)
+    base = as_float(base).astype(end.dtype)
     if base.shape != end.shape:
         raise InputError(f"base has shape {list(base.shape)}; it must be {list(end.shape)}")
-    time.check(base, len(end), "base")
+    check_durations(base, len(end), "base")
     return end, base
 
 

@@ -21,10 +21,11 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
 from continuous_lm.analysis import attribution
 from continuous_lm.analysis.attribution import Logits, Value
+from continuous_lm.arguments import as_float
 from continuous_lm.durations import Span
+from continuous_lm.durations import check as check_durations
 from continuous_lm.errors import InputError
 
 GRADIENT_COST = 3  # evaluations
@@ -55,18 +56,6 @@ class Margin:
         return lead(self.logits(durations), self.answer) - self.least
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("value", "least"), meta_fields=())
-@dataclasses.dataclass(frozen=True, eq=False)  # a function, compared as one
-class Floor:
-    """Durations [T] -> a value less the least that it may be."""
-
-    value: Value
-    least: float
-
-    def __call__(self, durations: jax.Array) -> jax.Array:
-        return self.value(durations) - self.least
-
-
 class Found(NamedTuple):
     """Durations that a search ended with.
 
@@ -85,7 +74,7 @@ class Found(NamedTuple):
 
 def lead(logits: jax.Array, answer: jax.Array) -> jax.Array:
     """Log-odds [...] of tokens `answer` (int [C]) against the best other; logits [..., V]."""
-    logits = time.as_float(logits)
+    logits = as_float(logits)
     best = jnp.max(logits.at[..., answer].set(-jnp.inf), axis=-1)
     return jax.nn.logsumexp(logits[..., answer], axis=-1) - best
 
@@ -198,58 +187,6 @@ def random_search(
     return _found(slack, d, d0, evaluations)
 
 
-def prune(
-    value: Value,
-    durations: ArrayLike,
-    *,
-    tolerance: float = 0.1,
-    span: Span | None = None,
-    learning_rate: float = 0.1,
-    steps: int = 200,
-    rounds: int = 4,
-) -> Found:
-    """The smallest total duration at which a value is at most `tolerance` below what it was.
-
-    Adam on log durations, from the given ones, which are never exceeded, minimises their sum under
-    a penalty for what the value lacks, whose weight grows while the value lacks something and falls
-    while it does not. The shortest durations at which nothing was lacking are kept, and `pull` then
-    takes them to 0 as far as the value allows, the shortest first: most to exactly 0, where a token
-    is absent. The same without the first stage is greedy pruning; so it is from those first whose
-    duration the value depends on least, which is best where it is linear. The shortest wins.
-
-    Args:
-      value: durations [T] -> a scalar; the log probability of an answer, say.
-      durations: of the whole prompt [T].
-      tolerance: in the unit of the value.
-      span: (first, end) of the tokens that may go; all but the first if left out. The first one
-        stays in any case: without it there may be nothing to attend to.
-      learning_rate: of Adam, in log durations.
-      steps: of Adam.
-      rounds: of `pull`.
-
-    Returns:
-      what was found, with the total over the tokens that may go.
-
-    Raises:
-      InputError: if arguments do not fit.
-    """
-    d0, free = _checked(durations, span)
-    free = free.at[0].set(False)
-    _check_positive(tolerance=tolerance, learning_rate=learning_rate, steps=steps, rounds=rounds)
-    value = attribution.as_pytree(value)
-    slack = Floor(value, float(value(d0)) - tolerance)
-    target, spent = jnp.where(free, 0.0, d0), GRADIENT_COST * steps + 1
-    shrunk = _shrink(slack, d0, free, learning_rate, steps)
-    found = []
-    worth = jax.jit(jax.grad(value))(d0)
-    spent += GRADIENT_COST
-    for d, order in ((shrunk, None), (d0, None), (d0, jnp.repeat(jnp.argsort(worth), rounds))):
-        d, cost = _pull(slack, d, target, rounds, order)
-        found.append(d)
-        spent += int(cost)
-    return min((_found(slack, d, target, spent) for d in found), key=lambda r: r.total)
-
-
 def pull(slack: Value, durations: ArrayLike, target: ArrayLike, *, rounds: int = 4) -> Found:
     """Moves durations towards a target as far as the slack stays >= 0.
 
@@ -266,9 +203,9 @@ def pull(slack: Value, durations: ArrayLike, target: ArrayLike, *, rounds: int =
     Returns:
       what was found; `durations` themselves if the slack is below 0 there.
     """
-    d, goal = time.as_float(durations), time.as_float(target)
-    time.check(d, d.shape[-1])
-    time.check(goal, d.shape[-1], "target")
+    d, goal = as_float(durations), as_float(target)
+    check_durations(d, d.shape[-1])
+    check_durations(goal, d.shape[-1], "target")
     _check_positive(rounds=rounds)
     slack = attribution.as_pytree(slack)
     d, cost = _pull(slack, d, goal, rounds)
@@ -277,10 +214,10 @@ def pull(slack: Value, durations: ArrayLike, target: ArrayLike, *, rounds: int =
 
 def _checked(durations: ArrayLike, span: Span | None) -> tuple[jax.Array, jax.Array]:
     """Durations, and which may change: [T] each."""
-    d = time.as_float(durations)
+    d = as_float(durations)
     if d.ndim != 1 or not d.size:
         raise InputError(f"durations have shape {list(d.shape)}; a search needs [T], T >= 1")
-    time.check(d, len(d))
+    check_durations(d, len(d))
     first, end = (1, len(d)) if span is None else span
     if not 0 <= first < end <= len(d):
         raise InputError(
@@ -390,40 +327,6 @@ def _pull(
     (_, scale), _ = jax.lax.scan(bisect, edge, length=BISECTIONS)
     d = jnp.where(possible & (scale < 1.0), target + scale * (d - target), d)
     return d, cost + BISECTIONS + 1
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _shrink(slack: Value, d0: jax.Array, free: jax.Array, learning_rate, steps: int) -> jax.Array:
-    """The shortest durations [T] that Adam met on its way with slack."""
-    optimizer = optax.adam(learning_rate)
-
-    def durations(z):
-        return jnp.where(free, d0 * jnp.exp(z), d0)
-
-    def loss(z, penalty):
-        spare = slack(durations(z))
-        return jnp.sum(durations(z)) + penalty * jnp.maximum(2.0 * SAFETY - spare, 0.0), spare
-
-    def step(carry, _):
-        z, state, penalty, best, least = carry
-        (_, spare), gradient = jax.value_and_grad(loss, has_aux=True)(z, penalty)
-        d = durations(z)
-        better = (spare >= SAFETY) & (jnp.sum(d) < least)
-        best, least = jnp.where(better, d, best), jnp.where(better, jnp.sum(d), least)
-        penalty = jnp.clip(penalty * jnp.where(spare < SAFETY, 1.2, 0.95), 1e-2, 1e4)
-        update, state = optimizer.update(gradient, state, z)
-        return (
-            jnp.clip(optax.apply_updates(z, update), -12.0, 0.0),
-            state,
-            penalty,
-            best,
-            least,
-        ), None
-
-    z = jnp.zeros_like(d0)
-    start = (z, optimizer.init(z), jnp.asarray(10.0, d0.dtype), d0, jnp.sum(d0))
-    (*_, best, _), _ = jax.lax.scan(step, start, length=steps)
-    return best
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

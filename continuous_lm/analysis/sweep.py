@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
+from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
 from continuous_lm.parallel.pmap import pmap_rows
 
@@ -50,15 +51,15 @@ def vary(durations: ArrayLike, what: str = "both") -> dict[str, Any]:
     "times" moves the tokens (rotary angles, windows) and leaves their weights at 1; "both" is the
     continuous transformer.
     """
-    d = time.as_float(durations)
+    d = as_float(durations)
     ones = jnp.ones_like(d)
     match what:
         case "both":
             return {"durations": d}
         case "mass":
-            return {"durations": d, "times": time.end_times(ones)}
+            return {"durations": d, "times": end_times(ones)}
         case "times":
-            return {"durations": ones, "times": time.end_times(d)}
+            return {"durations": ones, "times": end_times(d)}
     raise InputError(f"vary is {what!r}; it must be 'both', 'mass' or 'times'")
 
 
@@ -355,7 +356,7 @@ def indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
     found = np.zeros((vocab_size, len(groups)), np.float32)
     for column, group in enumerate(groups):
         if len(group):
-            time.check_integers(f"group {column}", np.asarray(group), 0, vocab_size)
+            check_integers(f"group {column}", np.asarray(group), 0, vocab_size)
         found[list(group), column] = 1.0
     return found
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from continuous_lm import axes
-from continuous_lm import durations as time
 from continuous_lm.attention import blocked, dense
+from continuous_lm.attention.visibility import window_times
 from continuous_lm.errors import InputError
 
 IMPLEMENTATIONS = ("auto", "dense", "blocked", "cudnn", "splash", "pallas")
@@ -93,7 +93,7 @@ def attend(
     clock = None
     if window is not None:
         steps = weights if steps is None else steps.astype(dtype)
-        clock = time.clock(jax.lax.stop_gradient(steps))
+        clock = window_times(jax.lax.stop_gradient(steps))
     q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, width)
     arrays = q_grouped, k, v, weights
     options: dict[str, Any] = {

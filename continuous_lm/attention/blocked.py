@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
-from continuous_lm.attention import dense
-from continuous_lm.attention.visibility import reach, visible
+from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
+from continuous_lm.attention.visibility import WindowTimes, reach, visible
 from continuous_lm.errors import InputError
 
 
@@ -42,7 +41,7 @@ class Seen(NamedTuple):
     """What says which key a query sees."""
 
     first: jax.Array  # index of the first query's own key
-    clock: time.Clock | None  # [B, S]
+    clock: WindowTimes | None  # [B, S]
     window: jax.Array | None
 
 
@@ -55,7 +54,7 @@ def attend(
     scale: float,
     softcap: float | None,
     window: ArrayLike | None,
-    clock: time.Clock | None,
+    clock: WindowTimes | None,
     first: ArrayLike,
     block: int | None = None,
 ) -> jax.Array:
@@ -72,7 +71,7 @@ def attend(
     if clock is not None:
         ticks, rest, tick = times
         ticks, rest = (padded(x, options.keys, "edge") for x in (ticks, rest))
-        clock = time.Clock(ticks, rest, tick)
+        clock = WindowTimes(ticks, rest, tick)
     seen = Seen(jnp.asarray(first), clock, None if window is None else jnp.asarray(window))
     q = padded(q, options.queries)
     k, v, weights = (padded(x, options.keys) for x in (k, v, weights))
@@ -163,7 +162,7 @@ def _mask(options: Options, seen: Seen, i: jax.Array, j: jax.Array) -> jax.Array
 def _forward(options: Options, q, k, v, d, seen: Seen) -> tuple[jax.Array, ...]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
     (num_batch, num_queries, num_kv_heads, num_groups, width), num_keys = q.shape, k.shape[1]
-    dtype, (_, log_d) = d.dtype, dense.log(d)
+    dtype, (_, log_d) = d.dtype, present_and_log(d)
     begin, end = bounds(reachable_blocks(seen, options, num_queries, num_keys))
     rows = (num_batch, num_kv_heads, options.queries, num_groups)
 
@@ -198,7 +197,7 @@ def _forward(options: Options, q, k, v, d, seen: Seen) -> tuple[jax.Array, ...]:
 def _backward(options: Options, residuals, dy):
     """Gradients for q, k, v and d."""
     q, k, v, d, seen, y, peak, total = residuals
-    dtype, (present, _) = d.dtype, dense.log(d)
+    dtype, (present, _) = d.dtype, present_and_log(d)
     num_queries, num_keys = q.shape[1], k.shape[1]
     begin, end = bounds(reachable_blocks(seen, options, num_queries, num_keys).T)
     inner = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
@@ -211,7 +210,7 @@ def _backward(options: Options, residuals, dy):
             jnp.moveaxis(_cut(x, i, options.queries), 1, 2)[..., None] for x in (inner, peak, total)
         )
         s = _scores(options, q_i, k_j, dtype)
-        e = jnp.exp(dense.bounded(s - peak_i, present_j)) / total_i
+        e = jnp.exp(clamp_for_absent_keys(s - peak_i, present_j)) / total_i
         e = jnp.where(_mask(options, seen, i, j), e, 0.0)
         g = jnp.einsum("btkgh,bskh->bktgs", dy_i, v_j, preferred_element_type=dtype)
         g = e * (g - inner_i)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
 from continuous_lm.attention import key_channels
 from continuous_lm.attention.blocked import in_one_batch
+from continuous_lm.attention.visibility import WindowTimes
 
 MULTIPLE = 8  # of which widths must be
 
@@ -27,7 +27,7 @@ def attend(
     scale: float,
     softcap: None = None,
     window: None = None,
-    clock: time.Clock | None = None,
+    clock: WindowTimes | None = None,
     first: int = 0,
 ) -> jax.Array:
     """What `dense.attend` gives, from such arguments as `refusal` lets through."""
@@ -55,7 +55,7 @@ def refusal(
     scale: float | jax.Array,
     softcap: ArrayLike | None,
     window: ArrayLike | None,
-    clock: time.Clock | None,
+    clock: WindowTimes | None,
     first: ArrayLike,
 ) -> str | None:
     """Why cuDNN as it is on this machine does not take arguments of `dense.attend`, if so."""

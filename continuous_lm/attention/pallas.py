@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
-from continuous_lm.attention import blocked, dense
+from continuous_lm.attention import blocked
 from continuous_lm.attention.blocked import Options
-from continuous_lm.attention.visibility import reach
+from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
+from continuous_lm.attention.visibility import WindowTimes, reach
 
 BLOCK = 128  # tokens in a block: a TPU's lanes
 LEAST = 16  # channels that a GPU multiplies at once
@@ -42,7 +42,7 @@ def attend(
     scale: float,
     softcap: float | None,
     window: ArrayLike | None,
-    clock: time.Clock | None,
+    clock: WindowTimes | None,
     first: ArrayLike,
 ) -> jax.Array:
     """What `dense.attend` gives, from such arguments as `refusal` lets through."""
@@ -54,7 +54,7 @@ def attend(
     q, k, v = jnp.pad(q, [(0, 0), *channels]), jnp.pad(k, channels), jnp.pad(v, channels)
     if clock is not None:
         ticks, rest, tick = times
-        clock = time.Clock(_filled(ticks, "edge"), _filled(rest, "edge"), tick)
+        clock = WindowTimes(_filled(ticks, "edge"), _filled(rest, "edge"), tick)
     seen = blocked.Seen(jnp.asarray(first), clock, None if window is None else jnp.asarray(window))
     y = _attend(Options(scale, softcap, BLOCK, BLOCK), q, k, v, _filled(weights), seen)
     y = jnp.moveaxis(y, 3, 1)[:, :num_queries, ..., : heads[-1]]
@@ -70,7 +70,7 @@ def refusal(
     scale: ArrayLike,
     softcap: ArrayLike | None,
     window: ArrayLike | None,
-    clock: time.Clock | None,
+    clock: WindowTimes | None,
     first: ArrayLike,
 ) -> str | None:
     """Why the kernel does not take arguments of `dense.attend`, if it does not."""
@@ -131,7 +131,7 @@ def _forward(options: Options, q, k, v, d, queries, keys, limits, bounds, y, pea
         peak, total, y = state
         part = pl.ds(pl.multiple_of(j * block, block), block)
         s, _ = _capped(options, _product(q[...], k[part, :], (1, 1), dtype))
-        s = s + dense.log(d[:, part])[1]
+        s = s + present_and_log(d[:, part])[1]
         s = jnp.where(_visible(queries, _along(keys, j, block), limits), s, -jnp.inf)
         new = jnp.maximum(peak, jnp.max(s, axis=1, keepdims=True))
         finite = jnp.where(new > -jnp.inf, new, 0.0)
@@ -159,7 +159,7 @@ def _backward_queries(
         part = pl.ds(pl.multiple_of(j * block, block), block)
         s, slope = _capped(options, _product(q[...], k[part, :], (1, 1), dtype))
         d_j = d[:, part]
-        e = jnp.exp(dense.bounded(s - peak[...], dense.log(d_j)[0])) / total[...]
+        e = jnp.exp(clamp_for_absent_keys(s - peak[...], present_and_log(d_j)[0])) / total[...]
         e = jnp.where(_visible(queries, _along(keys, j, block), limits), e, 0.0)
         g = e * (_product(dy[...], v[part, :], (1, 1), dtype) - inner[...])
         ds = (options.scale * slope * d_j * g).astype(k.dtype)
@@ -174,7 +174,7 @@ def _backward_keys(
     """The gradients for a block of keys, its values and its weights; scores are [S, T]."""
     dtype, block = d.dtype, options.queries
     keys, d_j = jax.tree.map(lambda x: x[...], keys), d[...]
-    present, _ = dense.log(d_j)
+    present, _ = present_and_log(d_j)
 
     def add_queries(i, state):
         seen = _visible(_along(queries, i, block), keys, limits)
@@ -185,7 +185,7 @@ def _backward_keys(
             q_i, dy_i = q[group, part, :], dy[group, part, :]
             inner_i, peak_i, total_i = (x[group, :, part] for x in (inner, peak, total))
             s, slope = _capped(options, _product(k[...], q_i, (1, 1), dtype))
-            e = jnp.where(seen, jnp.exp(dense.bounded(s - peak_i, present)) / total_i, 0.0)
+            e = jnp.where(seen, jnp.exp(clamp_for_absent_keys(s - peak_i, present)) / total_i, 0.0)
             g = e * (_product(v[...], dy_i, (1, 1), dtype) - inner_i)
             ds = (options.scale * slope * d_j * g).astype(q.dtype)
             dk = dk + _product(ds, q_i, (1, 0), dtype)

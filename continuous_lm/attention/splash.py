@@ -13,9 +13,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
 from continuous_lm.attention import key_channels
 from continuous_lm.attention.blocked import in_one_batch
+from continuous_lm.attention.visibility import WindowTimes
 
 LANES = 128  # channels and lengths come in multiples of it
 BLOCK = 512  # tokens in a block, at most
@@ -30,7 +30,7 @@ def attend(
     scale: float,
     softcap: float | None = None,
     window: None = None,
-    clock: time.Clock | None = None,
+    clock: WindowTimes | None = None,
     first: int = 0,
 ) -> jax.Array:
     """What `dense.attend` gives, from such arguments as `refusal` lets through."""
@@ -60,7 +60,7 @@ def refusal(
     scale: ArrayLike,
     softcap: ArrayLike | None,
     window: ArrayLike | None,
-    clock: time.Clock | None,
+    clock: WindowTimes | None,
     first: ArrayLike,
 ) -> str | None:
     """Why the kernel does not take arguments of `dense.attend`, if it does not."""

@@ -17,7 +17,8 @@ import numpy as np
 import safetensors
 
 from continuous_lm.errors import InputError
-from continuous_lm.io.atomic_files import check_regular, named_once, read_json, write_json
+from continuous_lm.io.atomic_files import check_regular
+from continuous_lm.io.json_files import named_once, read_json, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

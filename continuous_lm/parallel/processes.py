@@ -9,88 +9,20 @@
 Where parameters and activations lie is said by the letters of their axes: see `axes.RULES`.
 """
 
-import atexit
-import contextlib
-import ctypes
-import functools
 import json
-import math
 import os
-import signal
-import socket
 import sys
-import threading
 import time
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
-
-AXES = ("data", "model")
+from continuous_lm.parallel.watchdog import Watchdog
 
 # --- The mesh -------------------------------------------------------------------------------------
-
-
-def mesh(description: str | None = None) -> Mesh:
-    """The mesh that a text such as "data=2,model=4" describes.
-
-    Args:
-      description: sizes of the axes "data" (over which batches and points lie) and "model" (over
-        which parameters do); an axis that is left out has size 1. All devices on "data", if None.
-
-    Returns:
-      a mesh of these two axes. A single process may leave devices over: the mesh has the first.
-
-    Raises:
-      InputError: if it is no such text, or the devices are not as many.
-    """
-    available = jax.device_count()
-    sizes = {"data": available} if description is None else _sizes(description)
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    wanted = math.prod(shape)
-    if wanted > available or (wanted < available and jax.process_count() > 1):
-        raise InputError(
-            f"a mesh of {description} takes {wanted} devices, and there are {available}; on a CPU,"
-            f" XLA_FLAGS=--xla_force_host_platform_device_count={wanted} gives so many"
-        )
-    kinds = (AxisType.Auto,) * len(AXES)  # the compiler spreads the computation
-    made = jax.make_mesh(shape, AXES, axis_types=kinds, devices=jax.devices()[:wanted])
-    if jax.process_count() > 1:
-        _introduce(made)
-    return made
-
-
-@functools.lru_cache
-def _introduce(mesh: Mesh) -> None:
-    """Lets the devices along each axis meet now, when the processes are at the same place.
-
-    On CPUs (gloo) the first time must be within 30 seconds of each other, which it would not be
-    after a compilation that takes longer in one process than in another.
-    """
-    where = PartitionSpec(AXES)
-    ones = axes_lib.placed(mesh, np.ones(mesh.size, np.float32), "-")
-    for axes in (*AXES, AXES):
-        meet = functools.partial(jax.lax.psum, axis_name=axes)
-        total = jax.shard_map(meet, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)
-        jax.block_until_ready(jax.jit(total)(ones))
-
-
-def _sizes(description: str) -> dict[str, int]:
-    sizes: dict[str, int] = {}
-    for item in description.split(","):
-        axis, _, size = (part.strip() for part in item.partition("="))
-        if axis not in AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
-            raise InputError(
-                f"{description!r:.60} is not a mesh; say how many devices each axis has, as in"
-                " data=2,model=4"
-            )
-        sizes[axis] = int(size)
-    return sizes
 
 
 # --- Many processes -------------------------------------------------------------------------------
@@ -187,7 +119,7 @@ def initialize(
         )
     if count == 1:
         return
-    watch = _Watch(number, count, silent_for)
+    watch = Watchdog(number, count, silent_for)
     watch.meet(host.strip("[]"), int(port) + 1, start_within)
     jax.distributed.initialize(
         coordinator,
@@ -229,118 +161,3 @@ def leave(why: str | None = None) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-_ALIVE, _FAREWELL = b".", b"!"
-
-
-class _Watch:
-    """Keeps process 0 and each of the others informed that they live."""
-
-    def __init__(self, number: int, count: int, silent_for: float):
-        self.number, self.count, self.silent_for = number, count, silent_for
-        self.peers: dict[int, socket.socket] = {}
-
-    def meet(self, host: str, port: int, within: float) -> None:
-        """Process 0 waits for the others there; each of them calls."""
-        until = time.monotonic() + within
-        if self.number:
-            self.peers[0] = peer = self._call(host, port, until)
-            peer.settimeout(within)
-            if not peer.recv(1):
-                raise InputError("process 0 has ended: not all processes have come")
-        else:
-            self._receive(host, port, until)
-            self._say(_ALIVE)
-        for peer in self.peers.values():
-            peer.settimeout(None)
-
-    def _call(self, host: str, port: int, until: float) -> socket.socket:
-        """To process 0, which may not be there yet."""
-        while True:
-            try:
-                peer = socket.create_connection((host, port), timeout=until - time.monotonic())
-                peer.sendall(self.number.to_bytes(4))
-                return peer
-            except (OSError, ValueError) as error:
-                if time.monotonic() + 0.2 >= until:
-                    raise InputError(
-                        f"process 0 does not answer at {host}, port {port} ({error}); is it"
-                        " started, and are that port and the one before it open?"
-                    ) from None
-                time.sleep(0.2)
-
-    def _receive(self, host: str, port: int, until: float) -> None:
-        """From all others."""
-        inside = host in ("localhost", "127.0.0.1")
-        try:
-            server = socket.create_server((host if inside else "", port))
-        except OSError as error:
-            raise InputError(f"port {port} cannot be opened: {error.strerror}") from None
-        with server:
-            while len(self.peers) < self.count - 1:
-                try:
-                    server.settimeout(max(until - time.monotonic(), 0.001))
-                    peer, _ = server.accept()
-                    peer.settimeout(5.0)
-                    number = int.from_bytes(peer.recv(4))
-                except TimeoutError:
-                    if time.monotonic() < until:
-                        continue
-                    missing = sorted(set(range(1, self.count)) - set(self.peers))
-                    raise InputError(
-                        f"of {self.count} processes these have not come: {missing}"
-                    ) from None
-                except OSError:
-                    continue
-                if 0 < number < self.count and number not in self.peers:
-                    self.peers[number] = peer
-                else:  # something else that was looking for an open port, or a number given twice
-                    peer.close()
-
-    def start(self) -> None:
-        """From now on to the end of the process."""
-        if os.name == "posix":
-            # An abort by JAX, which has seen the same, waits some seconds for this watch's line:
-            # the handler is sleep, the number of the signal its seconds.
-            library = ctypes.CDLL(None)
-            library.signal(signal.SIGABRT, library.sleep)
-        atexit.register(self._leave)
-        for number, peer in self.peers.items():
-            peer.settimeout(self.silent_for)
-            threading.Thread(target=self._hear, args=(number, peer), daemon=True).start()
-        threading.Thread(target=self._speak, daemon=True).start()
-
-    def _speak(self) -> None:
-        while True:
-            self._say(_ALIVE)
-            time.sleep(self.silent_for / 5)
-
-    def _say(self, what: bytes) -> None:
-        for peer in self.peers.values():
-            with contextlib.suppress(OSError):  # who hears nobody says so
-                peer.send(what)
-
-    def _hear(self, number: int, peer: socket.socket) -> None:
-        try:
-            while heard := peer.recv(64):
-                if _FAREWELL in heard:
-                    return
-            self._tell(f"process {number} has ended early")
-        except TimeoutError:
-            self._tell(f"nothing was heard of process {number} for {self.silent_for:g} seconds")
-        except OSError:
-            self._tell(f"process {number} has ended early")
-
-    def _tell(self, why: str) -> NoReturn:
-        again = "start all again with the same flags to go on"
-        told = f"error: {why}, so process {self.number} ends too; {again}"
-        print(f"\n{told}", file=sys.stderr, flush=True)  # not behind a progress bar
-        os._exit(1)
-
-    def _leave(self) -> None:
-        """Well, or else at once: the others are not waited for, as JAX would."""
-        if getattr(sys, "last_value", None) is not None:
-            sys.stderr.flush()
-            os._exit(1)
-        self._say(_FAREWELL)

@@ -21,8 +21,15 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.errors import about
 from continuous_lm.experiments.apples import prompts
+from continuous_lm.experiments.apples.language import (
+    SCENES,
+    UNSEEN_FILLER,
+    UNSEEN_SEPARATORS,
+    UNSEEN_WORDS,
+)
 from continuous_lm.experiments.common import program
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 MIN_ACCURACY = 0.97  # on held-out prompts, of each task
@@ -90,17 +97,17 @@ def sweep_prompts(rng: np.random.Generator, n: int) -> Iterator[tuple[str, promp
     for word, category in PAPER_WORDS.items():
         for wording in ("times", "listed"):
             yield "paper", prompts.counting(category, word, [" "] * (n - 1), wording=wording)
-        for separator in prompts.UNSEEN_SEPARATORS:
+        for separator in UNSEEN_SEPARATORS:
             yield "unseen separators", prompts.counting(category, word, [separator] * (n - 1))
-        for style, separators in (("filler", ()), ("both", prompts.UNSEEN_SEPARATORS)):
-            gaps = prompts.gaps(rng, style, n, separators, prompts.UNSEEN_FILLER)
+        for style, separators in (("filler", ()), ("both", UNSEEN_SEPARATORS)):
+            gaps = prompts.gaps(rng, style, n, separators, UNSEEN_FILLER)
             yield "unseen filler", prompts.counting(category, word, gaps)
-    for category, words in prompts.UNSEEN_WORDS.items():
+    for category, words in UNSEEN_WORDS.items():
         for word in words:
             yield "unseen words", prompts.counting(category, word, [" "] * (n - 1))
     for scene, subject in (("shop", "Alice"), ("zoo", "the class"), ("beach", "Emily")):
-        yield "events", prompts.events(scene, subject, list(prompts.SCENES[scene].objects[:n]))
-    steps = list(prompts.SCENES["tutorial"].objects[:n])
+        yield "events", prompts.events(scene, subject, list(SCENES[scene].objects[:n]))
+    steps = list(SCENES["tutorial"].objects[:n])
     yield "tutorials", prompts.events("tutorial", "make a cake", steps)
 
 

@@ -39,10 +39,13 @@ from absl import flags
 from continuous_lm import quantize
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.audio import audio_models, sound
+from continuous_lm.experiments.audio.synthesis import espeak, speech, tones
+from continuous_lm.experiments.audio.wav_files import write_wav
 from continuous_lm.experiments.common import plots, program
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text, window_batches
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
 from continuous_lm.parallel import processes
@@ -73,14 +76,14 @@ def recorded(rate: int) -> tuple[np.ndarray, np.ndarray]:
     """Sound to train on, and other sound, as the flags ask for."""
     lengths, seeds = (_SECONDS.value, _HELD_OUT.value), (2 * _SEED.value, 2 * _SEED.value + 1)
     if _SOUND.value == "tones":
-        made = [sound.tones(s, seed=k, rate=rate) for s, k in zip(lengths, seeds, strict=True)]
+        made = [tones(s, seed=k, rate=rate) for s, k in zip(lengths, seeds, strict=True)]
         return made[0], made[1]
-    sound.espeak()  # before the text is read, which takes seconds
+    espeak()  # before the text is read, which takes seconds
     read = audio_models.sentences(text.default_text().documents)
     apart = max(1, len(read) // 10)
     parts = (read[apart:], read[:apart])
     made = [
-        sound.speech(part, seconds, seed=seed, rate=rate, voice=_VOICE.value)
+        speech(part, seconds, seed=seed, rate=rate, voice=_VOICE.value)
         for part, seconds, seed in zip(parts, lengths, seeds, strict=True)
     ]
     return made[0], made[1]
@@ -274,7 +277,7 @@ def main() -> None:
             parts = [
                 part for excerpt in excerpts[: audio_models.HEARD] for part in (excerpt, pause)
             ]
-            sound.write_wav(aside / f"{name}.wav", np.concatenate(parts[:-1]), rate)
+            write_wav(aside / f"{name}.wav", np.concatenate(parts[:-1]), rate)
         np.savez(aside / "codes.npz", **codes._asdict(), **units._asdict())
         write_json(aside / "frames.json", {**results, "run": program.record()})
     print(audio_models.table(results).as_text())

@@ -32,7 +32,8 @@ from continuous_lm.experiments.benchmarks import (
 )
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.common import program
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 
 Case = Callable[[bool, int], Iterator[Row]]  # quick, repeats -> rows, when they are measured
 CASES: Mapping[str, Case] = {

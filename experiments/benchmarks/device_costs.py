@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import program_costs
 from continuous_lm.experiments.common import program, tables
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.models import language_model
 from continuous_lm.models.config import TransformerConfig
 

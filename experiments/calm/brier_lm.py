@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from continuous_lm import durations as time
-from continuous_lm.durations import check_count
+from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
@@ -315,7 +314,7 @@ def _contexts(
     if not len(contexts):
         raise InputError("there are no positions to judge")
     for name, tokens in {"contexts": contexts, "reference": reference}.items():
-        time.check_integers(name, tokens, 0, lm.config.vocab_size)
+        check_integers(name, tokens, 0, lm.config.vocab_size)
     return contexts.astype(np.int32), reference.astype(np.int32)
 
 

@@ -14,7 +14,8 @@ from absl import flags
 
 from continuous_lm.experiments.calm import two_mode_target
 from continuous_lm.experiments.common import plots, program
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 32, "D of the blocks.", lower_bound=1)
 _DEPTH = flags.DEFINE_integer("depth", 2, "Blocks.", lower_bound=0)

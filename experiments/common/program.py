@@ -21,6 +21,7 @@ import continuous_lm as clm
 from continuous_lm.errors import InputError
 from continuous_lm.io.atomic_files import check_writable
 from continuous_lm.parallel import processes
+from continuous_lm.parallel.mesh import make_mesh
 
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for the results.  [default: results/ and the program's name]"
@@ -142,7 +143,7 @@ def mesh() -> Mesh | None:
     """--mesh, on which a program's parameters lie; None for one device."""
     if _MESH.value is None and jax.process_count() == 1:
         return None
-    return processes.mesh(_MESH.value)
+    return make_mesh(_MESH.value)
 
 
 def pmap() -> bool:

@@ -16,7 +16,8 @@ from continuous_lm import axes as axes_lib
 from continuous_lm import losses
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.training import fit, window_batches
-from continuous_lm.io.atomic_files import as_path, read_json
+from continuous_lm.io.atomic_files import as_path
+from continuous_lm.io.json_files import read_json
 from continuous_lm.models import calm, density
 from continuous_lm.models import calm as next_vector
 from continuous_lm.models.calm import autoencoder

@@ -17,8 +17,10 @@ from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution
+from continuous_lm.analysis.deletion import deletion_curve
 from continuous_lm.experiments.common import plots, pretrained, program, prompt
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 _PROMPT = flags.DEFINE_string("prompt", prompt.PROMPT, "What the model reads.")
@@ -69,8 +71,7 @@ def main() -> None:
         "leave one out": attribution.leave_one_out(value, durations),
     }
     deletions = {
-        name: attribution.deletion(value, durations, found.tokens)
-        for name, found in methods.items()
+        name: deletion_curve(value, durations, found.tokens) for name, found in methods.items()
     }
     rows = {name: found.tokens for name, found in methods.items()}
     exact = methods["integrated gradients"]

@@ -13,7 +13,8 @@ import itertools
 import continuous_lm as clm
 from continuous_lm.experiments.common import answer_curves, plots, pretrained, program
 from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 OPERATORS = ("AND", "OR", "NAND", "NOR", "XOR")

@@ -15,7 +15,8 @@ import continuous_lm as clm
 from continuous_lm.analysis import duration_search
 from continuous_lm.analysis.attribution import next_token
 from continuous_lm.experiments.common import plots, pretrained, program, prompt
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 _PROMPT = flags.DEFINE_string("prompt", prompt.PROMPT, "What the model reads.")

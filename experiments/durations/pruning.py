@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from continuous_lm.analysis import duration_search
 from continuous_lm.analysis.attribution import log_probability
+from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import plots, pretrained, program, prompt
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 _PROMPT = flags.DEFINE_string("prompt", prompt.PROMPT, "What the model reads.")
@@ -35,7 +36,7 @@ def main() -> None:
     read = prompt.read(lm, tokenizer, _PROMPT.value, _ANSWER.value)
     value = log_probability(lm, read.group, tokens=read.tokens)
     plain = np.ones(len(read.tokens), np.float32)
-    pruned = duration_search.prune(value, plain, tolerance=_TOLERANCE.value, steps=_DESCENT.value)
+    pruned = prune(value, plain, tolerance=_TOLERANCE.value, steps=_DESCENT.value)
     d = pruned.durations
     kept = np.flatnonzero(d > 0)
 

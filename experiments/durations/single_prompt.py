@@ -13,7 +13,8 @@ import continuous_lm as clm
 from continuous_lm.analysis.sweep import pmap_sweep
 from continuous_lm.experiments.common import answer_curves, plots, program
 from continuous_lm.experiments.durations.prompt_sweeps import Trial
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 MOST = 20  # tokens that are tracked because they reach a threshold

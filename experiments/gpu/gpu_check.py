@@ -29,7 +29,8 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import program, tables
 from continuous_lm.experiments.gpu import attention_checks, isolated_checks, model_checks
 from continuous_lm.experiments.gpu.isolated_checks import Check
-from continuous_lm.io.atomic_files import as_path, write_json, written_aside
+from continuous_lm.io.atomic_files import as_path, written_aside
+from continuous_lm.io.json_files import write_json
 
 _ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "Without a GPU, run everything tiny on the CPU.")
 

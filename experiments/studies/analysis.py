@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.experiments.studies import metrics
-from continuous_lm.io.atomic_files import read_json, write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import read_json, write_json
 
 _STUDIES = flags.DEFINE_list("studies", None, "Folders with a study.json each.")
 

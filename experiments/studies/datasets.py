@@ -23,6 +23,14 @@ import numpy as np
 import continuous_lm as clm
 from continuous_lm.errors import about
 from continuous_lm.experiments.apples import prompts
+from continuous_lm.experiments.apples.language import (
+    ATTRIBUTES,
+    PEOPLE,
+    PLURALS,
+    SCENES,
+    SUMS,
+    WORDS,
+)
 from continuous_lm.experiments.durations.prompt_sweeps import SLOT
 from continuous_lm.io.atomic_files import check_regular
 
@@ -183,7 +191,7 @@ def _counting(count: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     choices = [
         (word, category, n)
-        for category, words in prompts.WORDS.items()
+        for category, words in WORDS.items()
         for word in words
         for n in range(2, 7)
     ]
@@ -199,7 +207,7 @@ def _counting(count: int) -> Iterator[dict[str, Any]]:
 
 
 def _tutorials(count: int) -> Iterator[dict[str, Any]]:
-    rng, scene = np.random.default_rng(1), prompts.SCENES["tutorial"]
+    rng, scene = np.random.default_rng(1), SCENES["tutorial"]
     for _ in range(count):
         n = int(rng.integers(2, 8))
         steps = [str(step) for step in rng.choice(scene.objects, n, replace=False)]
@@ -210,12 +218,12 @@ def _tutorials(count: int) -> Iterator[dict[str, Any]]:
 def _sums(count: int) -> Iterator[dict[str, Any]]:
     """One-digit sums: the small language has no other."""
     rng = np.random.default_rng(2)
-    templates = [t.replace("{a}", "{item_1}").replace("{b}", "{item_2}") for t in prompts.SUMS]
-    plurals = [prompts.PLURALS[word] for words in prompts.WORDS.values() for word in words]
+    templates = [t.replace("{a}", "{item_1}").replace("{b}", "{item_2}") for t in SUMS]
+    plurals = [PLURALS[word] for words in WORDS.values() for word in words]
     for _ in range(count):
         template = str(rng.choice(templates))
         nouns, others = (str(noun) for noun in rng.choice(plurals, 2, replace=False))
-        values = {"name": str(rng.choice(prompts.PEOPLE)), "nouns": nouns, "others": others}
+        values = {"name": str(rng.choice(PEOPLE)), "nouns": nouns, "others": others}
         fields: dict[str, Any] = {k: v for k, v in values.items() if f"{{{k}}}" in template}
         first, second = (int(number) for number in rng.integers(1, 10, 2))
         fields |= {"item_1": first, "item_2": second}
@@ -225,8 +233,8 @@ def _sums(count: int) -> Iterator[dict[str, Any]]:
 def _words(count: int) -> Iterator[dict[str, Any]]:
     """Pairs of words with a question that is true of both, of neither, of either alone."""
     rng = np.random.default_rng(3)
-    truths = {question: prompts.true_of(question) for question in prompts.ATTRIBUTES}
-    plurals = [prompts.PLURALS[word] for words in prompts.WORDS.values() for word in words]
+    truths = {question: prompts.true_of(question) for question in ATTRIBUTES}
+    plurals = [PLURALS[word] for words in WORDS.values() for word in words]
     pairs = list(itertools.permutations(plurals, 2))
     wanted = {"both": (True, True), "neither": (False, False)}
     wanted |= {"first": (True, False), "second": (False, True)}

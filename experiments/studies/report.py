@@ -21,6 +21,8 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.analysis import attribution, duration_search
 from continuous_lm.analysis.attribution import next_token
+from continuous_lm.analysis.deletion import deletion_curve
+from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import plots, pretrained, program, prompt, tables
 from continuous_lm.experiments.durations import (
     boolean,
@@ -33,7 +35,8 @@ from continuous_lm.experiments.durations import (
     sums,
 )
 from continuous_lm.experiments.studies import analysis, datasets, report_page, study
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 CHOSEN = ("prompt", "path", "vary")  # flags of single experiments that the report does not take
@@ -177,7 +180,7 @@ def attributed(lm, tokenizer) -> report_page.Section:
         "gradient times input": attribution.gradient_times_input(value, ones),
         "leave one out": attribution.leave_one_out(value, ones),
     }
-    deleted = {n: attribution.deletion(value, ones, found.tokens) for n, found in methods.items()}
+    deleted = {n: deletion_curve(value, ones, found.tokens) for n, found in methods.items()}
     exact = methods["integrated gradients"]
     title = f"{read.answer!r}: log probability {exact.base:.2f} to {exact.end:.2f}"
     heads = [tables.Column("method"), tables.Column("sum", format=".3f")]
@@ -250,7 +253,7 @@ def pruned(lm, tokenizer) -> report_page.Section:
     read = prompt.read(lm, tokenizer, prompt.PROMPT, None)
     value = attribution.log_probability(lm, read.group, tokens=read.tokens)
     ones = np.ones(len(read.tokens), np.float32)
-    d = duration_search.prune(value, ones, tolerance=TOLERANCE).durations
+    d = prune(value, ones, tolerance=TOLERANCE).durations
     before, after = (float(value(jnp.asarray(x))) for x in (ones, d))
     text = f"The smallest durations at which {read.answer!r} loses at most {TOLERANCE} nat: of"
     text += f" {len(d) - 1} tokens after the first, {int((d[1:] > 0).sum())} are left, which last"

@@ -32,7 +32,8 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import answer_curves, pretrained, program
 from continuous_lm.experiments.durations import interpolation, prompt_sweeps, single_prompt
 from continuous_lm.experiments.studies import datasets
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 PARTIAL = "records.jsonl"

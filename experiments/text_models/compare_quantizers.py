@@ -20,7 +20,8 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import program
 from continuous_lm.experiments.densities import code_comparison, density_training
 from continuous_lm.experiments.training import tokenized_text
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.parallel import processes
 

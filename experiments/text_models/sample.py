@@ -29,7 +29,8 @@ from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.models import calm, density
 from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM

@@ -31,7 +31,8 @@ from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.common import program
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text, tokenized_text
-from continuous_lm.io.atomic_files import write_json, written_aside
+from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.json_files import write_json
 from continuous_lm.models import calm as calm_models
 from continuous_lm.models import density
 from continuous_lm.models.calm import autoencoder

@@ -31,13 +31,8 @@ from absl import logging
 from flax import traverse_util
 
 from continuous_lm.errors import InputError
-from continuous_lm.io.atomic_files import (
-    as_path,
-    read_json,
-    replaced_whole,
-    write_json,
-    written_aside,
-)
+from continuous_lm.io.atomic_files import as_path, replaced_whole, written_aside
+from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.parallel import processes
 
 SETTINGS, STATE = "settings.json", "state.json"

@@ -24,23 +24,18 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
-from continuous_lm import durations as time
 from continuous_lm import losses
-from continuous_lm.durations import as_float
+from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import as_path, read_json, write_json, written_aside
-from continuous_lm.models.checkpoints.config_fields import (
-    INERT,
-    MOST_LAYERS,
-    Family,
-    Fields,
-    Stored,
-    read_activation,
-    write_activation,
-)
+from continuous_lm.io.atomic_files import as_path, written_aside
+from continuous_lm.io.json_files import read_json, write_json
+from continuous_lm.models.checkpoints.config_fields import INERT, MOST_LAYERS, Fields
 from continuous_lm.models.checkpoints.parameter_layout import Layout, check_tree, equal, left_over
+from continuous_lm.models.checkpoints.tensor_table import Stored
 from continuous_lm.models.config import ACTIVATIONS
+from continuous_lm.models.families.family import Family
+from continuous_lm.models.families.shared_fields import read_activation, write_activation
 from continuous_lm.models.language_model import parameter_dtype, read_tokenizer
 from continuous_lm.models.transformer import Layer, rms_norm
 
@@ -239,7 +234,7 @@ class Autoencoder(Layer):
                 f"chunks have shape {list(np.shape(chunks))}; it must be"
                 f" [..., {self.config.chunk_size}], tokens of a chunk last"
             )
-        time.check_integers("chunks", chunks, 0, self.config.vocab_size)
+        check_integers("chunks", chunks, 0, self.config.vocab_size)
 
     def _mlps(self, x: jax.Array, layers: dict[str, jax.Array], which: slice) -> jax.Array:
         """x [..., D] through some of the layers, pre-normed and residual."""

@@ -21,23 +21,20 @@ from jax.typing import DTypeLike
 
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import as_path, read_json, write_json, written_aside
+from continuous_lm.io.atomic_files import as_path, written_aside
+from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models import language_model
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import AutoencoderConfig
 from continuous_lm.models.calm.implicit_heads import IMPLICIT, EnergyHead, ImplicitHead
 from continuous_lm.models.calm.model import NextVectorLM, NextVectorModel, chunked, create, stand_in
-from continuous_lm.models.checkpoints.config_fields import (
-    INERT,
-    MOST_LAYERS,
-    Family,
-    Fields,
-    Stored,
-)
+from continuous_lm.models.checkpoints.config_fields import INERT, MOST_LAYERS, Fields
 from continuous_lm.models.checkpoints.parameter_layout import Layout, check_tree, equal, left_over
+from continuous_lm.models.checkpoints.tensor_table import Stored
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.families import llama
+from continuous_lm.models.families.family import Family
 
 __all__ = [
     "NextVectorLM",

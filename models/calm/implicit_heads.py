@@ -25,8 +25,7 @@ density, p^(1/temperature) normalised: of two modes of which one is rarer, a low
 both, or what lies between them.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -35,19 +34,21 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from continuous_lm import losses
-from continuous_lm.durations import as_float
+from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
+from continuous_lm.models.calm.flow_solvers import _check_solver, denoise, integrate, signal
+from continuous_lm.models.calm.noise_network import (
+    _TIMES,
+    Weights,
+    _embedded,
+    conditioned,
+    network,
+    waves,
+)
 from continuous_lm.models.density.heads import Head, kernel_init
-from continuous_lm.models.transformer import layer_norm
 
-SOLVERS = ("euler", "midpoint")
-EPS = 1e-6  # of the layer norms, as in CALM
-LEAST_SIGNAL = 1e-3  # of the variance that is left of the target where diffusion begins
-_TIMES = 32  # sines and cosines of a time; more than a function of [0, 1] that is smooth asks for
 _ZEROS = nn.initializers.zeros
 _ONES = nn.initializers.ones
-
-Weights = Mapping[str, jax.Array]
 
 
 class ImplicitHead(Head):
@@ -360,133 +361,7 @@ IMPLICIT: dict[str, type[ImplicitHead]] = {
 # --- Solvers ---------------------------------------------------------------------------------
 
 
-def integrate(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array],
-    x: ArrayLike,
-    *,
-    steps: int,
-    solver: str = "midpoint",
-) -> jax.Array:
-    """The solution at time 1 of dx/dt = velocity(x, t), from x at time 0.
-
-    Args:
-      velocity: of x [..., W] at a scalar time, [..., W].
-      x: [..., W], with all leading axes that velocities have.
-      steps: equal ones, one after the other; the error falls with their number (euler) or its
-        square (midpoint).
-      solver: one of SOLVERS.
-
-    Raises:
-      InputError: for another solver, or no step.
-    """
-    _check_solver(solver)
-    _check_steps(steps)
-    x = as_float(x)
-    step = 1.0 / steps
-
-    def advance(x, time):
-        slope = velocity(x, time)
-        if solver == "midpoint":
-            slope = velocity(x + 0.5 * step * slope, time + 0.5 * step)
-        return (x + step * slope).astype(x.dtype), None
-
-    return jax.lax.scan(advance, x, jnp.arange(steps, dtype=x.dtype) / steps)[0]
-
-
-def signal(time: ArrayLike) -> jax.Array:
-    """Part of the target's variance that is left at a time from 0 to 1, from 1 to `LEAST_SIGNAL`.
-
-    The cosine schedule of Nichol and Dhariwal (arXiv:2102.09672), with their offset of 0.008. They
-    bound each step's noise for the same reason for which the least is bounded here: the first step
-    divides by its root, and would magnify what the network gets wrong.
-    """
-    angle = (as_float(time) + 0.008) / 1.008 * (0.5 * math.pi)
-    left = jnp.square(jnp.cos(angle) / math.cos(0.004 * math.pi / 1.008))
-    return jnp.clip(left, LEAST_SIGNAL, 1.0)
-
-
-def denoise(
-    predict: Callable[[jax.Array, jax.Array], jax.Array],
-    x: ArrayLike,
-    noise: ArrayLike | None = None,
-    *,
-    steps: int,
-) -> jax.Array:
-    """A sample from noise x, in equal steps from time 1 to time 0 of `signal`.
-
-    Args:
-      predict: the noise in x [..., W] at a scalar time, [..., W].
-      x: normal noise [..., W], with all leading axes that predictions have.
-      noise: what comes in at each step, [steps, ..., W], normal; the last is multiplied by 0.
-        Without it steps are deterministic.
-      steps: how many.
-    """
-    _check_steps(steps)
-    noisy = as_float(x)
-    times = jnp.arange(steps, -1, -1, dtype=noisy.dtype) / steps
-
-    def step(x, inputs):
-        time, after, new = inputs
-        now, then = signal(time), signal(after)
-        found = predict(x, time)
-        clean = (x - jnp.sqrt(1 - now) * found) / jnp.sqrt(now)
-        # The variance of x at `after`, given the target and x at `time`.
-        fresh = 0.0 if new is None else (1 - then) / (1 - now) * (1 - now / then)
-        x = jnp.sqrt(then) * clean + jnp.sqrt(jnp.maximum(1 - then - fresh, 0.0)) * found
-        return (x if new is None else x + jnp.sqrt(fresh) * new).astype(noisy.dtype), None
-
-    return jax.lax.scan(step, noisy, (times[:-1], times[1:], noise))[0]
-
-
 # --- The blocks ------------------------------------------------------------------------------
-
-
-def network(weights: Weights, noise: jax.Array, y: jax.Array) -> jax.Array:
-    """The blocks and their ends: [..., W] from noise [..., U] and conditions y [..., D]."""
-    x = layer_norm(_embedded(weights, "noise", noise), *_pair(weights, "noise_norm"), EPS)
-    x = jnp.broadcast_to(x, (*jnp.broadcast_shapes(x.shape[:-1], y.shape[:-1]), x.shape[-1]))
-    size = x.shape[-1]
-    blocks = {n: a for n, a in weights.items() if n.startswith("blocks_")}
-    inner = blocks.pop("blocks_inner")
-
-    def block(x, stacked):
-        w, of_x, of_y = stacked
-        normed = layer_norm(x, *_pair(w, "blocks_norm"), EPS)
-        # The map of both, [LN(x), y]; y's part is the same for all noise.
-        h = _product(normed, of_x) + (_product(y, of_y) + w["blocks_inner_bias"])
-        h = _embedded(w, "blocks_middle", jax.nn.silu(h))
-        h = _embedded(w, "blocks_outer", jax.nn.silu(h))
-        gate, up = jnp.split(h, 2, axis=-1)
-        return x + _embedded(w, "blocks_down", jax.nn.silu(gate) * up), None
-
-    x, _ = jax.lax.scan(block, x, (blocks, inner[..., :size], inner[..., size:]))
-    normed = layer_norm(x, *_pair(weights, "last_norm"), EPS)
-    return _embedded(weights, "last", jax.nn.silu(_embedded(weights, "last_inner", normed)))
-
-
-def conditioned(weights: Weights, embedded: jax.Array) -> jax.Array:
-    """What the blocks are told besides the noise, y [..., D], from its embedding [..., D]."""
-    return layer_norm(embedded, *_pair(weights, "hidden_norm"), EPS)
-
-
-def waves(time: jax.Array) -> jax.Array:
-    """Sines and cosines of times [...] from 0 to 1, with periods from 6 down to 1/16: [..., 64]."""
-    rates = jnp.geomspace(1.0, 100.0, _TIMES, dtype=time.dtype)
-    angles = time[..., None] * rates
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def _pair(weights: Weights, name: str) -> tuple[jax.Array, jax.Array]:
-    return weights[name], weights[f"{name}_bias"]
-
-
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.tensordot(x, kernel, axes=(-1, -1))
-
-
-def _embedded(weights: Weights, name: str, x: jax.Array) -> jax.Array:
-    """x [..., in] through the linear map of this name: [..., out]."""
-    return _product(x, weights[name]) + weights[f"{name}_bias"]
 
 
 def _inputs(noise: ArrayLike, hidden: ArrayLike, width: int) -> tuple[jax.Array, jax.Array]:
@@ -503,13 +378,3 @@ def _inputs(noise: ArrayLike, hidden: ArrayLike, width: int) -> tuple[jax.Array,
         ) from None
     dtype = jnp.result_type(z, h)
     return jnp.broadcast_to(z, (*lead, width)).astype(dtype), h.astype(dtype)
-
-
-def _check_solver(solver: str) -> None:
-    if solver not in SOLVERS:
-        raise InputError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise InputError(f"steps is {steps}; there must be at least 1")

@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
+from continuous_lm.arguments import check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.models import transformer
 from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig, Codec
@@ -109,7 +109,7 @@ class NextVectorModel(nn.Module):
                 f"chunks have shape {list(shape)}; it must be [..., T, {self.chunk_size}], the"
                 " tokens of a chunk last: see calm.chunked"
             )
-        time.check_integers("chunks", chunks, 0, self.config.vocab_size)
+        check_integers("chunks", chunks, 0, self.config.vocab_size)
         transformer.check(self.config, np.zeros(shape[:-1], np.int32), **arguments)
 
     def __call__(self, chunks: ArrayLike, **arguments) -> Any:
@@ -276,7 +276,7 @@ def chunked(tokens: ArrayLike, chunk_size: int, fill: int | None = None) -> np.n
         raise InputError(
             f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be integers [..., n]"
         )
-    time.check_integers("tokens", tokens, 0, np.iinfo(np.int32).max)
+    check_integers("tokens", tokens, 0, np.iinfo(np.int32).max)
     if fill is not None and not isinstance(fill, int | np.integer):
         raise InputError(f"fill is {fill!r:.60}; it must be one token")
     over = -tokens.shape[-1] % chunk_size

@@ -17,8 +17,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm import durations as time
-from continuous_lm.durations import as_float, check_count
+from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 
 _WHOLE = 1e-5  # 1/T that is so near to an integer, relative to it, is meant to be that integer
@@ -80,7 +79,7 @@ def exact(
       InputError: for a temperature or max_rounds out of range, or draws of another shape or dtype.
     """
     check_count("max_rounds", max_rounds)
-    time.check_numbers("temperature", temperature)
+    check_numbers("temperature", temperature)
     if not isinstance(temperature, jax.core.Tracer):
         values = np.asarray(temperature)
         if ((values <= 0) | (values > 1)).any():
@@ -226,7 +225,7 @@ def order(temperature: float) -> int:
     Raises:
       InputError: if there is none.
     """
-    time.check_numbers("temperature", temperature)
+    check_numbers("temperature", temperature)
     if np.ndim(temperature) == 0 and 0 < temperature <= 1:
         n = round(1 / float(temperature))
         if abs(n * float(temperature) - 1) <= _WHOLE:

@@ -20,8 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
-from continuous_lm.durations import check_count
+from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError, about
 from continuous_lm.models.calm import repeated_draws
 from continuous_lm.models.calm.checkpoint import NextVectorLM, NextVectorModel, chunked
@@ -98,7 +97,7 @@ def sample(
     rows = []
     for i, row in enumerate([tokens] if np.ndim(given[0]) == 0 else given):
         with about(f"prompt {i}"):
-            time.check_integers("tokens", row, 0, lm.config.vocab_size)
+            check_integers("tokens", row, 0, lm.config.vocab_size)
             rows.append(chunked(cast(Any, row), size, _fill(lm, fill)))
     chunks, d = prompt_rows(lm.model, "chunks", rows, durations, np.dtype(np.int32))
     steps = -(-max_new_tokens // size)
@@ -178,7 +177,7 @@ def _fill(lm: NextVectorLM, fill: int | None) -> int | None:
         return int(known[0]) if len(known) else None
     if np.ndim(fill):
         raise InputError(f"fill is {fill!r:.60}; it must be one token")
-    time.check_integers("fill", fill, 0, lm.config.vocab_size)
+    check_integers("fill", fill, 0, lm.config.vocab_size)
     return fill
 
 

@@ -18,7 +18,8 @@ from flax import traverse_util
 
 from continuous_lm.errors import InputError
 from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import check_writable, read_json, replaced_whole, write_json
+from continuous_lm.io.atomic_files import check_writable, replaced_whole
+from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models.checkpoints.parameter_layout import Targets
 
 FINGERPRINT = "fingerprint.json"

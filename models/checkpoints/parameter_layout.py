@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.models.checkpoints.config_fields import Family
+from continuous_lm.models.families.family import Family
 
 Index = tuple[slice, ...]
 Targets = Mapping[str, jax.ShapeDtypeStruct]

@@ -6,13 +6,12 @@ new = density.sample(lm, tokens, max_new=8, key=key)
 """
 
 from continuous_lm.models.density import distributions, heads
+from continuous_lm.models.density.checkpoint import load, save
 from continuous_lm.models.density.model import (
     DensityLM,
     DensityModel,
     create,
-    load,
     on,
-    save,
     stand_in,
     standardised,
 )

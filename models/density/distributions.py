@@ -22,7 +22,7 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
 from continuous_lm import losses
-from continuous_lm.durations import as_float
+from continuous_lm.arguments import as_float
 from continuous_lm.losses.gaussian import cholesky_of_gram
 from continuous_lm.models.samplers import tempered
 

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.durations import as_float
+from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
 from continuous_lm.models.density.distributions import (
     Categorical,

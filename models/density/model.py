@@ -11,7 +11,6 @@ comes next is differentiable in them.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,17 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
-from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
-from continuous_lm.durations import as_float
-from continuous_lm.errors import InputError, about
-from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import as_path, read_json, write_json, written_aside
-from continuous_lm.models import language_model, transformer
-from continuous_lm.models.checkpoints.parameter_layout import check_tree
+from continuous_lm.arguments import as_float, check_numbers
+from continuous_lm.errors import InputError
+from continuous_lm.models import transformer
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.density.distributions import Categorical
@@ -42,7 +35,6 @@ if TYPE_CHECKING:
 
 READS = ("tokens", "vectors")
 TABLES = ("frozen", "embedding")
-_SETTINGS, _WEIGHTS = "density.json", "density.safetensors"
 _TRUNK = "trunk"
 
 
@@ -124,7 +116,7 @@ class DensityModel(nn.Module):
             raise InputError(
                 f"vectors have shape {list(shape)}; it must be [..., T, {self.head.width}]"
             )
-        time.check_numbers("vectors", vectors)
+        check_numbers("vectors", vectors)
         transformer.check(self.config, np.zeros(shape[:-1], np.int32), **arguments)
 
     def __call__(
@@ -307,7 +299,7 @@ def create(
     model = DensityModel(config, head, table="embedding" if table is None else "frozen", **settings)
     rows = None
     if table is not None:
-        time.check_numbers("table", table)
+        check_numbers("table", table)
         if model.reads == "vectors":
             raise InputError("a model that reads vectors has no table of tokens; leave out table")
         wanted = (config.vocab_size, head.width)
@@ -348,81 +340,6 @@ def on(lm: LanguageModel, head: heads.Head, *, key: jax.Array, contrast: float =
     tied = {"table": lm.params["embedding"]} if getattr(head, "tied", False) else {}
     params = {"trunk": lm.params, "head": nn.unbox(head.init(key, hidden, **tied)["params"])}
     return DensityLM(model, params, lm.tokenizer, lm.notes)
-
-
-def save(folder: str | os.PathLike, lm: DensityLM) -> None:
-    """Writes the model as a folder: a checkpoint of the trunk, and beside it what is above.
-
-    `load` reads it back; `clm.load` reads the trunk alone. The files reach the folder when all of
-    them are written, not before.
-
-    Raises:
-      InputError: if the folder cannot be written, or its config.json cannot express the trunk.
-    """
-    model, params = lm.model, dict(lm.params)
-    trunk = LanguageModel(model.config, params.pop(_TRUNK), lm.tokenizer, lm.notes)
-    above = traverse_util.flatten_dict(params, sep="/")
-    check_tree(above, _boxes(model))
-    settings = {
-        "format": 1,
-        "reads": model.reads,
-        "table": model.table,
-        "contrast": model.contrast,
-        "head": heads.to_dict(model.head),
-    }
-    with written_aside(folder, replaces=safetensors_files.FILES) as aside:
-        language_model.write(aside, trunk)
-        with about(_SETTINGS):
-            write_json(aside / _SETTINGS, settings)
-        safetensors_files.save_file(
-            aside / _WEIGHTS,
-            {path: tuple(np.shape(value)) for path, value in above.items()},
-            np.dtype(jnp.result_type(*above.values()) if above else np.float32),
-            lambda path: np.asarray(above[path]),
-        )
-
-
-def load(
-    folder: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
-) -> DensityLM:
-    """Reads what `save` wrote.
-
-    Args:
-      folder: to read from.
-      dtype: of the trunk's parameters; as stored if left out. The head's stay as they are.
-      mesh: devices to shard the parameters over, with axes "data" and "model".
-
-    Raises:
-      InputError: naming the file, setting or tensor that is missing, left over or wrong.
-    """
-    folder = as_path(folder)
-    settings = read_json(folder / _SETTINGS)
-    with about(str(folder / _SETTINGS)):
-        known = {"format", "reads", "table", "contrast", "head"}
-        for name in sorted(known ^ set(settings)):
-            raise InputError(f"setting {name} is {'missing' if name in known else 'not known'}")
-        if settings["format"] is True or settings.pop("format") != 1:
-            raise InputError("format is not 1, the only one that this version reads")
-        if not isinstance(settings["head"], dict):
-            raise InputError("head must be an object of settings")
-        if type(settings["contrast"]) not in (int, float):
-            raise InputError(f"contrast is {settings['contrast']!r:.60}; it must be a number")
-        head = heads.from_dict(settings.pop("head"))
-    trunk = language_model.load(folder, dtype=dtype, mesh=mesh)
-    with about(str(folder / _SETTINGS)):
-        model = DensityModel(trunk.config, head, **settings)
-    boxes, tensors = _boxes(model), safetensors_files.Tensors()
-    if not (folder / _WEIGHTS).is_file():
-        raise InputError(f"{folder / _WEIGHTS} is missing")
-    tensors.add(folder / _WEIGHTS)
-    with about(str(folder / _WEIGHTS)):
-        check_tree({path: _shape(tensors.shape(path)) for path in tensors.names}, boxes)
-    above: dict[str, Any] = {}
-    for path, box in boxes.items():
-        place = mesh and axes_lib.sharding(mesh, cast(Any, box.names), box.value.shape)
-        above[path] = jax.device_put(np.array(tensors[path]), place)
-    params = {_TRUNK: trunk.params, **traverse_util.unflatten_dict(above, sep="/")}
-    return DensityLM(model, params, trunk.tokenizer, trunk.notes)
 
 
 def _shape(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:

@@ -19,9 +19,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm import durations as time
 from continuous_lm import quantize as quantize_lib
-from continuous_lm.durations import check_count
+from continuous_lm.arguments import check_count, check_integers, check_numbers
 from continuous_lm.errors import InputError
 from continuous_lm.models.density.distributions import Categorical
 from continuous_lm.models.density.model import DensityLM, DensityModel
@@ -83,7 +82,7 @@ def sample(
     check_sampling(temperature, None, key)
     if quantize not in WAYS:
         raise InputError(f"quantize is {quantize!r:.60}; it must be one of {', '.join(WAYS)}")
-    time.check_numbers("strength", strength)
+    check_numbers("strength", strength)
     if np.ndim(strength):
         raise InputError(f"strength has shape {list(np.shape(strength))}; it must be a scalar")
     model, trunk = lm.model, lm.params["trunk"]
@@ -105,7 +104,7 @@ def sample(
             raise InputError(
                 f"direction has shape {list(np.shape(direction))}; it must be [{model.head.width}]"
             )
-        time.check_numbers("direction", direction)
+        check_numbers("direction", direction)
         options["shift"] = np.float32(strength) * np.asarray(direction, np.float32)
     elif strength:
         raise InputError("strength needs a direction to steer along")
@@ -211,6 +210,6 @@ def steering_direction(
         if not len(tokens) and name == "towards":
             raise InputError("towards is empty; name at least one token")
         if len(tokens):
-            time.check_integers(name, np.asarray(tokens), 0, len(rows))
+            check_integers(name, np.asarray(tokens), 0, len(rows))
     other = jnp.mean(rows[np.asarray(away, int)] if len(away) else rows, axis=0)
     return jnp.mean(rows[np.asarray(towards, int)], axis=0) - other

@@ -3,19 +3,19 @@
 import dataclasses
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import (
-    Fields,
-    Stored,
-    read_rope,
+from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.rope_fields import read_rope
+from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families import llama
+from continuous_lm.models.families.gemma import read_gemma
+from continuous_lm.models.families.shared_fields import (
     read_windows,
     require,
     write_activation,
     write_shape,
     write_windows,
 )
-from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.families import llama
-from continuous_lm.models.families.gemma import read_gemma
 
 
 def read_config(fields: Fields) -> TransformerConfig:

@@ -4,16 +4,12 @@ import dataclasses
 from typing import Any
 
 from continuous_lm.errors import InputError
-from continuous_lm.models.checkpoints.config_fields import (
-    Fields,
-    read_rope,
-    read_rope_parameters,
-    read_windows,
-    write_rope,
-)
+from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.rope_fields import read_rope, read_rope_parameters, write_rope
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families import gemma2, llama, qwen3
 from continuous_lm.models.families.gemma import read_gemma
+from continuous_lm.models.families.shared_fields import read_windows
 from continuous_lm.rotary import Rope
 
 

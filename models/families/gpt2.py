@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import (
-    MOST_LAYERS,
-    Family,
-    Fields,
-    Stored,
+from continuous_lm.models.checkpoints.config_fields import MOST_LAYERS, Fields
+from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families.family import Family
+from continuous_lm.models.families.shared_fields import (
     head_width,
     read_activation,
     write_activation,
 )
-from continuous_lm.models.config import TransformerConfig
 
 
 def read_config(fields: Fields) -> TransformerConfig:

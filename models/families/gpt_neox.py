@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import (
-    MOST_LAYERS,
-    Family,
-    Fields,
-    Stored,
+from continuous_lm.models.checkpoints.config_fields import MOST_LAYERS, Fields
+from continuous_lm.models.checkpoints.rope_fields import read_rope, write_rope
+from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families.family import Family
+from continuous_lm.models.families.shared_fields import (
     head_width,
     read_activation,
-    read_rope,
     write_activation,
-    write_rope,
 )
-from continuous_lm.models.config import TransformerConfig
 
 
 def read_config(fields: Fields) -> TransformerConfig:

@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import (
-    Family,
-    Fields,
-    Stored,
-    read_rope,
-    read_shape,
-    write_shape,
-)
+from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.rope_fields import read_rope
+from continuous_lm.models.checkpoints.tensor_table import Stored
 from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families.family import Family
+from continuous_lm.models.families.shared_fields import read_shape, write_shape
 
 
 def read_config(fields: Fields) -> TransformerConfig:

@@ -4,17 +4,17 @@ import dataclasses
 from typing import Any
 
 from continuous_lm.errors import InputError
-from continuous_lm.models.checkpoints.config_fields import (
-    Fields,
-    read_rope,
+from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.rope_fields import read_rope
+from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families import llama
+from continuous_lm.models.families.shared_fields import (
     read_shape,
     read_windows,
     require,
     write_shape,
     write_windows,
 )
-from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.families import llama
 
 
 def read_sliding(fields: Fields, num_layers: int) -> dict[str, Any]:

@@ -3,17 +3,13 @@
 import dataclasses
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import (
-    Fields,
-    Stored,
-    read_rope,
-    read_shape,
-    require,
-    write_shape,
-)
+from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.rope_fields import read_rope
+from continuous_lm.models.checkpoints.tensor_table import Stored
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families import llama
 from continuous_lm.models.families.qwen2 import read_sliding, write_sliding
+from continuous_lm.models.families.shared_fields import read_shape, require, write_shape
 
 
 def read_config(fields: Fields) -> TransformerConfig:

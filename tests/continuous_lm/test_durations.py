@@ -7,45 +7,46 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import continuous_lm as clm
-from continuous_lm import durations as time
+from continuous_lm.arguments import check_integers
+from continuous_lm.attention.visibility import elapsed, window_times
+from continuous_lm.durations import check as check_durations
+from continuous_lm.durations import end_times, from_times, scale, translate
 
 positive = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0.125, 8, width=32))
 
 
 @given(positive, st.floats(-100, 100, width=32))
 def test_times_and_durations_go_round(d, start):
-    times = time.end_times(d, start)
+    times = end_times(d, start)
     np.testing.assert_allclose(times, start + np.cumsum(d.astype(np.float64)), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(time.from_times(times, start), d, atol=2e-4)
+    np.testing.assert_allclose(from_times(times, start), d, atol=2e-4)
 
 
 def test_ordinary_sentence_ends_at_the_integers():
-    np.testing.assert_array_equal(time.end_times(np.ones(4)), [1, 2, 3, 4])
-    np.testing.assert_array_equal(
-        time.end_times(np.ones(3), start=[0, 10]), [[1, 2, 3], [11, 12, 13]]
-    )
+    np.testing.assert_array_equal(end_times(np.ones(4)), [1, 2, 3, 4])
+    np.testing.assert_array_equal(end_times(np.ones(3), start=[0, 10]), [[1, 2, 3], [11, 12, 13]])
 
 
 def test_scale_shrinks_the_span_alone_for_every_factor():
-    d = time.scale(jnp.ones(5), jnp.array([0.5, 0.0]), (1, 3))
+    d = scale(jnp.ones(5), jnp.array([0.5, 0.0]), (1, 3))
     np.testing.assert_array_equal(d, [[1, 0.5, 0.5, 1, 1], [1, 0, 0, 1, 1]])
-    np.testing.assert_array_equal(time.scale(jnp.ones(2), 3.0), [3, 3])
+    np.testing.assert_array_equal(scale(jnp.ones(2), 3.0), [3, 3])
 
 
 @pytest.mark.parametrize("span", [(2, 2), (3, 1), (-1, 2), (0, 6)])
 def test_scale_refuses_a_span_outside(span):
     with pytest.raises(clm.InputError, match="span"):
-        time.scale(jnp.ones(5), 0.5, span)
+        scale(jnp.ones(5), 0.5, span)
 
 
 def test_translate():
-    np.testing.assert_array_equal(time.translate([1.0, 2.0], [0.0, 5.0]), [[1, 2], [6, 7]])
+    np.testing.assert_array_equal(translate([1.0, 2.0], [0.0, 5.0]), [[1, 2], [6, 7]])
 
 
 def test_low_precision_is_widened_and_float64_is_kept():
-    assert time.end_times(jnp.ones(3, jnp.bfloat16)).dtype == jnp.float32
+    assert end_times(jnp.ones(3, jnp.bfloat16)).dtype == jnp.float32
     with jax.enable_x64(True):
-        assert time.end_times(jnp.ones(3, jnp.float64)).dtype == jnp.float64
+        assert end_times(jnp.ones(3, jnp.float64)).dtype == jnp.float64
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,11 @@ def test_low_precision_is_widened_and_float64_is_kept():
 )
 def test_check_says_which_and_where(values, message):
     with pytest.raises(clm.InputError, match=message):
-        time.check(np.asarray(values), 3)
+        check_durations(np.asarray(values), 3)
 
 
 def test_check_is_pure_inside_jit():
-    assert jax.jit(lambda d: time.check(d, 2) or d.sum())(jnp.array([-1.0, 2.0])) == 1.0
+    assert jax.jit(lambda d: check_durations(d, 2) or d.sum())(jnp.array([-1.0, 2.0])) == 1.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 3e7])
@@ -80,10 +81,8 @@ def test_distances_in_time_stay_exact(scale):
     exact = ends[:, later, None] - ends[:, None, earlier]
     plain = np.cumsum(d, axis=-1)
     assert np.abs(plain[:, later, None] - plain[:, None, earlier] - exact).max() > 1e-4 * scale
-    clock = jax.jit(time.clock)(jnp.asarray(d))
-    np.testing.assert_allclose(
-        time.elapsed(clock, later, earlier), exact, rtol=3e-7, atol=1e-8 * scale
-    )
+    clock = jax.jit(window_times)(jnp.asarray(d))
+    np.testing.assert_allclose(elapsed(clock, later, earlier), exact, rtol=3e-7, atol=1e-8 * scale)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +93,14 @@ def test_a_clock_of_any_steps(steps):
     """Times that go back, and steps at the ends of what float32 holds."""
     steps = np.array(steps, np.float32)
     ends, index = np.cumsum(steps.astype(np.float64)), np.arange(4)
-    passed = time.elapsed(time.clock(jnp.asarray(steps)), index, index)
+    passed = elapsed(window_times(jnp.asarray(steps)), index, index)
     exact = ends[:, None] - ends
     np.testing.assert_allclose(passed, exact, atol=1e-6 * np.abs(steps).max())
 
 
 def test_a_clock_of_float16_is_one_of_float32():
-    passed = time.elapsed(
-        time.clock(jnp.full(3000, 0.1, jnp.float16)), np.array([2999]), np.array([0])
+    passed = elapsed(
+        window_times(jnp.full(3000, 0.1, jnp.float16)), np.array([2999]), np.array([0])
     )
     np.testing.assert_allclose(passed, 2999 * float(np.float16(0.1)), rtol=1e-6)
 
@@ -109,10 +108,10 @@ def test_a_clock_of_float16_is_one_of_float32():
 def test_a_clock_of_float64_is_as_exact():
     with jax.enable_x64(True):
         d = jnp.full(5000, 0.1, jnp.float64).at[0].set(1e9)
-        passed = time.elapsed(time.clock(d), jnp.array([4999]), jnp.array([4969]))
+        passed = elapsed(window_times(d), jnp.array([4999]), jnp.array([4969]))
         np.testing.assert_allclose(passed, 3.0, rtol=1e-14)
 
 
 def test_integers_are_checked_before_they_are_cut_to_32_bits():
     with pytest.raises(clm.InputError, match=r"tokens\[1\] is 4294967298; every entry must be"):
-        time.check_integers("tokens", [1, 2**32 + 2], 0, 10)
+        check_integers("tokens", [1, 2**32 + 2], 0, 10)

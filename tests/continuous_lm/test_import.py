@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 
 LATE = (
     "optax tokenizers grain orbax matplotlib scipy torch transformers faiss huggingface_hub".split()
@@ -16,7 +16,7 @@ def test_heavy_packages_wait_until_they_are_used():
         f" print(*({set(LATE)} & (set(sys.modules) - before)))"
     )
     process = subprocess.run(
-        [sys.executable, "-c", program], env=tiny.ENVIRONMENT, capture_output=True, text=True
+        [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.split() == []

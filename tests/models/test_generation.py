@@ -16,6 +16,7 @@ from continuous_lm.models import generation, kv_cache
 from continuous_lm.models.generation import generate
 from continuous_lm.models.samplers import _likeliest, sample_token
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 from tests.models.families.test_parity import LONGROPE, STORIES
 from tests.models.test_kv_cache import random_lm
 
@@ -571,7 +572,7 @@ def test_a_mesh_gives_the_same_tokens_and_holds_the_cache_in_parts(tmp_path, sam
     folder = tiny.save(tmp_path / "x", num_key_value_heads=4)
     ended = subprocess.run(
         [sys.executable, "-c", MESH_PROGRAM, str(folder), *sampled],
-        env=tiny.ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         capture_output=True,
         text=True,
     )

@@ -23,6 +23,7 @@ from continuous_lm.io import safetensors_files
 from continuous_lm.models import language_model
 from continuous_lm.models.checkpoints.parameter_layout import Layout
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT, ROOT
 
 TOKENS = np.array([1, 5, 9, 2, 60, 33, 7])
 DURATIONS = np.array([1, 0.5, 0.25, 2, 1, 0.1, 1], np.float32)
@@ -451,7 +452,7 @@ def test_theta_that_is_given_twice_must_agree(tmp_path, folder):
         ("no-such-model", "'no-such-model' is neither a folder nor a bundled model"),
         ("../bundled", "neither"),
         ("x" * 300, "neither"),
-        (str(tiny.ROOT / "pyproject.toml"), "pyproject.toml is a file"),
+        (str(ROOT / "pyproject.toml"), "pyproject.toml is a file"),
     ],
 )
 def test_name_of_no_model(tmp_path, monkeypatch, name, message):
@@ -608,7 +609,7 @@ def python(program, *arguments, **environment):
     """Starts a program of its own, which sees one CPU device unless told otherwise."""
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=tiny.ENVIRONMENT | environment,
+        env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,

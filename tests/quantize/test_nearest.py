@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm import quantize
-from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 
 METRICS = quantize.METRICS
 
@@ -311,7 +311,7 @@ print(*sorted(set(shapes)))
 def test_a_codebook_on_a_mesh_gives_the_same():
     process = subprocess.run(
         [sys.executable, "-c", MESH_PROGRAM],
-        env=tiny.ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         capture_output=True,
         text=True,
     )

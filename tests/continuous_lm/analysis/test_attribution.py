@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution
+from continuous_lm.analysis.deletion import deletion_curve
 from continuous_lm.experiments.apples import prompts
 from tests.models.test_transformer import LM, LM_WINDOWED, N, draw
 
@@ -147,7 +148,7 @@ def test_leave_one_out_is_calls_without_each_token():
 def test_deletion_takes_the_most_important_first():
     value, d = model_value()
     importance = np.array([9.0, 1, 5, 5, -2, 0, 3, 4, 2, 8, -1, 7])
-    found = attribution.deletion(value, d, importance)
+    found = deletion_curve(value, d, importance)
     assert list(found.order) == [9, 11, 2, 3, 7, 6, 8, 1, 5, 10, 4]  # the first one stays
     for k in (0, 1, 4, 11):
         gone = d.at[found.order[:k]].set(0.0)
@@ -155,10 +156,10 @@ def test_deletion_takes_the_most_important_first():
 
 
 def test_area_of_deletion():
-    found = attribution.deletion(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 2, 1])
+    found = deletion_curve(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 2, 1])
     np.testing.assert_allclose(found.values, [3, 1, 0])
     assert found.area == pytest.approx((0 - 2) / 4 + (-2 - 3) / 4)
-    worse = attribution.deletion(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 1, 2])
+    worse = deletion_curve(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 1, 2])
     assert worse.area > found.area
 
 
@@ -202,7 +203,7 @@ BAD = {
     r"base has shape \[3\]": lambda: attribution.leave_one_out(square, [1, 1], [1, 0, 0]),
     r"base\[0\] is -1": lambda: attribution.gradient_times_input(square, [1, 1], [-1, 0]),
     "not finite": lambda: attribution.integrated(lambda d: jnp.log(d[1]), [1, 1]),
-    r"attribution has shape \[1\]": lambda: attribution.deletion(square, [1, 1], [1]),
+    r"attribution has shape \[1\]": lambda: deletion_curve(square, [1, 1], [1]),
     "answer has no tokens": lambda: attribution.log_probability(LM, [], tokens=[1, 2]),
     "answer.* is 40": lambda: attribution.log_probability(LM, [40], tokens=[1, 2]),
     "times is no argument": lambda: attribution.next_token(LM, tokens=[1, 2], times=[1, 2]),

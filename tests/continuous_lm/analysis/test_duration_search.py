@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution, duration_search
+from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import prompt
 from tests.models.test_transformer import LM, draw
 
@@ -123,7 +124,7 @@ def test_evaluations_are_counted():
 def test_pruning_a_line_is_a_knapsack(w, tolerance):
     """What weighs least goes, whole; the best total is that of the fractional knapsack."""
     weights = np.array([1.0, *w], np.float32)
-    found = duration_search.prune(line(0.0, weights), ONES, tolerance=tolerance, steps=100)
+    found = prune(line(0.0, weights), ONES, tolerance=tolerance, steps=100)
     left, best = tolerance, 4.0
     for x in np.sort(w):
         gone = 1.0 if x <= 0 else min(1.0, left / x)
@@ -140,7 +141,7 @@ def test_pruning_a_line_is_a_knapsack(w, tolerance):
 def test_a_pruned_prompt_holds_without_its_absent_tokens():
     tokens, d = draw()
     value = attribution.log_probability(LM, [3, 7], tokens=tokens)
-    found = duration_search.prune(value, d, tolerance=1.0, steps=60, rounds=2)
+    found = prune(value, d, tolerance=1.0, steps=60, rounds=2)
     assert found.total < d[1:].sum() - 0.1
     kept = np.union1d(np.flatnonzero(found.durations), [len(d) - 1])
     shorter = attribution.log_probability(LM, [3, 7], tokens=tokens[kept])
@@ -177,12 +178,12 @@ BAD = {
     ),
     "weights are": lambda: duration_search.steer(line(1), ONES, weights=(0.5, 1.0)),
     "steps is 0": lambda: duration_search.steer(line(1), ONES, steps=0),
-    "learning_rate is -1": lambda: duration_search.prune(line(1), ONES, learning_rate=-1),
-    "tolerance is 0": lambda: duration_search.prune(line(1), ONES, tolerance=0),
-    "tolerance is nan": lambda: duration_search.prune(line(1), ONES, tolerance=float("nan")),
+    "learning_rate is -1": lambda: prune(line(1), ONES, learning_rate=-1),
+    "tolerance is 0": lambda: prune(line(1), ONES, tolerance=0),
+    "tolerance is nan": lambda: prune(line(1), ONES, tolerance=float("nan")),
     "evaluations is 0": lambda: duration_search.random_search(line(1), ONES, evaluations=0),
     "durations have shape": lambda: duration_search.steer(line(1), [ONES]),
-    r"durations\[1\] is -1": lambda: duration_search.prune(line(1), [1, -1, 1, 1, 1]),
+    r"durations\[1\] is -1": lambda: prune(line(1), [1, -1, 1, 1, 1]),
     r"target has shape \[2\]": lambda: duration_search.pull(line(1), ONES, [1, 1]),
     "rounds is 0": lambda: duration_search.pull(line(1), ONES, ONES, rounds=0),
 }

@@ -8,6 +8,7 @@ import pytest
 
 import continuous_lm as clm
 from continuous_lm.io import atomic_files
+from continuous_lm.io.json_files import read_json, write_json
 
 
 def tree(folder):
@@ -244,14 +245,14 @@ def test_check_writable_leaves_no_trace(tmp_path, name):
 
 def test_json_goes_round(tmp_path):
     values = {"a": [1, 2.5, None, True], "b": {"ü": "ß"}}
-    atomic_files.write_json(tmp_path / "x.json", values)
-    assert atomic_files.read_json(tmp_path / "x.json") == values
+    write_json(tmp_path / "x.json", values)
+    assert read_json(tmp_path / "x.json") == values
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_json_with_nan_is_not_written(tmp_path, value):
     with pytest.raises(ValueError, match="JSON"):
-        atomic_files.write_json(tmp_path / "x.json", {"a": value})
+        write_json(tmp_path / "x.json", {"a": value})
     assert tree(tmp_path) == {}
 
 
@@ -273,20 +274,20 @@ def test_broken_json_is_refused_by_name(tmp_path, text, message):
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(clm.InputError, match=message) as refused:
-        atomic_files.read_json(path)
+        read_json(path)
     assert str(path) in str(refused.value)
     assert len(str(refused.value)) < len(str(path)) + 200
 
 
 def test_missing_and_unreadable_json_are_told_apart(tmp_path):
     with pytest.raises(clm.InputError, match=r"x\.json is missing"):
-        atomic_files.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")
     with pytest.raises(clm.InputError, match=r"cannot be read: Is a directory"):
-        atomic_files.read_json(tmp_path)
+        read_json(tmp_path)
 
 
 def test_json_is_written_as_utf8_for_people(tmp_path):
-    atomic_files.write_json(tmp_path / "x.json", {"a": [1], "b": 2})
+    write_json(tmp_path / "x.json", {"a": [1], "b": 2})
     text = (tmp_path / "x.json").read_bytes().decode()
     assert json.loads(text) == {"a": [1], "b": 2}
     assert text.endswith("}\n")

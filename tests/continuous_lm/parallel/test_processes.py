@@ -5,15 +5,16 @@ import pytest
 import continuous_lm as clm
 from continuous_lm.analysis.sweep import pmap_sweep
 from continuous_lm.parallel import processes
+from continuous_lm.parallel.mesh import make_mesh
 from tests.fixtures import many_devices
 
 # --- Meshes ---------------------------------------------------------------------------------------
 
 
 def test_one_device_is_a_mesh():
-    mesh = processes.mesh("data=1")
+    mesh = make_mesh("data=1")
     assert dict(mesh.shape) == {"data": 1, "model": 1}
-    assert processes.mesh().size == jax.device_count()
+    assert make_mesh().size == jax.device_count()
 
 
 @pytest.mark.parametrize(
@@ -22,15 +23,17 @@ def test_one_device_is_a_mesh():
 )
 def test_what_is_no_mesh_is_refused(text):
     with pytest.raises(clm.InputError, match="data=2,model=4"):
-        processes.mesh(text)
+        make_mesh(text)
 
 
 def test_more_devices_than_there_are():
     with pytest.raises(clm.InputError, match="takes 4096 devices, and there are"):
-        processes.mesh("data=64,model=64")
+        make_mesh("data=64,model=64")
 
 
 MANY = """
+from continuous_lm.parallel.mesh import make_mesh
+
 from continuous_lm.analysis.sweep import pmap_sweep
 
 import jax, numpy as np
@@ -41,11 +44,11 @@ from continuous_lm.parallel import processes
 from continuous_lm.parallel import pmap
 
 assert jax.device_count() == 8
-assert dict(processes.mesh("model=4, data=2").shape) == {"data": 2, "model": 4}
-assert dict(processes.mesh("model=2").shape) == {"data": 1, "model": 2}  # of the first devices
-assert dict(processes.mesh().shape) == {"data": 8, "model": 1}
+assert dict(make_mesh("model=4, data=2").shape) == {"data": 2, "model": 4}
+assert dict(make_mesh("model=2").shape) == {"data": 1, "model": 2}  # of the first devices
+assert dict(make_mesh().shape) == {"data": 8, "model": 1}
 
-mesh = processes.mesh("data=2,model=4")
+mesh = make_mesh("data=2,model=4")
 x = np.arange(4 * 3 * 8.0, dtype=np.float32).reshape(4, 3, 8)
 y = axes.placed(mesh, x, "B T F")
 assert {s.data.shape for s in y.addressable_shards} == {(2, 3, 2)}
@@ -85,7 +88,7 @@ d[:, 5:] = np.linspace(0.1, 1.0, 11)[:, None]
 one = clm.sweep.probabilities(lm, groups, tokens=tokens, durations=d)
 assert np.ptp(one, axis=0).max() > 1e-4
 for shape in ("data=8", "data=2,model=4"):
-    spread = clm.load("apples", dtype="float32", mesh=processes.mesh(shape))
+    spread = clm.load("apples", dtype="float32", mesh=make_mesh(shape))
     found = clm.sweep.probabilities(spread, groups, tokens=tokens, durations=d, batch_size=6)
     np.testing.assert_allclose(found, one, atol=1e-5)
 """
@@ -160,11 +163,13 @@ def test_processes_that_do_not_come():
 
 # A watch alone: what it sees does not depend on what JAX does.
 WATCHED = """
+from continuous_lm.parallel.watchdog import Watchdog
+
 import os, sys, threading, time
 from continuous_lm.parallel import processes
 
 number, port, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-watch = processes._Watch(number, 2, silent_for=2.0)
+watch = Watchdog(number, 2, silent_for=2.0)
 watch.meet("localhost", port, 60.0)
 watch.start()
 print("met", flush=True)

@@ -6,6 +6,16 @@ import numpy as np
 import pytest
 
 from continuous_lm.experiments.apples import prompts
+from continuous_lm.experiments.apples.language import (
+    ATTRIBUTES,
+    CATEGORIES,
+    OPERATORS,
+    PLURALS,
+    UNSEEN_FILLER,
+    UNSEEN_SEPARATORS,
+    UNSEEN_WORDS,
+    WORDS,
+)
 
 NUM_PROMPTS = 3000
 
@@ -30,7 +40,7 @@ def recount(prompt: prompts.Prompt) -> str:
     text = prompt.text
     if prompt.task == "counting":
         words = re.findall(r"\w+", re.search('"(.*)"', text)[1])
-        known = {w for ws in prompts.WORDS.values() for w in ws}
+        known = {w for ws in WORDS.values() for w in ws}
         return str(sum(word in known for word in words))
     if prompt.task == "events":
         if "Tutorial" in text:
@@ -53,12 +63,12 @@ def recount(prompt: prompts.Prompt) -> str:
     plural = question.split()[1]
     (noun,) = [
         (category, word)
-        for category, words in prompts.WORDS.items()
+        for category, words in WORDS.items()
         for word in words
-        if prompts.PLURALS[word] == plural
+        if PLURALS[word] == plural
     ]
-    true = prompts.ATTRIBUTES[question.replace(plural, "{}")].split()
-    return "yes" if plural in true or prompts.CATEGORIES[noun[0]] in true else "no"
+    true = ATTRIBUTES[question.replace(plural, "{}")].split()
+    return "yes" if plural in true or CATEGORIES[noun[0]] in true else "no"
 
 
 def test_the_same_seed_gives_the_same_prompts():
@@ -115,8 +125,8 @@ def test_training_and_held_out_combinations_are_disjoint():
 def test_each_fact_keeps_a_wording_for_training():
     facts = [
         *((task, (a, b)) for task in ["sum"] for a in range(10) for b in range(10)),
-        *(("boolean", (a, o, b)) for o in prompts.OPERATORS for a in (0, 1) for b in (0, 1)),
-        *(("attribute", (q, p)) for q in prompts.ATTRIBUTES for p in prompts.true_of(q)),
+        *(("boolean", (a, o, b)) for o in OPERATORS for a in (0, 1) for b in (0, 1)),
+        *(("attribute", (q, p)) for q in ATTRIBUTES for p in prompts.true_of(q)),
     ]
     for task, fact in facts:
         assert sum(prompts.held_out(task, (*fact, wording)) for wording in range(4)) <= 1
@@ -130,8 +140,8 @@ def test_the_split_does_not_depend_on_the_process():
 
 def test_words_for_tests_are_seen_but_never_counted_in_training():
     rng = np.random.default_rng(3)
-    words = {word for pair in prompts.UNSEEN_WORDS.values() for word in pair}
-    words |= set(prompts.UNSEEN_FILLER) | {text.strip() for text in prompts.UNSEEN_SEPARATORS}
+    words = {word for pair in UNSEEN_WORDS.values() for word in pair}
+    words |= set(UNSEEN_FILLER) | {text.strip() for text in UNSEEN_SEPARATORS}
     inside, anywhere = set(), set()
     tokens = prompts.tokenizer()
     for _ in range(NUM_PROMPTS):
@@ -181,8 +191,8 @@ def test_the_wording_is_the_papers():
 
 def test_the_language_has_fifty_pairs_with_four_kinds_of_questions():
     """True of both, of neither, of the first alone and of the second alone."""
-    truths = {q: prompts.true_of(q) for q in prompts.ATTRIBUTES}
-    plurals = [prompts.PLURALS[w] for words in prompts.WORDS.values() for w in words]
+    truths = {q: prompts.true_of(q) for q in ATTRIBUTES}
+    plurals = [PLURALS[w] for words in WORDS.values() for w in words]
     kinds = lambda a, b: {(a in true, b in true) for true in truths.values()}  # noqa: E731
     pairs = [
         (a, b) for i, a in enumerate(plurals) for b in plurals[i + 1 :] if len(kinds(a, b)) == 4

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from continuous_lm.experiments.audio import audio_models, sound
+from continuous_lm.experiments.audio.synthesis import tones
+from continuous_lm.experiments.audio.wav_files import read_wav
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
@@ -278,7 +280,7 @@ def test_the_program_writes_what_it_says(tmp_path):
         for ending in ("png", "pdf"):
             assert (folder / f"frames_{name}.{ending}").stat().st_size > 5000
     for name in ("real", *audio_models.WAVES):
-        samples, rate = sound.read_wav(folder / f"{name}.wav")
+        samples, rate = read_wav(folder / f"{name}.wav")
         assert rate == 8000
         assert 0.001 < np.abs(samples).max() <= 1.0
         assert len(samples) > 2 * 23 * 100
@@ -287,7 +289,7 @@ def test_the_program_writes_what_it_says(tmp_path):
     codes = audio_models.Codes(arrays["vectors"], arrays["scales"], arrays["log_shares"])
     units = sound.Statistics(arrays["mean"], arrays["deviation"])
     analysis = sound.Analysis(bands=12)
-    heard = sound.log_mel(sound.tones(4.0, seed=1, rate=8000), analysis)
+    heard = sound.log_mel(tones(4.0, seed=1, rate=8000), analysis)
     heard = units.standardised(heard).astype(np.float32)
     windows = np.stack([heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)])
     for name, book in (("mixture", None), ("tokens", codes)):

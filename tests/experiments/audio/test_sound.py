@@ -13,6 +13,18 @@ from hypothesis import strategies as st
 
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.audio import sound
+from continuous_lm.experiments.audio.synthesis import (
+    BACKGROUND,
+    ESPEAK,
+    SOUNDS,
+    WORDS,
+    Segment,
+    followers,
+    speech,
+    spoken_by,
+    tones,
+)
+from continuous_lm.experiments.audio.wav_files import read_wav, resampled, write_wav
 
 RATE = 8000
 ANALYSIS = sound.Analysis()
@@ -29,7 +41,7 @@ def sine(frequency, seconds=0.5, amplitude=1.0):
 
 @pytest.fixture(scope="module")
 def speechlike():
-    return sound.tones(3.0, seed=1, rate=RATE)
+    return tones(3.0, seed=1, rate=RATE)
 
 
 # --- Spectra ----------------------------------------------------------------------------------
@@ -270,7 +282,7 @@ def test_statistics_refuse_a_band_that_never_changes():
 
 
 def test_tones_are_the_same_for_the_same_seed():
-    first, again, other = (sound.tones(1.5, seed=s, rate=RATE) for s in (3, 3, 4))
+    first, again, other = (tones(1.5, seed=s, rate=RATE) for s in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert first.shape == other.shape == (12000,)
     assert np.abs(first - other).max() > 0.1
@@ -279,15 +291,15 @@ def test_tones_are_the_same_for_the_same_seed():
 
 def test_tones_have_pauses_and_sound(speechlike):
     level = np.sqrt(np.mean(speechlike[: len(speechlike) // 100 * 100].reshape(-1, 100) ** 2, 1))
-    assert (level < 3 * sound.BACKGROUND).mean() > 0.05
+    assert (level < 3 * BACKGROUND).mean() > 0.05
     assert (level > 0.03).mean() > 0.4
-    assert level.min() > 0.5 * sound.BACKGROUND  # noise, and not a silence that is the same
+    assert level.min() > 0.5 * BACKGROUND  # noise, and not a silence that is the same
 
 
 def test_a_vowel_has_its_pitch_and_its_formants():
-    segments = [sound.Segment(1.0, 1.0, (730.0, 1090.0, 2440.0))]
+    segments = [Segment(1.0, 1.0, (730.0, 1090.0, 2440.0))]
     rng = np.random.default_rng(0)
-    samples = sound.spoken_by(segments, rate=RATE, pitch=100.0, tract=1.0, rng=rng)[2000:6000]
+    samples = spoken_by(segments, rate=RATE, pitch=100.0, tract=1.0, rng=rng)[2000:6000]
     power = np.abs(np.fft.rfft(samples * np.hanning(4000))) ** 2
     bins = np.fft.rfftfreq(4000, 1 / RATE)
 
@@ -304,27 +316,27 @@ def test_a_vowel_has_its_pitch_and_its_formants():
 
 
 def test_noise_lies_where_it_was_put():
-    segments = [sound.Segment(0.5, noise=0.3, centre=2400.0, width=200.0)]
+    segments = [Segment(0.5, noise=0.3, centre=2400.0, width=200.0)]
     rng = np.random.default_rng(0)
-    samples = sound.spoken_by(segments, rate=RATE, pitch=100.0, tract=1.0, rng=rng)
+    samples = spoken_by(segments, rate=RATE, pitch=100.0, tract=1.0, rng=rng)
     power = np.abs(np.fft.rfft(samples)) ** 2
     bins = np.fft.rfftfreq(len(samples), 1 / RATE)
     assert (bins * power).sum() / power.sum() == pytest.approx(2400.0, abs=60.0)
 
 
 def test_words_are_spelt_in_sounds_and_follow_some_others():
-    assert set("".join(sound.WORDS)) <= set(sound.SOUNDS)
+    assert set("".join(WORDS)) <= set(SOUNDS)
     reached = {0}
-    for _ in sound.WORDS:
-        reached |= {w for word in reached for w in sound.followers(word)}
-    assert len(reached) > len(sound.WORDS) // 2
-    assert all(len(set(sound.followers(w))) == 3 for w in range(len(sound.WORDS)))
+    for _ in WORDS:
+        reached |= {w for word in reached for w in followers(word)}
+    assert len(reached) > len(WORDS) // 2
+    assert all(len(set(followers(w))) == 3 for w in range(len(WORDS)))
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 1e-6])
 def test_no_time_is_too_short(seconds):
     with pytest.raises(InputError, match="too short"):
-        sound.tones(seconds, seed=0, rate=RATE)
+        tones(seconds, seed=0, rate=RATE)
 
 
 # --- Speech -----------------------------------------------------------------------------------
@@ -348,7 +360,7 @@ with wave.open(sys.argv[sys.argv.index("-w") + 1], "wb") as file:
 
 def stand_in(monkeypatch, folder, body):
     """A program of espeak-ng's name, alone on the path."""
-    path = folder / sound.ESPEAK
+    path = folder / ESPEAK
     path.write_text(STAND_IN.format(python=sys.executable, body=body))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(folder))
@@ -356,11 +368,11 @@ def stand_in(monkeypatch, folder, body):
 
 def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
     stand_in(monkeypatch, tmp_path, SPEAKS)
-    found = sound.speech(["x" * 20], 0.9, seed=0, rate=RATE)
+    found = speech(["x" * 20], 0.9, seed=0, rate=RATE)
     assert found.shape == (7200,)
     assert np.argmax(np.abs(np.fft.rfft(found[:4000]))) * RATE / 4000 == 1000.0
     assert found.std() == pytest.approx(0.1, rel=0.01)
-    again = sound.speech(["x" * 20], 0.9, seed=0, rate=RATE)
+    again = speech(["x" * 20], 0.9, seed=0, rate=RATE)
     np.testing.assert_array_equal(found, again)
 
 
@@ -376,35 +388,35 @@ def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
 def test_speech_says_why_it_fails(monkeypatch, tmp_path, body, said):
     stand_in(monkeypatch, tmp_path, body)
     with pytest.raises(InputError, match=said):
-        sound.speech(["a sentence to read"], 1.0, seed=0, rate=RATE)
+        speech(["a sentence to read"], 1.0, seed=0, rate=RATE)
 
 
 def test_speech_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="apt install espeak-ng"):
-        sound.speech(["a"], 1.0, seed=0, rate=RATE)
+        speech(["a"], 1.0, seed=0, rate=RATE)
 
 
-@pytest.mark.skipif(shutil.which(sound.ESPEAK) is None, reason="espeak-ng is not installed")
+@pytest.mark.skipif(shutil.which(ESPEAK) is None, reason="espeak-ng is not installed")
 def test_espeak_speaks():
-    found = sound.speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE)
+    found = speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE)
     frames = sound.log_mel(found, ANALYSIS)
     assert frames.shape == (241, 40)
     assert frames.std() > 1.0
     np.testing.assert_array_equal(
         found,
-        sound.speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE),
+        speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE),
     )
 
 
 @pytest.mark.parametrize("wanted", [8000, 16000, 11025])
 def test_resampling_keeps_a_sine(wanted):
     t = np.arange(22050) / 22050
-    found = sound.resampled(np.sin(2 * np.pi * 700 * t), 22050, wanted)
+    found = resampled(np.sin(2 * np.pi * 700 * t), 22050, wanted)
     np.testing.assert_allclose(
         found, np.sin(2 * np.pi * 700 * np.arange(wanted) / wanted), rtol=0, atol=1e-9
     )
-    assert np.abs(sound.resampled(np.sin(2 * np.pi * 9000 * t), 22050, wanted)).max() < 1e-9
+    assert np.abs(resampled(np.sin(2 * np.pi * 9000 * t), 22050, wanted)).max() < 1e-9
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -413,15 +425,15 @@ def test_resampling_keeps_a_sine(wanted):
 @given(st.lists(st.floats(-1.0, 0.9999), min_size=1, max_size=50), st.sampled_from([8000, 22050]))
 def test_wav_files_keep_sound_to_half_a_step(tmp_path_factory, values, rate):
     path = tmp_path_factory.mktemp("wav") / "a.wav"
-    sound.write_wav(path, np.array(values), rate)
-    found, read = sound.read_wav(path)
+    write_wav(path, np.array(values), rate)
+    found, read = read_wav(path)
     assert read == rate
     np.testing.assert_allclose(found, values, rtol=0, atol=0.5 / 32768 + 1e-12)
 
 
 def test_wav_bytes_are_pcm_and_clipped(tmp_path):
     path = tmp_path / "a.wav"
-    sound.write_wav(path, np.array([0.0, 0.5, -0.5, 2.0, -2.0]), RATE)
+    write_wav(path, np.array([0.0, 0.5, -0.5, 2.0, -2.0]), RATE)
     with wave.open(str(path)) as file:
         assert file.getparams()[:4] == (1, 2, RATE, 5)
         written = np.frombuffer(file.readframes(5), "<i2")
@@ -436,31 +448,31 @@ def test_channels_are_averaged(tmp_path):
         file.setsampwidth(2)
         file.setframerate(RATE)
         file.writeframes(np.array([[16384, 0], [0, -16384]], "<i2").tobytes())
-    assert sound.read_wav(path)[0].tolist() == [0.25, -0.25]
+    assert read_wav(path)[0].tolist() == [0.25, -0.25]
 
 
 def test_wav_files_that_are_none_are_refused(tmp_path):
     path = tmp_path / "a.wav"
     with pytest.raises(InputError, match="cannot be read"):
-        sound.read_wav(path)
+        read_wav(path)
     path.write_bytes(b"RIFF")
     with pytest.raises(InputError, match="cannot be read"):
-        sound.read_wav(path)
+        read_wav(path)
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(1)
         file.setframerate(RATE)
         file.writeframes(b"\x80\x90")
     with pytest.raises(InputError, match="8 bits a sample"):
-        sound.read_wav(path)
-    sound.write_wav(path, np.zeros(1), RATE)
+        read_wav(path)
+    write_wav(path, np.zeros(1), RATE)
     path.write_bytes(path.read_bytes()[:40] + bytes(4))  # the header alone
     with pytest.raises(InputError, match="no sound"):
-        sound.read_wav(path)
+        read_wav(path)
 
 
 @pytest.mark.parametrize("samples", [np.zeros(0), np.zeros((2, 2)), np.array([np.inf])])
 def test_what_is_no_sound_is_not_written(tmp_path, samples):
     with pytest.raises(InputError, match="must be"):
-        sound.write_wav(tmp_path / "a.wav", samples, RATE)
+        write_wav(tmp_path / "a.wav", samples, RATE)
     assert not (tmp_path / "a.wav").exists()

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from continuous_lm.experiments.benchmarks import device_costs, program_costs
 from continuous_lm.models import language_model
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 
 TASK = program_costs.Task(tokens=12, shared=4, points=6)
 
@@ -157,7 +158,7 @@ program.run(device_costs.main)
 def python(code, *arguments, **environment):
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=tiny.ENVIRONMENT | environment,
+        env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

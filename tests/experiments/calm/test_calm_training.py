@@ -29,6 +29,7 @@ from tests.experiments.text_models.test_text_models import (
     write_text,
 )
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
 KEY = jax.random.key(0)
 V = tiny.CODEC.vocab_size
@@ -222,7 +223,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def train():
-    with tiny.forked("train") as train:
+    with forked_runner("train") as train:
         yield train
 
 
@@ -353,7 +354,7 @@ def test_samples_and_what_lies_between(trained):
         "between": ("--between=Ann reads the file.", "--between=Bob opens a path."),
     }
     found = {}
-    with tiny.forked("sample") as sample:
+    with forked_runner("sample") as sample:
         for name, arguments in runs.items():
             status, stdout, stderr = sample(trained, *common, *arguments, f"--output_dir=s/{name}")
             assert status == 0, stderr
@@ -485,7 +486,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _KILLER, "train"],
         cwd=trained,
-        env=tiny.ENVIRONMENT,
+        env=ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -621,7 +622,7 @@ def test_bad_input_to_the_others(trained):
         "energy",
         "too short",
     )
-    with tiny.forked("sample") as sample:
+    with forked_runner("sample") as sample:
         for arguments, *culprits in (
             (["--between=Ann reads"], "--between is given 1 times; give it twice"),
             (["--between=Ann", "--between=Bob", "--between=Eve"], "--between is given 3 times"),
@@ -638,7 +639,7 @@ def test_bad_input_to_the_others(trained):
             (["--model=codec"], "codec holds an autoencoder"),
         ):
             assert_refused(sample(trained, *other, *arguments), *culprits)
-    with tiny.forked("compare_quantizers") as ablate:
+    with forked_runner("compare_quantizers") as ablate:
         for arguments, *culprits in (
             (["--candidates=3"], "--candidates", "has no rows"),
             (["--model=energy,baseline"], "baseline is a density model; give it alone"),

@@ -16,6 +16,7 @@ from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import run_folder
 from tests.experiments.text_models.test_text_models import write_text
 from tests.fixtures import many_devices, tiny
+from tests.fixtures.programs import forked_runner, run_program
 
 MESHES = ("--mesh=data=8", "--mesh=model=8", "--mesh=data=4,model=2")
 PMAP = "--pmap"
@@ -42,7 +43,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_flags_are_read_or_refused(name, tmp_path):
-    with tiny.forked(name) as run:
+    with forked_runner(name) as run:
         for given, why in REFUSED[name].items():
             status, _, stderr = run(tmp_path, *given.split())
             assert status == 1, given
@@ -128,7 +129,7 @@ SWEEPS = {
 def test_sweeps_and_searches(name, tmp_path):
     arguments, ways = SWEEPS[name]
     found = []
-    with on_eight(), tiny.forked(name) as run:
+    with on_eight(), forked_runner(name) as run:
         for i, way in enumerate(("", *ways)):
             given = (*arguments, *way.split(), f"--output_dir={i}")
             status, _, stderr = run(tmp_path, *given)
@@ -165,7 +166,7 @@ def trained(tmp_path_factory):
     """A folder with the models of all stages, trained on one device and on meshes."""
     folder = tmp_path_factory.mktemp("many")
     write_text(folder)
-    with on_eight(), tiny.forked("train") as train:
+    with on_eight(), forked_runner("train") as train:
         for name, arguments in STAGES.items():
             for i, way in enumerate(("", *MESHES)):
                 given = (*arguments, *way.split(), f"--output_dir={name}{i}")
@@ -191,7 +192,7 @@ def test_training(name, trained):
 def test_training_by_pmap(tmp_path):
     write_text(tmp_path)
     arguments = [*stage("--stage=baseline"), "--accumulate=8"]
-    with on_eight(), tiny.forked("train") as train:
+    with on_eight(), forked_runner("train") as train:
         for name, ways in {"one": [], "pmap": [PMAP]}.items():
             status, _, stderr = train(tmp_path, *arguments, *ways, f"--output_dir={name}")
             assert status == 0, stderr
@@ -214,7 +215,7 @@ JUDGED = {
 def test_evaluation_and_samples(case, trained):
     name = case.split()[0]
     found = []
-    with on_eight(), tiny.forked(name) as run:
+    with on_eight(), forked_runner(name) as run:
         for way in ("", *MESHES):
             status, _, stderr = run(trained, *JUDGED[case].split(), *way.split())
             assert status == 0, stderr
@@ -224,6 +225,8 @@ def test_evaluation_and_samples(case, trained):
 
 
 FIT = """
+from continuous_lm.parallel.mesh import make_mesh
+
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from continuous_lm import axes
@@ -257,7 +260,7 @@ except InputError as error:
 else:
     raise AssertionError
 
-mesh, other = processes.mesh("data=2,model=4"), processes.mesh("data=8")
+mesh, other = make_mesh("data=2,model=4"), make_mesh("data=8")
 def on(mesh):
     letters = {"matrix": "D F", "bias": "F"}
     return {name: axes.placed(mesh, x, letters[name]) for name, x in params.items()}
@@ -302,7 +305,7 @@ def assert_all_end(processes):
 
 @slow
 def test_a_sweep_in_two_processes(tmp_path):
-    status, _, stderr = tiny.run(tmp_path, "counting", "--points=9", "--output_dir=one")
+    status, _, stderr = run_program(tmp_path, "counting", "--points=9", "--output_dir=one")
     assert status == 0, stderr
     arguments = ("--points=9", "--mesh=data=4,model=2", "--output_dir=two")
     with together(tmp_path, "counting", *arguments) as processes:
@@ -336,7 +339,7 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
 
     with together(tmp_path, "train", *arguments, "--mesh=data=8") as processes:
         assert_all_end(processes)
-    status, _, stderr = tiny.run(tmp_path, "train", *arguments, "--output_dir=results/one")
+    status, _, stderr = run_program(tmp_path, "train", *arguments, "--output_dir=results/one")
     assert status == 0, stderr
     one, two = (tmp_path / "results" / name for name in ("one", "train"))
     assert_close(read(one / "run/metrics.jsonl"), read(two / "run/metrics.jsonl"))

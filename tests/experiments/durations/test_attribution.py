@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from tests.fixtures import tiny
+from tests.fixtures.programs import ROOT, forked_runner
 
 SUM = "What is the sum of 6 and 0?\nAnswer: "
 ARGUMENTS = {
@@ -24,8 +24,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("attribution", "
 def ran(request, tmp_path_factory):
     """The program's name, its results and what it printed."""
     name, folder = request.param, tmp_path_factory.mktemp("run") / "out"
-    with tiny.forked(name) as run:
-        status, table, stderr = run(tiny.ROOT, f"--output_dir={folder}", *ARGUMENTS[name])
+    with forked_runner(name) as run:
+        status, table, stderr = run(ROOT, f"--output_dir={folder}", *ARGUMENTS[name])
     assert status == 0, stderr
     return name, json.loads((folder / f"{name}.json").read_text()), table, folder
 
@@ -112,7 +112,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_with_one_line(name, tmp_path):
-    with tiny.forked(name) as run:
+    with forked_runner(name) as run:
         for culprit, arguments in BAD[name].items():
             status, stdout, stderr = run(tmp_path, "--output_dir=out", *arguments)
             assert status == 1

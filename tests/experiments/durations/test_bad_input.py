@@ -15,13 +15,14 @@ import safetensors.numpy
 
 import continuous_lm as clm
 from tests.fixtures import tiny
+from tests.fixtures.programs import forked_runner, run_program
 
 PROGRAM = "counting"
 
 
 @pytest.fixture(scope="module")
 def run():
-    with tiny.forked(PROGRAM) as run:
+    with forked_runner(PROGRAM) as run:
         yield run
 
 
@@ -242,7 +243,7 @@ def test_the_forked_program_can_succeed(run, tmp_path, folder):
 
 
 def test_as_a_user_types_it(tmp_path, folder):
-    outcome = tiny.run(tmp_path, PROGRAM, "--model=nowhere", "--output_dir=out")
+    outcome = run_program(tmp_path, PROGRAM, "--model=nowhere", "--output_dir=out")
     assert outcome[0] == 1
     assert_refused(outcome, "'nowhere'")
     assert outcome[2].count("\n") == 1

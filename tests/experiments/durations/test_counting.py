@@ -12,6 +12,7 @@ import scipy.special
 import continuous_lm as clm
 from continuous_lm.models import language_model
 from tests.fixtures import tiny
+from tests.fixtures.programs import ROOT, forked_runner, run_program
 
 PROGRAM = "counting"
 DIGITS = "0123456789"
@@ -51,13 +52,13 @@ RUNS = {
 def runs(model, tmp_path_factory):
     """Name -> results folder and table of a run, each made when it is first asked for."""
     made = {}
-    with tiny.forked(PROGRAM) as run:
+    with forked_runner(PROGRAM) as run:
 
         def get(name):
             if name not in made:
                 folder = tmp_path_factory.mktemp("runs") / "deep" / name
                 shared = [f"--model={model}", f"--output_dir={folder}", f"--points={POINTS}"]
-                status, table, stderr = run(tiny.ROOT, *shared, *RUNS[name])
+                status, table, stderr = run(ROOT, *shared, *RUNS[name])
                 assert status == 0, stderr
                 made[name] = folder, table
             return made[name]
@@ -213,7 +214,7 @@ def test_a_model_that_never_answers_says_so(runs):
 
 def test_the_embedded_model_counts(tmp_path):
     """The finding: as four apples shrink, it answers 4, 3, 2, 1."""
-    status, table, stderr = tiny.run(tmp_path, PROGRAM)  # no flag at all
+    status, table, stderr = run_program(tmp_path, PROGRAM)  # no flag at all
     assert status == 0, stderr
     result = json.loads((tmp_path / "results" / "counting" / "counting.json").read_text())
     assert result["run"]["flags"]["model"] == "apples"

@@ -14,6 +14,7 @@ import pytest
 import continuous_lm as clm
 from continuous_lm.experiments.durations import boolean
 from tests.fixtures import tiny
+from tests.fixtures.programs import forked_runner
 
 POINTS = 5
 MIDDLE = POINTS // 2  # the point that is checked by hand
@@ -32,7 +33,7 @@ def call():
 
         def call(program, cwd, *arguments):
             if program not in started:
-                started[program] = servers.enter_context(tiny.forked(program))
+                started[program] = servers.enter_context(forked_runner(program))
             return started[program](cwd, *arguments)
 
         yield call

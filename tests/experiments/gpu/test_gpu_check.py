@@ -16,7 +16,7 @@ from continuous_lm.experiments.gpu.attention_checks import CASES, FORMS, TINY
 from continuous_lm.experiments.gpu.isolated_checks import FAILED, OK, UNSUPPORTED, Check
 from continuous_lm.models import generation
 from tests.continuous_lm.attention.test_pallas import gpu
-from tests.fixtures import tiny
+from tests.fixtures.programs import forked_runner
 
 PROGRAM = "gpu_check"
 
@@ -42,7 +42,7 @@ ROWS = {  # what each section's rows begin with
 
 @pytest.fixture(scope="module")
 def run():
-    with tiny.forked(PROGRAM) as run:
+    with forked_runner(PROGRAM) as run:
         yield run
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.studies import metrics
-from tests.fixtures import tiny
+from tests.fixtures.programs import ROOT, forked_runner
 
 PROGRAM = "analysis"
 DIGITS = "0123456789"
@@ -19,7 +19,7 @@ SWEEP = np.linspace(0.1, 1.0, 10)
 
 @pytest.fixture(scope="module")
 def run():
-    with tiny.forked(PROGRAM) as run:
+    with forked_runner(PROGRAM) as run:
         yield run
 
 
@@ -125,7 +125,7 @@ def analysed(run, cwd, folders, output):
 @pytest.fixture(scope="module")
 def output(run, folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "deep" / "analysis"
-    (folder.parent / "terminal").write_text(analysed(run, tiny.ROOT, folders, folder))
+    (folder.parent / "terminal").write_text(analysed(run, ROOT, folders, folder))
     return folder
 
 

@@ -10,9 +10,10 @@ import pytest
 
 import continuous_lm as clm
 from continuous_lm.experiments.apples import prompts
+from continuous_lm.experiments.apples.language import WORDS
 from continuous_lm.experiments.durations import prompt_sweeps
 from continuous_lm.experiments.studies import analysis, datasets
-from tests.fixtures import tiny
+from tests.fixtures.programs import forked_runner
 
 PROGRAM = "study"
 PAPER = pathlib.Path(__file__).parents[4] / "shared" / "data" / "paper"
@@ -62,7 +63,7 @@ def test_counted_words(made):
     for task in made["counting"]:
         word, category, n = (task.about[k] for k in ("word", "category", "repetitions"))
         assert varied(task).split() == [word] * n
-        assert word in prompts.WORDS[category]
+        assert word in WORDS[category]
         assert f"many times is {task.about['category_with_article']} mentioned?" in task.prompt
     assert {task.about["repetitions"] for task in made["counting"]} == {2, 3, 4, 5, 6}
 
@@ -301,7 +302,7 @@ def test_record_that_is_no_object(tmp_path, record):
 
 @pytest.fixture(scope="module")
 def run():
-    with tiny.forked(PROGRAM) as run:
+    with forked_runner(PROGRAM) as run:
         yield run
 
 

@@ -15,6 +15,7 @@ from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.common import tables
 from continuous_lm.experiments.studies import analysis, datasets, report, report_page
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
 STORIES = pathlib.Path(__file__).parents[4] / "shared" / "data" / "stories260k"
 FLAGS = ["--studied=4", "--points=5"]
@@ -179,7 +180,7 @@ def short(folder, *arguments):
     """Runs it, and gives what it printed."""
     ended = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _SHORT, f"--output_dir={folder}", *arguments],
-        env=tiny.ENVIRONMENT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -270,7 +271,7 @@ def test_a_nasty_vocabulary_reaches_the_page_as_text(tmp_path):
 
 
 def test_flags_of_single_experiments_are_refused(tmp_path):
-    with tiny.forked("report") as run:
+    with forked_runner("report") as run:
         for flag in ("--vary=mass", "--path=spherical", "--prompt=Hello"):
             status, _, stderr = run(tmp_path, flag, "--output_dir=out")
             assert status != 0

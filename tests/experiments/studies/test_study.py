@@ -15,6 +15,7 @@ from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.common import answer_curves
 from continuous_lm.experiments.studies import datasets, study
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
 PROGRAM = "study"
 POINTS = np.linspace(0.1, 1.0, 5)
@@ -236,7 +237,7 @@ def test_a_disk_that_is_full(tmp_path, lm):
 @pytest.fixture(scope="module")
 def run(folder):
     """The program on the random model."""
-    with tiny.forked(PROGRAM) as run:
+    with forked_runner(PROGRAM) as run:
         yield lambda cwd, *arguments: run(cwd, f"--model={folder}", *arguments)
 
 
@@ -336,7 +337,7 @@ def killed(folder):
     """A function (output folder, seconds or None) -> exit status, seconds it lived."""
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _KILLER],
-        env=tiny.ENVIRONMENT,
+        env=ENVIRONMENT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

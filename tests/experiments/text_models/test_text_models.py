@@ -14,7 +14,7 @@ import continuous_lm as clm
 from continuous_lm.experiments.densities import code_comparison, density_training
 from continuous_lm.experiments.training import run_folder
 from continuous_lm.models import density
-from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
 SMALL = (
     "--data=text.txt",
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
     """A folder with a text, a baseline and a mixture on its rows."""
     folder = tmp_path_factory.mktemp("calm")
     write_text(folder)
-    with tiny.forked("train") as train:
+    with forked_runner("train") as train:
         for arguments in (
             (NEW, "--head=token", "--output_dir=baseline"),
             ("--head=mixture", "--rows_of=baseline", "--output_dir=mixture"),
@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
 
 
 def run(folder, name, *arguments):
-    with tiny.forked(name) as program:
+    with forked_runner(name) as program:
         return program(folder, *arguments)
 
 
@@ -125,7 +125,7 @@ def test_evaluation_samples_and_ablation(trained):
 def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(trained, tmp_path):
     write_text(tmp_path)
     arguments = (*SMALL, NEW, "--head=gaussian", "--output_dir=out")
-    with tiny.forked("train") as train:
+    with forked_runner("train") as train:
         assert train(tmp_path, *arguments)[0] == 0
         whole = density.load(tmp_path / "out").params
         steps = [step for step, _ in run_folder.checkpoints(tmp_path / "out" / "run")]
@@ -175,7 +175,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train():
-    with tiny.forked("train") as train:
+    with forked_runner("train") as train:
         yield train
 
 
@@ -196,7 +196,7 @@ def test_bad_input_to_the_others(trained, texts):
     apples = os.path.dirname(importlib.util.find_spec("continuous_lm").origin)
     folder = os.path.join(apples, "models", "bundled", "apples")
     assert_refused(run(texts, "evaluate", f"--models={folder}"), "density.json is missing")
-    with tiny.forked("sample") as sample:
+    with forked_runner("sample") as sample:
         for arguments, *culprits in (
             (["--strengths=0,1"], "need --towards"),
             (["--towards=file", "--strengths=much"], "--strengths"),
@@ -205,7 +205,7 @@ def test_bad_input_to_the_others(trained, texts):
         ):
             assert_refused(sample(trained, "--model=mixture", *arguments), *culprits)
     ablation = ("--model=mixture", SMALL[0], "--length=16")
-    with tiny.forked("compare_quantizers") as ablate:
+    with forked_runner("compare_quantizers") as ablate:
         assert_refused(ablate(trained, *ablation, "--codes=10000"), "--codes=10000")
         assert_refused(ablate(trained, *ablation, "--model=baseline"), "draws tokens")
 
@@ -223,7 +223,7 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
     ]
     limited = f"ulimit -f 40; exec {' '.join(command)}"  # files of at most 20 or 40 kB
     ended = subprocess.run(
-        ["bash", "-c", limited], cwd=texts, env=tiny.ENVIRONMENT, capture_output=True, text=True
+        ["bash", "-c", limited], cwd=texts, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert_refused((ended.returncode, ended.stdout, ended.stderr), "cannot write to", "checkpoint")
     assert not (tmp_path / "out" / "density.json").exists()

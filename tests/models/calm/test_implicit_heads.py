@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import axes, losses
 from continuous_lm.experiments.calm import two_mode_target
-from continuous_lm.models.calm import implicit_heads
+from continuous_lm.models.calm.flow_solvers import LEAST_SIGNAL, denoise, integrate, signal
 from continuous_lm.models.calm.implicit_heads import IMPLICIT, DiffusionHead, EnergyHead, FlowHead
 from continuous_lm.models.density import heads
 
@@ -301,7 +301,7 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
 
     def inside(head):
         y, noise, time = head.pairs(hidden, target, KEY)
-        a, t = implicit_heads.signal(time)[..., None], time[..., None]
+        a, t = signal(time)[..., None], time[..., None]
         x, wanted = {
             "flow": ((1 - t) * noise + t * y, y - noise),
             "diffusion": (jnp.sqrt(a) * y + jnp.sqrt(1 - a) * noise, noise),
@@ -361,7 +361,7 @@ def test_solvers_converge_at_their_order(solver, order):
     wanted = np.array([(scipy_linalg.expm(whole) @ [*row, 0.0, 1.0])[:2] for row in x])
     with jax.enable_x64(True):
         velocity = lambda x, t: x @ a.T + t * b  # noqa: E731
-        solve = functools.partial(implicit_heads.integrate, velocity, solver=solver)
+        solve = functools.partial(integrate, velocity, solver=solver)
         found = jax.jit(lambda x: [solve(x, steps=n) for n in (32, 64, 128)])(x)
     errors = [np.abs(np.asarray(ends) - wanted).max() for ends in found]
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([order] * 2, abs=0.08)
@@ -370,7 +370,7 @@ def test_solvers_converge_at_their_order(solver, order):
 
 def gaussian_noise(x, time, mean, deviation):
     """E[noise | x] at a time, where targets are normal."""
-    left = implicit_heads.signal(time)
+    left = signal(time)
     variance = left * deviation**2 + 1 - left
     return jnp.sqrt(1 - left) * (x - jnp.sqrt(left) * mean) / variance
 
@@ -380,10 +380,10 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
     mean, deviation = 1.5, 0.3
     with jax.enable_x64(True):
         z = np.linspace(-2.0, 2.0, 5)
-        least = implicit_heads.LEAST_SIGNAL
+        least = LEAST_SIGNAL
         first = (z - math.sqrt(least) * mean) / math.sqrt(least * deviation**2 + 1 - least)
         predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
-        solve = functools.partial(implicit_heads.denoise, predict)
+        solve = functools.partial(denoise, predict)
         found = jax.jit(lambda z: [solve(z, steps=n) for n in (64, 128, 256, 512)])(z)
     errors = [np.abs(np.asarray(ends) - (mean + deviation * first)).max() for ends in found]
     rates = np.log2(np.divide(errors[:-1], errors[1:]))
@@ -398,7 +398,7 @@ def test_ancestral_denoising_draws_the_normal_density():
     @jax.jit
     def drawn(key):
         noise = jax.random.normal(key, (1 + steps, count))
-        return noise[0], implicit_heads.denoise(predict, noise[0], noise[1:], steps=steps)
+        return noise[0], denoise(predict, noise[0], noise[1:], steps=steps)
 
     z, found = map(np.asarray, drawn(KEY))
     assert found.mean() == pytest.approx(mean, abs=0.03)
@@ -409,17 +409,17 @@ def test_ancestral_denoising_draws_the_normal_density():
 def test_signal_is_the_cosine_schedule():
     time = np.linspace(0.0, 0.97, 30)
     f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
-    found = np.asarray(jax.jit(implicit_heads.signal)(np.append(time, 1.0)))
+    found = np.asarray(jax.jit(signal)(np.append(time, 1.0)))
     np.testing.assert_allclose(found[:-1], f(time) / f(0), rtol=1e-5)
     assert found[0] == 1.0
-    assert found[-1] == np.float32(implicit_heads.LEAST_SIGNAL)
+    assert found[-1] == np.float32(LEAST_SIGNAL)
 
 
 def test_evaluations_are_counted():
     for solver, wanted in (("euler", 3), ("midpoint", 6)):
         assert FlowHead(width=1, steps=3, solver=solver).evaluations == wanted
         velocity = mock.Mock(side_effect=lambda x, t: x)
-        implicit_heads.integrate(velocity, 1.0, steps=3, solver=solver)
+        integrate(velocity, 1.0, steps=3, solver=solver)
         assert 3 * velocity.call_count == wanted  # traced once, run in each step
     assert (HEADS["energy"].evaluations, HEADS["diffusion"].evaluations) == (1, 3)
 
@@ -493,8 +493,8 @@ def test_settings_there_and_back(name):
 
 def test_solvers_refuse():
     with pytest.raises(clm.InputError, match="solver is 'rk4'"):
-        implicit_heads.integrate(lambda x, t: x, 1.0, steps=1, solver="rk4")
-    for solve in (implicit_heads.integrate, implicit_heads.denoise):
+        integrate(lambda x, t: x, 1.0, steps=1, solver="rk4")
+    for solve in (integrate, denoise):
         with pytest.raises(clm.InputError, match="steps is 0"):
             solve(lambda x, t: x, 1.0, steps=0)
 

@@ -11,6 +11,7 @@ import pytest
 import continuous_lm as clm
 from continuous_lm.models.checkpoints import hub
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 errors = pytest.importorskip("huggingface_hub.errors")
@@ -43,7 +44,7 @@ def offline(home, *arguments):
     """The line that each of the names gives, in a process that has no network."""
     ended = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
-        env=tiny.ENVIRONMENT | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
+        env=ENVIRONMENT | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         cwd=home,

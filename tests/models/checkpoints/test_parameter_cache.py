@@ -16,6 +16,7 @@ from continuous_lm.experiments.common import pretrained
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import parameter_cache
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_failure_to_write_leaves_nothing(tmp_path, source, monkeypatch, error):
 def python(program, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=tiny.ENVIRONMENT | environment,
+        env=ENVIRONMENT | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

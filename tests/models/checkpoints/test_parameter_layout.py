@@ -19,6 +19,7 @@ from continuous_lm.io import safetensors_files
 from continuous_lm.models import language_model
 from continuous_lm.models.checkpoints import parameter_layout
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 
 
 def draw(model_type, dtype="float32", **fields):
@@ -274,7 +275,7 @@ for model_type in tiny.CONFIGS:
 def python(program, *arguments, **environment):
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=tiny.ENVIRONMENT | environment,
+        env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         text=True,
     )

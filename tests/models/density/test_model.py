@@ -23,6 +23,7 @@ from continuous_lm.models.density.model import DensityLM, DensityModel
 from continuous_lm.models.transformer import Transformer
 from tests.continuous_lm.test_tokenization import STORIES
 from tests.fixtures import tiny
+from tests.fixtures.programs import ENVIRONMENT
 from tests.models.checkpoints.test_malformed_checkpoints import compose, parse, tensors_in, written
 from tests.models.density.test_distributions import at, reference
 
@@ -320,7 +321,7 @@ def test_onto_a_mesh(tmp_path):
         density.save(folders[-1], build(name, reads))
     process = subprocess.run(
         [sys.executable, "-c", MESH_PROGRAM, *folders],
-        env=tiny.ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
         capture_output=True,
         text=True,
     )

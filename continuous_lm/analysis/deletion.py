@@ -1,0 +1,66 @@
+"""Deletion curves: an objective as tokens are removed in the order of an attribution."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from continuous_lm.analysis.attribution import Value, _path, as_pytree, values
+from continuous_lm.errors import InputError
+
+
+class Deletion(NamedTuple):
+    """How f falls as tokens are taken away, most important first.
+
+    Attributes:
+      order: the tokens that are taken away, int [R].
+      values: f after 0, 1, ..., R of them are gone, float64 [R + 1].
+    """
+
+    order: np.ndarray
+    values: np.ndarray
+
+    @property
+    def area(self) -> float:
+        """Mean of f less its first value, by the trapezoid rule over the share that is gone.
+
+        The lower, the sooner f falls: the better the order. In the unit of f.
+        """
+        return float(np.trapezoid(self.values - self.values[0], dx=1.0 / max(len(self.order), 1)))
+
+
+def deletion_curve(
+    value: Value,
+    durations: ArrayLike,
+    attribution: ArrayLike,
+    base: ArrayLike | None = None,
+    *,
+    batch_size: int = 16,
+) -> Deletion:
+    """Sets tokens to their base duration in the order of an attribution, and watches f.
+
+    Args:
+      value: f.
+      durations: [T].
+      attribution: of each token [T]; the largest goes first, the earlier one of two equals.
+      base: [T], as of `integrated`; tokens that have this duration already stay out.
+      batch_size: durations computed at once.
+
+    Raises:
+      InputError: if an array does not fit.
+    """
+    end, base = _path(durations, base)
+    importance = np.asarray(attribution, np.float64)
+    if importance.shape != end.shape or not np.isfinite(importance).all():
+        raise InputError(
+            f"attribution has shape {list(importance.shape)}; it must be {list(end.shape)} finite"
+            " numbers, one for each token"
+        )
+    order = np.argsort(-importance, kind="stable")
+    order = order[np.asarray(end != base)[order]]
+    rank = np.full(len(end), len(end))
+    rank[order] = np.arange(len(order))
+    gone = rank < np.arange(len(order) + 1)[:, None]
+    heights = values(as_pytree(value), jnp.where(gone, base, end), batch_size)
+    return Deletion(order, np.asarray(heights, np.float64))

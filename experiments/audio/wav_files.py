@@ -1,0 +1,53 @@
+"""WAV files."""
+
+import pathlib
+import wave
+
+import numpy as np
+
+from continuous_lm.errors import InputError
+
+
+def resampled(samples: np.ndarray, found: int, wanted: int) -> np.ndarray:
+    """Sound at another rate, by its Fourier series: what half of either cannot hold is gone."""
+    count = max(1, round(len(samples) * wanted / found))
+    series = np.fft.rfft(samples)
+    bins = count // 2 + 1
+    series = np.pad(series, (0, max(0, bins - len(series))))[:bins]
+    return np.fft.irfft(series, n=count) * (count / len(samples))
+
+
+def write_wav(path: pathlib.Path, samples: np.ndarray, rate: int) -> None:
+    """Writes sound [n] as 16-bit PCM, one channel; what is beyond full scale is clipped.
+
+    Raises:
+      InputError: if there is none, or it is not finite.
+    """
+    samples = np.asarray(samples, np.float64)
+    if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
+        raise InputError(f"sound of shape {list(samples.shape)} must be [n], n >= 1, and finite")
+    whole = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(whole.tobytes())
+
+
+def read_wav(path: pathlib.Path) -> tuple[np.ndarray, int]:
+    """Sound [n] and samples a second of a file of 16-bit PCM; channels are averaged.
+
+    Raises:
+      InputError: if it is not one.
+    """
+    try:
+        with wave.open(str(path), "rb") as file:
+            if file.getsampwidth() != 2:
+                raise InputError(f"{path} has {8 * file.getsampwidth()} bits a sample, not 16")
+            data, rate = file.readframes(file.getnframes()), file.getframerate()
+            samples = np.frombuffer(data, "<i2").reshape(-1, file.getnchannels())
+    except (OSError, EOFError, ValueError, wave.Error) as error:
+        raise InputError(f"{path} cannot be read as a WAV file: {error}") from None
+    if not len(samples):
+        raise InputError(f"{path} holds no sound")
+    return samples.mean(axis=1) / 32768.0, rate

@@ -1,0 +1,30 @@
+"""A model family: how its config.json is read and written, and its tensor table."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.config import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family of checkpoints.
+
+    Attributes:
+      read_config: from the fields of its config.json.
+      write_config: to the fields of its config.json, model_type and dtype aside.
+      tensors: parameter path ("layers/attention/q") -> where it is stored.
+      architecture: the name that Hugging Face gives to its causal model.
+      prefix: of the tensors' names, which checkpoints saved without a head leave out.
+      ignored: regular expressions of tensors that hold nothing to load.
+    """
+
+    read_config: Callable[[Fields], TransformerConfig]
+    write_config: Callable[[TransformerConfig], dict[str, Any]]
+    tensors: Mapping[str, Stored]
+    architecture: str
+    prefix: str = "model."
+    ignored: tuple[str, ...] = ()
