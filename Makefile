@@ -6,6 +6,7 @@ RESULTS ?= results
 WORKERS ?= 2
 
 python := $(VENV)/bin/python
+program := $(python) -m continuous_lm # NAME --flags
 pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile # fixtures are made once a file
 
 .DEFAULT_GOAL := help
@@ -18,14 +19,13 @@ help: ## List the commands
 
 .PHONY: counting
 counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model count them
-	$(python) -m continuous_lm counting --output_dir=$(RESULTS)/counting
+	$(program) counting --output_dir=$(RESULTS)/counting
 
 .PHONY: report
 report: $(VENV)/.has-runtime ## Run every experiment on the embedded model and write the report
-	$(python) -m continuous_lm report --output_dir=$(RESULTS)/report
+	$(program) report --output_dir=$(RESULTS)/report
 
 # Density models of text, on the rows of a baseline's table. Text files: make calm DATA=a.txt,b.txt
-calm  := $(python) -m continuous_lm.experiments.densities.density_training
 DATA  ?=
 TEXT  := $(if $(DATA),--data=$(DATA))
 WORDS ?= file,path,directory
@@ -33,45 +33,45 @@ WORDS ?= file,path,directory
 calm: SIZE := --hidden_size=64 --num_layers=2 --length=64 --batch_size=16 --steps=300
 calm: OUT := $(RESULTS)/calm
 calm: $(VENV)/.has-runtime ## Train, sample, evaluate and ablate small density models of text
-	$(calm)_train $(TEXT) $(SIZE) --vocab_size=1024 --head=token --output_dir=$(OUT)/baseline
-	$(calm)_train $(TEXT) $(SIZE) --head=mixture --rows_of=$(OUT)/baseline --output_dir=$(OUT)/mixture
-	$(calm)_sample --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
-	$(calm)_eval $(TEXT) --length=64 --models=$(OUT)/baseline,$(OUT)/mixture --output_dir=$(OUT)/eval
+	$(program) train $(TEXT) $(SIZE) --vocab_size=1024 --head=token --output_dir=$(OUT)/baseline
+	$(program) train $(TEXT) $(SIZE) --head=mixture --table_from=$(OUT)/baseline --output_dir=$(OUT)/mixture
+	$(program) sample --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
+	$(program) evaluate $(TEXT) --length=64 --models=$(OUT)/baseline,$(OUT)/mixture --output_dir=$(OUT)/eval
 	$(ablate) $(TEXT) --length=64 --model=$(OUT)/mixture --codes=256 --output_dir=$(OUT)/ablation
-ablate := $(python) -m continuous_lm compare_quantizers
+ablate := $(program) compare_quantizers
 
 .PHONY: calm-full
 calm-full: OUT := $(RESULTS)/calm-full
 calm-full: STEPS := --steps=400 --length=128 --batch_size=16
-calm-full: FROM := --rows_of=$(RESULTS)/calm-full/baseline
+calm-full: FROM := --table_from=$(RESULTS)/calm-full/baseline
 calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and its densities, under an hour
-	$(calm)_train $(TEXT) $(STEPS) --head=token --output_dir=$(OUT)/baseline
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=gaussian --output_dir=$(OUT)/gaussian
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=mixture --head_settings=components=4 \
+	$(program) train $(TEXT) $(STEPS) --head=token --output_dir=$(OUT)/baseline
+	$(program) train $(TEXT) $(STEPS) $(FROM) --head=gaussian --output_dir=$(OUT)/gaussian
+	$(program) train $(TEXT) $(STEPS) $(FROM) --head=mixture --head_settings=components=4 \
 	  --output_dir=$(OUT)/mixture
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=4 \
+	$(program) train $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=4 \
 	  --output_dir=$(OUT)/experts
-	$(calm)_train $(TEXT) $(STEPS) $(FROM) --head=gaussian --contrast=0 \
+	$(program) train $(TEXT) $(STEPS) $(FROM) --head=gaussian --token_loss_weight=0 \
 	  --output_dir=$(OUT)/likelihood
-	$(calm)_train $(TEXT) $(STEPS) --head=gaussian --output_dir=$(OUT)/learned
-	$(calm)_eval $(TEXT) --output_dir=$(OUT)/eval --models=$(call commas,\
+	$(program) train $(TEXT) $(STEPS) --head=gaussian --output_dir=$(OUT)/learned
+	$(program) evaluate $(TEXT) --output_dir=$(OUT)/eval --models=$(call commas,\
 	  $(addprefix $(OUT)/,baseline gaussian mixture experts likelihood learned))
 	$(ablate) $(TEXT) --model=$(OUT)/mixture --output_dir=$(OUT)/ablation
-	$(calm)_sample --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
+	$(program) sample --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
 	  --strengths=0,0.25,0.5,0.75,1,1.5,2 --output_dir=$(OUT)/steering
 # Next-vector models: an autoencoder of K tokens, a model of its vectors, a baseline of equal size.
 nv := $(RESULTS)/next-vector
 .PHONY: next-vector
 next-vector: SIZE := --hidden_size=64 --num_layers=2 --batch_size=16 --steps=200
 next-vector: $(VENV)/.has-runtime ## Train, sample and judge small models of K = 4 tokens a vector
-	$(calm)_train $(TEXT) --stage=autoencoder --vocab_size=1024 --hidden_size=64 --latent_size=32 \
+	$(program) train $(TEXT) --stage=autoencoder --vocab_size=1024 --hidden_size=64 --latent_size=32 \
 	  --batch_size=16 --steps=300 --output_dir=$(nv)/codec
-	$(calm)_train $(TEXT) --stage=calm --codec=$(nv)/codec $(SIZE) --length=16 --output_dir=$(nv)/calm
-	$(calm)_train $(TEXT) --stage=baseline --tokenizer=$(nv)/codec $(SIZE) --length=64 \
+	$(program) train $(TEXT) --stage=calm --codec=$(nv)/codec $(SIZE) --length=16 --output_dir=$(nv)/calm
+	$(program) train $(TEXT) --stage=baseline --tokenizer=$(nv)/codec $(SIZE) --length=64 \
 	  --output_dir=$(nv)/baseline
-	$(calm)_sample --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
+	$(program) sample --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
 	  --between="the name of the file" --between="a list of numbers"
-	$(calm)_eval $(TEXT) --models=$(nv)/baseline,$(nv)/calm --output_dir=$(nv)/eval
+	$(program) evaluate $(TEXT) --models=$(nv)/baseline,$(nv)/calm --output_dir=$(nv)/eval
 	$(ablate) $(TEXT) --model=$(nv)/calm --length=64 --output_dir=$(nv)/ablation
 
 # K tokens a vector, each of 500 steps of 512 vectors; K = 4 for longer; and tokens, of like time.
@@ -84,24 +84,24 @@ $(nvf)/codec-1: NEW := --vocab_size=1024
 $(filter-out %-1,$(codecs)): NEW := --tokenizer=$(nvf)/codec-1
 $(filter-out %-1,$(codecs)): $(nvf)/codec-1
 $(codecs): $(nvf)/codec-%: $(VENV)/.has-runtime
-	$(calm)_train $(TEXT) --stage=autoencoder $(NEW) --chunk_size=$* --latent_size=64 \
+	$(program) train $(TEXT) --stage=autoencoder $(NEW) --chunk_size=$* --latent_size=64 \
 	  --codec_settings=kl_weight=0.03 --batch_size=16 --steps=600 --output_dir=$@
 $(KS:%=$(nvf)/calm-%): $(nvf)/calm-%: $(nvf)/codec-%
-	$(calm)_train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=500 \
+	$(program) train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=500 \
 	  --output_dir=$@
 $(LONG): $(nvf)/codec-4
-	$(calm)_train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=2000 \
+	$(program) train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=2000 \
 	  --output_dir=$@
 $(nvf)/baseline: $(nvf)/codec-1
-	$(calm)_train $(TEXT) --stage=baseline --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
+	$(program) train $(TEXT) --stage=baseline --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
 	  --output_dir=$@
 next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG) ## The tables of K, under an hour
-	$(calm)_eval $(TEXT) --positions=4096 --stride=8 --context=32 --output_dir=$(nvf)/eval \
+	$(program) evaluate $(TEXT) --positions=4096 --stride=8 --context=32 --output_dir=$(nvf)/eval \
 	  --models=$(call commas,$(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG))
 	$(ablate) $(TEXT) --model=$(call commas,$(KS:%=$(nvf)/calm-%)) --output_dir=$(nvf)/ablation
-	$(calm)_sample --model=$(LONG) --output_dir=$(nvf)/sample \
+	$(program) sample --model=$(LONG) --output_dir=$(nvf)/sample \
 	  --between="the name of the file" --between="a list of numbers"
-	$(python) -m continuous_lm compare_heads --output_dir=$(nvf)/heads
+	$(program) compare_heads --output_dir=$(nvf)/heads
 
 comma := ,
 commas = $(subst $() $(),$(comma),$(strip $1))
@@ -110,15 +110,15 @@ embedded := $(RESULTS)/embedded
 .PHONY: embedded
 embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table
 	for seed in 0 1 2; do \
-	  $(python) -m continuous_lm train_apples --seed=$$seed --output_dir=$(embedded)/$$seed || exit; \
+	  $(program) train_apples --seed=$$seed --output_dir=$(embedded)/$$seed || exit; \
 	done
-	$(python) -m continuous_lm evaluate_apples --output_dir=$(embedded) \
+	$(program) evaluate_apples --output_dir=$(embedded) \
 	  --models=$(embedded)/0,$(embedded)/1,$(embedded)/2
 	cp $(embedded)/0/* models/bundled/apples/
 
 .PHONY: benchmark
 benchmark: $(VENV)/.has-peers ## How fast it is, beside PyTorch, transformers, faiss
-	$(python) -m continuous_lm benchmark --output_dir=$(RESULTS)/benchmark
+	$(program) benchmark --output_dir=$(RESULTS)/benchmark
 
 # With a python that is there, and nothing installed: the one of $(VENV) if it has a CUDA jax.
 has_cuda = import importlib.util as u; print(any(map(u.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))))
@@ -139,7 +139,7 @@ gpu: ## Check this machine's GPU, in eight minutes at most; installs nothing
 
 .PHONY: growth
 growth: $(VENV)/.has-runtime ## What sweeps of 8B to 70B models cost, and which devices hold them
-	$(python) -m continuous_lm device_costs --output_dir=$(RESULTS)/growth
+	$(program) device_costs --output_dir=$(RESULTS)/growth
 
 # Most of the fast tests' time is compiling: without optimisation it is half, and with the older code
 # generator, which JAX for Python 3.11 still has, a third of that. `test-all` compiles as programs do.
@@ -164,8 +164,8 @@ test-core: $(VENV)/.has-test-core ## The fast tests, without installing PyTorch 
 mutants: $(VENV)/.has-test ## Put small defects into the code and count those that the fast tests see
 	$(python) -m tests.mutants --workers=$(WORKERS) --output=$(RESULTS)/mutants.json
 .PHONY: golden
-golden: $(VENV)/.has-test-core ## Store anew what every program writes when it is run small
-	$(python) -m tests.golden --write --noise $(GROUPS)
+golden: $(VENV)/.has-test ## Store anew what every program writes when it is run small
+	$(python) -m tests.golden --write $(GROUPS)
 
 .PHONY: lint
 lint: $(VENV)/.has-lint ## Style, format, imports, types

@@ -15,12 +15,12 @@ from continuous_lm.errors import InputError
 
 # Models, from the layer above.
 from continuous_lm.models import (
-    Generated,
+    GeneratedTokens,
     KVCache,
     LanguageModel,
     Transformer,
     TransformerConfig,
-    bundled,
+    bundled_models,
     generate,
     load,
     sample_token,
@@ -30,7 +30,7 @@ from continuous_lm.models import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "Generated",
+    "GeneratedTokens",
     "InputError",
     "KVCache",
     "LanguageModel",
@@ -38,7 +38,7 @@ __all__ = [
     "TransformerConfig",
     "attention",
     "axes",
-    "bundled",
+    "bundled_models",
     "durations",
     "generate",
     "load",

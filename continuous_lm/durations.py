@@ -29,11 +29,13 @@ def end_times(durations: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
     return as_float(start)[..., None] + jnp.cumsum(as_float(durations), axis=-1)
 
 
-def from_times(times: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
+def durations_from_times(times: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
     """The durations [..., T] of tokens that end at `times` [..., T]; the inverse of `end_times`."""
     times = as_float(times)
-    first = jnp.broadcast_to(as_float(start)[..., None], (*times.shape[:-1], 1)).astype(times.dtype)
-    return jnp.diff(times, prepend=first, axis=-1)
+    start_times = jnp.broadcast_to(as_float(start)[..., None], (*times.shape[:-1], 1)).astype(
+        times.dtype
+    )
+    return jnp.diff(times, prepend=start_times, axis=-1)
 
 
 def scale(durations: ArrayLike, factor: ArrayLike, span: Span | None = None) -> jax.Array:
@@ -51,14 +53,15 @@ def scale(durations: ArrayLike, factor: ArrayLike, span: Span | None = None) -> 
       InputError: if the span is empty or reaches outside of the tokens.
     """
     durations = as_float(durations)
-    n = durations.shape[-1]
-    first, end = (0, n) if span is None else span
-    if not 0 <= first < end <= n:
+    num_tokens = durations.shape[-1]
+    first, end = (0, num_tokens) if span is None else span
+    if not 0 <= first < end <= num_tokens:
         raise InputError(
-            f"span ({first}, {end}) is not inside the {n} tokens; it needs 0 <= first < end <= {n}"
+            f"span ({first}, {end}) is not inside the {num_tokens} tokens; it needs 0 <= first"
+            f" < end <= {num_tokens}"
         )
-    inside = (jnp.arange(n) >= first) & (jnp.arange(n) < end)
-    return jnp.where(inside, durations * as_float(factor)[..., None], durations)
+    is_inside = (jnp.arange(num_tokens) >= first) & (jnp.arange(num_tokens) < end)
+    return jnp.where(is_inside, durations * as_float(factor)[..., None], durations)
 
 
 def translate(times: ArrayLike, shift: ArrayLike) -> jax.Array:
@@ -66,8 +69,10 @@ def translate(times: ArrayLike, shift: ArrayLike) -> jax.Array:
     return as_float(times) + as_float(shift)[..., None]
 
 
-def check(durations: ArrayLike, n: int, name: str = "durations", minimum: float = 0.0) -> None:
-    """Refuses `durations` that are not finite numbers >= `minimum` of shape [..., n].
+def check_durations(
+    durations: ArrayLike, num_tokens: int, name: str = "durations", minimum: float = 0.0
+) -> None:
+    """Refuses `durations` that are not finite numbers >= `minimum` of shape [..., num_tokens].
 
     The shape is checked always; the values only outside of jit, where they are known.
 
@@ -75,12 +80,13 @@ def check(durations: ArrayLike, n: int, name: str = "durations", minimum: float 
       InputError: which entry is wrong, and how.
     """
     shape = jnp.shape(durations)
-    if not shape or shape[-1] != n:
+    if not shape or shape[-1] != num_tokens:
         raise InputError(
-            f"{name} has shape {list(shape)}, but there are {n} tokens: it must be [..., {n}]"
+            f"{name} has shape {list(shape)}, but there are {num_tokens} tokens: it must be"
+            f" [..., {num_tokens}]"
         )
     check_numbers(name, durations, minimum)
     if not isinstance(durations, jax.core.Tracer):
-        total = np.abs(np.asarray(durations, np.float64)).sum(axis=-1)
-        if (total > float(jnp.finfo(jnp.float32).max)).any():
-            raise InputError(f"{name} add up to {total.max():.3g}, more than float32 can hold")
+        totals = np.abs(np.asarray(durations, np.float64)).sum(axis=-1)
+        if (totals > float(jnp.finfo(jnp.float32).max)).any():
+            raise InputError(f"{name} add up to {totals.max():.3g}, more than float32 can hold")

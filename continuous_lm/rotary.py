@@ -1,7 +1,9 @@
 """Rotary position embedding at real-valued times (Su et al., arXiv:2104.09864).
 
-The angle of channel pair c at time t is t * f_c with f_c = theta^(-2c / R), R the channels that
-turn: nothing asks t to be an integer. They are paired as two halves, (c, c + R/2), as in Hugging
+The angle of channel pair c at time t is t * f_c with
+f_c = theta^(-2c / rotary_channels), rotary_channels being the channels that
+turn: nothing asks t to be an integer. They are paired as two halves,
+(c, c + rotary_channels / 2), as in Hugging
 Face checkpoints.
 """
 
@@ -42,15 +44,15 @@ class LongRope:
 
     Sequences of more than `original_length` tokens take the `long` factors, others the `short`
     ones. The choice goes by the number of tokens, never by their times, so that sweeps and
-    gradients have no jump; `use` makes it once and for all. Rotated vectors are multiplied by
-    `amplitude`.
+    gradients have no jump; `which` makes it once and for all. Rotated vectors are multiplied by
+    `attention_factor`.
     """
 
     short: tuple[float, ...]
     long: tuple[float, ...]
     original_length: int
-    amplitude: float
-    use: Literal["auto", "short", "long"] = "auto"
+    attention_factor: float
+    which: Literal["auto", "short", "long"] = "auto"
 
     @property
     def factors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -58,7 +60,7 @@ class LongRope:
 
     def factors_at(self, num_tokens: int) -> tuple[float, ...]:
         """The factors that a sequence of so many tokens takes."""
-        long = self.use == "long" or (self.use == "auto" and num_tokens > self.original_length)
+        long = self.which == "long" or (self.which == "auto" and num_tokens > self.original_length)
         return self.long if long else self.short
 
 
@@ -71,70 +73,80 @@ class Rope:
     fraction: float = 1.0
 
     @property
-    def amplitude(self) -> float:
+    def attention_factor(self) -> float:
         """What rotated vectors are multiplied by."""
-        return self.scaling.amplitude if isinstance(self.scaling, LongRope) else 1.0
+        return self.scaling.attention_factor if isinstance(self.scaling, LongRope) else 1.0
 
     def at_length(self, num_tokens: int) -> "Rope":
         """The same, with the choice that goes by the number of tokens made."""
-        s = self.scaling
-        if not isinstance(s, LongRope):
+        long_rope = self.scaling
+        if not isinstance(long_rope, LongRope):
             return self
         scaling = dataclasses.replace(
-            s, use="long" if s.factors_at(num_tokens) is s.long else "short"
+            long_rope,
+            which="long" if long_rope.factors_at(num_tokens) is long_rope.long else "short",
         )
         return dataclasses.replace(self, scaling=scaling)
 
 
 def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
-    """Frequencies [R/2] in radians for each token of time, float64, computed on the host.
+    """Frequencies [rotary_channels / 2] in radians for each token of time, float64, on the host.
 
-    R is the number of channels that turn, H times the rope's fraction.
+    rotary_channels is the number of channels that turn, H times the rope's fraction.
     """
-    width = int(head_dim * rope.fraction)
-    plain = rope.theta ** (-np.arange(0, width, 2) / width)
-    s = rope.scaling
-    if s is None:
-        return plain
-    if isinstance(s, LinearScaling):
-        return plain / s.factor
-    if isinstance(s, LongRope):
-        return plain / np.asarray(s.factors_at(num_tokens))
-    turns = s.original_length * plain / (2 * math.pi)  # full turns within the original context
-    kept = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-    return plain * (kept + (1.0 - kept) / s.factor)
+    rotary_channels = int(head_dim * rope.fraction)
+    base_frequencies = rope.theta ** (-np.arange(0, rotary_channels, 2) / rotary_channels)
+    scaling = rope.scaling
+    if scaling is None:
+        return base_frequencies
+    if isinstance(scaling, LinearScaling):
+        return base_frequencies / scaling.factor
+    if isinstance(scaling, LongRope):
+        return base_frequencies / np.asarray(scaling.factors_at(num_tokens))
+    full_turns = (
+        scaling.original_length * base_frequencies / (2 * math.pi)
+    )  # full turns within the original context
+    kept_share = np.clip(
+        (full_turns - scaling.low_freq_factor)
+        / (scaling.high_freq_factor - scaling.low_freq_factor),
+        0.0,
+        1.0,
+    )
+    return base_frequencies * (kept_share + (1.0 - kept_share) / scaling.factor)
 
 
 def angles(times: jax.Array, rope: Rope, head_dim: int, num_tokens: int | None = None) -> jax.Array:
-    """Angles [..., T, R/2] in radians at `times` [..., T], in the dtype of `times`.
+    """Angles [..., T, rotary_channels / 2] in radians at `times` [..., T], in the dtype of `times`.
 
     `num_tokens` is the length of the whole sequence, by which LongRoPE chooses its factors; T if
     left out.
     """
-    turning = frequencies(rope, head_dim, num_tokens or times.shape[-1])
-    return times[..., None] * jnp.asarray(turning, times.dtype)
+    channel_frequencies = frequencies(rope, head_dim, num_tokens or times.shape[-1])
+    return times[..., None] * jnp.asarray(channel_frequencies, times.dtype)
 
 
-def turns(angles: jax.Array, amplitude: float = 1.0) -> jax.Array:
-    """Cosines and sines [..., T, R] of `angles` [..., T, R/2], times the amplitude.
+def cos_sin(angles: jax.Array, attention_factor: float = 1.0) -> jax.Array:
+    """Cosines and sines [..., T, rotary_channels] of `angles`, times the attention factor.
 
     Made once they serve every head and layer.
     """
-    return amplitude * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return attention_factor * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def turn(x: jax.Array, turns: jax.Array) -> jax.Array:
-    """Turns channel pairs of `x` [..., T, N, H] by `turns` [..., T, R]; keeps x's dtype.
+def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
+    """Turns channel pairs of `x` [..., T, N, H] by `cos_sin` [..., T, rotary_channels].
 
-    The first R channels turn, paired as two halves; the others pass.
+    Keeps x's dtype.
+
+    The first rotary_channels of the H channels turn, paired as two halves; the others pass.
     """
-    cos, sin = jnp.split(turns[..., None, :], 2, axis=-1)
-    first, second, rest = jnp.split(x, (cos.shape[-1], turns.shape[-1]), axis=-1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    rest = jnp.broadcast_to(rest, (*turned[0].shape[:-1], rest.shape[-1]))
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
+    cos, sin = jnp.split(cos_sin[..., None, :], 2, axis=-1)
+    first_half, second_half, unrotated = jnp.split(x, (cos.shape[-1], cos_sin.shape[-1]), axis=-1)
+    rotated = (first_half * cos - second_half * sin, second_half * cos + first_half * sin)
+    unrotated = jnp.broadcast_to(unrotated, (*rotated[0].shape[:-1], unrotated.shape[-1]))
+    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), unrotated], axis=-1)
 
 
-def rotate(x: jax.Array, angles: jax.Array, amplitude: float = 1.0) -> jax.Array:
-    """Turns channel pairs of `x` [..., T, N, H] by `angles` [..., T, R/2]: `turn` and `turns`."""
-    return turn(x, turns(angles, amplitude))
+def rotate(x: jax.Array, angles: jax.Array, attention_factor: float = 1.0) -> jax.Array:
+    """Turns channel pairs of `x` [..., T, N, H] by `angles`: `apply_rotary` and `cos_sin`."""
+    return apply_rotary(x, cos_sin(angles, attention_factor))

@@ -5,7 +5,7 @@ until it ends at t_j (Marro et al., arXiv:2504.03933, section 3). Here a signal 
 knots, linearly or by cubics, and is sampled by a quadrature rule in each interval between them:
 
     embeddings, times, weights = signals.sample(e, d, kind="linear", rule="gauss", points=3)
-    logits = lm(embeddings=embeddings, times=times, durations=weights, at=-1)
+    logits = lm(embeddings=embeddings, times=times, durations=weights, position=-1)
 
 One sample an interval at its right end, weighted by its length (rule "rectangle", points=1), is the
 ordinary model with durations d, exactly, whatever the kind: a signal passes through its knots.
@@ -28,12 +28,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm.arguments import as_float, check_numbers
-from continuous_lm.durations import check as check_durations
+from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
 
-KINDS = ("constant", "linear", "cubic")
-RULES = ("rectangle", "trapezoid", "gauss")
+SIGNAL_KINDS = ("constant", "linear", "cubic")
+QUADRATURE_RULES = ("rectangle", "trapezoid", "gauss")
 
 
 class Samples(NamedTuple):
@@ -64,7 +64,7 @@ def sample(
       durations: lengths d_j of the intervals that end at the knots, [T]; > 0 for cubics.
       start: where the signal begins, a scalar.
       initial: its value there, [D]; e_1 if left out, so that it begins with a constant interval.
-      kind: of the signal between knots; see `between`.
+      kind: of the signal between knots; see `interpolate`.
       rule: "rectangle": right ends of `points` equal parts of each interval; "trapezoid": all ends
         of these parts, with half of the weights of the parts around them; "gauss": the `points`
         Gauss-Legendre nodes of each interval.
@@ -80,29 +80,33 @@ def sample(
     """
     e, d, start = jnp.asarray(embeddings), as_float(durations), as_float(start)
     _check(e, d, start, initial, kind, rule, points)
-    width = e.shape[1]
+    vector_width = e.shape[1]
     e0 = e[0] if initial is None else jnp.asarray(initial, e.dtype)
-    shares, parts = _shares(rule, points)
-    values = between(e, d, shares, initial=e0, kind=kind).reshape(-1, width)
-    times = end_times(d, start)[:, None] - (1.0 - shares) * d[:, None]  # 1 is the knot exactly
-    times, weights = times.reshape(-1), (d[:, None] * parts).reshape(-1)
+    fractions, part_weights = _quadrature_rule(rule, points)
+    values = interpolate(e, d, fractions, initial=e0, kind=kind).reshape(-1, vector_width)
+    times = end_times(d, start)[:, None] - (1.0 - fractions) * d[:, None]  # 1 is the knot exactly
+    times, weights = times.reshape(-1), (d[:, None] * part_weights).reshape(-1)
     if rule == "rectangle":
         return Samples(values, times, weights)
-    first = jnp.broadcast_to(start, (1,)).astype(times.dtype)
+    start_time = jnp.broadcast_to(start, (1,)).astype(times.dtype)
     if rule == "trapezoid":
-        half = jnp.pad(weights / 2.0, 1)
-        times = jnp.concatenate([first, times])
-        return Samples(jnp.concatenate([e0[None], values]), times, half[1:] + half[:-1])
-    end = end_times(d, start)[-1:]
+        half_weights = jnp.pad(weights / 2.0, 1)
+        times = jnp.concatenate([start_time, times])
+        return Samples(
+            jnp.concatenate([e0[None], values]), times, half_weights[1:] + half_weights[:-1]
+        )
+    end_time = end_times(d, start)[-1:]
     return Samples(
-        jnp.concatenate([values, e[-1:]]), jnp.concatenate([times, end]), jnp.pad(weights, (0, 1))
+        jnp.concatenate([values, e[-1:]]),
+        jnp.concatenate([times, end_time]),
+        jnp.pad(weights, (0, 1)),
     )
 
 
-def between(
+def interpolate(
     embeddings: jax.Array,
     durations: jax.Array,
-    shares: ArrayLike,
+    fractions: ArrayLike,
     *,
     initial: jax.Array,
     kind: str = "linear",
@@ -117,14 +121,14 @@ def between(
     Args:
       embeddings: values at the intervals' ends, [T, D].
       durations: the intervals' lengths [T], > 0 for cubics.
-      shares: of an interval that have passed, in [0, 1], [S].
+      fractions: of an interval that have passed, in [0, 1], [num_fractions].
       initial: the value where the first interval begins, [D].
       kind: of the signal.
 
     Returns:
-      [T, S, D] in the dtype of the embeddings; exactly the embeddings where the share is 1.
+      [T, num_fractions, D] in their dtype; exactly the embeddings where the share is 1.
     """
-    u = jnp.asarray(shares, as_float(durations).dtype)[:, None]
+    u = jnp.asarray(fractions, as_float(durations).dtype)[:, None]
     knots = jnp.concatenate([initial[None], embeddings]).astype(u.dtype)
     left, right = knots[:-1, None], knots[1:, None]
     if kind == "constant":
@@ -134,10 +138,10 @@ def between(
     else:
         d = durations.astype(u.dtype)[:, None]
         slopes = _slopes(knots, d)
-        into, out = d[:, None] * slopes[1:, None], d[:, None] * slopes[:-1, None]
+        end_slopes, start_slopes = d[:, None] * slopes[1:, None], d[:, None] * slopes[:-1, None]
         v = 1.0 - u
         values = v * v * (1.0 + 2.0 * u) * left + u * u * (1.0 + 2.0 * v) * right
-        values = values + u * v * v * out - u * u * v * into
+        values = values + u * v * v * start_slopes - u * u * v * end_slopes
     return values.astype(embeddings.dtype)
 
 
@@ -146,13 +150,18 @@ def _slopes(knots: jax.Array, durations: jax.Array) -> jax.Array:
     chords = jnp.diff(knots, axis=0) / durations
     if len(chords) == 1:
         return jnp.concatenate([chords, chords])
-    before, after = durations[:-1], durations[1:]
-    inner = (after * chords[:-1] + before * chords[1:]) / (before + after)
-    first, last = 2.0 * chords[:1] - inner[:1], 2.0 * chords[-1:] - inner[-1:]
-    return jnp.concatenate([first, inner, last])
+    left_durations, right_durations = durations[:-1], durations[1:]
+    inner_slopes = (right_durations * chords[:-1] + left_durations * chords[1:]) / (
+        left_durations + right_durations
+    )
+    first_slope, last_slope = (
+        2.0 * chords[:1] - inner_slopes[:1],
+        2.0 * chords[-1:] - inner_slopes[-1:],
+    )
+    return jnp.concatenate([first_slope, inner_slopes, last_slope])
 
 
-def _shares(rule: str, points: int) -> tuple[np.ndarray, np.ndarray]:
+def _quadrature_rule(rule: str, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Where an interval is sampled, in (0, 1], and the weights there, which sum to 1."""
     if rule == "gauss":
         nodes, weights = np.polynomial.legendre.leggauss(points)
@@ -173,9 +182,9 @@ def _check(embeddings, durations, start, initial, kind, rule, points) -> None:
         raise InputError(f"start has shape {list(np.shape(start))}; it must be a scalar")
     if initial is not None and np.shape(initial) != shape[1:]:
         raise InputError(f"initial has shape {list(np.shape(initial))}; it must be [{shape[1]}]")
-    for name, value, known in (("kind", kind, KINDS), ("rule", rule, RULES)):
-        if value not in known:
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    for name, value, choices in (("kind", kind, SIGNAL_KINDS), ("rule", rule, QUADRATURE_RULES)):
+        if value not in choices:
+            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
     if not isinstance(points, int) or points < 1:
         raise InputError(f"points is {points!r}; it must be a positive integer")
     if kind == "constant" and rule == "trapezoid":
@@ -183,8 +192,10 @@ def _check(embeddings, durations, start, initial, kind, rule, points) -> None:
             "a constant signal jumps at its knots, where the trapezoid rule would sample it; use"
             " the rectangle or gauss rule"
         )
-    zero = not isinstance(durations, jax.core.Tracer) and not np.asarray(durations).all()
-    if kind == "cubic" and zero:
+    has_zero_duration = (
+        not isinstance(durations, jax.core.Tracer) and not np.asarray(durations).all()
+    )
+    if kind == "cubic" and has_zero_duration:
         raise InputError(
             "durations hold a 0: no cubic passes through two knots at one time; leave the token out"
             " or use a linear signal"

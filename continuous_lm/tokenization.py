@@ -52,17 +52,17 @@ def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding
         encoding = tokenizer.encode(text)
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"the tokenizer cannot encode {text!r} ({_one_line(error)})") from None
-    unknown = getattr(tokenizer.model, "unk_token", None)
-    unknown_id = tokenizer.token_to_id(unknown) if unknown else None
-    words = [
-        text[a:b]
-        for i, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
-        if i == unknown_id and b > a
+    unknown_token = getattr(tokenizer.model, "unk_token", None)
+    unknown_id = tokenizer.token_to_id(unknown_token) if unknown_token else None
+    unknown_words = [
+        text[begin:end]
+        for token_id, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        if token_id == unknown_id and end > begin
     ]
-    if words:
-        named = ", ".join(map(repr, dict.fromkeys(words)))
+    if unknown_words:
+        word_list = ", ".join(map(repr, dict.fromkeys(unknown_words)))
         raise InputError(
-            f"the vocabulary cannot spell {named};"
+            f"the vocabulary cannot spell {word_list};"
             " use other words, or a model with a larger vocabulary"
         )
     if not encoding.ids:
@@ -85,10 +85,10 @@ def span(encoding: "tokenizers.Encoding", text: str, first: str, last: str | Non
     Raises:
       InputError: if a piece is not in the text.
     """
-    return token_span(encoding, *find(text, first, last))
+    return token_span(encoding, *find_characters(text, first, last))
 
 
-def find(text: str, first: str, last: str | None = None) -> tuple[int, int]:
+def find_characters(text: str, first: str, last: str | None = None) -> tuple[int, int]:
     """The characters [begin, end) from where `first` first occurs to where `last` last ends."""
     last = first if last is None else last
     for piece in (first, last):
@@ -102,35 +102,45 @@ def find(text: str, first: str, last: str | None = None) -> tuple[int, int]:
 
 def token_span(encoding: "tokenizers.Encoding", begin: int, end: int) -> Span:
     """The tokens that overlap the characters begin, ..., end - 1."""
-    inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < end and b > begin]
-    if not inside:
+    covered_tokens = [
+        i
+        for i, (token_begin, token_end) in enumerate(encoding.offsets)
+        if token_begin < end and token_end > begin
+    ]
+    if not covered_tokens:
         raise InputError(f"no token covers characters {begin} to {end}")
-    return inside[0], inside[-1] + 1
+    return covered_tokens[0], covered_tokens[-1] + 1
 
 
-def spellings(tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]) -> dict[str, list[int]]:
+def tokens_spelling(
+    tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]
+) -> dict[str, list[int]]:
     """The tokens that spell each answer and nothing else: "4", and "4" after a space.
 
     A token counts if it decodes to the answer, white space around it aside. An answer without one
     gets an empty list.
     """
-    found: dict[str, list[int]] = {answer: [] for answer in answers}
+    tokens_by_answer: dict[str, list[int]] = {answer: [] for answer in answers}
     for token in sorted(tokenizer.get_vocab().values()):
         text = tokenizer.decode([token], skip_special_tokens=False).strip()
-        if text in found:
-            found[text].append(token)
-    return found
+        if text in tokens_by_answer:
+            tokens_by_answer[text].append(token)
+    return tokens_by_answer
 
 
-def containing(tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]) -> dict[str, list[int]]:
+def tokens_containing(
+    tokenizer: "tokenizers.Tokenizer", answers: tuple[str, ...]
+) -> dict[str, list[int]]:
     """The tokens whose name contains an answer, as the paper's code groups them.
 
     Case is ignored, byte tokens ("<0x34>") are left out, and a token that contains several answers
     counts for the first of them.
     """
-    found: dict[str, list[int]] = {answer: [] for answer in answers}
+    tokens_by_answer: dict[str, list[int]] = {answer: [] for answer in answers}
     for name, token in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        answer = next((a for a in answers if a.lower() in name.lower()), None)
+        answer = next(
+            (candidate for candidate in answers if candidate.lower() in name.lower()), None
+        )
         if answer is not None and "0x" not in name:
-            found[answer].append(token)
-    return found
+            tokens_by_answer[answer].append(token)
+    return tokens_by_answer

@@ -32,10 +32,10 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, values are out of range.
     """
-    (p,) = arguments.floats(probabilities=(probabilities, "... V"))
-    arguments.distribution("probabilities", p)
-    known = arguments.labels("labels", labels, p.shape[:-1], p.shape[-1])
-    return jnp.sum(jnp.square(p - jax.nn.one_hot(known, p.shape[-1], dtype=p.dtype)), axis=-1)
+    (p,) = arguments.check_floats(probabilities=(probabilities, "... V"))
+    arguments.check_distribution("probabilities", p)
+    label_array = arguments.check_labels("labels", labels, p.shape[:-1], p.shape[-1])
+    return jnp.sum(jnp.square(p - jax.nn.one_hot(label_array, p.shape[-1], dtype=p.dtype)), axis=-1)
 
 
 def brier_n(first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int) -> jax.Array:
@@ -67,7 +67,7 @@ def brier_n(first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int
     Raises:
       InputError: if shapes do not fit, or n is out of range.
     """
-    tokens = _tokens(first=first, second=second, reference=reference)
+    tokens = _check_token_arrays(first=first, second=second, reference=reference)
     length = tokens[0].shape[-1]
     if not isinstance(n, int) or not 1 <= n <= length:
         raise InputError(f"n is {n!r}; it must be from 1 to the {length} tokens of the samples")
@@ -76,12 +76,16 @@ def brier_n(first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int
 
 @functools.partial(jax.jit, static_argnames="n")
 def _brier_n(first: jax.Array, second: jax.Array, reference: jax.Array, n: int) -> jax.Array:
-    windows = jnp.arange(first.shape[-1] - n + 1)[:, None] + jnp.arange(n)
+    ngram_indices = jnp.arange(first.shape[-1] - n + 1)[:, None] + jnp.arange(n)
 
-    def equal(a, b):
-        return jnp.all((a == b)[..., windows], axis=-1).astype(jnp.float32)
+    def is_same_ngram(a, b):
+        return jnp.all((a == b)[..., ngram_indices], axis=-1).astype(jnp.float32)
 
-    return equal(first, reference) + equal(second, reference) - equal(first, second)
+    return (
+        is_same_ngram(first, reference)
+        + is_same_ngram(second, reference)
+        - is_same_ngram(first, second)
+    )
 
 
 def brier_lm(
@@ -119,13 +123,13 @@ def brier_lm(
     return 100 * jnp.prod(jnp.maximum(jnp.stack(scores), 0.0) ** (1 / len(scores)))
 
 
-def _tokens(**given: ArrayLike) -> list[jax.Array]:
-    arrays = {name: jnp.asarray(array) for name, array in given.items()}
+def _check_token_arrays(**named_arrays: ArrayLike) -> list[jax.Array]:
+    arrays = {name: jnp.asarray(array) for name, array in named_arrays.items()}
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise InputError(f"{name} has dtype {array.dtype}; it must hold integers")
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or () in shapes.values():
-        text = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        raise InputError(f"shapes are {text}; they must be the same [..., T]")
+        shape_list = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise InputError(f"shapes are {shape_list}; they must be the same [..., T]")
     return list(arrays.values())

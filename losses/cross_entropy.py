@@ -34,12 +34,16 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.
 
     if not 0 <= smoothing < 1:
         raise InputError(f"smoothing is {smoothing}; it must be from 0 to below 1")
-    (wide,) = arguments.floats(logits=(logits, "... V"))
-    known = arguments.labels("labels", labels, wide.shape[:-1], wide.shape[-1])
+    (shifted_logits,) = arguments.check_floats(logits=(logits, "... V"))
+    label_array = arguments.check_labels(
+        "labels", labels, shifted_logits.shape[:-1], shifted_logits.shape[-1]
+    )
     # A logit of 1e4 has no digits left for a loss of 0.1.
-    wide = wide - jax.lax.stop_gradient(jnp.max(wide, axis=-1, keepdims=True))
-    nats = optax.softmax_cross_entropy_with_integer_labels(wide, known)
+    shifted_logits = shifted_logits - jax.lax.stop_gradient(
+        jnp.max(shifted_logits, axis=-1, keepdims=True)
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(shifted_logits, label_array)
     if smoothing == 0:  # and a logit of -inf that is no label costs nothing
         return nats
-    even = jax.nn.logsumexp(wide, axis=-1) - jnp.mean(wide, axis=-1)
-    return (1 - smoothing) * nats + smoothing * even
+    uniform_nats = jax.nn.logsumexp(shifted_logits, axis=-1) - jnp.mean(shifted_logits, axis=-1)
+    return (1 - smoothing) * nats + smoothing * uniform_nats

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from continuous_lm import arguments
 
-EXACT = lax.Precision.HIGHEST  # of products that accelerators would round to bfloat16
+HIGHEST_PRECISION = lax.Precision.HIGHEST  # of products that accelerators would round to bfloat16
 
 
 def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
@@ -37,10 +37,12 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, mean, scale = arguments.floats(x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W"))
-    arguments.positive("scale", scale)
+    x, mean, scale = arguments.check_floats(
+        x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W")
+    )
+    arguments.check_positive("scale", scale)
     z = (x - mean) / scale
-    return jnp.sum(jnp.square(z) / 2 + jnp.log(scale), axis=-1) + _constant(x.shape[-1])
+    return jnp.sum(jnp.square(z) / 2 + jnp.log(scale), axis=-1) + _log_normalizer(x.shape[-1])
 
 
 def low_rank_gaussian_nll(
@@ -48,12 +50,12 @@ def low_rank_gaussian_nll(
 ) -> jax.Array:
     """-log N(x; mean, factor factor^T + diag(scale^2)), without any W x W matrix.
 
-    With B = factor / scale and z = (x - mean) / scale, the matrix determinant lemma gives
-    log det = log det(I + B^T B) + 2 sum log scale, and Woodbury's identity turns the squared
-    distance into the least of |z - B c|^2 + |c|^2 over c, taken at c = (I + B^T B)^-1 B^T z. In
+    With b = factor / scale and z = (x - mean) / scale, the matrix determinant lemma gives
+    log det = log det(I + b^T b) + 2 sum log scale, and Woodbury's identity turns the squared
+    distance into the least of |z - b c|^2 + |c|^2 over c, taken at c = (I + b^T b)^-1 b^T z. In
     that form nothing cancels and errors of c count to second order only. Time O(W R^2 + R^3).
 
-    Where columns of B are so long and so nearly parallel that I + B^T B, rounded, is not positive
+    Where columns of b are so long and so nearly parallel that I + b^T b, rounded, is not positive
     definite (in float32, of length 3e3 and up), the I is enlarged until it is: the loss is then too
     large, by several nats for each such column, and still has a gradient.
 
@@ -75,18 +77,18 @@ def low_rank_gaussian_nll(
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, mean, scale, factor = arguments.floats(
+    x, mean, scale, factor = arguments.check_floats(
         x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W"), factor=(factor, "... W R")
     )
-    arguments.positive("scale", scale)
+    arguments.check_positive("scale", scale)
     z = (x - mean) / scale
     b = factor / scale[..., None]
     cholesky = cholesky_of_gram(b)
-    c = _solve(cholesky, jnp.einsum("...wr,...w->...r", b, z, precision=EXACT))
-    rest = z - jnp.einsum("...wr,...r->...w", b, c, precision=EXACT)
-    distance = jnp.sum(jnp.square(rest), axis=-1) + jnp.sum(jnp.square(c), axis=-1)
+    c = _solve_cholesky(cholesky, jnp.einsum("...wr,...w->...r", b, z, precision=HIGHEST_PRECISION))
+    residual = z - jnp.einsum("...wr,...r->...w", b, c, precision=HIGHEST_PRECISION)
+    distance = jnp.sum(jnp.square(residual), axis=-1) + jnp.sum(jnp.square(c), axis=-1)
     half_log_det = jnp.sum(jnp.log(scale), axis=-1) + _sum_log_diagonal(cholesky)
-    return distance / 2 + half_log_det + _constant(x.shape[-1])
+    return distance / 2 + half_log_det + _log_normalizer(x.shape[-1])
 
 
 def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax.Array:
@@ -109,32 +111,32 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a diagonal entry is not above 0.
     """
-    x, mean, cholesky = arguments.floats(
+    x, mean, cholesky = arguments.check_floats(
         x=(x, "... W"), mean=(mean, "... W"), cholesky=(cholesky, "... W W")
     )
-    arguments.positive("the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1))
-    z = _forward(cholesky, x - mean)
+    arguments.check_positive("the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1))
+    z = _solve_triangular(cholesky, x - mean)
     distance = jnp.sum(jnp.square(z), axis=-1)
-    return distance / 2 + _sum_log_diagonal(cholesky) + _constant(x.shape[-1])
+    return distance / 2 + _sum_log_diagonal(cholesky) + _log_normalizer(x.shape[-1])
 
 
 def cholesky_of_gram(b: jax.Array) -> jax.Array:
-    """The Cholesky factor [..., R, R] of I + B^T B, with a larger I where rounding leaves none."""
+    """The Cholesky factor [..., R, R] of I + b^T b, with a larger I where rounding leaves none."""
     rank = b.shape[-1]
     eye = jnp.eye(rank, dtype=b.dtype)
-    gram = jnp.einsum("...wr,...ws->...rs", b, b, precision=EXACT)
-    found = jnp.linalg.cholesky(lax.stop_gradient(eye + gram))
-    failed = ~jnp.all(jnp.isfinite(found), axis=(-2, -1), keepdims=True)
-    longest = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-    more = jnp.where(failed, 4 * rank * jnp.finfo(b.dtype).eps * longest, 0.0)
-    return jnp.linalg.cholesky((1 + lax.stop_gradient(more)) * eye + gram)
+    gram = jnp.einsum("...wr,...wR->...rR", b, b, precision=HIGHEST_PRECISION)
+    trial_cholesky = jnp.linalg.cholesky(lax.stop_gradient(eye + gram))
+    has_failed = ~jnp.all(jnp.isfinite(trial_cholesky), axis=(-2, -1), keepdims=True)
+    max_diagonal = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    extra_identity = jnp.where(has_failed, 4 * rank * jnp.finfo(b.dtype).eps * max_diagonal, 0.0)
+    return jnp.linalg.cholesky((1 + lax.stop_gradient(extra_identity)) * eye + gram)
 
 
 # vectorize makes many right-hand sides of one matrix into columns, and copies no matrix.
 
 
-def _forward(cholesky: jax.Array, b: jax.Array) -> jax.Array:
-    """L^-1 b [..., W], of L [..., W, W] and b [..., W]."""
+def _solve_triangular(cholesky: jax.Array, b: jax.Array) -> jax.Array:
+    """cholesky^-1 b [..., W], of cholesky [..., W, W] and b [..., W]."""
 
     def solve(matrix, vector):
         return linalg.solve_triangular(matrix, vector, lower=True)
@@ -142,8 +144,8 @@ def _forward(cholesky: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.vectorize(solve, signature="(w,w),(w)->(w)")(cholesky, b)
 
 
-def _solve(cholesky: jax.Array, b: jax.Array) -> jax.Array:
-    """(L L^T)^-1 b [..., R], of L [..., R, R] and b [..., R]."""
+def _solve_cholesky(cholesky: jax.Array, b: jax.Array) -> jax.Array:
+    """(cholesky cholesky^T)^-1 b [..., R], of cholesky [..., R, R] and b [..., R]."""
 
     def solve(matrix, vector):
         return linalg.cho_solve((matrix, True), vector)
@@ -155,5 +157,5 @@ def _sum_log_diagonal(cholesky: jax.Array) -> jax.Array:
     return jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=-2, axis2=-1)), axis=-1)
 
 
-def _constant(width: int) -> float:
+def _log_normalizer(width: int) -> float:
     return width * math.log(2 * math.pi) / 2

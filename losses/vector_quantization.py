@@ -14,12 +14,12 @@ from continuous_lm.errors import InputError
 class CodeEntropy(NamedTuple):
     """Two entropies of an assignment to E codes, in nats, from 0 to log E."""
 
-    each: jax.Array  # mean entropy of a vector's own assignment: 0 when every one is sure
+    per_vector: jax.Array  # mean entropy of a vector's own assignment: 0 when every one is sure
     mean: jax.Array  # entropy of the mean assignment: log E when all codes are used alike
 
     def loss(self, diversity: ArrayLike = 1.0) -> jax.Array:
-        """each - diversity * mean: least for sure assignments that use all codes alike."""
-        return self.each - diversity * self.mean
+        """per_vector - diversity * mean: least for sure assignments that use all codes alike."""
+        return self.per_vector - diversity * self.mean
 
 
 def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
@@ -44,7 +44,7 @@ def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit.
     """
-    x, code = arguments.floats(x=(x, "... W"), code=(code, "... W"))
+    x, code = arguments.check_floats(x=(x, "... W"), code=(code, "... W"))
     return jnp.sum(jnp.square(lax.stop_gradient(x) - code), axis=-1)
 
 
@@ -83,7 +83,7 @@ def code_entropy(
 
     >>> import jax.numpy as jnp
     >>> entropy = code_entropy(probabilities=jnp.array([[1.0, 0.0], [0.0, 1.0]]))
-    >>> print(f"{entropy.each:.4f} {entropy.mean:.4f} {entropy.loss():.4f}")  # mean: log 2
+    >>> print(f"{entropy.per_vector:.4f} {entropy.mean:.4f} {entropy.loss():.4f}")  # mean: log 2
     0.0000 0.6931 -0.6931
 
     Args:
@@ -99,17 +99,17 @@ def code_entropy(
     if (logits is None) == (probabilities is None):
         raise InputError("code_entropy takes either logits or probabilities")
     if logits is not None:
-        (logits,) = arguments.floats(logits=(logits, "... E"))
+        (logits,) = arguments.check_floats(logits=(logits, "... E"))
         log_p = jax.nn.log_softmax(logits, axis=-1)
         p = jnp.exp(log_p)
         # Of a logit of -inf, log p would make a nan of 0.
-        each = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
+        per_vector = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
     else:
         assert probabilities is not None
-        (p,) = arguments.floats(probabilities=(probabilities, "... E"))
-        arguments.distribution("probabilities", p)
-        each = _entropy(p)
-    return CodeEntropy(jnp.mean(each), _entropy(jnp.mean(p, axis=tuple(range(p.ndim - 1)))))
+        (p,) = arguments.check_floats(probabilities=(probabilities, "... E"))
+        arguments.check_distribution("probabilities", p)
+        per_vector = _entropy(p)
+    return CodeEntropy(jnp.mean(per_vector), _entropy(jnp.mean(p, axis=tuple(range(p.ndim - 1)))))
 
 
 def _entropy(p: jax.Array) -> jax.Array:

@@ -7,19 +7,19 @@ import importlib
 from typing import Any
 
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.generation import Generated, generate
+from continuous_lm.models.generation import GeneratedTokens, generate
 from continuous_lm.models.kv_cache import KVCache
-from continuous_lm.models.language_model import LanguageModel, bundled, load, save
+from continuous_lm.models.language_model import LanguageModel, bundled_models, load, save
 from continuous_lm.models.samplers import sample_token
 from continuous_lm.models.transformer import Transformer
 
 __all__ = [
-    "Generated",
+    "GeneratedTokens",
     "KVCache",
     "LanguageModel",
     "Transformer",
     "TransformerConfig",
-    "bundled",
+    "bundled_models",
     "generate",
     "load",
     "sample_token",

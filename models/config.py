@@ -9,7 +9,7 @@ import jax
 from continuous_lm.errors import InputError
 from continuous_lm.rotary import LongRope, Rope
 
-NORMS = ("rms", "rms_plus_one", "layer")
+NORM_KINDS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
@@ -22,7 +22,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 class TransformerConfig:
     """What a `Transformer` computes. Every field changes the mathematics; letters as in `axes`."""
 
-    family: str = "llama"  # whose checkpoint layout it has: a key of models.loading.FAMILIES
+    family: str = "llama"  # whose checkpoint layout it has: a key of FAMILIES
     vocab_size: int  # V
     hidden_size: int  # D
     mlp_size: int  # F
@@ -71,19 +71,25 @@ class TransformerConfig:
         if self.head_dim > 2**16:
             raise InputError(f"head_dim is {self.head_dim}; it must be at most {2**16}")
         for rope in (self.rope, self.local_rope):
-            if rope is not None and not (0 < rope.fraction <= 1 and self._turning(rope) % 2 == 0):
+            if rope is not None and not (
+                0 < rope.fraction <= 1 and self._num_rotary_channels(rope) % 2 == 0
+            ):
                 raise InputError(
                     f"{rope.fraction} of a head of {self.head_dim} channels cannot turn: that must"
                     " be an even number of them"
                 )
             if rope is not None and isinstance(rope.scaling, LongRope):
-                wanted, lengths = self._turning(rope) // 2, map(len, rope.scaling.factors)
-                if any(length != wanted for length in lengths):
+                num_factors, factor_counts = (
+                    self._num_rotary_channels(rope) // 2,
+                    map(len, rope.scaling.factors),
+                )
+                if any(factor_count != num_factors for factor_count in factor_counts):
                     raise InputError(
-                        f"the rope scaling's short_factor and long_factor must be lists of {wanted}"
+                        "the rope scaling's short_factor and long_factor must be lists of"
+                        f" {num_factors}"
                     )
-        if self.norm not in NORMS:
-            raise InputError(f"norm {self.norm!r} is not known; known are {', '.join(NORMS)}")
+        if self.norm not in NORM_KINDS:
+            raise InputError(f"norm {self.norm!r} is not known; known are {', '.join(NORM_KINDS)}")
         if (self.rope is None) == (self.max_positions is None):
             raise InputError("a model needs either rope or max_positions, to tell times apart")
         if self.max_positions is not None and self.max_positions < 1:
@@ -94,8 +100,8 @@ class TransformerConfig:
             )
         if self.local_rope is not None and (
             self.rope is None
-            or (self.local_rope.fraction, self.local_rope.amplitude)
-            != (self.rope.fraction, self.rope.amplitude)
+            or (self.local_rope.fraction, self.local_rope.attention_factor)
+            != (self.rope.fraction, self.rope.attention_factor)
         ):
             raise InputError("local_rope must turn the channels that rope turns, as strongly")
         if self.activation not in ACTIVATIONS:
@@ -107,19 +113,19 @@ class TransformerConfig:
             if value is not None and not value > 0:
                 raise InputError(f"{name} is {value}; it must be positive, or None")
 
-    def _turning(self, rope: Rope) -> int:
+    def _num_rotary_channels(self, rope: Rope) -> int:
         return int(self.head_dim * rope.fraction)
 
     @property
-    def windowed(self) -> tuple[bool, ...]:
+    def is_windowed(self) -> tuple[bool, ...]:
         """Which of the L layers have the window."""
         cycle = itertools.cycle(self.window_pattern)
         return tuple(self.window is not None and next(cycle) for _ in range(self.num_layers))
 
     def at_length(self, num_tokens: int) -> "TransformerConfig":
         """The model for a sequence of so many tokens, however they are divided over calls."""
-        rope, local = (r and r.at_length(num_tokens) for r in (self.rope, self.local_rope))
-        return dataclasses.replace(self, rope=rope, local_rope=local)
+        rope, local_rope = (r and r.at_length(num_tokens) for r in (self.rope, self.local_rope))
+        return dataclasses.replace(self, rope=rope, local_rope=local_rope)
 
     @property
     def sizes(self) -> dict[str, int]:

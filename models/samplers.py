@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_count, check_numbers
+from continuous_lm.arguments import as_float, check_numbers, check_positive_integer
 from continuous_lm.errors import InputError
 
 
@@ -34,24 +34,26 @@ def sample_token(
       tokens int32 [...].
     """
     if top_k is not None:
-        check_count("top_k", top_k)
-    likeliest = _likeliest(tempered(logits, temperature), top_k, top_p)
-    return jax.random.categorical(key, likeliest).astype(jnp.int32)
+        check_positive_integer("top_k", top_k)
+    top_logits = _mask_unlikely(temper_logits(logits, temperature), top_k, top_p)
+    return jax.random.categorical(key, top_logits).astype(jnp.int32)
 
 
-def _likeliest(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None) -> jax.Array:
+def _mask_unlikely(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None) -> jax.Array:
     """The logits [..., V], with -inf in place of those that `sample_token` does not draw from."""
     if top_k is not None and top_k < logits.shape[-1]:
-        least = lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        min_logit = lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits >= min_logit, logits, -jnp.inf)
     if top_p is not None:
         top_p = jnp.asarray(top_p, logits.dtype)[..., None]
-        order = jnp.argsort(logits, axis=-1, descending=True)
-        p = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+        ranking = jnp.argsort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, ranking, axis=-1))
         # At 1 all are kept: the rounded sums before the least likely ones can be 1 already.
-        kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p >= 1)
-        kept = jnp.take_along_axis(kept.at[..., 0].set(True), jnp.argsort(order, axis=-1), axis=-1)
-        logits = jnp.where(kept, logits, -jnp.inf)
+        is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (top_p >= 1)
+        is_kept = jnp.take_along_axis(
+            is_kept.at[..., 0].set(True), jnp.argsort(ranking, axis=-1), axis=-1
+        )
+        logits = jnp.where(is_kept, logits, -jnp.inf)
     return logits
 
 
@@ -79,12 +81,12 @@ def _is_key(key: Any) -> bool:
     return key.dtype == jnp.uint32 and key.ndim == 1
 
 
-def tempered(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
-    """logits / temperature [..., E], the largest of which is 0; at temperature 0 it stands alone.
+def temper_logits(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
+    """logits / temperature [..., V], the largest of which is 0; at temperature 0 it stands alone.
 
     In at least float32. So nothing overflows, however small the temperature is.
     """
-    wide = as_float(logits)
-    wide = wide - jnp.max(wide, axis=-1, keepdims=True)
-    temperature = jnp.asarray(temperature, wide.dtype)[..., None]
-    return wide / jnp.maximum(temperature, jnp.finfo(wide.dtype).tiny)
+    logits_float = as_float(logits)
+    logits_float = logits_float - jnp.max(logits_float, axis=-1, keepdims=True)
+    temperature = jnp.asarray(temperature, logits_float.dtype)[..., None]
+    return logits_float / jnp.maximum(temperature, jnp.finfo(logits_float.dtype).tiny)

@@ -11,8 +11,8 @@ diagnostics         code_use, quantization_noise, spread: what goes wrong, in nu
 
 from continuous_lm.quantize.diagnostics import (
     CodeUse,
-    Noise,
-    Spread,
+    QuantizationNoise,
+    VectorSpread,
     code_use,
     quantization_noise,
     spread,
@@ -59,9 +59,9 @@ __all__ = [
     "Codebook",
     "FiniteQuantized",
     "Neighbours",
-    "Noise",
+    "QuantizationNoise",
     "Quantized",
-    "Spread",
+    "VectorSpread",
     "code_use",
     "distance",
     "finite_bound",

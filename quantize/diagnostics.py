@@ -9,8 +9,8 @@ from jax.typing import ArrayLike
 
 from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
-from continuous_lm.quantize.kmeans import check_count, check_vectors, counted
-from continuous_lm.quantize.nearest import BLOCK, k_nearest
+from continuous_lm.quantize.kmeans import check_count, check_vectors, count_codes
+from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, k_nearest
 
 
 class CodeUse(NamedTuple):
@@ -18,17 +18,17 @@ class CodeUse(NamedTuple):
 
     counts: jax.Array  # int32 [E]
     perplexity: jax.Array  # exp of the entropy of the counts: E if all are used alike, 1 if one is
-    used: jax.Array  # part of the codes that occur at all, from 0 to 1
+    used_share: jax.Array  # part of the codes that occur at all, from 0 to 1
 
 
-class Noise(NamedTuple):
+class QuantizationNoise(NamedTuple):
     """What quantization does to each vector."""
 
     distance: jax.Array  # [...], to the nearest code
     margin: jax.Array  # [...] >= 0, by how much farther the second nearest lies; 0 is a tie
 
 
-class Spread(NamedTuple):
+class VectorSpread(NamedTuple):
     """In how many directions vectors differ."""
 
     variances: jax.Array  # [W], of each dimension
@@ -52,15 +52,19 @@ def code_use(indices: ArrayLike, num_codes: int) -> CodeUse:
     if not np.size(indices):
         raise InputError("indices are empty; code use needs at least one")
     check_integers("indices", indices, 0, num_codes)
-    counts = counted(jnp.asarray(indices).reshape(-1), num_codes, jnp.int32)
+    counts = count_codes(jnp.asarray(indices).reshape(-1), num_codes, jnp.int32)
     p = counts / jnp.sum(counts)
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
     return CodeUse(counts, jnp.exp(entropy), jnp.mean(counts > 0, dtype=p.dtype))
 
 
 def quantization_noise(
-    x: ArrayLike, codes: ArrayLike, *, metric: str = "euclidean", block: int = BLOCK
-) -> Noise:
+    x: ArrayLike,
+    codes: ArrayLike,
+    *,
+    metric: str = "euclidean",
+    block_size: int = DEFAULT_BLOCK_SIZE,
+) -> QuantizationNoise:
     """How far vectors lie from their codes, and how much farther from the second nearest ones.
 
     Where the margin is small against the distance, a little noise changes the code.
@@ -69,7 +73,7 @@ def quantization_noise(
       x: vectors [..., W].
       codes: the codebook [E, W], E >= 2.
       metric: see `nearest`; "euclidean" is squared.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Raises:
       InputError: as `k_nearest` with k = 2.
@@ -77,11 +81,11 @@ def quantization_noise(
     >>> print(*quantization_noise([1.0, 0.0], [[0.0, 0.0], [3.0, 0.0]]))
     1.0 3.0
     """
-    distances = k_nearest(x, codes, 2, metric=metric, block=block).distances
-    return Noise(distances[..., 0], distances[..., 1] - distances[..., 0])
+    distances = k_nearest(x, codes, 2, metric=metric, block_size=block_size).distances
+    return QuantizationNoise(distances[..., 0], distances[..., 1] - distances[..., 0])
 
 
-def spread(x: ArrayLike) -> Spread:
+def spread(x: ArrayLike) -> VectorSpread:
     """Variances of the dimensions and effective rank: near 0 and 1 where vectors have collapsed.
 
     The effective rank is exp of the entropy of the singular values, divided by their sum (Roy and
@@ -100,8 +104,8 @@ def spread(x: ArrayLike) -> Spread:
     check_vectors(x)
     x = x.reshape(-1, x.shape[-1])
     x = x - jnp.mean(x, axis=0)
-    values = jnp.linalg.svd(x, compute_uv=False)
-    total = jnp.sum(values)
-    p = values / jnp.where(total > 0, total, 1.0)
-    rank = jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0))))
-    return Spread(jnp.mean(jnp.square(x), axis=0), jnp.where(total > 0, rank, 0.0))
+    singular_values = jnp.linalg.svd(x, compute_uv=False)
+    total = jnp.sum(singular_values)
+    p = singular_values / jnp.where(total > 0, total, 1.0)
+    effective_rank = jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0))))
+    return VectorSpread(jnp.mean(jnp.square(x), axis=0), jnp.where(total > 0, effective_rank, 0.0))

@@ -1,8 +1,8 @@
 """Finite scalar quantization: a few fixed levels for each dimension, and no codebook to learn.
 
-Mentzer et al. (arXiv:2309.15505). A dimension with L levels is bounded by tanh and rounded to L
-neighbouring integers, which are then divided by floor(L / 2): from -1 to 1 where L is odd, from -1
-to 1 - 2 / L where it is even. The codes are all combinations, L_1 L_2 ... of them; the first
+Mentzer et al. (arXiv:2309.15505). A dimension with n levels is bounded by tanh and rounded to n
+neighbouring integers, which are then divided by floor(n / 2): from -1 to 1 where n is odd, from -1
+to 1 - 2 / n where it is even. The codes are all combinations, n_1 n_2 ... of them; the first
 dimension's level is the index's lowest digit.
 """
 
@@ -21,7 +21,7 @@ from continuous_lm.errors import InputError
 from continuous_lm.quantize.straight_through import straight_through
 
 # By how much the bound lies above the outermost levels, so that rounding reaches them.
-ROOM = 1e-3
+BOUND_MARGIN = 1e-3
 
 
 class FiniteQuantized(NamedTuple):
@@ -34,12 +34,12 @@ class FiniteQuantized(NamedTuple):
 def finite_bound(x: ArrayLike, levels: Sequence[int]) -> jax.Array:
     """Bounds each dimension smoothly to where it rounds to one of its levels.
 
-    (L - 1) / 2 (1 + 0.001) tanh(x + shift) - offset. For even L the offset is 1/2, since as many
+    (n - 1) / 2 (1 + 0.001) tanh(x + shift) - offset. For even n the offset is 1/2, since as many
     integers lie on either side of -1/2, and the shift takes x = 0 to 0.
 
     Args:
       x: vectors [..., W].
-      levels: L >= 2 of each of the W dimensions.
+      levels: n >= 2 of each of the W dimensions.
 
     Returns:
       [..., W], at least float32, in units of one level.
@@ -52,10 +52,10 @@ def finite_bound(x: ArrayLike, levels: Sequence[int]) -> jax.Array:
      [ 1.  2.]]
     """
     x = as_float(x)
-    count = _levels(levels, x.shape, x.dtype)
-    half = (count - 1) * (1 + ROOM) / 2
-    offset = np.where(count % 2 == 0, 0.5, 0.0).astype(x.dtype)
-    return jnp.tanh(x + np.arctanh(offset / half)) * half - offset
+    num_levels = _check_levels(levels, x.shape, x.dtype)
+    half_range = (num_levels - 1) * (1 + BOUND_MARGIN) / 2
+    offset = np.where(num_levels % 2 == 0, 0.5, 0.0).astype(x.dtype)
+    return jnp.tanh(x + np.arctanh(offset / half_range)) * half_range - offset
 
 
 def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
@@ -63,7 +63,7 @@ def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
 
     Args:
       x: vectors [..., W].
-      levels: L >= 2 of each of the W dimensions.
+      levels: n >= 2 of each of the W dimensions.
 
     Returns:
       the codes.
@@ -78,10 +78,10 @@ def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
     """
     bounded = finite_bound(x, levels)
     digits = jnp.round(bounded)
-    middle = _levels(levels, bounded.shape, jnp.int32) // 2
+    zero_level = _check_levels(levels, bounded.shape, jnp.int32) // 2
     return FiniteQuantized(
-        straight_through(bounded, digits) / middle.astype(bounded.dtype),
-        _number(digits.astype(jnp.int32) + middle, levels),
+        straight_through(bounded, digits) / zero_level.astype(bounded.dtype),
+        _digits_to_index(digits.astype(jnp.int32) + zero_level, levels),
     )
 
 
@@ -90,7 +90,7 @@ def finite_indices(vectors: ArrayLike, levels: Sequence[int]) -> jax.Array:
 
     Args:
       vectors: codes; others are rounded to the nearest.
-      levels: L >= 2 of each of the W dimensions.
+      levels: n >= 2 of each of the W dimensions.
 
     Raises:
       InputError: if there are not W levels, all >= 2, or more combinations than int32 counts.
@@ -99,9 +99,9 @@ def finite_indices(vectors: ArrayLike, levels: Sequence[int]) -> jax.Array:
     [12 18]
     """
     vectors = as_float(vectors)
-    count = _levels(levels, vectors.shape, jnp.int32)
-    digits = jnp.round(vectors * (count // 2)).astype(jnp.int32) + count // 2
-    return _number(jnp.clip(digits, 0, count - 1), levels)
+    num_levels = _check_levels(levels, vectors.shape, jnp.int32)
+    digits = jnp.round(vectors * (num_levels // 2)).astype(jnp.int32) + num_levels // 2
+    return _digits_to_index(jnp.clip(digits, 0, num_levels - 1), levels)
 
 
 def finite_vectors(indices: ArrayLike, levels: Sequence[int]) -> jax.Array:
@@ -115,29 +115,32 @@ def finite_vectors(indices: ArrayLike, levels: Sequence[int]) -> jax.Array:
     [[-1.   0.5]
      [ 0.   1. ]]
     """
-    count = _levels(levels, (len(levels),), jnp.int32)
+    num_levels = _check_levels(levels, (len(levels),), jnp.int32)
     check_integers("indices", indices, 0, math.prod(levels))
-    digits = jnp.asarray(indices, jnp.int32)[..., None] // _places(tuple(levels)) % count
-    return (digits - count // 2).astype(jnp.float32) / (count // 2).astype(np.float32)
+    digits = jnp.asarray(indices, jnp.int32)[..., None] // _place_values(tuple(levels)) % num_levels
+    return (digits - num_levels // 2).astype(jnp.float32) / (num_levels // 2).astype(np.float32)
 
 
-def _number(digits: jax.Array, levels: Sequence[int]) -> jax.Array:
-    """The index of digits [..., W], each from 0 to L - 1."""
-    return jnp.sum(digits * _places(tuple(levels)), axis=-1, dtype=jnp.int32)
+def _digits_to_index(digits: jax.Array, levels: Sequence[int]) -> jax.Array:
+    """The index of digits [..., W], each from 0 to n - 1."""
+    return jnp.sum(digits * _place_values(tuple(levels)), axis=-1, dtype=jnp.int32)
 
 
 @functools.cache
-def _places(levels: tuple[int, ...]) -> np.ndarray:
+def _place_values(levels: tuple[int, ...]) -> np.ndarray:
     """What one level of each dimension counts in an index."""
     return np.cumprod((1, *levels[:-1])).astype(np.int32)
 
 
-def _levels(levels: Sequence[int], shape: tuple[int, ...], dtype) -> np.ndarray:
+def _check_levels(levels: Sequence[int], shape: tuple[int, ...], dtype) -> np.ndarray:
     """The levels as an array, if they can be used for vectors of this shape."""
-    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) for n in levels)
-    if not whole or not len(levels) or min(levels) < 2:
+    are_integers = all(
+        isinstance(num_levels, int | np.integer) and not isinstance(num_levels, bool)
+        for num_levels in levels
+    )
+    if not are_integers or not len(levels) or min(levels) < 2:
         raise InputError(f"levels are {tuple(levels)}; they must be whole numbers, at least 2")
-    if math.prod(int(n) for n in levels) > np.iinfo(np.int32).max:
+    if math.prod(int(num_levels) for num_levels in levels) > np.iinfo(np.int32).max:
         raise InputError(f"levels {tuple(levels)} have more combinations than int32 can count")
     if not shape or shape[-1] != len(levels):
         raise InputError(

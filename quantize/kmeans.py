@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from continuous_lm.arguments import as_float, check_numbers
 from continuous_lm.errors import InputError
-from continuous_lm.quantize.nearest import BLOCK, distance, nearest
+from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, distance, nearest
 
 
 class Clusters(NamedTuple):
@@ -22,7 +22,12 @@ class Clusters(NamedTuple):
 
 
 def kmeans(
-    key: jax.Array, x: ArrayLike, num_codes: int, *, steps: int = 10, block: int = BLOCK
+    key: jax.Array,
+    x: ArrayLike,
+    num_codes: int,
+    *,
+    steps: int = 10,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Clusters:
     """Clusters of vectors: means that lie near all of them, in squared Euclidean distance.
 
@@ -37,7 +42,7 @@ def kmeans(
         all but the first have no vectors.
       num_codes: E, how many clusters.
       steps: Lloyd's steps, >= 0; each compares all vectors with all centres.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Returns:
       the clusters.
@@ -45,68 +50,76 @@ def kmeans(
     Raises:
       InputError: if shapes or numbers do not fit; outside of jit, if a vector is not finite.
 
-    >>> found = kmeans(jax.random.key(0), [[0.0], [2.0], [10.0], [12.0], [14.0]], 2)
-    >>> print(jnp.sort(found.centres, axis=0).T, jnp.sort(found.counts))
+    >>> clusters = kmeans(jax.random.key(0), [[0.0], [2.0], [10.0], [12.0], [14.0]], 2)
+    >>> print(jnp.sort(clusters.centres, axis=0).T, jnp.sort(clusters.counts))
     [[ 1. 12.]] [2. 3.]
     """
     x = lax.stop_gradient(as_float(x))
     check_vectors(x)
-    for name, count, least in (("num_codes", num_codes, 1), ("steps", steps, 0)):
-        check_count(name, count, least)
-    return _kmeans(key, x.reshape(-1, x.shape[-1]), int(num_codes), int(steps), block)
+    for name, count, minimum in (("num_codes", num_codes, 1), ("steps", steps, 0)):
+        check_count(name, count, minimum)
+    return _kmeans(key, x.reshape(-1, x.shape[-1]), int(num_codes), int(steps), block_size)
 
 
-@functools.partial(jax.jit, static_argnames=("num_codes", "block"))
-def _kmeans(key: jax.Array, x: jax.Array, num_codes: int, steps: jax.Array, block: int) -> Clusters:
-    centres = _plus_plus(key, x, num_codes)
-    centres = lax.fori_loop(0, steps, lambda _, centres: _lloyd(x, centres, block), centres)
-    return Clusters(centres, counted(nearest(x, centres, block=block).indices, num_codes, x.dtype))
+@functools.partial(jax.jit, static_argnames=("num_codes", "block_size"))
+def _kmeans(
+    key: jax.Array, x: jax.Array, num_codes: int, steps: jax.Array, block_size: int
+) -> Clusters:
+    centres = _init_plus_plus(key, x, num_codes)
+    centres = lax.fori_loop(
+        0, steps, lambda _, centres: _lloyd_step(x, centres, block_size), centres
+    )
+    return Clusters(
+        centres, count_codes(nearest(x, centres, block_size=block_size).indices, num_codes, x.dtype)
+    )
 
 
-def _plus_plus(key: jax.Array, x: jax.Array, num_codes: int) -> jax.Array:
+def _init_plus_plus(key: jax.Array, x: jax.Array, num_codes: int) -> jax.Array:
     """The start [E, W]."""
 
-    def draw(i, carry):
+    def draw_centre(i, carry):
         centres, distances = carry
-        weight = jnp.log(distances)  # -inf where a centre lies already
-        new = x[jax.random.categorical(jax.random.fold_in(key, i), weight)]
-        return centres.at[i].set(new), jnp.minimum(distances, distance(x, new))
+        log_weights = jnp.log(distances)  # -inf where a centre lies already
+        new_centre = x[jax.random.categorical(jax.random.fold_in(key, i), log_weights)]
+        return centres.at[i].set(new_centre), jnp.minimum(distances, distance(x, new_centre))
 
-    start = jnp.zeros((num_codes, x.shape[1]), x.dtype), jnp.ones(len(x), x.dtype)
+    initial_carry = jnp.zeros((num_codes, x.shape[1]), x.dtype), jnp.ones(len(x), x.dtype)
     # The first is drawn evenly: what "ones" stand for is no distance, and would cap the others.
-    centres, _ = draw(0, start)
-    return lax.fori_loop(1, num_codes, draw, (centres, distance(x, centres[0])))[0]
+    centres, _ = draw_centre(0, initial_carry)
+    return lax.fori_loop(1, num_codes, draw_centre, (centres, distance(x, centres[0])))[0]
 
 
-def _lloyd(x: jax.Array, centres: jax.Array, block: int) -> jax.Array:
+def _lloyd_step(x: jax.Array, centres: jax.Array, block_size: int) -> jax.Array:
     num_codes = len(centres)
-    indices, distances = nearest(x, centres, block=block)
-    counts = counted(indices, num_codes, x.dtype)
-    means = summed(x, indices, num_codes) / jnp.maximum(counts, 1.0)[:, None]
+    indices, distances = nearest(x, centres, block_size=block_size)
+    counts = count_codes(indices, num_codes, x.dtype)
+    means = sum_by_code(x, indices, num_codes) / jnp.maximum(counts, 1.0)[:, None]
     farthest = x[lax.top_k(distances, min(num_codes, len(x)))[1]]
-    empty = counts == 0
-    return jnp.where(empty[:, None], farthest[rank(empty) % len(farthest)], means)
+    is_empty = counts == 0
+    return jnp.where(
+        is_empty[:, None], farthest[count_selected_before(is_empty) % len(farthest)], means
+    )
 
 
-def counted(indices: jax.Array, num_codes: int, dtype: jnp.dtype) -> jax.Array:
-    """How often each code occurs in `indices` [N], as [E]."""
+def count_codes(indices: jax.Array, num_codes: int, dtype: jnp.dtype) -> jax.Array:
+    """How often each code occurs in `indices` [B], as [E]."""
     return jnp.zeros(num_codes, jnp.int32).at[indices].add(1).astype(dtype)
 
 
-def summed(x: jax.Array, indices: jax.Array, num_codes: int) -> jax.Array:
-    """The sum [E, W] of the vectors [N, W] of each code."""
+def sum_by_code(x: jax.Array, indices: jax.Array, num_codes: int) -> jax.Array:
+    """The sum [E, W] of the vectors [B, W] of each code."""
     return jax.ops.segment_sum(x, indices, num_codes)
 
 
-def rank(chosen: jax.Array) -> jax.Array:
+def count_selected_before(is_selected: jax.Array) -> jax.Array:
     """How many are chosen before each, int [E]."""
-    return jnp.cumsum(chosen) - chosen
+    return jnp.cumsum(is_selected) - is_selected
 
 
-def check_count(name: str, count: int, least: int = 1) -> None:
-    """Refuses what is not a whole number of at least `least`."""
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < least:
-        raise InputError(f"{name} is {count!r}; it must be a whole number, at least {least}")
+def check_count(name: str, count: int, minimum: int = 1) -> None:
+    """Refuses what is not a whole number of at least `minimum`."""
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < minimum:
+        raise InputError(f"{name} is {count!r}; it must be a whole number, at least {minimum}")
 
 
 def check_vectors(x: jax.Array, width: int | None = None) -> None:

@@ -1,7 +1,8 @@
 """Nearest neighbours in a codebook: which of E code vectors lie closest to a vector.
 
-A codebook of which N vectors take few scores is searched in one piece, where it lies. Others are
-scanned in blocks, so that memory does not grow with them: [N, block] scores and the block's codes.
+A codebook of which B vectors take few scores is searched in one piece, where it lies. Others are
+scanned in blocks, so that memory does not grow with them:
+[B, block_size] scores and the block's codes.
 Three metrics, each as a distance, smaller for what is nearer:
 
     euclidean   |x - c|^2, squared, as faiss gives it
@@ -30,13 +31,15 @@ from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
 
 METRICS = ("euclidean", "cosine", "dot")
-BLOCK = 1024  # codes in a block: large enough to run at the speed of the matrix product
+DEFAULT_BLOCK_SIZE = (
+    1024  # codes in a block: large enough to run at the speed of the matrix product
+)
 # With up to so many scores (64 MB) codes are not cut into blocks: a block is copied, which would
 # take longer than its product with few vectors.
-SCORES = 2**24
+MAX_UNBLOCKED_SCORES = 2**24
 # Codes are multiplied by multiples of it: what is left over beside the full tiles of a matrix
 # product is summed in another order, and its score would not be that of a double elsewhere.
-TILE = 16
+TILE_SIZE = 16
 
 
 class Neighbours(NamedTuple):
@@ -92,18 +95,20 @@ def nearest(
     *,
     metric: str = "euclidean",
     norms: jax.Array | None = None,
-    block: int | None = None,
+    block_size: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> Neighbours:
     """The code nearest to each vector: `k_nearest` with k = 1, without the axis of k.
 
     >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    >>> found = nearest([[0.75, 0.0], [0.5, 0.0]], codes)  # the second one lies in the middle
-    >>> print(found.indices, found.distances)
+    >>> neighbours = nearest([[0.75, 0.0], [0.5, 0.0]], codes)  # the second one lies in the middle
+    >>> print(neighbours.indices, neighbours.distances)
     [1 0] [0.0625 0.25  ]
     """
-    found = k_nearest(x, codes, 1, metric=metric, norms=norms, block=block, sharding=sharding)
-    return Neighbours(*(array[..., 0] for array in found))
+    neighbours = k_nearest(
+        x, codes, 1, metric=metric, norms=norms, block_size=block_size, sharding=sharding
+    )
+    return Neighbours(*(array[..., 0] for array in neighbours))
 
 
 def k_nearest(
@@ -113,7 +118,7 @@ def k_nearest(
     *,
     metric: str = "euclidean",
     norms: jax.Array | None = None,
-    block: int | None = None,
+    block_size: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> Neighbours:
     """The k codes nearest to each vector, by exact search.
@@ -129,8 +134,9 @@ def k_nearest(
       k: how many, at most E.
       metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
       norms: `squared_norms(codes)`; computed if left out.
-      block: codes scored at once, rounded up to a multiple of 16; memory is that of [N, block]
-        scores for N vectors. If left out, all codes where that is at most 2^24 scores, else 1024.
+      block_size: codes scored at once, rounded up to a multiple of 16; memory is that of
+        [B, block_size]
+        scores for B vectors. If left out, all codes where that is at most 2^24 scores, else 1024.
       sharding: how the codes lie on a mesh. It is known outside of jit; inside it must be given, or
         the compiler brings all codes to every device.
 
@@ -142,150 +148,163 @@ def k_nearest(
         jit, if a vector or code is not finite, or so large that float32 cannot hold its square.
 
     >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    >>> found = k_nearest([0.75, 0.0], codes, 2)
-    >>> print(found.indices, found.distances)
+    >>> neighbours = k_nearest([0.75, 0.0], codes, 2)
+    >>> print(neighbours.indices, neighbours.distances)
     [1 0] [0.0625 0.5625]
     """
     x, codes = jnp.asarray(x), jnp.asarray(codes)
-    _check(x, codes, k, metric, norms, block)
-    x, codes = _automatic(x), _automatic(codes)
-    placed = getattr(codes, "sharding", None) if sharding is None else sharding
+    _check(x, codes, k, metric, norms, block_size)
+    x, codes = _with_auto_axes(x), _with_auto_axes(codes)
+    codes_sharding = getattr(codes, "sharding", None) if sharding is None else sharding
     norms = squared_norms(codes) if norms is None else norms
     _check_values(x, norms)
     rows = x.reshape(-1, x.shape[-1])
-    how = _How(int(k), metric, None if block is None else int(block))
-    mesh, entries = _entries(placed)
+    spec = _SearchSpec(int(k), metric, None if block_size is None else int(block_size))
+    mesh, mesh_axes = _row_mesh_axes(codes_sharding)
     if mesh is not None:
-        found = _sharded(how, mesh, entries, rows, codes, norms)
+        neighbours = _search_sharded(spec, mesh, mesh_axes, rows, codes, norms)
     else:
-        found = _alone(how, rows, codes, norms)
-    return Neighbours(*(array.reshape(*x.shape[:-1], k) for array in found))
+        neighbours = _search_one_device(spec, rows, codes, norms)
+    return Neighbours(*(array.reshape(*x.shape[:-1], k) for array in neighbours))
 
 
-class _How(NamedTuple):
+class _SearchSpec(NamedTuple):
     """What the compiled search depends on, apart from shapes."""
 
     k: int
     metric: str
-    block: int | None
+    block_size: int | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _alone(how: _How, x: jax.Array, codes: jax.Array, norms: jax.Array) -> Neighbours:
-    """The neighbours of x [N, W] on one device."""
-    indices, _ = _search(how, x, codes, norms)
-    return _in_order(indices, _distances(how.metric, x, codes, indices))
+def _search_one_device(
+    spec: _SearchSpec, x: jax.Array, codes: jax.Array, norms: jax.Array
+) -> Neighbours:
+    """The neighbours of x [B, W] on one device."""
+    indices, _ = _search_codes(spec, x, codes, norms)
+    return _sort_neighbours(indices, _distances(spec.metric, x, codes, indices))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sharded(
-    how: _How,
+def _search_sharded(
+    spec: _SearchSpec,
     mesh: Mesh,
-    entries: tuple[str, ...],
+    mesh_axes: tuple[str, ...],
     x: jax.Array,
     codes: jax.Array,
     norms: jax.Array,
 ) -> Neighbours:
-    """The neighbours of x [N, W] in codes that the mesh axes `entries` spread."""
+    """The neighbours of x [B, W] in codes that the mesh axes `mesh_axes` spread."""
 
-    def search(x, codes, norms):
-        local = how._replace(k=min(how.k, len(codes)))
-        indices, scores = _search(local, x, codes, norms)
-        distances = _distances(how.metric, x, codes, indices)
-        indices = indices + lax.axis_index(entries) * len(codes)
+    def search_shard(x, codes, norms):
+        shard_spec = spec._replace(k=min(spec.k, len(codes)))
+        indices, scores = _search_codes(shard_spec, x, codes, norms)
+        distances = _distances(spec.metric, x, codes, indices)
+        indices = indices + lax.axis_index(mesh_axes) * len(codes)
         # In the order of the devices, so that lower indices come first and win among equals.
         indices, scores, distances = (
-            lax.all_gather(a, entries, axis=1, tiled=True) for a in (indices, scores, distances)
+            lax.all_gather(array, mesh_axes, axis=1, tiled=True)
+            for array in (indices, scores, distances)
         )
-        places = lax.top_k(scores, how.k)[1]
-        return _in_order(
-            jnp.take_along_axis(indices, places, axis=1),
-            jnp.take_along_axis(distances, places, axis=1),
+        best_places = lax.top_k(scores, spec.k)[1]
+        return _sort_neighbours(
+            jnp.take_along_axis(indices, best_places, axis=1),
+            jnp.take_along_axis(distances, best_places, axis=1),
         )
 
-    spread = PartitionSpec(entries)
-    search = jax.shard_map(
-        search,
+    row_partition = PartitionSpec(mesh_axes)
+    search_shard = jax.shard_map(
+        search_shard,
         mesh=mesh,
-        in_specs=(PartitionSpec(), spread, spread),
+        in_specs=(PartitionSpec(), row_partition, row_partition),
         out_specs=PartitionSpec(),
-        axis_names=set(entries),  # x stays as it is spread over the others
+        axis_names=set(mesh_axes),  # x stays as it is spread over the others
         check_vma=False,  # what all devices gathered is the same on all of them
     )
-    return search(x, codes, norms)
+    return search_shard(x, codes, norms)
 
 
-def _search(
-    how: _How, x: jax.Array, codes: jax.Array, norms: jax.Array
+def _search_codes(
+    spec: _SearchSpec, x: jax.Array, codes: jax.Array, norms: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Indices and scores [N, k] of the k largest scores, by falling score and then by index."""
-    x, codes, norms = (lax.stop_gradient(a) for a in (x, codes, norms))
+    """Indices and scores [B, k] of the k largest scores, by falling score and then by index."""
+    x, codes, norms = (lax.stop_gradient(array) for array in (x, codes, norms))
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, codes.dtype), jnp.float32)
     x, norms = x.astype(dtype), norms.astype(dtype)
-    k, metric, num_codes = how.k, how.metric, len(codes)
-    block = how.block
-    if block is None:  # codes of another dtype are cast, which is a copy, too
-        few = len(x) * num_codes <= SCORES and codes.dtype == dtype
-        block = num_codes if few else BLOCK
-    block = -(-block // TILE) * TILE
-    if num_codes <= block:
-        return _largest(_scores(metric, x, codes.astype(dtype), norms), k)
+    k, metric, num_codes = spec.k, spec.metric, len(codes)
+    block_size = spec.block_size
+    if block_size is None:  # codes of another dtype are cast, which is a copy, too
+        is_small = len(x) * num_codes <= MAX_UNBLOCKED_SCORES and codes.dtype == dtype
+        block_size = num_codes if is_small else DEFAULT_BLOCK_SIZE
+    block_size = -(-block_size // TILE_SIZE) * TILE_SIZE
+    if num_codes <= block_size:
+        return _top_k(_scores(metric, x, codes.astype(dtype), norms), k)
 
     def step(carry, first):
-        begin = jnp.minimum(first, num_codes - block)  # the last block is as long as the others
-        indices = begin + jnp.arange(block, dtype=jnp.int32)
-        rows, row_norms = (lax.dynamic_slice_in_dim(a, begin, block) for a in (codes, norms))
-        scores = _scores(metric, x, rows.astype(dtype), row_norms)
-        seen = indices < first
-        places, best = _largest(jnp.where(seen[:, None], -jnp.inf, scores), min(k, block))
+        begin = jnp.minimum(
+            first, num_codes - block_size
+        )  # the last block is as long as the others
+        indices = begin + jnp.arange(block_size, dtype=jnp.int32)
+        block_codes, block_norms = (
+            lax.dynamic_slice_in_dim(array, begin, block_size) for array in (codes, norms)
+        )
+        scores = _scores(metric, x, block_codes.astype(dtype), block_norms)
+        is_repeated = indices < first
+        best_places, best_scores = _top_k(
+            jnp.where(is_repeated[:, None], -jnp.inf, scores), min(k, block_size)
+        )
         # What was found before stands first, so that it wins among equals.
-        found = indices[places], best
-        indices, scores = (jnp.concatenate(pair, axis=1) for pair in zip(carry, found, strict=True))
-        places, scores = _largest(scores.T, k)
-        return (jnp.take_along_axis(indices, places, axis=1), scores), None
+        candidates = indices[best_places], best_scores
+        indices, scores = (
+            jnp.concatenate(pair, axis=1) for pair in zip(carry, candidates, strict=True)
+        )
+        best_places, scores = _top_k(scores.T, k)
+        return (jnp.take_along_axis(indices, best_places, axis=1), scores), None
 
-    nothing = jnp.zeros((len(x), k), jnp.int32), jnp.full((len(x), k), -jnp.inf, dtype)
-    found, _ = lax.scan(step, nothing, jnp.arange(0, num_codes, block, dtype=jnp.int32))
-    return found
+    no_candidates = jnp.zeros((len(x), k), jnp.int32), jnp.full((len(x), k), -jnp.inf, dtype)
+    candidates, _ = lax.scan(
+        step, no_candidates, jnp.arange(0, num_codes, block_size, dtype=jnp.int32)
+    )
+    return candidates
 
 
 def _scores(metric: str, x: jax.Array, codes: jax.Array, norms: jax.Array) -> jax.Array:
-    """Scores [block, N], larger for what is nearer, in the dtype of x and the codes."""
-    scores = _products(codes, x)
-    if len(codes) % TILE:  # the last codes anew, as a full tile
-        last = codes[-TILE:]
-        full = jnp.pad(last, [(0, TILE - len(last)), (0, 0)])
-        scores = scores.at[-TILE:].set(_products(full, x)[: len(last)])
+    """Scores [block_size, B], larger for what is nearer, in the dtype of x and the codes."""
+    scores = _dot_products(codes, x)
+    if len(codes) % TILE_SIZE:  # the last codes anew, as a full tile
+        last_codes = codes[-TILE_SIZE:]
+        full_tile = jnp.pad(last_codes, [(0, TILE_SIZE - len(last_codes)), (0, 0)])
+        scores = scores.at[-TILE_SIZE:].set(_dot_products(full_tile, x)[: len(last_codes)])
     if metric == "euclidean":
         return scores - 0.5 * norms[:, None]
     return scores * _inverse_length(norms)[:, None] if metric == "cosine" else scores
 
 
-def _products(codes: jax.Array, x: jax.Array) -> jax.Array:
-    """x.c [block, N]: with few vectors that is 1.5 times as fast on CPUs as [N, block]."""
-    return jnp.einsum("ew,nw->en", codes, x, precision=lax.Precision.HIGHEST)
+def _dot_products(codes: jax.Array, x: jax.Array) -> jax.Array:
+    """x.c [block_size, B]: with few vectors 1.5 times as fast on CPUs as [B, block_size]."""
+    return jnp.einsum("ew,bw->eb", codes, x, precision=lax.Precision.HIGHEST)
 
 
-def _largest(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Places and values [N, k] of the k largest of scores [block, N]; the first among equals."""
+def _top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Places and values [B, k] of the k largest scores [block_size, B]; the first among equals."""
     if k > 1:
-        best, places = lax.top_k(scores.T, k)
-        return places, best
-    best = jnp.max(scores, axis=0)
+        best_scores, best_places = lax.top_k(scores.T, k)
+        return best_places, best_scores
+    best_scores = jnp.max(scores, axis=0)
     # In place of argmax, which CPUs do not vectorize; the first of all if they are not numbers.
-    places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
-    places = jnp.min(jnp.where(scores < best, len(scores), places), axis=0)
-    return places[:, None], best[:, None]
+    best_places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
+    best_places = jnp.min(jnp.where(scores < best_scores, len(scores), best_places), axis=0)
+    return best_places[:, None], best_scores[:, None]
 
 
 def _distances(metric: str, x: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
-    """Distances [N, k] of x [N, W] to the codes at `indices`, one of the k at a time."""
+    """Distances [B, k] of x [B, W] to the codes at `indices`, one of the k at a time."""
     columns = lax.map(lambda i: distance(x, codes[i], metric=metric), indices.T)
     return columns.T
 
 
-def _in_order(indices: jax.Array, distances: jax.Array) -> Neighbours:
-    """The neighbours [N, k] by distance, and by index where that is equal."""
+def _sort_neighbours(indices: jax.Array, distances: jax.Array) -> Neighbours:
+    """The neighbours [B, k] by distance, and by index where that is equal."""
     if indices.shape[1] > 1:
         distances, indices = lax.sort((distances, indices), dimension=1, num_keys=2)
     return Neighbours(indices.astype(jnp.int32), distances)
@@ -296,25 +315,35 @@ def _inverse_length(norms: jax.Array) -> jax.Array:
     return jnp.where(norms > 0, lax.rsqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)
 
 
-def _automatic(array: jax.Array) -> jax.Array:
+def _with_auto_axes(array: jax.Array) -> jax.Array:
     """The array, with axes of type Auto where it lies on a mesh, whatever jax.make_mesh chose."""
-    placed = getattr(array, "sharding", None)
-    if isinstance(array, jax.core.Tracer) or not isinstance(placed, NamedSharding):
+    array_sharding = getattr(array, "sharding", None)
+    if isinstance(array, jax.core.Tracer) or not isinstance(array_sharding, NamedSharding):
         return array
     mesh = axes_lib.mesh_of(array)
     if mesh is None or all(kind == AxisType.Auto for kind in mesh.axis_types):
         return array
-    return jax.device_put(array, NamedSharding(Mesh(mesh.devices, mesh.axis_names), placed.spec))
+    return jax.device_put(
+        array, NamedSharding(Mesh(mesh.devices, mesh.axis_names), array_sharding.spec)
+    )
 
 
-def _entries(placed: Any) -> tuple[Mesh | None, tuple[str, ...]]:
+def _row_mesh_axes(codes_sharding: Any) -> tuple[Mesh | None, tuple[str, ...]]:
     """The mesh and its axes over which the rows of a codebook are spread, if they are."""
-    if not isinstance(placed, NamedSharding) or not placed.spec or placed.spec[0] is None:
+    if (
+        not isinstance(codes_sharding, NamedSharding)
+        or not codes_sharding.spec
+        or codes_sharding.spec[0] is None
+    ):
         return None, ()
-    names = placed.spec[0]
-    names = (names,) if isinstance(names, str) else tuple(names)
-    mesh = Mesh(placed.mesh.devices, placed.mesh.axis_names)
-    return (mesh, names) if math.prod(mesh.shape[name] for name in names) > 1 else (None, ())
+    mesh_axes = codes_sharding.spec[0]
+    mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
+    mesh = Mesh(codes_sharding.mesh.devices, codes_sharding.mesh.axis_names)
+    return (
+        (mesh, mesh_axes)
+        if math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes) > 1
+        else (None, ())
+    )
 
 
 def _check_metric(metric: str) -> None:
@@ -322,20 +351,23 @@ def _check_metric(metric: str) -> None:
         raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
 
 
-def _check(x, codes, k, metric, norms, block) -> None:
+def _check(x, codes, k, metric, norms, block_size) -> None:
     _check_metric(metric)
     if codes.ndim != 2 or not codes.size:
         raise InputError(f"codes have shape {list(codes.shape)}; they must be [E, W], E and W >= 1")
     if x.ndim < 1 or x.shape[-1] != codes.shape[-1]:
-        width = f"are {x.shape[-1]} wide" if x.ndim else "have no width"
+        width_text = f"are {x.shape[-1]} wide" if x.ndim else "have no width"
         raise InputError(
-            f"the vectors, {list(x.shape)}, {width}, but the codes, {list(codes.shape)}, are"
+            f"the vectors, {list(x.shape)}, {width_text}, but the codes, {list(codes.shape)}, are"
             f" {codes.shape[-1]} wide"
         )
     for name, array in {"x": x, "codes": codes}.items():
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
             raise InputError(f"{name} has dtype {array.dtype}; it must hold real numbers")
-    for name, count in {"k": k, "block": BLOCK if block is None else block}.items():
+    for name, count in {
+        "k": k,
+        "block_size": DEFAULT_BLOCK_SIZE if block_size is None else block_size,
+    }.items():
         if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
             raise InputError(f"{name} is {count!r}; it must be a positive integer")
     if k > len(codes):
@@ -349,12 +381,12 @@ def _check(x, codes, k, metric, norms, block) -> None:
 
 def _check_values(x, norms) -> None:
     """Refuses what is not finite, where it is known; a code shows it in its norm."""
-    for name, norms_of in {"codes": norms, "x": squared_norms(x)}.items():
+    for name, squared_lengths in {"codes": norms, "x": squared_norms(x)}.items():
         if (
-            not isinstance(norms_of, jax.core.Tracer)
-            and not np.isfinite(np.asarray(norms_of)).all()
+            not isinstance(squared_lengths, jax.core.Tracer)
+            and not np.isfinite(np.asarray(squared_lengths)).all()
         ):
-            index = np.argwhere(~np.isfinite(np.asarray(norms_of)))[0].tolist()
+            index = np.argwhere(~np.isfinite(np.asarray(squared_lengths)))[0].tolist()
             raise InputError(
                 f"{name}{index if index else ''} is not finite, or too large for its square"
             )

@@ -16,8 +16,8 @@ from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize import vq
 from continuous_lm.quantize.kmeans import check_count, check_vectors
-from continuous_lm.quantize.nearest import BLOCK
-from continuous_lm.quantize.straight_through import through
+from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE
+from continuous_lm.quantize.straight_through import with_gradient
 from continuous_lm.quantize.vq import Codebook, Quantized
 
 
@@ -29,7 +29,7 @@ def init_residual(
     *,
     steps: int = 10,
     axis_name: str | None = None,
-    block: int = BLOCK,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Codebook:
     """Codebooks from data, stage after stage by k-means of what is left over.
 
@@ -40,7 +40,7 @@ def init_residual(
       num_codes: E of each stage.
       steps: of k-means, in each stage.
       axis_name: a mapped axis over which batches are spread; the codebooks are made from all.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Returns:
       the codebooks: codes [Q, E, W], counts [Q, E] and sums [Q, E, W].
@@ -58,17 +58,19 @@ def init_residual(
     check_count("num_stages", num_stages)
     check_count("num_codes", num_codes)
     check_count("steps", steps, 0)
-    return _init(jax.random.split(key, num_stages), x, num_codes, steps, axis_name, block)
+    return _init(jax.random.split(key, num_stages), x, num_codes, steps, axis_name, block_size)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _init(keys, x, num_codes, steps, axis_name, block) -> Codebook:
-    def stage(rest, key):
-        codebook = vq.init(key, rest, num_codes, steps=steps, axis_name=axis_name, block=block)
-        codes = vq.quantize(codebook, rest, block=block).vectors
+def _init(keys, x, num_codes, steps, axis_name, block_size) -> Codebook:
+    def init_stage(rest, key):
+        codebook = vq.init(
+            key, rest, num_codes, steps=steps, axis_name=axis_name, block_size=block_size
+        )
+        codes = vq.quantize(codebook, rest, block_size=block_size).vectors
         return rest - lax.stop_gradient(codes), codebook
 
-    return lax.scan(stage, x, keys)[1]
+    return lax.scan(init_stage, x, keys)[1]
 
 
 def quantize_residual(
@@ -76,7 +78,7 @@ def quantize_residual(
     x: ArrayLike,
     *,
     gradient: str = "straight_through",
-    block: int = BLOCK,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Quantized:
     """The nearest code of each stage, greedily, and their sum.
 
@@ -84,7 +86,7 @@ def quantize_residual(
       codebooks: with codes [Q, E, W].
       x: vectors [..., W].
       gradient: of the sum in x: "straight_through" or "rotation", the rotation trick.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Returns:
       vectors [..., W], indices and losses [..., Q]; a stage's losses are between its codes and what
@@ -101,19 +103,21 @@ def quantize_residual(
     """
     x = as_float(x)
     _check(codebooks, x)
-    return _quantize(codebooks, x, gradient, block)
+    return _quantize(codebooks, x, gradient, block_size)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantize(codebooks, x, gradient, block) -> Quantized:
-    def stage(rest, codebook):
-        quantized = vq.quantize(codebook, rest, block=block)
+def _quantize(codebooks, x, gradient, block_size) -> Quantized:
+    def quantize_stage(rest, codebook):
+        quantized = vq.quantize(codebook, rest, block_size=block_size)
         codes = lax.stop_gradient(quantized.vectors)
         return rest - codes, quantized._replace(vectors=codes)
 
-    _, stages = lax.scan(stage, x, codebooks)
-    last = (jnp.moveaxis(a, 0, -1) for a in stages[1:])
-    return Quantized(through(x, jnp.sum(stages.vectors, axis=0), gradient), *last)
+    _, stages = lax.scan(quantize_stage, x, codebooks)
+    indices_and_losses = (jnp.moveaxis(array, 0, -1) for array in stages[1:])
+    return Quantized(
+        with_gradient(x, jnp.sum(stages.vectors, axis=0), gradient), *indices_and_losses
+    )
 
 
 def lookup_residual(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
@@ -142,12 +146,12 @@ def lookup_residual(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
 
 @jax.jit
 def _lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
-    def stage(total, one):
+    def add_stage(total, one):
         return total + as_float(one[0][one[1]]), None
 
     dtype = jnp.promote_types(codes.dtype, jnp.float32)
-    start = jnp.zeros((*indices.shape[1:], codes.shape[2]), dtype)
-    return lax.scan(stage, start, (codes, indices))[0]
+    zeros = jnp.zeros((*indices.shape[1:], codes.shape[2]), dtype)
+    return lax.scan(add_stage, zeros, (codes, indices))[0]
 
 
 def update_residual_ema(
@@ -189,20 +193,20 @@ def update_residual_ema(
             f"indices have shape {list(np.shape(indices))}; for vectors {list(x.shape)} and"
             f" {len(codebooks.codes)} stages it must be {[*x.shape[:-1], len(codebooks.codes)]}"
         )
-    chosen = jnp.moveaxis(jnp.asarray(indices), -1, 0)
-    return _update_ema(codebooks, x, chosen, decay, epsilon, axis_name)
+    stage_indices = jnp.moveaxis(jnp.asarray(indices), -1, 0)
+    return _update_ema(codebooks, x, stage_indices, decay, epsilon, axis_name)
 
 
 @functools.partial(jax.jit, static_argnums=5)
 def _update_ema(codebooks, x, indices, decay, epsilon, axis_name) -> Codebook:
-    def stage(rest, one):
-        codebook, chosen = one
-        after = vq.update_ema(
-            codebook, rest, chosen, decay=decay, epsilon=epsilon, axis_name=axis_name
+    def update_stage(rest, one):
+        codebook, code_indices = one
+        updated = vq.update_ema(
+            codebook, rest, code_indices, decay=decay, epsilon=epsilon, axis_name=axis_name
         )
-        return rest - codebook.codes[chosen], after
+        return rest - codebook.codes[code_indices], updated
 
-    return lax.scan(stage, x, (codebooks, indices))[1]
+    return lax.scan(update_stage, x, (codebooks, indices))[1]
 
 
 def revive_residual(
@@ -212,7 +216,7 @@ def revive_residual(
     *,
     threshold: ArrayLike = 1.0,
     axis_name: str | None = None,
-    block: int = BLOCK,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Codebook:
     """`revive` of each stage with what the stages before leave over.
 
@@ -222,7 +226,7 @@ def revive_residual(
       x: vectors [..., W] of a batch.
       threshold: see `revive`.
       axis_name: see `revive`.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Returns:
       the codebooks after; no gradient flows into them.
@@ -239,18 +243,18 @@ def revive_residual(
     x = as_float(x)
     _check(codebooks, x)
     keys = jax.random.split(key, len(codebooks.codes))
-    return _revive(keys, codebooks, x, threshold, axis_name, block)
+    return _revive(keys, codebooks, x, threshold, axis_name, block_size)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _revive(keys, codebooks, x, threshold, axis_name, block) -> Codebook:
-    def stage(rest, one):
+def _revive(keys, codebooks, x, threshold, axis_name, block_size) -> Codebook:
+    def revive_stage(rest, one):
         codebook, key = one
-        after = vq.revive(key, codebook, rest, threshold=threshold, axis_name=axis_name)
-        codes = vq.quantize(after, rest, block=block).vectors
-        return rest - lax.stop_gradient(codes), after
+        revived = vq.revive(key, codebook, rest, threshold=threshold, axis_name=axis_name)
+        codes = vq.quantize(revived, rest, block_size=block_size).vectors
+        return rest - lax.stop_gradient(codes), revived
 
-    return lax.scan(stage, x, (codebooks, keys))[1]
+    return lax.scan(revive_stage, x, (codebooks, keys))[1]
 
 
 def _check(codebooks: Codebook, x: jax.Array) -> None:

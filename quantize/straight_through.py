@@ -27,7 +27,7 @@ def straight_through(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
     >>> jax.value_and_grad(lambda x: 3 * straight_through(x, jnp.array([1.0]))[0])(jnp.array([0.7]))
     (Array(3., dtype=float32), Array([3.], dtype=float32))
     """
-    x, quantized = _pair(x, quantized)
+    x, quantized = _check_pair(x, quantized)
     return lax.stop_gradient(quantized) + (x - lax.stop_gradient(x))
 
 
@@ -58,26 +58,28 @@ def rotation_trick(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
     [[ 0. -2.]
      [ 2.  0.]]
     """
-    x, quantized = _pair(x, quantized)
+    x, quantized = _check_pair(x, quantized)
     quantized = lax.stop_gradient(quantized)
-    fixed = lax.stop_gradient(x)
-    (e, x_length), (q, length) = _unit(fixed), _unit(quantized)
-    r, _ = _unit(e + q)  # where q = -e this is 0, and the rotation a reflection
-    turned = x - 2 * r * jnp.sum(r * x, axis=-1, keepdims=True)
-    turned = turned + 2 * q * jnp.sum(e * x, axis=-1, keepdims=True)
-    there = (x_length > 0) & (length > 0)
-    moved = jnp.where(there, length / jnp.where(there, x_length, 1.0) * turned, x)
-    return quantized + (moved - lax.stop_gradient(moved))
+    constant_x = lax.stop_gradient(x)
+    (e, x_length), (q, quantized_length) = _unit_and_length(constant_x), _unit_and_length(quantized)
+    r, _ = _unit_and_length(e + q)  # where q = -e this is 0, and the rotation a reflection
+    rotated = x - 2 * r * jnp.sum(r * x, axis=-1, keepdims=True)
+    rotated = rotated + 2 * q * jnp.sum(e * x, axis=-1, keepdims=True)
+    has_rotation = (x_length > 0) & (quantized_length > 0)
+    transformed = jnp.where(
+        has_rotation, quantized_length / jnp.where(has_rotation, x_length, 1.0) * rotated, x
+    )
+    return quantized + (transformed - lax.stop_gradient(transformed))
 
 
-def through(x: ArrayLike, quantized: ArrayLike, gradient: str) -> jax.Array:
+def with_gradient(x: ArrayLike, quantized: ArrayLike, gradient: str) -> jax.Array:
     """`straight_through` or `rotation_trick`, by its name: one of `GRADIENTS`."""
     if gradient not in GRADIENTS:
         raise InputError(f"gradient is {gradient!r}; it must be one of {', '.join(GRADIENTS)}")
     return (straight_through if gradient == "straight_through" else rotation_trick)(x, quantized)
 
 
-def _unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _unit_and_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x / |x|, or 0 where x is 0, and |x| [..., 1]."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)  # so that no square over- or underflows
     scaled = x / jnp.where(largest > 0, largest, 1.0)
@@ -85,7 +87,7 @@ def _unit(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return scaled / jnp.where(length > 0, length, 1.0), length * largest
 
 
-def _pair(x: ArrayLike, quantized: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _check_pair(x: ArrayLike, quantized: ArrayLike) -> tuple[jax.Array, jax.Array]:
     x, quantized = as_float(x), as_float(quantized)
     if x.shape != quantized.shape or x.ndim < 1:
         raise InputError(

@@ -20,9 +20,15 @@ from jax.typing import ArrayLike
 from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.losses import codebook_loss, commitment_loss
-from continuous_lm.quantize.kmeans import check_vectors, counted, kmeans, rank, summed
-from continuous_lm.quantize.nearest import BLOCK, nearest
-from continuous_lm.quantize.straight_through import through
+from continuous_lm.quantize.kmeans import (
+    check_vectors,
+    count_codes,
+    count_selected_before,
+    kmeans,
+    sum_by_code,
+)
+from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, nearest
+from continuous_lm.quantize.straight_through import with_gradient
 
 
 class Codebook(NamedTuple):
@@ -49,7 +55,7 @@ def init(
     *,
     steps: int = 10,
     axis_name: str | None = None,
-    block: int = BLOCK,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Codebook:
     """A codebook from data, by k-means.
 
@@ -60,7 +66,7 @@ def init(
       num_codes: E.
       steps: of k-means.
       axis_name: a mapped axis over which batches are spread; the codebook is made from all of them.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Returns:
       the codebook, at least float32.
@@ -75,7 +81,7 @@ def init(
     x = as_float(x)
     if axis_name is not None:
         x = lax.all_gather(x, axis_name)
-    codes, counts = kmeans(key, x, num_codes, steps=steps, block=block)
+    codes, counts = kmeans(key, x, num_codes, steps=steps, block_size=block_size)
     return Codebook(codes, counts, codes * counts[:, None])
 
 
@@ -84,7 +90,7 @@ def quantize(
     x: ArrayLike,
     *,
     gradient: str = "straight_through",
-    block: int = BLOCK,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Quantized:
     """The nearest code of each vector, by Euclidean distance.
 
@@ -92,7 +98,7 @@ def quantize(
       codebook: with codes [E, W].
       x: vectors [..., W].
       gradient: of the quantized vectors in x: "straight_through" or "rotation", the rotation trick.
-      block: see `nearest`.
+      block_size: see `nearest`.
 
     Returns:
       the codes. The vectors have a gradient in x alone, the codebook loss one in the codes alone.
@@ -107,11 +113,11 @@ def quantize(
     [[1.]] [4.]
     """
     x = as_float(x)
-    found = nearest(x, codebook.codes, block=block)
-    vectors = as_float(codebook.codes)[found.indices]
+    neighbours = nearest(x, codebook.codes, block_size=block_size)
+    vectors = as_float(codebook.codes)[neighbours.indices]
     return Quantized(
-        through(x, vectors, gradient),
-        found.indices,
+        with_gradient(x, vectors, gradient),
+        neighbours.indices,
         codebook_loss(x, vectors),
         commitment_loss(x, vectors),
     )
@@ -172,24 +178,24 @@ def update_ema(
     >>> print(update_ema(codebook, [[4.0, 8.0]], [0], decay=0.75).codes)
     [[1. 2.]]
     """
-    x, chosen = as_float(x), jnp.asarray(indices)
+    x, code_indices = as_float(x), jnp.asarray(indices)
     num_codes, width = codebook.codes.shape
     check_vectors(x, width)
-    if chosen.shape != x.shape[:-1]:
+    if code_indices.shape != x.shape[:-1]:
         raise InputError(
-            f"indices have shape {list(chosen.shape)}; there are vectors {list(x.shape[:-1])}"
+            f"indices have shape {list(code_indices.shape)}; there are vectors {list(x.shape[:-1])}"
         )
-    x, chosen = lax.stop_gradient(x.reshape(-1, width)), chosen.reshape(-1)
-    count = counted(chosen, num_codes, codebook.counts.dtype)
-    total = summed(x, chosen, num_codes)
+    x, code_indices = lax.stop_gradient(x.reshape(-1, width)), code_indices.reshape(-1)
+    batch_counts = count_codes(code_indices, num_codes, codebook.counts.dtype)
+    batch_sums = sum_by_code(x, code_indices, num_codes)
     if axis_name is not None:
-        count, total = lax.psum((count, total), axis_name)
+        batch_counts, batch_sums = lax.psum((batch_counts, batch_sums), axis_name)
     decay = jnp.asarray(decay, codebook.counts.dtype)
-    counts = decay * codebook.counts + (1 - decay) * count
-    sums = decay * codebook.sums + (1 - decay) * total
-    everything = jnp.sum(counts)
-    smooth = (counts + epsilon) / (everything + num_codes * epsilon) * everything
-    return Codebook(sums / smooth[:, None], counts, sums)
+    counts = decay * codebook.counts + (1 - decay) * batch_counts
+    sums = decay * codebook.sums + (1 - decay) * batch_sums
+    total_count = jnp.sum(counts)
+    smoothed_counts = (counts + epsilon) / (total_count + num_codes * epsilon) * total_count
+    return Codebook(sums / smoothed_counts[:, None], counts, sums)
 
 
 def revive(
@@ -229,12 +235,12 @@ def revive(
     if axis_name is not None:
         x = lax.all_gather(x, axis_name)
     x = jnp.reshape(lax.stop_gradient(x), (-1, width))
-    drawn = x[jax.random.permutation(key, len(x))[:num_codes]]
-    dead = codebook.counts < threshold
-    new = drawn[rank(dead) % len(drawn)]
-    fresh = jnp.asarray(threshold, codebook.counts.dtype)
+    drawn_vectors = x[jax.random.permutation(key, len(x))[:num_codes]]
+    is_dead = codebook.counts < threshold
+    new_codes = drawn_vectors[count_selected_before(is_dead) % len(drawn_vectors)]
+    initial_count = jnp.asarray(threshold, codebook.counts.dtype)
     return Codebook(
-        jnp.where(dead[:, None], new, codebook.codes),
-        jnp.where(dead, fresh, codebook.counts),
-        jnp.where(dead[:, None], new * fresh, codebook.sums),
+        jnp.where(is_dead[:, None], new_codes, codebook.codes),
+        jnp.where(is_dead, initial_count, codebook.counts),
+        jnp.where(is_dead[:, None], new_codes * initial_count, codebook.sums),
     )

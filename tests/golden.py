@@ -21,10 +21,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (registers bfloat16 with numpy)
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.fixtures.programs import ROOT, fork_server
+from tests.fixtures.programs import REPOSITORY_ROOT, fork_server
 
 STORED = pathlib.Path(__file__).with_name("golden_outputs.json.gz")
 TOLERANCE = 1e-6  # relative to the larger number, in an array to its largest
@@ -42,8 +43,8 @@ ABLATE = f"{EVAL} --codes=16 --stages=2 --windows=2 --candidates=4"
 # writes to the folder of its name, and text.txt lies.
 PROGRAMS: dict[str, tuple[str, str]] = {
     "sweeps/counting": ("counting", "--points=8"),
-    "sweeps/counting_mass": ("counting", "--points=8 --vary=mass --word=cat --batch_size=3"),
-    "sweeps/counting_times": ("counting", "--points=8 --vary=times --tracking=paper"),
+    "sweeps/counting_mass": ("counting", "--points=8 --change=mass --word=cat --batch_size=3"),
+    "sweeps/counting_times": ("counting", "--points=8 --change=times --answer_tokens=paper"),
     "sweeps/counting_bfloat16": ("counting", "--points=4 --dtype=bfloat16"),
     "sweeps/events": ("events", "--points=8 --scene=zoo"),
     "sweeps/sums": ("sums", "--points=8 --shrink=1"),
@@ -54,26 +55,26 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     ),
     "sweeps/boolean": ("boolean", "--points=4"),
     "sweeps/translation": ("shifting", "--points=8"),
-    "sweeps/scaling": ("shifting", "--points=8 --change=scaling"),
+    "sweeps/scaling": ("shifting", "--points=8 --transform=scaling"),
     "studies/counting": ("study", "--study=counting --limit=3 --points=6"),
     "studies/tutorials": ("study", "--study=tutorials --limit=2 --points=6"),
     "studies/sums": ("study", "--study=sums --limit=3 --points=6"),
     "studies/words": ("study", "--study=words --limit=4 --points=6"),
     "studies/analysis": ("analysis", "--studies=counting,tutorials,sums,words"),
     "gradients/attribution": ("attribution", "--nodes=8"),
-    "gradients/inverse": ("inverse", "--ascent=4"),
-    "gradients/pruning": ("pruning", "--descent=5"),
-    "report/report": ("report", "--studied=2 --points=5"),
+    "gradients/inverse": ("inverse", "--steps=4"),
+    "gradients/pruning": ("pruning", "--steps=5"),
+    "report/report": ("report", "--prompts_per_study=2 --points=5"),
     "embedded/train": ("train_apples", "--steps=2 --prompts_per_step=4"),
     "embedded/evaluate": ("evaluate_apples", "--held_out_prompts=4"),
     "densities/baseline": ("train", f"{DENSITY} --vocab_size=280 --head=token"),
-    "densities/gaussian": ("train", f"{DENSITY} --head=gaussian --rows_of=baseline"),
-    "densities/mixture": ("train", f"{DENSITY} --head=mixture --rows_of=baseline"),
+    "densities/gaussian": ("train", f"{DENSITY} --head=gaussian --table_from=baseline"),
+    "densities/mixture": ("train", f"{DENSITY} --head=mixture --table_from=baseline"),
     "densities/experts": (
         "train",
-        f"{DENSITY} --head=experts --rows_of=baseline --accumulate=2 --head_settings=experts=2",
+        f"{DENSITY} --head=experts --table_from=baseline --accumulate=2 --head_settings=experts=2",
     ),
-    "densities/learned": ("train", f"{DENSITY} --vocab_size=280 --contrast=0.5"),
+    "densities/learned": ("train", f"{DENSITY} --vocab_size=280 --token_loss_weight=0.5"),
     "densities/on_trunk": ("train", f"{TRAIN} --length=16 --trunk=baseline"),
     "densities/sample": ("sample", "--model=mixture --samples=2 --max_new_tokens=8"),
     "densities/steered": (
@@ -122,15 +123,9 @@ PROGRAMS: dict[str, tuple[str, str]] = {
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in PROGRAMS))
 
 # Not compared: run records, times, checksums (of bits) and paths; copies of what is compared.
-SKIPPED_KEYS = {
-    "run",
-    "frozen",
-    "sha256",
-    "sha256_of_frames",
-    "microseconds",
-    "a_second",
-    "sources",
-}
+SKIPPED_KEYS = set(
+    "run frozen sha256 sha256_of_frames sources microseconds per_second seconds_of_training".split()
+)
 SKIPPED_FILES = {"tokenizer.json", "speed.jsonl", "checkpoints"}
 
 # --- Where they run ---------------------------------------------------------------------------
@@ -152,7 +147,7 @@ def environment(flags: str = FLAGS) -> dict[str, str]:
     """Of a program, for these flags of XLA; nothing that JAX reads is inherited."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     return ours | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(REPOSITORY_ROOT),
         "PYTHONHASHSEED": "0",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
@@ -315,8 +310,8 @@ def read() -> dict[str, Any]:
     return stored
 
 
-def write(values: Mapping[str, Any], noise: Mapping[str, float]) -> None:
-    """Stores them, the same bytes for the same numbers."""
+def write(values: Mapping[str, Any], noise: Mapping[str, float], measured: list[str]) -> None:
+    """Stores them, the same bytes for the same numbers; `measured` are groups of known noise."""
     far = [noise.get(key, 0.0) for key in values]
     note = {
         "keys": len(values),
@@ -329,6 +324,7 @@ def write(values: Mapping[str, Any], noise: Mapping[str, float]) -> None:
     stored = {
         "note": note,
         "machine": machine(),
+        "measured": sorted(measured),
         "values": {key: rounded(value) for key, value in sorted(values.items())},
         "noise": {
             key: None if x == math.inf else float(f"{x:.2g}")
@@ -348,6 +344,14 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
+def incomparable(group: str, stored: Mapping[str, Any]) -> str | None:
+    """Why a group cannot be compared here: another compiler, whose rounding was not measured."""
+    old, new = ({k: m[k] for k in ("jax", "flags")} for m in (stored["machine"], machine()))
+    if group in stored["measured"] or old == new:
+        return None
+    return f"{group} was stored with {old}, this is {new}, and the noise between is not known"
+
+
 def differing(group: str, stored: Mapping[str, Any]) -> list[str]:
     """Runs a group again; a line for each key that is not as stored."""
     old = {k: value for k, value in stored["values"].items() if k.startswith(f"{group}/")}
@@ -365,7 +369,7 @@ def main() -> None:
     parser.add_argument("--noise", action="store_true")
     given = parser.parse_args()
     groups = given.groups or GROUPS
-    stored = read() if STORED.exists() else {"values": {}, "noise": {}}
+    stored = read() if STORED.exists() else {"values": {}, "noise": {}, "measured": []}
     if not (given.write or given.noise):
         lines = [line for group in groups for line in differing(group, stored)]
         sys.exit("\n".join(lines) or None)
@@ -380,9 +384,10 @@ def main() -> None:
         far = {k: x for k, x in stored["noise"].items() if k.startswith(f"{group}/")}
         if given.noise:
             far = noise_of(group, found)
-        stored = {"values": values | found, "noise": noise | far}
+        measured = list({*stored["measured"], *([group] if given.noise else [])})
+        stored = {"values": values | found, "noise": noise | far, "measured": measured}
         print(f"{group}: {len(found)} keys", flush=True)
-        write(stored["values"], stored["noise"])
+        write(**stored)
 
 
 def noise_of(group: str, values: Mapping[str, Any]) -> dict[str, float]:

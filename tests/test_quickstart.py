@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-NOTEBOOK = pathlib.Path(__file__).parents[1] / "experiments" / "colab" / "quickstart.ipynb"
+NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "quickstart.ipynb"
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """Which moments of a sentence make its answer: attributions along durations.
 
 Durations are differentiable, and a token of duration 0 is exactly absent. So the path from nothing
-to a sentence, d(alpha) = base + alpha (end - base), goes through sentences that the model is
-defined on, and the integrated gradients along it (Sundararajan et al., arXiv:1703.01365),
+to a sentence, d(alpha) = baseline + alpha (end - baseline), goes through sentences that the
+model is defined on, and the integrated gradients along it (Sundararajan et al., arXiv:1703.01365),
 
-    a_j = (end_j - base_j) * integral over alpha in [0, 1] of  df/dd_j (d(alpha)),
+    a_j = (end_j - baseline_j) * integral over alpha in [0, 1] of  df/dd_j (d(alpha)),
 
-share out f(end) - f(base) among tokens: they sum to it (completeness). Two cheaper methods stand
-beside it, gradient times input and leaving one token out, and deletion curves compare them all.
+share out f(end) - f(baseline) among tokens: they sum to it (completeness). Two cheaper methods
+stand beside it, gradient times input and leaving one token out, and deletion curves compare them
+all.
 
 f is any function of durations [T] to a scalar, `LogProbability` of an answer above all. What is a
 pytree with a `__call__`, as that is, is compiled once for all prompts of a length; any other
@@ -26,36 +27,36 @@ from jax.typing import ArrayLike
 
 from continuous_lm.analysis.sweep import HasModel
 from continuous_lm.arguments import as_float, check_integers
-from continuous_lm.durations import check as check_durations
+from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.errors import InputError
 
-Value = Callable[[jax.Array], jax.Array]  # durations [T] -> a scalar
+Objective = Callable[[jax.Array], jax.Array]  # durations [T] -> a scalar
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("params", "inputs", "at"),
+    data_fields=("params", "inputs", "position"),
     meta_fields=("model",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)  # a function, compared as one
-class Logits:
+class PromptLogits:
     """A prompt as a function of its durations: [..., T] -> logits [..., V] of the next token.
 
     Attributes:
       params: of the model.
       inputs: the model's other arguments: tokens int [T] or embeddings [T, D], and start.
-      at: index of the token after which the answer stands, int [].
+      position: index of the token after which the answer stands, int [].
       model: whose `apply` is a pure function.
     """
 
     params: Any
     inputs: Mapping[str, jax.Array]
-    at: jax.Array
+    position: jax.Array
     model: Any
 
     def __call__(self, durations: jax.Array) -> jax.Array:
         return self.model.apply(
-            {"params": self.params}, durations=durations, at=self.at, **self.inputs
+            {"params": self.params}, durations=durations, position=self.position, **self.inputs
         )
 
 
@@ -68,10 +69,10 @@ class LogProbability:
 
     Attributes:
       logits: durations -> logits.
-      answer: the group's token ids, int [C].
+      answer: the group's token ids, int [num_answer_tokens].
     """
 
-    logits: Logits
+    logits: PromptLogits
     answer: jax.Array
 
     def __call__(self, durations: jax.Array) -> jax.Array:
@@ -81,12 +82,12 @@ class LogProbability:
         )
 
 
-def next_token(lm: HasModel, *, at: int = -1, **inputs: ArrayLike) -> Logits:
-    """The logits of the token after token `at`, as a function of durations alone.
+def next_token_logits(lm: HasModel, *, position: int = -1, **inputs: ArrayLike) -> PromptLogits:
+    """The logits of the token after token `position`, as a function of durations alone.
 
     Args:
       lm: the language model.
-      at: index of the token after which the answer stands.
+      position: index of the token after which the answer stands.
       **inputs: of the model: tokens int [T] or embeddings [T, D], and start.
 
     Raises:
@@ -101,29 +102,32 @@ def next_token(lm: HasModel, *, at: int = -1, **inputs: ArrayLike) -> Logits:
             raise InputError(
                 f"{name} has shape {list(array.shape)}; one prompt at a time has {ranks[name]} axes"
             )
-    lm.model.check(**arrays, at=at)
-    return Logits(lm.params, arrays, jnp.asarray(at), lm.model)
+    lm.model.check(**arrays, position=position)
+    return PromptLogits(lm.params, arrays, jnp.asarray(position), lm.model)
 
 
 def log_probability(
-    lm: HasModel, answer: Sequence[int], *, at: int = -1, **inputs: ArrayLike
+    lm: HasModel, answer: Sequence[int], *, position: int = -1, **inputs: ArrayLike
 ) -> LogProbability:
     """The log probability of an answer, a group of tokens, as a function of durations alone.
 
     Args:
       lm: the language model.
       answer: ids of the tokens that count as the answer; their probabilities are summed.
-      at: index of the token after which the answer stands.
+      position: index of the token after which the answer stands.
       **inputs: of the model: tokens int [T] or embeddings [T, D], and start.
 
     Raises:
       InputError: if an argument does not fit the model, or the group is empty or names no tokens.
     """
-    return LogProbability(next_token(lm, at=at, **inputs), group(answer, lm.config.vocab_size))
+    return LogProbability(
+        next_token_logits(lm, position=position, **inputs),
+        answer_tokens(answer, lm.config.vocab_size),
+    )
 
 
-def group(answer: Sequence[int], vocab_size: int) -> jax.Array:
-    """The tokens of an answer, int [C], each once.
+def answer_tokens(answer: Sequence[int], vocab_size: int) -> jax.Array:
+    """The tokens of an answer, int [num_answer_tokens], each once.
 
     Raises:
       InputError: if there are none, or one is not in the vocabulary.
@@ -134,98 +138,106 @@ def group(answer: Sequence[int], vocab_size: int) -> jax.Array:
     return jnp.asarray(sorted(set(map(int, answer))))
 
 
-def as_pytree(value: Value) -> Value:
+def as_jit_argument(objective: Objective) -> Objective:
     """A function that can be an argument of jitted ones."""
-    return jax.tree_util.Partial(value) if jax.tree_util.all_leaves([value]) else value
+    return jax.tree_util.Partial(objective) if jax.tree_util.all_leaves([objective]) else objective
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def values(value: Value, durations: jax.Array, batch_size: int) -> jax.Array:
+def evaluate(objective: Objective, durations: jax.Array, batch_size: int) -> jax.Array:
     """f [P] at durations [P, T], `batch_size` of them at once; f is a pytree with a `__call__`."""
-    return jax.lax.map(value, durations, batch_size=min(batch_size, len(durations)))
+    return jax.lax.map(objective, durations, batch_size=min(batch_size, len(durations)))
 
 
 class Attribution(NamedTuple):
     """What each token contributes, and how exactly the contributions are known.
 
     Attributes:
-      tokens: contributions, in the unit of f (nats, of a log probability), float64 [T].
-      end: f at the durations that were explained.
-      base: f at the durations where the path begins.
+      contributions: contributions, in the unit of f (nats, of a log probability), float64 [T].
+      end_value: f at the durations that were explained.
+      baseline_value: f at the durations where the path begins.
     """
 
-    tokens: np.ndarray
-    end: float
-    base: float
+    contributions: np.ndarray
+    end_value: float
+    baseline_value: float
 
     @property
     def change(self) -> float:
-        """f(end) - f(base), what the contributions should sum to."""
-        return self.end - self.base
+        """f(end) - f(baseline), what the contributions should sum to."""
+        return self.end_value - self.baseline_value
 
     @property
     def residual(self) -> float:
         """The sum of the contributions less `change`: the error of the integral."""
-        return float(self.tokens.sum()) - self.change
+        return float(self.contributions.sum()) - self.change
 
-    def relative_residual(self, least: float = 0.1) -> float:
-        """|residual| / max(|change|, `least`); `least` in the unit of f."""
-        return abs(self.residual) / max(abs(self.change), least)
+    def relative_residual(self, min_change: float = 0.1) -> float:
+        """|residual| / max(|change|, `min_change`); `min_change` in the unit of f."""
+        return abs(self.residual) / max(abs(self.change), min_change)
 
 
-def integrated(
-    value: Value,
+def integrated_gradients(
+    objective: Objective,
     durations: ArrayLike,
-    base: ArrayLike | None = None,
+    baseline: ArrayLike | None = None,
     *,
     nodes: int = 64,
     batch_size: int = 16,
 ) -> Attribution:
-    """Integrated gradients along the straight path of durations from `base` to `durations`.
+    """Integrated gradients along the straight path of durations from `baseline` to `durations`.
 
     Fixed nodes do badly: along the path an answer comes about suddenly (log probabilities move by
     30 nats while alpha moves by 0.05), anywhere in [0, 1], so that 64 Gauss-Legendre nodes in u,
     alpha = u^p, miss up to 20 to 50 % for every p from 1 to 6. So f itself is looked at first, at
     2 `nodes` + 1 points, at a forward pass each; then `nodes` gradients are taken in panels of
-    `PANEL` Gauss-Legendre nodes, placed by `panels`. Sums are taken in float64.
+    `NODES_PER_PANEL` Gauss-Legendre nodes, placed by `panel_edges`. Sums are taken in float64.
 
     Look at the residual. A path longer than the window of a model with sliding windows crosses
     times at which a key leaves a window: f jumps there, and what jumps is in no integral.
 
     Args:
-      value: f, durations [T] -> a scalar.
+      objective: f, durations [T] -> a scalar.
       durations: the end of the path [T], finite and >= 0.
-      base: where it begins [T]; every token absent but the first one, without which there is
+      baseline: where it begins [T]; every token absent but the first one, without which there is
         nothing to attend to, if left out.
-      nodes: gradients that are taken, a multiple of `PANEL`.
+      nodes: gradients that are taken, a multiple of `NODES_PER_PANEL`.
       batch_size: durations computed at once, which bounds the memory.
 
     Returns:
       The attribution. A token whose duration does not change along the path contributes exactly 0.
 
     Raises:
-      InputError: if durations do not fit, or `nodes` is no multiple of `PANEL`.
+      InputError: if durations do not fit, or `nodes` is no multiple of `NODES_PER_PANEL`.
     """
-    end, base = _path(durations, base)
-    if nodes < PANEL or nodes % PANEL:
-        raise InputError(f"nodes is {nodes}; it must be a positive multiple of {PANEL}")
-    _check_batch(batch_size)
+    end, baseline = _path_ends(durations, baseline)
+    if nodes < NODES_PER_PANEL or nodes % NODES_PER_PANEL:
+        raise InputError(f"nodes is {nodes}; it must be a positive multiple of {NODES_PER_PANEL}")
+    _check_batch_size(batch_size)
     grid = np.linspace(0.0, 1.0, 2 * nodes + 1) ** 2
-    value = as_pytree(value)
-    heights = np.asarray(values(value, _along(base, end, grid), batch_size), np.float64)
-    _check_finite(heights)
-    alphas, weights = gauss(panels(grid, heights, nodes // PANEL), PANEL)
-    gradients = _gradients(value, _along(base, end, alphas), batch_size)
-    mean = weights @ np.asarray(gradients, np.float64)
-    step = np.asarray(end, np.float64) - np.asarray(base, np.float64)
-    return Attribution(step * mean + 0.0, float(heights[-1]), float(heights[0]))
+    objective = as_jit_argument(objective)
+    objective_values = np.asarray(
+        evaluate(objective, _points_on_path(baseline, end, grid), batch_size), np.float64
+    )
+    _check_finite(objective_values)
+    alphas, weights = gauss_legendre(
+        panel_edges(grid, objective_values, nodes // NODES_PER_PANEL), NODES_PER_PANEL
+    )
+    gradients = _gradients(objective, _points_on_path(baseline, end, alphas), batch_size)
+    mean_gradient = weights @ np.asarray(gradients, np.float64)
+    step = np.asarray(end, np.float64) - np.asarray(baseline, np.float64)
+    return Attribution(
+        step * mean_gradient + 0.0, float(objective_values[-1]), float(objective_values[0])
+    )
 
 
-PANEL = 4  # Gauss-Legendre nodes of a panel
-EVEN = 0.6  # share of the panels spread over the path, however little f changes there
+NODES_PER_PANEL = 4  # Gauss-Legendre nodes of a panel
+EVENLY_SPREAD_SHARE = (
+    0.6  # share of the panels spread over the path, however little f changes there
+)
 
 
-def panels(grid: np.ndarray, heights: np.ndarray, number: int) -> np.ndarray:
+def panel_edges(grid: np.ndarray, objective_values: np.ndarray, num_panels: int) -> np.ndarray:
     """Edges of panels in [0, 1], narrow where f changes fast.
 
     Half of them are spread evenly in sqrt(alpha), since paths are steep where tokens begin to
@@ -233,102 +245,116 @@ def panels(grid: np.ndarray, heights: np.ndarray, number: int) -> np.ndarray:
     and in its two neighbours, so that panels are narrow on both sides of a cliff.
 
     Args:
-      grid: increasing points [G] from 0 to 1.
-      heights: f at these points [G].
-      number: of panels.
+      grid: increasing points [num_points] from 0 to 1.
+      objective_values: f at these points [num_points].
+      num_panels: of panels.
 
     Returns:
-      edges [number + 1], float64, from 0 to 1.
+      edges [num_panels + 1], float64, from 0 to 1.
     """
-    change = np.abs(np.diff(heights))
-    padded = np.pad(change, 1)
-    change = np.maximum(change, np.maximum(padded[:-2], padded[2:]))
-    even = np.diff(np.sqrt(grid))
-    share = change / change.sum() if change.sum() > 0 else even
-    density = EVEN * even + (1.0 - EVEN) * share
-    below = np.concatenate([[0.0], np.cumsum(density)])
-    return np.interp(np.linspace(0.0, 1.0, number + 1), below / below[-1], grid)
+    changes = np.abs(np.diff(objective_values))
+    padded = np.pad(changes, 1)
+    changes = np.maximum(changes, np.maximum(padded[:-2], padded[2:]))
+    even_density = np.diff(np.sqrt(grid))
+    change_density = changes / changes.sum() if changes.sum() > 0 else even_density
+    panel_density = (
+        EVENLY_SPREAD_SHARE * even_density + (1.0 - EVENLY_SPREAD_SHARE) * change_density
+    )
+    cumulative = np.concatenate([[0.0], np.cumsum(panel_density)])
+    return np.interp(np.linspace(0.0, 1.0, num_panels + 1), cumulative / cumulative[-1], grid)
 
 
-def gauss(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
+def gauss_legendre(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre nodes and weights in each panel.
 
     Args:
-      edges: of the panels [E + 1].
+      edges: of the panels [num_panels + 1].
       nodes: in each of them.
 
     Returns:
-      points [E * nodes] and weights [E * nodes], which sum to the length; float64.
+      points and weights, [num_panels * nodes] each; weights sum to the length; float64.
     """
     points, weights = np.polynomial.legendre.leggauss(nodes)
-    width = np.diff(edges)[:, None]
-    inside = edges[:-1, None] + width * (points + 1.0) / 2.0
-    return inside.ravel(), (width * weights / 2.0).ravel()
+    panel_widths = np.diff(edges)[:, None]
+    panel_points = edges[:-1, None] + panel_widths * (points + 1.0) / 2.0
+    return panel_points.ravel(), (panel_widths * weights / 2.0).ravel()
 
 
 def gradient_times_input(
-    value: Value, durations: ArrayLike, base: ArrayLike | None = None
+    objective: Objective, durations: ArrayLike, baseline: ArrayLike | None = None
 ) -> Attribution:
-    """The gradient at the end of the path times the step (end - base): first order, one gradient.
+    """The gradient at the end of the path times end - baseline: first order, one gradient.
 
-    Args and errors as of `integrated`.
+    Args and errors as of `integrated_gradients`.
     """
-    end, base = _path(durations, base)
-    value = as_pytree(value)
-    heights = np.asarray(values(value, jnp.stack([base, end]), 2), np.float64)
-    gradient = np.asarray(_gradients(value, end[None], 1)[0], np.float64)
-    step = np.asarray(end, np.float64) - np.asarray(base, np.float64)
-    return Attribution(step * gradient + 0.0, float(heights[1]), float(heights[0]))
+    end, baseline = _path_ends(durations, baseline)
+    objective = as_jit_argument(objective)
+    objective_values = np.asarray(evaluate(objective, jnp.stack([baseline, end]), 2), np.float64)
+    gradient = np.asarray(_gradients(objective, end[None], 1)[0], np.float64)
+    step = np.asarray(end, np.float64) - np.asarray(baseline, np.float64)
+    return Attribution(
+        step * gradient + 0.0, float(objective_values[1]), float(objective_values[0])
+    )
 
 
 def leave_one_out(
-    value: Value, durations: ArrayLike, base: ArrayLike | None = None, *, batch_size: int = 16
+    objective: Objective,
+    durations: ArrayLike,
+    baseline: ArrayLike | None = None,
+    *,
+    batch_size: int = 16,
 ) -> Attribution:
-    """f less f with one token's duration at its base, for each token: T + 2 values, no gradient.
+    """f less f with each token's duration at its baseline: T + 2 values, no gradient.
 
-    Args and errors as of `integrated`.
+    Args and errors as of `integrated_gradients`.
     """
-    end, base = _path(durations, base)
-    without = jnp.where(jnp.eye(len(end), dtype=bool), base, end)
-    rows = jnp.concatenate([without, jnp.stack([base, end])])
-    heights = np.asarray(values(as_pytree(value), rows, batch_size), np.float64)
-    return Attribution(heights[-1] - heights[:-2], float(heights[-1]), float(heights[-2]))
+    end, baseline = _path_ends(durations, baseline)
+    ablated_rows = jnp.where(jnp.eye(len(end), dtype=bool), baseline, end)
+    rows = jnp.concatenate([ablated_rows, jnp.stack([baseline, end])])
+    objective_values = np.asarray(
+        evaluate(as_jit_argument(objective), rows, batch_size), np.float64
+    )
+    return Attribution(
+        objective_values[-1] - objective_values[:-2],
+        float(objective_values[-1]),
+        float(objective_values[-2]),
+    )
 
 
-def _path(durations: ArrayLike, base: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
+def _path_ends(durations: ArrayLike, baseline: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
     """The ends of the path, [T] each."""
     end = as_float(durations)
     if end.ndim != 1 or not end.size:
         raise InputError(f"durations have shape {list(end.shape)}; a path needs [T], T >= 1")
     check_durations(end, len(end))
-    if base is None:
+    if baseline is None:
         return end, jnp.where(jnp.arange(len(end)) == 0, end, 0.0)
-    base = as_float(base).astype(end.dtype)
-    if base.shape != end.shape:
-        raise InputError(f"base has shape {list(base.shape)}; it must be {list(end.shape)}")
-    check_durations(base, len(end), "base")
-    return end, base
+    baseline = as_float(baseline).astype(end.dtype)
+    if baseline.shape != end.shape:
+        raise InputError(f"baseline has shape {list(baseline.shape)}; it must be {list(end.shape)}")
+    check_durations(baseline, len(end), "baseline")
+    return end, baseline
 
 
-def _along(base: jax.Array, end: jax.Array, alphas: np.ndarray) -> jax.Array:
+def _points_on_path(baseline: jax.Array, end: jax.Array, alphas: np.ndarray) -> jax.Array:
     """Durations [P, T] at points of the path; exactly the ends at 0 and 1."""
     share = jnp.asarray(alphas, end.dtype)[:, None]
-    return (1.0 - share) * base + share * end
+    return (1.0 - share) * baseline + share * end
 
 
-def _check_batch(batch_size: int) -> None:
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
 
 
-def _check_finite(heights: np.ndarray) -> None:
-    if not np.isfinite(heights).all():
+def _check_finite(objective_values: np.ndarray) -> None:
+    if not np.isfinite(objective_values).all():
         raise InputError(
-            "the value is not finite everywhere on the path; choose a base at which it is"
+            "the value is not finite everywhere on the path; choose a baseline at which it is"
         )
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _gradients(value: Value, durations: jax.Array, batch_size: int) -> jax.Array:
+def _gradients(objective: Objective, durations: jax.Array, batch_size: int) -> jax.Array:
     """df/dd [P, T] at durations [P, T]."""
-    return jax.lax.map(jax.grad(value), durations, batch_size=min(batch_size, len(durations)))
+    return jax.lax.map(jax.grad(objective), durations, batch_size=min(batch_size, len(durations)))

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.analysis.attribution import Value, _path, as_pytree, values
+from continuous_lm.analysis.attribution import Objective, _path_ends, as_jit_argument, evaluate
 from continuous_lm.errors import InputError
 
 
-class Deletion(NamedTuple):
+class DeletionCurve(NamedTuple):
     """How f falls as tokens are taken away, most important first.
 
     Attributes:
-      order: the tokens that are taken away, int [R].
-      values: f after 0, 1, ..., R of them are gone, float64 [R + 1].
+      order: the tokens that are taken away, int [num_removed].
+      values: f after 0, 1, ..., num_removed of them are gone, float64 [num_removed + 1].
     """
 
     order: np.ndarray
@@ -31,26 +31,26 @@ class Deletion(NamedTuple):
 
 
 def deletion_curve(
-    value: Value,
+    objective: Objective,
     durations: ArrayLike,
     attribution: ArrayLike,
-    base: ArrayLike | None = None,
+    baseline: ArrayLike | None = None,
     *,
     batch_size: int = 16,
-) -> Deletion:
-    """Sets tokens to their base duration in the order of an attribution, and watches f.
+) -> DeletionCurve:
+    """Sets tokens to their baseline in the order of an attribution, and watches f.
 
     Args:
-      value: f.
+      objective: f.
       durations: [T].
       attribution: of each token [T]; the largest goes first, the earlier one of two equals.
-      base: [T], as of `integrated`; tokens that have this duration already stay out.
+      baseline: [T], as of `integrated_gradients`; tokens that have this duration already stay out.
       batch_size: durations computed at once.
 
     Raises:
       InputError: if an array does not fit.
     """
-    end, base = _path(durations, base)
+    end, baseline = _path_ends(durations, baseline)
     importance = np.asarray(attribution, np.float64)
     if importance.shape != end.shape or not np.isfinite(importance).all():
         raise InputError(
@@ -58,9 +58,11 @@ def deletion_curve(
             " numbers, one for each token"
         )
     order = np.argsort(-importance, kind="stable")
-    order = order[np.asarray(end != base)[order]]
+    order = order[np.asarray(end != baseline)[order]]
     rank = np.full(len(end), len(end))
     rank[order] = np.arange(len(order))
-    gone = rank < np.arange(len(order) + 1)[:, None]
-    heights = values(as_pytree(value), jnp.where(gone, base, end), batch_size)
-    return Deletion(order, np.asarray(heights, np.float64))
+    is_removed = rank < np.arange(len(order) + 1)[:, None]
+    objective_values = evaluate(
+        as_jit_argument(objective), jnp.where(is_removed, baseline, end), batch_size
+    )
+    return DeletionCurve(order, np.asarray(objective_values, np.float64))

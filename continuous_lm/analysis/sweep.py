@@ -26,11 +26,11 @@ from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
 from continuous_lm.parallel.pmap import pmap_rows
 
-_RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
+_ARGUMENT_RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
 # Operations that a prefix has to save before it is computed apart, which is one more program to
 # compile.
-WORTH = 1e10
-COARSE = 16  # lengths of many prompts, and of prefixes, are rounded up to multiples of it
+MIN_SAVED_FLOPS = 1e10
+LENGTH_MULTIPLE = 16  # lengths of many prompts, and of prefixes, are rounded up to multiples of it
 
 
 class HasModel(Protocol):
@@ -44,7 +44,7 @@ class HasModel(Protocol):
     def model(self) -> Any: ...
 
 
-def vary(durations: ArrayLike, what: str = "both") -> dict[str, Any]:
+def change_durations(durations: ArrayLike, change: str = "both") -> dict[str, Any]:
     """The arguments of a model that follow `durations` [P, T] in mass, in time, or in both.
 
     "mass" changes the weights of the keys (log d) and leaves every token at its ordinary time;
@@ -53,14 +53,14 @@ def vary(durations: ArrayLike, what: str = "both") -> dict[str, Any]:
     """
     d = as_float(durations)
     ones = jnp.ones_like(d)
-    match what:
+    match change:
         case "both":
             return {"durations": d}
         case "mass":
             return {"durations": d, "times": end_times(ones)}
         case "times":
             return {"durations": ones, "times": end_times(d)}
-    raise InputError(f"vary is {what!r}; it must be 'both', 'mass' or 'times'")
+    raise InputError(f"change is {change!r}; it must be 'both', 'mass' or 'times'")
 
 
 # --- One prompt -------------------------------------------------------------------------------
@@ -72,45 +72,51 @@ def probabilities(
     *,
     batch_size: int | None = None,
     progress: str | None = None,
-    at: ArrayLike = -1,
+    position: ArrayLike = -1,
     **arguments: ArrayLike,
 ) -> np.ndarray:
     """The probability of each group of tokens as the next token, at every point of a sweep.
 
     Args:
       lm: the language model.
-      groups: C groups of token ids; the probabilities of a group's tokens are summed.
+      groups: A groups of token ids; the probabilities of a group's tokens are summed.
       batch_size: at most so many points at once; as many as suit the device if left out.
       progress: label of a progress bar; none is shown if left out.
-      at: index of the token after which the answer stands, an int or int [P].
+      position: index of the token after which the answer stands, an int or int [P].
       **arguments: of the model: tokens [T] or [P, T], or embeddings [T, D] or [P, T, D], and
         durations, times [T] or [P, T] and start [] or [P], of which at least one has the points'
         axis.
 
     Returns:
-      probabilities [P, C], float32.
+      probabilities [P, A], float32.
 
     Raises:
       InputError: if arguments do not fit each other or the model.
     """
-    read = functools.partial(_probabilities, indicator(groups, lm.config.vocab_size))
-    points = checked(lm, arguments, at)
-    return np.concatenate([rows[0] for rows in _batches(lm, read, [points], batch_size, progress)])
+    compute = functools.partial(
+        _group_probabilities, membership_matrix(groups, lm.config.vocab_size)
+    )
+    points = validate(lm, arguments, position)
+    return np.concatenate(
+        [rows[0] for rows in _run_batches(lm, compute, [points], batch_size, progress)]
+    )
 
 
-def reached(
+def tokens_above(
     lm: HasModel,
     threshold: float,
     *,
     batch_size: int | None = None,
-    at: ArrayLike = -1,
+    position: ArrayLike = -1,
     **arguments: ArrayLike,
 ) -> list[int]:
     """The tokens whose probability reaches `threshold` at any point of a sweep, likeliest first.
 
-    `batch_size`, `at` and `arguments` as of `probabilities`.
+    `batch_size`, `position` and `arguments` as of `probabilities`.
     """
-    batches = _batches(lm, _largest, [checked(lm, arguments, at)], batch_size, None)
+    batches = _run_batches(
+        lm, _largest_probabilities, [validate(lm, arguments, position)], batch_size, None
+    )
     largest = functools.reduce(np.maximum, batches)[0, 0]
     return [int(i) for i in np.argsort(-largest, kind="stable") if largest[i] >= threshold]
 
@@ -125,55 +131,67 @@ class Sweep:
     Attributes:
       num_points: P.
       num_tokens: T; the answer stands after the last.
-      arguments: makes the model's arguments, as of `probabilities`, when they are needed.
+      make_arguments: makes the model's arguments, as of `probabilities`, when they are needed.
     """
 
     num_points: int
     num_tokens: int
-    arguments: Callable[[], Mapping[str, ArrayLike]]
+    make_arguments: Callable[[], Mapping[str, ArrayLike]]
 
 
-def plan(lm: HasModel, sweeps: Sequence[Sweep], batch_size: int = 32) -> list[tuple[int, ...]]:
+def group_by_program(
+    lm: HasModel, sweeps: Sequence[Sweep], batch_size: int = 32
+) -> list[tuple[int, ...]]:
     """Which sweeps to compute together, so that few programs are compiled and batches are full.
 
     A set holds sweeps of similar length with about `batch_size` points. It depends on the sweeps
     alone, and so do the numbers that come of it, to the last bit.
     """
 
-    def alike(swept: Sweep) -> tuple:
-        length = _bucket(swept.num_tokens, COARSE)
-        return swept.num_points, length, lm.config.at_length(swept.num_tokens)
+    def program_key(swept: Sweep) -> tuple:
+        rounded_length = _round_up_length(swept.num_tokens, LENGTH_MULTIPLE)
+        return swept.num_points, rounded_length, lm.config.at_length(swept.num_tokens)
 
-    sets: list[list[int]] = []
-    for i in sorted(range(len(sweeps)), key=lambda i: (sweeps[i].num_points, sweeps[i].num_tokens)):
-        last = sets[-1] if sets else []
-        size = sum(sweeps[j].num_points for j in (*last, i))
-        if last and alike(sweeps[last[0]]) == alike(sweeps[i]) and size <= batch_size:
-            last.append(i)
+    groups: list[list[int]] = []
+    for index in sorted(
+        range(len(sweeps)), key=lambda i: (sweeps[i].num_points, sweeps[i].num_tokens)
+    ):
+        last_group = groups[-1] if groups else []
+        num_points = sum(sweeps[j].num_points for j in (*last_group, index))
+        if (
+            last_group
+            and program_key(sweeps[last_group[0]]) == program_key(sweeps[index])
+            and num_points <= batch_size
+        ):
+            last_group.append(index)
         else:
-            sets.append([i])
-    return [tuple(indices) for indices in sets]
+            groups.append([index])
+    return [tuple(indices) for indices in groups]
 
 
-def together(
+def run_group(
     lm: HasModel,
     groups: Sequence[Sequence[int]],
     sweeps: Sequence[Sweep],
     batch_size: int | None = None,
 ) -> list[np.ndarray]:
-    """The probabilities [P, C] of each of a set of sweeps that `plan` has made.
+    """The probabilities [P, A] of each of a set of sweeps that `group_by_program` has made.
 
     Prompts of similar length run one program: they are filled up with tokens of duration 0, which
     no token sees.
     """
-    read = functools.partial(_probabilities, indicator(groups, lm.config.vocab_size))
-    points = [checked(lm, swept.arguments(), -1) for swept in sweeps]
-    if len({(len(p.at), frozenset(p.arguments)) for p in points}) > 1:
+    compute = functools.partial(
+        _group_probabilities, membership_matrix(groups, lm.config.vocab_size)
+    )
+    points = [validate(lm, sweep.make_arguments(), -1) for sweep in sweeps]
+    if len({(len(p.position), frozenset(p.arguments)) for p in points}) > 1:
         raise InputError(
             "sweeps that are computed together must have the same arguments and number of points"
         )
-    found = np.concatenate(list(_batches(lm, read, points, batch_size, None)), axis=1)
-    return list(found)
+    answer_probabilities = np.concatenate(
+        list(_run_batches(lm, compute, points, batch_size, None)), axis=1
+    )
+    return list(answer_probabilities)
 
 
 # --- From points to batches -------------------------------------------------------------------
@@ -184,140 +202,165 @@ class Points(NamedTuple):
 
     num_tokens: int  # T
     arguments: dict[str, np.ndarray]  # [P, ...] of what differs, [1, ...] of what does not
-    at: np.ndarray  # int [P], not negative
-    shared: int  # tokens that all points begin with
+    position: np.ndarray  # int [P], not negative
+    num_shared_tokens: int  # tokens that all points begin with
 
 
-def checked(lm: HasModel, given: Mapping[str, ArrayLike], at: ArrayLike) -> Points:
+def validate(lm: HasModel, arguments: Mapping[str, ArrayLike], position: ArrayLike) -> Points:
     """The arguments of a sweep, checked."""
-    arrays = {name: np.asarray(value) for name, value in given.items()}
+    arrays = {name: np.asarray(value) for name, value in arguments.items()}
     for name, array in arrays.items():
-        if name not in _RANKS:
-            raise InputError(f"a sweep has no argument {name}; only {', '.join(_RANKS)}")
-        if array.ndim - _RANKS[name] not in (0, 1):
+        if name not in _ARGUMENT_RANKS:
+            raise InputError(f"a sweep has no argument {name}; only {', '.join(_ARGUMENT_RANKS)}")
+        if array.ndim - _ARGUMENT_RANKS[name] not in (0, 1):
             raise InputError(
                 f"{name} has shape {list(array.shape)}; a sweep allows one axis in front"
             )
-    varied = {name: array for name, array in arrays.items() if array.ndim > _RANKS[name]}
-    counts = {array.shape[0] for array in varied.values()}
-    if len(counts) != 1 or 0 in counts:
+    varying = {name: array for name, array in arrays.items() if array.ndim > _ARGUMENT_RANKS[name]}
+    point_counts = {array.shape[0] for array in varying.values()}
+    if len(point_counts) != 1 or 0 in point_counts:
         raise InputError(
-            f"a sweep needs arguments with one common number of points; these have {sorted(counts)}"
+            "a sweep needs arguments with one common number of points; these have"
+            f" {sorted(point_counts)}"
         )
-    lm.model.check(**arrays, at=at)
-    (num_points,) = counts
-    first = next(name for name in ("tokens", "embeddings") if name in arrays)
-    num_tokens = arrays[first].shape[arrays[first].ndim - _RANKS[first]]
+    lm.model.check(**arrays, position=position)
+    (num_points,) = point_counts
+    input_name = next(name for name in ("tokens", "embeddings") if name in arrays)
+    num_tokens = arrays[input_name].shape[arrays[input_name].ndim - _ARGUMENT_RANKS[input_name]]
     arrays.setdefault("durations", np.ones(num_tokens, np.float32))
-    arrays = {n: x if n in varied else x[None] for n, x in arrays.items()}
-    at = np.broadcast_to(np.asarray(at) % num_tokens, num_points)
-    return Points(num_tokens, arrays, at, _shared(arrays, int(at.min())))
+    arrays = {n: x if n in varying else x[None] for n, x in arrays.items()}
+    position = np.broadcast_to(np.asarray(position) % num_tokens, num_points)
+    return Points(num_tokens, arrays, position, _count_shared_tokens(arrays, int(position.min())))
 
 
-def _shared(arrays: Mapping[str, np.ndarray], most: int) -> int:
-    """How many tokens are the same at every point, from the first on, at most `most`."""
+def _count_shared_tokens(arrays: Mapping[str, np.ndarray], max_shared: int) -> int:
+    """How many tokens are the same at every point, from the first on, at most `max_shared`."""
     for name, array in arrays.items():
         differs = (array != array[:1]).any(axis=0)
-        if _RANKS[name] == 0:
-            most = 0 if differs else most
+        if _ARGUMENT_RANKS[name] == 0:
+            max_shared = 0 if differs else max_shared
         else:
-            places = np.flatnonzero(differs.reshape(len(differs), -1).any(axis=1))
-            most = min([most, *places[:1].tolist()])
-    return most
+            differing_tokens = np.flatnonzero(differs.reshape(len(differs), -1).any(axis=1))
+            max_shared = min([max_shared, *differing_tokens[:1].tolist()])
+    return max_shared
 
 
-def _bucket(length: int, least: int) -> int:
-    """The length rounded up to a multiple of `least`, and of more as it grows: by an eighth."""
-    step = max(least, 2 ** (max(length - 1, 8).bit_length() - 4))
-    return math.ceil(length / step) * step
+def _round_up_length(length: int, min_multiple: int) -> int:
+    """The length rounded up to a multiple of `min_multiple`, or by an eighth where that is more."""
+    multiple = max(min_multiple, 2 ** (max(length - 1, 8).bit_length() - 4))
+    return math.ceil(length / multiple) * multiple
 
 
-def _batches(
+def _run_batches(
     lm: HasModel,
-    read: Callable[..., jax.Array],
+    compute: Callable[..., jax.Array],
     prompts: Sequence[Points],
     batch_size: int | None,
     progress: str | None,
 ) -> Iterator[np.ndarray]:
-    """What `read(model, params, arguments)` finds for B prompts at some points at a time [B, ...].
+    """Results [B, ...] of `compute(model, params, arguments)`, batch by batch of points.
 
     The last batch is cut to the points that are left.
     """
     if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
         raise InputError(f"batch_size is {batch_size!r}; it must be a positive integer")
-    num_points = len(prompts[0].at)
+    num_points = len(prompts[0].position)
     model = lm.model.clone(config=lm.config.at_length(prompts[0].num_tokens))
-    cuts = [p.shared if _worth(lm, p) else 0 for p in prompts]
+    prefix_lengths = [p.num_shared_tokens if _is_prefix_worthwhile(lm, p) else 0 for p in prompts]
     mesh = axes_lib.mesh_of(jax.tree.leaves(lm.params)[0])
     if mesh is not None:
         mesh = Mesh(mesh.devices, mesh.axis_names)  # axes of type Auto, as of the parameters
-    arguments: dict[str, Any] = {}
-    if all(cuts):
-        before = _stacked(prompts, [(0, cut) for cut in cuts], COARSE)
-        before = {name: array[:, :1] for name, array in before.items()}
-        arguments["prefix"] = _remember(model, lm.params, before)
+    shared_arguments: dict[str, Any] = {}
+    if all(prefix_lengths):
+        prefix_arguments = _stack_prompts(
+            prompts, [(0, prefix_length) for prefix_length in prefix_lengths], LENGTH_MULTIPLE
+        )
+        prefix_arguments = {name: array[:, :1] for name, array in prefix_arguments.items()}
+        shared_arguments["prefix"] = _prefill(model, lm.params, prefix_arguments)
     else:
-        cuts = [0] * len(prompts)
-    ends = [int(p.at.max()) + 1 for p in prompts]
-    fine = 1 if len(prompts) == 1 else COARSE
-    rest = _stacked(prompts, list(zip(cuts, ends, strict=True)), fine)
-    if any(cuts):
-        rest.pop("start", None)  # the prefix says when it ends
-    rest["at"] = np.stack([p.at - cut for p, cut in zip(prompts, cuts, strict=True)])
+        prefix_lengths = [0] * len(prompts)
+    ends = [int(p.position.max()) + 1 for p in prompts]
+    multiple = 1 if len(prompts) == 1 else LENGTH_MULTIPLE
+    suffix_arguments = _stack_prompts(
+        prompts, list(zip(prefix_lengths, ends, strict=True)), multiple
+    )
+    if any(prefix_lengths):
+        suffix_arguments.pop("start", None)  # the prefix says when it ends
+    suffix_arguments["position"] = np.stack(
+        [
+            p.position - prefix_length
+            for p, prefix_length in zip(prompts, prefix_lengths, strict=True)
+        ]
+    )
 
-    width = rest["durations"].shape[-1]
-    spread = 1 if mesh is None else mesh.shape.get("data", 1)
-    most = max(1, (batch_size or _at_once(width, spread)) // len(prompts))
-    num_batches = math.ceil(num_points / most)
-    size = math.ceil(math.ceil(num_points / num_batches) / spread) * spread
-    for first in tqdm.tqdm(
-        range(0, num_points, size), desc=progress, disable=progress is None, unit="batch"
+    num_tokens = suffix_arguments["durations"].shape[-1]
+    num_shards = 1 if mesh is None else mesh.shape.get("data", 1)
+    max_points = max(1, (batch_size or _default_batch_size(num_tokens, num_shards)) // len(prompts))
+    num_batches = math.ceil(num_points / max_points)
+    points_per_batch = math.ceil(math.ceil(num_points / num_batches) / num_shards) * num_shards
+    for begin in tqdm.tqdm(
+        range(0, num_points, points_per_batch),
+        desc=progress,
+        disable=progress is None,
+        unit="batch",
     ):
-        index = np.minimum(np.arange(first, first + size), num_points - 1)  # the last one fills up
-        batch = {n: x[:, index] if x.shape[1] > 1 else x for n, x in rest.items()}
+        point_indices = np.minimum(
+            np.arange(begin, begin + points_per_batch), num_points - 1
+        )  # the last one fills up
+        batch = {
+            n: x[:, point_indices] if x.shape[1] > 1 else x for n, x in suffix_arguments.items()
+        }
         if mesh is not None:
-            places = {name: " ".join(f"-P{'-' * (x.ndim - 2)}") for name, x in batch.items()}
-            batch = {name: axes_lib.placed(mesh, x, places[name]) for name, x in batch.items()}
-        found = np.asarray(
-            read(model, mesh, lm.params, batch | arguments)
+            axes_of_argument = {
+                name: " ".join(f"-P{'-' * (x.ndim - 2)}") for name, x in batch.items()
+            }
+            batch = {
+                name: axes_lib.place(mesh, x, axes_of_argument[name]) for name, x in batch.items()
+            }
+        outputs = np.asarray(
+            compute(model, mesh, lm.params, batch | shared_arguments)
         )  # waits: the bar is true
-        yield found[:, : num_points - first]
+        yield outputs[:, : num_points - begin]
 
 
-def _worth(lm: HasModel, points: Points) -> bool:
+def _is_prefix_worthwhile(lm: HasModel, points: Points) -> bool:
     """Whether what all points share is worth a program of its own."""
     config = lm.config
-    width = 2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
-    each = 2 * config.num_layers * (width + 3 * config.hidden_size * config.mlp_size)
-    return points.shared * (len(points.at) - 1) * each > WORTH
+    attention_size = (
+        2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+    )
+    flops_per_token = (
+        2 * config.num_layers * (attention_size + 3 * config.hidden_size * config.mlp_size)
+    )
+    return points.num_shared_tokens * (len(points.position) - 1) * flops_per_token > MIN_SAVED_FLOPS
 
 
-def _at_once(width: int, spread: int) -> int:
-    """How many points of `width` tokens suit the device: its caches on a CPU, else its memory."""
-    tokens = 2048 if jax.default_backend() == "cpu" else 16384
-    return max(1, spread * tokens // width)
+def _default_batch_size(num_tokens: int, num_shards: int) -> int:
+    """Points of `num_tokens` tokens that suit the device: a CPU's caches, another's memory."""
+    max_tokens = 2048 if jax.default_backend() == "cpu" else 16384
+    return max(1, num_shards * max_tokens // num_tokens)
 
 
-def _stacked(
-    prompts: Sequence[Points], parts: Sequence[tuple[int, int]], least: int
+def _stack_prompts(
+    prompts: Sequence[Points], token_ranges: Sequence[tuple[int, int]], min_multiple: int
 ) -> dict[str, np.ndarray]:
     """Tokens `begin` to `end` of each prompt, filled up to one length: [B, P or 1, ...]."""
-    width = _bucket(max(end - begin for begin, end in parts), least)
+    length = _round_up_length(max(end - begin for begin, end in token_ranges), min_multiple)
     stacked = {}
     for name in prompts[0].arguments:
         arrays = [p.arguments[name] for p in prompts]
-        if _RANKS[name]:
+        if _ARGUMENT_RANKS[name]:
             mode: Any = "edge" if name == "times" else "constant"
             arrays = [
                 np.pad(
                     array[:, begin:end],
-                    [(0, 0), (0, width - (end - begin)), *[(0, 0)] * (_RANKS[name] - 1)],
+                    [(0, 0), (0, length - (end - begin)), *[(0, 0)] * (_ARGUMENT_RANKS[name] - 1)],
                     mode=mode,
                 )
-                for array, (begin, end) in zip(arrays, parts, strict=True)
+                for array, (begin, end) in zip(arrays, token_ranges, strict=True)
             ]
-        count = max(map(len, arrays))
-        stacked[name] = np.stack([np.broadcast_to(a, (count, *a.shape[1:])) for a in arrays])
+        num_points = max(map(len, arrays))
+        stacked[name] = np.stack([np.broadcast_to(a, (num_points, *a.shape[1:])) for a in arrays])
     return stacked
 
 
@@ -325,40 +368,42 @@ def _stacked(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _remember(model, params, arguments: Mapping[str, jax.Array]) -> Any:
+def _prefill(model, params, arguments: Mapping[str, jax.Array]) -> Any:
     """What all points share, of B prompts: a prefix with leading axes [B, 1]."""
-    return model.apply({"params": params}, method="remember", **arguments)
+    return model.apply({"params": params}, method="prefill", **arguments)
 
 
-def _next(model, params, arguments: Mapping[str, Any]) -> jax.Array:
+def _next_token_distribution(model, params, arguments: Mapping[str, Any]) -> jax.Array:
     """The distribution [B, P, V] of the next token."""
     logits = model.apply({"params": params}, **arguments)
     return jax.nn.softmax(logits.astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _probabilities(members, model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
-    """Group probabilities [B, P, C] of the next token."""
-    distribution = _next(model, params, arguments)
-    found = jnp.dot(distribution, members, precision=jax.lax.Precision.HIGHEST)
-    return axes_lib.placed(mesh, found, "- - -")  # so that each process can read it
+def _group_probabilities(
+    membership, model, mesh, params, arguments: Mapping[str, Any]
+) -> jax.Array:
+    """Group probabilities [B, P, A] of the next token."""
+    distribution = _next_token_distribution(model, params, arguments)
+    group_probabilities = jnp.dot(distribution, membership, precision=jax.lax.Precision.HIGHEST)
+    return axes_lib.place(mesh, group_probabilities, "- - -")  # so that each process can read it
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _largest(model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
+def _largest_probabilities(model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
     """The largest probability of each token at any point, [B, 1, V]."""
-    largest = jnp.max(_next(model, params, arguments), axis=1, keepdims=True)
-    return axes_lib.placed(mesh, largest, "- - -")
+    largest = jnp.max(_next_token_distribution(model, params, arguments), axis=1, keepdims=True)
+    return axes_lib.place(mesh, largest, "- - -")
 
 
-def indicator(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """[V, C]: 1 where a token belongs to a group."""
-    found = np.zeros((vocab_size, len(groups)), np.float32)
+def membership_matrix(groups: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
+    """[V, A]: 1 where a token belongs to a group."""
+    matrix = np.zeros((vocab_size, len(groups)), np.float32)
     for column, group in enumerate(groups):
         if len(group):
             check_integers(f"group {column}", np.asarray(group), 0, vocab_size)
-        found[list(group), column] = 1.0
-    return found
+        matrix[list(group), column] = 1.0
+    return matrix
 
 
 def pmap_sweep(
@@ -366,7 +411,7 @@ def pmap_sweep(
     groups: Sequence[Sequence[int]],
     *,
     devices: Sequence[jax.Device] | None = None,
-    at: ArrayLike = -1,
+    position: ArrayLike = -1,
     **arguments: ArrayLike,
 ) -> np.ndarray:
     """`sweep.probabilities` by `jax.pmap`: the points spread over devices.
@@ -375,29 +420,35 @@ def pmap_sweep(
       lm: the language model, on no mesh.
       groups: as of `sweep.probabilities`.
       devices: of this process; all of them if left out.
-      at: as of `sweep.probabilities`, and
+      position: as of `sweep.probabilities`, and
       **arguments: as there. All points run at once: for fewer, cut them up.
 
     Returns:
-      probabilities [P, C], float32: those of one device, to rounding.
+      probabilities [P, A], float32: those of one device, to rounding.
     """
-    points = checked(lm, arguments, at)
-    rows: dict[str, np.ndarray] = {n: x for n, x in points.arguments.items() if len(x) > 1}
-    fixed = {name: x[0] for name, x in points.arguments.items() if name not in rows}
-    rows["at"] = points.at
-    members = indicator(groups, lm.config.vocab_size)
-    read = _pmap_program(lm.model, None if devices is None else tuple(devices))
-    return read((lm.params, fixed, members), rows)
+    points = validate(lm, arguments, position)
+    point_arguments: dict[str, np.ndarray] = {
+        n: x for n, x in points.arguments.items() if len(x) > 1
+    }
+    fixed_arguments = {
+        name: x[0] for name, x in points.arguments.items() if name not in point_arguments
+    }
+    point_arguments["position"] = points.position
+    members = membership_matrix(groups, lm.config.vocab_size)
+    run_points = _pmapped_probabilities(lm.model, None if devices is None else tuple(devices))
+    return run_points((lm.params, fixed_arguments, members), point_arguments)
 
 
 @functools.lru_cache(maxsize=8)
-def _pmap_program(model: Any, devices: tuple[jax.Device, ...] | None) -> Callable[..., Any]:
+def _pmapped_probabilities(
+    model: Any, devices: tuple[jax.Device, ...] | None
+) -> Callable[..., Any]:
     """The same function for the same model, so that it is compiled once."""
 
-    def read(shared: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
-        params, fixed, members = shared
-        logits = model.apply({"params": params}, **fixed, **rows)
+    def compute_probabilities(shared: Any, rows: Mapping[str, jax.Array]) -> jax.Array:
+        params, fixed_arguments, members = shared
+        logits = model.apply({"params": params}, **fixed_arguments, **rows)
         distribution = jax.nn.softmax(logits.astype(jnp.float32))
         return jnp.dot(distribution, members, precision=jax.lax.Precision.HIGHEST)
 
-    return pmap_rows(read, devices)
+    return pmap_rows(compute_probabilities, devices)

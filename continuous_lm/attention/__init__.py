@@ -20,26 +20,26 @@ from jax.typing import ArrayLike
 
 from continuous_lm import axes
 from continuous_lm.attention import blocked, dense
-from continuous_lm.attention.visibility import window_times
+from continuous_lm.attention.visibility import exact_end_times
 from continuous_lm.errors import InputError
 
 IMPLEMENTATIONS = ("auto", "dense", "blocked", "cudnn", "splash", "pallas")
-DENSE = 256**2  # scores of a head, up to which the dense form is as fast
+MAX_DENSE_SCORES = 256**2  # scores of a head, up to which the dense form is as fast
 
 
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    weights: jax.Array | None = None,
+    key_weights: jax.Array | None = None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     window: ArrayLike | None = None,
-    steps: jax.Array | None = None,
-    first: ArrayLike | None = None,
+    intervals: jax.Array | None = None,
+    query_offset: ArrayLike | None = None,
     implementation: str = "auto",
-    block: int | None = None,
+    block_size: int | None = None,
 ) -> jax.Array:
     """Causal attention over weighted keys.
 
@@ -52,14 +52,14 @@ def attend(
       q: queries [..., T, N, H], rotated.
       k: keys [..., S, K, H], rotated; K divides N.
       v: values [..., S, K, H].
-      weights: d >= 0 of each key, [..., S]; all 1 if left out.
+      key_weights: d >= 0 of each key, [..., S]; all 1 if left out.
       scale: of the scores; 1 / sqrt(H) if left out.
       softcap: bound c of the scores, c tanh(s / c), before they are weighted.
       window: a key is visible while the time since its end is below this, in tokens.
-      steps: time [..., S] from the end of the key before to the end of this one, for the window;
-        the weights if left out.
-      first: index among the keys of the first query's token; S - T if left out, so that the queries
-        are the last tokens.
+      intervals: time [..., S] from the end of the key before to the end of this one, for the
+        window; the weights if left out.
+      query_offset: index among the keys of the first query's token; S - T if left out, so that the
+        queries are the last tokens.
       implementation: how it is computed, to the same result within rounding. All but "dense" take
         memory O(T + S), and have reverse-mode gradients of first order alone.
         "dense" holds [T, S] scores, in memory O(T S).
@@ -67,7 +67,7 @@ def attend(
         "cudnn" calls cuDNN, on NVIDIA GPUs: bfloat16, a query for every key, no soft-capping, no
         window, heads up to 120 wide, or 248 from Hopper on (3 channels carry the weights, and
         widths are multiples of 8). Weights below 1e-30 count as that.
-        "splash" calls JAX's kernel for TPUs: no window; `first` must be a number. Without
+        "splash" calls JAX's kernel for TPUs: no window; `query_offset` must be a number. Without
         soft-capping, weights below 1e-30 count as that.
         "pallas" is a kernel of ours that does all that "blocked" does, on GPUs and TPUs; on CPUs it
         is interpreted, for tests. It is not measured yet, so it must be asked for.
@@ -76,7 +76,7 @@ def attend(
         machine has, and they take the arguments; and blocked everywhere else.
         On several TPUs "splash" and "pallas" must be called inside of `jax.shard_map`: the compiler
         cannot spread them over devices.
-      block: tokens in a block of the blocked form, at most; chosen by size if left out.
+      block_size: tokens in a block of the blocked form, at most; chosen by size if left out.
 
     Returns:
       y [..., T, N, H] in the dtype of q. A query that sees no weight at all has no value: it
@@ -85,76 +85,78 @@ def attend(
     Raises:
       InputError: if shapes do not fit, the implementation is not known, or does not take them.
     """
-    _check(q, k, v, weights, steps, implementation, block)
-    *_, num_queries, num_heads, width = q.shape
+    _check(q, k, v, key_weights, intervals, implementation, block_size)
+    *_, num_queries, num_heads, head_width = q.shape
     num_keys, num_kv_heads = k.shape[-3:-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    weights = jnp.ones(num_keys, dtype) if weights is None else weights.astype(dtype)
-    clock = None
+    key_weights = jnp.ones(num_keys, dtype) if key_weights is None else key_weights.astype(dtype)
+    window_times = None
     if window is not None:
-        steps = weights if steps is None else steps.astype(dtype)
-        clock = window_times(jax.lax.stop_gradient(steps))
-    q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, width)
-    arrays = q_grouped, k, v, weights
+        intervals = key_weights if intervals is None else intervals.astype(dtype)
+        window_times = exact_end_times(jax.lax.stop_gradient(intervals))
+    q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, head_width)
+    arrays = q_grouped, k, v, key_weights
     options: dict[str, Any] = {
-        "scale": 1.0 / math.sqrt(width) if scale is None else scale,
+        "scale": 1.0 / math.sqrt(head_width) if scale is None else scale,
         "softcap": softcap,
         "window": window,
-        "clock": clock,
-        "first": num_keys - num_queries if first is None else first,
+        "window_times": window_times,
+        "query_offset": num_keys - num_queries if query_offset is None else query_offset,
     }
-    in_blocks = functools.partial(blocked.attend, block=block)
-    if implementation == "auto" and (num_queries == 1 or num_queries * num_keys <= DENSE):
+    attend_blocked = functools.partial(blocked.attend, block_size=block_size)
+    if implementation == "auto" and (
+        num_queries == 1 or num_queries * num_keys <= MAX_DENSE_SCORES
+    ):
         implementation = "dense"
     match implementation:
         case "dense":
             y = dense.attend(*arrays, **options)
         case "blocked":
-            y = in_blocks(*arrays, **options)
+            y = attend_blocked(*arrays, **options)
         case "auto":
-            y = _on_its_platform(in_blocks, arrays, options)
+            y = _attend_on_platform(attend_blocked, arrays, options)
         case _:
-            kernel = _module(implementation)
-            if reason := kernel.refusal(*arrays, **options):
+            kernel = _import_kernel(implementation)
+            if reason := kernel.why_unsupported(*arrays, **options):
                 raise InputError(
                     f"implementation {implementation!r} is not possible: {reason};"
                     " take 'blocked', or 'auto', which finds one that is"
                 )
             y = kernel.attend(*arrays, **options)
-    return y.reshape(*y.shape[:-3], num_heads, width).astype(q.dtype)
+    return y.reshape(*y.shape[:-3], num_heads, head_width).astype(q.dtype)
 
 
-def _module(kernel: str) -> Any:
+def _import_kernel(kernel: str) -> Any:
     """The module of a kernel, imported when it is wanted: Pallas takes its time."""
     return importlib.import_module(f"{__name__}.{kernel}")
 
 
-def _on_its_platform(
-    otherwise: Callable[..., jax.Array], arrays: Sequence[jax.Array], options: Mapping[str, Any]
+def _attend_on_platform(
+    fallback: Callable[..., jax.Array], arrays: Sequence[jax.Array], options: Mapping[str, Any]
 ) -> jax.Array:
     """What the kernel of the platform that the program is compiled for gives, if there is one."""
     kernels = {"cuda": "cudnn"}
     if jax.default_backend() == "tpu" and jax.device_count() == 1:
         kernels["tpu"] = "splash"  # not on several: the compiler cannot spread it over devices
     branches = {
-        platform: functools.partial(_module(kernel).attend, **options)
+        platform: functools.partial(_import_kernel(kernel).attend, **options)
         for platform, kernel in kernels.items()
-        if _module(kernel).refusal(*arrays, **options) is None
+        if _import_kernel(kernel).why_unsupported(*arrays, **options) is None
     }
-    otherwise = functools.partial(otherwise, **options)
+    fallback = functools.partial(fallback, **options)
     if not branches:
-        return otherwise(*arrays)
+        return fallback(*arrays)
 
-    def alike(attend):
+    def in_query_dtype(attend):
         return lambda *arrays: attend(*arrays).astype(arrays[0].dtype)
 
-    branches = {platform: alike(attend) for platform, attend in branches.items()}
-    return jax.lax.platform_dependent(*arrays, **branches, default=alike(otherwise))
+    branches = {platform: in_query_dtype(attend) for platform, attend in branches.items()}
+    return jax.lax.platform_dependent(*arrays, **branches, default=in_query_dtype(fallback))
 
 
-def _check(q, k, v, weights, steps, implementation, block) -> None:
-    few = min(q.ndim, k.ndim, v.ndim) < 3
-    if few or k.shape[-3:] != v.shape[-3:] or q.shape[-1] != k.shape[-1]:
+def _check(q, k, v, key_weights, intervals, implementation, block_size) -> None:
+    is_missing_axes = min(q.ndim, k.ndim, v.ndim) < 3
+    if is_missing_axes or k.shape[-3:] != v.shape[-3:] or q.shape[-1] != k.shape[-1]:
         raise InputError(
             f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they must be"
             " [..., T, N, H], [..., S, K, H] and [..., S, K, H]"
@@ -165,18 +167,24 @@ def _check(q, k, v, weights, steps, implementation, block) -> None:
         raise InputError(
             f"{q.shape[-3]} queries for {k.shape[-3]} keys; queries are the last tokens of the keys"
         )
-    for name, array in (("weights", weights), ("steps", steps)):
+    for name, array in (("key_weights", key_weights), ("intervals", intervals)):
         if array is not None and (array.ndim < 1 or array.shape[-1] != k.shape[-3]):
             raise InputError(
                 f"{name} has shape {list(array.shape)}; it must be [..., {k.shape[-3]}]"
             )
-    arrays = {"q": (q, 3), "k": (k, 3), "v": (v, 3), "weights": (weights, 1), "steps": (steps, 1)}
-    axes.check_leading(
+    arrays = {
+        "q": (q, 3),
+        "k": (k, 3),
+        "v": (v, 3),
+        "key_weights": (key_weights, 1),
+        "intervals": (intervals, 1),
+    }
+    axes.broadcast_leading_axes(
         {n: x.shape[: x.ndim - rank] for n, (x, rank) in arrays.items() if x is not None}
     )
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if block is not None and (not isinstance(block, int) or block < 1):
-        raise InputError(f"block is {block!r}; it must be a positive integer")
+    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+        raise InputError(f"block_size is {block_size!r}; it must be a positive integer")

@@ -24,11 +24,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
-from continuous_lm.attention.visibility import WindowTimes, reach, visible
+from continuous_lm.attention.visibility import WindowTimes, visibility_mask, window_limit
 from continuous_lm.errors import InputError
 
 
-class Options(NamedTuple):
+class BlockSizes(NamedTuple):
     """What is known when the program is compiled."""
 
     scale: float
@@ -37,11 +37,11 @@ class Options(NamedTuple):
     keys: int  # in a block
 
 
-class Seen(NamedTuple):
+class Visibility(NamedTuple):
     """What says which key a query sees."""
 
-    first: jax.Array  # index of the first query's own key
-    clock: WindowTimes | None  # [B, S]
+    query_offset: jax.Array  # index of the first query's own key
+    window_times: WindowTimes | None  # [B, S]
     window: jax.Array | None
 
 
@@ -49,206 +49,246 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    weights: jax.Array,
+    key_weights: jax.Array,
     *,
     scale: float,
     softcap: float | None,
     window: ArrayLike | None,
-    clock: WindowTimes | None,
-    first: ArrayLike,
-    block: int | None = None,
+    window_times: WindowTimes | None,
+    query_offset: ArrayLike,
+    block_size: int | None = None,
 ) -> jax.Array:
-    """What `dense.attend` gives, from the same arguments, in blocks of at most `block` tokens."""
+    """The result of `dense.attend`, computed in blocks of at most `block_size` tokens."""
     for name, value in {"scale": scale, "softcap": softcap}.items():
         if isinstance(value, jax.core.Tracer):
             raise InputError(
                 f"{name} is traced; the blocked form needs a number, so make it static"
             )
-    num_queries, heads = q.shape[-4], q.shape[-3:]
-    batch, (q, k, v, weights, *times) = in_one_batch(q, k, v, weights, *(clock or ()))
-    block = block or _block(math.prod((len(q), *heads[:2])))
-    options = Options(scale, softcap, _even(num_queries, block), _even(k.shape[1], block))
-    if clock is not None:
-        ticks, rest, tick = times
-        ticks, rest = (padded(x, options.keys, "edge") for x in (ticks, rest))
-        clock = WindowTimes(ticks, rest, tick)
-    seen = Seen(jnp.asarray(first), clock, None if window is None else jnp.asarray(window))
-    q = padded(q, options.queries)
-    k, v, weights = (padded(x, options.keys) for x in (k, v, weights))
-    y = _attend(options, q, k, v, weights, seen)
-    return y[:, :num_queries].reshape(*batch, num_queries, *heads)
+    num_queries, head_shape = q.shape[-4], q.shape[-3:]
+    batch_shape, (q, k, v, key_weights, *time_arrays) = flatten_batch(
+        q, k, v, key_weights, *(window_times or ())
+    )
+    block_size = block_size or _choose_block_size(math.prod((len(q), *head_shape[:2])))
+    block_sizes = BlockSizes(
+        scale,
+        softcap,
+        _even_block_size(num_queries, block_size),
+        _even_block_size(k.shape[1], block_size),
+    )
+    if window_times is not None:
+        ticks, remainders, tick_size = time_arrays
+        ticks, remainders = (
+            pad_to_blocks(x, block_sizes.keys, "edge") for x in (ticks, remainders)
+        )
+        window_times = WindowTimes(ticks, remainders, tick_size)
+    visibility = Visibility(
+        jnp.asarray(query_offset), window_times, None if window is None else jnp.asarray(window)
+    )
+    q = pad_to_blocks(q, block_sizes.queries)
+    k, v, key_weights = (pad_to_blocks(x, block_sizes.keys) for x in (k, v, key_weights))
+    y = _attend(block_sizes, q, k, v, key_weights, visibility)
+    return y[:, :num_queries].reshape(*batch_shape, num_queries, *head_shape)
 
 
-def in_one_batch(
-    q: jax.Array, k: jax.Array, v: jax.Array, *others: jax.Array
+def flatten_batch(
+    q: jax.Array, k: jax.Array, v: jax.Array, *key_arrays: jax.Array
 ) -> tuple[tuple[int, ...], list[jax.Array]]:
     """The leading axes of q, k, v and others [..., S], and each with one axis B in their place."""
-    ranks = [4, 3, 3, *(1 for _ in others)]
-    arrays = list(zip((q, k, v, *others), ranks, strict=True))
-    batch = jnp.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in arrays))
+    ranks = [4, 3, 3, *(1 for _ in key_arrays)]
+    arrays = list(zip((q, k, v, *key_arrays), ranks, strict=True))
+    batch_shape = jnp.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in arrays))
 
-    def flat(x: jax.Array, rank: int) -> jax.Array:
-        inner = x.shape[x.ndim - rank :]
-        return jnp.broadcast_to(x, (*batch, *inner)).reshape(math.prod(batch), *inner)
+    def flatten(x: jax.Array, rank: int) -> jax.Array:
+        inner_shape = x.shape[x.ndim - rank :]
+        return jnp.broadcast_to(x, (*batch_shape, *inner_shape)).reshape(
+            math.prod(batch_shape), *inner_shape
+        )
 
-    return batch, [flat(x, rank) for x, rank in arrays]
-
-
-def _block(rows: int) -> int:
-    """Tokens in a block, if `rows` heads in a batch have each: about a million scores at once."""
-    return min(max(2 ** round(math.log2(2**20 / rows) / 2), 64), 1024)
+    return batch_shape, [flatten(x, rank) for x, rank in arrays]
 
 
-def _even(length: int, block: int) -> int:
-    """The block, at most `block`, that cuts `length` tokens into parts as equal as can be."""
-    return math.ceil(length / math.ceil(length / block))
+def _choose_block_size(num_rows: int) -> int:
+    """Tokens in a block: about a million scores at once for `num_rows` heads in the batch."""
+    return min(max(2 ** round(math.log2(2**20 / num_rows) / 2), 64), 1024)
 
 
-def padded(x: jax.Array, block: int, mode: str = "constant") -> jax.Array:
+def _even_block_size(length: int, max_block_size: int) -> int:
+    """The block size, at most `max_block_size`, that cuts `length` tokens most evenly."""
+    return math.ceil(length / math.ceil(length / max_block_size))
+
+
+def pad_to_blocks(x: jax.Array, block_size: int, mode: str = "constant") -> jax.Array:
     """x [B, T, ...] with T filled up to whole blocks. As last keys, nobody sees what is added."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block_size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
 
 
-def _cut(x: jax.Array, i: jax.Array, block: int) -> jax.Array:
+def _get_block(x: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
     """Block i of x [B, T, ...]."""
-    return lax.dynamic_slice_in_dim(x, i * block, block, axis=1)
+    return lax.dynamic_slice_in_dim(x, i * block_size, block_size, axis=1)
 
 
-def _put(x: jax.Array, part: jax.Array, i: jax.Array, block: int) -> jax.Array:
-    """x [B, T, ...] with `part` as its block i."""
-    return lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * block, axis=1)
+def _set_block(x: jax.Array, values: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
+    """x [B, T, ...] with `values` as its block i."""
+    return lax.dynamic_update_slice_in_dim(x, values.astype(x.dtype), i * block_size, axis=1)
 
 
-def reachable_blocks(seen: Seen, options: Options, num_queries: int, num_keys: int) -> jax.Array:
+def reachable_blocks(
+    visibility: Visibility, block_sizes: BlockSizes, num_queries: int, num_keys: int
+) -> jax.Array:
     """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
-    i, j = (jnp.arange(n) for n in (num_queries // options.queries, num_keys // options.keys))
-    last_query = seen.first + (i[:, None] + 1) * options.queries - 1
-    causal = j * options.keys <= last_query
-    if seen.clock is None or seen.window is None:
-        return causal
-    ends = seen.clock.ticks.astype(seen.clock.rest.dtype) * seen.clock.tick + seen.clock.rest
-    own = jnp.minimum(seen.first + jnp.arange(num_queries), num_keys - 1)
-    earliest = jnp.min(ends[:, own].reshape(len(ends), -1, options.queries), axis=-1)
-    latest = jnp.max(ends.reshape(len(ends), -1, options.keys), axis=-1)
-    # `ends` have lost digits; the mask inside of a block is exact, so that a margin costs nothing.
-    margin = 1e-5 * jnp.max(jnp.abs(ends)) + reach(seen.clock, seen.window)
-    near = earliest[:, :, None] - latest[:, None, :] < margin
-    return causal & jnp.any(near, axis=0)
+    query_blocks, key_blocks = (
+        jnp.arange(n) for n in (num_queries // block_sizes.queries, num_keys // block_sizes.keys)
+    )
+    last_query = visibility.query_offset + (query_blocks[:, None] + 1) * block_sizes.queries - 1
+    is_causal = key_blocks * block_sizes.keys <= last_query
+    if visibility.window_times is None or visibility.window is None:
+        return is_causal
+    key_ends = (
+        visibility.window_times.ticks.astype(visibility.window_times.remainders.dtype)
+        * visibility.window_times.tick_size
+        + visibility.window_times.remainders
+    )
+    query_keys = jnp.minimum(visibility.query_offset + jnp.arange(num_queries), num_keys - 1)
+    earliest_query_end = jnp.min(
+        key_ends[:, query_keys].reshape(len(key_ends), -1, block_sizes.queries), axis=-1
+    )
+    latest_key_end = jnp.max(key_ends.reshape(len(key_ends), -1, block_sizes.keys), axis=-1)
+    # `key_ends` have lost digits; the mask inside of a block is exact, so a margin costs nothing.
+    margin = 1e-5 * jnp.max(jnp.abs(key_ends)) + window_limit(
+        visibility.window_times, visibility.window
+    )
+    is_in_window = earliest_query_end[:, :, None] - latest_key_end[:, None, :] < margin
+    return is_causal & jnp.any(is_in_window, axis=0)
 
 
-def bounds(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
+def block_ranges(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first true entry of each row, and the one after its last: int [rows] each."""
-    size = reachable.shape[1]
-    index = jnp.arange(size, dtype=jnp.int32)
-    first = jnp.min(jnp.where(reachable, index, size), axis=1)
-    return first, jnp.max(jnp.where(reachable, index + 1, 0), axis=1)
+    num_blocks = reachable.shape[1]
+    indices = jnp.arange(num_blocks, dtype=jnp.int32)
+    begin = jnp.min(jnp.where(reachable, indices, num_blocks), axis=1)
+    return begin, jnp.max(jnp.where(reachable, indices + 1, 0), axis=1)
 
 
-def _scores(options: Options, q: jax.Array, k: jax.Array, dtype) -> jax.Array:
+def _scores(block_sizes: BlockSizes, q: jax.Array, k: jax.Array, dtype) -> jax.Array:
     """Scores [B, K, T, G, S] of one block, capped."""
-    s = options.scale * jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
-    cap = options.softcap
+    s = block_sizes.scale * jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
+    cap = block_sizes.softcap
     return s if cap is None else cap * jnp.tanh(s / cap)
 
 
-def _mask(options: Options, seen: Seen, i: jax.Array, j: jax.Array) -> jax.Array:
+def _mask(block_sizes: BlockSizes, visibility: Visibility, i: jax.Array, j: jax.Array) -> jax.Array:
     """Which keys of block j the queries of block i see, for scores [B, K, T, G, S]."""
-    queries = seen.first + i * options.queries + jnp.arange(options.queries)
-    mask = visible(queries, j * options.keys + jnp.arange(options.keys), seen.clock, seen.window)
+    query_indices = (
+        visibility.query_offset + i * block_sizes.queries + jnp.arange(block_sizes.queries)
+    )
+    mask = visibility_mask(
+        query_indices,
+        j * block_sizes.keys + jnp.arange(block_sizes.keys),
+        visibility.window_times,
+        visibility.window,
+    )
     mask = mask if mask.ndim == 3 else mask[None]
     return mask[:, None, :, None, :]
 
 
-def _forward(options: Options, q, k, v, d, seen: Seen) -> tuple[jax.Array, ...]:
+def _forward(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility) -> tuple[jax.Array, ...]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
-    (num_batch, num_queries, num_kv_heads, num_groups, width), num_keys = q.shape, k.shape[1]
+    (num_batch, num_queries, num_kv_heads, group_size, head_width), num_keys = q.shape, k.shape[1]
     dtype, (_, log_d) = d.dtype, present_and_log(d)
-    begin, end = bounds(reachable_blocks(seen, options, num_queries, num_keys))
-    rows = (num_batch, num_kv_heads, options.queries, num_groups)
+    begin, end = block_ranges(reachable_blocks(visibility, block_sizes, num_queries, num_keys))
+    row_shape = (num_batch, num_kv_heads, block_sizes.queries, group_size)
 
-    def add_keys(i, q_i, j, state):
-        peak, total, y = state
-        s = _scores(options, q_i, _cut(k, j, options.keys), dtype)
-        s = s + _cut(log_d, j, options.keys)[:, None, None, None, :]
-        s = jnp.where(_mask(options, seen, i, j), s, -jnp.inf)
-        new = jnp.maximum(peak, jnp.max(s, axis=-1))
-        finite = jnp.where(jnp.isfinite(new), new, 0.0)
-        p, kept = jnp.exp(s - finite[..., None]), jnp.exp(peak - finite)
-        v_j = _cut(v, j, options.keys)
-        part = jnp.einsum("bktgs,bskh->bktgh", p.astype(v.dtype), v_j, preferred_element_type=dtype)
-        return new, kept * total + jnp.sum(p, axis=-1), kept[..., None] * y + part
+    def add_key_block(i, q_i, j, state):
+        row_max, row_sum, y = state
+        s = _scores(block_sizes, q_i, _get_block(k, j, block_sizes.keys), dtype)
+        s = s + _get_block(log_d, j, block_sizes.keys)[:, None, None, None, :]
+        s = jnp.where(_mask(block_sizes, visibility, i, j), s, -jnp.inf)
+        new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
+        finite_max = jnp.where(jnp.isfinite(new_max), new_max, 0.0)
+        p, rescaling = jnp.exp(s - finite_max[..., None]), jnp.exp(row_max - finite_max)
+        v_j = _get_block(v, j, block_sizes.keys)
+        update = jnp.einsum(
+            "bktgs,bskh->bktgh", p.astype(v.dtype), v_j, preferred_element_type=dtype
+        )
+        return new_max, rescaling * row_sum + jnp.sum(p, axis=-1), rescaling[..., None] * y + update
 
-    def attend_rows(i, carry):
-        add = functools.partial(add_keys, i, _cut(q, i, options.queries))
-        zeros = jnp.zeros(rows, dtype), jnp.zeros((*rows, width), dtype)
-        peak, total, y = lax.fori_loop(begin[i], end[i], add, (zeros[0] - jnp.inf, *zeros))
-        total = jnp.where(total > 0, total, 1.0)
-        parts = y / total[..., None], jnp.where(jnp.isfinite(peak), peak, 0.0), total
+    def attend_query_block(i, carry):
+        add_block = functools.partial(add_key_block, i, _get_block(q, i, block_sizes.queries))
+        zeros = jnp.zeros(row_shape, dtype), jnp.zeros((*row_shape, head_width), dtype)
+        row_max, row_sum, y = lax.fori_loop(
+            begin[i], end[i], add_block, (zeros[0] - jnp.inf, *zeros)
+        )
+        row_sum = jnp.where(row_sum > 0, row_sum, 1.0)
+        updates = y / row_sum[..., None], jnp.where(jnp.isfinite(row_max), row_max, 0.0), row_sum
         return tuple(
-            _put(x, jnp.moveaxis(part, 1, 2), i, options.queries)
-            for x, part in zip(carry, parts, strict=True)
+            _set_block(x, jnp.moveaxis(update, 1, 2), i, block_sizes.queries)
+            for x, update in zip(carry, updates, strict=True)
         )
 
     zeros = jnp.zeros(q.shape[:-1], dtype)
     carry = jnp.zeros(q.shape, dtype), zeros, zeros
-    return lax.fori_loop(0, num_queries // options.queries, attend_rows, carry)
+    return lax.fori_loop(0, num_queries // block_sizes.queries, attend_query_block, carry)
 
 
-def _backward(options: Options, residuals, dy):
+def _backward(block_sizes: BlockSizes, residuals, dy):
     """Gradients for q, k, v and d."""
-    q, k, v, d, seen, y, peak, total = residuals
-    dtype, (present, _) = d.dtype, present_and_log(d)
+    q, k, v, d, visibility, y, row_max, row_sum = residuals
+    dtype, (is_present, _) = d.dtype, present_and_log(d)
     num_queries, num_keys = q.shape[1], k.shape[1]
-    begin, end = bounds(reachable_blocks(seen, options, num_queries, num_keys).T)
-    inner = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
+    begin, end = block_ranges(reachable_blocks(visibility, block_sizes, num_queries, num_keys).T)
+    dy_dot_y = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
     dy = dy.astype(v.dtype)
 
-    def add_queries(j, keys, i, state):
-        (k_j, v_j, d_j, present_j), (dq, dk, dv, dd) = keys, state
-        q_i, dy_i = (_cut(x, i, options.queries) for x in (q, dy))
-        inner_i, peak_i, total_i = (
-            jnp.moveaxis(_cut(x, i, options.queries), 1, 2)[..., None] for x in (inner, peak, total)
+    def add_query_block(j, keys, i, state):
+        (k_j, v_j, d_j, is_present_j), (dq, dk, dv, dd) = keys, state
+        q_i, dy_i = (_get_block(x, i, block_sizes.queries) for x in (q, dy))
+        dy_dot_y_i, row_max_i, row_sum_i = (
+            jnp.moveaxis(_get_block(x, i, block_sizes.queries), 1, 2)[..., None]
+            for x in (dy_dot_y, row_max, row_sum)
         )
-        s = _scores(options, q_i, k_j, dtype)
-        e = jnp.exp(clamp_for_absent_keys(s - peak_i, present_j)) / total_i
-        e = jnp.where(_mask(options, seen, i, j), e, 0.0)
+        s = _scores(block_sizes, q_i, k_j, dtype)
+        e = jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present_j)) / row_sum_i
+        e = jnp.where(_mask(block_sizes, visibility, i, j), e, 0.0)
         g = jnp.einsum("btkgh,bskh->bktgs", dy_i, v_j, preferred_element_type=dtype)
-        g = e * (g - inner_i)
+        g = e * (g - dy_dot_y_i)
         ds = d_j * g
-        if options.softcap is not None:
-            ds = ds * (1.0 - jnp.square(s / options.softcap))
-        p, ds = (d_j * e).astype(v.dtype), (options.scale * ds).astype(q.dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=dtype)
-        dq_i = _cut(dq, i, options.queries) + product("bktgs,bskh->btkgh", ds, k_j)
-        dk = dk + product("bktgs,btkgh->bskh", ds, q_i)
-        dv = dv + product("bktgs,btkgh->bskh", p, dy_i)
-        return _put(dq, dq_i, i, options.queries), dk, dv, dd + jnp.sum(g, axis=(1, 2, 3))
+        if block_sizes.softcap is not None:
+            ds = ds * (1.0 - jnp.square(s / block_sizes.softcap))
+        p, ds = (d_j * e).astype(v.dtype), (block_sizes.scale * ds).astype(q.dtype)
+        multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
+        dq_i = _get_block(dq, i, block_sizes.queries) + multiply("bktgs,bskh->btkgh", ds, k_j)
+        dk = dk + multiply("bktgs,btkgh->bskh", ds, q_i)
+        dv = dv + multiply("bktgs,btkgh->bskh", p, dy_i)
+        return _set_block(dq, dq_i, i, block_sizes.queries), dk, dv, dd + jnp.sum(g, axis=(1, 2, 3))
 
-    def columns(j, carry):
-        k_j, v_j, d_j, present_j = (_cut(x, j, options.keys) for x in (k, v, d, present))
-        keys = k_j, v_j, d_j[:, None, None, None, :], present_j[:, None, None, None, :]
-        dq, *others = carry
+    def differentiate_key_block(j, carry):
+        k_j, v_j, d_j, is_present_j = (
+            _get_block(x, j, block_sizes.keys) for x in (k, v, d, is_present)
+        )
+        key_block = k_j, v_j, d_j[:, None, None, None, :], is_present_j[:, None, None, None, :]
+        dq, *key_gradients = carry
         zeros = [jnp.zeros(x.shape, dtype) for x in (k_j, v_j, d_j)]
         state = lax.fori_loop(
-            begin[j], end[j], functools.partial(add_queries, j, keys), (dq, *zeros)
+            begin[j], end[j], functools.partial(add_query_block, j, key_block), (dq, *zeros)
         )
         return state[0], *(
-            _put(x, part, j, options.keys) for x, part in zip(others, state[1:], strict=True)
+            _set_block(x, gradient, j, block_sizes.keys)
+            for x, gradient in zip(key_gradients, state[1:], strict=True)
         )
 
     carry = jnp.zeros(q.shape, dtype), jnp.zeros_like(k), jnp.zeros_like(v), jnp.zeros_like(d)
-    dq, dk, dv, dd = lax.fori_loop(0, num_keys // options.keys, columns, carry)
+    dq, dk, dv, dd = lax.fori_loop(0, num_keys // block_sizes.keys, differentiate_key_block, carry)
     return dq.astype(q.dtype), dk, dv, dd, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, q, k, v, d, seen: Seen) -> jax.Array:
-    return _forward(options, q, k, v, d, seen)[0]
+def _attend(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility) -> jax.Array:
+    return _forward(block_sizes, q, k, v, d, visibility)[0]
 
 
-def _attend_and_keep(options: Options, q, k, v, d, seen: Seen):
-    y, peak, total = _forward(options, q, k, v, d, seen)
-    return y, (q, k, v, d, seen, y, peak, total)
+def _attend_with_residuals(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility):
+    y, row_max, row_sum = _forward(block_sizes, q, k, v, d, visibility)
+    return y, (q, k, v, d, visibility, y, row_max, row_sum)
 
 
-_attend.defvjp(_attend_and_keep, _backward)
+_attend.defvjp(_attend_with_residuals, _backward)

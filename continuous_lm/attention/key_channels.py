@@ -18,59 +18,65 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-PARTS = 3  # of log d: 8 bits each, together those of float32
+NUM_WEIGHT_CHANNELS = 3  # of log d: 8 bits each, together those of float32
 # What is lighter weighs this much in the keys. It is not seen unless its score is 60 above all
 # others, and the gradient for a weight of 0 is the one here.
-LEAST = 2.0**-100
+MIN_KEY_WEIGHT = 2.0**-100
 
 
-def in_keys(
-    q: jax.Array, k: jax.Array, d: jax.Array, *, scale: float, width: int
+def append_log_weights(
+    q: jax.Array, k: jax.Array, d: jax.Array, *, scale: float, padded_width: int
 ) -> tuple[jax.Array, jax.Array]:
-    """q [B, T, N, H] and k [B, S, K, H] with `width` channels in place of H, weights d [B, S]."""
+    """Returns q [B, T, N, H] and k [B, S, K, H], for weights d [B, S], `padded_width` wide."""
     c = 2.0 ** round(-math.log2(scale))
-    d = d + lax.stop_gradient(jnp.maximum(LEAST - d, 0.0))
+    d = d + lax.stop_gradient(jnp.maximum(MIN_KEY_WEIGHT - d, 0.0))
     x = jnp.log(d) / (scale * c)
-    rest, parts = lax.stop_gradient(x), []
-    for _ in range(PARTS):
-        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
-        rest = rest - parts[-1]
-    parts[0] = parts[0] + (x - lax.stop_gradient(x))  # the gradient of one channel is that of all
-    ones = jnp.full((*q.shape[:-1], PARTS), c, q.dtype)
-    keys = jnp.stack(parts, axis=-1).astype(k.dtype)[:, :, None, :]
-    keys = jnp.broadcast_to(keys, (*k.shape[:-1], PARTS))
-    return _widened(width, q, ones), _widened(width, k, keys)
+    remainder, log_parts = lax.stop_gradient(x), []
+    for _ in range(NUM_WEIGHT_CHANNELS):
+        log_parts.append(lax.reduce_precision(remainder, exponent_bits=8, mantissa_bits=7))
+        remainder = remainder - log_parts[-1]
+    log_parts[0] = log_parts[0] + (
+        x - lax.stop_gradient(x)
+    )  # the gradient of one channel is that of all
+    query_channels = jnp.full((*q.shape[:-1], NUM_WEIGHT_CHANNELS), c, q.dtype)
+    key_channels = jnp.stack(log_parts, axis=-1).astype(k.dtype)[:, :, None, :]
+    key_channels = jnp.broadcast_to(key_channels, (*k.shape[:-1], NUM_WEIGHT_CHANNELS))
+    return _concatenate_to_width(padded_width, q, query_channels), _concatenate_to_width(
+        padded_width, k, key_channels
+    )
 
 
-def in_values(v: jax.Array, d: jax.Array, *, width: int) -> jax.Array:
-    """[d v, d] for v [B, S, K, H] and d [B, S], with `width` channels."""
+def scale_and_append_weights(v: jax.Array, d: jax.Array, *, padded_width: int) -> jax.Array:
+    """[d v, d] for v [B, S, K, H] and d [B, S], with `padded_width` channels."""
     d = jnp.broadcast_to(d[:, :, None, None], (*v.shape[:-1], 1))
-    return _widened(width, (d * v).astype(v.dtype), d.astype(v.dtype))
+    return _concatenate_to_width(padded_width, (d * v).astype(v.dtype), d.astype(v.dtype))
 
 
-def divided(y: jax.Array, width: int) -> jax.Array:
-    """[y, 1] z to y of `width` channels; 0 where z is 0."""
+def divide_by_weight_sum(y: jax.Array, head_width: int) -> jax.Array:
+    """[y, 1] z to y of `head_width` channels; 0 where z is 0."""
     y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
-    z = y[..., width : width + 1]
-    return y[..., :width] / jnp.where(z > 0, z, 1.0)
+    weight_sum = y[..., head_width : head_width + 1]
+    return y[..., :head_width] / jnp.where(weight_sum > 0, weight_sum, 1.0)
 
 
-def where_any(weights: jax.Array, y: jax.Array, first: int = 0) -> jax.Array:
+def zero_rows_without_weight(
+    key_weights: jax.Array, y: jax.Array, query_offset: int = 0
+) -> jax.Array:
     """y [..., T, K, G, H], but 0 for queries that see no weight [..., S] at all.
 
-    `first` is the index of the first query's own key.
+    `query_offset` is the index of the first query's own key.
     """
-    present = jnp.cumsum(weights >= jnp.finfo(weights.dtype).tiny, axis=-1) > 0
-    present = present[..., first : first + y.shape[-4]]
-    return jnp.where(present[..., None, None, None], y, 0.0)
+    has_weight = jnp.cumsum(key_weights >= jnp.finfo(key_weights.dtype).tiny, axis=-1) > 0
+    has_weight = has_weight[..., query_offset : query_offset + y.shape[-4]]
+    return jnp.where(has_weight[..., None, None, None], y, 0.0)
 
 
-def room(width: int, extra: int, multiple: int) -> int:
+def round_up(width: int, extra: int, multiple: int) -> int:
     """The least multiple that holds `width` channels and `extra` ones."""
     return -(-(width + extra) // multiple) * multiple
 
 
-def _widened(width: int, *parts: jax.Array) -> jax.Array:
-    """The parts side by side, and zeros up to `width` channels."""
+def _concatenate_to_width(padded_width: int, *parts: jax.Array) -> jax.Array:
+    """The parts side by side, and zeros up to `padded_width` channels."""
     x = jnp.concatenate(parts, axis=-1)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded_width - x.shape[-1])])

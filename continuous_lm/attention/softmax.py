@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def weighted_exp(
-    scores: jax.Array, weights: jax.Array, visible: jax.Array
+    scores: jax.Array, key_weights: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """p = d exp(s - m) for the visible keys (0 for the others), and its sum over keys.
 
@@ -14,31 +14,33 @@ def weighted_exp(
 
     Args:
       scores: s [..., S].
-      weights: d >= 0, broadcastable to the scores.
-      visible: mask, broadcastable to the scores.
+      key_weights: d >= 0, broadcastable to the scores.
+      mask: mask, broadcastable to the scores.
 
     Returns:
       p [..., S] and its sum [...]; the sum is 1 where p is 0 throughout.
     """
-    scores = jnp.where(visible, scores, -jnp.inf)
-    present, log_weights = present_and_log(weights)
-    peak = jax.lax.stop_gradient(jnp.max(scores + log_weights, axis=-1, keepdims=True))
-    exponent = scores - jnp.where(jnp.isfinite(peak), peak, 0.0)
-    p = weights * jnp.exp(clamp_for_absent_keys(exponent, present))
-    total = jnp.sum(p, axis=-1)
-    return p, jnp.where(total > 0, total, 1.0)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    is_present, log_key_weights = present_and_log(key_weights)
+    row_max = jax.lax.stop_gradient(jnp.max(scores + log_key_weights, axis=-1, keepdims=True))
+    exponent = scores - jnp.where(jnp.isfinite(row_max), row_max, 0.0)
+    p = key_weights * jnp.exp(clamp_for_absent_keys(exponent, is_present))
+    row_sum = jnp.sum(p, axis=-1)
+    return p, jnp.where(row_sum > 0, row_sum, 1.0)
 
 
-def present_and_log(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def present_and_log(key_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Whether each weight is there at all, and its logarithm: -inf, with no gradient, if not."""
-    present = weights >= jnp.finfo(weights.dtype).tiny
-    return present, jnp.where(present, jnp.log(jnp.where(present, weights, 1.0)), -jnp.inf)
+    is_present = key_weights >= jnp.finfo(key_weights.dtype).tiny
+    return is_present, jnp.where(
+        is_present, jnp.log(jnp.where(is_present, key_weights, 1.0)), -jnp.inf
+    )
 
 
-def clamp_for_absent_keys(exponent: jax.Array, present: jax.Array) -> jax.Array:
+def clamp_for_absent_keys(exponent: jax.Array, is_present: jax.Array) -> jax.Array:
     """Exponents s - m of which exp stays finite.
 
     A present key has exponent <= -log d. An absent one may exceed any peak; only the derivative
     exp(s - m) for its weight is used.
     """
-    return jnp.where(present, exponent, jnp.minimum(exponent, 60.0))
+    return jnp.where(is_present, exponent, jnp.minimum(exponent, 60.0))

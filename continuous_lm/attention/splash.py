@@ -1,6 +1,7 @@
 """Attention over weighted keys by JAX's own TPU kernel, "splash attention": O(T + S) memory.
 
-It knows causal masks, soft-capping and grouped queries, but no weights: `channels` carry them.
+It knows causal masks, soft-capping and grouped queries, but no weights: `key_channels` carry
+them.
 """
 
 import math
@@ -14,91 +15,105 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.typing import ArrayLike
 
 from continuous_lm.attention import key_channels
-from continuous_lm.attention.blocked import in_one_batch
+from continuous_lm.attention.blocked import flatten_batch
 from continuous_lm.attention.visibility import WindowTimes
 
 LANES = 128  # channels and lengths come in multiples of it
-BLOCK = 512  # tokens in a block, at most
+MAX_BLOCK_SIZE = 512  # tokens in a block, at most
 
 
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    weights: jax.Array,
+    key_weights: jax.Array,
     *,
     scale: float,
     softcap: float | None = None,
     window: None = None,
-    clock: WindowTimes | None = None,
-    first: int = 0,
+    window_times: WindowTimes | None = None,
+    query_offset: int = 0,
 ) -> jax.Array:
-    """What `dense.attend` gives, from such arguments as `refusal` lets through."""
-    del window, clock
-    (num_queries, *heads, width), num_keys = q.shape[-4:], k.shape[-3]
-    batch, (q, k, v, weights) = in_one_batch(q, k, v, weights)
-    q = (scale * q).astype(q.dtype).reshape(len(q), num_queries, -1, width)
+    """What `dense.attend` gives, from such arguments as `why_unsupported` lets through."""
+    del window, window_times
+    (num_queries, *head_counts, head_width), num_keys = q.shape[-4:], k.shape[-3]
+    batch_shape, (q, k, v, key_weights) = flatten_batch(q, k, v, key_weights)
+    q = (scale * q).astype(q.dtype).reshape(len(q), num_queries, -1, head_width)
     if softcap is None:
-        wide = key_channels.room(width, key_channels.PARTS, LANES)
-        q, k = key_channels.in_keys(q, k, weights, scale=1.0, width=wide)
+        padded_width = key_channels.round_up(head_width, key_channels.NUM_WEIGHT_CHANNELS, LANES)
+        q, k = key_channels.append_log_weights(
+            q, k, key_weights, scale=1.0, padded_width=padded_width
+        )
     else:
-        v = key_channels.in_values(v, weights, width=key_channels.room(width, 1, LANES))
-    kernel = _kernel(q.shape[2], _tiles(num_queries), _tiles(num_keys), first, softcap)
-    y = jax.vmap(kernel)(*map(_tiled, (q, k, v)))
+        v = key_channels.scale_and_append_weights(
+            v, key_weights, padded_width=key_channels.round_up(head_width, 1, LANES)
+        )
+    kernel = _make_kernel(
+        q.shape[2],
+        _round_up_to_lanes(num_queries),
+        _round_up_to_lanes(num_keys),
+        query_offset,
+        softcap,
+    )
+    y = jax.vmap(kernel)(*map(_to_kernel_layout, (q, k, v)))
     y = jnp.moveaxis(y, 1, 2)[:, :num_queries]
-    y = y[..., :width] if softcap is None else key_channels.divided(y, width)
-    y = y.reshape(*batch, num_queries, *heads, width)
-    return key_channels.where_any(weights.reshape(*batch, num_keys), y, first)
+    y = y[..., :head_width] if softcap is None else key_channels.divide_by_weight_sum(y, head_width)
+    y = y.reshape(*batch_shape, num_queries, *head_counts, head_width)
+    return key_channels.zero_rows_without_weight(
+        key_weights.reshape(*batch_shape, num_keys), y, query_offset
+    )
 
 
-def refusal(
+def why_unsupported(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    weights: jax.Array,
+    key_weights: jax.Array,
     *,
     scale: ArrayLike,
     softcap: ArrayLike | None,
     window: ArrayLike | None,
-    clock: WindowTimes | None,
-    first: ArrayLike,
+    window_times: WindowTimes | None,
+    query_offset: ArrayLike,
 ) -> str | None:
     """Why the kernel does not take arguments of `dense.attend`, if it does not."""
-    del k, v, weights, clock
+    del k, v, key_weights, window_times
     if window is not None:
         return "splash attention's windows count tokens, not time"
     if q.dtype.itemsize > 4:
         return f"q is {q.dtype}; splash attention sums in float32"
-    for name, value in {"scale": scale, "softcap": softcap, "first": first}.items():
+    for name, value in {"scale": scale, "softcap": softcap, "query_offset": query_offset}.items():
         if isinstance(value, jax.Array):
             return f"{name} is an array; splash attention needs a number"
     return None
 
 
-def _tiles(length: int) -> int:
+def _round_up_to_lanes(length: int) -> int:
     """The least multiple of `LANES` that holds `length`."""
-    return key_channels.room(length, 0, LANES)
+    return key_channels.round_up(length, 0, LANES)
 
 
-def _tiled(x: jax.Array) -> jax.Array:
+def _to_kernel_layout(x: jax.Array) -> jax.Array:
     """x [B, T, N, H] as [B, N, T, H], T and H filled up to whole tiles."""
-    pad = [(0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, -x.shape[3] % LANES)]
-    return jnp.moveaxis(jnp.pad(x, pad), 1, 2)
+    padding = [(0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, -x.shape[3] % LANES)]
+    return jnp.moveaxis(jnp.pad(x, padding), 1, 2)
 
 
-def _kernel(num_heads: int, num_queries: int, num_keys: int, first: int, softcap: float | None):
+def _make_kernel(
+    num_heads: int, num_queries: int, num_keys: int, query_offset: int, softcap: float | None
+):
     """The causal kernel: q [N, T, H], scaled, k [K, S, H] and v [K, S, H] to y [N, T, H]."""
-    queries, keys = (math.gcd(n, BLOCK) for n in (num_queries, num_keys))
-    causal = splash_attention_mask.CausalMask((num_queries, num_keys), offset=first)
+    query_block, key_block = (math.gcd(n, MAX_BLOCK_SIZE) for n in (num_queries, num_keys))
+    causal_mask = splash_attention_mask.CausalMask((num_queries, num_keys), offset=query_offset)
     return splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([causal] * num_heads),
+        splash_attention_mask.MultiHeadMask([causal_mask] * num_heads),
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=queries,
-            block_kv=keys,
-            block_q_dkv=queries,
-            block_kv_dkv=keys,
-            block_q_dq=queries,
-            block_kv_dq=keys,
+            block_q=query_block,
+            block_kv=key_block,
+            block_q_dkv=query_block,
+            block_kv_dkv=key_block,
+            block_q_dq=query_block,
+            block_kv_dq=key_block,
         ),
         attn_logits_soft_cap=softcap,
         head_shards=1,

@@ -19,62 +19,70 @@ class WindowTimes(NamedTuple):
     """
 
     ticks: jax.Array  # int [..., T]
-    rest: jax.Array  # [..., T]
-    tick: jax.Array  # [..., 1], a power of two
+    remainders: jax.Array  # [..., T]
+    tick_size: jax.Array  # [..., 1], a power of two
 
 
-def window_times(durations: jax.Array) -> WindowTimes:
-    """The end times of tokens [..., T] of any durations, negative ones too, as a `Clock`.
+def exact_end_times(durations: jax.Array) -> WindowTimes:
+    """The end times of tokens [..., T] of any durations, negative ones too, as `WindowTimes`.
 
     A tick is no smaller than the least normal number, so that float32 durations below about 1e-31
     lose digits.
     """
     durations = as_float(durations)
-    bits, integer = (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
+    bits, integer_dtype = (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
     # A power of two so large that no sum of ticks overflows, and so small that it is a number.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(durations), axis=-1, keepdims=True))
     exponent = exponent + (durations.shape[-1] - 1).bit_length()
     exponent = jnp.maximum(exponent, jnp.finfo(durations.dtype).minexp + bits)
-    tick = jnp.ldexp(jnp.ones_like(exponent, durations.dtype), exponent - bits)
-    whole = jnp.round(durations / tick)  # exact: the tick is a power of two
-    rest = durations - whole * tick
-    return WindowTimes(jnp.cumsum(whole.astype(integer), axis=-1), jnp.cumsum(rest, axis=-1), tick)
+    tick_size = jnp.ldexp(jnp.ones_like(exponent, durations.dtype), exponent - bits)
+    tick_counts = jnp.round(durations / tick_size)  # exact: the tick is a power of two
+    remainders = durations - tick_counts * tick_size
+    return WindowTimes(
+        jnp.cumsum(tick_counts.astype(integer_dtype), axis=-1),
+        jnp.cumsum(remainders, axis=-1),
+        tick_size,
+    )
 
 
-def elapsed(clock: WindowTimes, later: jax.Array, earlier: jax.Array) -> jax.Array:
-    """Time [..., Q, E] from the ends of tokens `earlier` (int [E]) to ends of `later` (int [Q])."""
-    ticks = clock.ticks[..., later, None] - clock.ticks[..., None, earlier]
-    rest = clock.rest[..., later, None] - clock.rest[..., None, earlier]
-    return ticks.astype(rest.dtype) * clock.tick[..., None] + rest
+def elapsed_times(window_times: WindowTimes, later: jax.Array, earlier: jax.Array) -> jax.Array:
+    """Time [..., T, S] from the ends of tokens `earlier` (int [S]) to ends of `later` (int [T])."""
+    ticks = window_times.ticks[..., later, None] - window_times.ticks[..., None, earlier]
+    remainders = (
+        window_times.remainders[..., later, None] - window_times.remainders[..., None, earlier]
+    )
+    return ticks.astype(remainders.dtype) * window_times.tick_size[..., None] + remainders
 
 
-def visible(
-    queries: jax.Array | np.ndarray,
-    keys: jax.Array | np.ndarray,
-    clock: WindowTimes | None = None,
+def visibility_mask(
+    query_indices: jax.Array | np.ndarray,
+    key_indices: jax.Array | np.ndarray,
+    window_times: WindowTimes | None = None,
     window: ArrayLike | None = None,
 ) -> jax.Array:
     """Whether each query sees each key.
 
     Args:
-      queries: indices of their own keys, int [T].
-      keys: indices, int [S].
-      clock: end times of all keys, for the window.
+      query_indices: indices of their own keys, int [T].
+      key_indices: indices, int [S].
+      window_times: end times of all keys, for the window.
       window: a key is visible while the time since its end is below this, in tokens.
 
     Returns:
       bool [T, S], or [..., T, S] with a window.
     """
-    queries, keys = jnp.asarray(queries), jnp.asarray(keys)
-    causal = keys <= queries[:, None]
-    if window is None or clock is None:
-        return causal
-    return causal & (elapsed(clock, queries, keys) < reach(clock, window))
+    query_indices, key_indices = jnp.asarray(query_indices), jnp.asarray(key_indices)
+    is_causal = key_indices <= query_indices[:, None]
+    if window is None or window_times is None:
+        return is_causal
+    return is_causal & (
+        elapsed_times(window_times, query_indices, key_indices) < window_limit(window_times, window)
+    )
 
 
-def reach(clock: WindowTimes, window: ArrayLike) -> jax.Array:
+def window_limit(window_times: WindowTimes, window: ArrayLike) -> jax.Array:
     """The time below which a key is visible.
 
     A few ulp inside the edge, so that a distance that should equal the window never falls inside.
     """
-    return jnp.asarray(window * (1.0 - 4.0 * jnp.finfo(clock.rest.dtype).eps))
+    return jnp.asarray(window * (1.0 - 4.0 * jnp.finfo(window_times.remainders.dtype).eps))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from continuous_lm.errors import InputError
 
 
-def as_path(folder: str | os.PathLike) -> pathlib.Path:
+def absolute_path(folder: str | os.PathLike) -> pathlib.Path:
     """The absolute path.
 
     Raises:
@@ -28,7 +28,7 @@ def as_path(folder: str | os.PathLike) -> pathlib.Path:
     raise InputError(f"{folder!r:.200} is not a path that a folder can have")
 
 
-def check_regular(path: pathlib.Path) -> None:
+def check_regular_file(path: pathlib.Path) -> None:
     """Refuses to open a pipe or a device, which would be waited for without an end."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -36,55 +36,57 @@ def check_regular(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(
-    folder: str | os.PathLike, replaces: re.Pattern[str] | None = None
+def write_atomically(
+    folder: str | os.PathLike, stale_pattern: re.Pattern[str] | None = None
 ) -> Iterator[pathlib.Path]:
     """A new folder to write into, whose files reach `folder` only when all of them are written.
 
     A `folder` that is not there yet appears in one rename. In one that is, files of the same names
-    are replaced by one rename each, and then those whose whole name `replaces` matches and that are
-    not among the new ones are removed. On an exception nothing has changed.
+    are replaced by one rename each, and then those whose whole name `stale_pattern` matches and
+    that are not among the new ones are removed. On an exception nothing has changed.
 
     Raises:
       InputError: if the folder cannot be made or written.
     """
-    folder = as_path(folder)
-    aside = None
+    folder = absolute_path(folder)
+    staging_folder = None
     try:
-        existing = _existing(folder)
-        aside = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=existing))
-        aside.chmod(0o777 & ~_umask())
-        yield aside
-        for path in aside.iterdir():  # some writers keep their files to themselves
+        existing_folder = _nearest_existing(folder)
+        staging_folder = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=existing_folder))
+        staging_folder.chmod(0o777 & ~_umask())
+        yield staging_folder
+        for path in staging_folder.iterdir():  # some writers keep their files to themselves
             path.chmod(0o666 & ~_umask())
         if folder.exists():
-            written = sorted(path.name for path in aside.iterdir())
-            stale = [
+            new_names = sorted(path.name for path in staging_folder.iterdir())
+            stale_names = [
                 path.name
                 for path in sorted(folder.iterdir())
-                if replaces and replaces.fullmatch(path.name) and path.name not in written
+                if stale_pattern
+                and stale_pattern.fullmatch(path.name)
+                and path.name not in new_names
             ]
-            for name in (*written, *stale):
+            for name in (*new_names, *stale_names):
                 if (folder / name).is_dir():
                     raise IsADirectoryError(errno.EISDIR, f"{name} is a folder there")
-            for name in written:
-                os.replace(aside / name, folder / name)
-            for name in stale:
+            for name in new_names:
+                os.replace(staging_folder / name, folder / name)
+            for name in stale_names:
                 (folder / name).unlink(missing_ok=True)
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(aside, folder)
+            os.rename(staging_folder, folder)
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror or error}; choose another folder"
         ) from error
     finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
+        if staging_folder is not None:
+            shutil.rmtree(staging_folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def replaced_whole(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replace_atomically(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A new folder to write into, which takes the place of `folder`, sub-folders and all.
 
     What was there goes. Of several processes that do this at once, one wins. On an exception
@@ -93,19 +95,19 @@ def replaced_whole(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
       InputError: if the folder cannot be made or written.
     """
-    folder = as_path(folder)
+    folder = absolute_path(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=".writing-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as beside:
-            new = pathlib.Path(beside, "new")
-            new.mkdir()
-            yield new
+        ) as staging_folder:
+            new_folder = pathlib.Path(staging_folder, "new")
+            new_folder.mkdir()
+            yield new_folder
             with contextlib.suppress(FileNotFoundError):  # never there, or another was faster
-                os.rename(folder, pathlib.Path(beside, "old"))
+                os.rename(folder, pathlib.Path(staging_folder, "old"))
             try:
-                os.rename(new, folder)
+                os.rename(new_folder, folder)
             except OSError:
                 if not folder.is_dir():  # another was faster
                     raise
@@ -117,9 +119,9 @@ def replaced_whole(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 def check_writable(folder: str | os.PathLike) -> None:
     """Refuses a folder that could not be written, before any work is done for it."""
-    folder = as_path(folder)
+    folder = absolute_path(folder)
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
+        with tempfile.TemporaryFile(dir=_nearest_existing(folder)):
             pass
     except OSError as error:
         raise InputError(
@@ -127,7 +129,7 @@ def check_writable(folder: str | os.PathLike) -> None:
         ) from error
 
 
-def _existing(folder: pathlib.Path) -> pathlib.Path:
+def _nearest_existing(folder: pathlib.Path) -> pathlib.Path:
     """The folder, or the nearest above it that is there (a link that leads nowhere is there)."""
     for path in (folder, *folder.parents):
         try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from continuous_lm.errors import InputError
-from continuous_lm.io.atomic_files import check_regular
+from continuous_lm.io.atomic_files import check_regular_file
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -16,13 +16,15 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       InputError: if the file is missing or does not hold one JSON object of finite numbers.
     """
 
-    def refuse(constant):
+    def refuse_constant(constant):
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        check_regular(path)
+        check_regular_file(path)
         with open(path, encoding="utf-8") as file:
-            values = json.load(file, parse_constant=refuse, object_pairs_hook=named_once)
+            values = json.load(
+                file, parse_constant=refuse_constant, object_pairs_hook=reject_duplicate_names
+            )
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except OSError as error:
@@ -34,13 +36,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicate_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The object of a JSON text, in which no name may stand twice (readers differ about which)."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        left = dict.fromkeys(values, 1)
-        twice = next(name for name, _ in pairs if left.pop(name, None) is None)
-        raise ValueError(f"{twice!r:.60} stands there twice")
+        remaining = dict.fromkeys(values, 1)
+        duplicate = next(name for name, _ in pairs if remaining.pop(name, None) is None)
+        raise ValueError(f"{duplicate!r:.60} stands there twice")
     return values
 
 

@@ -17,16 +17,16 @@ import numpy as np
 import safetensors
 
 from continuous_lm.errors import InputError
-from continuous_lm.io.atomic_files import check_regular
-from continuous_lm.io.json_files import named_once, read_json, write_json
+from continuous_lm.io.atomic_files import check_regular_file
+from continuous_lm.io.json_files import read_json, reject_duplicate_names, write_json
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-FILES = re.compile(
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CHECKPOINT_FILES = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 )  # all that is written here
-SHARD_SIZE = 5_000_000_000
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_SHARD_BYTES = 5_000_000_000
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -49,16 +49,19 @@ class Tensors:
 
     def add(self, path: pathlib.Path) -> set[str]:
         """Adds the tensors of a file; returns their names."""
-        header, data = _map(path)
+        header, data = _map_file(path)
         for name, entry in header.items():
             if name in self._paths:
                 raise InputError(f"tensor {name} is both in {self._paths[name]} and in {path}")
             self._tensors[name], self._paths[name] = (entry, data), path
         return set(header)
 
-    def alias(self, name: str, other: str) -> None:
+    def alias(self, name: str, existing_name: str) -> None:
         """Makes a tensor known by a second name."""
-        self._tensors[name], self._paths[name] = self._tensors[other], self._paths[other]
+        self._tensors[name], self._paths[name] = (
+            self._tensors[existing_name],
+            self._paths[existing_name],
+        )
 
     @property
     def names(self) -> set[str]:
@@ -90,48 +93,48 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
       InputError: if weights are missing, in a pickle, torn, given twice, or not in this folder.
     """
     shards: dict[str, set[str]]
-    if (folder / WEIGHTS).exists():
-        shards = {WEIGHTS: set()}
-    elif (folder / INDEX).exists():
-        shards = _shards_of_index(folder)
+    if (folder / WEIGHTS_FILE).exists():
+        shards = {WEIGHTS_FILE: set()}
+    elif (folder / INDEX_FILE).exists():
+        shards = _read_index(folder)
     else:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
         if pickles:
             raise InputError(
                 f"{folder / pickles[0]} is a pickle, which can run code when it is opened;"
                 " convert the checkpoint to safetensors"
             )
-        raise InputError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+        raise InputError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
     tensors = Tensors()
     for shard, expected in shards.items():
         for name in sorted(expected - tensors.add(folder / shard)):
             raise InputError(
-                f"{folder / INDEX} says that tensor {name} is in {shard}, but it is not there"
+                f"{folder / INDEX_FILE} says that tensor {name} is in {shard}, but it is not there"
             )
     return tensors
 
 
-def _shards_of_index(folder: pathlib.Path) -> dict[str, set[str]]:
+def _read_index(folder: pathlib.Path) -> dict[str, set[str]]:
     """File name -> the tensors that it should hold."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX} has no weight_map from tensor names to files")
+        raise InputError(f"{folder / INDEX_FILE} has no weight_map from tensor names to files")
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]+", file) is None:
             raise InputError(
-                f"{folder / INDEX} puts tensor {name} into {file!r}, not a file of this folder"
+                f"{folder / INDEX_FILE} puts tensor {name} into {file!r}, not a file of this folder"
             )
         shards.setdefault(file, set()).add(name)
     return shards
 
 
-def _map(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
+def _map_file(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
     """The header of a safetensors file and its data, or an error that says what it is instead."""
     try:
-        check_regular(path)
+        check_regular_file(path)
         with open(path, "rb") as file:
-            start = file.read(4)
+            first_bytes = file.read(4)
     except FileNotFoundError:
         raise InputError(f"{path} is missing, although the index names it") from None
     except OSError as error:
@@ -139,16 +142,16 @@ def _map(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
     except ValueError:
         raise InputError(f"{str(path)!a} is not a name that a file can have") from None
     try:
-        if path.suffix in _PICKLES:
+        if path.suffix in _PICKLE_SUFFIXES:
             raise safetensors.SafetensorError
         with safetensors.safe_open(path, framework="numpy"):  # checks the header against the file
             pass
     except (safetensors.SafetensorError, OSError) as error:
         # Not sooner: the length of a safetensors header may look like the start of a pickle.
         if (
-            path.suffix in _PICKLES
-            or start == b"PK\x03\x04"
-            or re.match(rb"\x80[\x02-\x05]", start)
+            path.suffix in _PICKLE_SUFFIXES
+            or first_bytes == b"PK\x03\x04"
+            or re.match(rb"\x80[\x02-\x05]", first_bytes)
         ):
             raise InputError(
                 f"{path} is a pickle, which can run code when it is opened;"
@@ -157,22 +160,24 @@ def _map(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
         raise InputError(
             f"{path} is not a whole safetensors file ({error}); copy or convert it again"
         ) from None
-    mapped = np.asarray(np.memmap(path, np.uint8, "r"))
-    (length,) = struct.unpack("<Q", mapped[:8].tobytes())
+    file_bytes = np.asarray(np.memmap(path, np.uint8, "r"))
+    (header_length,) = struct.unpack("<Q", file_bytes[:8].tobytes())
     try:
-        header = json.loads(mapped[8 : 8 + length].tobytes(), object_pairs_hook=named_once)
+        header = json.loads(
+            file_bytes[8 : 8 + header_length].tobytes(), object_pairs_hook=reject_duplicate_names
+        )
     except ValueError as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from None
     header.pop("__metadata__", None)
-    return header, mapped[8 + length :]
+    return header, file_bytes[8 + header_length :]
 
 
 def save_tensors(
     folder: pathlib.Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    tensor: Callable[[str], np.ndarray],
-    shard_size: int = SHARD_SIZE,
+    get_tensor: Callable[[str], np.ndarray],
+    shard_size: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes model.safetensors, or shards and their index if it would be too large.
 
@@ -180,8 +185,8 @@ def save_tensors(
       folder: to write into.
       shapes: of all tensors, by their names.
       dtype: of all tensors.
-      tensor: name -> values; called once for each name, when it is to be written, so that only one
-        tensor has to be in memory.
+      get_tensor: name -> values; called once for each name, when it is to be written, so that only
+        one tensor has to be in memory.
       shard_size: the most bytes of tensors in one file; a larger tensor has a file for itself.
     """
     if type(shard_size) is not int or shard_size < 1:
@@ -194,37 +199,37 @@ def save_tensors(
         if shards[-1] and sum(sizes[n] for n in shards[-1]) + sizes[name] > shard_size:
             shards.append([])
         shards[-1].append(name)
-    where: dict[str, str] = {}
+    file_of_tensor: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS
-        save_file(folder / file, {name: shapes[name] for name in names}, dtype, tensor)
-        where |= dict.fromkeys(names, file)
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS_FILE
+        save_file(folder / file, {name: shapes[name] for name in names}, dtype, get_tensor)
+        file_of_tensor |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
-        write_json(folder / INDEX, {"metadata": metadata, "weight_map": where})
+        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": file_of_tensor})
 
 
 def save_file(
     path: pathlib.Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
-    tensor: Callable[[str], np.ndarray],
+    get_tensor: Callable[[str], np.ndarray],
 ) -> None:
     """Writes one safetensors file: the header's length, the header, one tensor after the other.
 
     Arguments as of `save_tensors`.
     """
-    kind = next(name for name, known in _DTYPES.items() if known == dtype)
+    dtype_name = next(name for name, candidate in _DTYPES.items() if candidate == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses others
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+        header[name] = {"dtype": dtype_name, "shape": shape, "data_offsets": [begin, end]}
+    header_bytes = json.dumps(header).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)  # so that the tensors are aligned
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(struct.pack("<Q", len(header_bytes)) + header_bytes)
         for name, shape in shapes.items():
-            values = np.asarray(tensor(name), dtype, order="C")
+            values = np.asarray(get_tensor(name), dtype, order="C")
             assert values.shape == shape, (name, values.shape, shape)
             file.write(values.reshape(-1).view(np.uint8).data)

@@ -1,4 +1,11 @@
-"""Meshes of devices with the axes data and model."""
+"""Meshes of devices with the axes "data" and "model".
+
+    mesh = make_mesh("data=2,model=4")
+    lm = clm.load(folder, mesh=mesh)            # parameters lie on it, and so what is made of them
+
+Where parameters and activations lie is said by the letters of their axes: see
+`axes.SHARDING_RULES`.
+"""
 
 import functools
 import math
@@ -26,20 +33,23 @@ def make_mesh(description: str | None = None) -> Mesh:
     Raises:
       InputError: if it is no such text, or the devices are not as many.
     """
-    available = jax.device_count()
-    sizes = {"data": available} if description is None else _parse_mesh(description)
+    num_available = jax.device_count()
+    sizes = {"data": num_available} if description is None else _parse_mesh(description)
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    wanted = math.prod(shape)
-    if wanted > available or (wanted < available and jax.process_count() > 1):
+    num_needed = math.prod(shape)
+    if num_needed > num_available or (num_needed < num_available and jax.process_count() > 1):
         raise InputError(
-            f"a mesh of {description} takes {wanted} devices, and there are {available}; on a CPU,"
-            f" XLA_FLAGS=--xla_force_host_platform_device_count={wanted} gives so many"
+            f"a mesh of {description} takes {num_needed} devices, and there are"
+            f" {num_available}; on a CPU,"
+            f" XLA_FLAGS=--xla_force_host_platform_device_count={num_needed} gives so many"
         )
-    kinds = (AxisType.Auto,) * len(MESH_AXES)  # the compiler spreads the computation
-    made = jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=jax.devices()[:wanted])
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)  # the compiler spreads the computation
+    device_mesh = jax.make_mesh(
+        shape, MESH_AXES, axis_types=axis_types, devices=jax.devices()[:num_needed]
+    )
     if jax.process_count() > 1:
-        _warm_up_collectives(made)
-    return made
+        _warm_up_collectives(device_mesh)
+    return device_mesh
 
 
 @functools.lru_cache
@@ -49,12 +59,14 @@ def _warm_up_collectives(mesh: Mesh) -> None:
     On CPUs (gloo) the first time must be within 30 seconds of each other, which it would not be
     after a compilation that takes longer in one process than in another.
     """
-    where = PartitionSpec(MESH_AXES)
-    ones = axes_lib.placed(mesh, np.ones(mesh.size, np.float32), "-")
+    spec = PartitionSpec(MESH_AXES)
+    ones = axes_lib.place(mesh, np.ones(mesh.size, np.float32), "-")
     for axes in (*MESH_AXES, MESH_AXES):
-        meet = functools.partial(jax.lax.psum, axis_name=axes)
-        total = jax.shard_map(meet, mesh=mesh, in_specs=where, out_specs=where, check_vma=False)
-        jax.block_until_ready(jax.jit(total)(ones))
+        sum_over_axes = functools.partial(jax.lax.psum, axis_name=axes)
+        sharded_sum = jax.shard_map(
+            sum_over_axes, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        jax.block_until_ready(jax.jit(sharded_sum)(ones))
 
 
 def _parse_mesh(description: str) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Data parallel by `jax.pmap`, for code that is built on it.
 
-JAX only maintains pmap: `jax.jit` of arrays that lie on a mesh (see `devices.mesh`) does the same
-and more, over many hosts too, and is what the rest of the package is made for.
+JAX only maintains pmap: `jax.jit` of arrays that lie on a mesh (see `parallel.mesh.make_mesh`) does
+the same and more, over many hosts too, and is what the rest of the package is made for.
 """
 
 import math
@@ -25,14 +25,16 @@ def pmap_rows(
     Returns:
       a function of the same arguments; of P rows each device gets P / devices, the last filled up.
     """
-    mapped = jax.pmap(function, in_axes=(None, 0), devices=devices)
-    count = jax.local_device_count() if devices is None else len(devices)
+    pmapped = jax.pmap(function, in_axes=(None, 0), devices=devices)
+    num_devices = jax.local_device_count() if devices is None else len(devices)
 
-    def spread(shared: Any, rows: Any) -> Any:
+    def run_rows(shared: Any, rows: Any) -> Any:
         num_rows = jax.tree.leaves(rows)[0].shape[0]
-        size = math.ceil(num_rows / count)
-        index = np.minimum(np.arange(count * size), num_rows - 1).reshape(count, size)
-        found = mapped(shared, jax.tree.map(lambda leaf: np.asarray(leaf)[index], rows))
-        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num_rows], found)
+        rows_per_device = math.ceil(num_rows / num_devices)
+        row_indices = np.minimum(np.arange(num_devices * rows_per_device), num_rows - 1).reshape(
+            num_devices, rows_per_device
+        )
+        outputs = pmapped(shared, jax.tree.map(lambda leaf: np.asarray(leaf)[row_indices], rows))
+        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num_rows], outputs)
 
-    return spread
+    return run_rows

@@ -13,70 +13,75 @@ from typing import NoReturn
 
 from continuous_lm.errors import InputError
 
-_ALIVE, _FAREWELL = b".", b"!"
+_HEARTBEAT, _GOODBYE = b".", b"!"
 
 
 class Watchdog:
     """Keeps process 0 and each of the others informed that they live."""
 
-    def __init__(self, number: int, count: int, silent_for: float):
-        self.number, self.count, self.silent_for = number, count, silent_for
+    def __init__(self, process_index: int, num_processes: int, heartbeat_timeout: float):
+        self.process_index, self.num_processes, self.heartbeat_timeout = (
+            process_index,
+            num_processes,
+            heartbeat_timeout,
+        )
         self.peers: dict[int, socket.socket] = {}
 
-    def meet(self, host: str, port: int, within: float) -> None:
+    def connect_all(self, host: str, port: int, timeout: float) -> None:
         """Process 0 waits for the others there; each of them calls."""
-        until = time.monotonic() + within
-        if self.number:
-            self.peers[0] = peer = self._call(host, port, until)
-            peer.settimeout(within)
+        deadline = time.monotonic() + timeout
+        if self.process_index:
+            self.peers[0] = peer = self._connect(host, port, deadline)
+            peer.settimeout(timeout)
             if not peer.recv(1):
                 raise InputError("process 0 has ended: not all processes have come")
         else:
-            self._receive(host, port, until)
-            self._say(_ALIVE)
+            self._accept(host, port, deadline)
+            self._send(_HEARTBEAT)
         for peer in self.peers.values():
             peer.settimeout(None)
 
-    def _call(self, host: str, port: int, until: float) -> socket.socket:
+    def _connect(self, host: str, port: int, deadline: float) -> socket.socket:
         """To process 0, which may not be there yet."""
         while True:
             try:
-                peer = socket.create_connection((host, port), timeout=until - time.monotonic())
-                peer.sendall(self.number.to_bytes(4))
+                peer = socket.create_connection((host, port), timeout=deadline - time.monotonic())
+                peer.sendall(self.process_index.to_bytes(4))
                 return peer
             except (OSError, ValueError) as error:
-                if time.monotonic() + 0.2 >= until:
+                if time.monotonic() + 0.2 >= deadline:
                     raise InputError(
                         f"process 0 does not answer at {host}, port {port} ({error}); is it"
                         " started, and are that port and the one before it open?"
                     ) from None
                 time.sleep(0.2)
 
-    def _receive(self, host: str, port: int, until: float) -> None:
+    def _accept(self, host: str, port: int, deadline: float) -> None:
         """From all others."""
-        inside = host in ("localhost", "127.0.0.1")
+        is_local = host in ("localhost", "127.0.0.1")
         try:
-            server = socket.create_server((host if inside else "", port))
+            server = socket.create_server((host if is_local else "", port))
         except OSError as error:
             raise InputError(f"port {port} cannot be opened: {error.strerror}") from None
         with server:
-            while len(self.peers) < self.count - 1:
+            while len(self.peers) < self.num_processes - 1:
                 try:
-                    server.settimeout(max(until - time.monotonic(), 0.001))
+                    server.settimeout(max(deadline - time.monotonic(), 0.001))
                     peer, _ = server.accept()
                     peer.settimeout(5.0)
-                    number = int.from_bytes(peer.recv(4))
+                    process_index = int.from_bytes(peer.recv(4))
                 except TimeoutError:
-                    if time.monotonic() < until:
+                    if time.monotonic() < deadline:
                         continue
-                    missing = sorted(set(range(1, self.count)) - set(self.peers))
+                    missing_processes = sorted(set(range(1, self.num_processes)) - set(self.peers))
                     raise InputError(
-                        f"of {self.count} processes these have not come: {missing}"
+                        f"of {self.num_processes} processes these have not come:"
+                        f" {missing_processes}"
                     ) from None
                 except OSError:
                     continue
-                if 0 < number < self.count and number not in self.peers:
-                    self.peers[number] = peer
+                if 0 < process_index < self.num_processes and process_index not in self.peers:
+                    self.peers[process_index] = peer
                 else:  # something else that was looking for an open port, or a number given twice
                     peer.close()
 
@@ -85,44 +90,47 @@ class Watchdog:
         if os.name == "posix":
             # An abort by JAX, which has seen the same, waits some seconds for this watch's line:
             # the handler is sleep, the number of the signal its seconds.
-            library = ctypes.CDLL(None)
-            library.signal(signal.SIGABRT, library.sleep)
-        atexit.register(self._leave)
-        for number, peer in self.peers.items():
-            peer.settimeout(self.silent_for)
-            threading.Thread(target=self._hear, args=(number, peer), daemon=True).start()
-        threading.Thread(target=self._speak, daemon=True).start()
+            libc = ctypes.CDLL(None)
+            libc.signal(signal.SIGABRT, libc.sleep)
+        atexit.register(self._finish)
+        for process_index, peer in self.peers.items():
+            peer.settimeout(self.heartbeat_timeout)
+            threading.Thread(target=self._listen, args=(process_index, peer), daemon=True).start()
+        threading.Thread(target=self._heartbeat, daemon=True).start()
 
-    def _speak(self) -> None:
+    def _heartbeat(self) -> None:
         while True:
-            self._say(_ALIVE)
-            time.sleep(self.silent_for / 5)
+            self._send(_HEARTBEAT)
+            time.sleep(self.heartbeat_timeout / 5)
 
-    def _say(self, what: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         for peer in self.peers.values():
             with contextlib.suppress(OSError):  # who hears nobody says so
-                peer.send(what)
+                peer.send(message)
 
-    def _hear(self, number: int, peer: socket.socket) -> None:
+    def _listen(self, process_index: int, peer: socket.socket) -> None:
         try:
-            while heard := peer.recv(64):
-                if _FAREWELL in heard:
+            while received := peer.recv(64):
+                if _GOODBYE in received:
                     return
-            self._tell(f"process {number} has ended early")
+            self._abort(f"process {process_index} has ended early")
         except TimeoutError:
-            self._tell(f"nothing was heard of process {number} for {self.silent_for:g} seconds")
+            self._abort(
+                f"nothing was heard of process {process_index} for {self.heartbeat_timeout:g}"
+                " seconds"
+            )
         except OSError:
-            self._tell(f"process {number} has ended early")
+            self._abort(f"process {process_index} has ended early")
 
-    def _tell(self, why: str) -> NoReturn:
-        again = "start all again with the same flags to go on"
-        told = f"error: {why}, so process {self.number} ends too; {again}"
-        print(f"\n{told}", file=sys.stderr, flush=True)  # not behind a progress bar
+    def _abort(self, reason: str) -> NoReturn:
+        advice = "start all again with the same flags to go on"
+        message = f"error: {reason}, so process {self.process_index} ends too; {advice}"
+        print(f"\n{message}", file=sys.stderr, flush=True)  # not behind a progress bar
         os._exit(1)
 
-    def _leave(self) -> None:
+    def _finish(self) -> None:
         """Well, or else at once: the others are not waited for, as JAX would."""
         if getattr(sys, "last_value", None) is not None:
             sys.stderr.flush()
             os._exit(1)
-        self._say(_FAREWELL)
+        self._send(_GOODBYE)

@@ -3,7 +3,7 @@
 import dataclasses
 
 # Category, then its words, singular/plural. The last two words are never counted in training.
-_NOUNS = """
+_NOUN_TABLE = """
 fruit/fruits apple/apples banana/bananas cherry/cherries lemon/lemons pear/pears plum/plums peach/peaches
 animal/animals cat/cats dog/dogs lion/lions elephant/elephants penguin/penguins cow/cows rabbit/rabbits
 flower/flowers rose/roses tulip/tulips daisy/daisies lily/lilies sunflower/sunflowers orchid/orchids poppy/poppies
@@ -13,22 +13,26 @@ vegetable/vegetables potato/potatoes carrot/carrots onion/onions pepper/peppers 
 """  # noqa: E501
 
 
-def _nouns() -> dict[str, dict[str, str]]:
+def _parse_nouns() -> dict[str, dict[str, str]]:
     """Category -> {singular: plural}; the category's own plural is the first entry."""
-    rows = [row.replace("/", " ").split() for row in _NOUNS.split("\n") if row]
+    rows = [row.replace("/", " ").split() for row in _NOUN_TABLE.split("\n") if row]
     return {row[0]: dict(zip(row[::2], row[1::2], strict=True)) for row in rows}
 
 
-_TABLE = _nouns()
+_FORMS_BY_CATEGORY = _parse_nouns()
 
 
-CATEGORIES = {category: forms[category] for category, forms in _TABLE.items()}  # fruit: fruits
+CATEGORIES = {
+    category: forms[category] for category, forms in _FORMS_BY_CATEGORY.items()
+}  # fruit: fruits
 
 
-WORDS = {category: tuple(forms)[1:] for category, forms in _TABLE.items()}  # fruit: (apple, ...)
+WORDS = {
+    category: tuple(forms)[1:] for category, forms in _FORMS_BY_CATEGORY.items()
+}  # fruit: (apple, ...)
 
 
-PLURALS = {word: plural for forms in _TABLE.values() for word, plural in forms.items()}
+PLURALS = {word: plural for forms in _FORMS_BY_CATEGORY.values() for word, plural in forms.items()}
 
 
 UNSEEN_WORDS = {category: words[-2:] for category, words in WORDS.items()}
@@ -46,17 +50,17 @@ UNSEEN_SEPARATORS = ("; ", " or ", " but ")
 _ADJECTIVES = ("big", "small", "good", "fresh", "red", "yellow", "sharp", "smooth", "clean", "raw")
 
 
-UNSEEN_FILLER = ("old", "new", "nice")
+UNSEEN_FILLER_WORDS = ("old", "new", "nice")
 
 
-ADJECTIVES = _ADJECTIVES + UNSEEN_FILLER
+ADJECTIVES = _ADJECTIVES + UNSEEN_FILLER_WORDS
 
 
-FILLER = (*_ADJECTIVES, "the", "a", "two", "also", "very", "near")
+FILLER_WORDS = (*_ADJECTIVES, "the", "a", "two", "also", "very", "near")
 
 
 # How the words of a counted sentence are joined: one separator throughout, or irregularly.
-STYLES = ("none", "comma", "and", "mixed", "filler", "both")
+SEPARATOR_STYLES = ("none", "comma", "and", "mixed", "filler", "both")
 
 
 PRONOUNS = {
@@ -75,7 +79,7 @@ PLACES = ("shop", "zoo", "beach", "park", "house", "garden", "market", "station"
 REPLY = "Reply with a single-digit number\nAnswer: "
 
 
-COUNTING = {
+COUNTING_TEMPLATES = {
     "times": 'Question: In the sentence "{span}", how many times is {a_category} mentioned? '
     "{between}" + REPLY,
     "listed": 'Question: How many {categories} are listed in the sentence "{span}"? '
@@ -90,14 +94,21 @@ class Scene:
     """A scene of repeated events: a template, and what each event in its `{span}` is made of."""
 
     template: str
-    event: str
+    event_template: str
     objects: tuple[str, ...]
     subjects: tuple[str, ...]
-    tails: tuple[str, ...] = ("",)  # endings that make events vary in length
+    endings: tuple[str, ...] = ("",)  # endings that make events vary in length
     separator: str = " "
 
 
-_TAILS = ("", "", " in the morning", " with a friend", " near the door", " at the end of the day")
+_EVENT_ENDINGS = (
+    "",
+    "",
+    " in the morning",
+    " with a friend",
+    " near the door",
+    " at the end of the day",
+)
 
 
 SCENES = {
@@ -108,7 +119,7 @@ SCENES = {
         ("a carton of milk", "an apple", "a potato", "a loaf of bread", "a knife", "a big cake",
          "a bottle of fresh juice", "a hammer", "an onion", "a small box of eggs"),
         PEOPLE,
-        _TAILS,
+        _EVENT_ENDINGS,
     ),
     "zoo": Scene(
         "Question: {name} went to the zoo. {span} {between}"
@@ -117,7 +128,7 @@ SCENES = {
         ("a lion", "an elephant", "a giraffe", "a penguin", "a dog", "a big bear",
          "a very small monkey", "a cat", "a very big tiger"),
         tuple(PRONOUNS),
-        _TAILS,
+        _EVENT_ENDINGS,
     ),
     "beach": Scene(
         "Question: {name} went to the beach. {span} {between}"
@@ -126,7 +137,7 @@ SCENES = {
         ("a seashell", "a starfish", "a smooth stone", "a piece of seaweed", "an apple",
          "a bottle", "a small box of eggs", "a very big crab", "a key"),
         tuple(PRONOUNS),
-        _TAILS,
+        _EVENT_ENDINGS,
     ),
     "tutorial": Scene(
         "Tutorial: How to {name}\n\n{span}\n\n{between}Question: How many steps are necessary to "
@@ -137,13 +148,13 @@ SCENES = {
          "Put the small bowl on the table", "Dry the knife", "Ask a friend"),
         ("clean the kitchen", "make a cake", "fix a bicycle", "wash a dog", "cook a potato",
          "grow a rose", "make a salad", "open a shop"),
-        _TAILS,
+        _EVENT_ENDINGS,
         "\n",
     ),
 }  # fmt: skip
 
 
-SUMS = (
+SUM_TEMPLATES = (
     "The sum of {a} and {b} is ",
     "Question: What is the sum of {a} and {b}?\nAnswer: ",
     "Question: {name} has {a} {nouns} and {b} {others}. How many things does {name} have in "
@@ -160,9 +171,9 @@ OPERATORS = {
 }
 
 
-BOOLEANS = tuple(
-    f"Question: What is the {asked}?\n{{a}} {{op}} {{b}}\nAnswer (0 or 1): "
-    for asked in (
+BOOLEAN_TEMPLATES = tuple(
+    f"Question: What is the {phrase}?\n{{a}} {{op}} {{b}}\nAnswer (0 or 1): "
+    for phrase in (
         "truth value of the following statement",
         "truth value of the following",
         "value of the following statement",
@@ -172,7 +183,7 @@ BOOLEANS = tuple(
 
 
 # What is true of which plurals (a category stands for all its words); of all others it is false.
-ATTRIBUTES = {
+ATTRIBUTE_QUESTIONS = {
     "Are {} fruits?": "fruits",
     "Are {} animals?": "animals",
     "Are {} flowers?": "flowers",
@@ -189,14 +200,14 @@ ATTRIBUTES = {
 }
 
 
-ATTRIBUTE_WORDINGS = (
+ATTRIBUTE_TEMPLATES = (
     "Question: {question} (yes/no)\nAnswer:",
     "{question} (yes/no)\nAnswer:",
 )
 
 
 # Sentences in front of a prompt, or between what is counted and the question.
-SENTENCES = (
+SENTENCE_TEMPLATES = (
     "{name} has the {adjective} {noun}.",
     "We bought two {nouns} at the {place}.",
     "There are {digit} {nouns} in the {place}.",

@@ -6,7 +6,7 @@ Everything that the model ever reads is made here from the tables below, by a se
     prompt = sample(rng)                        # a Prompt: text, answer, counted span, ...
     prompt = sample(rng, "sum", held_out=True)  # one that training never shows
 
-Tasks (`MIXTURE` says how often training asks each):
+Tasks (`TASK_WEIGHTS` says how often training asks each):
     counting   how many times a category is mentioned in a sentence of one repeated word
     events     how many things somebody bought, saw, found, or how many steps a tutorial takes
     sum        the sum of two one-digit numbers; every answer, 0 to 18, is one token
@@ -18,8 +18,8 @@ style of separators) for counting, (scene, subject, repetitions) for events, (fa
 rest. A stable hash splits them before training. A fact can't be inferred, so it is held out in one
 of its wordings at most: held-out accuracy of facts is about wordings, not about new facts.
 
-*Words for tests.* The last two words of each category, `UNSEEN_SEPARATORS` and `UNSEEN_FILLER` are
-in the language, but training never puts them inside a counted span.
+*Words for tests.* The last two words of each category, `UNSEEN_SEPARATORS` and
+`UNSEEN_FILLER_WORDS` are in the language, but training never puts them inside a counted span.
 
 Durations are no part of the language: training knows ordinary tokens alone.
 """
@@ -32,26 +32,26 @@ import numpy as np
 import tokenizers
 
 from continuous_lm.experiments.apples.language import (
-    _NOUNS,
+    _NOUN_TABLE,
     ADJECTIVES,
-    ATTRIBUTE_WORDINGS,
-    ATTRIBUTES,
-    BOOLEANS,
+    ATTRIBUTE_QUESTIONS,
+    ATTRIBUTE_TEMPLATES,
+    BOOLEAN_TEMPLATES,
     CATEGORIES,
     COUNTED_WORDS,
-    COUNTING,
-    FILLER,
+    COUNTING_TEMPLATES,
+    FILLER_WORDS,
     OPERATORS,
     PEOPLE,
     PLACES,
     PLURALS,
     PRONOUNS,
     SCENES,
-    SENTENCES,
+    SENTENCE_TEMPLATES,
+    SEPARATOR_STYLES,
     SEPARATORS,
-    STYLES,
-    SUMS,
-    UNSEEN_FILLER,
+    SUM_TEMPLATES,
+    UNSEEN_FILLER_WORDS,
     UNSEEN_SEPARATORS,
     WORDS,
 )
@@ -68,7 +68,7 @@ class Prompt:
     """A question of the small language.
 
     Attributes:
-        task: Its name, one of `MIXTURE`.
+        task: Its name, one of `TASK_WEIGHTS`.
         text: What the model reads. The answer is the next token.
         answer: The answer, one token.
         combination: What is asked, by which training and held-out prompts are split.
@@ -83,29 +83,29 @@ class Prompt:
     span: tuple[int, int] | None = None
 
     @property
-    def held_out(self) -> bool:
+    def is_held_out(self) -> bool:
         """Whether training never shows this prompt's combination."""
-        return held_out(self.task, self.combination)
+        return is_held_out(self.task, self.combination)
 
-    def after(self, text: str) -> "Prompt":
+    def with_leading_text(self, text: str) -> "Prompt":
         """The same prompt after other text."""
         span = self.span and (self.span[0] + len(text), self.span[1] + len(text))
         return dataclasses.replace(self, text=text + self.text, span=span)
 
 
-def held_out(task: str, combination: tuple) -> bool:
+def is_held_out(task: str, combination: tuple) -> bool:
     """Whether `combination` is kept from training: about one in ten, by a hash of its text.
 
     The last entry of a fact's combination is its wording's number. A fact is kept from training in
     one wording at most.
     """
     if task in ("counting", "events"):
-        return _hash(task, *combination) % 10 == 0
+        return _stable_hash(task, *combination) % 10 == 0
     *fact, wording = combination
-    return _hash(task, *fact) % 12 == wording
+    return _stable_hash(task, *fact) % 12 == wording
 
 
-def counting(
+def counting_prompt(
     category: str,
     word: str,
     gaps: list[str],
@@ -122,25 +122,27 @@ def counting(
         category: A category, such as "fruit".
         word: The repeated word.
         gaps: What stands between its occurrences, spaces included.
-        wording: A key of `COUNTING`; "times" and "listed" are the paper's.
+        wording: A key of `COUNTING_TEMPLATES`; "times" and "listed" are the paper's.
         lead: Text inside the quotes before the words, outside the counted span.
         end: Text inside the quotes after the words, outside the counted span.
         between: Sentences between the quotes and the question's end.
         style: The separators' name in the prompt's combination.
     """
-    span = "".join(word + gap for gap in gaps) + word
-    before, after = COUNTING[wording].split("{span}")
+    span = "".join(word + separator for separator in gaps) + word
+    prefix, suffix = COUNTING_TEMPLATES[wording].split("{span}")
     fields = dict(
         between=between and between + " ",
         a_category=f"{_article(category)} {category}",
         categories=CATEGORIES.get(category, category + "s"),
     )
-    before, after = before.format(**fields) + lead, end + after.format(**fields)
-    return _spanned("counting", before, span, after, len(gaps) + 1, (word, len(gaps) + 1, style))
+    prefix, suffix = prefix.format(**fields) + lead, end + suffix.format(**fields)
+    return _prompt_with_span(
+        "counting", prefix, span, suffix, len(gaps) + 1, (word, len(gaps) + 1, style)
+    )
 
 
-def events(
-    scene: str, subject: str, objects: list[str], tails: list[str] | None = None, *, between=""
+def events_prompt(
+    scene: str, subject: str, objects: list[str], endings: list[str] | None = None, *, between=""
 ) -> Prompt:
     """Asks how many events there were: one for each of `objects`, in `SCENES[scene]`.
 
@@ -148,162 +150,181 @@ def events(
         scene: A key of `SCENES`; shop, zoo and beach are the paper's.
         subject: Who (in a tutorial, its title).
         objects: What each event is about.
-        tails: Endings of the events; none by default.
+        endings: Endings of the events; none by default.
         between: Sentences between the events and the question.
     """
-    told = SCENES[scene]
-    they = PRONOUNS.get(subject, "")
-    span = told.separator.join(
-        told.event.format(they=they, object=thing, tail=tail)
-        for thing, tail in zip(objects, tails or [""] * len(objects), strict=True)
+    scene_spec = SCENES[scene]
+    pronoun = PRONOUNS.get(subject, "")
+    span = scene_spec.separator.join(
+        scene_spec.event_template.format(they=pronoun, object=event_object, tail=ending)
+        for event_object, ending in zip(objects, endings or [""] * len(objects), strict=True)
     )
-    before, after = told.template.split("{span}")
+    prefix, suffix = scene_spec.template.split("{span}")
     fields = dict(name=subject, between=between and between + " ")
     combination = (scene, subject, len(objects))
-    return _spanned(
-        "events", before.format(**fields), span, after.format(**fields), len(objects), combination
+    return _prompt_with_span(
+        "events", prefix.format(**fields), span, suffix.format(**fields), len(objects), combination
     )
 
 
-def total(
+def sum_prompt(
     a: int, b: int, wording: int = 0, *, name="Alice", nouns="apples", others="pears"
 ) -> Prompt:
     """Asks for a + b; wording 0 is the paper's."""
-    before, after = SUMS[wording].split("{a}")
+    prefix, suffix = SUM_TEMPLATES[wording].split("{a}")
     fields = dict(a=a, b=b, name=name, nouns=nouns, others=others)
-    return _spanned(
-        "sum", before.format(**fields), str(a), after.format(**fields), a + b, (a, b, wording)
+    return _prompt_with_span(
+        "sum", prefix.format(**fields), str(a), suffix.format(**fields), a + b, (a, b, wording)
     )
 
 
-def boolean(a: int, operator: str, b: int, wording: int = 0) -> Prompt:
+def boolean_prompt(a: int, operator: str, b: int, wording: int = 0) -> Prompt:
     """Asks for the truth value of `a operator b`; wording 0 is the paper's."""
-    text = BOOLEANS[wording].format(a=a, op=operator, b=b)
+    text = BOOLEAN_TEMPLATES[wording].format(a=a, op=operator, b=b)
     return Prompt("boolean", text, str(OPERATORS[operator](a, b)), (a, operator, b, wording))
 
 
-def attribute(question: str, plural: str, wording: int = 0) -> Prompt:
-    """Asks a yes/no question of `ATTRIBUTES` about a plural; wording 0 is the paper's."""
-    text = ATTRIBUTE_WORDINGS[wording].format(question=question.format(plural))
-    answer = "yes" if plural in true_of(question) else "no"
+def attribute_prompt(question: str, plural: str, wording: int = 0) -> Prompt:
+    """Asks a yes/no question of `ATTRIBUTE_QUESTIONS` about a plural; wording 0 is the paper's."""
+    text = ATTRIBUTE_TEMPLATES[wording].format(question=question.format(plural))
+    answer = "yes" if plural in true_plurals(question) else "no"
     return Prompt("attribute", text, answer, (question, plural, wording))
 
 
-def true_of(question: str) -> frozenset[str]:
-    """The plurals of which a question of `ATTRIBUTES` is true."""
-    plurals = {CATEGORIES[c]: [PLURALS[w] for w in words] for c, words in WORDS.items()}
-    return frozenset(p for name in ATTRIBUTES[question].split() for p in plurals.get(name, [name]))
+def true_plurals(question: str) -> frozenset[str]:
+    """The plurals of which a question of `ATTRIBUTE_QUESTIONS` is true."""
+    plurals = {
+        CATEGORIES[category]: [PLURALS[word] for word in words] for category, words in WORDS.items()
+    }
+    return frozenset(
+        plural
+        for name in ATTRIBUTE_QUESTIONS[question].split()
+        for plural in plurals.get(name, [name])
+    )
 
 
 # --- The sampler --------------------------------------------------------------------------------
 
 
-def sample(rng: np.random.Generator, task: str | None = None, held_out: bool = False) -> Prompt:
+def sample_prompt(
+    rng: np.random.Generator, task: str | None = None, held_out: bool = False
+) -> Prompt:
     """Draws a prompt.
 
     Args:
         rng: The source of chance; the same state gives the same prompt.
-        task: A task of `MIXTURE`; drawn from the mixture by default.
+        task: A task of `TASK_WEIGHTS`; drawn from the mixture by default.
         held_out: Whether to draw from the combinations that are kept from training (True) or from
             those that training shows (False).
     """
     if task is None:
-        task = _TASKS[np.searchsorted(_SHARES, rng.random(), side="right")]
+        task = _TASKS[np.searchsorted(_CUMULATIVE_SHARES, rng.random(), side="right")]
     while True:
         prompt = _SAMPLERS[task](rng)
-        if prompt.held_out == held_out:
-            return prompt.after("".join(sentence(rng) + " " for _ in range(_pick(rng, _FRONT))))
+        if prompt.is_held_out == held_out:
+            return prompt.with_leading_text(
+                "".join(
+                    sample_sentence(rng) + " " for _ in range(_choose(rng, _NUM_LEADING_SENTENCES))
+                )
+            )
 
 
-def sentence(rng: np.random.Generator) -> str:
+def sample_sentence(rng: np.random.Generator) -> str:
     """Draws a sentence of filler."""
-    nouns = [_pick(rng, WORDS[_pick(rng, _CATEGORIES)]) for _ in range(2)]
-    return _pick(rng, SENTENCES).format(
-        name=_pick(rng, PEOPLE),
-        friend=_pick(rng, PEOPLE),
-        adjective=_pick(rng, ADJECTIVES),
-        also=_pick(rng, ADJECTIVES),
-        join=_pick(rng, _JOINS),
-        place=_pick(rng, PLACES),
-        digit=_below(rng, 10),
+    nouns = [_choose(rng, WORDS[_choose(rng, _CATEGORIES)]) for _ in range(2)]
+    return _choose(rng, SENTENCE_TEMPLATES).format(
+        name=_choose(rng, PEOPLE),
+        friend=_choose(rng, PEOPLE),
+        adjective=_choose(rng, ADJECTIVES),
+        also=_choose(rng, ADJECTIVES),
+        join=_choose(rng, _SENTENCE_JOINS),
+        place=_choose(rng, PLACES),
+        digit=_random_below(rng, 10),
         noun=nouns[0],
         nouns=PLURALS[nouns[0]],
         others=PLURALS[nouns[1]],
     )
 
 
-def gaps(
-    rng: np.random.Generator, style: str, n: int, separators=SEPARATORS, filler=FILLER
+def sample_gaps(
+    rng: np.random.Generator, style: str, n: int, separators=SEPARATORS, filler=FILLER_WORDS
 ) -> list[str]:
     """Draws what stands between `n` words: n - 1 strings, spaces included.
 
     Args:
         rng: The source of chance.
-        style: One of `STYLES`: "none", "comma" and "and" are regular; "mixed" draws each separator;
+        style: One of `SEPARATOR_STYLES`: "none", "comma" and "and" are regular; "mixed" draws each
+          separator;
             "filler" draws 0 to 2 words of filler for each gap; "both" draws both.
         n: The number of words.
         separators: What "mixed" and "both" draw from.
         filler: What "filler" and "both" draw from.
     """
-    regular = {"none": " ", "comma": ", ", "and": " and "}
-    if style in regular:
-        return [regular[style]] * (n - 1)
-    drawn = []
+    regular_gaps = {"none": " ", "comma": ", ", "and": " and "}
+    if style in regular_gaps:
+        return [regular_gaps[style]] * (n - 1)
+    gap_strings = []
     for _ in range(n - 1):
-        gap = " " if style == "filler" else _pick(rng, separators)
-        words = () if style == "mixed" else (_pick(rng, filler) for _ in range(_below(rng, 3)))
-        drawn.append(gap + "".join(word + " " for word in words))
-    return drawn
+        gap = " " if style == "filler" else _choose(rng, separators)
+        words = (
+            () if style == "mixed" else (_choose(rng, filler) for _ in range(_random_below(rng, 3)))
+        )
+        gap_strings.append(gap + "".join(word + " " for word in words))
+    return gap_strings
 
 
 def _sample_counting(rng):
-    category = _pick(rng, _CATEGORIES)
-    style = "none" if rng.random() < 0.4 else _pick(rng, STYLES[1:])
-    n = 1 + _below(rng, 9)
-    wording = _pick(rng, tuple(COUNTING))
-    between = 1 + _below(rng, 2) if wording == "told" or rng.random() < 0.3 else 0
-    ragged = style in ("filler", "both")
-    return counting(
+    category = _choose(rng, _CATEGORIES)
+    style = "none" if rng.random() < 0.4 else _choose(rng, SEPARATOR_STYLES[1:])
+    num_words = 1 + _random_below(rng, 9)
+    wording = _choose(rng, tuple(COUNTING_TEMPLATES))
+    num_between = 1 + _random_below(rng, 2) if wording == "told" or rng.random() < 0.3 else 0
+    has_filler = style in ("filler", "both")
+    return counting_prompt(
         category,
-        _pick(rng, COUNTED_WORDS[category]),
-        gaps(rng, style, n),
+        _choose(rng, COUNTED_WORDS[category]),
+        sample_gaps(rng, style, num_words),
         wording=wording,
-        lead=_pick(rng, FILLER) + " " if ragged and rng.random() < 0.5 else "",
-        end=" " + _pick(rng, FILLER) if ragged and rng.random() < 0.3 else "",
-        between=" ".join(sentence(rng) for _ in range(between)),
+        lead=_choose(rng, FILLER_WORDS) + " " if has_filler and rng.random() < 0.5 else "",
+        end=" " + _choose(rng, FILLER_WORDS) if has_filler and rng.random() < 0.3 else "",
+        between=" ".join(sample_sentence(rng) for _ in range(num_between)),
         style=style,
     )
 
 
 def _sample_events(rng):
-    scene = _pick(rng, tuple(SCENES))
-    told, n = SCENES[scene], 1 + _below(rng, 9)
-    tails = told.tails if rng.random() < 0.6 else ("",)
-    return events(
+    scene = _choose(rng, tuple(SCENES))
+    scene_spec, num_events = SCENES[scene], 1 + _random_below(rng, 9)
+    endings = scene_spec.endings if rng.random() < 0.6 else ("",)
+    return events_prompt(
         scene,
-        _pick(rng, told.subjects),
-        [_pick(rng, told.objects) for _ in range(n)],
-        [_pick(rng, tails) for _ in range(n)],
-        between=" ".join(sentence(rng) for _ in range(_pick(rng, (0, 0, 1, 2)))),
+        _choose(rng, scene_spec.subjects),
+        [_choose(rng, scene_spec.objects) for _ in range(num_events)],
+        [_choose(rng, endings) for _ in range(num_events)],
+        between=" ".join(sample_sentence(rng) for _ in range(_choose(rng, (0, 0, 1, 2)))),
     )
 
 
 def _sample_sum(rng):
-    plurals = [PLURALS[_pick(rng, WORDS[_pick(rng, _CATEGORIES)])] for _ in range(2)]
-    a, b, wording = (_below(rng, k) for k in (10, 10, len(SUMS)))
-    return total(a, b, wording, name=_pick(rng, PEOPLE), nouns=plurals[0], others=plurals[1])
+    plurals = [PLURALS[_choose(rng, WORDS[_choose(rng, _CATEGORIES)])] for _ in range(2)]
+    a, b, wording = (
+        _random_below(rng, num_choices) for num_choices in (10, 10, len(SUM_TEMPLATES))
+    )
+    return sum_prompt(a, b, wording, name=_choose(rng, PEOPLE), nouns=plurals[0], others=plurals[1])
 
 
 def _sample_boolean(rng):
-    a, b, wording = (_below(rng, k) for k in (2, 2, len(BOOLEANS)))
-    return boolean(a, _pick(rng, tuple(OPERATORS)), b, wording)
+    a, b, wording = (
+        _random_below(rng, num_choices) for num_choices in (2, 2, len(BOOLEAN_TEMPLATES))
+    )
+    return boolean_prompt(a, _choose(rng, tuple(OPERATORS)), b, wording)
 
 
 def _sample_attribute(rng):
-    question = _pick(rng, tuple(ATTRIBUTES))
-    categories = _TELLING[question] if rng.random() < 0.6 else _CATEGORIES
-    word = _pick(rng, WORDS[_pick(rng, categories)])
-    return attribute(question, PLURALS[word], _below(rng, len(ATTRIBUTE_WORDINGS)))
+    question = _choose(rng, tuple(ATTRIBUTE_QUESTIONS))
+    categories = _TRUE_CATEGORIES[question] if rng.random() < 0.6 else _CATEGORIES
+    word = _choose(rng, WORDS[_choose(rng, categories)])
+    return attribute_prompt(question, PLURALS[word], _random_below(rng, len(ATTRIBUTE_TEMPLATES)))
 
 
 _SAMPLERS = {
@@ -313,35 +334,56 @@ _SAMPLERS = {
     "boolean": _sample_boolean,
     "attribute": _sample_attribute,
 }
-MIXTURE = {"counting": 34, "events": 18, "sum": 11, "boolean": 11, "attribute": 32}
-_TASKS = tuple(MIXTURE)
-_SHARES = np.cumsum([MIXTURE[task] for task in _TASKS]) / sum(MIXTURE.values())
+TASK_WEIGHTS = {"counting": 34, "events": 18, "sum": 11, "boolean": 11, "attribute": 32}
+_TASKS = tuple(TASK_WEIGHTS)
+_CUMULATIVE_SHARES = np.cumsum([TASK_WEIGHTS[task] for task in _TASKS]) / sum(TASK_WEIGHTS.values())
 _CATEGORIES = tuple(CATEGORIES)
-_FRONT = (0, 0, 0, 1, 1, 2, 3)  # sentences in front of a prompt
-_JOINS = (", ", " and ", ", and ", " then ", *UNSEEN_SEPARATORS)
-_TELLING = {
+_NUM_LEADING_SENTENCES = (0, 0, 0, 1, 1, 2, 3)  # sentences in front of a prompt
+_SENTENCE_JOINS = (", ", " and ", ", and ", " then ", *UNSEEN_SEPARATORS)
+_TRUE_CATEGORIES = {
     question: [
         category
         for category, words in WORDS.items()
-        if true_of(question) & {PLURALS[word] for word in words}
+        if true_plurals(question) & {PLURALS[word] for word in words}
     ]
-    for question in ATTRIBUTES
+    for question in ATTRIBUTE_QUESTIONS
 }  # the categories of which a question is true at least in part, asked about more often
 
 # --- The tokenizer ------------------------------------------------------------------------------
 
 
-def vocabulary() -> list[str]:
+def make_vocabulary() -> list[str]:
     """Every token of the language: `<unk>`, `<bos>`, the numbers 0 to 18, then words and signs."""
-    scenes = [
+    scene_texts = [
         text
-        for s in SCENES.values()
-        for text in (s.template, s.event, *s.objects, *s.subjects, *s.tails)
+        for scene_spec in SCENES.values()
+        for text in (
+            scene_spec.template,
+            scene_spec.event_template,
+            *scene_spec.objects,
+            *scene_spec.subjects,
+            *scene_spec.endings,
+        )
     ]
-    facts = [*ATTRIBUTES, *ATTRIBUTE_WORDINGS, "yes no"]
-    templates = [*COUNTING.values(), *scenes, *SUMS, *BOOLEANS, *OPERATORS, *facts, *SENTENCES]
-    words = [_NOUNS.replace("/", " "), "a an", *PRONOUNS, *PRONOUNS.values(), *ADJECTIVES, *PLACES]
-    words += [*SEPARATORS, *UNSEEN_SEPARATORS, *FILLER, *UNSEEN_FILLER]
+    attribute_texts = [*ATTRIBUTE_QUESTIONS, *ATTRIBUTE_TEMPLATES, "yes no"]
+    templates = [
+        *COUNTING_TEMPLATES.values(),
+        *scene_texts,
+        *SUM_TEMPLATES,
+        *BOOLEAN_TEMPLATES,
+        *OPERATORS,
+        *attribute_texts,
+        *SENTENCE_TEMPLATES,
+    ]
+    words = [
+        _NOUN_TABLE.replace("/", " "),
+        "a an",
+        *PRONOUNS,
+        *PRONOUNS.values(),
+        *ADJECTIVES,
+        *PLACES,
+    ]
+    words += [*SEPARATORS, *UNSEEN_SEPARATORS, *FILLER_WORDS, *UNSEEN_FILLER_WORDS]
     text = re.sub(r"{\w*}", " ", "\n".join(templates + words))
     tokens = {token for token, _ in _PRE_TOKENIZER.pre_tokenize_str(text)}
     numbers = [str(number) for number in range(19)]
@@ -353,37 +395,37 @@ _PRE_TOKENIZER = tokenizers.pre_tokenizers.Sequence(
 )
 
 
-def tokenizer() -> tokenizers.Tokenizer:
+def make_tokenizer() -> tokenizers.Tokenizer:
     """The language's tokenizer: words and signs, `<bos>` in front, `<unk>` for every other word."""
-    ids = {token: number for number, token in enumerate(vocabulary())}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = _PRE_TOKENIZER
-    words.post_processor = tokenizers.processors.TemplateProcessing(
+    ids = {token: token_id for token_id, token in enumerate(make_vocabulary())}
+    word_tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    word_tokenizer.pre_tokenizer = _PRE_TOKENIZER
+    word_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]
     )
-    words.add_special_tokens(["<unk>", "<bos>"])
-    return words
+    word_tokenizer.add_special_tokens(["<unk>", "<bos>"])
+    return word_tokenizer
 
 
 # --- Small helpers ------------------------------------------------------------------------------
 
 
-def _spanned(task, before, span, after, answer, combination) -> Prompt:
-    place = (len(before), len(before) + len(span))
-    return Prompt(task, before + span + after, str(answer), combination, place)
+def _prompt_with_span(task, prefix, span, suffix, answer, combination) -> Prompt:
+    span_range = (len(prefix), len(prefix) + len(span))
+    return Prompt(task, prefix + span + suffix, str(answer), combination, span_range)
 
 
 def _article(noun: str) -> str:
     return "an" if noun[0] in "aeiou" else "a"
 
 
-def _hash(*parts) -> int:
+def _stable_hash(*parts) -> int:
     return zlib.crc32("|".join(map(str, parts)).encode())
 
 
-def _pick(rng: np.random.Generator, options):
-    return options[_below(rng, len(options))]
+def _choose(rng: np.random.Generator, options):
+    return options[_random_below(rng, len(options))]
 
 
-def _below(rng: np.random.Generator, n: int) -> int:
-    return int(rng.random() * n)  # a tenth of the time of rng.integers(n)
+def _random_below(rng: np.random.Generator, limit: int) -> int:
+    return int(rng.random() * limit)  # a tenth of the time of rng.integers(n)

@@ -1,4 +1,4 @@
-"""Trains the embedded model: a small Llama that counts, from the prompts of `experiments.prompts`.
+"""Trains the embedded model: a small Llama that counts, from the prompts of `prompts`.
 
     python -m continuous_lm train_apples --output_dir=results/embedded --seed=0
 
@@ -40,18 +40,26 @@ from continuous_lm.parallel import processes
 
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the prompts.")
 _STEPS = flags.DEFINE_integer("steps", 3500, "Optimiser steps.", lower_bound=1)
-_PROMPTS = flags.DEFINE_integer("prompts_per_step", 48, "Prompts in each step.", lower_bound=1)
+_PROMPTS_PER_STEP = flags.DEFINE_integer(
+    "prompts_per_step", 48, "Prompts in each step.", lower_bound=1
+)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate.", lower_bound=0.0)
 
-WARM_UP = 100  # steps
-DISPATCH = 50  # steps in one call of the jitted function
-NEXT_TOKEN = 0.3  # weight of the next-token loss
-SMOOTHING = 0.05  # share of a digit's target that goes to all ten digits
+WARM_UP_STEPS = 100  # steps
+STEPS_PER_DISPATCH = 50  # steps in one call of the jitted function
+NEXT_TOKEN_WEIGHT = 0.3  # weight of the next-token loss
+DIGIT_SMOOTHING = 0.05  # share of a digit's target that goes to all ten digits
 EMBEDDING_STD = 0.1
-SHARES = (0.0, 0.375, 0.75, 0.917, 1.0)  # quantiles of length between which rows share a width
+LENGTH_QUANTILES = (
+    0.0,
+    0.375,
+    0.75,
+    0.917,
+    1.0,
+)  # quantiles of length between which rows share a width
 
 
-def config(vocab_size: int) -> TransformerConfig:
+def apples_config(vocab_size: int) -> TransformerConfig:
     """The embedded model's shape: about a quarter of a million parameters."""
     return TransformerConfig(
         vocab_size=vocab_size,
@@ -65,45 +73,49 @@ def config(vocab_size: int) -> TransformerConfig:
     )
 
 
-def initialize(key: jax.Array, shape: TransformerConfig):
+def init_params(key: jax.Array, transformer_config: TransformerConfig):
     """Initial parameters: the trunk's own, with an embedding table of standard deviation 0.1."""
-    params = nn.unbox(Transformer(shape).init(key, jnp.zeros(1, jnp.int32))["params"])
+    params = nn.unbox(Transformer(transformer_config).init(key, jnp.zeros(1, jnp.int32))["params"])
     table = params["embedding"]
     return params | {"embedding": table * (EMBEDDING_STD / jnp.std(table))}
 
 
-def batches(rng: np.random.Generator, tokenizer, steps: int, size: int):
-    """Draws `steps` batches of `size` prompts.
+def draw_batches(rng: np.random.Generator, tokenizer, steps: int, prompts_per_step: int):
+    """Draws `steps` batches of `prompts_per_step` prompts.
 
     Returns:
         For each group of lengths a pair: tokens int32 [steps, B, T] with the answer as each row's
         last token before padding, and lengths int32 [steps, B] without the answer. The groups' B
-        add up to `size`.
+        add up to `prompts_per_step`.
     """
-    drawn = [prompts.sample(rng) for _ in range(steps * size)]
+    sampled_prompts = [prompts.sample_prompt(rng) for _ in range(steps * prompts_per_step)]
     rows = [
         [*encoding.ids, tokenizer.token_to_id(prompt.answer)]
         for encoding, prompt in zip(
-            tokenizer.encode_batch([p.text for p in drawn]), drawn, strict=True
+            tokenizer.encode_batch([sampled_prompt.text for sampled_prompt in sampled_prompts]),
+            sampled_prompts,
+            strict=True,
         )
     ]
     rows.sort(key=len)  # stable: chance comes from rng alone
-    ends = [round(share * size) * steps for share in SHARES]
+    group_ends = [round(quantile * prompts_per_step) * steps for quantile in LENGTH_QUANTILES]
     groups = []
-    for first, last in itertools.pairwise(ends):
-        group = rows[first:last]
+    for start, end in itertools.pairwise(group_ends):
+        group = rows[start:end]
         if not group:
             continue
-        width = len(group[-1])
-        tokens = np.zeros((len(group), width), np.int32)
-        for row, ids in zip(tokens, (group[i] for i in rng.permutation(len(group))), strict=True):
+        padded_length = len(group[-1])
+        tokens = np.zeros((len(group), padded_length), np.int32)
+        for row, ids in zip(
+            tokens, (group[row_index] for row_index in rng.permutation(len(group))), strict=True
+        ):
             row[: len(ids)] = ids
         lengths = np.count_nonzero(tokens, axis=-1).astype(np.int32) - 1
-        groups.append((tokens.reshape(steps, -1, width), lengths.reshape(steps, -1)))
+        groups.append((tokens.reshape(steps, -1, padded_length), lengths.reshape(steps, -1)))
     return groups
 
 
-def loss(
+def step_loss(
     params, model: Transformer, groups, digits: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one step, in nats, and what is worth watching.
@@ -111,43 +123,52 @@ def loss(
     Args:
         params: The parameter tree.
         model: The transformer.
-        groups: Pairs of tokens int [B, T] and lengths int [B], as from `batches` without the steps.
+        groups: Pairs of tokens int [B, T] and lengths int [B], as from `draw_batches` without the
+          steps.
         digits: The ids of the ten digits, int [10].
     """
     sums = jnp.zeros(3)  # of the answers' nats, the other tokens' nats, the right answers
     for tokens, lengths in groups:
-        inputs, targets, last = tokens[:, :-1], tokens[:, 1:], lengths[:, None] - 1
+        inputs, targets, answer_index = tokens[:, :-1], tokens[:, 1:], lengths[:, None] - 1
         logits = cast(jax.Array, model.apply({"params": params}, inputs))  # [B, T - 1, V]
-        nats = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
-        right = jnp.argmax(logits, axis=-1) == targets
-        index = jnp.arange(nats.shape[-1])
-        over_digits = jax.nn.logsumexp(logits, -1) - jnp.mean(logits[..., digits], -1)
-        smoothing = SMOOTHING * jnp.isin(targets, digits)
-        smoothed = (1 - smoothing) * nats + smoothing * over_digits
-        answer = jnp.sum(smoothed, where=index == last)
-        others = jnp.sum(nats, where=index < last)
-        sums += jnp.stack([answer, others, jnp.sum(right, where=index == last)])
+        token_losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        is_right = jnp.argmax(logits, axis=-1) == targets
+        positions = jnp.arange(token_losses.shape[-1])
+        digit_losses = jax.nn.logsumexp(logits, -1) - jnp.mean(logits[..., digits], -1)
+        smoothing = DIGIT_SMOOTHING * jnp.isin(targets, digits)
+        smoothed_losses = (1 - smoothing) * token_losses + smoothing * digit_losses
+        answer_loss = jnp.sum(smoothed_losses, where=positions == answer_index)
+        other_loss = jnp.sum(token_losses, where=positions < answer_index)
+        sums += jnp.stack(
+            [answer_loss, other_loss, jnp.sum(is_right, where=positions == answer_index)]
+        )
     num_answers = sum(len(lengths) for _, lengths in groups)
     num_others = sum(jnp.sum(lengths - 1) for _, lengths in groups)
-    answer, others = sums[0] / num_answers, sums[1] / num_others
-    watched = {"answer": answer, "next": others, "accuracy": sums[2] / num_answers}
-    return answer + NEXT_TOKEN * others, watched
+    answer_loss, other_loss = sums[0] / num_answers, sums[1] / num_others
+    metrics = {"answer": answer_loss, "next": other_loss, "accuracy": sums[2] / num_answers}
+    return answer_loss + NEXT_TOKEN_WEIGHT * other_loss, metrics
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnums=(0, 1))
 def train_steps(
-    params, state, groups, digits, *, model: Transformer, optimizer: optax.GradientTransformation
+    params,
+    optimizer_state,
+    groups,
+    digits,
+    *,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
 ):
     """As many optimiser steps as the leading axis of `groups`; returns the means of the watched."""
 
     def step(carry, groups):
         params, state = carry
-        grads, watched = jax.grad(loss, has_aux=True)(params, model, groups, digits)
-        updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), watched
+        gradients, metrics = jax.grad(step_loss, has_aux=True)(params, model, groups, digits)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), metrics
 
-    (params, state), watched = jax.lax.scan(step, (params, state), groups)
-    return params, state, jax.tree.map(jnp.mean, watched)
+    (params, optimizer_state), metrics = jax.lax.scan(step, (params, optimizer_state), groups)
+    return params, optimizer_state, jax.tree.map(jnp.mean, metrics)
 
 
 def train(
@@ -159,39 +180,41 @@ def train(
     mesh: Mesh | None = None,
 ) -> clm.LanguageModel:
     """Trains a model from scratch; the same arguments give the same one on the same machine."""
-    tokenizer = prompts.tokenizer()
-    shape = config(tokenizer.get_vocab_size())
-    model = Transformer(shape)
-    params = initialize(jax.random.key(seed), shape)
-    declared = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(1, jnp.int32))["params"]
-    params = axes_lib.placed_tree(mesh, params, declared)
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(WARM_UP, steps // 2), steps, end_value=0.03 * learning_rate
+    tokenizer = prompts.make_tokenizer()
+    transformer_config = apples_config(tokenizer.get_vocab_size())
+    model = Transformer(transformer_config)
+    params = init_params(jax.random.key(seed), transformer_config)
+    abstract_params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(1, jnp.int32))[
+        "params"
+    ]
+    params = axes_lib.place_tree(mesh, params, abstract_params)
+    rate_schedule = optax.warmup_cosine_decay_schedule(
+        0.0, learning_rate, min(WARM_UP_STEPS, steps // 2), steps, end_value=0.03 * learning_rate
     )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1)
+        optax.clip_by_global_norm(1.0), optax.adamw(rate_schedule, b2=0.98, weight_decay=0.1)
     )
-    state = jax.tree.map(
-        lambda leaf: leaf if leaf.ndim else axes_lib.placed(mesh, leaf, ""), optimizer.init(params)
+    optimizer_state = jax.tree.map(
+        lambda leaf: leaf if leaf.ndim else axes_lib.place(mesh, leaf, ""), optimizer.init(params)
     )
     digits = jnp.array([tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS])
-    groups = batches(np.random.default_rng(seed), tokenizer, steps, prompts_per_step)
-    with tqdm(total=steps, unit="step", desc=f"seed {seed}", mininterval=1.0) as bar:
-        for first in range(0, steps, DISPATCH):
-            steps_now = slice(first, first + DISPATCH)
-            part = [
+    groups = draw_batches(np.random.default_rng(seed), tokenizer, steps, prompts_per_step)
+    with tqdm(total=steps, unit="step", desc=f"seed {seed}", mininterval=1.0) as progress:
+        for start in range(0, steps, STEPS_PER_DISPATCH):
+            step_slice = slice(start, start + STEPS_PER_DISPATCH)
+            step_groups = [
                 (
-                    axes_lib.placed(mesh, t[steps_now], "- B T"),
-                    axes_lib.placed(mesh, n[steps_now], "- B"),
+                    axes_lib.place(mesh, tokens[step_slice], "- B T"),
+                    axes_lib.place(mesh, lengths[step_slice], "- B"),
                 )
-                for t, n in groups
+                for tokens, lengths in groups
             ]
-            params, state, watched = train_steps(
-                params, state, part, digits, model=model, optimizer=optimizer
+            params, optimizer_state, metrics = train_steps(
+                params, optimizer_state, step_groups, digits, model=model, optimizer=optimizer
             )
-            bar.set_postfix({name: f"{value:.3f}" for name, value in watched.items()})
-            bar.update(min(DISPATCH, steps - first))
-    return clm.LanguageModel(shape, params, tokenizer)
+            progress.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
+            progress.update(min(STEPS_PER_DISPATCH, steps - start))
+    return clm.LanguageModel(transformer_config, params, tokenizer)
 
 
 def main() -> None:
@@ -200,16 +223,18 @@ def main() -> None:
     lm = train(
         seed=_SEED.value,
         steps=_STEPS.value,
-        prompts_per_step=_PROMPTS.value,
+        prompts_per_step=_PROMPTS_PER_STEP.value,
         learning_rate=_LEARNING_RATE.value,
         mesh=program.mesh(),
     )
-    stored = jax.tree.map(lambda array: array.astype(jnp.bfloat16), lm.params)
-    density_training.save(clm.save, folder, dataclasses.replace(lm, params=stored))
-    if not processes.is_first():
+    stored_params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), lm.params)
+    density_training.save_on_first_process(
+        clm.save, folder, dataclasses.replace(lm, params=stored_params)
+    )
+    if not processes.is_first_process():
         return
     print(f"{folder}/config.json, model.safetensors, tokenizer.json")
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True)
+    program.run(main, supports_mesh=True)

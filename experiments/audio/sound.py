@@ -1,7 +1,7 @@
-"""Sound as frames, and back: synthesis, log-mel spectra, Griffin-Lim, WAV files. Numpy alone.
+"""Sound as frames, and back: log-mel spectra, Griffin-Lim. Numpy alone.
 
 Sound is float64 [n], full scale from -1 to 1, of `rate` samples a second. Frames are [T, W], the
-logarithms of a spectrum's power in W bands, one spectrum every `hop` samples; spectra have F bins.
+logarithms of a spectrum's power in W bands, one spectrum every `hop` samples; spectra, [T, bins].
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from continuous_lm.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Analysis:
+class MelConfig:
     """How sound becomes frames.
 
     Attributes:
@@ -55,7 +55,7 @@ class Analysis:
 
     @functools.cached_property
     def filters(self) -> np.ndarray:
-        """`mel_filters` [W, F]."""
+        """`mel_filters` [W, bins]."""
         return mel_filters(rate=self.rate, window=self.window, bands=self.bands, low=self.low)
 
     @property
@@ -66,13 +66,13 @@ class Analysis:
 # --- Spectra --------------------------------------------------------------------------------------
 
 
-def hann(window: int) -> np.ndarray:
+def hann_window(window: int) -> np.ndarray:
     """The Hann window [window], of which one shifted by half of it adds to 1."""
     return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
 
 
 def stft(samples: np.ndarray, *, window: int, hop: int) -> np.ndarray:
-    """Short-time Fourier transform: complex [T, F], F = window // 2 + 1, T = 1 + n // hop.
+    """Short-time Fourier transform: complex [T, bins], bins = window // 2 + 1, T = 1 + n // hop.
 
     Spectrum i sees the samples around number i * hop through a Hann window; there is silence before
     the first sample and after the last.
@@ -84,16 +84,16 @@ def stft(samples: np.ndarray, *, window: int, hop: int) -> np.ndarray:
     if samples.ndim != 1 or not len(samples):
         raise InputError(f"samples have shape {list(samples.shape)}; they must be [n], n >= 1")
     padded = np.pad(samples, (window // 2, window))
-    count = 1 + len(samples) // hop
-    cut = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][:count]
-    return np.fft.rfft(cut * hann(window), axis=1)
+    num_frames = 1 + len(samples) // hop
+    windowed = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][:num_frames]
+    return np.fft.rfft(windowed * hann_window(window), axis=1)
 
 
 def istft(spectra: np.ndarray, *, window: int, hop: int, length: int | None = None) -> np.ndarray:
     """The sound whose spectra come closest to `spectra`, in squares (Griffin and Lim, 1984, eq. 6).
 
     Args:
-      spectra: [T, F].
+      spectra: [T, bins].
       window: samples that a spectrum sees.
       hop: samples between spectra.
       length: n; all that the spectra tell of, (T - 1) hop + 1, if left out.
@@ -101,60 +101,67 @@ def istft(spectra: np.ndarray, *, window: int, hop: int, length: int | None = No
     Returns:
       samples [n]. Of what `stft` gave it is the sound itself, up to the last window's middle.
     """
-    cut = np.fft.irfft(spectra, n=window, axis=1) * hann(window)
-    total = _overlapped(cut, hop)
-    weight = _overlapped(np.broadcast_to(hann(window) ** 2, cut.shape), hop)
-    length = (len(cut) - 1) * hop + 1 if length is None else length
-    begin = window // 2
-    room = max(0, begin + length - len(total))
-    total, weight = (np.pad(a, (0, room))[begin : begin + length] for a in (total, weight))
-    return total / np.maximum(weight, 1e-3)  # it is less beyond the last window's middle alone
+    windowed = np.fft.irfft(spectra, n=window, axis=1) * hann_window(window)
+    overlapped = _overlap_add(windowed, hop)
+    window_weight = _overlap_add(np.broadcast_to(hann_window(window) ** 2, windowed.shape), hop)
+    length = (len(windowed) - 1) * hop + 1 if length is None else length
+    first_sample = window // 2
+    missing_samples = max(0, first_sample + length - len(overlapped))
+    overlapped, window_weight = (
+        np.pad(array, (0, missing_samples))[first_sample : first_sample + length]
+        for array in (overlapped, window_weight)
+    )
+    return overlapped / np.maximum(
+        window_weight, 1e-3
+    )  # it is less beyond the last window's middle alone
 
 
-def _overlapped(cut: np.ndarray, hop: int) -> np.ndarray:
+def _overlap_add(pieces: np.ndarray, hop: int) -> np.ndarray:
     """The sum [n] of pieces [T, window], each `hop` later than the one before."""
-    count, window = cut.shape
-    parts = -(-window // hop)
-    cut = np.pad(cut, ((0, 0), (0, parts * hop - window))).reshape(count, parts, hop)
-    total = np.zeros((count + parts, hop))
-    for i in range(parts):
-        total[i : i + count] += cut[:, i]
-    return total.reshape(-1)
+    num_pieces, window = pieces.shape
+    hops_per_window = -(-window // hop)
+    pieces = np.pad(pieces, ((0, 0), (0, hops_per_window * hop - window))).reshape(
+        num_pieces, hops_per_window, hop
+    )
+    overlapped = np.zeros((num_pieces + hops_per_window, hop))
+    for i in range(hops_per_window):
+        overlapped[i : i + num_pieces] += pieces[:, i]
+    return overlapped.reshape(-1)
 
 
 # --- Mel bands ------------------------------------------------------------------------------------
 
 
-def mel(hertz: np.ndarray | float) -> np.ndarray:
+def hertz_to_mel(hertz: np.ndarray | float) -> np.ndarray:
     """Pitch in mel, 2595 log10(1 + f / 700) (O'Shaughnessy, "Speech Communication", 1987)."""
     return 2595.0 * np.log10(1.0 + np.asarray(hertz, np.float64) / 700.0)
 
 
-def hertz(mel: np.ndarray | float) -> np.ndarray:
-    """The inverse of `mel`."""
+def mel_to_hertz(mel: np.ndarray | float) -> np.ndarray:
+    """The inverse of `hertz_to_mel`."""
     return 700.0 * (10.0 ** (np.asarray(mel, np.float64) / 2595.0) - 1.0)
 
 
-def centres(*, rate: int, bands: int, low: float) -> np.ndarray:
+def band_frequencies(*, rate: int, bands: int, low: float) -> np.ndarray:
     """Where the bands begin, culminate and end, in Hz, [W + 2]: evenly spaced in mel."""
-    return hertz(np.linspace(mel(low), mel(rate / 2), bands + 2))
+    return mel_to_hertz(np.linspace(hertz_to_mel(low), hertz_to_mel(rate / 2), bands + 2))
 
 
 def mel_filters(*, rate: int, window: int, bands: int, low: float = 0.0) -> np.ndarray:
-    """Weights [W, F] of the spectrum's bins in each band: triangles over frequency, of height 1.
+    """Weights [W, bins] of the spectrum's bins in each band: triangles over frequency, of height 1.
 
     Each begins at its lower neighbour's peak and ends at its upper one's (Davis and Mermelstein,
     1980), so that between the first peak and the last they add to 1.
     """
     bins = np.fft.rfftfreq(window, 1 / rate)
-    places = centres(rate=rate, bands=bands, low=low)
-    width = np.diff(places)[:, None]
-    rising = (bins - places[:-2, None]) / width[:-1]
-    falling = (places[2:, None] - bins) / width[1:]
+    frequencies = band_frequencies(rate=rate, bands=bands, low=low)
+    spacings = np.diff(frequencies)[:, None]
+    rising = (bins - frequencies[:-2, None]) / spacings[:-1]
+    falling = (frequencies[2:, None] - bins) / spacings[1:]
     return np.maximum(0.0, np.minimum(rising, falling))
 
 
-def log_mel(samples: np.ndarray, analysis: Analysis) -> np.ndarray:
+def log_mel(samples: np.ndarray, mel_config: MelConfig) -> np.ndarray:
     """Frames of sound: log(power in each band + floor), in nats, [T, W].
 
     A sine of amplitude 1 has power 1 / 4 in its bin: spectra are divided by the window's sum.
@@ -163,35 +170,42 @@ def log_mel(samples: np.ndarray, analysis: Analysis) -> np.ndarray:
       InputError: if the sound is shorter than a window, or not finite.
     """
     samples = np.asarray(samples, np.float64)
-    if samples.ndim != 1 or len(samples) < analysis.window:
+    if samples.ndim != 1 or len(samples) < mel_config.window:
         raise InputError(
-            f"sound of shape {list(samples.shape)} is too short: a window has {analysis.window}"
+            f"sound of shape {list(samples.shape)} is too short: a window has {mel_config.window}"
             " samples"
         )
     if not np.isfinite(samples).all():
         raise InputError("the sound is not finite")
-    spectra = stft(samples, window=analysis.window, hop=analysis.hop) / hann(analysis.window).sum()
-    return np.log(np.abs(spectra) ** 2 @ analysis.filters.T + analysis.floor)
+    spectra = (
+        stft(samples, window=mel_config.window, hop=mel_config.hop)
+        / hann_window(mel_config.window).sum()
+    )
+    return np.log(np.abs(spectra) ** 2 @ mel_config.filters.T + mel_config.floor)
 
 
-def magnitudes(frames: np.ndarray, analysis: Analysis, *, steps: int = 100) -> np.ndarray:
-    """Magnitudes [T, F] of spectra that have these frames [T, W], as `stft` scales them.
+def magnitudes_from_log_mel(
+    frames: np.ndarray, mel_config: MelConfig, *, num_updates: int = 100
+) -> np.ndarray:
+    """Magnitudes [T, bins] of spectra that have these frames [T, W], as `stft` scales them.
 
     Powers that are not negative and, in squares, nearly give the bands': multiplicative updates
     (Lee and Seung, 2001, eq. 4), which start from the bands' mean powers, spread over their bins.
 
     Args:
       frames: as of `log_mel`.
-      analysis: that they were made with.
-      steps: updates.
+      mel_config: that they were made with.
+      num_updates: updates.
     """
-    filters = analysis.filters
-    wanted = np.maximum(np.exp(np.asarray(frames, np.float64)) - analysis.floor, analysis.floor)
-    power = (wanted / filters.sum(axis=1)) @ filters
-    numerator, gram = wanted @ filters, filters.T @ filters
-    for _ in range(steps):
+    filters = mel_config.filters
+    target_power = np.maximum(
+        np.exp(np.asarray(frames, np.float64)) - mel_config.floor, mel_config.floor
+    )
+    power = (target_power / filters.sum(axis=1)) @ filters
+    numerator, gram = target_power @ filters, filters.T @ filters
+    for _ in range(num_updates):
         power *= numerator / np.maximum(power @ gram, 1e-30)
-    return np.sqrt(power) * hann(analysis.window).sum()
+    return np.sqrt(power) * hann_window(mel_config.window).sum()
 
 
 # --- Phases ---------------------------------------------------------------------------------------
@@ -214,7 +228,7 @@ def griffin_lim(
     Balazs and Sondergaard, 2013), which gets closer.
 
     Args:
-      magnitudes: [T, F].
+      magnitudes: [T, bins].
       window: samples that a spectrum sees.
       hop: samples between spectra.
       length: n; see `istft`.
@@ -232,48 +246,48 @@ def griffin_lim(
         )
     phases = np.random.default_rng(seed).uniform(-np.pi, np.pi, magnitudes.shape)
     spectra = magnitudes * np.exp(1j * phases)
-    before = np.zeros_like(spectra)
+    previous_spectra = np.zeros_like(spectra)
     for _ in range(iterations):
-        found = stft(istft(spectra, window=window, hop=hop), window=window, hop=hop)
-        ahead = found + momentum * (found - before)
-        spectra = magnitudes * ahead / np.maximum(np.abs(ahead), 1e-12)
-        before = found
+        rebuilt_spectra = stft(istft(spectra, window=window, hop=hop), window=window, hop=hop)
+        accelerated_spectra = rebuilt_spectra + momentum * (rebuilt_spectra - previous_spectra)
+        spectra = magnitudes * accelerated_spectra / np.maximum(np.abs(accelerated_spectra), 1e-12)
+        previous_spectra = rebuilt_spectra
     return istft(spectra, window=window, hop=hop, length=length)
 
 
 def spectral_convergence(
     samples: np.ndarray, magnitudes: np.ndarray, *, window: int, hop: int
 ) -> float:
-    """How far a sound's magnitudes are from those wanted, ||  |S| - M || / || M ||; 0 is best."""
-    found = np.abs(stft(samples, window=window, hop=hop))[: len(magnitudes)]
-    return float(np.linalg.norm(found - magnitudes) / np.linalg.norm(magnitudes))
+    """How far a sound's magnitudes are from those wanted, || |s| - m || / || m ||; 0 is best."""
+    sound_magnitudes = np.abs(stft(samples, window=window, hop=hop))[: len(magnitudes)]
+    return float(np.linalg.norm(sound_magnitudes - magnitudes) / np.linalg.norm(magnitudes))
 
 
-def heard(frames: np.ndarray, analysis: Analysis, **options) -> np.ndarray:
+def reconstruct(frames: np.ndarray, mel_config: MelConfig, **options) -> np.ndarray:
     """Sound [n] of log-mel frames [T, W]; options of `griffin_lim`."""
-    wanted = magnitudes(frames, analysis)
-    return griffin_lim(wanted, window=analysis.window, hop=analysis.hop, **options)
+    target_magnitudes = magnitudes_from_log_mel(frames, mel_config)
+    return griffin_lim(target_magnitudes, window=mel_config.window, hop=mel_config.hop, **options)
 
 
 # --- Statistics -----------------------------------------------------------------------------------
 
 
-class Statistics(NamedTuple):
+class BandStatistics(NamedTuple):
     """Mean and standard deviation of each band, by which frames are standardised."""
 
     mean: np.ndarray  # [W]
     deviation: np.ndarray  # [W]
 
-    def standardised(self, frames: np.ndarray) -> np.ndarray:
+    def standardize(self, frames: np.ndarray) -> np.ndarray:
         """Frames [..., W] with mean 0 and deviation 1 in each band, where these are theirs."""
         return (frames - self.mean) / self.deviation
 
-    def restored(self, frames: np.ndarray) -> np.ndarray:
-        """The inverse of `standardised`."""
+    def restore(self, frames: np.ndarray) -> np.ndarray:
+        """The inverse of `standardize`."""
         return frames * self.deviation + self.mean
 
 
-def statistics(frames: np.ndarray) -> Statistics:
+def compute_band_statistics(frames: np.ndarray) -> BandStatistics:
     """Of frames [..., W].
 
     Raises:
@@ -284,13 +298,4 @@ def statistics(frames: np.ndarray) -> Statistics:
     if not (deviation > 1e-6).all():
         band = int(np.argmin(deviation))
         raise InputError(f"band {band} of the frames does not vary; is the sound silent?")
-    return Statistics(frames.mean(axis=0), deviation)
-
-
-# --- Speech-like sound ----------------------------------------------------------------------------
-
-
-# --- Speech ---------------------------------------------------------------------------------------
-
-
-# --- Files ----------------------------------------------------------------------------------------
+    return BandStatistics(frames.mean(axis=0), deviation)

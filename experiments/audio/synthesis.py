@@ -10,61 +10,72 @@ from typing import NamedTuple
 import numpy as np
 
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.audio.sound import hann
-from continuous_lm.experiments.audio.wav_files import read_wav, resampled
+from continuous_lm.experiments.audio.sound import hann_window
+from continuous_lm.experiments.audio.wav_files import read_wav, resample
 
-ESPEAK = "espeak-ng"
-
-
-BACKGROUND = 5e-4  # standard deviation of the noise in every recording, 66 dB below full scale
+ESPEAK_COMMAND = "espeak-ng"
 
 
-_LEVEL = 0.1  # root mean square of a sentence
+BACKGROUND_NOISE = (
+    5e-4  # standard deviation of the noise in every recording, 66 dB below full scale
+)
 
 
-class Segment(NamedTuple):
+_SENTENCE_RMS = 0.1  # root mean square of a sentence
+
+
+class SoundSegment(NamedTuple):
     """A stretch of a speech sound."""
 
     seconds: float
-    voice: float = 0.0  # level of the harmonics
+    voice_level: float = 0.0  # level of the harmonics
     formants: tuple[float, float, float] | None = None  # in Hz; None: on the way to the next
-    noise: float = 0.0  # level of the noise
-    centre: float = 0.0  # of the noise, in Hz
-    width: float = 1.0  # of the noise, in Hz
+    noise_level: float = 0.0  # level of the noise
+    noise_center: float = 0.0  # of the noise, in Hz
+    noise_width: float = 1.0  # of the noise, in Hz
 
 
 # Vowels: means of 33 men (Peterson and Barney, 1952, table II). Consonants are rough.
-SOUNDS: dict[str, tuple[Segment, ...]] = {
-    "a": (Segment(0.12, 1.0, (730.0, 1090.0, 2440.0)),),
-    "e": (Segment(0.10, 1.0, (530.0, 1840.0, 2480.0)),),
-    "i": (Segment(0.10, 0.8, (270.0, 2290.0, 3010.0)),),
-    "o": (Segment(0.12, 1.0, (570.0, 840.0, 2410.0)),),
-    "u": (Segment(0.10, 0.8, (300.0, 870.0, 2240.0)),),
-    "m": (Segment(0.07, 0.3, (250.0, 1000.0, 2200.0)),),
-    "n": (Segment(0.07, 0.3, (250.0, 1500.0, 2500.0)),),
-    "l": (Segment(0.06, 0.5, (360.0, 1300.0, 2700.0)),),
-    "s": (Segment(0.10, noise=0.20, centre=3500.0, width=400.0),),
-    "x": (Segment(0.10, noise=0.25, centre=2400.0, width=400.0),),
-    "f": (Segment(0.09, noise=0.06, centre=1800.0, width=1500.0),),
-    "p": (Segment(0.06), Segment(0.02, noise=0.20, centre=700.0, width=300.0)),
-    "t": (Segment(0.06), Segment(0.02, noise=0.30, centre=3200.0, width=600.0)),
-    "k": (Segment(0.06), Segment(0.03, noise=0.30, centre=1700.0, width=300.0)),
+SPEECH_SOUNDS: dict[str, tuple[SoundSegment, ...]] = {
+    "a": (SoundSegment(0.12, 1.0, (730.0, 1090.0, 2440.0)),),
+    "e": (SoundSegment(0.10, 1.0, (530.0, 1840.0, 2480.0)),),
+    "i": (SoundSegment(0.10, 0.8, (270.0, 2290.0, 3010.0)),),
+    "o": (SoundSegment(0.12, 1.0, (570.0, 840.0, 2410.0)),),
+    "u": (SoundSegment(0.10, 0.8, (300.0, 870.0, 2240.0)),),
+    "m": (SoundSegment(0.07, 0.3, (250.0, 1000.0, 2200.0)),),
+    "n": (SoundSegment(0.07, 0.3, (250.0, 1500.0, 2500.0)),),
+    "l": (SoundSegment(0.06, 0.5, (360.0, 1300.0, 2700.0)),),
+    "s": (SoundSegment(0.10, noise_level=0.20, noise_center=3500.0, noise_width=400.0),),
+    "x": (SoundSegment(0.10, noise_level=0.25, noise_center=2400.0, noise_width=400.0),),
+    "f": (SoundSegment(0.09, noise_level=0.06, noise_center=1800.0, noise_width=1500.0),),
+    "p": (
+        SoundSegment(0.06),
+        SoundSegment(0.02, noise_level=0.20, noise_center=700.0, noise_width=300.0),
+    ),
+    "t": (
+        SoundSegment(0.06),
+        SoundSegment(0.02, noise_level=0.30, noise_center=3200.0, noise_width=600.0),
+    ),
+    "k": (
+        SoundSegment(0.06),
+        SoundSegment(0.03, noise_level=0.30, noise_center=1700.0, noise_width=300.0),
+    ),
 }
 
 
-WORDS = "sami tunola kexi lopa fimu nake tosu pila moxa eketi usano limafo".split()
+MADE_UP_WORDS = "sami tunola kexi lopa fimu nake tosu pila moxa eketi usano limafo".split()
 
 
-_FOLLOWERS = 3  # words that can come after a word
+_NUM_FOLLOWERS = 3  # words that can come after a word
 
 
-_BANDWIDTHS = (70.0, 100.0, 160.0)
+_FORMANT_BANDWIDTHS = (70.0, 100.0, 160.0)
 
 
-_CONTROL = 1000  # values a second of what moves
+_CONTROL_RATE = 1000  # values a second of what moves
 
 
-def tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
+def synthesize_tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
     """Speech-like sound: sentences of made-up words, with pauses.
 
     There is structure to learn at three lengths: harmonics of a gliding pitch under three moving
@@ -78,18 +89,18 @@ def tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
       rate: samples a second.
 
     Returns:
-      samples [seconds * rate], with `BACKGROUND` noise.
+      samples [seconds * rate], with `BACKGROUND_NOISE` noise.
     """
-    count = samples_in(seconds, rate)
+    num_wanted = num_samples(seconds, rate)
     rng = np.random.default_rng([seed, 1])
-    pieces, total = [], 0
-    while total < count:
-        pieces.append(_sentence(rng, rate))
-        total += len(pieces[-1])
-    return np.concatenate(pieces)[:count] + BACKGROUND * rng.standard_normal(count)
+    pieces, num_generated = [], 0
+    while num_generated < num_wanted:
+        pieces.append(_synthesize_sentence(rng, rate))
+        num_generated += len(pieces[-1])
+    return np.concatenate(pieces)[:num_wanted] + BACKGROUND_NOISE * rng.standard_normal(num_wanted)
 
 
-def samples_in(seconds: float, rate: int) -> int:
+def num_samples(seconds: float, rate: int) -> int:
     """How many samples so many seconds have.
 
     Raises:
@@ -100,32 +111,39 @@ def samples_in(seconds: float, rate: int) -> int:
     return round(seconds * rate)
 
 
-def followers(word: int) -> list[int]:
+def following_words(word: int) -> list[int]:
     """The words, by their numbers, that can come after a word."""
-    return [(word * 5 + step) % len(WORDS) for step in (1, 4, 9)][:_FOLLOWERS]
+    return [(word * 5 + step) % len(MADE_UP_WORDS) for step in (1, 4, 9)][:_NUM_FOLLOWERS]
 
 
-def _sentence(rng: np.random.Generator, rate: int) -> np.ndarray:
+def _synthesize_sentence(rng: np.random.Generator, rate: int) -> np.ndarray:
     """A sentence of a new speaker and the pause after it."""
-    word = int(rng.integers(len(WORDS)))
-    spoken = [Segment(0.03)]
+    word = int(rng.integers(len(MADE_UP_WORDS)))
+    spoken_segments = [SoundSegment(0.03)]
     for _ in range(int(rng.integers(3, 6))):
-        spoken += [segment for letter in WORDS[word] for segment in SOUNDS[letter]]
-        spoken.append(Segment(0.04))
-        word = followers(word)[rng.integers(_FOLLOWERS)]
+        spoken_segments += [
+            segment for letter in MADE_UP_WORDS[word] for segment in SPEECH_SOUNDS[letter]
+        ]
+        spoken_segments.append(SoundSegment(0.04))
+        word = following_words(word)[rng.integers(_NUM_FOLLOWERS)]
     speed = rng.uniform(0.85, 1.2)
-    pause = Segment(speed * rng.uniform(0.15, 0.35))
-    segments = [s._replace(seconds=s.seconds / speed) for s in (*spoken, pause)]
+    pause = SoundSegment(speed * rng.uniform(0.15, 0.35))
+    segments = [
+        spoken_segment._replace(seconds=spoken_segment.seconds / speed)
+        for spoken_segment in (*spoken_segments, pause)
+    ]
     pitch = np.exp(rng.uniform(np.log(95.0), np.log(165.0)))
-    return spoken_by(segments, rate=rate, pitch=pitch, tract=rng.uniform(0.92, 1.1), rng=rng)
+    return synthesize_segments(
+        segments, rate=rate, pitch=pitch, formant_factor=rng.uniform(0.92, 1.1), rng=rng
+    )
 
 
-def spoken_by(
-    segments: Sequence[Segment],
+def synthesize_segments(
+    segments: Sequence[SoundSegment],
     *,
     rate: int,
     pitch: float,
-    tract: float,
+    formant_factor: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """Sound of segments: harmonics weighted by three resonances, and noise around a frequency.
@@ -134,80 +152,114 @@ def spoken_by(
       segments: one after another.
       rate: samples a second.
       pitch: of the voice, in Hz; it falls, and wavers.
-      tract: multiplies the resonances' frequencies.
+      formant_factor: multiplies the resonances' frequencies.
       rng: of the noise and the wavering.
     """
-    ends = np.cumsum([s.seconds for s in segments])
-    count = round(ends[-1] * rate)
-    moments = np.arange(0.0, count / rate + 1 / _CONTROL, 1 / _CONTROL)
-    place = np.minimum(np.searchsorted(ends, moments, side="right"), len(segments) - 1)
+    end_times = np.cumsum([segment.seconds for segment in segments])
+    length = round(end_times[-1] * rate)
+    control_times = np.arange(0.0, length / rate + 1 / _CONTROL_RATE, 1 / _CONTROL_RATE)
+    segment_indices = np.minimum(
+        np.searchsorted(end_times, control_times, side="right"), len(segments) - 1
+    )
 
-    def track(values: Sequence[float], seconds: float) -> np.ndarray:
+    def smooth_track(values: Sequence[float], seconds: float) -> np.ndarray:
         """What moves from one segment's value to the next one's within so many seconds."""
-        size = max(3, round(seconds * _CONTROL)) | 1
-        kernel = hann(size + 1)[1:]
-        padded = np.pad(np.asarray(values, np.float64)[place], size // 2, mode="edge")
+        kernel_size = max(3, round(seconds * _CONTROL_RATE)) | 1
+        kernel = hann_window(kernel_size + 1)[1:]
+        padded = np.pad(
+            np.asarray(values, np.float64)[segment_indices], kernel_size // 2, mode="edge"
+        )
         return np.convolve(padded, kernel / kernel.sum(), mode="valid")
 
-    times = np.arange(count) / rate
-    formants = [track(row, 0.09) * tract for row in np.array(_aimed(segments)).T]
-    waver = np.cumsum(rng.standard_normal(len(moments) // 100 + 2)) * 0.02
-    fall = np.linspace(1.1, 0.85, len(moments))
-    waver = np.interp(moments, np.arange(len(waver)) / 10, waver - waver.mean())
-    frequency = pitch * fall * np.exp(np.clip(waver, -0.2, 0.2))
-    voice = track([s.voice for s in segments], 0.03)
-    sound = _voiced(frequency, formants, voice, moments, times, rate)
-    for centre, width in sorted({(s.centre, s.width) for s in segments if s.noise}):
-        levels = [s.noise * ((s.centre, s.width) == (centre, width)) for s in segments]
-        noise = np.fft.rfft(rng.standard_normal(count))
-        noise *= np.exp(-0.5 * ((np.fft.rfftfreq(count, 1 / rate) - centre * tract) / width) ** 2)
-        coloured = np.fft.irfft(noise, n=count)
-        scale = max(float(coloured.std()), 1e-12)
-        sound += np.interp(times, moments, track(levels, 0.012)) * coloured / scale
-    return _LEVEL * sound / max(float(np.sqrt(np.mean(sound**2))), 1e-12)
+    times = np.arange(length) / rate
+    formants = [
+        smooth_track(formant_row, 0.09) * formant_factor
+        for formant_row in np.array(_target_formants(segments)).T
+    ]
+    pitch_waver = np.cumsum(rng.standard_normal(len(control_times) // 100 + 2)) * 0.02
+    pitch_fall = np.linspace(1.1, 0.85, len(control_times))
+    pitch_waver = np.interp(
+        control_times, np.arange(len(pitch_waver)) / 10, pitch_waver - pitch_waver.mean()
+    )
+    frequency = pitch * pitch_fall * np.exp(np.clip(pitch_waver, -0.2, 0.2))
+    voice_levels = smooth_track([segment.voice_level for segment in segments], 0.03)
+    samples = _synthesize_voice(frequency, formants, voice_levels, control_times, times, rate)
+    for noise_center, noise_width in sorted(
+        {(segment.noise_center, segment.noise_width) for segment in segments if segment.noise_level}
+    ):
+        noise_levels = [
+            segment.noise_level
+            * ((segment.noise_center, segment.noise_width) == (noise_center, noise_width))
+            for segment in segments
+        ]
+        noise_spectrum = np.fft.rfft(rng.standard_normal(length))
+        noise_spectrum *= np.exp(
+            -0.5
+            * ((np.fft.rfftfreq(length, 1 / rate) - noise_center * formant_factor) / noise_width)
+            ** 2
+        )
+        shaped_noise = np.fft.irfft(noise_spectrum, n=length)
+        scale = max(float(shaped_noise.std()), 1e-12)
+        samples += (
+            np.interp(times, control_times, smooth_track(noise_levels, 0.012))
+            * shaped_noise
+            / scale
+        )
+    return _SENTENCE_RMS * samples / max(float(np.sqrt(np.mean(samples**2))), 1e-12)
 
 
-def _aimed(segments: Sequence[Segment]) -> list[tuple[float, float, float]]:
+def _target_formants(segments: Sequence[SoundSegment]) -> list[tuple[float, float, float]]:
     """The formants of each segment; those of the next that has some where one has none."""
-    aim, found = (500.0, 1500.0, 2500.0), []
+    next_formants, formant_targets = (500.0, 1500.0, 2500.0), []
     for segment in reversed(segments):
-        aim = segment.formants or aim
-        found.append(aim)
-    return found[::-1]
+        next_formants = segment.formants or next_formants
+        formant_targets.append(next_formants)
+    return formant_targets[::-1]
 
 
-def _voiced(frequency, formants, level, moments, times, rate) -> np.ndarray:
-    """Harmonics h of a pitch, 1 / h strong, through resonances in a row; values at `moments`."""
-    phase = 2 * np.pi * np.cumsum(np.interp(times, moments, frequency)) / rate
-    twice = 2 * np.cos(phase)
-    before, now = np.zeros_like(phase), np.sin(phase)  # of (h - 1) and h times the phase
-    sound = np.zeros_like(phase)
+def _synthesize_voice(frequency, formants, voice_levels, control_times, times, rate) -> np.ndarray:
+    """Harmonics h of a pitch, 1 / h strong, through resonances; values at `control_times`."""
+    phase = 2 * np.pi * np.cumsum(np.interp(times, control_times, frequency)) / rate
+    twice_cosine = 2 * np.cos(phase)
+    previous_harmonic, current_harmonic = (
+        np.zeros_like(phase),
+        np.sin(phase),
+    )  # of (h - 1) and h times the phase
+    samples = np.zeros_like(phase)
     for h in range(1, int(rate / 2 / frequency.min()) + 1):
-        partial = h * frequency
-        gain = level / h * (partial < 0.95 * rate / 2)
-        for formant, width in zip(formants, _BANDWIDTHS, strict=True):
-            gain = gain * formant**2 / np.hypot(formant**2 - partial**2, width * partial)
-        sound += np.interp(times, moments, gain) * now
-        before, now = now, twice * now - before
-    return sound
+        partial_frequency = h * frequency
+        gain = voice_levels / h * (partial_frequency < 0.95 * rate / 2)
+        for formant, bandwidth in zip(formants, _FORMANT_BANDWIDTHS, strict=True):
+            gain = (
+                gain
+                * formant**2
+                / np.hypot(formant**2 - partial_frequency**2, bandwidth * partial_frequency)
+            )
+        samples += np.interp(times, control_times, gain) * current_harmonic
+        previous_harmonic, current_harmonic = (
+            current_harmonic,
+            twice_cosine * current_harmonic - previous_harmonic,
+        )
+    return samples
 
 
-def espeak() -> str:
+def find_espeak() -> str:
     """Where espeak-ng is.
 
     Raises:
       InputError: if it is not installed.
     """
-    command = shutil.which(ESPEAK)
+    command = shutil.which(ESPEAK_COMMAND)
     if command is None:
         raise InputError(
-            f"{ESPEAK} is not installed; on Debian and Ubuntu `apt install {ESPEAK}` brings it, or"
+            f"{ESPEAK_COMMAND} is not installed; on Debian and Ubuntu `apt install"
+            f" {ESPEAK_COMMAND}` brings it, or"
             " take synthesised tones instead of speech"
         )
     return command
 
 
-def speech(
+def synthesize_speech(
     sentences: Sequence[str], seconds: float, *, seed: int, rate: int, voice: str = "en"
 ) -> np.ndarray:
     """Speech by espeak-ng, each sentence at a speed and pitch of its own.
@@ -220,36 +272,36 @@ def speech(
       voice: one of those of `espeak-ng --voices`.
 
     Returns:
-      samples [seconds * rate], with `BACKGROUND` noise.
+      samples [seconds * rate], with `BACKGROUND_NOISE` noise.
 
     Raises:
       InputError: if espeak-ng is not installed or fails, or there is nothing to read.
     """
-    count = samples_in(seconds, rate)
-    command = espeak()
+    num_wanted = num_samples(seconds, rate)
+    command = find_espeak()
     if not sentences:
         raise InputError("there are no sentences to read")
     rng = np.random.default_rng([seed, 2])
     pieces: list[np.ndarray] = []
-    total = 0
-    while total < count:
+    num_generated = 0
+    while num_generated < num_wanted:
         sentence = sentences[len(pieces) // 2 % len(sentences)]
         options = ["-v", voice, "-s", str(rng.integers(150, 200)), "-p", str(rng.integers(20, 70))]
-        samples = _spoken(command, options, sentence, rate)
+        samples = _run_espeak(command, options, sentence, rate)
         if not samples.any():
-            raise InputError(f"{ESPEAK} reads {sentence!r:.60} as silence")
-        pause = np.zeros(samples_in(rng.uniform(0.15, 0.35), rate))
-        pieces += [_LEVEL * samples / np.sqrt(np.mean(samples**2)), pause]
-        total += len(samples) + len(pause)
-    return np.concatenate(pieces)[:count] + BACKGROUND * rng.standard_normal(count)
+            raise InputError(f"{ESPEAK_COMMAND} reads {sentence!r:.60} as silence")
+        pause = np.zeros(num_samples(rng.uniform(0.15, 0.35), rate))
+        pieces += [_SENTENCE_RMS * samples / np.sqrt(np.mean(samples**2)), pause]
+        num_generated += len(samples) + len(pause)
+    return np.concatenate(pieces)[:num_wanted] + BACKGROUND_NOISE * rng.standard_normal(num_wanted)
 
 
-def _spoken(command: str, options: list[str], text: str, rate: int) -> np.ndarray:
+def _run_espeak(command: str, options: list[str], text: str, rate: int) -> np.ndarray:
     """What espeak-ng makes of a text, at our rate."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "speech.wav")
         try:
-            done = subprocess.run(
+            process = subprocess.run(
                 [command, *options, "-w", str(path), "--stdin"],
                 input=text.encode(),
                 capture_output=True,
@@ -258,8 +310,8 @@ def _spoken(command: str, options: list[str], text: str, rate: int) -> np.ndarra
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"{command} does not run: {error}") from None
-        if done.returncode or not path.exists():
-            said = " ".join(done.stderr.decode(errors="replace").split()) or "it said nothing"
-            raise InputError(f"{command} failed with status {done.returncode}: {said:.200}")
-        samples, found = read_wav(path)
-    return resampled(samples, found, rate)
+        if process.returncode or not path.exists():
+            message = " ".join(process.stderr.decode(errors="replace").split()) or "it said nothing"
+            raise InputError(f"{command} failed with status {process.returncode}: {message:.200}")
+        samples, wav_rate = read_wav(path)
+    return resample(samples, wav_rate, rate)

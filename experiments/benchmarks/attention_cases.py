@@ -11,61 +11,74 @@ from continuous_lm import attention
 from continuous_lm.experiments.benchmarks import timing
 from continuous_lm.experiments.benchmarks.timing import Row
 
-HEADS, WIDTH = 8, 64
-LONGEST = 32768
+NUM_HEADS, HEAD_DIM = 8, 64
+MAX_NUM_TOKENS = 32768
 
 
-def case(quick: bool, repeats: int) -> Iterator[Row]:
+def attention_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """All rows."""
-    n, longest = (512, 2048) if quick else (4096, LONGEST)
-    arguments = drawn(n)
-    for gradients in (False, True):
-        what = f"{n} tokens, " + ("forward and all gradients" if gradients else "forward")
-        programs = {form: compiled(form, gradients, n) for form in ("blocked", "dense")}
-        ways: dict[str, Callable[[], Any]] = {
-            form: functools.partial(program, *arguments) for form, program in programs.items()
+    num_tokens, max_num_tokens = (512, 2048) if quick else (4096, MAX_NUM_TOKENS)
+    inputs = random_inputs(num_tokens)
+    for with_gradients in (False, True):
+        label = f"{num_tokens} tokens, " + (
+            "forward and all gradients" if with_gradients else "forward"
+        )
+        programs = {
+            implementation: compile_attention(implementation, with_gradients, num_tokens)
+            for implementation in ("blocked", "dense")
         }
-        seconds = timing.in_turns(ways, repeats)
-        yield timing.times_as_fast(
-            f"{what}: blocked, times as fast as dense",
+        callables: dict[str, Callable[[], Any]] = {
+            implementation: functools.partial(program, *inputs)
+            for implementation, program in programs.items()
+        }
+        seconds = timing.time_in_turns(callables, repeats)
+        yield timing.speedup_row(
+            f"{label}: blocked, times as fast as dense",
             seconds["blocked"],
             seconds["dense"],
-            2.0 if gradients else None,
+            2.0 if with_gradients else None,
         )
-        yield timing.times_as_much(
-            f"{what}: temporary memory, blocked over dense",
-            [temporary(programs["blocked"])],
-            [temporary(programs["dense"])],
-            1 / 30 if gradients else None,
+        yield timing.cost_ratio_row(
+            f"{label}: temporary memory, blocked over dense",
+            [temporary_bytes(programs["blocked"])],
+            [temporary_bytes(programs["dense"])],
+            1 / 30 if with_gradients else None,
             "B",
         )
-    before = temporary(compiled("blocked", True, n))
-    while n < longest:
-        n, after = 2 * n, temporary(compiled("blocked", True, 2 * n))
-        yield timing.times_as_much(
-            f"{n} tokens: temporary memory over that of {n // 2}", [after], [before], 2.2, unit="B"
+    previous_bytes = temporary_bytes(compile_attention("blocked", True, num_tokens))
+    while num_tokens < max_num_tokens:
+        num_tokens, doubled_bytes = (
+            2 * num_tokens,
+            temporary_bytes(compile_attention("blocked", True, 2 * num_tokens)),
         )
-        before = after
+        yield timing.cost_ratio_row(
+            f"{num_tokens} tokens: temporary memory over that of {num_tokens // 2}",
+            [doubled_bytes],
+            [previous_bytes],
+            2.2,
+            unit="B",
+        )
+        previous_bytes = doubled_bytes
 
 
-def drawn(n: int) -> list[jax.Array]:
-    """q, k, v [1, n, N, H] and durations [1, n]."""
+def random_inputs(num_tokens: int) -> list[jax.Array]:
+    """q, k, v [1, T, N, H] and durations [1, T]."""
     keys = jax.random.split(jax.random.key(0), 4)
-    qkv = [jax.random.normal(key, (1, n, HEADS, WIDTH)) for key in keys[:3]]
-    return [*qkv, jax.random.uniform(keys[3], (1, n), minval=0.1, maxval=2.0)]
+    qkv = [jax.random.normal(key, (1, num_tokens, NUM_HEADS, HEAD_DIM)) for key in keys[:3]]
+    return [*qkv, jax.random.uniform(keys[3], (1, num_tokens), minval=0.1, maxval=2.0)]
 
 
-def compiled(form: str, gradients: bool, n: int) -> Any:
+def compile_attention(implementation: str, with_gradients: bool, num_tokens: int) -> Any:
     """The attention, or its gradient for q, k, v and durations, without running it."""
-    attend = functools.partial(attention.attend, implementation=form)
+    attend = functools.partial(attention.attend, implementation=implementation)
 
-    def loss(*arguments: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.square(attend(*arguments)))
+    def loss(*inputs: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(attend(*inputs)))
 
-    function = jax.grad(loss, argnums=(0, 1, 2, 3)) if gradients else attend
-    return jax.jit(function).lower(*jax.eval_shape(lambda: drawn(n))).compile()
+    function = jax.grad(loss, argnums=(0, 1, 2, 3)) if with_gradients else attend
+    return jax.jit(function).lower(*jax.eval_shape(lambda: random_inputs(num_tokens))).compile()
 
 
-def temporary(program: Any) -> float:
+def temporary_bytes(compiled_program: Any) -> float:
     """Bytes that a compiled program takes beside what goes in and comes out."""
-    return float(program.memory_analysis().temp_size_in_bytes)
+    return float(compiled_program.memory_analysis().temp_size_in_bytes)

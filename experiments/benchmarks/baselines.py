@@ -13,11 +13,11 @@ import numpy as np
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import timing
 
-# Intel's OpenMP would spin for 200 ms after each operation, into the next turn; see `measuring`.
+# Intel's OpenMP would spin for 200 ms after each operation, into the next turn; see `timing`.
 os.environ.setdefault("KMP_BLOCKTIME", "20")
 
 
-def load(name: str) -> Any:
+def import_baseline(name: str) -> Any:
     """The module, with as many threads as there are cores.
 
     Raises:
@@ -28,17 +28,17 @@ def load(name: str) -> Any:
     except ImportError:
         raise InputError(f"{name} is not installed: pip install -e '.[peers]'") from None
     if name == "torch":
-        module.set_num_threads(timing.cores())
+        module.set_num_threads(timing.num_cores())
     elif name == "faiss":
-        module.omp_set_num_threads(timing.cores())
+        module.omp_set_num_threads(timing.num_cores())
     return module
 
 
-def missing(*names: str) -> str:
+def why_missing(*names: str) -> str:
     """Why not all of these can be imported; "" if they can."""
     try:
         for name in names:
-            load(name)
+            import_baseline(name)
     except InputError as error:
         return str(error)
     return ""
@@ -46,17 +46,17 @@ def missing(*names: str) -> str:
 
 def without_cuda() -> str:
     """Why no PyTorch runs on a GPU here; "" if one does."""
-    if absent := missing("torch"):
+    if absent := why_missing("torch"):
         return absent
-    return "" if load("torch").cuda.is_available() else "this PyTorch has no CUDA"
+    return "" if import_baseline("torch").cuda.is_available() else "this PyTorch has no CUDA"
 
 
 # --- A sweep, as the paper's code does it -------------------------------------------------------
 
 
-def causal_lm(folder: str | os.PathLike, attention: str = "eager") -> Any:
+def load_causal_lm(folder: str | os.PathLike, attention: str = "eager") -> Any:
     """The checkpoint in transformers, float32."""
-    torch, transformers = load("torch"), load("transformers")
+    torch, transformers = import_baseline("torch"), import_baseline("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=attention, dtype=torch.float32
@@ -65,25 +65,25 @@ def causal_lm(folder: str | os.PathLike, attention: str = "eager") -> Any:
 
 
 def paper_mask(times: Any) -> Any:
-    """The mask [1, 1, T, T] that is added to the scores, pair by pair of tokens.
+    """The mask [1, 1, T, S] that is added to the scores, pair by pair of tokens.
 
     As the published code makes it (Marro et al., arXiv:2504.03933): a key's duration is sought anew
     for each query that sees it, in the time between its end and the latest one before.
     """
-    torch = load("torch")
+    torch = import_baseline("torch")
     durations = torch.zeros(1, 1, len(times), len(times))
     for query in range(len(times)):
         for key in range(len(times)):
             if times[key] <= times[query]:
-                before = times[times < times[key]]
-                begin = before.max() if len(before) else 0.0
-                durations[0, 0, query, key] = times[key] - begin
+                earlier_ends = times[times < times[key]]
+                key_begin = earlier_ends.max() if len(earlier_ends) else 0.0
+                durations[0, 0, query, key] = times[key] - key_begin
     return torch.log(durations)
 
 
 def paper_masks(durations: np.ndarray) -> list[Any]:
     """`paper_mask` of every point of durations [P, T]."""
-    torch = load("torch")
+    torch = import_baseline("torch")
     return [paper_mask(times) for times in torch.cumsum(torch.tensor(durations), 1)]
 
 
@@ -93,34 +93,34 @@ def paper_sweep(model: Any, tokens: np.ndarray, durations: np.ndarray, masks: An
     All positions' logits and their softmax are made, as there.
 
     Args:
-      model: as of `causal_lm`.
+      model: as of `load_causal_lm`.
       tokens: [T].
       durations: [P, T], all > 0.
       masks: `paper_mask` of every point; made here if left out.
     """
-    torch = load("torch")
-    found = []
+    torch = import_baseline("torch")
+    probabilities = []
     with torch.inference_mode():
-        for point, d in enumerate(torch.tensor(durations)):
-            times = torch.cumsum(d, 0)
+        for point, point_durations in enumerate(torch.tensor(durations)):
+            times = torch.cumsum(point_durations, 0)
             mask = paper_mask(times) if masks is None else masks[point]
-            out = model(
+            output = model(
                 inputs_embeds=model.get_input_embeddings()(torch.tensor(tokens)[None]),
                 attention_mask=mask,
                 position_ids=times[None],
                 use_cache=False,
             )
-            found.append(torch.softmax(out.logits, -1)[0, -1].numpy())
-    return np.stack(found)
+            probabilities.append(torch.softmax(output.logits, -1)[0, -1].numpy())
+    return np.stack(probabilities)
 
 
 # --- A sweep, as fast as PyTorch can be made to do it -------------------------------------------
 
 
-class _Layer(NamedTuple):
-    norm: Any
+class _LayerWeights(NamedTuple):
+    attention_norm: Any
     qkv: Any
-    out: Any
+    attention_output: Any
     mlp_norm: Any
     gate_up: Any
     down: Any
@@ -135,31 +135,34 @@ class BatchedLlama:
 
     def __init__(self, model: Any, dtype: str = "float32"):
         """Of a model of transformers, in the dtype of that name."""
-        torch = load("torch")
+        torch = import_baseline("torch")
         config = model.config
-        self.eps, self.heads = config.rms_norm_eps, config.num_attention_heads
-        self.kv_heads, self.width = config.num_key_value_heads, config.head_dim
+        self.eps, self.num_heads = config.rms_norm_eps, config.num_attention_heads
+        self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
         self.theta = config.rope_parameters["rope_theta"]
         self.dtype = getattr(torch, dtype)
 
-        def joined(*modules: Any) -> Any:
+        def concatenate_weights(*modules: Any) -> Any:
             return torch.cat([module.weight.detach() for module in modules]).to(self.dtype)
 
         self.layers = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.layers.append(
-                _Layer(
-                    joined(layer.input_layernorm),
-                    joined(attention.q_proj, attention.k_proj, attention.v_proj),
-                    joined(attention.o_proj),
-                    joined(layer.post_attention_layernorm),
-                    joined(mlp.gate_proj, mlp.up_proj),
-                    joined(mlp.down_proj),
+                _LayerWeights(
+                    concatenate_weights(layer.input_layernorm),
+                    concatenate_weights(attention.q_proj, attention.k_proj, attention.v_proj),
+                    concatenate_weights(attention.o_proj),
+                    concatenate_weights(layer.post_attention_layernorm),
+                    concatenate_weights(mlp.gate_proj, mlp.up_proj),
+                    concatenate_weights(mlp.down_proj),
                 )
             )
-        self.embedding = joined(model.get_input_embeddings())
-        self.norm, self.head = joined(model.model.norm), joined(model.lm_head)
+        self.embedding = concatenate_weights(model.get_input_embeddings())
+        self.norm, self.output_layer = (
+            concatenate_weights(model.model.norm),
+            concatenate_weights(model.lm_head),
+        )
 
     def sweep(
         self, tokens: np.ndarray, durations: np.ndarray, *, batch_size: int, prefix: int = 0
@@ -172,61 +175,72 @@ class BatchedLlama:
           batch_size: points at once.
           prefix: tokens that last the same at all points, computed once.
         """
-        torch = load("torch")
+        torch = import_baseline("torch")
         tokens, d = torch.tensor(tokens), torch.tensor(durations)
         times = torch.cumsum(d, 1)
         with torch.inference_mode():
-            past = None
+            prefix_cache = None
             if prefix:
-                first = slice(0, prefix)
-                _, past = self._trunk(tokens[first], d[:1, first], times[:1, first], None)
-            rest = slice(prefix, None)
-            found = []
-            for batch in torch.arange(len(d)).split(batch_size):
-                x, _ = self._trunk(tokens[rest], d[batch], times[batch, rest], past)
+                prefix_slice = slice(0, prefix)
+                _, prefix_cache = self._run_layers(
+                    tokens[prefix_slice], d[:1, prefix_slice], times[:1, prefix_slice], None
+                )
+            suffix_slice = slice(prefix, None)
+            probabilities = []
+            for point_indices in torch.arange(len(d)).split(batch_size):
+                x, _ = self._run_layers(
+                    tokens[suffix_slice],
+                    d[point_indices],
+                    times[point_indices, suffix_slice],
+                    prefix_cache,
+                )
                 x = torch.nn.functional.rms_norm(x[:, -1], x.shape[-1:], self.norm, self.eps)
-                found.append(torch.softmax((x @ self.head.T).float(), -1))
-            return torch.cat(found).numpy()
+                probabilities.append(torch.softmax((x @ self.output_layer.T).float(), -1))
+            return torch.cat(probabilities).numpy()
 
-    def _trunk(self, tokens: Any, d: Any, times: Any, past: Any) -> tuple[Any, list]:
-        """Outputs [B, T, D] of the last layer, and the keys and values of all."""
-        torch = load("torch")
+    def _run_layers(self, tokens: Any, d: Any, times: Any, cache: Any) -> tuple[Any, list]:
+        """Outputs [P, T, D] of the last layer, and the keys and values of all."""
+        torch = import_baseline("torch")
         functional = torch.nn.functional
-        points, length = times.shape
-        x = self.embedding[tokens].expand(points, -1, -1)
-        rates = self.theta ** (-torch.arange(0, self.width, 2).float() / self.width)
-        angles = (times[..., None] * rates)[:, None]
-        turns = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        num_points, length = times.shape
+        x = self.embedding[tokens].expand(num_points, -1, -1)
+        frequencies = self.theta ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+        angles = (times[..., None] * frequencies)[:, None]
+        cos_sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         # Scores are weighted by adding log d; later keys are hidden.
-        hidden = torch.full((length, d.shape[1]), -torch.inf).triu(1 + d.shape[1] - length)
-        mask = (d.log()[:, None, None, :] + hidden).to(self.dtype)
-        sizes = [n * self.width for n in (self.heads, self.kv_heads, self.kv_heads)]
-        kept = []
+        causal_mask = torch.full((length, d.shape[1]), -torch.inf).triu(1 + d.shape[1] - length)
+        mask = (d.log()[:, None, None, :] + causal_mask).to(self.dtype)
+        sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        keys_values = []
         for i, layer in enumerate(self.layers):
-            y = functional.rms_norm(x, x.shape[-1:], layer.norm, self.eps)
+            y = functional.rms_norm(x, x.shape[-1:], layer.attention_norm, self.eps)
             q, k, v = (
-                part.unflatten(-1, (-1, self.width)).transpose(1, 2)
+                part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                 for part in functional.linear(y, layer.qkv).split(sizes, -1)
             )
-            q, k = self._turned(q, *turns), self._turned(k, *turns)
-            if past is not None:
+            q, k = self._apply_rotary(q, *cos_sin), self._apply_rotary(k, *cos_sin)
+            if cache is not None:
                 k, v = (
-                    torch.cat([old.expand(points, -1, -1, -1), new], 2)
-                    for old, new in zip(past[i], (k, v), strict=True)
+                    torch.cat([cached.expand(num_points, -1, -1, -1), current], 2)
+                    for cached, current in zip(cache[i], (k, v), strict=True)
                 )
-            kept.append((k, v))
-            grouped = self.heads != self.kv_heads
-            y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-            x = x + functional.linear(y.transpose(1, 2).flatten(2), layer.out)
+            keys_values.append((k, v))
+            is_grouped = self.num_heads != self.num_kv_heads
+            y = functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=is_grouped
+            )
+            x = x + functional.linear(y.transpose(1, 2).flatten(2), layer.attention_output)
             y = functional.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.eps)
             gate, up = functional.linear(y, layer.gate_up).chunk(2, -1)
             x = x + functional.linear(functional.silu(gate) * up, layer.down)
-        return x, kept
+        return x, keys_values
 
-    def _turned(self, x: Any, cosine: Any, sine: Any) -> Any:
-        torch = load("torch")
-        first, second = x.chunk(2, -1)
-        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
+    def _apply_rotary(self, x: Any, cosine: Any, sine: Any) -> Any:
+        torch = import_baseline("torch")
+        first_half, second_half = x.chunk(2, -1)
+        return torch.cat(
+            [first_half * cosine - second_half * sine, second_half * cosine + first_half * sine], -1
+        )
 
 
 # --- Attention on a GPU -------------------------------------------------------------------------
@@ -238,8 +252,8 @@ def flex_attention(
     v: np.ndarray,
     durations: np.ndarray,
     *,
-    gradients: bool,
-    calls: int,
+    with_gradients: bool,
+    num_calls: int,
     device: str = "cuda",
 ) -> Callable[[], Any]:
     """Causal attention with log d added to the scores, compiled, in bfloat16.
@@ -249,33 +263,35 @@ def flex_attention(
       k: keys, and
       v: values, of the same shape.
       durations: [1, T], all > 0.
-      gradients: whether those for q, k, v and log d are made.
-      calls: how often the function that is returned does it.
+      with_gradients: whether those for q, k, v and log d are made.
+      num_calls: how often the function that is returned does it.
       device: of PyTorch.
     """
-    torch, flex = load("torch"), load("torch.nn.attention.flex_attention")
+    torch, flex = import_baseline("torch"), import_baseline("torch.nn.attention.flex_attention")
     length = q.shape[1]
     queries, keys, values = (
-        torch.tensor(x.swapaxes(1, 2), dtype=torch.bfloat16, device=device, requires_grad=gradients)
+        torch.tensor(
+            x.swapaxes(1, 2), dtype=torch.bfloat16, device=device, requires_grad=with_gradients
+        )
         for x in (q, k, v)
     )
-    logs = torch.tensor(np.log(durations[0]), device=device, requires_grad=gradients)
+    log_durations = torch.tensor(np.log(durations[0]), device=device, requires_grad=with_gradients)
 
-    def weighted(score, batch, head, query, key):
-        return score + logs[key]
+    def add_log_duration(score, batch, head, query, key):
+        return score + log_durations[key]
 
-    def causal(batch, head, query, key):
+    def is_visible(batch, head, query, key):
         return query >= key
 
-    mask = flex.create_block_mask(causal, None, None, length, length, device=device)
+    block_mask = flex.create_block_mask(is_visible, None, None, length, length, device=device)
     attend = torch.compile(flex.flex_attention)
 
-    def run() -> None:
-        for _ in range(calls):
-            y = attend(queries, keys, values, score_mod=weighted, block_mask=mask)
-            if gradients:
-                torch.autograd.grad(y.float().sum(), (queries, keys, values, logs))
+    def run_attention() -> None:
+        for _ in range(num_calls):
+            y = attend(queries, keys, values, score_mod=add_log_duration, block_mask=block_mask)
+            if with_gradients:
+                torch.autograd.grad(y.float().sum(), (queries, keys, values, log_durations))
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return run
+    return run_attention

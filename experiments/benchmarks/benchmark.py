@@ -32,30 +32,31 @@ from continuous_lm.experiments.benchmarks import (
 )
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.common import program
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 
-Case = Callable[[bool, int], Iterator[Row]]  # quick, repeats -> rows, when they are measured
-CASES: Mapping[str, Case] = {
-    "sweep": functools.partial(sweep_cases.warm, False),
-    "long-sweep": functools.partial(sweep_cases.warm, True),
-    "cold-sweep": sweep_cases.cold,
-    "compiling": sweep_cases.depth,
-    "attention": attention_cases.case,
-    "nearest": search_cases.nearest,
-    "quantizers": search_cases.vector_quantizers,
-    "load": loading_cases.load,
-    "import": loading_cases.imports,
-    "generation": generation_cases.generation,
-    "next-vectors": generation_cases.next_vectors,
-    "gpu": gpu_cases.case,
+# Quick, repeats -> rows, when they are measured.
+BenchmarkCase = Callable[[bool, int], Iterator[Row]]
+CASES: Mapping[str, BenchmarkCase] = {
+    "sweep": functools.partial(sweep_cases.warm_sweep_rows, False),
+    "long-sweep": functools.partial(sweep_cases.warm_sweep_rows, True),
+    "cold-sweep": sweep_cases.cold_sweep_rows,
+    "compiling": sweep_cases.compile_time_rows,
+    "attention": attention_cases.attention_rows,
+    "nearest": search_cases.nearest_code_rows,
+    "quantizers": search_cases.vector_quantizer_rows,
+    "load": loading_cases.loading_rows,
+    "import": loading_cases.import_time_rows,
+    "generation": generation_cases.generation_rows,
+    "next-vectors": generation_cases.next_vector_rows,
+    "gpu": gpu_cases.gpu_rows,
 }
 _CASES = flags.DEFINE_list("cases", list(CASES), "What to measure.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
 _QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes: does it run?")
 
 
-def chosen(names: list[str]) -> dict[str, Case]:
+def select_cases(names: list[str]) -> dict[str, BenchmarkCase]:
     """The cases of these names.
 
     Raises:
@@ -67,44 +68,57 @@ def chosen(names: list[str]) -> dict[str, Case]:
     return {name: CASES[name] for name in names}
 
 
-def measured(cases: Mapping[str, Case], *, quick: bool, repeats: int) -> dict[str, list[Row]]:
+def run_cases(
+    cases: Mapping[str, BenchmarkCase], *, quick: bool, repeats: int
+) -> dict[str, list[Row]]:
     """The rows of every case; its table is printed as soon as it is there.
 
     A case that fails ends in a row that says so: hours of others are not to be lost.
     """
-    found: dict[str, list[Row]] = {}
-    for name, case in cases.items():
-        found[name] = []
+    rows_by_case: dict[str, list[Row]] = {}
+    for case_name, row_generator in cases.items():
+        rows_by_case[case_name] = []
         try:
-            for row in case(quick, repeats):
-                found[name].append(dataclasses.replace(row, target=None) if quick else row)
+            for row in row_generator(quick, repeats):
+                rows_by_case[case_name].append(
+                    dataclasses.replace(row, target=None) if quick else row
+                )
         except Exception as error:
             traceback.print_exc()
-            found[name].append(Row("failed", note=" ".join(f"{error!r}".split())))
-        print(f"{timing.table(name, name, found[name]).as_text()}\n", flush=True)
-    return found
+            rows_by_case[case_name].append(Row("failed", note=" ".join(f"{error!r}".split())))
+        print(
+            f"{timing.rows_table(case_name, case_name, rows_by_case[case_name]).as_text()}\n",
+            flush=True,
+        )
+    return rows_by_case
 
 
-def failed(found: Mapping[str, list[Row]]) -> list[str]:
+def failed_cases(rows_by_case: Mapping[str, list[Row]]) -> list[str]:
     """The cases that ended too soon."""
-    return [name for name, rows in found.items() if any(row.what == "failed" for row in rows)]
+    return [
+        case_name
+        for case_name, rows in rows_by_case.items()
+        if any(row.what == "failed" for row in rows)
+    ]
 
 
 def main() -> None:
     """Figures, tables, a file."""
     folder = program.output_dir("benchmark")
-    cases = chosen(_CASES.value)
-    print(f"{jax.devices()[0].device_kind}, {timing.cores()} cores\n")
-    found = measured(cases, quick=_QUICK.value, repeats=_REPEATS.value)
-    with written_aside(folder) as aside:
-        for name, rows in found.items():
-            timing.table(name, name, rows).write(aside)
-        rows_of = {name: [row.as_json() for row in rows] for name, rows in found.items()}
-        run = program.record() | {"cores": timing.cores()}
-        write_json(aside / "benchmark.json", {"cases": rows_of, "run": run})
+    cases = select_cases(_CASES.value)
+    print(f"{jax.devices()[0].device_kind}, {timing.num_cores()} cores\n")
+    rows_by_case = run_cases(cases, quick=_QUICK.value, repeats=_REPEATS.value)
+    with write_atomically(folder) as staging_folder:
+        for case_name, rows in rows_by_case.items():
+            timing.rows_table(case_name, case_name, rows).write(staging_folder)
+        stored_rows = {
+            case_name: [row.as_json() for row in rows] for case_name, rows in rows_by_case.items()
+        }
+        run_record = program.record() | {"cores": timing.num_cores()}
+        write_json(staging_folder / "benchmark.json", {"cases": stored_rows, "run": run_record})
     print(f"{folder}: benchmark.json, and each case's table in .csv, .md, .tex")
-    if failed(found):
-        raise clm.InputError(f"these cases failed: {', '.join(failed(found))}")
+    if failed_cases(rows_by_case):
+        raise clm.InputError(f"these cases failed: {', '.join(failed_cases(rows_by_case))}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 Operations, bytes and memory on each device against the tokens of the prompt, the points and the
 mesh, for models of published sizes; the first quarter of a prompt is shared by all points. A second
 table has the memory over more and more devices, a third the least number of them that holds a
-model. `costs` says what is measured on simulated devices and what follows from shapes. It takes
-five minutes of two cores, and no memory for weights.
+model. `program_costs` says what is measured on simulated devices and what follows from shapes. It
+takes five minutes of two cores, and no memory for weights.
 """
 
 import math
@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import program_costs
 from continuous_lm.experiments.common import program, tables
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import language_model
 from continuous_lm.models.config import TransformerConfig
 
 # What changes the sizes in the config.json of the published checkpoints.
-_LLAMA = dict(
+_LLAMA_FIELDS = dict(
     model_type="llama",
     vocab_size=128256,
     num_key_value_heads=8,
@@ -37,10 +37,10 @@ _LLAMA = dict(
     hidden_act="silu",
     tie_word_embeddings=False,
 )
-MODELS: Mapping[str, dict[str, Any]] = {
-    "Llama-3-8B": _LLAMA
+MODEL_FIELDS: Mapping[str, dict[str, Any]] = {
+    "Llama-3-8B": _LLAMA_FIELDS
     | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
-    "Llama-3-70B": _LLAMA
+    "Llama-3-70B": _LLAMA_FIELDS
     | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
     "Gemma-2-9B": dict(
         model_type="gemma2",
@@ -62,7 +62,7 @@ MODELS: Mapping[str, dict[str, Any]] = {
 }
 
 # GB of memory of one device: Google Cloud's pages on TPU versions, NVIDIA's data sheets.
-ACCELERATORS: Mapping[str, int] = {
+ACCELERATOR_GIGABYTES: Mapping[str, int] = {
     "TPU v5e": 16,
     "TPU v6e": 32,
     "A100 40 GB": 40,
@@ -71,30 +71,32 @@ ACCELERATORS: Mapping[str, int] = {
     "TPU v5p": 95,
     "H200": 141,
 }
-ROOM = 0.9  # share of it that a program may fill
+USABLE_MEMORY_SHARE = 0.9  # share of it that a program may fill
 
-TOKENS, POINTS, MODEL = (64, 256, 1024, 4096), 100, 8
-AT_ONCE = 16384  # tokens after the shared ones that a row of the mesh computes at once
-DEVICES = (1, 2, 4, 8, 16, 32)  # that the memory is spread over
+PROMPT_LENGTHS, NUM_POINTS, MODEL_AXIS_SIZE = (64, 256, 1024, 4096), 100, 8
+MAX_TOKENS_AT_ONCE = 16384  # tokens after the shared ones that a row of the mesh computes at once
+DEVICE_COUNTS = (1, 2, 4, 8, 16, 32)  # that the memory is spread over
 
-_SHAPES = flags.DEFINE_list("shapes", list(MODELS), f"Of {', '.join(MODELS)}.")
+_SHAPES = flags.DEFINE_list("shapes", list(MODEL_FIELDS), f"Of {', '.join(MODEL_FIELDS)}.")
 
 
-class Case(NamedTuple):
+class SweepCase(NamedTuple):
     """A sweep on a mesh."""
 
     tokens: int = 256
-    points: int = POINTS
+    points: int = NUM_POINTS
     data: int = 1
-    model: int = MODEL
+    model: int = MODEL_AXIS_SIZE
 
     @property
-    def task(self) -> program_costs.Task:
+    def batch(self) -> program_costs.SweepBatch:
         """A batch of its points, as even as can be over batches and rows of the mesh."""
-        shared = self.tokens // 4
-        most = max(1, AT_ONCE // (self.tokens - shared)) * self.data
-        size = math.ceil(self.points / math.ceil(self.points / most))
-        return program_costs.Task(self.tokens, shared, math.ceil(size / self.data) * self.data)
+        num_shared_tokens = self.tokens // 4
+        max_points = max(1, MAX_TOKENS_AT_ONCE // (self.tokens - num_shared_tokens)) * self.data
+        points_per_batch = math.ceil(self.points / math.ceil(self.points / max_points))
+        return program_costs.SweepBatch(
+            self.tokens, num_shared_tokens, math.ceil(points_per_batch / self.data) * self.data
+        )
 
     @property
     def mesh(self) -> Mesh:
@@ -102,53 +104,63 @@ class Case(NamedTuple):
         return Mesh(devices.reshape(self.data, self.model), ("data", "model"))
 
 
-def cases() -> list[Case]:
+def make_cases() -> list[SweepCase]:
     """One thing at a time: tokens, points, rows of the mesh and their width."""
     return [
-        *(Case(tokens=n) for n in TOKENS),
-        *(Case(points=points) for points in (10, 1000)),
-        Case(data=8),
-        Case(model=2 * MODEL),
+        *(SweepCase(tokens=num_tokens) for num_tokens in PROMPT_LENGTHS),
+        *(SweepCase(points=num_points) for num_points in (10, 1000)),
+        SweepCase(data=8),
+        SweepCase(model=2 * MODEL_AXIS_SIZE),
     ]
 
 
-def measure(config: TransformerConfig, case: Case) -> dict[str, Any]:
+def measure_case(config: TransformerConfig, case: SweepCase) -> dict[str, Any]:
     """The numbers of one case; operations and bytes are those of the whole sweep on a device."""
-    batches = math.ceil(case.points / case.task.points)
-    operations, moved = program_costs.work(config, case.mesh, case.task)
-    products = program_costs.products(config, case.task) / (case.data * case.model)
+    num_batches = math.ceil(case.points / case.batch.points)
+    operations, bytes_accessed = program_costs.extrapolate_cost(config, case.mesh, case.batch)
+    product_flops = program_costs.count_product_flops(config, case.batch) / (case.data * case.model)
     return {
         **case._asdict(),
-        "at_once": case.task.points,
-        "operations": batches * operations,
-        "over_products": operations / products,
-        "bytes": batches * moved,
-        **needed(config, case),
+        "at_once": case.batch.points,
+        "operations": num_batches * operations,
+        "over_products": operations / product_flops,
+        "bytes": num_batches * bytes_accessed,
+        **measure_memory(config, case),
     }
 
 
-def needed(config: TransformerConfig, case: Case) -> dict[str, Any]:
+def measure_memory(config: TransformerConfig, case: SweepCase) -> dict[str, Any]:
     """Bytes on each device, and the accelerators that have them."""
-    found = program_costs.memory(config, case.mesh, case.task)
-    fits = [name for name, size in ACCELERATORS.items() if found.total <= ROOM * size * 1e9]
-    return {"weights": found.arguments, "temporaries": found.temporaries, "fits": fits}
+    memory_use = program_costs.memory_use(config, case.mesh, case.batch)
+    fitting_accelerators = [
+        name
+        for name, gigabytes in ACCELERATOR_GIGABYTES.items()
+        if memory_use.total <= USABLE_MEMORY_SHARE * gigabytes * 1e9
+    ]
+    return {
+        "weights": memory_use.arguments,
+        "temporaries": memory_use.temporaries,
+        "fits": fitting_accelerators,
+    }
 
 
 # --- Tables -------------------------------------------------------------------------------------
 
 
-def growth_table(numbers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
+def growth_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
     """Costs of each model and case."""
-    heads = "model|tokens|points|at once|mesh|operations (T)|over products|bytes (GB)|weights (GB)"
-    formats = ["", "d", "d", "d", "", ",.1f", ".3f", ",.0f", ".2f", ".2f"]
+    titles = "model|tokens|points|at once|mesh|operations (T)|over products|bytes (GB)|weights (GB)"
+    cell_formats = ["", "d", "d", "d", "", ",.1f", ".3f", ",.0f", ".2f", ".2f"]
     return tables.Table(
         "growth",
         "A sweep on each device of a mesh, data x model: operations counted by XLA, in all and over"
         " those of the matrix products; bytes that steps read and write, in float32; bfloat16"
         " weights; temporaries in float32",
         [
-            tables.Column(head, format=form)
-            for head, form in zip([*heads.split("|"), "temporaries (GB)"], formats, strict=True)
+            tables.Column(title, format=cell_format)
+            for title, cell_format in zip(
+                [*titles.split("|"), "temporaries (GB)"], cell_formats, strict=True
+            )
         ],
         [
             [
@@ -159,45 +171,49 @@ def growth_table(numbers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.T
                 row["over_products"],
                 *(row[key] / 1e9 for key in ("bytes", "weights", "temporaries")),
             ]
-            for name, rows in numbers.items()
+            for name, rows in rows_by_model.items()
             for row in rows
         ],
     )
 
 
-def memory_table(numbers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
+def memory_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
     """Memory over more and more devices."""
-    columns = ["model", *(f"{devices} (GB)" for devices in DEVICES)]
+    titles = ["model", *(f"{num_devices} (GB)" for num_devices in DEVICE_COUNTS)]
     return tables.Table(
         "memory",
-        f"Memory on each of so many devices: bfloat16 weights + temporaries, {POINTS} points of"
-        f" {Case().tokens} tokens, {Case().task.points} at once",
-        [tables.Column(head) for head in columns],
+        f"Memory on each of so many devices: bfloat16 weights + temporaries, {NUM_POINTS} points of"
+        f" {SweepCase().tokens} tokens, {SweepCase().batch.points} at once",
+        [tables.Column(title) for title in titles],
         [
-            [name, *(f"{r['weights'] / 1e9:.1f} + {r['temporaries'] / 1e9:.1f}" for r in rows)]
-            for name, rows in numbers.items()
+            [
+                name,
+                *(f"{row['weights'] / 1e9:.1f} + {row['temporaries'] / 1e9:.1f}" for row in rows),
+            ]
+            for name, rows in rows_by_model.items()
         ],
     )
 
 
-def fitting_table(numbers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
+def fitting_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
     """The least number of devices that holds each model."""
 
-    def least(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
+    def min_devices(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
         return next((row["model"] for row in rows if name in row["fits"]), None)
 
     return tables.Table(
         "fitting",
-        f"The shortest axis `model` with which that sweep fills at most {ROOM:.0%} of each device;"
+        "The shortest axis `model` with which that sweep fills at most"
+        f" {USABLE_MEMORY_SHARE:.0%} of each device;"
         " any axis `data` may be beside it",
         [
             tables.Column("accelerator"),
             tables.Column("GB", format="d"),
-            *(tables.Column(name, format="d") for name in numbers),
+            *(tables.Column(name, format="d") for name in rows_by_model),
         ],
         [
-            [name, size, *(least(rows, name) for rows in numbers.values())]
-            for name, size in ACCELERATORS.items()
+            [name, gigabytes, *(min_devices(rows, name) for rows in rows_by_model.values())]
+            for name, gigabytes in ACCELERATOR_GIGABYTES.items()
         ],
     )
 
@@ -205,30 +221,34 @@ def fitting_table(numbers: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.
 def main() -> None:
     """Numbers and tables."""
     for name in _SHAPES.value:
-        if name not in MODELS:
-            raise InputError(f"--shapes: {name!r:.60} is not known; known are {', '.join(MODELS)}")
+        if name not in MODEL_FIELDS:
+            raise InputError(
+                f"--shapes: {name!r:.60} is not known; known are {', '.join(MODEL_FIELDS)}"
+            )
     folder = program.output_dir("device_costs")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)
-    configs = {name: language_model.read_config(MODELS[name]) for name in _SHAPES.value}
-    growing: dict[str, list] = {name: [] for name in configs}
-    spread: dict[str, list] = {name: [] for name in configs}
-    with tqdm.tqdm(total=len(configs) * (len(cases()) + len(DEVICES)), unit="case") as bar:
+    configs = {name: language_model.read_config(MODEL_FIELDS[name]) for name in _SHAPES.value}
+    growth_rows: dict[str, list] = {name: [] for name in configs}
+    memory_rows: dict[str, list] = {name: [] for name in configs}
+    with tqdm.tqdm(
+        total=len(configs) * (len(make_cases()) + len(DEVICE_COUNTS)), unit="case"
+    ) as progress_bar:
         for name, config in configs.items():
-            for case in cases():
-                growing[name].append(measure(config, case))
-                bar.update()
-            for model in DEVICES:
-                case = Case(model=model)
-                spread[name].append(case._asdict() | needed(config, case))
-                bar.update()
-    made = growth_table(growing), memory_table(spread), fitting_table(spread)
-    with written_aside(folder) as aside:
-        record = {"run": program.record(), "growth": growing, "memory": spread}
-        write_json(aside / "device_costs.json", record)
-        for table in made:
-            table.write(aside)
-    print("\n\n".join(table.as_text() for table in made))
+            for case in make_cases():
+                growth_rows[name].append(measure_case(config, case))
+                progress_bar.update()
+            for num_devices in DEVICE_COUNTS:
+                case = SweepCase(model=num_devices)
+                memory_rows[name].append(case._asdict() | measure_memory(config, case))
+                progress_bar.update()
+    result_tables = growth_table(growth_rows), memory_table(memory_rows), fitting_table(memory_rows)
+    with write_atomically(folder) as staging_folder:
+        results = {"run": program.record(), "growth": growth_rows, "memory": memory_rows}
+        write_json(staging_folder / "device_costs.json", results)
+        for table in result_tables:
+            table.write(staging_folder)
+    print("\n\n".join(table.as_text() for table in result_tables))
     print(f"\n{folder}: device_costs.json; growth, memory and fitting as .csv, .md, .tex")
 
 

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import continuous_lm as clm
-from continuous_lm import quantize as q
+from continuous_lm import quantize
 from continuous_lm.analysis import sweep
 from continuous_lm.experiments.benchmarks import baselines, search_cases, timing
 from continuous_lm.experiments.benchmarks.timing import Row, Target
 from continuous_lm.rotary import Rope
 
-CALLS = 10  # in a row, so that what it takes to start them does not count
+NUM_CALLS = 10  # in a row, so that what it takes to start them does not count
 
-LLAMA = clm.TransformerConfig(  # Llama 3, 8 billion
+LLAMA_3_8B = clm.TransformerConfig(  # Llama 3, 8 billion
     vocab_size=128256,
     hidden_size=4096,
     mlp_size=14336,
@@ -32,73 +32,86 @@ LLAMA = clm.TransformerConfig(  # Llama 3, 8 billion
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Sizes:
     """How large everything is."""
 
     lengths: tuple[int, ...] = (8192, 32768)
-    heads: int = 16
-    width: int = 128
-    points: int = 100
-    tokens: int = 40
-    codes: tuple[int, int] = (131072, 4096)
-    batch: int = 4096
-    model: clm.TransformerConfig = LLAMA
+    num_heads: int = 16
+    head_dim: int = 128
+    num_points: int = 100
+    num_tokens: int = 40
+    codebook_shape: tuple[int, int] = (131072, 4096)
+    batch_size: int = 4096
+    model_config: clm.TransformerConfig = LLAMA_3_8B
 
 
-QUICK = Setting((256,), 2, 64, 5, 8, (256, 64), 32, dataclasses.replace(LLAMA, num_layers=2))
+QUICK_SIZES = Sizes(
+    (256,), 2, 64, 5, 8, (256, 64), 32, dataclasses.replace(LLAMA_3_8B, num_layers=2)
+)
 
 
-def case(quick: bool, repeats: int) -> Iterator[Row]:
+def gpu_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """All rows."""
     if jax.default_backend() != "gpu":
         yield Row("attention, a sweep and a search on a GPU", note="no GPU: not measured")
         return
-    setting = QUICK if quick else Setting()
-    for n in setting.lengths:
-        yield from attention(setting, n, repeats)
-    yield from large_sweep(setting, repeats)
-    yield from search(setting, repeats)
+    sizes = QUICK_SIZES if quick else Sizes()
+    for num_tokens in sizes.lengths:
+        yield from attention_rows(sizes, num_tokens, repeats)
+    yield from large_sweep_rows(sizes, repeats)
+    yield from search_rows(sizes, repeats)
 
 
 # --- Attention ----------------------------------------------------------------------------------
 
 
-def attention(
-    setting: Setting, n: int, repeats: int, plain: str | None = "cudnn", *, peer: bool = True
+def attention_rows(
+    sizes: Sizes,
+    num_tokens: int,
+    repeats: int,
+    baseline_implementation: str | None = "cudnn",
+    *,
+    peer: bool = True,
 ) -> Iterator[Row]:
     """Continuous attention against the plain causal one and, with its `peer`, flex_attention."""
-    *qkv, durations = drawn(setting, n)
-    causal = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=plain)
-    absent = baselines.without_cuda() if peer else "left out"
-    for gradients, most in {False: 1.15, True: 1.25}.items():
-        ways: dict[str, Callable[[], Any]] = {
-            "ours": calls(clm.attention.attend, (*qkv, durations), gradients),
-            "plain": calls(causal, qkv, gradients),
+    *qkv, durations = drawn(sizes, num_tokens)
+    causal_attention = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=baseline_implementation
+    )
+    missing_reason = baselines.without_cuda() if peer else "left out"
+    for with_gradients, maximum in {False: 1.15, True: 1.25}.items():
+        callables: dict[str, Callable[[], Any]] = {
+            "ours": calls(clm.attention.attend, (*qkv, durations), with_gradients),
+            "plain": calls(causal_attention, qkv, with_gradients),
         }
-        if not absent:
+        if not missing_reason:
             arrays = [np.asarray(x.astype(jnp.float32)) for x in (*qkv, durations)]
-            ways["flex"] = baselines.flex_attention(*arrays, gradients=gradients, calls=CALLS)
-        seconds = timing.in_turns(ways, repeats)
-        what = f"{n} tokens, bf16, " + ("forward and backward" if gradients else "forward")
-        yield timing.times_as_much(
-            f"{what}: time over that of plain causal attention",
+            callables["flex"] = baselines.flex_attention(
+                *arrays, with_gradients=with_gradients, num_calls=NUM_CALLS
+            )
+        seconds = timing.time_in_turns(callables, repeats)
+        label = f"{num_tokens} tokens, bf16, " + (
+            "forward and backward" if with_gradients else "forward"
+        )
+        yield timing.cost_ratio_row(
+            f"{label}: time over that of plain causal attention",
             seconds["ours"],
             seconds["plain"],
-            most,
-            note=f"{CALLS} calls",
+            maximum,
+            note=f"{NUM_CALLS} calls",
         )
-        if absent:
-            yield Row(f"{what}: times as fast as flex_attention", note=absent)
+        if missing_reason:
+            yield Row(f"{label}: times as fast as flex_attention", note=missing_reason)
         else:
-            yield timing.times_as_fast(
-                f"{what}: times as fast as flex_attention", seconds["ours"], seconds["flex"], 1.0
+            yield timing.speedup_row(
+                f"{label}: times as fast as flex_attention", seconds["ours"], seconds["flex"], 1.0
             )
 
 
-def drawn(setting: Setting, n: int) -> tuple[jax.Array, ...]:
+def drawn(setting: Sizes, n: int) -> tuple[jax.Array, ...]:
     """Queries, keys and values in bfloat16, and durations, of n tokens."""
     keys = jax.random.split(jax.random.key(0), 4)
-    shape = (1, n, setting.heads, setting.width)
+    shape = (1, n, setting.num_heads, setting.head_dim)
     qkv = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:3])
     return *qkv, jax.random.uniform(keys[3], (1, n), minval=0.1, maxval=2.0)
 
@@ -111,27 +124,28 @@ def calls(attend: Callable[..., jax.Array], arguments: Any, gradients: bool) -> 
 
     function = jax.grad(loss, argnums=tuple(range(len(arguments)))) if gradients else attend
     program = jax.jit(function)
-    return lambda: [program(*arguments) for _ in range(CALLS)]
+    return lambda: [program(*arguments) for _ in range(NUM_CALLS)]
 
 
 # --- A sweep, a search --------------------------------------------------------------------------
 
 
-def large_sweep(setting: Setting, repeats: int) -> Iterator[Row]:
+def large_sweep_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
     """All points of a sweep of a large model, with random weights."""
-    lm = clm.LanguageModel(setting.model, random_params(setting.model))
-    size = sum(x.size for x in jax.tree.leaves(lm.params))
-    durations = np.ones((setting.points, setting.tokens), np.float32)
-    changed = slice(setting.tokens // 4, setting.tokens // 2)
-    durations[:, changed] = np.linspace(0.1, 1.0, setting.points)[:, None]
-    tokens = np.arange(setting.tokens)
-    run = functools.partial(
+    lm = clm.LanguageModel(sizes.model_config, random_params(sizes.model_config))
+    num_parameters = sum(x.size for x in jax.tree.leaves(lm.params))
+    durations = np.ones((sizes.num_points, sizes.num_tokens), np.float32)
+    changed_tokens = slice(sizes.num_tokens // 4, sizes.num_tokens // 2)
+    durations[:, changed_tokens] = np.linspace(0.1, 1.0, sizes.num_points)[:, None]
+    tokens = np.arange(sizes.num_tokens)
+    run_sweep = functools.partial(
         sweep.probabilities, lm, [[i] for i in range(10)], tokens=tokens, durations=durations
     )
-    yield timing.figures(
-        f"seconds of {setting.points} points, {setting.tokens} tokens, {size / 1e9:.2g} G numbers",
-        timing.in_turns({"ours": run}, repeats)["ours"],
-        target=Target(most=0.5),
+    yield timing.median_row(
+        f"seconds of {sizes.num_points} points, {sizes.num_tokens} tokens,"
+        f" {num_parameters / 1e9:.2g} G numbers",
+        timing.time_in_turns({"ours": run_sweep}, repeats)["ours"],
+        target=Target(maximum=0.5),
     )
 
 
@@ -146,23 +160,23 @@ def random_params(config: clm.TransformerConfig) -> Any:
 
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
-    made = [normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, made)
+    arrays = [normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, arrays)
 
 
-def search(setting: Setting, repeats: int) -> Iterator[Row]:
+def search_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
     """The nearest of many codes to each of many vectors, against the matrix product."""
-    num_codes, width = setting.codes
+    num_codes, width = sizes.codebook_shape
     keys = jax.random.split(jax.random.key(0))
     codes = jax.random.normal(keys[0], (num_codes, width))
-    x = jax.random.normal(keys[1], (setting.batch, width))
-    ways: dict[str, Callable[[], Any]] = {
-        "ours": functools.partial(q.nearest, x, codes, norms=q.squared_norms(codes)),
-        "product": functools.partial(search_cases.product, x, codes),
+    x = jax.random.normal(keys[1], (sizes.batch_size, width))
+    callables: dict[str, Callable[[], Any]] = {
+        "ours": functools.partial(quantize.nearest, x, codes, norms=quantize.squared_norms(codes)),
+        "product": functools.partial(search_cases.dense_scores, x, codes),
     }
-    seconds = timing.in_turns(ways, repeats)
-    yield timing.times_as_fast(
-        f"{num_codes} x {width}, batch {setting.batch}: share of the matrix product's speed",
+    seconds = timing.time_in_turns(callables, repeats)
+    yield timing.speedup_row(
+        f"{num_codes} x {width}, batch {sizes.batch_size}: share of the matrix product's speed",
         seconds["ours"],
         seconds["product"],
         0.7,

@@ -21,127 +21,145 @@ import continuous_lm as clm
 from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.densities import density_training
-from continuous_lm.models.language_model import parameter_boxes
+from continuous_lm.models.language_model import parameter_declarations
 
 _GIGABYTES = flags.DEFINE_float(
     "gigabytes", 2.0, "Of the checkpoint that is loaded, in bfloat16.", lower_bound=0.0
 )
-SHARDS = 4
+NUM_SHARDS = 4
 
 
-def load(quick: bool, repeats: int) -> Iterator[Row]:
+def loading_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """A sharded bf16 checkpoint from the page cache, in a fresh process each time.
 
     Ours, transformers with every page of its parameters touched, and a plain read of the files into
     memory. Each has loaded a tiny checkpoint before, so that devices and libraries are awake.
     """
     with tempfile.TemporaryDirectory() as folder:
-        small, large = (pathlib.Path(folder, name) for name in ("small", "large"))
-        timing.fresh(written, small, 0.0)
-        size = timing.fresh(written, large, 0.0 if quick else _GIGABYTES.value).result
-        sides = {"ours": loaded, "read": plainly_read}
-        absent = baselines.missing("torch", "transformers")
-        if not absent:
-            sides["transformers"] = loaded_by_transformers
-        runs: dict[str, list[timing.Fresh]] = {name: [] for name in sides}
+        small_folder, large_folder = (pathlib.Path(folder, name) for name in ("small", "large"))
+        timing.measure_in_process(prepare_checkpoint, small_folder, 0.0)
+        num_bytes = timing.measure_in_process(
+            prepare_checkpoint, large_folder, 0.0 if quick else _GIGABYTES.value
+        ).result
+        loaders = {"ours": prepare_load, "read": prepare_plain_read}
+        missing_reason = baselines.why_missing("torch", "transformers")
+        if not missing_reason:
+            loaders["transformers"] = prepare_transformers_load
+        runs: dict[str, list[timing.ProcessCost]] = {name: [] for name in loaders}
         for _ in range(repeats):
-            for name, side in sides.items():
-                runs[name].append(timing.fresh(side, small, large))
-    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
-    what = f"{size / 1e9:.3g} GB"
-    if absent:
-        yield Row(f"{what}: time over that of transformers", note=absent)
+            for name, loader in loaders.items():
+                runs[name].append(timing.measure_in_process(loader, small_folder, large_folder))
+    seconds = {name: [run.seconds for run in loader_runs] for name, loader_runs in runs.items()}
+    label = f"{num_bytes / 1e9:.3g} GB"
+    if missing_reason:
+        yield Row(f"{label}: time over that of transformers", note=missing_reason)
     else:
-        yield timing.times_as_much(
-            f"{what}: time over that of transformers, pages touched",
+        yield timing.cost_ratio_row(
+            f"{label}: time over that of transformers, pages touched",
             seconds["ours"],
             seconds["transformers"],
             1.3,
         )
-    yield timing.times_as_fast(
-        f"{what}: share of the speed of a plain read", seconds["ours"], seconds["read"]
+    yield timing.speedup_row(
+        f"{label}: share of the speed of a plain read", seconds["ours"], seconds["read"]
     )
-    for name, most in {"ours": 1.05, "transformers": None}.items():
-        memory = [run.memory for run in runs.get(name, []) if run.memory is not None]
-        if memory:
-            yield timing.times_as_much(
-                f"{what}: peak of anonymous memory over the weights, {name}",
-                memory,
-                [size] * len(memory),
-                None if quick else most,
+    for name, maximum in {"ours": 1.05, "transformers": None}.items():
+        peak_bytes = [
+            run.memory_bytes for run in runs.get(name, []) if run.memory_bytes is not None
+        ]
+        if peak_bytes:
+            yield timing.cost_ratio_row(
+                f"{label}: peak of anonymous memory over the weights, {name}",
+                peak_bytes,
+                [num_bytes] * len(peak_bytes),
+                None if quick else maximum,
                 "B",
             )
 
 
-def written(folder: pathlib.Path, gigabytes: float) -> Callable[[], int]:
-    """For `measuring.fresh`: writes a Llama of about that size; gives the bytes of its weights."""
+def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], int]:
+    """For `timing.measure_in_process`: writes a Llama of about that size.
+
+    It gives the bytes of its weights.
+    """
     if gigabytes:
         config = dataclasses.replace(
-            density_training.trunk(
+            density_training.trunk_config(
                 vocab_size=32000, hidden_size=2048, num_layers=1, num_heads=32, mlp_size=5632
             ),
             num_layers=max(1, round((gigabytes * 1e9 / 2 - 65.5e6) / 51.4e6)),
         )
     else:
-        config = density_training.trunk(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
-    block = np.random.default_rng(0).standard_normal(100_003).astype(ml_dtypes.bfloat16)
-    boxes = parameter_boxes(config)
-    flat = {path: np.resize(block, box.value.shape) for path, box in boxes.items()}
-    lm = clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
-    size = sum(array.nbytes for array in flat.values())
+        config = density_training.trunk_config(
+            vocab_size=64, hidden_size=32, num_layers=2, num_heads=4
+        )
+    random_block = np.random.default_rng(0).standard_normal(100_003).astype(ml_dtypes.bfloat16)
+    parameter_specs = parameter_declarations(config)
+    flat_params = {
+        path: np.resize(random_block, box.value.shape) for path, box in parameter_specs.items()
+    }
+    lm = clm.LanguageModel(config, traverse_util.unflatten_dict(flat_params, sep="/"))
+    num_bytes = sum(array.nbytes for array in flat_params.values())
 
-    def write() -> int:
-        clm.save(folder, lm, shard_size=size // SHARDS + 1)
-        return size
+    def write_checkpoint() -> int:
+        clm.save(folder, lm, shard_size=num_bytes // NUM_SHARDS + 1)
+        return num_bytes
 
-    return write
-
-
-def loaded(small: pathlib.Path, large: pathlib.Path) -> Callable[[], Any]:
-    """For `measuring.fresh`: ours."""
-    jax.block_until_ready(clm.load(small).params)
-    return lambda: jax.block_until_ready(clm.load(large)).params
+    return write_checkpoint
 
 
-def loaded_by_transformers(small: pathlib.Path, large: pathlib.Path) -> Callable[[], Any]:
-    """For `measuring.fresh`: theirs, which maps files and reads them when they are used."""
-    torch, transformers = baselines.load("torch"), baselines.load("transformers")
+def prepare_load(small_folder: pathlib.Path, large_folder: pathlib.Path) -> Callable[[], Any]:
+    """For `timing.measure_in_process`: ours."""
+    jax.block_until_ready(clm.load(small_folder).params)
+    return lambda: jax.block_until_ready(clm.load(large_folder)).params
+
+
+def prepare_transformers_load(
+    small_folder: pathlib.Path, large_folder: pathlib.Path
+) -> Callable[[], Any]:
+    """For `timing.measure_in_process`: theirs; files are mapped, read when used."""
+    torch, transformers = (
+        baselines.import_baseline("torch"),
+        baselines.import_baseline("transformers"),
+    )
     transformers.utils.logging.disable_progress_bar()
-    page = os.sysconf("SC_PAGE_SIZE")
+    page_size = os.sysconf("SC_PAGE_SIZE")
 
-    def load(folder: pathlib.Path) -> Any:
+    def load_and_touch(folder: pathlib.Path) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         for parameter in model.parameters():
-            parameter.detach().view(torch.uint8).flatten()[::page].sum().item()
+            parameter.detach().view(torch.uint8).flatten()[::page_size].sum().item()
         return model
 
-    load(small)
-    return functools.partial(load, large)
+    load_and_touch(small_folder)
+    return functools.partial(load_and_touch, large_folder)
 
 
-def plainly_read(small: pathlib.Path, large: pathlib.Path) -> Callable[[], Any]:
-    """For `measuring.fresh`: the files' bytes into new memory, by one thread."""
-    del small
-    paths = sorted(large.glob("*.safetensors"))
+def prepare_plain_read(small_folder: pathlib.Path, large_folder: pathlib.Path) -> Callable[[], Any]:
+    """For `timing.measure_in_process`: the files' bytes into new memory, by one thread."""
+    del small_folder
+    paths = sorted(large_folder.glob("*.safetensors"))
     return lambda: [np.fromfile(path, np.uint8) for path in paths]
 
 
-def imports(quick: bool, repeats: int) -> Iterator[Row]:
+def import_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """`import continuous_lm` over importing jax and flax, in fresh interpreters."""
     del quick
-    program = (
+    script = (
         "import time; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
     )
-    taken: dict[str, list[float]] = {"continuous_lm": [], "jax, flax": []}
+    times_by_modules: dict[str, list[float]] = {"continuous_lm": [], "jax, flax": []}
     for _ in range(repeats + 1):
-        for names, found in taken.items():
-            run = [sys.executable, "-c", program.format(names)]
-            found.append(float(subprocess.run(run, capture_output=True, check=True).stdout))
-    ours, theirs = (found[1:] for found in taken.values())
-    yield timing.figures(
+        for modules, import_times in times_by_modules.items():
+            command = [sys.executable, "-c", script.format(modules)]
+            import_times.append(
+                float(subprocess.run(command, capture_output=True, check=True).stdout)
+            )
+    ours, theirs = (import_times[1:] for import_times in times_by_modules.values())
+    yield timing.median_row(
         "import continuous_lm: seconds more than jax and flax",
         [a - b for a, b in zip(ours, theirs, strict=True)],
-        target=timing.Target(most=0.3),
+        target=timing.Target(maximum=0.3),
         ours=statistics.median(ours),
         theirs=statistics.median(theirs),
         unit="s",

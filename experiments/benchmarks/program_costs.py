@@ -31,37 +31,42 @@ from jax.typing import DTypeLike
 
 from continuous_lm import axes
 from continuous_lm.models import kv_cache, language_model
-from continuous_lm.models.checkpoints.parameter_layout import Layout
+from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
 from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.families.registry import FAMILIES
 from continuous_lm.models.transformer import Transformer
 
 
-class Task(NamedTuple):
+class SweepBatch(NamedTuple):
     """A part of a sweep that runs as one program."""
 
     tokens: int  # n of the prompt
-    shared: int  # of these, the first that all points share
+    shared_tokens: int  # of these, the first that all points share
     points: int  # at once
 
 
-class Work(NamedTuple):
+class ProgramCost(NamedTuple):
     """What a program does, on each device."""
 
     operations: float
-    bytes: float  # read and written by all its steps, none of which finds them in a cache
+    bytes_accessed: float  # read and written by all its steps, none of which finds them in a cache
 
 
 # --- The program --------------------------------------------------------------------------------
 
 
-def answer(model: Transformer, params: Any, tokens, durations, prefix) -> jax.Array:
+def next_token_probabilities(
+    model: Transformer, params: Any, tokens, durations, prefix
+) -> jax.Array:
     """Probabilities [P, V] of the next token, from tokens [T], durations [P, T] and a prefix."""
-    logits: Any = model.apply({"params": params}, tokens, durations=durations, prefix=prefix, at=-1)
+    logits: Any = model.apply(
+        {"params": params}, tokens, durations=durations, prefix=prefix, position=-1
+    )
     return jax.nn.softmax(logits)
 
 
-class Arguments(NamedTuple):
-    """Of `answer`: shapes, dtypes and shardings alone."""
+class ProgramArguments(NamedTuple):
+    """Of `next_token_probabilities`: shapes, dtypes and shardings alone."""
 
     params: Any
     tokens: jax.ShapeDtypeStruct
@@ -69,71 +74,86 @@ class Arguments(NamedTuple):
     prefix: kv_cache.KVCache
 
 
-def arguments(config: TransformerConfig, mesh: Mesh, task: Task, dtype: DTypeLike) -> Arguments:
-    """The arguments of `answer`, the model's in `dtype`."""
+def program_arguments(
+    config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch, dtype: DTypeLike
+) -> ProgramArguments:
+    """The arguments of `next_token_probabilities`, the model's in `dtype`."""
 
-    def place(shape: tuple[int, ...], kind: DTypeLike, letters: str) -> jax.ShapeDtypeStruct:
-        where = axes.sharding(mesh, axes.split(letters), shape)
-        return jax.ShapeDtypeStruct(shape, kind, sharding=where)
+    def place_array(shape: tuple[int, ...], kind: DTypeLike, letters: str) -> jax.ShapeDtypeStruct:
+        sharding = axes.sharding(mesh, axes.split(letters), shape)
+        return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    layout = Layout(
-        config, language_model.FAMILIES[config.family], language_model.parameter_boxes(config)
+    layout = ParameterLayout(
+        config,
+        FAMILIES[config.family],
+        language_model.parameter_declarations(config),
     )
-    targets = dict(layout.targets(jnp.dtype(dtype), mesh))
-    remembered = jax.eval_shape(lambda: kv_cache.empty(config, task.shared, (1,), dtype))
-    letters: Any = kv_cache.AXES
-    places: Any = [place(x.shape, x.dtype, a) for x, a in zip(remembered, letters, strict=True)]
-    rest = task.tokens - task.shared
-    return Arguments(
+    targets = dict(layout.parameter_specs(jnp.dtype(dtype), mesh))
+    empty_cache = jax.eval_shape(
+        lambda: kv_cache.empty(config, sweep_batch.shared_tokens, (1,), dtype)
+    )
+    axis_letters: Any = kv_cache.CACHE_AXES
+    cache_arrays: Any = [
+        place_array(x.shape, x.dtype, a) for x, a in zip(empty_cache, axis_letters, strict=True)
+    ]
+    num_later_tokens = sweep_batch.tokens - sweep_batch.shared_tokens
+    return ProgramArguments(
         params=traverse_util.unflatten_dict(targets, sep="/"),
-        tokens=place((rest,), jnp.int32, "T"),
-        durations=place((task.points, rest), jnp.float32, "P T"),
-        prefix=kv_cache.KVCache(*places),
+        tokens=place_array((num_later_tokens,), jnp.int32, "T"),
+        durations=place_array((sweep_batch.points, num_later_tokens), jnp.float32, "P T"),
+        prefix=kv_cache.KVCache(*cache_arrays),
     )
 
 
-def compiled(
+def compile_sweep(
     config: TransformerConfig,
     mesh: Mesh,
-    task: Task,
+    sweep_batch: SweepBatch,
     *,
     implementation: str = "auto",
     dtype: DTypeLike = jnp.float32,
 ) -> jax.stages.Compiled:
-    """`answer`, for devices that need not be there."""
+    """`next_token_probabilities`, for devices that need not be there."""
     model = Transformer(config, implementation=implementation)
-    given = arguments(config, mesh, task, dtype)
-    lowered = jax.jit(functools.partial(answer, model)).lower(*given)
-    quick: Any = {"xla_backend_optimization_level": 0}  # of machine code, which does not run
-    return lowered.compile(quick if mesh.devices.flat[0].platform == "cpu" else None)
+    abstract_arguments = program_arguments(config, mesh, sweep_batch, dtype)
+    lowered = jax.jit(functools.partial(next_token_probabilities, model)).lower(*abstract_arguments)
+    # Of machine code, which does not run.
+    compiler_options: Any = {"xla_backend_optimization_level": 0}
+    return lowered.compile(compiler_options if mesh.devices.flat[0].platform == "cpu" else None)
 
 
 # --- What it costs ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def unrolled() -> Iterator[None]:
+def unrolled_layers() -> Iterator[None]:
     """In it, layers are compiled one after another and not as a loop."""
     scan = jax.lax.scan
     with mock.patch.object(jax.lax, "scan", lambda *a, **k: scan(*a, **k | {"unroll": True})):
         yield
 
 
-def counted(config: TransformerConfig, mesh: Mesh, task: Task) -> Work:
+def count_cost(config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch) -> ProgramCost:
     """What XLA counts in the program of all layers, unrolled."""
-    with unrolled():
-        found: Any = compiled(config, mesh, task, implementation="dense").cost_analysis()
-    return Work(found["flops"], found["bytes accessed"])
+    with unrolled_layers():
+        cost_analysis: Any = compile_sweep(
+            config, mesh, sweep_batch, implementation="dense"
+        ).cost_analysis()
+    return ProgramCost(cost_analysis["flops"], cost_analysis["bytes accessed"])
 
 
-def work(config: TransformerConfig, mesh: Mesh, task: Task) -> Work:
-    """`counted` for any number of layers, from three and four of them."""
-    three, four = (counted(dataclasses.replace(config, num_layers=n), mesh, task) for n in (3, 4))
-    more = config.num_layers - 3
-    return Work(*(a + more * (b - a) for a, b in zip(three, four, strict=True)))
+def extrapolate_cost(config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch) -> ProgramCost:
+    """`count_cost` for any number of layers, from three and four of them."""
+    three_layers, four_layers = (
+        count_cost(dataclasses.replace(config, num_layers=n), mesh, sweep_batch) for n in (3, 4)
+    )
+    num_more_layers = config.num_layers - 3
+    return ProgramCost(
+        *(a + num_more_layers * (b - a) for a, b in zip(three_layers, four_layers, strict=True))
+    )
 
 
-def products(config: TransformerConfig, task: Task) -> float:
+def count_product_flops(config: TransformerConfig, sweep_batch: SweepBatch) -> float:
     """Operations of the program's matrix products, on all devices together.
 
     2 for each weight that a token meets and 4 N H for each score: all T S of them, as the dense
@@ -142,20 +162,24 @@ def products(config: TransformerConfig, task: Task) -> float:
     queries, keys and values once for all points, unless positions were added to the embeddings
     before. (Rows of devices on the axis "data" each make them; here they are counted once.)
     """
-    s, rest = config.sizes, task.tokens - task.shared
-    keys = 2 * s["K"] * s["H"] * s["D"]
-    queries = s["N"] * s["H"] * s["D"]
-    others = 2 * queries + (2 + config.gated) * s["D"] * s["F"]
-    scores = 2 * s["N"] * s["H"] * task.tokens
-    layer = rest * (keys + others + scores)
-    last = rest * keys + others + scores
-    total = task.points * ((s["L"] - 1) * layer + last + s["D"] * s["V"])
-    if s["L"] > 1 and config.max_positions is None:
-        total -= (task.points - 1) * rest * (queries + keys)
-    return 2 * total
+    sizes, num_later_tokens = config.sizes, sweep_batch.tokens - sweep_batch.shared_tokens
+    key_value_weights = 2 * sizes["K"] * sizes["H"] * sizes["D"]
+    query_weights = sizes["N"] * sizes["H"] * sizes["D"]
+    other_weights = 2 * query_weights + (2 + config.gated) * sizes["D"] * sizes["F"]
+    score_products = 2 * sizes["N"] * sizes["H"] * sweep_batch.tokens
+    layer_products = num_later_tokens * (key_value_weights + other_weights + score_products)
+    last_layer_products = num_later_tokens * key_value_weights + other_weights + score_products
+    total_products = sweep_batch.points * (
+        (sizes["L"] - 1) * layer_products + last_layer_products + sizes["D"] * sizes["V"]
+    )
+    if sizes["L"] > 1 and config.max_positions is None:
+        total_products -= (
+            (sweep_batch.points - 1) * num_later_tokens * (query_weights + key_value_weights)
+        )
+    return 2 * total_products
 
 
-class Memory(NamedTuple):
+class MemoryUse(NamedTuple):
     """Bytes on each device while points are computed."""
 
     arguments: int  # weights, and what is remembered of the shared tokens
@@ -167,19 +191,19 @@ class Memory(NamedTuple):
 
 
 @functools.cache
-def memory(
-    config: TransformerConfig, mesh: Mesh, task: Task, dtype: DTypeLike = jnp.bfloat16
-) -> Memory:
+def memory_use(
+    config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch, dtype: DTypeLike = jnp.bfloat16
+) -> MemoryUse:
     """Arguments in `dtype`, by their shardings; temporaries as compiled in float32."""
-    given = arguments(config, mesh, task, dtype)
-    found: Any = compiled(config, mesh, task).memory_analysis()
-    return Memory(
-        held(given),
-        found.temp_size_in_bytes + found.output_size_in_bytes,
+    abstract_arguments = program_arguments(config, mesh, sweep_batch, dtype)
+    memory_analysis: Any = compile_sweep(config, mesh, sweep_batch).memory_analysis()
+    return MemoryUse(
+        bytes_per_device(abstract_arguments),
+        memory_analysis.temp_size_in_bytes + memory_analysis.output_size_in_bytes,
     )
 
 
-def held(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes of arrays on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

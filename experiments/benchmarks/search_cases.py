@@ -12,123 +12,135 @@ from continuous_lm import quantize as q
 from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 
-SHARE = 0.85  # of the matrix product's speed, at least
-FASTER = {1: 1.2, 64: 1.4, 1024: 1.5}  # times as fast as faiss, at least, by batch
-ROUNDS = {1: 6, 64: 3, 1024: 1}  # more of them where each is short
+MIN_PRODUCT_SHARE = 0.85  # of the matrix product's speed, at least
+MIN_SPEEDUPS = {1: 1.2, 64: 1.4, 1024: 1.5}  # times as fast as faiss, at least, by batch
+ROUNDS_PER_REPEAT = {1: 6, 64: 3, 1024: 1}  # more of them where each is short
 
-DECAY, THRESHOLD = 0.95, 1.0  # of codebooks
+CODEBOOK_DECAY, REVIVAL_THRESHOLD = 0.95, 1.0  # of codebooks
 
 
 @jax.jit
-def product(x: jax.Array, codes: jax.Array) -> jax.Array:
-    """The scores [N, E] alone, which no exact search can do without."""
-    return jnp.einsum("nw,ew->ne", x, codes, precision=jax.lax.Precision.HIGHEST)
+def dense_scores(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """The scores [B, E] alone, which no exact search can do without."""
+    return jnp.einsum("bw,ew->be", x, codes, precision=jax.lax.Precision.HIGHEST)
 
 
-def nearest(quick: bool, repeats: int) -> Iterator[Row]:
+def nearest_code_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """The nearest code to each vector, in float32."""
-    books = {(256, 32): True} if quick else _BOOKS
-    for (num_codes, width), with_faiss in books.items():
+    codebook_shapes = {(256, 32): True} if quick else _CODEBOOK_SHAPES
+    for (num_codes, width), with_faiss in codebook_shapes.items():
         rng = np.random.default_rng(0)
         vectors = rng.standard_normal((num_codes, width), np.float32)
         codes = jnp.asarray(vectors)
         norms = q.squared_norms(codes)
-        index, absent = None, baselines.missing("faiss") if with_faiss else ""
-        if with_faiss and not absent:
-            index = baselines.load("faiss").IndexFlatL2(width)
-            index.add(vectors)
-        for batch in FASTER:
-            x = rng.standard_normal((batch, width), np.float32)
-            on_device = jnp.asarray(x)
-            ways: dict[str, Callable[[], Any]] = {
-                "ours": functools.partial(q.nearest, on_device, codes, norms=norms),
-                "product": functools.partial(product, on_device, codes),
+        faiss_index, missing_reason = None, baselines.why_missing("faiss") if with_faiss else ""
+        if with_faiss and not missing_reason:
+            faiss_index = baselines.import_baseline("faiss").IndexFlatL2(width)
+            faiss_index.add(vectors)
+        for batch_size in MIN_SPEEDUPS:
+            x = rng.standard_normal((batch_size, width), np.float32)
+            device_x = jnp.asarray(x)
+            callables: dict[str, Callable[[], Any]] = {
+                "ours": functools.partial(q.nearest, device_x, codes, norms=norms),
+                "product": functools.partial(dense_scores, device_x, codes),
             }
-            if index is not None:
-                ways["faiss"] = functools.partial(index.search, x, 1)
-                same = np.asarray(ways["ours"]().indices) == ways["faiss"]()[1][:, 0]
-                if same.mean() < 0.99:  # but for ties
-                    raise AssertionError(f"only {same.mean():.1%} of the codes are faiss's")
-            seconds = timing.in_turns(ways, repeats * ROUNDS[batch])
-            what = f"{num_codes} x {width}, batch {batch}"
-            if index is not None:
-                yield timing.times_as_fast(
-                    f"{what}: times as fast as faiss", seconds["ours"], seconds["faiss"],
-                    FASTER[batch],
+            if faiss_index is not None:
+                callables["faiss"] = functools.partial(faiss_index.search, x, 1)
+                is_same_code = (
+                    np.asarray(callables["ours"]().indices) == callables["faiss"]()[1][:, 0]
+                )
+                if is_same_code.mean() < 0.99:  # but for ties
+                    raise AssertionError(f"only {is_same_code.mean():.1%} of the codes are faiss's")
+            seconds = timing.time_in_turns(callables, repeats * ROUNDS_PER_REPEAT[batch_size])
+            label = f"{num_codes} x {width}, batch {batch_size}"
+            if faiss_index is not None:
+                yield timing.speedup_row(
+                    f"{label}: times as fast as faiss", seconds["ours"], seconds["faiss"],
+                    MIN_SPEEDUPS[batch_size],
                 )  # fmt: skip
-            elif absent:
-                yield Row(f"{what}: times as fast as faiss", note=absent)
-            yield timing.times_as_fast(
-                f"{what}: share of the matrix product's speed",
+            elif missing_reason:
+                yield Row(f"{label}: times as fast as faiss", note=missing_reason)
+            yield timing.speedup_row(
+                f"{label}: share of the matrix product's speed",
                 seconds["ours"],
                 seconds["product"],
-                SHARE,
+                MIN_PRODUCT_SHARE,
             )
 
 
-_BOOKS = {(32768, 2048): True, (131072, 1024): False}  # codes, width, and whether faiss is asked
+_CODEBOOK_SHAPES = {
+    (32768, 2048): True,
+    (131072, 1024): False,
+}  # codes, width, and whether faiss is asked
 
 
-def vector_quantizers(quick: bool, repeats: int) -> Iterator[Row]:
+def vector_quantizer_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """A step of training a codebook: codes, moving averages, revival of codes without use."""
-    num_codes, width, batch = (32, 8, 64) if quick else (1024, 256, 4096)
-    x = np.random.default_rng(0).standard_normal((batch, width), np.float32)
-    key, on_device = jax.random.key(0), jnp.asarray(x)
-    absent = baselines.missing("torch", "vector_quantize_pytorch")
-    for stages in (0, 4):
-        what = f"{stages} x {num_codes} residual codes" if stages else f"{num_codes} codes"
-        what = f"{what} of {width}, batch {batch}: times as fast as vector-quantize-pytorch"
-        if absent:
-            yield Row(what, note=absent)
+    num_codes, width, batch_size = (32, 8, 64) if quick else (1024, 256, 4096)
+    x = np.random.default_rng(0).standard_normal((batch_size, width), np.float32)
+    key, device_x = jax.random.key(0), jnp.asarray(x)
+    missing_reason = baselines.why_missing("torch", "vector_quantize_pytorch")
+    for num_stages in (0, 4):
+        label = f"{num_stages} x {num_codes} residual codes" if num_stages else f"{num_codes} codes"
+        label = f"{label} of {width}, batch {batch_size}: times as fast as vector-quantize-pytorch"
+        if missing_reason:
+            yield Row(label, note=missing_reason)
             continue
-        ways = {
-            "ours": _our_step(key, on_device, num_codes, stages),
-            "theirs": _their_step(x, num_codes, stages),
+        callables = {
+            "ours": _make_our_step(key, device_x, num_codes, num_stages),
+            "theirs": _make_their_step(x, num_codes, num_stages),
         }
-        seconds = timing.in_turns(ways, repeats)
-        yield timing.times_as_fast(what, seconds["ours"], seconds["theirs"])
+        seconds = timing.time_in_turns(callables, repeats)
+        yield timing.speedup_row(label, seconds["ours"], seconds["theirs"])
 
 
-def _our_step(key: jax.Array, x: jax.Array, num_codes: int, stages: int) -> Callable[[], Any]:
-    code: Any = q.quantize_residual if stages else q.quantize
-    update: Any = q.update_residual_ema if stages else q.update_ema
-    revive: Any = q.revive_residual if stages else q.revive
-    if stages:
-        codebook = q.init_residual(key, x, stages, num_codes, steps=1)
+def _make_our_step(
+    key: jax.Array, x: jax.Array, num_codes: int, num_stages: int
+) -> Callable[[], Any]:
+    assign_codes: Any = q.quantize_residual if num_stages else q.quantize
+    update_codebook: Any = q.update_residual_ema if num_stages else q.update_ema
+    revive_codes: Any = q.revive_residual if num_stages else q.revive
+    if num_stages:
+        codebook = q.init_residual(key, x, num_stages, num_codes, steps=1)
     else:
         codebook = q.init(key, x, num_codes, steps=1)
 
     @jax.jit
-    def step(codebook: Any) -> Any:
-        updated = update(codebook, x, code(codebook, x).indices, decay=DECAY)
-        return revive(key, updated, x, threshold=THRESHOLD)
+    def train_step(codebook: Any) -> Any:
+        updated_codebook = update_codebook(
+            codebook, x, assign_codes(codebook, x).indices, decay=CODEBOOK_DECAY
+        )
+        return revive_codes(key, updated_codebook, x, threshold=REVIVAL_THRESHOLD)
 
-    def run() -> Any:
+    def run_step() -> Any:
         nonlocal codebook
-        codebook = step(codebook)
+        codebook = train_step(codebook)
         return codebook
 
-    return run
+    return run_step
 
 
-def _their_step(x: np.ndarray, num_codes: int, stages: int) -> Callable[[], Any]:
-    torch, library = baselines.load("torch"), baselines.load("vector_quantize_pytorch")
+def _make_their_step(x: np.ndarray, num_codes: int, num_stages: int) -> Callable[[], Any]:
+    torch, library = (
+        baselines.import_baseline("torch"),
+        baselines.import_baseline("vector_quantize_pytorch"),
+    )
     settings = dict(
         dim=x.shape[1],
         codebook_size=num_codes,
-        decay=DECAY,
+        decay=CODEBOOK_DECAY,
         kmeans_init=True,
         kmeans_iters=1,
-        threshold_ema_dead_code=THRESHOLD,
+        threshold_ema_dead_code=REVIVAL_THRESHOLD,
     )
-    if stages:
-        module = library.ResidualVQ(num_quantizers=stages, **settings)
+    if num_stages:
+        quantizer = library.ResidualVQ(num_quantizers=num_stages, **settings)
     else:
-        module = library.VectorQuantize(**settings)
-    rows = torch.from_numpy(x)[None]
+        quantizer = library.VectorQuantize(**settings)
+    torch_vectors = torch.from_numpy(x)[None]
 
-    def run() -> Any:
+    def run_step() -> Any:
         with torch.no_grad():
-            return module(rows)[1]
+            return quantizer(torch_vectors)[1]
 
-    return run
+    return run_step

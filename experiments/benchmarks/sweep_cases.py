@@ -22,243 +22,292 @@ from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.densities import density_training
 
-GROUPS = [[i] for i in range(10)]
-SHOWN = 10  # points of the paper's procedure that are timed: it takes them one by one, all alike
+ANSWER_GROUPS = [[i] for i in range(10)]
+# Points of the paper's procedure that are timed: it takes them one by one, all alike.
+NUM_PAPER_POINTS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Sizes:
     """How large everything is."""
 
-    points: int = 100
-    lengths: tuple[int, int] = (40, 256)  # of the short and of the long prompt
+    num_points: int = 100
+    prompt_lengths: tuple[int, int] = (40, 256)  # of the short and of the long prompt
     vocab_size: int = 32768
     hidden_size: int = 512
     num_layers: int = 8
-    deep: int = 32  # layers of the model that takes longer to compile
-    batches: tuple[int, ...] = (5, 10, 25, 50)  # of PyTorch, to choose the best from
+    num_deep_layers: int = 32  # layers of the model that takes longer to compile
+    batch_sizes: tuple[int, ...] = (5, 10, 25, 50)  # of PyTorch, to choose the best from
 
 
-QUICK = Setting(6, (8, 12), 64, 32, 2, 4, (3, 6))
-TARGETS = {40: 12.0, 256: 20.0}  # times as fast as the paper's procedure, by tokens
+QUICK_SIZES = Sizes(6, (8, 12), 64, 32, 2, 4, (3, 6))
+MIN_PAPER_SPEEDUPS = {40: 12.0, 256: 20.0}  # times as fast as the paper's procedure, by tokens
 
 
-def random_lm(setting: Setting, num_layers: int | None = None) -> clm.LanguageModel:
+def random_lm(sizes: Sizes, num_layers: int | None = None) -> clm.LanguageModel:
     """A Llama with random weights."""
-    config = density_training.trunk(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        num_layers=num_layers or setting.num_layers,
+    config = density_training.trunk_config(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_layers=num_layers or sizes.num_layers,
         num_heads=8,
     )
-    made = jax.jit(clm.Transformer(config).init)(jax.random.key(0), jnp.zeros(1, jnp.int32))
-    return clm.LanguageModel(config, nn.unbox(made["params"]))
+    variables = jax.jit(clm.Transformer(config).init)(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    return clm.LanguageModel(config, nn.unbox(variables["params"]))
 
 
-def problem(setting: Setting, length: int) -> tuple[np.ndarray, np.ndarray]:
+def random_sweep_inputs(sizes: Sizes, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [T] and durations [P, T]."""
-    tokens = np.random.default_rng(0).integers(0, setting.vocab_size, length)
-    durations = np.ones((setting.points, length), np.float32)
-    factors = np.linspace(0.1, 1.0, setting.points, dtype=np.float32)
+    tokens = np.random.default_rng(0).integers(0, sizes.vocab_size, length)
+    durations = np.ones((sizes.num_points, length), np.float32)
+    factors = np.linspace(0.1, 1.0, sizes.num_points, dtype=np.float32)
     durations[:, length // 4 : length // 2] = factors[:, None]
     return tokens, durations
 
 
-def ours(lm: clm.LanguageModel, tokens: np.ndarray, durations: np.ndarray) -> np.ndarray:
+def run_our_sweep(lm: clm.LanguageModel, tokens: np.ndarray, durations: np.ndarray) -> np.ndarray:
     """Probabilities [P, 10]."""
-    return clm.sweep.probabilities(lm, GROUPS, tokens=tokens, durations=durations)
+    return clm.sweep.probabilities(lm, ANSWER_GROUPS, tokens=tokens, durations=durations)
 
 
 # --- Warm ---------------------------------------------------------------------------------------
 
 
-class Rival(NamedTuple):
+class BaselineSweep(NamedTuple):
     """Another way to do the sweep."""
 
     run: Callable[[], Any]
-    scale: float  # of its time, where it does a part of the points alone
-    least: float | None  # ours is to be so many times as fast
+    time_scale: float  # of its time, where it does a part of the points alone
+    minimum: float | None  # ours is to be so many times as fast
     note: str
 
 
-def warm(long: bool, quick: bool, repeats: int) -> Iterator[Row]:
+def warm_sweep_rows(is_long: bool, quick: bool, repeats: int) -> Iterator[Row]:
     """One sweep over the short prompt, or the long one."""
-    setting = QUICK if quick else Setting()
-    length, lm = setting.lengths[long], random_lm(setting)
-    tokens, durations = problem(setting, length)
-    mine = functools.partial(ours, lm, tokens, durations)
-    product, size = _product(64 if quick else 2048)
-    absent = baselines.missing("torch", "transformers")
-    rivals = {} if absent else _rivals(setting, lm, tokens, durations, mine())
-    ways: dict[str, Callable[[], Any]] = {"ours": mine, "product": product}
-    ways |= {name: rival.run for name, rival in rivals.items()}
-    seconds = timing.in_turns(ways, repeats, warm=bool(rivals))  # these have run, to be compared
-    compare = f"{length} tokens: times as fast as"
-    if absent:
-        yield Row(f"{compare} PyTorch", note=absent)
-    for name, rival in rivals.items():
-        theirs = [rival.scale * s for s in seconds[name]]
-        yield timing.times_as_fast(
-            f"{compare} {name}", seconds["ours"], theirs, rival.least, rival.note
+    sizes = QUICK_SIZES if quick else Sizes()
+    length, lm = sizes.prompt_lengths[is_long], random_lm(sizes)
+    tokens, durations = random_sweep_inputs(sizes, length)
+    our_sweep = functools.partial(run_our_sweep, lm, tokens, durations)
+    matrix_product, product_flops = _make_matrix_product(64 if quick else 2048)
+    missing_reason = baselines.why_missing("torch", "transformers")
+    baseline_sweeps = (
+        {} if missing_reason else _make_baseline_sweeps(sizes, lm, tokens, durations, our_sweep())
+    )
+    callables: dict[str, Callable[[], Any]] = {"ours": our_sweep, "product": matrix_product}
+    callables |= {
+        baseline_name: baseline_sweep.run
+        for baseline_name, baseline_sweep in baseline_sweeps.items()
+    }
+    # The baselines have run, to be compared.
+    seconds = timing.time_in_turns(callables, repeats, is_warm=bool(baseline_sweeps))
+    label = f"{length} tokens: times as fast as"
+    if missing_reason:
+        yield Row(f"{label} PyTorch", note=missing_reason)
+    for baseline_name, baseline_sweep in baseline_sweeps.items():
+        theirs = [baseline_sweep.time_scale * s for s in seconds[baseline_name]]
+        yield timing.speedup_row(
+            f"{label} {baseline_name}",
+            seconds["ours"],
+            theirs,
+            baseline_sweep.minimum,
+            baseline_sweep.note,
         )
-    work = operations(lm.config, setting.points, length)
-    yield timing.times_as_fast(
+    sweep_flops = count_sweep_flops(lm.config, sizes.num_points, length)
+    yield timing.speedup_row(
         f"{length} tokens: share of a matrix product's speed",
         seconds["ours"],
-        [work / size * s for s in seconds["product"]],
-        note=f"theirs: the {work / 1e9:.3g} GFLOP that it takes, prefix once, last logits alone",
+        [sweep_flops / product_flops * s for s in seconds["product"]],
+        note=f"theirs: the {sweep_flops / 1e9:.3g} GFLOP of a sweep, prefix once, last logits only",
     )
 
 
-def _rivals(
-    setting: Setting,
+def _make_baseline_sweeps(
+    sizes: Sizes,
     lm: clm.LanguageModel,
     tokens: np.ndarray,
     durations: np.ndarray,
     expected: np.ndarray,
-) -> dict[str, Rival]:
+) -> dict[str, BaselineSweep]:
     """The paper's procedure and batched PyTorch, which have given what was `expected`."""
     with tempfile.TemporaryDirectory() as folder:
         clm.save(folder, lm)
-        model = baselines.causal_lm(folder)
-    shown = np.linspace(0, setting.points - 1, min(SHOWN, setting.points)).astype(int)
-    scale, note = setting.points / len(shown), f"theirs: {len(shown)} points' time, scaled"
-    paper = functools.partial(baselines.paper_sweep, model, tokens, durations[shown])
-    timing.require_equal("the paper's procedure", expected[shown], paper()[:, :10], 1e-4)
-    given = functools.partial(paper, baselines.paper_masks(durations[shown]))
-    rivals = {
-        "the paper's procedure, mask included": Rival(paper, scale, TARGETS.get(len(tokens)), note),
-        "the paper's procedure, mask excluded": Rival(given, scale, None, note),
+        model = baselines.load_causal_lm(folder)
+    timed_points = np.linspace(
+        0, sizes.num_points - 1, min(NUM_PAPER_POINTS, sizes.num_points)
+    ).astype(int)
+    time_scale, note = (
+        sizes.num_points / len(timed_points),
+        f"theirs: {len(timed_points)} points' time, scaled",
+    )
+    paper_sweep = functools.partial(baselines.paper_sweep, model, tokens, durations[timed_points])
+    timing.require_close(
+        "the paper's procedure", expected[timed_points], paper_sweep()[:, :10], 1e-4
+    )
+    paper_sweep_with_masks = functools.partial(
+        paper_sweep, baselines.paper_masks(durations[timed_points])
+    )
+    baseline_sweeps = {
+        "the paper's procedure, mask included": BaselineSweep(
+            paper_sweep, time_scale, MIN_PAPER_SPEEDUPS.get(len(tokens)), note
+        ),
+        "the paper's procedure, mask excluded": BaselineSweep(
+            paper_sweep_with_masks, time_scale, None, note
+        ),
     }
     for dtype, tolerance in {"float32": 1e-4, "bfloat16": 0.2}.items():
-        batched = baselines.BatchedLlama(model, dtype)
-        for prefix, least in {0: 2.0, len(tokens) // 4: 1.5}.items():
-            name = f"PyTorch {dtype}{' with prefix KV' if prefix else ''}"
-            run = functools.partial(batched.sweep, tokens, prefix=prefix)
-            found = run(durations, batch_size=setting.batches[-1])
-            timing.require_equal(name, expected, found[:, :10], tolerance)
-            size = _best_size(run, durations, setting.batches)
-            best = functools.partial(run, durations, batch_size=size)
-            least_of = least if dtype == "float32" else None
-            rivals[name] = Rival(best, 1.0, least_of, f"its best: {size} points at once")
-    return rivals
+        batched_llama = baselines.BatchedLlama(model, dtype)
+        for prefix_length, minimum in {0: 2.0, len(tokens) // 4: 1.5}.items():
+            name = f"PyTorch {dtype}{' with prefix KV' if prefix_length else ''}"
+            run_batched = functools.partial(batched_llama.sweep, tokens, prefix=prefix_length)
+            probabilities = run_batched(durations, batch_size=sizes.batch_sizes[-1])
+            timing.require_close(name, expected, probabilities[:, :10], tolerance)
+            batch_size = _fastest_batch_size(run_batched, durations, sizes.batch_sizes)
+            best_sweep = functools.partial(run_batched, durations, batch_size=batch_size)
+            float32_minimum = minimum if dtype == "float32" else None
+            baseline_sweeps[name] = BaselineSweep(
+                best_sweep, 1.0, float32_minimum, f"its best: {batch_size} points at once"
+            )
+    return baseline_sweeps
 
 
-def _best_size(run: Callable[..., Any], durations: np.ndarray, sizes: tuple[int, ...]) -> int:
+def _fastest_batch_size(
+    run: Callable[..., Any], durations: np.ndarray, batch_sizes: tuple[int, ...]
+) -> int:
     """The batch size at which a point takes the least time."""
 
-    def taken(size: int) -> float:
-        return timing.seconds(lambda: run(durations[:size], batch_size=size)) / size
+    def seconds_per_point(size: int) -> float:
+        return timing.time_call(lambda: run(durations[:size], batch_size=size)) / size
 
-    return min(sizes, key=taken)
+    return min(batch_sizes, key=seconds_per_point)
 
 
-def _product(size: int) -> tuple[Callable[[], jax.Array], float]:
+def _make_matrix_product(size: int) -> tuple[Callable[[], jax.Array], float]:
     """A plain matrix product, and its operations."""
     a, b = jax.random.normal(jax.random.key(0), (2, size, size))
     product = jax.jit(functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST))
     return functools.partial(product.lower(a, b).compile(), a, b), 2.0 * size**3
 
 
-def operations(config: clm.TransformerConfig, points: int, length: int) -> float:
+def count_sweep_flops(config: clm.TransformerConfig, num_points: int, length: int) -> float:
     """Of the products with weights and the attention that a sweep cannot do without.
 
     The first quarter is computed once, all later tokens at every point but for the first layer's
     queries, keys and values, and only the last position needs the last layer's query, its output
     and MLP, and the head.
     """
-    width, layers = config.hidden_size, config.num_layers
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    rest = 2 * width * heads + 3 * width * config.mlp_size
-    prefix, later = length // 4, points * (length - length // 4)
-    everywhere = (prefix + later) * (layers * 2 * width * kv + (layers - 1) * rest)
-    if layers > 1:
-        everywhere -= (points - 1) * (length - prefix) * width * (heads + 2 * kv)
-    pairs = prefix**2 / 2 + points * (length**2 - prefix**2) / 2
-    attention = 2 * heads * (pairs * (layers - 1) + points * length)
-    return 2 * (everywhere + attention + points * (rest + width * config.vocab_size))
+    hidden_size, num_layers = config.hidden_size, config.num_layers
+    query_width, key_width = (
+        config.num_heads * config.head_dim,
+        config.num_kv_heads * config.head_dim,
+    )
+    query_output_mlp_weights = 2 * hidden_size * query_width + 3 * hidden_size * config.mlp_size
+    prefix_length, num_later_tokens = length // 4, num_points * (length - length // 4)
+    token_products = (prefix_length + num_later_tokens) * (
+        num_layers * 2 * hidden_size * key_width + (num_layers - 1) * query_output_mlp_weights
+    )
+    if num_layers > 1:
+        token_products -= (
+            (num_points - 1)
+            * (length - prefix_length)
+            * hidden_size
+            * (query_width + 2 * key_width)
+        )
+    num_pairs = prefix_length**2 / 2 + num_points * (length**2 - prefix_length**2) / 2
+    attention_products = 2 * query_width * (num_pairs * (num_layers - 1) + num_points * length)
+    return 2 * (
+        token_products
+        + attention_products
+        + num_points * (query_output_mlp_weights + hidden_size * config.vocab_size)
+    )
 
 
 # --- Cold ---------------------------------------------------------------------------------------
 
 
-def first_of_ours(folder: str, setting: Setting, length: int) -> Callable[[], Any]:
-    """For `measuring.fresh`."""
-    return functools.partial(ours, clm.load(folder), *problem(setting, length))
+def prepare_our_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
+    """For `timing.measure_in_process`."""
+    return functools.partial(run_our_sweep, clm.load(folder), *random_sweep_inputs(sizes, length))
 
 
-def first_of_paper(folder: str, setting: Setting, length: int) -> Callable[[], Any]:
-    """For `measuring.fresh`."""
-    model = baselines.causal_lm(folder)
-    return functools.partial(baselines.paper_sweep, model, *problem(setting, length))
+def prepare_paper_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
+    """For `timing.measure_in_process`."""
+    model = baselines.load_causal_lm(folder)
+    return functools.partial(baselines.paper_sweep, model, *random_sweep_inputs(sizes, length))
 
 
-def first_of_batched(folder: str, setting: Setting, length: int) -> Callable[[], Any]:
-    """For `measuring.fresh`."""
-    batched = baselines.BatchedLlama(baselines.causal_lm(folder))
-    tokens, durations = problem(setting, length)
-    size = setting.batches[len(setting.batches) // 2]
-    return functools.partial(batched.sweep, tokens, durations, batch_size=size, prefix=length // 4)
+def prepare_batched_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
+    """For `timing.measure_in_process`."""
+    batched_llama = baselines.BatchedLlama(baselines.load_causal_lm(folder))
+    tokens, durations = random_sweep_inputs(sizes, length)
+    batch_size = sizes.batch_sizes[len(sizes.batch_sizes) // 2]
+    return functools.partial(
+        batched_llama.sweep, tokens, durations, batch_size=batch_size, prefix=length // 4
+    )
 
 
-def cold(quick: bool, repeats: int) -> Iterator[Row]:
+def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """The first sweep of a process, over the short prompt."""
-    setting = QUICK if quick else Setting()
-    length = setting.lengths[0]
-    firsts = {"ours": first_of_ours}
-    absent = baselines.missing("torch", "transformers")
-    if not absent:
-        firsts |= {"paper": first_of_paper, "batched": first_of_batched}
-    runs: dict[str, list[timing.Fresh]] = {name: [] for name in firsts}
+    sizes = QUICK_SIZES if quick else Sizes()
+    length = sizes.prompt_lengths[0]
+    prepare_by_method = {"ours": prepare_our_sweep}
+    missing_reason = baselines.why_missing("torch", "transformers")
+    if not missing_reason:
+        prepare_by_method |= {"paper": prepare_paper_sweep, "batched": prepare_batched_sweep}
+    runs: dict[str, list[timing.ProcessCost]] = {method: [] for method in prepare_by_method}
     with tempfile.TemporaryDirectory() as folder:
-        clm.save(folder, random_lm(setting))
+        clm.save(folder, random_lm(sizes))
         for _ in range(min(repeats, 3)):
-            for name, first in firsts.items():
-                runs[name].append(timing.fresh(first, folder, setting, length))
-    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
-    what = f"{length} tokens, the first sweep of a process: times as fast as"
-    if absent:
+            for method, prepare_sweep in prepare_by_method.items():
+                runs[method].append(timing.measure_in_process(prepare_sweep, folder, sizes, length))
+    seconds = {method: [run.seconds for run in method_runs] for method, method_runs in runs.items()}
+    label = f"{length} tokens, the first sweep of a process: times as fast as"
+    if missing_reason:
         median = statistics.median(seconds["ours"])
-        yield Row(f"{what} PyTorch", ours=median, unit="s", note=absent)
+        yield Row(f"{label} PyTorch", ours=median, unit="s", note=missing_reason)
     else:
-        yield timing.times_as_fast(
-            f"{what} the paper's procedure, mask included",
+        yield timing.speedup_row(
+            f"{label} the paper's procedure, mask included",
             seconds["ours"],
             seconds["paper"],
-            2.5 if length in TARGETS else None,
+            2.5 if length in MIN_PAPER_SPEEDUPS else None,
             "compilation included, without a cache",
         )
-        yield timing.times_as_fast(
-            f"{what} PyTorch float32 with prefix KV", seconds["ours"], seconds["batched"]
+        yield timing.speedup_row(
+            f"{label} PyTorch float32 with prefix KV", seconds["ours"], seconds["batched"]
         )
-    for name, found in runs.items():
-        memory = [run.memory / 1e6 for run in found if run.memory is not None]
-        if memory:
-            yield timing.figures(
-                f"{length} tokens, the first sweep: MB of memory above the weights, {name}", memory
+    for method, method_runs in runs.items():
+        peak_megabytes = [
+            run.memory_bytes / 1e6 for run in method_runs if run.memory_bytes is not None
+        ]
+        if peak_megabytes:
+            yield timing.median_row(
+                f"{length} tokens, the first sweep: MB of memory above the weights, {method}",
+                peak_megabytes,
             )
 
 
-def compiling(setting: Setting, num_layers: int) -> Callable[[], float]:
-    """For `measuring.fresh`: what the first sweep takes longer than the second."""
-    lm = random_lm(setting, num_layers)
-    tokens, durations = problem(setting, setting.lengths[0])
-    run = functools.partial(ours, lm, tokens, durations)
-    return lambda: timing.seconds(run) - timing.seconds(run)
+def prepare_compile_time(sizes: Sizes, num_layers: int) -> Callable[[], float]:
+    """For `timing.measure_in_process`: what the first sweep takes longer than the second."""
+    lm = random_lm(sizes, num_layers)
+    tokens, durations = random_sweep_inputs(sizes, sizes.prompt_lengths[0])
+    run_sweep = functools.partial(run_our_sweep, lm, tokens, durations)
+    return lambda: timing.time_call(run_sweep) - timing.time_call(run_sweep)
 
 
-def depth(quick: bool, repeats: int) -> Iterator[Row]:
+def compile_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """What a deeper model takes to compile."""
-    setting = QUICK if quick else Setting()
-    found: dict[int, list[float]] = {setting.num_layers: [], setting.deep: []}
+    sizes = QUICK_SIZES if quick else Sizes()
+    times_by_depth: dict[int, list[float]] = {sizes.num_layers: [], sizes.num_deep_layers: []}
     for _ in range(min(repeats, 3)):
-        for layers, taken in found.items():
-            taken.append(timing.fresh(compiling, setting, layers).result)
-    shallow, deep = found.values()
-    yield timing.times_as_much(
-        f"compiling {setting.deep} layers, over {setting.num_layers}",
-        deep,
-        shallow,
+        for num_layers, compile_times in times_by_depth.items():
+            compile_times.append(
+                timing.measure_in_process(prepare_compile_time, sizes, num_layers).result
+            )
+    shallow_times, deep_times = times_by_depth.values()
+    yield timing.cost_ratio_row(
+        f"compiling {sizes.num_deep_layers} layers, over {sizes.num_layers}",
+        deep_times,
+        shallow_times,
         1.5,
         note="the first sweep less the second",
     )

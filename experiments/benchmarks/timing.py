@@ -22,7 +22,7 @@ import jax
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import tables
 
-PAUSE = 0.05  # seconds between turns
+PAUSE_SECONDS = 0.05  # seconds between turns
 
 
 # --- Rows ---------------------------------------------------------------------------------------
@@ -30,18 +30,18 @@ PAUSE = 0.05  # seconds between turns
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a figure should be: at least `least`, or at most `most`."""
+    """What a figure should be: at least `minimum`, or at most `maximum`."""
 
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
 
-    def met(self, value: float) -> bool:
+    def is_met(self, value: float) -> bool:
         """Whether it is."""
-        above = self.least is None or value >= self.least
-        return above and (self.most is None or value <= self.most)
+        is_above_minimum = self.minimum is None or value >= self.minimum
+        return is_above_minimum and (self.maximum is None or value <= self.maximum)
 
     def __str__(self) -> str:
-        return f">= {self.least:.3g}" if self.most is None else f"<= {self.most:.3g}"
+        return f">= {self.minimum:.3g}" if self.maximum is None else f"<= {self.maximum:.3g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,66 +71,86 @@ class Row:
     note: str = ""
 
     @property
-    def met(self) -> bool | None:
+    def is_met(self) -> bool | None:
         """Whether the target is met; None without a target or a value."""
         if self.target is None or self.value is None:
             return None
-        return self.target.met(self.value)
+        return self.target.is_met(self.value)
 
     def as_json(self) -> dict[str, Any]:
         """Everything, with the target in words."""
         target = None if self.target is None else str(self.target)
-        return dataclasses.asdict(self) | {"target": target, "met": self.met}
+        return dataclasses.asdict(self) | {"target": target, "met": self.is_met}
 
 
-def figures(what: str, values: Sequence[float], **others: Any) -> Row:
+def median_row(label: str, values: Sequence[float], **others: Any) -> Row:
     """The row of some figures, one a round."""
-    return Row(what, statistics.median(values), min(values), max(values), **others)
+    return Row(label, statistics.median(values), min(values), max(values), **others)
 
 
-def times_as_fast(
-    what: str, ours: Sequence[float], theirs: Sequence[float], least: float | None = None, note=""
-) -> Row:
-    """The row of theirs / ours, of seconds: how many times as fast ours is; at `least` so many."""
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    medians = dict(ours=statistics.median(ours), theirs=statistics.median(theirs), unit="s")
-    return figures(what, ratios, target=least and Target(least), note=note, **medians)
-
-
-def times_as_much(
-    what: str,
+def speedup_row(
+    label: str,
     ours: Sequence[float],
     theirs: Sequence[float],
-    most: float | None = None,
+    minimum: float | None = None,
+    note="",
+) -> Row:
+    """The row of theirs / ours, of seconds: how many times as fast ours is, at least `minimum`."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    medians = dict(ours=statistics.median(ours), theirs=statistics.median(theirs), unit="s")
+    return median_row(label, ratios, target=minimum and Target(minimum), note=note, **medians)
+
+
+def cost_ratio_row(
+    label: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    maximum: float | None = None,
     unit: str = "s",
     note: str = "",
 ) -> Row:
-    """The row of ours / theirs, of seconds or bytes: how much more ours takes, at `most`."""
+    """The row of ours / theirs, of seconds or bytes: how much more ours takes, at `maximum`."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     medians = dict(ours=statistics.median(ours), theirs=statistics.median(theirs), unit=unit)
-    return figures(what, ratios, target=most and Target(most=most), note=note, **medians)
+    return median_row(
+        label, ratios, target=maximum and Target(maximum=maximum), note=note, **medians
+    )
 
 
-def table(name: str, caption: str, rows: Sequence[Row]) -> tables.Table:
+def rows_table(name: str, caption: str, rows: Sequence[Row]) -> tables.Table:
     """The rows, for people."""
-    heads = ("figure", "value", "least to most", "target", "met", "ours", "theirs", "note")
+    titles = ("figure", "value", "least to most", "target", "met", "ours", "theirs", "note")
 
     def cells(row: Row) -> list[tables.Cell]:
-        met = {None: None, True: "yes", False: "MISSED"}[row.met]
-        spread = None if row.low is None else f"{row.low:.3g} to {row.high:.3g}"
-        sides = [x if x is None else quantity(x, row.unit) for x in (row.ours, row.theirs)]
-        value = None if row.value is None else f"{row.value:.3g}"
-        target = None if row.target is None else str(row.target)
-        return [row.what, value, spread, target, met, *sides, row.note or None]
+        met_text = {None: None, True: "yes", False: "MISSED"}[row.is_met]
+        spread_text = None if row.low is None else f"{row.low:.3g} to {row.high:.3g}"
+        side_texts = [
+            x if x is None else format_quantity(x, row.unit) for x in (row.ours, row.theirs)
+        ]
+        value_text = None if row.value is None else f"{row.value:.3g}"
+        target_text = None if row.target is None else str(row.target)
+        return [
+            row.what,
+            value_text,
+            spread_text,
+            target_text,
+            met_text,
+            *side_texts,
+            row.note or None,
+        ]
 
-    return tables.Table(name, caption, [tables.Column(h) for h in heads], list(map(cells, rows)))
+    return tables.Table(
+        name, caption, [tables.Column(title) for title in titles], list(map(cells, rows))
+    )
 
 
-def quantity(value: float, unit: str) -> str:
+def format_quantity(value: float, unit: str) -> str:
     """A number of seconds, bytes, ... as people write it.
 
-    >>> quantity(0.0123, "s"), quantity(2.02e9, "B"), quantity(40.0, "tokens/s")
-    ('12.3 ms', '2.02e+03 MB', '40 tokens/s')
+    >>> format_quantity(0.0123, "s"), format_quantity(2.02e9, "B")
+    ('12.3 ms', '2.02e+03 MB')
+    >>> format_quantity(40.0, "tokens/s")
+    '40 tokens/s'
     """
     if unit == "s" and value < 1:
         return f"{1e3 * value:.3g} ms"
@@ -140,50 +160,50 @@ def quantity(value: float, unit: str) -> str:
 # --- In this process ----------------------------------------------------------------------------
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def time_call(timed_call: Callable[[], Any]) -> float:
     """How long a call takes, until what it gives is there."""
     begin = time.perf_counter()
-    jax.block_until_ready(run())  # leaves what is not JAX's as it is
+    jax.block_until_ready(timed_call())  # leaves what is not JAX's as it is
     return time.perf_counter() - begin
 
 
-def in_turns(
-    ways: Mapping[str, Callable[[], Any]], repeats: int, *, warm: bool = False
+def time_in_turns(
+    callables: Mapping[str, Callable[[], Any]], repeats: int, *, is_warm: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each of `repeats` rounds, after one more unless all are `warm`.
+    """Seconds of each way in each of `repeats` rounds, after one more unless all are `is_warm`.
 
     Every second round goes backwards: what comes after what is to do no one good.
     """
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(repeats + (not warm)):
-        for name in reversed(list(ways)) if i % 2 else ways:
-            time.sleep(PAUSE)
-            taken[name].append(seconds(ways[name]))
-    return {name: found[-repeats:] for name, found in taken.items()}
+    seconds_by_name: dict[str, list[float]] = {name: [] for name in callables}
+    for i in range(repeats + (not is_warm)):
+        for name in reversed(list(callables)) if i % 2 else callables:
+            time.sleep(PAUSE_SECONDS)
+            seconds_by_name[name].append(time_call(callables[name]))
+    return {name: measured_seconds[-repeats:] for name, measured_seconds in seconds_by_name.items()}
 
 
-def require_equal(what: str, ours: Any, theirs: Any, tolerance: float) -> None:
+def require_close(label: str, ours: Any, theirs: Any, tolerance: float) -> None:
     """Refuses two results that are further apart than `tolerance` times the largest number.
 
     What does not do the same work is not worth timing.
     """
     error = float(abs(ours - theirs).max() / abs(theirs).max())
     if not error <= tolerance:
-        raise InputError(f"{what}: the results differ by {error:.2g} of the largest number")
+        raise InputError(f"{label}: the results differ by {error:.2g} of the largest number")
 
 
 # --- In a process of its own --------------------------------------------------------------------
 
 
-class Fresh(NamedTuple):
+class ProcessCost(NamedTuple):
     """What a call cost a fresh process."""
 
     seconds: float
-    memory: int | None  # bytes: the peak of anonymous memory above its level before the call
+    memory_bytes: int | None  # bytes: the peak of anonymous memory above its level before the call
     result: Any
 
 
-def fresh(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> Fresh:
+def measure_in_process(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> ProcessCost:
     """Measures the call that `prepare(*arguments)` returns, in a new process.
 
     What `prepare` does (imports, reading weights) is not measured. The process has no persistent
@@ -197,51 +217,53 @@ def fresh(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> Fresh:
       InputError: if the process fails; why is on its stderr.
     """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, prepare, arguments))
+    parent_pipe, child_pipe = context.Pipe()
+    process = context.Process(target=_run_in_child, args=(child_pipe, prepare, arguments))
     process.start()
-    there.close()
+    child_pipe.close()
     try:
-        here.recv()
-        level = peak = anonymous_memory(process.pid)
-        here.send(None)
-        while not here.poll(0.004):
-            peak = max(peak, anonymous_memory(process.pid))
-        taken, result = here.recv()
-        peak = max(peak, anonymous_memory(process.pid))
-        here.send(None)
+        parent_pipe.recv()
+        initial_memory = peak_memory = anonymous_memory(process.pid)
+        parent_pipe.send(None)
+        while not parent_pipe.poll(0.004):
+            peak_memory = max(peak_memory, anonymous_memory(process.pid))
+        elapsed, result = parent_pipe.recv()
+        peak_memory = max(peak_memory, anonymous_memory(process.pid))
+        parent_pipe.send(None)
     except EOFError:
         raise InputError(f"the process that measures {prepare.__name__} failed") from None
     finally:
-        here.close()  # which ends a process that waits
+        parent_pipe.close()  # which ends a process that waits
         process.join()
-    return Fresh(taken, peak - level if level else None, result)
+    return ProcessCost(elapsed, peak_memory - initial_memory if initial_memory else None, result)
 
 
-def _serve(pipe: Connection, prepare: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
+def _run_in_child(
+    pipe: Connection, prepare: Callable[..., Callable[[], Any]], arguments: tuple
+) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
-    run = prepare(*arguments)
+    prepared_call = prepare(*arguments)
     pipe.send("ready")
     pipe.recv()
     result = None
 
-    def keep():
+    def call_and_keep():
         nonlocal result
-        result = run()
+        result = prepared_call()
         return result
 
-    taken = seconds(keep)
-    pipe.send((taken, result if isinstance(result, int | float | None) else None))
+    elapsed = time_call(call_and_keep)
+    pipe.send((elapsed, result if isinstance(result, int | float | None) else None))
     pipe.recv()  # what was made is still there while the memory is read
 
 
-def anonymous_memory(process: int | None) -> int:
+def anonymous_memory(process_id: int | None) -> int:
     """Bytes of memory of a process that are no file's; 0 where no one says it."""
-    status = pathlib.Path(f"/proc/{process}/status")
-    found = status.exists() and re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
-    return 1024 * int(found[1]) if found else 0
+    status_file = pathlib.Path(f"/proc/{process_id}/status")
+    size_match = status_file.exists() and re.search(r"RssAnon:\s+(\d+) kB", status_file.read_text())
+    return 1024 * int(size_match[1]) if size_match else 0
 
 
-def cores() -> int:
+def num_cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

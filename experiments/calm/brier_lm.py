@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from continuous_lm.arguments import check_count, check_integers
+from continuous_lm.arguments import check_integers, check_positive_integer
 from continuous_lm.errors import InputError
 from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
@@ -28,21 +28,21 @@ from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.transformer import Transformer
 
-ORDERS = (1, 2, 3, 4)
-TOKENS = max(ORDERS)  # of a continuation
-RESAMPLES = 1000
-_LEVELS = (0.025, 0.975)
-_MOST = 2**24  # probabilities that are enumerated
+NGRAM_LENGTHS = (1, 2, 3, 4)
+CONTINUATION_LENGTH = max(NGRAM_LENGTHS)  # of a continuation
+NUM_RESAMPLES = 1000
+_INTERVAL_QUANTILES = (0.025, 0.975)
+_MAX_ENUMERATED = 2**24  # probabilities that are enumerated
 
 
-def judge(
+def brier_lm_from_samples(
     first: np.ndarray,
     second: np.ndarray,
     reference: np.ndarray,
     *,
     groups: np.ndarray | None = None,
     seed: int = 0,
-    resamples: int = RESAMPLES,
+    resamples: int = NUM_RESAMPLES,
 ) -> dict[str, Any]:
     """BrierLM of a model that was sampled.
 
@@ -61,22 +61,24 @@ def judge(
     Raises:
       InputError: if shapes do not fit.
     """
-    given = {"first": first, "second": second, "reference": reference}
-    tokens = [_continuations(name, values) for name, values in given.items()]
-    if len({len(t) for t in tokens}) > 1:
-        sizes = ", ".join(f"{len(t)} of {name}" for name, t in zip(given, tokens, strict=True))
-        raise InputError(f"rows are {sizes}; they must be as many")
-    scores = [brier_n(*(t[:, :n] for t in tokens), n=n)[:, 0] for n in ORDERS]
-    return _summary(np.stack(scores, axis=-1), groups, seed, resamples)
+    token_arrays = {"first": first, "second": second, "reference": reference}
+    tokens = [_check_continuations(name, values) for name, values in token_arrays.items()]
+    if len({len(array) for array in tokens}) > 1:
+        row_counts = ", ".join(
+            f"{len(array)} of {name}" for name, array in zip(token_arrays, tokens, strict=True)
+        )
+        raise InputError(f"rows are {row_counts}; they must be as many")
+    scores = [brier_n(*(array[:, :n] for array in tokens), n=n)[:, 0] for n in NGRAM_LENGTHS]
+    return _summarize_scores(np.stack(scores, axis=-1), groups, seed, resamples)
 
 
-def closed_form(
+def brier_lm_from_probabilities(
     reference_log_probs: np.ndarray,
     collision: np.ndarray,
     *,
     groups: np.ndarray | None = None,
     seed: int = 0,
-    resamples: int = RESAMPLES,
+    resamples: int = NUM_RESAMPLES,
 ) -> dict[str, Any]:
     """BrierLM of a model whose probabilities are known.
 
@@ -84,78 +86,91 @@ def closed_form(
       reference_log_probs: of each token of the references given those before it, nats [n, 4].
       collision: sum_x P(x)^2 over n-grams x for n = 1, ..., 4, [n, 4], or unbiased estimates of it,
         such as P(x) of an x that is drawn from P.
-      groups: as of `judge`.
-      seed: as of `judge`.
-      resamples: as of `judge`.
+      groups: as of `brier_lm_from_samples`.
+      seed: as of `brier_lm_from_samples`.
+      resamples: as of `brier_lm_from_samples`.
 
     Returns:
-      as `judge`.
+      as `brier_lm_from_samples`.
 
     Raises:
       InputError: if shapes do not fit, or these are no probabilities.
     """
-    logs = np.asarray(reference_log_probs, np.float64)
+    log_probs = np.asarray(reference_log_probs, np.float64)
     collision = np.asarray(collision, np.float64)
-    for name, values in {"reference_log_probs": logs, "collision": collision}.items():
-        if values.ndim != 2 or values.shape[1] != TOKENS or values.shape != logs.shape:
+    for name, values in {"reference_log_probs": log_probs, "collision": collision}.items():
+        if (
+            values.ndim != 2
+            or values.shape[1] != CONTINUATION_LENGTH
+            or values.shape != log_probs.shape
+        ):
             raise InputError(
-                f"{name} has shape {list(values.shape)}; it must be [n, {TOKENS}], with as many"
+                f"{name} has shape {list(values.shape)}; it must be [n, {CONTINUATION_LENGTH}],"
+                " with as many"
                 " rows as the other"
             )
-    slack = 1e-3  # rounding of float32
-    if not (logs <= slack).all():
+    tolerance = 1e-3  # rounding of float32
+    if not (log_probs <= tolerance).all():
         raise InputError("reference_log_probs has entries above 0, or that are no numbers")
-    if not ((collision >= 0) & (collision <= 1 + slack)).all():
+    if not ((collision >= 0) & (collision <= 1 + tolerance)).all():
         raise InputError("collision has entries that are not from 0 to 1")
-    return _summary(2 * np.exp(np.cumsum(logs, axis=1)) - collision, groups, seed, resamples)
+    return _summarize_scores(
+        2 * np.exp(np.cumsum(log_probs, axis=1)) - collision, groups, seed, resamples
+    )
 
 
-def _continuations(name: str, tokens: np.ndarray) -> np.ndarray:
+def _check_continuations(name: str, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[1] != TOKENS or tokens.dtype.kind not in "iu":
+    if tokens.ndim != 2 or tokens.shape[1] != CONTINUATION_LENGTH or tokens.dtype.kind not in "iu":
         raise InputError(
-            f"{name} is {tokens.dtype} {list(tokens.shape)}; it must be int [n, {TOKENS}]"
+            f"{name} is {tokens.dtype} {list(tokens.shape)}; it must be int [n,"
+            f" {CONTINUATION_LENGTH}]"
         )
     return tokens
 
 
-def _summary(
+def _summarize_scores(
     scores: np.ndarray, groups: np.ndarray | None, seed: int, resamples: int
 ) -> dict[str, Any]:
     """Means of scores [n, 4], with their intervals."""
-    check_count("resamples", resamples)
+    check_positive_integer("resamples", resamples)
     if not len(scores):
         raise InputError("there are no positions to judge")
     if groups is not None and (
         np.shape(groups) != (len(scores),) or np.asarray(groups).dtype.kind not in "iu"
     ):
         raise InputError(f"groups must be int [{len(scores)}], one for each position")
-    numbers = np.arange(len(scores))
+    group_indices = np.arange(len(scores))
     if groups is not None:
-        numbers = np.unique(groups, return_inverse=True)[1]
+        group_indices = np.unique(groups, return_inverse=True)[1]
     # Each group's sums and size: a resample's mean is that of positions, not of groups.
-    sizes = np.bincount(numbers).astype(np.float64)
-    sums = [np.bincount(numbers, column) for column in np.asarray(scores, np.float64).T]
-    drawn = _resampled(np.stack([*sums, sizes], axis=-1), seed, resamples)
+    group_sizes = np.bincount(group_indices).astype(np.float64)
+    group_sums = [np.bincount(group_indices, column) for column in np.asarray(scores, np.float64).T]
+    resampled_means = _bootstrap_means(
+        np.stack([*group_sums, group_sizes], axis=-1), seed, resamples
+    )
     means = np.asarray(np.mean(scores, axis=0, dtype=np.float64))
 
     def interval(value: np.ndarray, values: np.ndarray) -> dict[str, float]:
-        low, high = np.quantile(values, _LEVELS)
+        low, high = np.quantile(values, _INTERVAL_QUANTILES)
         return {"value": float(value), "low": float(low), "high": float(high)}
 
-    found: dict[str, Any] = {"positions": len(scores)}
-    for i, n in enumerate(ORDERS):
-        found[f"brier_{n}"] = interval(means[i], drawn[:, i])
-    return found | {"brier_lm": interval(_brier_lm(means), _brier_lm(drawn))}
+    summary: dict[str, Any] = {"positions": len(scores)}
+    for i, n in enumerate(NGRAM_LENGTHS):
+        summary[f"brier_{n}"] = interval(means[i], resampled_means[:, i])
+    return summary | {"brier_lm": interval(_brier_lm(means), _brier_lm(resampled_means))}
 
 
-def _resampled(table: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def _bootstrap_means(sums_and_sizes: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     """Means [resamples, 4] over groups that are drawn with replacement, from sums and sizes."""
-    rng, num = np.random.default_rng(seed), len(table)
-    sums = np.empty((resamples, table.shape[1]))
-    for row in sums:  # one at a time stays in the processor's cache
-        row[:] = np.bincount(rng.integers(num, size=num), minlength=num) @ table
-    return sums[:, :-1] / sums[:, -1:]
+    rng, num_groups = np.random.default_rng(seed), len(sums_and_sizes)
+    resampled_sums = np.empty((resamples, sums_and_sizes.shape[1]))
+    for resampled_row in resampled_sums:  # one at a time stays in the processor's cache
+        resampled_row[:] = (
+            np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)
+            @ sums_and_sizes
+        )
+    return resampled_sums[:, :-1] / resampled_sums[:, -1:]
 
 
 def _brier_lm(means: np.ndarray) -> np.ndarray:
@@ -166,7 +181,7 @@ def _brier_lm(means: np.ndarray) -> np.ndarray:
 # --- Discrete models --------------------------------------------------------------------------
 
 
-def enumerated(
+def ngram_probabilities(
     next_probs: Callable[[np.ndarray], np.ndarray], contexts: np.ndarray, n: int
 ) -> np.ndarray:
     """Probabilities of all n-grams after each context, for small vocabularies.
@@ -182,35 +197,36 @@ def enumerated(
     Raises:
       InputError: if there are too many.
     """
-    check_count("n", n)
+    check_positive_integer("n", n)
     contexts = np.asarray(contexts)
     p = np.asarray(next_probs(contexts), np.float64)
-    size, rows = p.shape[-1], len(contexts)
-    if rows * size**n > _MOST:
+    vocab_size, num_contexts = p.shape[-1], len(contexts)
+    if num_contexts * vocab_size**n > _MAX_ENUMERATED:
         raise InputError(
-            f"{rows} contexts of {size} tokens have {rows * size**n} continuations by {n}; at most"
-            f" {_MOST} are enumerated"
+            f"{num_contexts} contexts of {vocab_size} tokens have"
+            f" {num_contexts * vocab_size**n} continuations by {n}; at most"
+            f" {_MAX_ENUMERATED} are enumerated"
         )
     for _ in range(n - 1):
-        tokens = np.tile(np.arange(size), len(contexts))[:, None]
-        contexts = np.concatenate([np.repeat(contexts, size, axis=0), tokens], axis=1)
+        next_tokens = np.tile(np.arange(vocab_size), len(contexts))[:, None]
+        contexts = np.concatenate([np.repeat(contexts, vocab_size, axis=0), next_tokens], axis=1)
         p = p.reshape(-1, 1) * np.asarray(next_probs(contexts), np.float64)
-    return p.reshape(rows, *[size] * n)
+    return p.reshape(num_contexts, *[vocab_size] * n)
 
 
-def collisions(probabilities: np.ndarray) -> np.ndarray:
-    """sum_x P(x)^2 [rows, n] of the first 1, ..., n tokens, from `enumerated`'s [rows, V, ..., V].
+def collision_probabilities(probabilities: np.ndarray) -> np.ndarray:
+    """sum_x P(x)^2 [rows, n] of the first 1, ..., n tokens, from `ngram_probabilities`.
 
     That is how often two independent draws are the same.
     """
-    rows, found = len(probabilities), []
+    num_contexts, by_length = len(probabilities), []
     for _ in range(probabilities.ndim - 1):
-        found.append(np.square(probabilities).reshape(rows, -1).sum(axis=1))
+        by_length.append(np.square(probabilities).reshape(num_contexts, -1).sum(axis=1))
         probabilities = probabilities.sum(axis=-1)
-    return np.stack(found[::-1], axis=-1)
+    return np.stack(by_length[::-1], axis=-1)
 
 
-def discrete(
+def evaluate_language_model(
     lm: LanguageModel,
     contexts: np.ndarray,
     reference: np.ndarray,
@@ -218,8 +234,8 @@ def discrete(
     *,
     groups: np.ndarray | None = None,
     seed: int = 0,
-    resamples: int = RESAMPLES,
-    rows: int = 64,
+    resamples: int = NUM_RESAMPLES,
+    batch_size: int = 64,
 ) -> dict[str, dict[str, Any]]:
     """BrierLM of a model of tokens, as any model's and in closed form, from the same draws.
 
@@ -228,46 +244,48 @@ def discrete(
       contexts: int [n, T], of one length.
       reference: the tokens that follow, int [n, 4].
       key: PRNG key of the two continuations, which no token ends.
-      groups: as of `judge`.
-      seed: as of `judge`.
-      resamples: as of `judge`.
-      rows: how many contexts go through the model at once. Draws depend on it.
+      groups: as of `brier_lm_from_samples`.
+      seed: as of `brier_lm_from_samples`.
+      resamples: as of `brier_lm_from_samples`.
+      batch_size: how many contexts go through the model at once. Draws depend on it.
 
     Returns:
-      "sampled", as `judge` has it, and "closed", as `known` has it.
+      "sampled", as `brier_lm_from_samples` has it, and "closed", as `brier_lm_from_model` has it.
 
     Raises:
       InputError: if shapes do not fit, or tokens are not in the vocabulary.
     """
-    check_count("rows", rows)
-    contexts, reference = _contexts(lm, contexts, reference)
-    found = []
-    rows = min(rows, len(contexts))
-    for i, picked in _pieces(len(contexts), rows):
-        drawn = generate(
+    check_positive_integer("batch_size", batch_size)
+    contexts, reference = _check_contexts(lm, contexts, reference)
+    token_batches = []
+    batch_size = min(batch_size, len(contexts))
+    for i, batch_indices in _padded_batches(len(contexts), batch_size):
+        generated = generate(
             lm,
-            np.concatenate([contexts[picked], contexts[picked]]),
-            max_new_tokens=TOKENS,
+            np.concatenate([contexts[batch_indices], contexts[batch_indices]]),
+            max_new_tokens=CONTINUATION_LENGTH,
             temperature=1.0,
             key=jax.random.fold_in(key, i),
             stop=(),
-        ).tokens.reshape(2, rows, TOKENS)
-        found.append(drawn)
-    first, second = np.concatenate(found, axis=1)[:, : len(contexts)]
+        ).tokens.reshape(2, batch_size, CONTINUATION_LENGTH)
+        token_batches.append(generated)
+    first, second = np.concatenate(token_batches, axis=1)[:, : len(contexts)]
     bootstrap: Any = {"groups": groups, "seed": seed, "resamples": resamples}
     return {
-        "sampled": judge(first, second, reference, **bootstrap),
-        "closed": known(lm, contexts, (first, second), reference, rows=rows, **bootstrap),
+        "sampled": brier_lm_from_samples(first, second, reference, **bootstrap),
+        "closed": brier_lm_from_model(
+            lm, contexts, (first, second), reference, batch_size=batch_size, **bootstrap
+        ),
     }
 
 
-def known(
+def brier_lm_from_model(
     lm: LanguageModel,
     contexts: np.ndarray,
-    drawn: tuple[np.ndarray, np.ndarray],
+    draws: tuple[np.ndarray, np.ndarray],
     reference: np.ndarray,
     *,
-    rows: int = 64,
+    batch_size: int = 64,
     **bootstrap: Any,
 ) -> dict[str, Any]:
     """BrierLM of a model of tokens in closed form, from two draws of its own at each position.
@@ -278,34 +296,40 @@ def known(
     Args:
       lm: the model.
       contexts: int [n, T], of one length.
-      drawn: two independent continuations that the model drew, int [n, 4] each.
+      draws: two independent continuations that the model drew, int [n, 4] each.
       reference: the tokens that follow, int [n, 4].
-      rows: how many contexts go through the model at once.
-      **bootstrap: groups, seed and resamples, as of `judge`.
+      batch_size: how many contexts go through the model at once.
+      **bootstrap: groups, seed and resamples, as of `brier_lm_from_samples`.
 
     Returns:
-      as `judge`.
+      as `brier_lm_from_samples`.
     """
-    contexts, reference = _contexts(lm, contexts, reference)
-    config = lm.config.at_length(contexts.shape[1] + TOKENS)
+    contexts, reference = _check_contexts(lm, contexts, reference)
+    config = lm.config.at_length(contexts.shape[1] + CONTINUATION_LENGTH)
     model = lm.model.clone(config=config)
-    following = np.stack([*drawn, reference]).astype(np.int32)
-    logs, collision = [], []
-    for _, picked in _pieces(len(contexts), min(rows, len(contexts))):
-        told, same = _forced(model, lm.params, contexts[picked], following[:, picked])
-        own = np.exp(np.cumsum(np.asarray(told[:2], np.float64), axis=-1)).mean(axis=0)
-        own[:, 0] = same
-        logs.append(np.asarray(told[2]))
-        collision.append(own)
-    values = (np.concatenate(parts)[: len(contexts)] for parts in (logs, collision))
-    return closed_form(*values, **bootstrap)
+    continuations = np.stack([*draws, reference]).astype(np.int32)
+    reference_batches, collision_batches = [], []
+    for _, batch_indices in _padded_batches(len(contexts), min(batch_size, len(contexts))):
+        batch_log_probs, first_collision = _score_continuations(
+            model, lm.params, contexts[batch_indices], continuations[:, batch_indices]
+        )
+        collision_estimates = np.exp(
+            np.cumsum(np.asarray(batch_log_probs[:2], np.float64), axis=-1)
+        ).mean(axis=0)
+        collision_estimates[:, 0] = first_collision
+        reference_batches.append(np.asarray(batch_log_probs[2]))
+        collision_batches.append(collision_estimates)
+    values = (
+        np.concatenate(parts)[: len(contexts)] for parts in (reference_batches, collision_batches)
+    )
+    return brier_lm_from_probabilities(*values, **bootstrap)
 
 
-def _contexts(
+def _check_contexts(
     lm: LanguageModel, contexts: np.ndarray, reference: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both as int32, if they fit the model and each other."""
-    contexts, reference = np.asarray(contexts), _continuations("reference", reference)
+    contexts, reference = np.asarray(contexts), _check_continuations("reference", reference)
     if contexts.ndim != 2 or contexts.dtype.kind not in "iu" or len(contexts) != len(reference):
         raise InputError(
             f"contexts are {contexts.dtype} {list(contexts.shape)}; they must be int"
@@ -318,15 +342,15 @@ def _contexts(
     return contexts.astype(np.int32), reference.astype(np.int32)
 
 
-def _pieces(count: int, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+def _padded_batches(num_contexts: int, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Beginnings and indices of pieces; the last is filled up, so that there is one program."""
-    for i in range(0, count, rows):
-        yield i, np.minimum(np.arange(i, i + rows), count - 1)
+    for i in range(0, num_contexts, batch_size):
+        yield i, np.minimum(np.arange(i, i + batch_size), num_contexts - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forced(
-    model: Transformer, params: Any, contexts: jax.Array, following: jax.Array
+def _score_continuations(
+    model: Transformer, params: Any, contexts: jax.Array, continuations: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What the model thinks of given continuations.
 
@@ -337,21 +361,24 @@ def _forced(
       model: with its config at the length of all tokens.
       params: of the model.
       contexts: int [B, T].
-      following: C continuations of each, int [C, B, 4].
+      continuations: several continuations of each, int [num_continuations, B, 4].
 
     Returns:
-      log-probabilities of their tokens [C, B, 4], and sum_v P(v)^2 of the first token [B].
+      log-probabilities of their tokens [num_continuations, B, 4], and
+      sum_v P(v)^2 of the first token [B].
     """
-    room = contexts.shape[-1] + following.shape[-1] - 1
-    cache = kv_cache.empty(model.config, room, contexts.shape[:1], params["embedding"].dtype)
+    cache_length = contexts.shape[-1] + continuations.shape[-1] - 1
+    cache = kv_cache.empty(
+        model.config, cache_length, contexts.shape[:1], params["embedding"].dtype
+    )
     variables: Any = {"params": params}
-    first, cache = cast(Any, model.apply(variables, contexts, cache=cache, at=-1))
+    first_logits, cache = cast(Any, model.apply(variables, contexts, cache=cache, position=-1))
 
-    def log_probs(tokens: jax.Array) -> jax.Array:
-        rest, _ = cast(Any, model.apply(variables, tokens[:, :-1], cache=cache))
-        logits = jnp.concatenate([first[:, None], rest], axis=1)
-        picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+    def continuation_log_probs(tokens: jax.Array) -> jax.Array:
+        later_logits, _ = cast(Any, model.apply(variables, tokens[:, :-1], cache=cache))
+        logits = jnp.concatenate([first_logits[:, None], later_logits], axis=1)
+        token_logits = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return token_logits - jax.nn.logsumexp(logits, axis=-1)
 
-    collision = jnp.sum(jnp.square(jax.nn.softmax(first, axis=-1)), axis=-1)
-    return jax.lax.map(log_probs, following), collision
+    collision = jnp.sum(jnp.square(jax.nn.softmax(first_logits, axis=-1)), axis=-1)
+    return jax.lax.map(continuation_log_probs, continuations), collision

@@ -1,8 +1,8 @@
-"""What the calm_* programs do with next-vector models: train their two stages, judge, compare.
+"""What the programs do with next-vector models: train their two stages, evaluate, compare.
 
 reconstruction   the share of a chunk's tokens that the autoencoder gives back, from its mean,
                  from a draw of its posterior, and with as much noise added again
-brier            draws held against the text that follows: see `brier`
+brier            draws held against the text that follows: see `brier_lm`
 shuffled         the same draws held against the text that follows other contexts
 """
 
@@ -24,7 +24,7 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.calm import brier_lm
 from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.training import fit, run_folder, text, window_batches
-from continuous_lm.io.atomic_files import as_path
+from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.models import calm, density
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import AutoencoderConfig, Codec
@@ -32,14 +32,17 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.models.language_model import LanguageModel
 
-TOKENS = 64  # of a window from which the autoencoder's chunks are cut
-TARGETS = 16  # draws of the posterior for each chunk of a training step
-EVALUATED, SCORED = 32, 128  # held-out windows that a training run takes its loss and scores of
+CODEC_WINDOW_TOKENS = 64  # of a window from which the autoencoder's chunks are cut
+NUM_TARGET_DRAWS = 16  # draws of the posterior for each chunk of a training step
+NUM_LOSS_WINDOWS, NUM_SCORE_WINDOWS = (
+    32,
+    128,
+)  # held-out windows that a training run takes its loss and scores of
 
 
 def train_codec(
     codec: Codec,
-    data: np.ndarray,
+    train_data: np.ndarray,
     held_out: np.ndarray,
     *,
     folder: str | os.PathLike,
@@ -52,41 +55,47 @@ def train_codec(
 
     Args:
       codec: with its first parameters.
-      data: what to train on.
+      train_data: what to train on.
       held_out: whose reconstruction is logged with each checkpoint.
-      folder: of the run; see `training`.
+      folder: of the run; see `training.fit`.
       batch_size: windows of 64 tokens, or a little more, in a step.
       seed: of the data's order, and of the keys.
       settings: what else must be the same for a run to go on.
-      **options: of `training.fit`.
+      **options: of `fit.fit`.
     """
-    size, model = codec.config.chunk_size, codec.model
-    length = -(-TOKENS // size) * size
+    chunk_size, model = codec.config.chunk_size, codec.model
+    length = -(-CODEC_WINDOW_TOKENS // chunk_size) * chunk_size
 
     def loss(params, batch, key):
-        nats: Any = model.apply({"params": params}, batch.reshape(-1, size), key, method="loss")
-        return jnp.mean(nats), {}
+        token_losses: Any = model.apply(
+            {"params": params}, batch.reshape(-1, chunk_size), key, method="loss"
+        )
+        return jnp.mean(token_losses), {}
 
-    watched = _windows(held_out, length).reshape(-1, size)
-    judge: Callable = jax.jit(lambda params: _share(model, params, watched, jax.random.key(0), 1.0))
+    held_out_chunks = _held_out_windows(held_out, length).reshape(-1, chunk_size)
+    held_out_share: Callable = jax.jit(
+        lambda params: _reconstructed_share(model, params, held_out_chunks, jax.random.key(0), 1.0)
+    )
     params = fit.fit(
         loss,
         codec.params,
-        window_batches.shuffled(data, length=length - 1, batch_size=batch_size, seed=seed),
+        window_batches.shuffled_windows(
+            train_data, length=length - 1, batch_size=batch_size, seed=seed
+        ),
         folder=folder,
         settings={"autoencoder": dataclasses.asdict(codec.config), **(settings or {})}
         | {"batch_size": batch_size},
-        evaluate=lambda params: {"reconstructed": float(judge(params))},
+        evaluate=lambda params: {"reconstructed": float(held_out_share(params))},
         tokens_per_step=length * batch_size,
         seed=seed,
         **options,
     )
-    return Codec(codec.config, params, codec.tokenizer, codec.notes)
+    return Codec(codec.config, params, codec.tokenizer, codec.hf_fields)
 
 
 def train(
     lm: NextVectorLM,
-    data: np.ndarray,
+    train_data: np.ndarray,
     held_out: np.ndarray,
     *,
     folder: str | os.PathLike,
@@ -100,94 +109,106 @@ def train(
 
     Args:
       lm: the model with its first parameters.
-      data: what to train on.
+      train_data: what to train on.
       held_out: what the loss is logged of, with each checkpoint.
-      folder: of the run; see `training`.
+      folder: of the run; see `training.fit`.
       length: chunks that are read in a sequence.
       batch_size: sequences in a step.
       seed: of the data's order, and of the keys.
       settings: what else must be the same for a run to go on.
-      **options: of `training.fit`.
+      **options: of `fit.fit`.
     """
-    model, size = lm.model, lm.chunk_size
-    tokens = size * (length + 1)
+    model, chunk_size = lm.model, lm.chunk_size
+    window_tokens = chunk_size * (length + 1)
 
     def loss(params, batch, key):
-        chunks = batch.reshape(*batch.shape[:-1], -1, size)
-        score: Any = model.apply({"params": params}, chunks, key, method="loss")
-        return jnp.mean(score), {}
+        chunks = batch.reshape(*batch.shape[:-1], -1, chunk_size)
+        chunk_losses: Any = model.apply({"params": params}, chunks, key, method="loss")
+        return jnp.mean(chunk_losses), {}
 
-    watched, many = (_windows(held_out, tokens, limit) for limit in (EVALUATED, SCORED))
-    judge: Callable = jax.jit(lambda params: loss(params, watched, jax.random.key(0))[0])
+    loss_windows, score_windows = (
+        _held_out_windows(held_out, window_tokens, limit)
+        for limit in (NUM_LOSS_WINDOWS, NUM_SCORE_WINDOWS)
+    )
+    held_out_loss: Callable = jax.jit(
+        lambda params: loss(params, loss_windows, jax.random.key(0))[0]
+    )
 
     @jax.jit
-    def drawn(params):
-        """Two chunks for each of many held-out ones, and these: [2, B, T, O] and [B, T, O]."""
-        chunks = many.reshape(len(many), -1, size)
+    def draws_and_reference(params):
+        """Two chunks for each of many held-out ones, and these: [2, B, T, C] and [B, T, C]."""
+        chunks = score_windows.reshape(len(score_windows), -1, chunk_size)
         variables: Any = {"params": params}
-        hidden: Any = model.apply(variables, chunks, method="predictions")
+        hidden: Any = model.apply(variables, chunks, method="context_states")
         key = jax.random.key(0)
-        return model.apply(variables, key, hidden, 2, method="draws"), chunks[:, 1:]
+        return model.apply(variables, key, hidden, 2, method="sample_chunks"), chunks[:, 1:]
 
     def evaluate(params):
-        (first, second), reference = drawn(params)
-        orders = [n for n in brier_lm.ORDERS if n <= size]
+        (first, second), reference = draws_and_reference(params)
+        orders = [n for n in brier_lm.NGRAM_LENGTHS if n <= chunk_size]
         scores = {
             f"brier_{n}": float(
                 jnp.mean(losses.brier_n(first[..., :n], second[..., :n], reference[..., :n], n=n))
             )
             for n in orders
         }
-        return {"held_out": float(judge(params)), **scores}
+        return {"held_out": float(held_out_loss(params)), **scores}
 
     params = fit.fit(
         loss,
         lm.params,
-        window_batches.shuffled(data, length=tokens - 1, batch_size=batch_size, seed=seed),
+        window_batches.shuffled_windows(
+            train_data, length=window_tokens - 1, batch_size=batch_size, seed=seed
+        ),
         folder=folder,
-        frozen=lambda path: path.startswith("autoencoder/"),
+        is_frozen=lambda path: path.startswith("autoencoder/"),
         settings={"length": length, "batch_size": batch_size, **(settings or {})},
         evaluate=evaluate,
-        tokens_per_step=length * size * batch_size,
+        tokens_per_step=length * chunk_size * batch_size,
         seed=seed,
         **options,
     )
     return dataclasses.replace(lm, params=params)
 
 
-def _windows(tokens: np.ndarray, length: int, limit: int = EVALUATED) -> np.ndarray:
+def _held_out_windows(tokens: np.ndarray, length: int, limit: int = NUM_LOSS_WINDOWS) -> np.ndarray:
     """Held-out windows of so many tokens, [k, length]."""
-    return window_batches.consecutive(tokens, length=length - 1, limit=limit)
+    return window_batches.consecutive_windows(tokens, length=length - 1, max_windows=limit)
 
 
-def _share(model, params, chunks, key, factor) -> jax.Array:
-    """The share of tokens that come back from latents with `factor` times the posterior's noise."""
+def _reconstructed_share(model, params, chunks, key, noise_factor) -> jax.Array:
+    """Share of tokens recovered from latents with `noise_factor` times the posterior's noise."""
     variables = {"params": params}
     mean, log_scale = model.apply(variables, chunks, method="encode")
-    z = mean + factor * jnp.exp(log_scale) * jax.random.normal(key, mean.shape, mean.dtype)
-    return jnp.mean(model.apply(variables, z, method="tokens") == chunks)
+    z = mean + noise_factor * jnp.exp(log_scale) * jax.random.normal(key, mean.shape, mean.dtype)
+    return jnp.mean(model.apply(variables, z, method="decode_tokens") == chunks)
 
 
-def reconstruction(codec: Codec, tokens: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+def reconstruction_shares(codec: Codec, tokens: np.ndarray, *, seed: int = 0) -> dict[str, float]:
     """Shares of the tokens [n] that come back: from the mean, from a draw, and with noise again.
 
     "noisy" is a draw to which noise of the posterior's own scale is added once more.
     """
-    size = codec.config.chunk_size
-    window_batches.check_length(tokens, size - 1, "the held-out data")
-    chunks = np.asarray(tokens[: len(tokens) // size * size]).reshape(-1, size)
-    share = jax.jit(_share, static_argnums=0)
-    found: dict[str, list[float]] = {"mean": [], "sampled": [], "noisy": []}
-    parts = np.array_split(chunks, -(-len(chunks) // 4096))
-    for i, part in enumerate(parts):
+    chunk_size = codec.config.chunk_size
+    window_batches.check_length(tokens, chunk_size - 1, "the held-out data")
+    chunks = np.asarray(tokens[: len(tokens) // chunk_size * chunk_size]).reshape(-1, chunk_size)
+    jitted_share = jax.jit(_reconstructed_share, static_argnums=0)
+    shares: dict[str, list[float]] = {"mean": [], "sampled": [], "noisy": []}
+    chunk_batches = np.array_split(chunks, -(-len(chunks) // 4096))
+    for i, chunk_batch in enumerate(chunk_batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        for name, factor in {"mean": 0.0, "sampled": 1.0, "noisy": 2**0.5}.items():
-            found[name].append(float(share(codec.model, codec.params, part, key, factor)))
-    sizes = [len(part) for part in parts]
-    return {name: float(np.average(values, weights=sizes)) for name, values in found.items()}
+        for name, noise_factor in {"mean": 0.0, "sampled": 1.0, "noisy": 2**0.5}.items():
+            shares[name].append(
+                float(jitted_share(codec.model, codec.params, chunk_batch, key, noise_factor))
+            )
+    batch_sizes = [len(chunk_batch) for chunk_batch in chunk_batches]
+    return {
+        name: float(np.average(batch_shares, weights=batch_sizes))
+        for name, batch_shares in shares.items()
+    }
 
 
-def positions(
+def evaluation_positions(
     held_out: np.ndarray, *, context: int, stride: int, limit: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where models are held against each other: contexts and what follows them.
@@ -203,41 +224,55 @@ def positions(
       contexts int [n, context], references int [n, 4], and groups int [n]: the positions whose
       contexts begin within the same stretch of the text.
     """
-    size = context + brier_lm.TOKENS
-    window_batches.check_length(held_out, size - 1, "the held-out data")
-    begins = np.arange(0, len(held_out) - size + 1, stride)
-    if limit < len(begins):
-        begins = begins[np.arange(limit) * len(begins) // limit]
-    begins = np.random.default_rng(seed).permutation(begins)
-    windows = np.asarray(held_out)[begins[:, None] + np.arange(size)]
-    return windows[:, :context], windows[:, context:], begins // size
+    window_length = context + brier_lm.CONTINUATION_LENGTH
+    window_batches.check_length(held_out, window_length - 1, "the held-out data")
+    starts = np.arange(0, len(held_out) - window_length + 1, stride)
+    if limit < len(starts):
+        starts = starts[np.arange(limit) * len(starts) // limit]
+    starts = np.random.default_rng(seed).permutation(starts)
+    windows = np.asarray(held_out)[starts[:, None] + np.arange(window_length)]
+    return windows[:, :context], windows[:, context:], starts // window_length
 
 
-def continuations(
-    lm: NextVectorLM | DensityLM, contexts: np.ndarray, key: jax.Array, *, rows: int = 256
+def draw_continuations(
+    lm: NextVectorLM | DensityLM, contexts: np.ndarray, key: jax.Array, *, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two independent continuations of 4 tokens of each context, int [n, 4] each.
 
     A model whose chunks are shorter goes on from its own draws; of a longer chunk 4 tokens count.
     """
-    found = []
-    rows = min(rows, len(contexts))
-    for i in range(0, len(contexts), rows):
-        picked = contexts[np.minimum(np.arange(i, i + rows), len(contexts) - 1)]
-        twice, own = np.concatenate([picked, picked]), jax.random.fold_in(key, i)
-        new: Any
+    token_batches = []
+    batch_size = min(batch_size, len(contexts))
+    for i in range(0, len(contexts), batch_size):
+        batch_contexts = contexts[np.minimum(np.arange(i, i + batch_size), len(contexts) - 1)]
+        repeated_contexts, batch_key = (
+            np.concatenate([batch_contexts, batch_contexts]),
+            jax.random.fold_in(key, i),
+        )
+        generated: Any
         if isinstance(lm, NextVectorLM):
-            new = calm.sample(lm, twice, max_new_tokens=brier_lm.TOKENS, key=own, stop=())
-        else:
-            new = density.sample(
-                lm, twice, max_new=brier_lm.TOKENS, key=own, stop=(), quantize="renormalised"
+            generated = calm.sample(
+                lm,
+                repeated_contexts,
+                max_new_tokens=brier_lm.CONTINUATION_LENGTH,
+                key=batch_key,
+                stop=(),
             )
-        found.append(new.tokens.reshape(2, rows, -1))
-    first, second = np.concatenate(found, axis=1)[:, : len(contexts)]
+        else:
+            generated = density.sample(
+                lm,
+                repeated_contexts,
+                max_new_items=brier_lm.CONTINUATION_LENGTH,
+                key=batch_key,
+                stop=(),
+                quantize="renormalised",
+            )
+        token_batches.append(generated.tokens.reshape(2, batch_size, -1))
+    first, second = np.concatenate(token_batches, axis=1)[:, : len(contexts)]
     return first, second
 
 
-def score(
+def evaluate_brier_lm(
     lm: NextVectorLM | DensityLM,
     held_out: np.ndarray,
     *,
@@ -251,45 +286,55 @@ def score(
     Args:
       lm: the model.
       held_out: tokens [m].
-      context: of `positions`, and
-      stride: of `positions`, and
-      limit: of `positions`.
+      context: of `evaluation_positions`, and
+      stride: of `evaluation_positions`, and
+      limit: of `evaluation_positions`.
       seed: of positions, draws and the bootstrap.
 
     Returns:
       "sampled", "shuffled" (the same draws held against the text after other contexts) and, for
-      ordinary language models, "closed", each as `brier.judge` has it.
+      ordinary language models, "closed", each as `brier_lm.brier_lm_from_samples` has it.
     """
-    contexts, reference, groups = positions(
+    contexts, reference, groups = evaluation_positions(
         held_out, context=context, stride=stride, limit=limit, seed=seed
     )
     key = jax.random.key(seed)
-    first, second = continuations(lm, contexts, key)
-    other = np.roll(np.arange(len(first)), 1)  # positions come in an order of chance
-    found = {
-        "sampled": brier_lm.judge(first, second, reference, groups=groups, seed=seed),
-        "shuffled": brier_lm.judge(
-            first[other], second[other], reference, groups=groups, seed=seed
+    first, second = draw_continuations(lm, contexts, key)
+    shuffled_order = np.roll(np.arange(len(first)), 1)  # positions come in an order of chance
+    results = {
+        "sampled": brier_lm.brier_lm_from_samples(
+            first, second, reference, groups=groups, seed=seed
+        ),
+        "shuffled": brier_lm.brier_lm_from_samples(
+            first[shuffled_order], second[shuffled_order], reference, groups=groups, seed=seed
         ),
     }
-    if isinstance(lm, DensityLM) and lm.model.speaks and getattr(lm.model.head, "tied", False):
-        plain = LanguageModel(lm.config, lm.params["trunk"], lm.tokenizer, lm.notes)
-        found["closed"] = brier_lm.known(
-            plain, contexts, (first, second), reference, groups=groups, seed=seed
+    if (
+        isinstance(lm, DensityLM)
+        and lm.model.predicts_tokens
+        and getattr(lm.model.head, "tied", False)
+    ):
+        language_model = LanguageModel(lm.config, lm.params["trunk"], lm.tokenizer, lm.hf_fields)
+        results["closed"] = brier_lm.brier_lm_from_model(
+            language_model, contexts, (first, second), reference, groups=groups, seed=seed
         )
-    return found
+    return results
 
 
-def judge(lm: NextVectorLM, held_out: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+def evaluate_autoencoder(
+    lm: NextVectorLM, held_out: np.ndarray, *, seed: int = 0
+) -> dict[str, Any]:
     """What is known of a next-vector model beside its scores."""
     return {
         "chunk_size": lm.chunk_size,
-        "latent_size": lm.model.autoencoder.latent_size,
-        "reconstruction": reconstruction(lm.codec, held_out, seed=seed),
+        "latent_size": lm.model.autoencoder_config.latent_size,
+        "reconstruction": reconstruction_shares(lm.codec, held_out, seed=seed),
     }
 
 
-def between(codec: Codec, first: list[int], second: list[int], points: int = 5) -> list[list[int]]:
+def interpolate_texts(
+    codec: Codec, first: list[int], second: list[int], num_points: int = 5
+) -> list[list[int]]:
     """Tokens at points on the line between the latents of two texts, from the first to the second.
 
     Each chunk of the one goes to that in its place in the other; what is longer is cut.
@@ -298,41 +343,58 @@ def between(codec: Codec, first: list[int], second: list[int], points: int = 5) 
       codec: the autoencoder.
       first: tokens, at least a chunk of them.
       second: tokens.
-      points: how many, the ends among them.
+      num_points: how many, the ends among them.
     """
-    size = codec.config.chunk_size
-    count = min(len(first), len(second)) // size * size
-    if not count:
-        raise InputError(f"a text to go between has less than the {size} tokens of a chunk")
-    ends = [codec.encode(np.reshape(tokens[:count], (-1, size)))[0] for tokens in (first, second)]
-    shares = jnp.linspace(0.0, 1.0, points)[:, None, None]
-    logits = codec.decode((1 - shares) * ends[0] + shares * ends[1])
-    return [row.tolist() for row in np.asarray(jnp.argmax(logits, -1)).reshape(points, count)]
+    chunk_size = codec.config.chunk_size
+    num_tokens = min(len(first), len(second)) // chunk_size * chunk_size
+    if not num_tokens:
+        raise InputError(f"a text to go between has less than the {chunk_size} tokens of a chunk")
+    end_latents = [
+        codec.encode(np.reshape(tokens[:num_tokens], (-1, chunk_size)))[0]
+        for tokens in (first, second)
+    ]
+    fractions = jnp.linspace(0.0, 1.0, num_points)[:, None, None]
+    logits = codec.decode((1 - fractions) * end_latents[0] + fractions * end_latents[1])
+    return [
+        row.tolist() for row in np.asarray(jnp.argmax(logits, -1)).reshape(num_points, num_tokens)
+    ]
 
 
-def curves(folders: Mapping[str, str | os.PathLike]) -> Figure | None:
+def plot_learning_curves(folders: Mapping[str, str | os.PathLike]) -> Figure | None:
     """Brier-1 of held-out text against the seconds of training, of runs that logged it.
 
     Args:
       folders: label -> folder that the program train wrote.
     """
-    found = {}
+    curve_by_label = {}
     for label, folder in folders.items():
-        run = as_path(folder) / "run"
-        logs = [run / name for name in (run_folder.METRICS, run_folder.SPEED)]
-        if all(log.is_file() for log in logs):
-            metrics, speed = ([json.loads(line) for line in log.open()] for log in logs)
-            seconds = dict(zip([s["step"] for s in speed], _spent(speed), strict=True))
-            points = [(seconds[m["step"]], m["brier_1"]) for m in metrics if "brier_1" in m]
-            if points:
-                found[label] = np.array(points).T
-    if not found:
+        run_folder_path = absolute_path(folder) / "run"
+        log_paths = [
+            run_folder_path / name for name in (run_folder.METRICS_FILE, run_folder.SPEED_FILE)
+        ]
+        if all(log.is_file() for log in log_paths):
+            metrics, speed = ([json.loads(line) for line in log.open()] for log in log_paths)
+            seconds = dict(
+                zip(
+                    [speed_record["step"] for speed_record in speed],
+                    _elapsed_seconds(speed),
+                    strict=True,
+                )
+            )
+            curve_points = [
+                (seconds[record["step"]], record["brier_1"])
+                for record in metrics
+                if "brier_1" in record
+            ]
+            if curve_points:
+                curve_by_label[label] = np.array(curve_points).T
+    if not curve_by_label:
         return None
-    with plt.rc_context(plots.STYLE):
+    with plt.rc_context(plots.MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
         axes.axhline(0, color="0.75", lw=0.7, zorder=0)
-        for (label, (x, y)), colour in zip(found.items(), itertools.cycle(plots.COLOURS)):
-            axes.plot(x, y, color=colour, marker="o", ms=2.5, label=label)
+        for (label, (x, y)), color in zip(curve_by_label.items(), itertools.cycle(plots.COLOURS)):
+            axes.plot(x, y, color=color, marker="o", ms=2.5, label=label)
         axes.set(
             xlabel="seconds of training (autoencoders aside)", ylabel="Brier-1 of held-out text"
         )
@@ -340,30 +402,39 @@ def curves(folders: Mapping[str, str | os.PathLike]) -> Figure | None:
     return figure
 
 
-def _spent(speed: list[dict[str, float]]) -> np.ndarray:
+def _elapsed_seconds(speed: list[dict[str, float]]) -> np.ndarray:
     """Seconds from the start, a dispatch that compiled (or was held up) counted as the median."""
-    seconds = np.array([s["seconds"] for s in speed])
-    middle = np.median(seconds)
-    return np.cumsum(np.where(seconds > 3 * middle, middle, seconds))
+    seconds = np.array([record["seconds"] for record in speed])
+    median_seconds = np.median(seconds)
+    return np.cumsum(np.where(seconds > 3 * median_seconds, median_seconds, seconds))
 
 
-def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
+def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
     """BrierLM of all models, and reconstruction of those with an autoencoder."""
 
-    def shown(numbers: dict[str, Any], places: int = 4) -> str:
+    def format_interval(numbers: dict[str, Any], places: int = 4) -> str:
         return "{value:.{p}f} ({low:.{p}f} to {high:.{p}f})".format(**numbers, p=places)
 
-    ways = ("sampled", "shuffled", "closed")
+    draw_kinds = ("sampled", "shuffled", "closed")
     rows: list[list[Any]] = []
-    for model, numbers in results.items():
-        for way in [way for way in ways if way in numbers.get("brier", {})]:
-            found = numbers["brier"][way]
-            scores = [shown(found[f"brier_{n}"]) for n in brier_lm.ORDERS]
-            size = numbers.get("chunk_size", 1)
+    for model, metrics in results.items():
+        for draw_kind in [
+            draw_kind for draw_kind in draw_kinds if draw_kind in metrics.get("brier", {})
+        ]:
+            brier_scores = metrics["brier"][draw_kind]
+            scores = [format_interval(brier_scores[f"brier_{n}"]) for n in brier_lm.NGRAM_LENGTHS]
+            chunk_size = metrics.get("chunk_size", 1)
             rows.append(
-                [model, way, size, numbers["parameters"], *scores, shown(found["brier_lm"], 2)]
+                [
+                    model,
+                    draw_kind,
+                    chunk_size,
+                    metrics["parameters"],
+                    *scores,
+                    format_interval(brier_scores["brier_lm"], 2),
+                ]
             )
-    scored = tables.Table(
+    brier_table = tables.Table(
         "brier",
         "Brier-n of continuations drawn at held-out positions, and BrierLM (95 % intervals), of K"
         " tokens a step; with the text after other contexts; in closed form. More is better",
@@ -372,13 +443,15 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
             tables.Column("draws"),
             tables.Column("K", format="d"),
             tables.Column("parameters", format=",d"),
-            *[tables.Column(f"Brier-{n}") for n in brier_lm.ORDERS],
+            *[tables.Column(f"Brier-{n}") for n in brier_lm.NGRAM_LENGTHS],
             tables.Column("BrierLM"),
         ],
         rows,
     )
-    coded = [(model, numbers) for model, numbers in results.items() if "reconstruction" in numbers]
-    shares = tables.Table(
+    models_with_codec = [
+        (model, metrics) for model, metrics in results.items() if "reconstruction" in metrics
+    ]
+    reconstruction_table = tables.Table(
         "reconstruction",
         "Tokens that the autoencoder gives back: from the mean, from a draw, with its noise again",
         [
@@ -389,13 +462,13 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
         ],
         [
             [model, n["chunk_size"], n["latent_size"], *n["reconstruction"].values()]
-            for model, n in coded
+            for model, n in models_with_codec
         ],
     )
-    return ([scored] if rows else []) + ([shares] if coded else [])
+    return ([brier_table] if rows else []) + ([reconstruction_table] if models_with_codec else [])
 
 
-def new_codec(
+def create_codec(
     key: jax.Array,
     *,
     vocab_size: int,
@@ -409,9 +482,11 @@ def new_codec(
     Raises:
       InputError: for a setting that `AutoencoderConfig` does not have, or of another type.
     """
-    known = [field.name for field in dataclasses.fields(AutoencoderConfig)]
-    for name in sorted(set(sizes) - set(known)):
-        raise InputError(f"an autoencoder has no setting {name!r}; it has {', '.join(known)}")
+    setting_names = [field.name for field in dataclasses.fields(AutoencoderConfig)]
+    for name in sorted(set(sizes) - set(setting_names)):
+        raise InputError(
+            f"an autoencoder has no setting {name!r}; it has {', '.join(setting_names)}"
+        )
     settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -420,5 +495,5 @@ def new_codec(
         "decoder_layers": 2,
         "mlp_size": -(-8 * hidden_size // 96) * 32,
     }
-    notes = {} if tokenizer is None else {"eos_token_id": text.end_of_text(tokenizer)}
-    return autoencoder.create(key, AutoencoderConfig(**(settings | sizes)), tokenizer, notes)
+    hf_fields = {} if tokenizer is None else {"eos_token_id": text.end_of_text_id(tokenizer)}
+    return autoencoder.create(key, AutoencoderConfig(**(settings | sizes)), tokenizer, hf_fields)

@@ -3,10 +3,11 @@
     python -m continuous_lm compare_heads [--steps=1000] [--output_dir=FOLDER]
 
 Each head is fitted to the same stream of data, with as many optimiser steps and nearly as many
-parameters: see `bimodal` for the target. The table holds the energy distance of their samples to
-fresh data, the share of samples in the modes, how often the network is evaluated for a sample, and
-samples a second; the figure holds samples. Two rows ask for no training: fresh data, which says
-what 0 looks like, and the best single Gaussian, in closed form. It takes two minutes of one core.
+parameters: see `two_mode_target` for the target. The table holds the energy distance of their
+samples to fresh data, the share of samples in the modes, how often the network is evaluated for a
+sample, and samples a second; the figure holds samples. Two rows ask for no training: fresh data,
+which says what 0 looks like, and the best single Gaussian, in closed form. It takes two minutes of
+one core.
 """
 
 import jax
@@ -14,7 +15,7 @@ from absl import flags
 
 from continuous_lm.experiments.calm import two_mode_target
 from continuous_lm.experiments.common import plots, program
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 32, "D of the blocks.", lower_bound=1)
@@ -33,9 +34,11 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of data, parameters and samples.", lowe
 def main() -> None:
     """Fits, numbers, a table, a figure."""
     folder = program.output_dir("compare_heads")
-    chosen = two_mode_target.candidates(_HIDDEN_SIZE.value, _DEPTH.value, _NUM_SAMPLES.value)
-    numbers, draws = two_mode_target.compare(
-        chosen,
+    candidate_heads = two_mode_target.make_heads(
+        _HIDDEN_SIZE.value, _DEPTH.value, _NUM_SAMPLES.value
+    )
+    metrics, samplers = two_mode_target.compare_heads(
+        candidate_heads,
         seed=_SEED.value,
         steps=_STEPS.value,
         batch_size=_BATCH_SIZE.value,
@@ -43,14 +46,20 @@ def main() -> None:
         conditions=_CONDITIONS.value,
         samples=_SAMPLES.value,
     )
-    made = two_mode_target.table_of(numbers)
-    drawn = {name: way for name, way in draws.items() if name != "flow, Euler"}  # as the other
-    figure = two_mode_target.panels(drawn, numbers, jax.random.key(_SEED.value + 1))
-    with written_aside(folder) as aside:
-        write_json(aside / "compare_heads.json", {"run": program.record(), "heads": numbers})
-        made.write(aside)
-        plots.save(figure, aside, "compare_heads")
-    print(f"{made.as_text()}\n\n{folder}: compare_heads.json, .csv, .md, .tex, .png, .pdf")
+    metrics_table = two_mode_target.make_table(metrics)
+    plotted_samplers = {
+        name: sampler for name, sampler in samplers.items() if name != "flow, Euler"
+    }  # as the other
+    figure = two_mode_target.plot_samples(
+        plotted_samplers, metrics, jax.random.key(_SEED.value + 1)
+    )
+    with write_atomically(folder) as staging_folder:
+        write_json(
+            staging_folder / "compare_heads.json", {"run": program.record(), "heads": metrics}
+        )
+        metrics_table.write(staging_folder)
+        plots.save(figure, staging_folder, "compare_heads")
+    print(f"{metrics_table.as_text()}\n\n{folder}: compare_heads.json, .csv, .md, .tex, .png, .pdf")
 
 
 if __name__ == "__main__":

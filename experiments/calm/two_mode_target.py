@@ -26,67 +26,83 @@ from continuous_lm.experiments.common import plots, tables
 from continuous_lm.models.calm import implicit_heads
 from continuous_lm.models.density import heads
 
-WIDTH, RADIUS, SPREAD, SHARE = 2, math.sqrt(2.0), 0.15, 0.7
-HARMONICS = 4  # sines and cosines of so many multiples of the angle
-NEAR = 3.0  # deviations from a mode; exp(-NEAR^2 / 2) of the data lie farther away
-BATCH = 4096  # samples at once where time is taken
-REPEATS = 5
+TARGET_WIDTH, MODE_RADIUS, MODE_DEVIATION, LIKELIER_MODE_SHARE = 2, math.sqrt(2.0), 0.15, 0.7
+NUM_HARMONICS = 4  # sines and cosines of so many multiples of the angle
+MAX_MODE_DEVIATIONS = 3.0  # deviations from a mode m; exp(-m^2 / 2) of the data lie farther away
+SAMPLES_PER_CALL = 4096  # samples at once where time is taken
+NUM_REPEATS = 5
 
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 @jax.jit
-def hidden_of(angles: jax.Array) -> jax.Array:
-    """Hidden states [..., 2 HARMONICS] of angles [...]."""
-    multiples = angles[..., None] * jnp.arange(1, HARMONICS + 1)
+def hidden_states(angles: jax.Array) -> jax.Array:
+    """Hidden states [..., 2 NUM_HARMONICS] of angles [...]."""
+    multiples = angles[..., None] * jnp.arange(1, NUM_HARMONICS + 1)
     return jnp.concatenate([jnp.cos(multiples), jnp.sin(multiples)], axis=-1)
 
 
-def mode_of(hidden: jax.Array) -> jax.Array:
+def likelier_mode(hidden: jax.Array) -> jax.Array:
     """The likelier mode [..., 2] of a hidden state; the other is opposite."""
-    return RADIUS * hidden[..., ::HARMONICS]
+    return MODE_RADIUS * hidden[..., ::NUM_HARMONICS]
 
 
 @jax.jit
-def draw(key: jax.Array, hidden: jax.Array) -> jax.Array:
+def draw_target(key: jax.Array, hidden: jax.Array) -> jax.Array:
     """Targets [..., 2] of hidden states."""
-    which, around = jax.random.split(key)
-    lead = hidden.shape[:-1]
-    sign = jnp.where(jax.random.bernoulli(which, SHARE, lead), 1.0, -1.0)[..., None]
-    return sign * mode_of(hidden) + SPREAD * jax.random.normal(around, (*lead, WIDTH))
+    mode_key, noise_key = jax.random.split(key)
+    leading_shape = hidden.shape[:-1]
+    sign = jnp.where(jax.random.bernoulli(mode_key, LIKELIER_MODE_SHARE, leading_shape), 1.0, -1.0)[
+        ..., None
+    ]
+    return sign * likelier_mode(hidden) + MODE_DEVIATION * jax.random.normal(
+        noise_key, (*leading_shape, TARGET_WIDTH)
+    )
 
 
 @jax.jit
-def draw_gaussian(key: jax.Array, hidden: jax.Array) -> jax.Array:
+def draw_best_gaussian(key: jax.Array, hidden: jax.Array) -> jax.Array:
     """Draws [..., 2] of the Gaussian that has the target's mean and covariance, the best there is.
 
     It maximises the expected log-likelihood among all Gaussians.
     """
-    along, around = jax.random.split(key)
-    mode = mode_of(hidden)
-    lead = hidden.shape[:-1]
-    between = 2.0 * math.sqrt(SHARE * (1.0 - SHARE)) * jax.random.normal(along, (*lead, 1))
-    noise = SPREAD * jax.random.normal(around, (*lead, WIDTH))
-    return ((2.0 * SHARE - 1.0) + between) * mode + noise
+    mode_key, noise_key = jax.random.split(key)
+    mode = likelier_mode(hidden)
+    leading_shape = hidden.shape[:-1]
+    along_mode = (
+        2.0
+        * math.sqrt(LIKELIER_MODE_SHARE * (1.0 - LIKELIER_MODE_SHARE))
+        * jax.random.normal(mode_key, (*leading_shape, 1))
+    )
+    noise = MODE_DEVIATION * jax.random.normal(noise_key, (*leading_shape, TARGET_WIDTH))
+    return ((2.0 * LIKELIER_MODE_SHARE - 1.0) + along_mode) * mode + noise
 
 
-def candidates(hidden_size: int, depth: int, num_samples: int) -> dict[str, heads.Head]:
+def make_heads(hidden_size: int, depth: int, num_samples: int) -> dict[str, heads.Head]:
     """The heads that are compared, by name."""
-    plain: dict[str, Any] = {"width": WIDTH, "depth": depth, "mlp_size": 8 * hidden_size}
-    shared: dict[str, Any] = {"width": WIDTH, "hidden_size": hidden_size, "depth": depth}
-    shared |= {"num_samples": num_samples}
+    density_settings: dict[str, Any] = {
+        "width": TARGET_WIDTH,
+        "depth": depth,
+        "mlp_size": 8 * hidden_size,
+    }
+    implicit_settings: dict[str, Any] = {
+        "width": TARGET_WIDTH,
+        "hidden_size": hidden_size,
+        "depth": depth,
+    }
+    implicit_settings |= {"num_samples": num_samples}
     return {
-        "Gaussian": heads.GaussianHead(covariance="full", **plain),
-        "mixture of 4": heads.MixtureHead(components=4, **plain),
-        "energy": implicit_heads.EnergyHead(noise_size=16, **shared),
-        "flow, Euler": implicit_heads.FlowHead(solver="euler", **shared),
-        "flow, midpoint": implicit_heads.FlowHead(solver="midpoint", **shared),
-        "diffusion": implicit_heads.DiffusionHead(**shared),
-        "diffusion, ancestral": implicit_heads.DiffusionHead(ancestral=True, **shared),
+        "Gaussian": heads.GaussianHead(covariance="full", **density_settings),
+        "mixture of 4": heads.MixtureHead(components=4, **density_settings),
+        "energy": implicit_heads.EnergyHead(noise_size=16, **implicit_settings),
+        "flow, Euler": implicit_heads.FlowHead(solver="euler", **implicit_settings),
+        "flow, midpoint": implicit_heads.FlowHead(solver="midpoint", **implicit_settings),
+        "diffusion": implicit_heads.DiffusionHead(**implicit_settings),
+        "diffusion, ancestral": implicit_heads.DiffusionHead(ancestral=True, **implicit_settings),
     }
 
 
-def training_of(head: heads.Head) -> heads.Head:
+def with_default_sampling(head: heads.Head) -> heads.Head:
     """The head with the settings that only sampling reads at their defaults.
 
     Heads of which these are equal have the same parameters after the same training.
@@ -100,49 +116,54 @@ def training_of(head: heads.Head) -> heads.Head:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "batch_size"))
-def fit(
+def fit_head(
     head: heads.Head, key: jax.Array, *, steps: int, batch_size: int, learning_rate: float
 ) -> tuple[Any, jax.Array]:
     """Adam on fresh data in each step, its rate going down to 0: parameters and losses [steps]."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    params = nn.unbox(head.init(key, hidden_of(jnp.zeros(1)))["params"])
+    params = nn.unbox(head.init(key, hidden_states(jnp.zeros(1)))["params"])
 
     def step(carry, key):
-        params, state = carry
-        angles, targets, noise = jax.random.split(key, 3)
-        hidden = hidden_of(jax.random.uniform(angles, (batch_size,), maxval=2 * math.pi))
-        target = draw(targets, hidden)
-        extra = (noise,) if isinstance(head, implicit_heads.ImplicitHead) else ()
+        params, optimizer_state = carry
+        angle_key, target_key, noise_key = jax.random.split(key, 3)
+        hidden = hidden_states(jax.random.uniform(angle_key, (batch_size,), maxval=2 * math.pi))
+        target = draw_target(target_key, hidden)
+        key_argument = (noise_key,) if isinstance(head, implicit_heads.ImplicitHead) else ()
 
         def loss(params):
-            values = head.apply({"params": params}, hidden, target, *extra, method="loss")
-            return jnp.mean(cast(jax.Array, values))
+            losses = head.apply({"params": params}, hidden, target, *key_argument, method="loss")
+            return jnp.mean(cast(jax.Array, losses))
 
-        value, gradient = jax.value_and_grad(loss)(params)
-        updates, state = optimizer.update(gradient, state, params)
-        return (optax.apply_updates(params, updates), state), value
+        mean_loss, gradient = jax.value_and_grad(loss)(params)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), mean_loss
 
     keys = jax.random.split(jax.random.fold_in(key, 1), steps)
-    (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), keys)
-    return params, values
+    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+    return params, losses
 
 
-def sampler(head: heads.Head, params: Any) -> Sampler:
-    """(key, hidden) -> samples; BATCH at a time, so that it is compiled once for all shapes."""
+def make_sampler(head: heads.Head, params: Any) -> Sampler:
+    """(key, hidden) -> samples, SAMPLES_PER_CALL at a time: compiled once for all shapes."""
 
     @jax.jit
-    def batch(key, hidden):
+    def draw_batch(key, hidden):
         return head.apply({"params": params}, key, hidden, method="sample")
 
-    def draws(key, hidden):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        padded = jnp.pad(flat, ((0, -len(flat) % BATCH), (0, 0)))
-        parts = padded.reshape(-1, BATCH, padded.shape[-1])
-        keys = jax.random.split(key, len(parts))
-        drawn = [batch(k, part) for k, part in zip(keys, parts, strict=True)]
-        return jnp.concatenate(drawn)[: len(flat)].reshape(*hidden.shape[:-1], WIDTH)
+    def draw_samples(key, hidden):
+        flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+        padded = jnp.pad(flat_hidden, ((0, -len(flat_hidden) % SAMPLES_PER_CALL), (0, 0)))
+        hidden_batches = padded.reshape(-1, SAMPLES_PER_CALL, padded.shape[-1])
+        keys = jax.random.split(key, len(hidden_batches))
+        sample_batches = [
+            draw_batch(batch_key, hidden_batch)
+            for batch_key, hidden_batch in zip(keys, hidden_batches, strict=True)
+        ]
+        return jnp.concatenate(sample_batches)[: len(flat_hidden)].reshape(
+            *hidden.shape[:-1], TARGET_WIDTH
+        )
 
-    return draws
+    return draw_samples
 
 
 def energy_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -151,28 +172,32 @@ def energy_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     Unbiased, so that it can fall below 0.
 
     Args:
-      x: independent draws [N, Z, W] for each of N conditions.
-      y: others, [N, Z, W].
+      x: independent draws [num_conditions, Z, W] of each condition.
+      y: others, [num_conditions, Z, W].
 
     Returns:
-      [N].
+      [num_conditions].
     """
 
-    def mean(a, b, pairs):
+    def mean_distance(a, b, pairs):
         return np.linalg.norm(a[:, :, None] - b[:, None], axis=-1).sum(axis=(1, 2)) / pairs
 
-    z = x.shape[1]
-    within = z * (z - 1)
-    return 2 * mean(x, y, z * z) - mean(x, x, within) - mean(y, y, within)
+    num_samples = x.shape[1]
+    num_distinct_pairs = num_samples * (num_samples - 1)
+    return (
+        2 * mean_distance(x, y, num_samples * num_samples)
+        - mean_distance(x, x, num_distinct_pairs)
+        - mean_distance(y, y, num_distinct_pairs)
+    )
 
 
-class Judged(NamedTuple):
+class SampleScores(NamedTuple):
     """Of one way to draw.
 
     Attributes:
       distance: energy distance to fresh data, the mean over conditions.
       interval: 95 % of it, over conditions.
-      in_modes: share of samples within NEAR deviations of a mode.
+      in_modes: share of samples within MAX_MODE_DEVIATIONS of a mode.
       likelier: share of these at the mode that the data prefers.
       per_second: samples, many at once; None for what is no head.
     """
@@ -184,37 +209,44 @@ class Judged(NamedTuple):
     per_second: float | None = None
 
 
-def judge(draws: Sampler, key: jax.Array, *, conditions: int, samples: int) -> Judged:
+def evaluate_samples(
+    draw_samples: Sampler, key: jax.Array, *, conditions: int, samples: int
+) -> SampleScores:
     """Against fresh data: the same conditions and data for the same key."""
-    angles, data, own = jax.random.split(key, 3)
-    hidden = hidden_of(jax.random.uniform(angles, (conditions, 1), maxval=2 * math.pi))
+    angle_key, data_key, sample_key = jax.random.split(key, 3)
+    hidden = hidden_states(jax.random.uniform(angle_key, (conditions, 1), maxval=2 * math.pi))
     hidden = jnp.broadcast_to(hidden, (conditions, samples, hidden.shape[-1]))
-    x, y = np.asarray(draws(own, hidden)), np.asarray(draw(data, hidden))
-    mode = np.asarray(mode_of(hidden))
-    near = [np.linalg.norm(x - m, axis=-1) < NEAR * SPREAD for m in (mode, -mode)]
-    found = energy_distances(x, y)
-    return Judged(
-        distance=float(found.mean()),
-        interval=audio_models.interval(found),
-        in_modes=float(np.mean(near[0] | near[1])),
-        likelier=float(near[0].sum() / max(1, near[0].sum() + near[1].sum())),
+    x, y = np.asarray(draw_samples(sample_key, hidden)), np.asarray(draw_target(data_key, hidden))
+    modes = np.asarray(likelier_mode(hidden))
+    is_near_mode = [
+        np.linalg.norm(x - mode_center, axis=-1) < MAX_MODE_DEVIATIONS * MODE_DEVIATION
+        for mode_center in (modes, -modes)
+    ]
+    distances = energy_distances(x, y)
+    return SampleScores(
+        distance=float(distances.mean()),
+        interval=audio_models.bootstrap_interval(distances),
+        in_modes=float(np.mean(is_near_mode[0] | is_near_mode[1])),
+        likelier=float(
+            is_near_mode[0].sum() / max(1, is_near_mode[0].sum() + is_near_mode[1].sum())
+        ),
     )
 
 
-def speed(draws: Sampler, key: jax.Array) -> float:
-    """Samples a second, BATCH at once; the median of REPEATS."""
-    hidden = hidden_of(jnp.linspace(0.0, 2 * math.pi, BATCH))
-    jax.block_until_ready(draws(key, hidden))
+def samples_per_second(draw_samples: Sampler, key: jax.Array) -> float:
+    """Samples a second, SAMPLES_PER_CALL at once; the median of NUM_REPEATS."""
+    hidden = hidden_states(jnp.linspace(0.0, 2 * math.pi, SAMPLES_PER_CALL))
+    jax.block_until_ready(draw_samples(key, hidden))
     seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(draws(key, hidden))
-        seconds.append(time.perf_counter() - began)
-    return BATCH / float(np.median(seconds))
+    for _ in range(NUM_REPEATS):
+        start_time = time.perf_counter()
+        jax.block_until_ready(draw_samples(key, hidden))
+        seconds.append(time.perf_counter() - start_time)
+    return SAMPLES_PER_CALL / float(np.median(seconds))
 
 
-def compare(
-    chosen: Mapping[str, heads.Head],
+def compare_heads(
+    head_by_name: Mapping[str, heads.Head],
     *,
     seed: int,
     steps: int,
@@ -224,36 +256,46 @@ def compare(
     samples: int,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Sampler]]:
     """Numbers and samplers by name: fresh data, the best single Gaussian, and the heads, fitted."""
-    key, judging = jax.random.split(jax.random.key(seed))
-    judged = functools.partial(judge, key=judging, conditions=conditions, samples=samples)
-    draws: dict[str, Sampler] = {"data": draw, "best Gaussian": draw_gaussian}
-    numbers = {
-        name: {"parameters": None, "evaluations": None, **judged(way)._asdict()}
-        for name, way in draws.items()
+    key, evaluation_key = jax.random.split(jax.random.key(seed))
+    evaluate = functools.partial(
+        evaluate_samples, key=evaluation_key, conditions=conditions, samples=samples
+    )
+    samplers: dict[str, Sampler] = {"data": draw_target, "best Gaussian": draw_best_gaussian}
+    metrics = {
+        name: {"parameters": None, "evaluations": None, **evaluate(draw_samples)._asdict()}
+        for name, draw_samples in samplers.items()
     }
-    fitted: dict[heads.Head, tuple[Any, float]] = {}
-    for name, head in chosen.items():
-        trained = training_of(head)
-        if trained not in fitted:
-            began = time.perf_counter()
+    params_and_seconds: dict[heads.Head, tuple[Any, float]] = {}
+    for name, head in head_by_name.items():
+        training_head = with_default_sampling(head)
+        if training_head not in params_and_seconds:
+            start_time = time.perf_counter()
             params, _ = jax.block_until_ready(
-                fit(trained, key, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+                fit_head(
+                    training_head,
+                    key,
+                    steps=steps,
+                    batch_size=batch_size,
+                    learning_rate=learning_rate,
+                )
             )
-            fitted[trained] = params, time.perf_counter() - began
-        params, seconds = fitted[trained]
-        draws[name] = sampler(head, params)
-        numbers[name] = {
+            params_and_seconds[training_head] = params, time.perf_counter() - start_time
+        params, seconds = params_and_seconds[training_head]
+        samplers[name] = make_sampler(head, params)
+        metrics[name] = {
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
-            "evaluations": head.evaluations if isinstance(head, implicit_heads.ImplicitHead) else 1,
-            **judged(draws[name])._asdict(),
-            "per_second": speed(draws[name], key),
+            "evaluations": head.num_evaluations
+            if isinstance(head, implicit_heads.ImplicitHead)
+            else 1,
+            **evaluate(samplers[name])._asdict(),
+            "per_second": samples_per_second(samplers[name], key),
             "seconds_of_training": seconds,
         }
-    return numbers, draws
+    return metrics, samplers
 
 
-def table_of(numbers: Mapping[str, Mapping[str, Any]]) -> tables.Table:
-    """The table of `compare`."""
+def make_table(metrics: Mapping[str, Mapping[str, Any]]) -> tables.Table:
+    """The table of `compare_heads`."""
     columns = [
         tables.Column("head"),
         tables.Column("parameters", format=",d"),
@@ -268,55 +310,62 @@ def table_of(numbers: Mapping[str, Mapping[str, Any]]) -> tables.Table:
     rows = [
         [
             name,
-            found["parameters"],
-            found["distance"],
-            *found["interval"],
-            found["in_modes"],
-            found["likelier"],
-            found["evaluations"],
-            found["per_second"],
+            head_metrics["parameters"],
+            head_metrics["distance"],
+            *head_metrics["interval"],
+            head_metrics["in_modes"],
+            head_metrics["likelier"],
+            head_metrics["evaluations"],
+            head_metrics["per_second"],
         ]
-        for name, found in numbers.items()
+        for name, head_metrics in metrics.items()
     ]
     return tables.Table(
         "compare_heads",
         "Heads on a target of two modes: energy distance to fresh data, its interval over"
-        f" conditions, samples within {NEAR:g} deviations of a mode and, of these, at the likelier"
-        f" one ({SHARE:.0%} of the data), evaluations of the network a sample",
+        f" conditions, samples within {MAX_MODE_DEVIATIONS:g} deviations of a mode and, of"
+        " these, at the likelier"
+        f" one ({LIKELIER_MODE_SHARE:.0%} of the data), evaluations of the network a sample",
         columns,
         rows,
     )
 
 
-def panels(
-    draws: Mapping[str, Sampler], numbers: Mapping[str, Mapping[str, Any]], key: jax.Array
+def plot_samples(
+    samplers: Mapping[str, Sampler], metrics: Mapping[str, Mapping[str, Any]], key: jax.Array
 ) -> Figure:
     """Samples of each way for three angles, in a panel each, with rings around the modes."""
     angles = jnp.array([0.4, 0.4 + math.pi / 3, 0.4 + 2 * math.pi / 3])
-    count = 300
-    hidden = hidden_of(jnp.broadcast_to(angles[:, None], (len(angles), count)))
-    columns = -(-len(draws) // 2)
-    with plt.rc_context(plots.STYLE):
+    num_samples = 300
+    hidden = hidden_states(jnp.broadcast_to(angles[:, None], (len(angles), num_samples)))
+    num_columns = -(-len(samplers) // 2)
+    with plt.rc_context(plots.MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(
             2,
-            columns,
-            figsize=(1.75 * columns, 4.1),
+            num_columns,
+            figsize=(1.75 * num_columns, 4.1),
             sharex=True,
             sharey=True,
             squeeze=False,
             layout="constrained",
         )
-        for ax in axes.flat[len(draws) :]:
+        for ax in axes.flat[len(samplers) :]:
             ax.axis("off")
-        for ax, (name, way) in zip(axes.flat, draws.items(), strict=False):
-            x = np.asarray(way(key, hidden))
-            modes = np.asarray(mode_of(hidden[:, 0]))
-            for i, colour in enumerate(np.array(plots.COLOURS)[[3, 4, 2]]):
-                ax.plot(*x[i].T, ".", ms=1.6, mew=0, alpha=0.7, color=colour, rasterized=True)
+        for ax, (name, draw_samples) in zip(axes.flat, samplers.items(), strict=False):
+            x = np.asarray(draw_samples(key, hidden))
+            modes = np.asarray(likelier_mode(hidden[:, 0]))
+            for i, color in enumerate(np.array(plots.COLOURS)[[3, 4, 2]]):
+                ax.plot(*x[i].T, ".", ms=1.6, mew=0, alpha=0.7, color=color, rasterized=True)
                 for mode in (modes[i], -modes[i]):
-                    ring = Circle(tuple(mode), NEAR * SPREAD, fill=False, lw=0.5, color="0.6")
+                    ring = Circle(
+                        tuple(mode),
+                        MAX_MODE_DEVIATIONS * MODE_DEVIATION,
+                        fill=False,
+                        lw=0.5,
+                        color="0.6",
+                    )
                     ax.add_patch(ring)
             ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal", xticks=[-2, 0, 2])
             ax.set_yticks([-2, 0, 2])
-            ax.set_title(f"{name}\n{numbers[name]['in_modes']:.1%} in the modes", fontsize=8)
+            ax.set_title(f"{name}\n{metrics[name]['in_modes']:.1%} in the modes", fontsize=8)
     return figure

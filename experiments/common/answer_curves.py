@@ -11,36 +11,51 @@ import tokenizers
 from continuous_lm import tokenization
 from continuous_lm.errors import InputError
 
-TRACKING = {"exact": tokenization.spellings, "paper": tokenization.containing}
+ANSWER_TOKEN_RULES = {
+    "exact": tokenization.tokens_spelling,
+    "paper": tokenization.tokens_containing,
+}
 
 
-def tracked(
-    tokenizer: tokenizers.Tokenizer, answers: Sequence[str] | Mapping[str, Sequence[str]], how: str
+def find_answer_tokens(
+    tokenizer: tokenizers.Tokenizer,
+    answer_texts: Sequence[str] | Mapping[str, Sequence[str]],
+    rule: str,
 ) -> dict[str, list[int]]:
-    """Answer -> the tokens that count for it, as `TRACKING` says.
+    """Answer -> the tokens that count for it, as `ANSWER_TOKEN_RULES` says.
 
     Args:
       tokenizer: of the model.
-      answers: what is tracked; or each answer with the ways to write it, whose tokens are summed.
-      how: a key of `TRACKING`.
+      answer_texts: what is tracked; or each answer with the ways to write it, whose tokens are
+        summed.
+      rule: a key of `ANSWER_TOKEN_RULES`.
 
     Raises:
       InputError: if an answer has no token of its own.
     """
-    written = answers if isinstance(answers, Mapping) else {answer: (answer,) for answer in answers}
-    by_text = TRACKING[how](tokenizer, tuple(dict.fromkeys(itertools.chain(*written.values()))))
-    found = {a: [i for text in texts for i in by_text[text]] for a, texts in written.items()}
-    missing = [answer for answer, tokens in found.items() if not tokens]
+    spellings = (
+        answer_texts
+        if isinstance(answer_texts, Mapping)
+        else {answer: (answer,) for answer in answer_texts}
+    )
+    tokens_by_text = ANSWER_TOKEN_RULES[rule](
+        tokenizer, tuple(dict.fromkeys(itertools.chain(*spellings.values())))
+    )
+    answer_tokens = {
+        a: [i for text in texts for i in tokens_by_text[text]] for a, texts in spellings.items()
+    }
+    missing = [answer for answer, tokens in answer_tokens.items() if not tokens]
     if missing:
-        named = ", ".join(map(repr, missing))
+        missing_names = ", ".join(map(repr, missing))
         raise InputError(
-            f"no single token spells {named}; choose answers that are one token of this model"
+            f"no single token spells {missing_names}; choose answers that are one token of this"
+            " model"
         )
-    return found
+    return answer_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Range:
+class AnswerRange:
     """A stretch of the sweep on which one answer is the most probable of those tracked."""
 
     first: float
@@ -51,30 +66,32 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Probabilities [P, C] of C answers at the P points of a sweep."""
+    """Probabilities [P, A] of A answers at the P points of a sweep."""
 
     points: np.ndarray
     answers: tuple[str, ...]
     probabilities: np.ndarray
 
     @property
-    def other(self) -> np.ndarray:
+    def other_probabilities(self) -> np.ndarray:
         """[P]: what is left for all other tokens."""
         return np.clip(1.0 - self.probabilities.sum(axis=1), 0.0, 1.0)
 
     @property
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[AnswerRange]:
         """The most probable answer along the sweep, in stretches."""
-        best = self.probabilities.argmax(axis=1)
-        edges = [0, *(np.flatnonzero(np.diff(best)) + 1), len(best)]
+        most_probable = self.probabilities.argmax(axis=1)
+        boundaries = [0, *(np.flatnonzero(np.diff(most_probable)) + 1), len(most_probable)]
         return [
-            Range(
-                first=float(self.points[a]),
-                last=float(self.points[b - 1]),
-                answer=self.answers[best[a]],
-                peak=float(self.probabilities[a:b, best[a]].max()),
+            AnswerRange(
+                first=float(self.points[range_begin]),
+                last=float(self.points[range_end - 1]),
+                answer=self.answers[most_probable[range_begin]],
+                peak=float(
+                    self.probabilities[range_begin:range_end, most_probable[range_begin]].max()
+                ),
             )
-            for a, b in itertools.pairwise(edges)
+            for range_begin, range_end in itertools.pairwise(boundaries)
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -82,7 +99,7 @@ class Curves:
         return {
             "points": self.points.tolist(),
             "probabilities": dict(zip(self.answers, self.probabilities.T.tolist(), strict=True)),
-            "other": self.other.tolist(),
+            "other": self.other_probabilities.tolist(),
             "ranges": [dataclasses.asdict(r) for r in self.ranges],
         }
 
@@ -91,5 +108,5 @@ class Curves:
         rows = [
             f"{r.first:6.3f} - {r.last:5.3f}   {r.answer:<8} {r.peak:8.4f}" for r in self.ranges
         ]
-        head = f"{point_name:<16} answer    highest probability"
-        return "\n".join([head, "-" * len(head), *rows])
+        header = f"{point_name:<16} answer    highest probability"
+        return "\n".join([header, "-" * len(header), *rows])

@@ -23,7 +23,7 @@ _DTYPE = flags.DEFINE_enum(
 _CACHE_DIR = flags.DEFINE_string(
     "cache_dir", None, "Folder that keeps converted parameters for the next run.  [default: none]"
 )
-_IGNORE = flags.DEFINE_list(
+_IGNORED_CONFIG_FIELDS = flags.DEFINE_list(
     "ignore_config_fields", [], "Fields of config.json known not to change what the model computes."
 )
 
@@ -36,7 +36,7 @@ def load() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
     lm = clm.load(
         _MODEL.value,
         dtype=None if dtype == "stored" else dtype,
-        ignore_fields=_IGNORE.value,
+        ignore_fields=_IGNORED_CONFIG_FIELDS.value,
         cache_dir=_CACHE_DIR.value,
         mesh=program.mesh(),
     )
@@ -47,11 +47,11 @@ def load() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
     return lm, lm.tokenizer
 
 
-def name() -> str:
+def model_name() -> str:
     """What --model names, without the folders it lies in."""
     return pathlib.PurePath(_MODEL.value).name
 
 
 def is_bundled() -> bool:
     """Whether --model names a bundled model, which knows the small language alone."""
-    return _MODEL.value in clm.bundled()
+    return _MODEL.value in clm.bundled_models()

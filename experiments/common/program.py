@@ -26,7 +26,7 @@ from continuous_lm.parallel.mesh import make_mesh
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for the results.  [default: results/ and the program's name]"
 )
-_COMPILED = flags.DEFINE_string(
+_COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
     "Folder in which JAX keeps what it has compiled for the next run, or none."
@@ -51,54 +51,57 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
     "process_id", None, "The number of this one, from 0.  [default: JAX_PROCESS_ID]", lower_bound=0
 )
-_START_WITHIN = flags.DEFINE_integer(
-    "start_within", 300, "Seconds until all processes must have come.", lower_bound=1
+_STARTUP_TIMEOUT = flags.DEFINE_integer(
+    "startup_timeout", 300, "Seconds until all processes must have come.", lower_bound=1
 )
-_SILENT_FOR = flags.DEFINE_integer(
-    "silent_for", 100, "Seconds without a sign of life that end a run.", lower_bound=1
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "Seconds without a sign of life that end a run.", lower_bound=1
 )
 
 
-def run(main: Callable[[], None], *, meshes: bool = False, pmaps: bool = False) -> None:
+def run(
+    main: Callable[[], None], *, supports_mesh: bool = False, supports_pmap: bool = False
+) -> None:
     """Runs `main` as an absl program; an `InputError` ends it with one line and exit status 1.
 
     Args:
       main: the program.
-      meshes: whether it places what it computes on `mesh()`, and so runs in several processes.
-      pmaps: whether it does as `pmap()` says.
+      supports_mesh: whether it places what it computes on `mesh()`, and so runs in several
+        processes.
+      supports_pmap: whether it does as `uses_pmap()` says.
     """
 
-    def guarded(argv: list[str]) -> None:
+    def run_and_report_errors(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at absl's INFO libraries are chatty
         try:
             if len(argv) > 1:
                 raise InputError(f"{argv[1]!r} is not a flag; flags begin with --, see --help")
-            _check_flags(meshes, pmaps)
-            _keep_compiled()
-            if _coordinator() is not None:
+            _refuse_unused_flags(supports_mesh, supports_pmap)
+            _enable_compilation_cache()
+            if _coordinator_address() is not None:
                 processes.initialize(
-                    _coordinator(),
+                    _coordinator_address(),
                     _NUM_PROCESSES.value,
                     _PROCESS_ID.value,
-                    start_within=_START_WITHIN.value,
-                    silent_for=_SILENT_FOR.value,
+                    startup_timeout=_STARTUP_TIMEOUT.value,
+                    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
                 )
             main()
         except InputError as error:
-            processes.leave(f"error: {' '.join(str(error).splitlines())}")
+            processes.exit_all(f"error: {' '.join(str(error).splitlines())}")
         except jax.errors.JaxRuntimeError:
-            processes.await_verdict()
+            processes.wait_for_watchdog()
             raise
 
-    app.run(guarded)
+    app.run(run_and_report_errors)
 
 
-def _coordinator() -> str | None:
+def _coordinator_address() -> str | None:
     return _COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
 
 
-def _check_flags(meshes: bool, pmaps: bool) -> None:
+def _refuse_unused_flags(supports_mesh: bool, supports_pmap: bool) -> None:
     """Refuses flags that this program does not read, or that have no meaning beside others."""
 
     def refuse(names: tuple[str, ...], why: str) -> None:
@@ -106,34 +109,36 @@ def _check_flags(meshes: bool, pmaps: bool) -> None:
             if flags.FLAGS[name].present:
                 raise InputError(f"--{name}: {why}; leave it out")
 
-    of_many = ("num_processes", "process_id", "start_within", "silent_for")
-    if not meshes:
-        refuse(("mesh", "coordinator", *of_many), "this program runs on one device")
-    if not pmaps:
+    process_flags = ("num_processes", "process_id", "startup_timeout", "heartbeat_timeout")
+    if not supports_mesh:
+        refuse(("mesh", "coordinator", *process_flags), "this program runs on one device")
+    if not supports_pmap:
         refuse(("pmap",), "this program has nothing that it could spread so")
-    if _coordinator() is None:
-        refuse(of_many, "it is of several processes, and there is no --coordinator")
+    if _coordinator_address() is None:
+        refuse(process_flags, "it is of several processes, and there is no --coordinator")
     elif _PMAP.value:
         raise InputError("--pmap is for one process; several share a --mesh")
     if _PMAP.value and _MESH.value is not None:
         raise InputError("--pmap and --mesh are two ways to the same; give one")
 
 
-def _keep_compiled() -> None:
+def _enable_compilation_cache() -> None:
     """Turns JAX's cache of compiled programs on, unless told otherwise or it cannot be written."""
-    told = _COMPILED.value
-    if told == "none":
+    requested_folder = _COMPILATION_CACHE.value
+    if requested_folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if told is None and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+    if requested_folder is None and jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
-    above = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = pathlib.Path(told or pathlib.Path(above, "continuous_lm", "jax")).absolute()
+    cache_root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(
+        requested_folder or pathlib.Path(cache_root, "continuous_lm", "jax")
+    ).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder)
     except (OSError, InputError):
-        if told is not None:
+        if requested_folder is not None:
             raise InputError(f"--compilation_cache: {folder} cannot be written") from None
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -146,14 +151,14 @@ def mesh() -> Mesh | None:
     return make_mesh(_MESH.value)
 
 
-def pmap() -> bool:
+def uses_pmap() -> bool:
     """--pmap."""
     return bool(_PMAP.value)
 
 
-def output_dir(name: str) -> pathlib.Path:
-    """The folder for the results of program `name`, known to be writable."""
-    folder = pathlib.Path(_OUTPUT_DIR.value or pathlib.Path("results") / name)
+def output_dir(program_name: str) -> pathlib.Path:
+    """The folder for the results of program `program_name`, known to be writable."""
+    folder = pathlib.Path(_OUTPUT_DIR.value or pathlib.Path("results") / program_name)
     check_writable(folder)
     return folder
 

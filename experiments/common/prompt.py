@@ -12,33 +12,33 @@ from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.common import answer_curves
 
 # The paper's, with four apples (Marro et al., arXiv:2504.03933, section 4.1).
-PROMPT = prompts.counting("fruit", "apple", [" "] * 3, wording="times").text
+DEFAULT_PROMPT = prompts.counting_prompt("fruit", "apple", [" "] * 3, wording="times").text
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class AnsweredPrompt:
     """A prompt and an answer to it.
 
     Attributes:
         text: The prompt.
         tokens: Its token ids, int [T].
-        pieces: The text of each token, T of them; a special token's name.
-        gaps: What stands before each of them: white space, mostly.
+        token_texts: The text of each token, T of them; a special token's name.
+        separators: What stands before each of them: white space, mostly.
         answer: The answer's text.
-        group: The tokens that count for it.
+        answer_tokens: The tokens that count for it.
     """
 
     text: str
     tokens: jax.Array
-    pieces: tuple[str, ...]
-    gaps: tuple[str, ...]
+    token_texts: tuple[str, ...]
+    separators: tuple[str, ...]
     answer: str
-    group: tuple[int, ...]
+    answer_tokens: tuple[int, ...]
 
 
-def read(
+def encode_prompt(
     lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, text: str, answer: str | None
-) -> Reading:
+) -> AnsweredPrompt:
     """Encodes a prompt, and finds the tokens of an answer: the most probable one if it is None.
 
     Raises:
@@ -48,17 +48,23 @@ def read(
         raise clm.InputError(f"the prompt {text!r} is empty; write a question")
     encoding = clm.tokenization.encode(tokenizer, text)
     tokens = jnp.array(encoding.ids)
-    pieces, gaps, end = [], [], 0
-    for token, (a, b) in zip(encoding.tokens, encoding.offsets, strict=True):
-        pieces.append(text[a:b].strip() or token)
-        begin = a + len(text[a:b]) - len(text[a:b].lstrip())
-        gaps.append(text[end:begin] if b > a else "")
-        end = max(end, b)
+    token_texts, separators, previous_end = [], [], 0
+    for token, (token_begin, token_end) in zip(encoding.tokens, encoding.offsets, strict=True):
+        token_texts.append(text[token_begin:token_end].strip() or token)
+        text_begin = (
+            token_begin
+            + len(text[token_begin:token_end])
+            - len(text[token_begin:token_end].lstrip())
+        )
+        separators.append(text[previous_end:text_begin] if token_end > token_begin else "")
+        previous_end = max(previous_end, token_end)
     if answer is None:
-        best = int(np.asarray(lm(tokens, at=-1)).argmax())
-        answer = tokenizer.decode([best], skip_special_tokens=False).strip()
-        group = clm.tokenization.spellings(tokenizer, (answer,))[answer]
-        group = group if best in group else [best]
+        best_token = int(np.asarray(lm(tokens, position=-1)).argmax())
+        answer = tokenizer.decode([best_token], skip_special_tokens=False).strip()
+        answer_tokens = clm.tokenization.tokens_spelling(tokenizer, (answer,))[answer]
+        answer_tokens = answer_tokens if best_token in answer_tokens else [best_token]
     else:
-        group = answer_curves.tracked(tokenizer, [answer], "exact")[answer]
-    return Reading(text, tokens, tuple(pieces), tuple(gaps), answer, tuple(group))
+        answer_tokens = answer_curves.find_answer_tokens(tokenizer, [answer], "exact")[answer]
+    return AnsweredPrompt(
+        text, tokens, tuple(token_texts), tuple(separators), answer, tuple(answer_tokens)
+    )

@@ -15,7 +15,7 @@ from continuous_lm.experiments.studies import metrics
 
 Cell = str | int | float | None
 
-_LATEX = str.maketrans(
+_LATEX_ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
@@ -26,12 +26,12 @@ class Column:
     """A column of a table.
 
     Attributes:
-        head: Its name.
+        title: Its name.
         path: Where its numbers are among those of a model, "peaks.pure".
         format: How they are written, as of `format`; percentages carry their sign in the head.
     """
 
-    head: str
+    title: str
     path: str = ""
     format: str = ""
 
@@ -45,65 +45,65 @@ class Table:
         caption: What it shows, one line of plain text.
         columns: The first names the rows and is flush left.
         rows: One cell a column.
-        last_apart: Whether a line sets off the last row.
+        has_summary_row: Whether a line sets off the last row.
     """
 
     name: str
     caption: str
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
-    last_apart: bool = False
+    has_summary_row: bool = False
 
     @property
     def cells(self) -> list[list[str]]:
         """Every cell as text, heads first; "" where there is no number."""
         body = [
-            [_text(cell, column) for cell, column in zip(row, self.columns, strict=True)]
+            [_format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)]
             for row in self.rows
         ]
-        heads = [c.head + " (%)" * c.format.endswith("%") for c in self.columns]
-        return [heads, *body]
+        titles = [c.title + " (%)" * c.format.endswith("%") for c in self.columns]
+        return [titles, *body]
 
     def as_text(self) -> str:
         """For the terminal."""
-        heads, *body = _dashed(self.cells)
-        widths = [max(map(len, column)) for column in zip(heads, *body, strict=True)]
-        head, *lines = (_aligned(row, widths) for row in (heads, *body))
-        rule = "-" * len(head)
-        if self.last_apart:
-            lines.insert(-1, rule)
-        caption = textwrap.wrap(self.caption, max(len(head), 60))
-        return "\n".join([*caption, "", head, rule, *lines])
+        titles, *body = _dash_empty_cells(self.cells)
+        widths = [max(map(len, column)) for column in zip(titles, *body, strict=True)]
+        header, *lines = (_align_row(row, widths) for row in (titles, *body))
+        separator = "-" * len(header)
+        if self.has_summary_row:
+            lines.insert(-1, separator)
+        caption = textwrap.wrap(self.caption, max(len(header), 60))
+        return "\n".join([*caption, "", header, separator, *lines])
 
     def as_csv(self) -> str:
         """Comma-separated, with an empty field where there is no number."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(self.cells)
-        return text.getvalue()
+        buffer = io.StringIO()
+        csv.writer(buffer, lineterminator="\n").writerows(self.cells)
+        return buffer.getvalue()
 
     def as_markdown(self) -> str:
         """A table of GitHub's Markdown."""
         escaped = [[c.replace("\\", "\\\\").replace("|", "\\|") for c in r] for r in self.cells]
-        head, *lines = (f"| {' | '.join(row)} |" for row in _dashed(escaped))
-        rule = "|---|" + "---:|" * (len(self.columns) - 1)
-        return "\n".join([self.caption, "", head, rule, *lines]) + "\n"
+        header, *lines = (f"| {' | '.join(row)} |" for row in _dash_empty_cells(escaped))
+        separator = "|---|" + "---:|" * (len(self.columns) - 1)
+        return "\n".join([self.caption, "", header, separator, *lines]) + "\n"
 
     def as_latex(self) -> str:
         """A table for a paper that uses the package booktabs."""
-        escaped = [[cell.translate(_LATEX) for cell in row] for row in self.cells]
-        head, *lines = (" & ".join(row) + r" \\" for row in _dashed(escaped))
-        if self.last_apart:
+        escaped = [[cell.translate(_LATEX_ESCAPES) for cell in row] for row in self.cells]
+        header, *lines = (" & ".join(row) + r" \\" for row in _dash_empty_cells(escaped))
+        if self.has_summary_row:
             lines.insert(-1, r"\midrule")
         return "\n".join(
             [
                 r"% \usepackage{booktabs}",
                 r"\begin{table}",
                 r"\centering",
-                rf"\caption{{{self.caption.translate(_LATEX)}}}",
+                rf"\caption{{{self.caption.translate(_LATEX_ESCAPES)}}}",
                 rf"\label{{tab:{self.name.replace('_', '-')}}}",
                 rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
                 r"\toprule",
-                head,
+                header,
                 r"\midrule",
                 *lines,
                 r"\bottomrule",
@@ -115,12 +115,12 @@ class Table:
 
     def write(self, folder: pathlib.Path) -> None:
         """The three files of the table."""
-        forms = {"csv": self.as_csv(), "md": self.as_markdown(), "tex": self.as_latex()}
-        for ending, text in forms.items():
-            (folder / f"{self.name}.{ending}").write_text(text, encoding="utf-8", newline="\n")
+        text_by_suffix = {"csv": self.as_csv(), "md": self.as_markdown(), "tex": self.as_latex()}
+        for suffix, text in text_by_suffix.items():
+            (folder / f"{self.name}.{suffix}").write_text(text, encoding="utf-8", newline="\n")
 
 
-def _text(cell: Cell, column: Column) -> str:
+def _format_cell(cell: Cell, column: Column) -> str:
     if cell is None:
         return ""
     if isinstance(cell, str):
@@ -128,20 +128,20 @@ def _text(cell: Cell, column: Column) -> str:
     return format(cell, column.format).removesuffix("%")
 
 
-def _dashed(cells: list[list[str]]) -> list[list[str]]:
+def _dash_empty_cells(cells: list[list[str]]) -> list[list[str]]:
     return [[cell or "-" for cell in row] for row in cells]
 
 
-def _aligned(row: list[str], widths: list[int]) -> str:
-    first, *rest = row
-    return "  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+def _align_row(row: list[str], widths: list[int]) -> str:
+    row_name, *values = row
+    return "  ".join([row_name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
 
 
 # --- The studies' tables ------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TableSpec:
     """A table before it has rows; columns for the model, records and failed come first."""
 
     name: str
@@ -149,33 +149,41 @@ class Layout:
     columns: tuple[Column, ...]
 
 
-def laid_out(study: str, models: Mapping[str, Any], *, last_apart: bool = False) -> list[Table]:
+def study_tables(
+    study: str, metrics_by_model: Mapping[str, Any], *, has_summary_row: bool = False
+) -> list[Table]:
     """The tables of a study, one row a model, from model -> numbers as `metrics` gives them."""
     return [
         Table(
-            name=f"{study}_{layout.name}",
-            caption=f"{study.capitalize()}. {layout.caption}.",
-            columns=(Column("model"), *_SHARED, *layout.columns),
+            name=f"{study}_{table_spec.name}",
+            caption=f"{study.capitalize()}. {table_spec.caption}.",
+            columns=(Column("model"), *_SHARED_COLUMNS, *table_spec.columns),
             rows=[
-                [model, *(_at(numbers, c.path) for c in (*_SHARED, *layout.columns))]
-                for model, numbers in models.items()
+                [
+                    model,
+                    *(
+                        _lookup(metric_values, c.path)
+                        for c in (*_SHARED_COLUMNS, *table_spec.columns)
+                    ),
+                ]
+                for model, metric_values in metrics_by_model.items()
             ],
-            last_apart=last_apart,
+            has_summary_row=has_summary_row,
         )
-        for layout in LAYOUTS[study]
+        for table_spec in TABLE_SPECS[study]
     ]
 
 
-def _at(numbers: Any, path: str) -> Cell:
+def _lookup(metric_values: Any, path: str) -> Cell:
     """What the path leads to; None where a step is missing, as for kinds that no record is of."""
     for name in path.split("."):
-        numbers = numbers.get(name)
-    return numbers
+        metric_values = metric_values.get(name)
+    return metric_values
 
 
-_SHARED = (Column("records", "records", "d"), Column("failed", "failed", "d"))
-_COUNTING = (
-    Layout(
+_SHARED_COLUMNS = (Column("records", "records", "d"), Column("failed", "failed", "d"))
+_COUNTING_TABLES = (
+    TableSpec(
         "sensitivity",
         "Areas over thresholds of probability: share of the expected peaks found, and intersection"
         " over union (IoU) of found and expected peaks",
@@ -186,7 +194,7 @@ _COUNTING = (
             Column("IoU counterfactual", "iou.counterfactual area", ".4f"),
         ),
     ),
-    Layout(
+    TableSpec(
         "peaks",
         "Found-peak rates: pure counts the peaks among 1..n, impure those of all digits;"
         " the ordinary sentence has one peak",
@@ -198,7 +206,7 @@ _COUNTING = (
             Column("impure improvement", "peaks.impure improvement", ".3f"),
         ),
     ),
-    Layout(
+    TableSpec(
         "order",
         "Order along the sweep: shares of records whose most probable digits are 1..n in turn, and"
         " never fall; mean number of digits that lead; mean trend of the expected count, its net"
@@ -211,11 +219,11 @@ _COUNTING = (
         ),
     ),
 )
-LAYOUTS = {
-    "counting": _COUNTING,
-    "tutorials": _COUNTING,
+TABLE_SPECS = {
+    "counting": _COUNTING_TABLES,
+    "tutorials": _COUNTING_TABLES,
     "sums": (
-        Layout(
+        TableSpec(
             "tiers",
             "Success of sums: valid among those with tiers, the others among the valid. There are"
             " no tiers where the number that shrinks has no two digits (not defined) or the"
@@ -232,7 +240,7 @@ LAYOUTS = {
         ),
     ),
     "words": (
-        Layout(
+        TableSpec(
             "lipschitz",
             "Mean Lipschitz estimates of normalised interpolation curves, by kind of question and"
             " answer; constant curves have none",
@@ -246,11 +254,11 @@ LAYOUTS = {
                 Column("constant", "constant", "d"),
             ),
         ),
-        Layout(
+        TableSpec(
             "variation",
             "Variation beyond the two end points: mean, largest, and share of records with"
             f" {metrics.LARGE_VARIATION} or more; share of curves that are monotone to"
-            f" within {metrics.MONOTONE} of probability, and mean size of their trend",
+            f" within {metrics.MONOTONE_TOLERANCE} of probability, and mean size of their trend",
             (
                 Column("mean", "variation.mean", ".4f"),
                 Column("largest", "variation.largest", ".4f"),

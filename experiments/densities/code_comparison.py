@@ -4,7 +4,7 @@ Nearest rows, Euclidean and cosine, and the nearest few re-ranked by the density
 itself. Vector, residual and finite scalar quantization are fitted to the table's rows; their code
 goes on to the row nearest to it.
 
-Of a next-vector model with K tokens a vector, the decoder takes the rows' place: a draw is decoded
+Of a next-vector model with C tokens a vector, the decoder takes the rows' place: a draw is decoded
 as it is, or after it was quantized by codes that were fitted to the latents of training chunks, or
 after the nearest of these latents has taken its place.
 """
@@ -25,13 +25,13 @@ from continuous_lm.models import density as density_lib
 from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 
-REPEATS = 5
-GROUP = 4  # dimensions whose levels make one code of finite scalar quantization
+NUM_REPEATS = 5
+FSQ_GROUP_SIZE = 4  # dimensions whose levels make one code of finite scalar quantization
 
-Way = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+Quantizer = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
 
-def ways(
+def make_quantizers(
     table: dict[str, jax.Array],
     key: jax.Array,
     *,
@@ -39,62 +39,66 @@ def ways(
     stages: int,
     levels: int,
     candidates: int,
-) -> dict[str, Way]:
-    """Name -> (vectors [N, W], their density) to the vectors of the codes [N, W] and tokens [N]."""
+) -> dict[str, Quantizer]:
+    """Name -> (vectors [..., W], their density) to codes' vectors [..., W] and tokens [...]."""
     rows, norms = table["rows"], table["norms"]
     if codes > len(rows):
         raise InputError(f"--codes={codes}, but the table has {len(rows)} rows")
-    if rows.shape[-1] % GROUP:
-        raise InputError(f"vectors of width {rows.shape[-1]} do not fall into groups of {GROUP}")
+    if rows.shape[-1] % FSQ_GROUP_SIZE:
+        raise InputError(
+            f"vectors of width {rows.shape[-1]} do not fall into groups of {FSQ_GROUP_SIZE}"
+        )
 
-    def searched(way: str) -> Way:
-        def to_tokens(x, density):
-            tokens = density_lib.quantized(way, density, x, table, candidates=candidates)
+    def search_quantizer(way: str) -> Quantizer:
+        def quantize_to_tokens(x, density):
+            tokens = density_lib.quantize_to_tokens(
+                way, density, x, table, num_candidates=candidates
+            )
             return rows[tokens], tokens
 
-        return to_tokens
+        return quantize_to_tokens
 
-    def coded(code: Callable[[jax.Array], jax.Array]) -> Way:
-        def to_tokens(x, density):
+    def coder_quantizer(code: Callable[[jax.Array], jax.Array]) -> Quantizer:
+        def quantize_to_tokens(x, density):
             vectors = code(x)
             return vectors, quantize.nearest(vectors, rows, norms=norms).indices
 
-        return to_tokens
+        return quantize_to_tokens
 
-    fitted = coders(key, rows, codes=codes, stages=stages, levels=levels)
+    coder_by_name = fit_coders(key, rows, codes=codes, stages=stages, levels=levels)
     return {
-        "nearest": searched("euclidean"),
-        "cosine": searched("cosine"),
-        "re-ranked": searched("rerank"),
-        **{name: coded(code) for name, code in fitted.items()},
+        "nearest": search_quantizer("euclidean"),
+        "cosine": search_quantizer("cosine"),
+        "re-ranked": search_quantizer("rerank"),
+        **{name: coder_quantizer(coder) for name, coder in coder_by_name.items()},
     }
 
 
-def coders(
+def fit_coders(
     key: jax.Array, rows: jax.Array, *, codes: int, stages: int, levels: int
 ) -> dict[str, Callable[[jax.Array], jax.Array]]:
     """Name -> from vectors [..., W] to the vectors of their codes, fitted to standardised rows."""
-    book = quantize.init(key, rows, codes)
-    books = quantize.init_residual(key, rows, stages, max(codes // stages, 2))
+    codebook = quantize.init(key, rows, codes)
+    residual_codebooks = quantize.init_residual(key, rows, stages, max(codes // stages, 2))
 
-    def finite(x):
+    def round_to_levels(x):
         # A level a third of a standard deviation and more: tanh is nearly straight there.
         scale = 0.5 * (levels - 1)
-        groups = (x / scale).reshape(*x.shape[:-1], -1, GROUP)
-        vectors = quantize.quantize_finite(groups, (levels,) * GROUP).vectors
-        inside = jnp.clip(vectors, -1 + 1e-3, 1 - 1e-3)
-        return scale * jnp.arctanh(inside).reshape(x.shape)
+        groups = (x / scale).reshape(*x.shape[:-1], -1, FSQ_GROUP_SIZE)
+        vectors = quantize.quantize_finite(groups, (levels,) * FSQ_GROUP_SIZE).vectors
+        clipped = jnp.clip(vectors, -1 + 1e-3, 1 - 1e-3)
+        return scale * jnp.arctanh(clipped).reshape(x.shape)
 
     return {
-        f"VQ, {codes}": lambda x: quantize.quantize(book, x).vectors,
-        f"residual VQ, {stages} x {books.codes.shape[1]}": lambda x: (
-            quantize.quantize_residual(books, x).vectors
+        f"VQ, {codes}": lambda x: quantize.quantize(codebook, x).vectors,
+        f"residual VQ, {stages} x {residual_codebooks.codes.shape[1]}": lambda x: (
+            quantize.quantize_residual(residual_codebooks, x).vectors
         ),
-        f"finite scalar, {levels} levels": finite,
+        f"finite scalar, {levels} levels": round_to_levels,
     }
 
 
-def compare(
+def compare_quantizers(
     lm: DensityLM, held_out: np.ndarray, *, length: int, windows: int, seed: int, **settings: int
 ) -> list[dict[str, Any]]:
     """Each way's numbers: see the top of the module.
@@ -105,48 +109,48 @@ def compare(
       length: of a window.
       windows: at most so many.
       seed: of draws and codebooks.
-      **settings: of `ways`.
+      **settings: of `make_quantizers`.
     """
-    if lm.model.speaks:
+    if lm.model.predicts_tokens:
         raise InputError("a token head draws tokens, no vectors; give a density model")
-    tokens = window_batches.consecutive(held_out, length=length, limit=windows)
+    tokens = window_batches.consecutive_windows(held_out, length=length, max_windows=windows)
     variables = {"params": lm.params}
-    key, draws = jax.random.split(jax.random.key(seed))
+    key, draw_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
-    def drawn(tokens):
-        hidden = lm.model.apply(variables, tokens, method="predictions")
+    def draw_next_vectors(tokens):
+        hidden = lm.model.apply(variables, tokens, method="context_states")
         density: Any = lm.model.apply(variables, hidden, method="distribution")
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), density)
-        return flat, flat.sample(draws)
+        flat_density = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), density)
+        return flat_density, flat_density.sample(draw_key)
 
-    density, x = drawn(tokens)
-    targets, rows = tokens[:, 1:].reshape(-1), density_lib.token_rows(lm)
+    density, x = draw_next_vectors(tokens)
+    targets, rows = tokens[:, 1:].reshape(-1), density_lib.get_token_table(lm)
     table = {"rows": rows, "norms": quantize.squared_norms(rows)}
     results = []
-    for name, way in ways(table, key, **settings).items():
-        run = jax.jit(way)
-        vectors, found = run(x, density)
-        around = jax.tree.map(lambda leaf: leaf[:1], density)
-        own = jnp.arange(len(rows))
-        kept = None
+    for name, quantizer in make_quantizers(table, key, **settings).items():
+        jitted_quantizer = jax.jit(quantizer)
+        vectors, decoded_tokens = jitted_quantizer(x, density)
+        first_density = jax.tree.map(lambda leaf: leaf[:1], density)
+        row_indices = jnp.arange(len(rows))
+        share_kept = None
         if name not in ("nearest", "cosine", "re-ranked"):
-            kept = float(jnp.mean(way(rows, around)[1] == own))
+            share_kept = float(jnp.mean(quantizer(rows, first_density)[1] == row_indices))
         results.append(
             {
                 "way": name,
-                "accuracy": float(np.mean(np.asarray(found) == targets)),
+                "accuracy": float(np.mean(np.asarray(decoded_tokens) == targets)),
                 "noise": float(jnp.mean((vectors - x) ** 2)),
-                "kept": kept,
-                "microseconds": 1e6 * seconds_of(run, x, density) / len(targets),
+                "kept": share_kept,
+                "microseconds": 1e6 * median_seconds(jitted_quantizer, x, density) / len(targets),
             }
         )
     return results
 
 
-def compare_chunks(
+def compare_latent_quantizers(
     lm: NextVectorLM,
-    train: np.ndarray,
+    train_tokens: np.ndarray,
     held_out: np.ndarray,
     *,
     length: int,
@@ -155,16 +159,16 @@ def compare_chunks(
     codes: int,
     stages: int,
     levels: int,
-    seen: int = 16_384,
+    max_train_chunks: int = 16_384,
 ) -> list[dict[str, Any]]:
-    """Each way's numbers for the latents of a next-vector model, as `compare` has them.
+    """Each way's numbers for the latents of a next-vector model, as `compare_quantizers` has them.
 
     Accuracy is by token, of draws for held-out text; "kept" are the tokens of held-out chunks that
     come back from their own latents.
 
     Args:
       lm: the model.
-      train: tokens int [n], whose chunks' latents the codes are fitted to.
+      train_tokens: tokens int [n], whose chunks' latents the codes are fitted to.
       held_out: tokens int [m].
       length: of a window, in tokens, which is rounded to chunks.
       windows: at most so many.
@@ -172,81 +176,94 @@ def compare_chunks(
       codes: of the vector quantizer.
       stages: of the residual quantizer.
       levels: of finite scalar quantization.
-      seen: training chunks, at most.
+      max_train_chunks: training chunks, at most.
     """
-    size, width = lm.chunk_size, lm.model.autoencoder.latent_size
-    if width % GROUP:
-        raise InputError(f"latents of width {width} do not fall into groups of {GROUP}")
-    if length < 2 * size:
-        raise InputError(f"--length={length} is less than two chunks of {size} tokens")
-    tokens = window_batches.consecutive(held_out, length=length // size * size - 1, limit=windows)
-    chunks = tokens.reshape(len(tokens), -1, size)
-    targets = chunks[:, 1:].reshape(-1, size)
-    known = np.asarray(train[: len(train) // size * size]).reshape(-1, size)
-    known = known[:: max(1, len(known) // seen)][:seen]
-    key, of_noise = jax.random.split(jax.random.key(seed))
+    chunk_size, latent_size = lm.chunk_size, lm.model.autoencoder_config.latent_size
+    if latent_size % FSQ_GROUP_SIZE:
+        raise InputError(
+            f"latents of width {latent_size} do not fall into groups of {FSQ_GROUP_SIZE}"
+        )
+    if length < 2 * chunk_size:
+        raise InputError(f"--length={length} is less than two chunks of {chunk_size} tokens")
+    tokens = window_batches.consecutive_windows(
+        held_out, length=length // chunk_size * chunk_size - 1, max_windows=windows
+    )
+    chunks = tokens.reshape(len(tokens), -1, chunk_size)
+    targets = chunks[:, 1:].reshape(-1, chunk_size)
+    train_chunks = np.asarray(train_tokens[: len(train_tokens) // chunk_size * chunk_size]).reshape(
+        -1, chunk_size
+    )
+    train_chunks = train_chunks[:: max(1, len(train_chunks) // max_train_chunks)][:max_train_chunks]
+    key, noise_key = jax.random.split(jax.random.key(seed))
     variables: Any = {"params": lm.params}
 
     @jax.jit
-    def drawn(chunks):
-        hidden: Any = lm.model.apply(variables, chunks, method="predictions")
+    def draw_next_latents(chunks):
+        hidden: Any = lm.model.apply(variables, chunks, method="context_states")
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        noise = lm.model.head.noise(of_noise, hidden.shape[:1])
+        noise = lm.model.head.noise(noise_key, hidden.shape[:1])
         return lm.model.apply(variables, noise, hidden, method="transform")
 
-    x, own = drawn(chunks), lm.codec.encode(targets)[0]
-    latents = lm.codec.encode(known)[0]
+    x, target_latents = draw_next_latents(chunks), lm.codec.encode(targets)[0]
+    latents = lm.codec.encode(train_chunks)[0]
     if codes > len(latents):
         raise InputError(f"--codes={codes}, but there are {len(latents)} training chunks")
-    middle, spread = jnp.mean(latents, axis=0), jnp.std(latents, axis=0)
-    found = {"decoder": lambda z: z, f"nearest of {len(latents)}": nearest_to(latents)}
-    rest = coders(key, (latents - middle) / spread, codes=codes, stages=stages, levels=levels)
+    latent_mean, latent_deviation = jnp.mean(latents, axis=0), jnp.std(latents, axis=0)
+    coder_by_name = {
+        "decoder": lambda z: z,
+        f"nearest of {len(latents)}": nearest_row_coder(latents),
+    }
+    fitted_coders = fit_coders(
+        key, (latents - latent_mean) / latent_deviation, codes=codes, stages=stages, levels=levels
+    )
 
-    def scaled(code: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-        return lambda z: middle + spread * code((z - middle) / spread)
+    def coder_in_latent_units(
+        code: Callable[[jax.Array], jax.Array],
+    ) -> Callable[[jax.Array], jax.Array]:
+        return lambda z: latent_mean + latent_deviation * code((z - latent_mean) / latent_deviation)
 
-    found |= {name: scaled(code) for name, code in rest.items()}
+    coder_by_name |= {name: coder_in_latent_units(coder) for name, coder in fitted_coders.items()}
 
     results = []
-    for name, code in found.items():
+    for name, coder in coder_by_name.items():
 
-        def to_tokens(z, code=code):
+        def decode_to_tokens(z, code=coder):
             vectors = code(z)
-            return vectors, lm.model.apply(variables, vectors, method="tokens")
+            return vectors, lm.model.apply(variables, vectors, method="decode_tokens")
 
-        run = jax.jit(to_tokens)
-        vectors, got = run(x)
+        jitted_decoder = jax.jit(decode_to_tokens)
+        vectors, decoded_tokens = jitted_decoder(x)
         results.append(
             {
-                "K": size,
+                "K": chunk_size,
                 "way": name,
-                "accuracy": float(np.mean(np.asarray(got) == targets)),
+                "accuracy": float(np.mean(np.asarray(decoded_tokens) == targets)),
                 "noise": float(jnp.mean((vectors - x) ** 2)),
-                "kept": float(np.mean(np.asarray(run(own)[1]) == targets)),
-                "microseconds": 1e6 * seconds_of(run, x) / targets.size,
+                "kept": float(np.mean(np.asarray(jitted_decoder(target_latents)[1]) == targets)),
+                "microseconds": 1e6 * median_seconds(jitted_decoder, x) / targets.size,
             }
         )
     return results
 
 
-def nearest_to(rows: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """From vectors [N, W] to the rows nearest to them."""
+def nearest_row_coder(rows: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """From vectors [..., W] to the rows nearest to them."""
     norms = quantize.squared_norms(rows)
     return lambda x: rows[quantize.nearest(x, rows, norms=norms).indices]
 
 
-def seconds_of(run: Callable[..., Any], *arguments: Any) -> float:
+def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """The median time of a call; the first one has been made."""
     seconds = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        jax.block_until_ready(run(*arguments))
-        seconds.append(time.perf_counter() - began)
+    for _ in range(NUM_REPEATS):
+        start_time = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        seconds.append(time.perf_counter() - start_time)
     return float(np.median(seconds))
 
 
-def table_of(results: list[dict[str, Any]]) -> tables.Table:
-    """The table of `compare`."""
+def make_table(results: list[dict[str, Any]]) -> tables.Table:
+    """The table of `compare_quantizers`."""
     columns = [
         *([tables.Column("model"), tables.Column("K", format="d")] if "K" in results[0] else []),
         tables.Column("way"),
@@ -261,5 +278,5 @@ def table_of(results: list[dict[str, Any]]) -> tables.Table:
         " draw and its code a dimension, rows (or tokens of chunks) whose code leads back to them,"
         " time of a token",
         columns,
-        [list(result.values()) for result in results],
+        [list(quantizer_result.values()) for quantizer_result in results],
     )

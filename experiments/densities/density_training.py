@@ -16,7 +16,7 @@ from continuous_lm import axes as axes_lib
 from continuous_lm import losses
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.training import fit, window_batches
-from continuous_lm.io.atomic_files import as_path
+from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.io.json_files import read_json
 from continuous_lm.models import calm, density
 from continuous_lm.models import calm as next_vector
@@ -27,10 +27,13 @@ from continuous_lm.models.density.model import DensityLM
 from continuous_lm.parallel import processes
 from continuous_lm.rotary import Rope
 
-EVALUATED, SCORED = 32, 128  # held-out windows that a training run takes its loss and score of
+NUM_LOSS_WINDOWS, NUM_SCORE_WINDOWS = (
+    32,
+    128,
+)  # held-out windows that a training run takes its loss and score of
 
 
-def trunk(
+def trunk_config(
     *,
     vocab_size: int,
     hidden_size: int,
@@ -56,13 +59,13 @@ def trunk(
     )
 
 
-def named_settings(given: list[str], flag: str) -> dict[str, Any]:
+def parse_settings(assignments: list[str], flag_name: str) -> dict[str, Any]:
     """The settings in "name=value", ... of a flag; values are JSON, or words."""
     settings: dict[str, Any] = {}
-    for item in given:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise InputError(f"--{flag}: {item!r} is not name=value")
+    for assignment in assignments:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise InputError(f"--{flag_name}: {assignment!r} is not name=value")
         try:
             settings[name.strip()] = json.loads(value)
         except ValueError:
@@ -72,7 +75,7 @@ def named_settings(given: list[str], flag: str) -> dict[str, Any]:
 
 def train(
     lm: DensityLM,
-    data: np.ndarray,
+    train_data: np.ndarray,
     held_out: np.ndarray,
     *,
     folder: str | os.PathLike,
@@ -87,80 +90,88 @@ def train(
 
     Args:
       lm: the model with its first parameters.
-      data: what to train on.
+      train_data: what to train on.
       held_out: what the loss is logged of, with each checkpoint.
-      folder: of the run; see `training`.
+      folder: of the run; see `training.fit`.
       length: inputs in a sequence.
       batch_size: sequences in a step.
       seed: of the data's order, and of the keys.
       trunk_is_frozen: train the head alone.
       settings: what else must be the same for a run to go on.
-      **options: of `training.fit`.
+      **options: of `fit.fit`.
     """
-    model, reads = lm.model, lm.model.reads
+    model, input_kind = lm.model, lm.model.input_kind
 
     def loss(params, batch, key):
-        nats: Any = model.apply({"params": params}, **{reads: batch}, method="loss")
-        return jnp.mean(nats), {}
+        token_losses: Any = model.apply({"params": params}, **{input_kind: batch}, method="loss")
+        return jnp.mean(token_losses), {}
 
-    watched = window_batches.consecutive(held_out, length=length, limit=EVALUATED)
-    judge: Callable = jax.jit(lambda params: loss(params, watched, None)[0])
-    scored = window_batches.consecutive(held_out, length=length, limit=SCORED)
+    loss_windows = window_batches.consecutive_windows(
+        held_out, length=length, max_windows=NUM_LOSS_WINDOWS
+    )
+    held_out_loss: Callable = jax.jit(lambda params: loss(params, loss_windows, None)[0])
+    score_windows = window_batches.consecutive_windows(
+        held_out, length=length, max_windows=NUM_SCORE_WINDOWS
+    )
 
     @jax.jit
     def brier_1(params):
         """2 P(token) - sum_v P(v)^2: what next-vector models are scored by, in closed form."""
 
-        def of(window):  # one at a time: its logits are length x V numbers
+        def window_brier_1(window):  # one at a time: its logits are length x V numbers
             logits: Any = model.apply({"params": params}, window, method="token_logits")
             return losses.brier(jax.nn.softmax(logits), window[1:])
 
-        return 1.0 - jnp.mean(jax.lax.map(of, scored))
+        return 1.0 - jnp.mean(jax.lax.map(window_brier_1, score_windows))
 
     def evaluate(params):
-        scores = {"brier_1": float(brier_1(params))} if model.speaks else {}
-        return {"held_out": float(judge(params)), **scores}
+        scores = {"brier_1": float(brier_1(params))} if model.predicts_tokens else {}
+        return {"held_out": float(held_out_loss(params)), **scores}
 
     params = fit.fit(
         loss,
         lm.params,
-        window_batches.shuffled(data, length=length, batch_size=batch_size, seed=seed),
+        window_batches.shuffled_windows(
+            train_data, length=length, batch_size=batch_size, seed=seed
+        ),
         folder=folder,
-        frozen=lambda path: path == "table" or (trunk_is_frozen and path.startswith("trunk/")),
+        is_frozen=lambda path: path == "table" or (trunk_is_frozen and path.startswith("trunk/")),
         settings={"length": length, "batch_size": batch_size, **(settings or {})},
         evaluate=evaluate,
         tokens_per_step=length * batch_size,
         seed=seed,
         **options,
     )
-    return DensityLM(model, params, lm.tokenizer, lm.notes)
+    return DensityLM(model, params, lm.tokenizer, lm.hf_fields)
 
 
-def on_mesh(lm: Any, mesh: Mesh | None) -> Any:
+def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
     """A density or next-vector model or an autoencoder, with its parameters on a mesh."""
     key = jax.random.key(0)
     match lm:
         case DensityLM():
-            given = density.stand_in(lm.model)
-            declared = jax.eval_shape(lambda: lm.model.init(key, **given))
+            example_inputs = density.example_inputs(lm.model)
+            abstract_variables = jax.eval_shape(lambda: lm.model.init(key, **example_inputs))
         case NextVectorLM():
-            declared = jax.eval_shape(lm.model.init, key, calm.stand_in(lm.model))
+            abstract_variables = jax.eval_shape(lm.model.init, key, calm.example_inputs(lm.model))
         case _:
             chunk = np.zeros(lm.config.chunk_size, np.int32)
-            declared = jax.eval_shape(lm.model.init, key, chunk)
-    params = axes_lib.placed_tree(mesh, lm.params, declared["params"])
+            abstract_variables = jax.eval_shape(lm.model.init, key, chunk)
+    params = axes_lib.place_tree(mesh, lm.params, abstract_variables["params"])
     return dataclasses.replace(lm, params=params)
 
 
-def save(write: Callable[[Any, Any], None], folder: str | os.PathLike, lm: Any) -> None:
-    """`write(folder, lm)` by process 0, which gets all of the parameters first."""
+def save_on_first_process(
+    write_model: Callable[[Any, Any], None], folder: str | os.PathLike, lm: Any
+) -> None:
+    """`write_model(folder, lm)` by process 0, which gets all of the parameters first."""
     if jax.process_count() > 1:
-        lm = dataclasses.replace(lm, params=processes.fetch(lm.params))
-    if processes.is_first():
-        write(folder, lm)
+        lm = dataclasses.replace(lm, params=processes.gather_to_hosts(lm.params))
+    if processes.is_first_process():
+        write_model(folder, lm)
 
 
-def load_any(
+def load_text_model(
     folder: str | os.PathLike,
     codec: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
@@ -172,7 +183,7 @@ def load_any(
       codec: of the autoencoder, of a next-vector model that does not hold its own.
       mesh: on which its parameters are to lie.
     """
-    path = as_path(folder)
+    path = absolute_path(folder)
     if not (path / "config.json").is_file():
         raise InputError(f"{folder} is not a folder that the program train wrote")
     fields = read_json(path / "config.json")
@@ -181,30 +192,32 @@ def load_any(
     if not next_vector.is_config(fields):
         if codec is not None:
             raise InputError(f"--codec: {folder} is a density model; leave it out")
-        return load(folder, mesh=mesh)
+        return load_density_model(folder, mesh=mesh)
     lm = next_vector.load(folder, codec, mesh=mesh)
     if lm.tokenizer is None:
         raise InputError(f"{folder} has no tokenizer.json, which this program needs")
     return lm
 
 
-def load(
-    folder: str | os.PathLike, *, reads: str = "tokens", mesh: Mesh | None = None
+def load_density_model(
+    folder: str | os.PathLike, *, input_kind: str = "tokens", mesh: Mesh | None = None
 ) -> DensityLM:
     """The density model in a folder, that a program can go on with."""
-    folder = as_path(folder)
+    folder = absolute_path(folder)
     if not pathlib.Path(folder).is_dir():
         raise InputError(f"{folder} is not a folder; train writes one")
     lm = density.load(folder, mesh=mesh)
-    if lm.model.reads != reads:
-        raise InputError(f"{folder} holds a model that reads {lm.model.reads}, not {reads}")
-    if reads == "tokens" and lm.tokenizer is None:
+    if lm.model.input_kind != input_kind:
+        raise InputError(
+            f"{folder} holds a model that reads {lm.model.input_kind}, not {input_kind}"
+        )
+    if input_kind == "tokens" and lm.tokenizer is None:
         raise InputError(f"{folder} has no tokenizer.json, which this program needs")
     return lm
 
 
-def num_parameters(lm: DensityLM | NextVectorLM) -> int:
+def num_learned_parameters(lm: DensityLM | NextVectorLM) -> int:
     """How many numbers are learned: a frozen table or autoencoder is not among them."""
-    frozen = ("table", "autoencoder")
-    named = {name: leaf for name, leaf in lm.params.items() if name not in frozen}
-    return sum(leaf.size for leaf in jax.tree.leaves(named))
+    frozen_parts = ("table", "autoencoder")
+    learned_parts = {name: leaf for name, leaf in lm.params.items() if name not in frozen_parts}
+    return sum(leaf.size for leaf in jax.tree.leaves(learned_parts))

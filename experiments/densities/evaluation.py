@@ -24,16 +24,16 @@ from continuous_lm.experiments.training import window_batches
 from continuous_lm.models.density import distributions
 from continuous_lm.models.density.heads import ExpertsHead
 from continuous_lm.models.density.model import DensityLM, DensityModel
-from continuous_lm.models.density.samplers import token_rows
+from continuous_lm.models.density.samplers import get_token_table
 
-ROWS = 8  # windows judged at once
-RESAMPLES = 1000
+WINDOWS_PER_BATCH = 8  # windows judged at once
+NUM_RESAMPLES = 1000
 
 
-def judge(
+def evaluate_density(
     lm: DensityLM,
     held_out: np.ndarray,
-    train: np.ndarray,
+    train_tokens: np.ndarray,
     *,
     length: int,
     windows: int | None = None,
@@ -44,104 +44,108 @@ def judge(
     Args:
       lm: a model that reads tokens.
       held_out: tokens int [m].
-      train: tokens int [n], for the unigram.
+      train_tokens: tokens int [n], for the unigram.
       length: of the windows, in inputs.
       windows: at most so many, spread over the text.
       seed: of draws, of the order of the windows and of the bootstrap.
     """
     rng = np.random.default_rng(seed)
-    tokens = rng.permutation(window_batches.consecutive(held_out, length=length, limit=windows))
+    tokens = rng.permutation(
+        window_batches.consecutive_windows(held_out, length=length, max_windows=windows)
+    )
     table = None
-    if not lm.model.speaks:
-        rows = token_rows(lm)
-        table = {"rows": rows, "norms": quantize.squared_norms(rows)}
-    found: dict[str, list[np.ndarray]] = {}
-    size = min(ROWS, len(tokens))
-    for i in range(0, len(tokens) - size + 1, size):  # a rest is left out
+    if not lm.model.predicts_tokens:
+        token_table = get_token_table(lm)
+        table = {"rows": token_table, "norms": quantize.squared_norms(token_table)}
+    metric_batches: dict[str, list[np.ndarray]] = {}
+    batch_size = min(WINDOWS_PER_BATCH, len(tokens))
+    for i in range(0, len(tokens) - batch_size + 1, batch_size):  # a rest is left out
         key = jax.random.fold_in(jax.random.key(seed), i)
-        part = _judged(lm.model, lm.params, table, tokens[i : i + size], key)
-        for name, values in part.items():
-            found.setdefault(name, []).append(np.asarray(values))
-    joined = {name: np.concatenate(values) for name, values in found.items()}
-    targets = tokens[: len(joined["nats"]), 1:]
-    frequencies = np.bincount(train, minlength=lm.config.vocab_size) + 1.0
+        batch_metrics = _batch_metrics(lm.model, lm.params, table, tokens[i : i + batch_size], key)
+        for name, values in batch_metrics.items():
+            metric_batches.setdefault(name, []).append(np.asarray(values))
+    metrics = {name: np.concatenate(values) for name, values in metric_batches.items()}
+    targets = tokens[: len(metrics["nats"]), 1:]
+    frequencies = np.bincount(train_tokens, minlength=lm.config.vocab_size) + 1.0
     unigram = -np.log(frequencies / frequencies.sum())[targets]
 
     def interval(values, of=lambda x: x):
         means = values.reshape(len(values), -1).mean(axis=1)
-        drawn = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
-        points = {"value": means.mean()} | dict(
-            zip(("low", "high"), np.quantile(drawn, [0.025, 0.975]), strict=True)
+        resampled_means = means[rng.integers(len(means), size=(NUM_RESAMPLES, len(means)))].mean(
+            axis=1
+        )
+        estimates = {"value": means.mean()} | dict(
+            zip(("low", "high"), np.quantile(resampled_means, [0.025, 0.975]), strict=True)
         )
         with np.errstate(over="ignore"):  # more than a float holds is no number
-            numbers = {name: float(of(x)) for name, x in points.items()}
-        return {name: x if np.isfinite(x) else None for name, x in numbers.items()}
+            transformed = {name: float(of(x)) for name, x in estimates.items()}
+        return {name: x if np.isfinite(x) else None for name, x in transformed.items()}
 
     result = {
         "tokens": int(targets.size),
-        "nats": interval(joined["nats"]),
-        "perplexity": interval(joined["nats"], np.exp),
-        "shuffled": interval(joined["shuffled"], np.exp),
+        "nats": interval(metrics["nats"]),
+        "perplexity": interval(metrics["nats"], np.exp),
+        "shuffled": interval(metrics["shuffled"], np.exp),
         "unigram": interval(unigram, np.exp),
-        "context_nats": interval(joined["shuffled"] - joined["nats"]),
+        "context_nats": interval(metrics["shuffled"] - metrics["nats"]),
     }
-    rest = ("nll", "accuracy_mean", "accuracy_draw", "noise", "margin", "at_bound")
-    result |= {name: interval(joined[name]) for name in rest if name in joined}
+    optional_metrics = ("nll", "accuracy_mean", "accuracy_draw", "noise", "margin", "at_bound")
+    result |= {name: interval(metrics[name]) for name in optional_metrics if name in metrics}
     if table is not None:
-        spread = quantize.spread(table["rows"])
+        row_spread = quantize.spread(table["rows"])
         result["width"] = lm.model.head.width
-        result["effective_rank"] = float(spread.effective_rank)
-        result["least_variance"] = float(jnp.min(spread.variances))
-    if "weights" in joined:  # exp of the entropy of the mean weights: X if all are used alike
-        weights = joined["weights"].reshape(-1, joined["weights"].shape[-1]).mean(axis=0)
+        result["effective_rank"] = float(row_spread.effective_rank)
+        result["least_variance"] = float(jnp.min(row_spread.variances))
+    if "weights" in metrics:  # exp of the entropy of the mean weights: X if all are used alike
+        weights = metrics["weights"].reshape(-1, metrics["weights"].shape[-1]).mean(axis=0)
         result["use"] = float(np.exp(-np.sum(weights * np.log(np.maximum(weights, 1e-30)))))
     return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _judged(model: DensityModel, params: Any, table: Any, tokens: jax.Array, key: jax.Array):
+def _batch_metrics(model: DensityModel, params: Any, table: Any, tokens: jax.Array, key: jax.Array):
     """Numbers of each target, [B, T] each, of windows int [B, T + 1]."""
 
-    def call(method, *arguments):
+    def apply_method(method, *arguments):
         return cast(Any, model.apply({"params": params}, *arguments, method=method))
 
     targets = tokens[:, 1:]
-    hidden = call("predictions", tokens)
-    logits = call("logits_of", hidden)
+    hidden = apply_method("context_states", tokens)
+    logits = apply_method("logits_from_hidden", hidden)
 
     def nats_of(logits):
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jax.nn.logsumexp(logits, axis=-1) - picked
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits, axis=-1) - target_logits
 
-    found = {
+    metrics = {
         "nats": nats_of(logits),
         # Windows come in an order of chance: the one before is not the text before.
         "shuffled": nats_of(jnp.roll(logits, 1, axis=0)),
     }
-    density = call("distribution", hidden)
+    density = apply_method("distribution", hidden)
     if table is None:
-        found["accuracy_mean"] = jnp.argmax(logits, axis=-1) == targets
-        return found | {"accuracy_draw": density.sample(key) == targets}
-    draw = density.sample(key)
-    near = quantize.k_nearest(draw, table["rows"], 2, norms=table["norms"])
-    middle = quantize.nearest(density.mean, table["rows"], norms=table["norms"]).indices
-    found |= {
+        metrics["accuracy_mean"] = jnp.argmax(logits, axis=-1) == targets
+        return metrics | {"accuracy_draw": density.sample(key) == targets}
+    drawn_vectors = density.sample(key)
+    nearest_two = quantize.k_nearest(drawn_vectors, table["rows"], 2, norms=table["norms"])
+    nearest_to_mean = quantize.nearest(density.mean, table["rows"], norms=table["norms"]).indices
+    metrics |= {
         "nll": -density.log_prob(table["rows"][targets]),
-        "accuracy_mean": middle == targets,
-        "accuracy_draw": near.indices[..., 0] == targets,
-        "noise": near.distances[..., 0],
-        "margin": near.distances[..., 1] - near.distances[..., 0],
-        "at_bound": jnp.mean(_scales(density) < 1.1 * model.head.min_scale, axis=-1),  # type: ignore[attr-defined]
+        "accuracy_mean": nearest_to_mean == targets,
+        "accuracy_draw": nearest_two.indices[..., 0] == targets,
+        "noise": nearest_two.distances[..., 0],
+        "margin": nearest_two.distances[..., 1] - nearest_two.distances[..., 0],
+        "at_bound": jnp.mean(_bounded_scales(density) < 1.1 * model.head.min_scale, axis=-1),  # type: ignore[attr-defined]
     }
     if isinstance(density, distributions.Mixture):
-        found["weights"] = density.weights
+        metrics["weights"] = density.weights
         if isinstance(model.head, ExpertsHead):
-            chosen = jax.nn.one_hot(call("routes", hidden)[1], model.head.experts)
-            found["weights"] = jnp.einsum("...k,...kx->...x", density.weights, chosen)
-    return found
+            expert_one_hot = jax.nn.one_hot(apply_method("route", hidden)[1], model.head.experts)
+            metrics["weights"] = jnp.einsum("...x,...xX->...X", density.weights, expert_one_hot)
+    return metrics
 
 
-def _scales(density: Any) -> jax.Array:
+def _bounded_scales(density: Any) -> jax.Array:
     """The scales that `min_scale` bounds, [..., any number]."""
     match density:
         case distributions.FullGaussian():
@@ -151,22 +155,22 @@ def _scales(density: Any) -> jax.Array:
     return cast(jax.Array, density.scale)
 
 
-def bits_per_byte(judged: dict[str, Any], bytes_per_token: float) -> float:
+def bits_per_byte(metrics: dict[str, Any], bytes_per_token: float) -> float:
     """The token's information as bits for each byte of text, whatever the tokenizer."""
-    return float(judged["nats"]["value"] / np.log(2.0) / bytes_per_token)
+    return float(metrics["nats"]["value"] / np.log(2.0) / bytes_per_token)
 
 
-def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
-    """What is worth comparing, one row a model, from model -> numbers of `judging.judge`."""
+def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
+    """What is worth comparing, one row a model, from model -> `evaluate_density` of it."""
 
-    def at(numbers: dict[str, Any], name: str) -> float | None:
+    def value_of(numbers: dict[str, Any], name: str) -> float | None:
         return cast(float | None, numbers[name]["value"])
 
-    def interval(numbers: dict[str, Any], name: str) -> str | None:
-        low, high = (numbers[name][end] for end in ("low", "high"))
+    def format_interval(numbers: dict[str, Any], name: str) -> str | None:
+        low, high = (numbers[name][endpoint] for endpoint in ("low", "high"))
         return None if high is None else f"{low:.4g} to {high:.4g}"
 
-    perplexity = tables.Table(
+    perplexity_table = tables.Table(
         "perplexity",
         "Perplexity of held-out tokens (95 % interval), densities renormalised over the table; with"
         " the contexts of other windows; of the unigram. Accuracy of the token nearest to the mean",
@@ -183,18 +187,18 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
         [
             [
                 model,
-                numbers["parameters"],
-                at(numbers, "perplexity"),
-                interval(numbers, "perplexity"),
-                numbers["bits_per_byte"],
-                at(numbers, "shuffled"),
-                at(numbers, "unigram"),
-                at(numbers, "accuracy_mean"),
+                metrics["parameters"],
+                value_of(metrics, "perplexity"),
+                format_interval(metrics, "perplexity"),
+                metrics["bits_per_byte"],
+                value_of(metrics, "shuffled"),
+                value_of(metrics, "unigram"),
+                value_of(metrics, "accuracy_mean"),
             ]
-            for model, numbers in results.items()
+            for model, metrics in results.items()
         ],
     )
-    vectors = tables.Table(
+    vector_table = tables.Table(
         "vectors",
         "Densities: nats a dimension of held-out rows; accuracy of the token nearest to a draw;"
         " a draw's squared distance from it a dimension, and how much farther the second is; scales"
@@ -213,17 +217,17 @@ def tables_of(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
         [
             [
                 model,
-                numbers["width"],
-                numbers["nll"]["value"] / numbers["width"],
-                at(numbers, "accuracy_draw"),
-                numbers["noise"]["value"] / numbers["width"],
-                numbers["margin"]["value"] / numbers["width"],
-                at(numbers, "at_bound"),
-                numbers["effective_rank"],
-                numbers.get("use"),
+                metrics["width"],
+                metrics["nll"]["value"] / metrics["width"],
+                value_of(metrics, "accuracy_draw"),
+                metrics["noise"]["value"] / metrics["width"],
+                metrics["margin"]["value"] / metrics["width"],
+                value_of(metrics, "at_bound"),
+                metrics["effective_rank"],
+                metrics.get("use"),
             ]
-            for model, numbers in results.items()
-            if "nll" in numbers
+            for model, metrics in results.items()
+            if "nll" in metrics
         ],
     )
-    return [perplexity, vectors] if vectors.rows else [perplexity]
+    return [perplexity_table, vector_table] if vector_table.rows else [perplexity_table]

@@ -19,39 +19,44 @@ import continuous_lm as clm
 from continuous_lm.analysis import attribution
 from continuous_lm.analysis.deletion import deletion_curve
 from continuous_lm.experiments.common import plots, pretrained, program, prompt
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
-_PROMPT = flags.DEFINE_string("prompt", prompt.PROMPT, "What the model reads.")
+_PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
 _ANSWER = flags.DEFINE_string(
     "answer", None, "What is explained, one token.  [default: the model's most probable answer]"
 )
-_NODES = flags.DEFINE_integer(
-    "nodes", 64, "Gradients along the path, a multiple of 4.", lower_bound=attribution.PANEL
+_NUM_NODES = flags.DEFINE_integer(
+    "nodes",
+    64,
+    "Gradients along the path, a multiple of 4.",
+    lower_bound=attribution.NODES_PER_PANEL,
 )
 
 
-def as_html(read: prompt.Reading, rows: dict[str, np.ndarray]) -> str:
+def as_html(answered_prompt: prompt.AnsweredPrompt, contributions: dict[str, np.ndarray]) -> str:
     """A page of its own: the text once for each method, coloured by what tokens contribute."""
-    blocks = []
-    for name, values in rows.items():
-        top = max(np.abs(values).max(), 1e-9)
-        spans = []
-        for gap, piece, value in zip(read.gaps, read.pieces, values, strict=True):
+    html_blocks = []
+    for method, values in contributions.items():
+        max_value = max(np.abs(values).max(), 1e-9)
+        token_spans = []
+        for separator, token_text, value in zip(
+            answered_prompt.separators, answered_prompt.token_texts, values, strict=True
+        ):
             colour = "213, 94, 0" if value >= 0 else "0, 114, 178"
-            spans.append(
-                f'{html.escape(gap)}<span title="{value:+.4f} nats" style="background:'
-                f'rgba({colour}, {abs(value) / top:.3f})">{html.escape(piece)}</span>'
+            token_spans.append(
+                f'{html.escape(separator)}<span title="{value:+.4f} nats" style="background:'
+                f'rgba({colour}, {abs(value) / max_value:.3f})">{html.escape(token_text)}</span>'
             )
-        blocks.append(f"<h2>{html.escape(name)}</h2>\n<p>{''.join(spans)}</p>")
+        html_blocks.append(f"<h2>{html.escape(method)}</h2>\n<p>{''.join(token_spans)}</p>")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>Attribution</title>'
         "<style>body { font: 16px/1.9 serif; max-width: 46em; margin: 3em auto; }"
         " p { white-space: pre-wrap; } span { padding: 2px; border-radius: 3px; }"
         " h2 { font-size: 1em; }</style></head><body>\n"
-        f"<h1>What argues for {html.escape(repr(read.answer))}</h1>\n"
-        + "\n".join(blocks)
+        f"<h1>What argues for {html.escape(repr(answered_prompt.answer))}</h1>\n"
+        + "\n".join(html_blocks)
         + "\n<p>Orange argues for the answer, blue against it.</p>\n</body></html>\n"
     )
 
@@ -59,68 +64,90 @@ def as_html(read: prompt.Reading, rows: dict[str, np.ndarray]) -> str:
 def main() -> None:
     """Three methods, their deletion curves, table, files."""
     folder = program.output_dir("attribution")
-    if _NODES.value % attribution.PANEL:
-        raise clm.InputError(f"--nodes is {_NODES.value}; it must be a multiple of 4")
+    if _NUM_NODES.value % attribution.NODES_PER_PANEL:
+        raise clm.InputError(f"--nodes is {_NUM_NODES.value}; it must be a multiple of 4")
     lm, tokenizer = pretrained.load()
-    read = prompt.read(lm, tokenizer, _PROMPT.value, _ANSWER.value)
-    value = attribution.log_probability(lm, read.group, tokens=read.tokens)
-    durations = jnp.ones(len(read.tokens))
+    answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
+    objective = attribution.log_probability(
+        lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
+    )
+    durations = jnp.ones(len(answered_prompt.tokens))
     methods = {
-        "integrated gradients": attribution.integrated(value, durations, nodes=_NODES.value),
-        "gradient times input": attribution.gradient_times_input(value, durations),
-        "leave one out": attribution.leave_one_out(value, durations),
+        "integrated gradients": attribution.integrated_gradients(
+            objective, durations, nodes=_NUM_NODES.value
+        ),
+        "gradient times input": attribution.gradient_times_input(objective, durations),
+        "leave one out": attribution.leave_one_out(objective, durations),
     }
     deletions = {
-        name: deletion_curve(value, durations, found.tokens) for name, found in methods.items()
+        method: deletion_curve(objective, durations, method_result.contributions)
+        for method, method_result in methods.items()
     }
-    rows = {name: found.tokens for name, found in methods.items()}
-    exact = methods["integrated gradients"]
+    token_contributions = {
+        method: method_result.contributions for method, method_result in methods.items()
+    }
+    integrated = methods["integrated gradients"]
 
-    title = f"{read.answer!r}: log probability {exact.base:.2f} to {exact.end:.2f}"
-    heat = plots.heat_maps(read.pieces, read.gaps, rows, title=title)
-    curves = plots.deletion_curves({name: d.values for name, d in deletions.items()})
-    if not processes.is_first():
+    values = f"{integrated.baseline_value:.2f} to {integrated.end_value:.2f}"
+    title = f"{answered_prompt.answer!r}: log probability {values}"
+    heat_map = plots.heat_maps(
+        answered_prompt.token_texts, answered_prompt.separators, token_contributions, title=title
+    )
+    deletion_figure = plots.deletion_curves({method: d.values for method, d in deletions.items()})
+    if not processes.is_first_process():
         return
-    with written_aside(folder) as aside:
-        plots.save(heat, aside, "attribution")
-        plots.save(curves, aside, "deletion")
-        (aside / "attribution.html").write_text(as_html(read, rows), encoding="utf-8")
+    with write_atomically(folder) as staging_folder:
+        plots.save(heat_map, staging_folder, "attribution")
+        plots.save(deletion_figure, staging_folder, "deletion")
+        (staging_folder / "attribution.html").write_text(
+            as_html(answered_prompt, token_contributions), encoding="utf-8"
+        )
         write_json(
-            aside / "attribution.json",
+            staging_folder / "attribution.json",
             {
-                "prompt": read.text,
-                "pieces": list(read.pieces),
-                "answer": read.answer,
-                "group": [tokenizer.id_to_token(token) for token in read.group],
-                "log_probability": {"whole": exact.end, "first token alone": exact.base},
-                "relative_residual": exact.relative_residual(),
+                "prompt": answered_prompt.text,
+                "pieces": list(answered_prompt.token_texts),
+                "answer": answered_prompt.answer,
+                "group": [tokenizer.id_to_token(token) for token in answered_prompt.answer_tokens],
+                "log_probability": {
+                    "whole": integrated.end_value,
+                    "first token alone": integrated.baseline_value,
+                },
+                "relative_residual": integrated.relative_residual(),
                 "methods": {
-                    name: {
-                        "tokens": found.tokens.tolist(),
-                        "residual": found.residual,
+                    method: {
+                        "tokens": method_result.contributions.tolist(),
+                        "residual": method_result.residual,
                         "deletion": {
-                            "order": deletions[name].order.tolist(),
-                            "values": deletions[name].values.tolist(),
-                            "area": deletions[name].area,
+                            "order": deletions[method].order.tolist(),
+                            "values": deletions[method].values.tolist(),
+                            "area": deletions[method].area,
                         },
                     }
-                    for name, found in methods.items()
+                    for method, method_result in methods.items()
                 },
                 "run": program.record(),
             },
         )
-    print(f"{read.text}\n\n{title}\n")
+    print(f"{answered_prompt.text}\n\n{title}\n")
     print(f"{'method':<22} {'sum':>8} {'residual':>10} {'area of deletion':>17}")
-    for name, found in methods.items():
-        area = deletions[name].area
-        print(f"{name:<22} {found.tokens.sum():8.3f} {found.residual:10.4f} {area:17.3f}")
+    for method, method_result in methods.items():
+        area = deletions[method].area
+        print(
+            f"{method:<22} {method_result.contributions.sum():8.3f}"
+            f" {method_result.residual:10.4f} {area:17.3f}"
+        )
     print(f"\n{'token':<14} {'integrated':>11} {'gradient':>10} {'left out':>10}")
-    for piece, *contributions in zip(read.pieces, *rows.values(), strict=True):
-        print(f"{piece:<14} " + " ".join(f"{c:+10.3f}" for c in contributions))
-    if exact.relative_residual() > 0.01:
-        print(f"\nThe integral is off by {exact.relative_residual():.1%}: ask for more --nodes.")
+    for token_text, *contributions in zip(
+        answered_prompt.token_texts, *token_contributions.values(), strict=True
+    ):
+        print(f"{token_text:<14} " + " ".join(f"{c:+10.3f}" for c in contributions))
+    if integrated.relative_residual() > 0.01:
+        print(
+            f"\nThe integral is off by {integrated.relative_residual():.1%}: ask for more --nodes."
+        )
     print(f"\n{folder}/attribution.html, .json, .png, .pdf; deletion.png, .pdf")
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True)
+    program.run(main, supports_mesh=True)

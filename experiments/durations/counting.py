@@ -14,8 +14,8 @@ import continuous_lm as clm
 from continuous_lm.experiments.common import pretrained, program
 from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
-CATEGORIES = {"apple": "fruit", "cat": "animal", "rose": "flower"}  # the paper's
-PROMPT = (
+CATEGORY_OF_WORD = {"apple": "fruit", "cat": "animal", "rose": "flower"}  # the paper's
+PROMPT_TEMPLATE = (
     'Question: In the sentence "{words}", how many times is {category} mentioned?'
     " Reply with a single-digit number\nAnswer: "
 )
@@ -36,48 +36,50 @@ _SPAN = flags.DEFINE_string(
 
 def prompt_and_span() -> tuple[str, tuple[int, int]]:
     """The prompt, and the first character of its shrinking span and the one after its last."""
-    word, own = _WORD.value, single_prompt.prompt()
-    if own is not None:
-        piece = word if _SPAN.value is None else _SPAN.value
-        return own, clm.tokenization.find(own, piece)
+    word, custom_prompt = _WORD.value, single_prompt.prompt()
+    if custom_prompt is not None:
+        span_text = word if _SPAN.value is None else _SPAN.value
+        return custom_prompt, clm.tokenization.find_characters(custom_prompt, span_text)
     if _SPAN.value is not None:
         raise clm.InputError("--span is a piece of --prompt; give both")
-    category = _CATEGORY.value or CATEGORIES.get(word)
+    category = _CATEGORY.value or CATEGORY_OF_WORD.get(word)
     if category is None:
         raise clm.InputError(
-            f"say what {word!r} is with --category; known are {', '.join(CATEGORIES)}"
+            f"say what {word!r} is with --category; known are {', '.join(CATEGORY_OF_WORD)}"
         )
     article = "an" if category[0] in "aeiou" else "a"
     words = " ".join([word] * _REPETITIONS.value)
-    begin = PROMPT.index("{words}")
-    prompt = PROMPT.format(words=words, category=f"{article} {category}")
-    return prompt, (begin, begin + len(words))
+    words_begin = PROMPT_TEMPLATE.index("{words}")
+    prompt = PROMPT_TEMPLATE.format(words=words, category=f"{article} {category}")
+    return prompt, (words_begin, words_begin + len(words))
 
 
 def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("counting")
-    prompt, characters = prompt_and_span()
+    prompt, character_span = prompt_and_span()
     lm, tokenizer = pretrained.load()
-    factors, answers = (
-        single_prompt.points(),
-        single_prompt.tracked(tokenizer, clm.tokenization.DIGITS),
+    factors, answer_tokens = (
+        single_prompt.sweep_points(),
+        single_prompt.find_answer_tokens(tokenizer, clm.tokenization.DIGITS),
     )
-    trial = prompt_sweeps.shrinking(tokenizer, prompt, characters, factors, single_prompt.vary())
-    result = single_prompt.run(lm, trial, answers, "counting")
+    prompt_sweep = prompt_sweeps.shrink_span(
+        tokenizer, prompt, character_span, factors, single_prompt.duration_change()
+    )
+    answer_curves = single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "counting")
 
-    count = _REPETITIONS.value if single_prompt.prompt() is None else 0
-    single_prompt.write(
+    num_repetitions = _REPETITIONS.value if single_prompt.prompt() is None else 0
+    single_prompt.write_results(
         folder,
         "counting",
         tokenizer,
-        trial,
-        answers,
-        result,
+        prompt_sweep,
+        answer_tokens,
+        answer_curves,
         xlabel="duration of each repeated token",
-        marks=single_prompt.ideal(count, factors),
+        marks=single_prompt.transition_points(num_repetitions, factors),
     )
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True, pmaps=True)
+    program.run(main, supports_mesh=True, supports_pmap=True)

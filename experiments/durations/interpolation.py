@@ -7,7 +7,7 @@ The embeddings of one phrase turn into those of another (Marro et al., arXiv:250
 4.3), along a line or, with --path=spherical, an arc. --answers says what is tracked; without it,
 yes and no for a question that asks for them, and otherwise every token whose probability reaches
 --threshold anywhere: the paper's linearity in the output space. Words of different numbers of
-tokens are aligned in time (see `trials.interpolating`).
+tokens are aligned in time (see `prompt_sweeps.interpolate_phrases`).
 """
 
 from absl import flags
@@ -21,7 +21,7 @@ TEMPLATES = {  # the paper's
     "usage": "We bought two [] at the",
     "repetition": "Question: Repeat the word []. Answer:",
 }
-YES_NO = {"Yes": ("Yes", "yes", "YES"), "No": ("No", "no", "NO")}
+YES_NO_SPELLINGS = {"Yes": ("Yes", "yes", "YES"), "No": ("No", "no", "NO")}
 
 _TEMPLATE = flags.DEFINE_string(
     "template", TEMPLATES["question"], "A prompt with [] in the place of the words."
@@ -37,27 +37,27 @@ def main() -> None:
         raise clm.InputError(f"--words is {','.join(_WORDS.value)}; give two, as apples,bananas")
     lm, tokenizer = pretrained.load()
     first, second = _WORDS.value
-    template, points = _TEMPLATE.value, single_prompt.points(0.0)
-    trial = prompt_sweeps.interpolating(
-        lm, tokenizer, template, (first, second), points, single_prompt.path()
+    template, sweep_points = _TEMPLATE.value, single_prompt.sweep_points(0.0)
+    prompt_sweep = prompt_sweeps.interpolate_phrases(
+        lm, tokenizer, template, (first, second), sweep_points, single_prompt.path()
     )
     if _ANSWERS.value:
-        answers = single_prompt.tracked(tokenizer, _ANSWERS.value)
+        answer_tokens = single_prompt.find_answer_tokens(tokenizer, _ANSWERS.value)
     elif "(yes/no)" in template:
-        answers = single_prompt.tracked(tokenizer, YES_NO)
+        answer_tokens = single_prompt.find_answer_tokens(tokenizer, YES_NO_SPELLINGS)
     else:
-        answers = single_prompt.reached(lm, tokenizer, trial)
-    single_prompt.write(
+        answer_tokens = single_prompt.find_tokens_above_threshold(lm, tokenizer, prompt_sweep)
+    single_prompt.write_results(
         folder,
         "interpolation",
         tokenizer,
-        trial,
-        answers,
-        single_prompt.run(lm, trial, answers, "interpolation"),
+        prompt_sweep,
+        answer_tokens,
+        single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "interpolation"),
         xlabel=f"from {first} (0) to {second} (1)",
-        point="point",
+        point_name="point",
     )
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True, pmaps=True)
+    program.run(main, supports_mesh=True, supports_pmap=True)

@@ -1,9 +1,9 @@
-"""Trials: a prompt and what is varied about it, made ready for a sweep.
+"""Sweeps of a prompt: what is changed about it, made ready to be computed.
 
-shrinking      a span of the prompt lasts less (or more)
-interpolating  one phrase of the prompt turns into another
-moving         the whole prompt begins later
-stretching     the whole prompt lasts less or more
+shrink_span          a span of the prompt lasts less (or more)
+interpolate_phrases  one phrase of the prompt turns into another
+shift_prompt         the whole prompt begins later
+stretch_prompt       the whole prompt lasts less or more
 """
 
 import dataclasses
@@ -20,75 +20,75 @@ SLOT = "[]"  # where a template of an interpolation holds its phrase
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class PromptSweep:
     """A prompt with the sweep over it.
 
     Attributes:
       prompt: the text.
-      tokens: of the text, as the tokenizer names them.
-      span: the tokens that are varied.
+      token_names: of the text, as the tokenizer names them.
+      token_span: the tokens that are changed.
       points: what the sweep runs over, [P].
       sweep: the model's arguments at those points.
     """
 
     prompt: str
-    tokens: list[str]
-    span: tuple[int, int]
+    token_names: list[str]
+    token_span: tuple[int, int]
     points: np.ndarray
     sweep: Sweep
 
     def as_json(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "tokens": self.tokens, "span": list(self.span)}
+        return {"prompt": self.prompt, "tokens": self.token_names, "span": list(self.token_span)}
 
 
-def shrinking(
+def shrink_span(
     tokenizer: tokenizers.Tokenizer,
     prompt: str,
-    characters: tuple[int, int],
+    character_span: tuple[int, int],
     factors: np.ndarray,
-    vary: str = "both",
-) -> Trial:
+    change: str = "both",
+) -> PromptSweep:
     """The tokens that overlap the characters [begin, end) last `factors` [P] of a token each."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
-    span = clm.tokenization.token_span(encoding, *characters)
-    n = len(encoding.ids)
+    token_span = clm.tokenization.token_span(encoding, *character_span)
+    num_tokens = len(encoding.ids)
 
-    def arguments():
-        durations = clm.durations.scale(np.ones(n, np.float32), factors, span)
-        return {"tokens": np.array(encoding.ids), **clm.sweep.vary(durations, vary)}
+    def make_arguments():
+        durations = clm.durations.scale(np.ones(num_tokens, np.float32), factors, token_span)
+        return {"tokens": np.array(encoding.ids), **clm.sweep.change_durations(durations, change)}
 
-    sweep = Sweep(len(factors), n, arguments)
-    return Trial(prompt, encoding.tokens, span, factors, sweep)
+    sweep = Sweep(len(factors), num_tokens, make_arguments)
+    return PromptSweep(prompt, encoding.tokens, token_span, factors, sweep)
 
 
-def moving(tokenizer: tokenizers.Tokenizer, prompt: str, shifts: np.ndarray) -> Trial:
+def shift_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, shifts: np.ndarray) -> PromptSweep:
     """The whole prompt begins at the times `shifts` [P] instead of 0."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
-    ids = np.array(encoding.ids)
-    sweep = Sweep(len(shifts), len(ids), lambda: {"tokens": ids, "start": shifts})
-    return Trial(prompt, encoding.tokens, (0, len(ids)), shifts, sweep)
+    token_ids = np.array(encoding.ids)
+    sweep = Sweep(len(shifts), len(token_ids), lambda: {"tokens": token_ids, "start": shifts})
+    return PromptSweep(prompt, encoding.tokens, (0, len(token_ids)), shifts, sweep)
 
 
-def stretching(
-    tokenizer: tokenizers.Tokenizer, prompt: str, factors: np.ndarray, vary: str = "both"
-) -> Trial:
+def stretch_prompt(
+    tokenizer: tokenizers.Tokenizer, prompt: str, factors: np.ndarray, change: str = "both"
+) -> PromptSweep:
     """Every token of the prompt lasts `factors` [P]."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
-    n = len(encoding.ids)
-    whole = np.asarray(factors, np.float32)[:, None] * np.ones(n, np.float32)
-    arguments = {"tokens": np.array(encoding.ids), **clm.sweep.vary(whole, vary)}
-    sweep = Sweep(len(factors), n, lambda: arguments)
-    return Trial(prompt, encoding.tokens, (0, n), factors, sweep)
+    num_tokens = len(encoding.ids)
+    durations = np.asarray(factors, np.float32)[:, None] * np.ones(num_tokens, np.float32)
+    arguments = {"tokens": np.array(encoding.ids), **clm.sweep.change_durations(durations, change)}
+    sweep = Sweep(len(factors), num_tokens, lambda: arguments)
+    return PromptSweep(prompt, encoding.tokens, (0, num_tokens), factors, sweep)
 
 
-def interpolating(
+def interpolate_phrases(
     lm: clm.LanguageModel,
     tokenizer: tokenizers.Tokenizer,
     template: str,
     phrases: tuple[str, str],
     points: np.ndarray,
-    how: str = "linear",
-) -> Trial:
+    path: str = "linear",
+) -> PromptSweep:
     """The phrase in the template's slot turns from the first (at 0) into the second (at 1).
 
     Phrases of the same number of tokens turn into each other token by token. Others are aligned in
@@ -105,44 +105,58 @@ def interpolating(
         raise clm.InputError(f"the template {template!r} must hold {SLOT} once")
     if not all(phrase.strip() for phrase in phrases):
         raise clm.InputError(f"of {phrases[0]!r} and {phrases[1]!r} one is empty; give two words")
-    begin, rest = template.index(SLOT), len(template) - template.index(SLOT) - len(SLOT)
+    slot_begin = template.index(SLOT)
+    suffix_length = len(template) - slot_begin - len(SLOT)
     texts = [template.replace(SLOT, phrase) for phrase in phrases]
     encodings = [clm.tokenization.encode(tokenizer, text) for text in texts]
     spans = [
-        clm.tokenization.token_span(encoding, begin, len(text) - rest)
+        clm.tokenization.token_span(encoding, slot_begin, len(text) - suffix_length)
         for encoding, text in zip(encodings, texts, strict=True)
     ]
-    ids = [np.array(encoding.ids) for encoding in encodings]
-    before, after = (
-        [np.split(row, span)[part] for row, span in zip(ids, spans, strict=True)] for part in (0, 2)
+    token_ids = [np.array(encoding.ids) for encoding in encodings]
+    prefix_ids, suffix_ids = (
+        [np.split(row, span)[part] for row, span in zip(token_ids, spans, strict=True)]
+        for part in (0, 2)
     )
-    if not all(np.array_equal(first, second) for first, second in (before, after)):
+    if not all(np.array_equal(first, second) for first, second in (prefix_ids, suffix_ids)):
         raise clm.InputError(
             f"{phrases[0]!r} and {phrases[1]!r} cannot be aligned: the prompt around them is not"
             " split into the same tokens; choose other words"
         )
-    phrase_ids = [row[slice(*span)] for row, span in zip(ids, spans, strict=True)]
-    aligned = align(*map(len, phrase_ids))
-    n = len(before[0]) + len(aligned.ends) + len(after[0])
+    phrase_ids = [row[slice(*span)] for row, span in zip(token_ids, spans, strict=True)]
+    alignment = align_phrases(*map(len, phrase_ids))
+    num_tokens = len(prefix_ids[0]) + len(alignment.end_shares) + len(suffix_ids[0])
 
-    def arguments():
-        def rows(ids):
+    def make_arguments():
+        def embed(ids):
             return np.asarray(lm.params["embedding"][ids], np.float32)
 
         first, second = (
-            rows(row[index]) for row, index in zip(phrase_ids, aligned.tokens, strict=True)
+            embed(row[index])
+            for row, index in zip(phrase_ids, alignment.token_indices, strict=True)
         )
-        mixed = mix(first, second, points, how)
-        left, right = (np.repeat(rows(x[0])[None], len(points), axis=0) for x in (before, after))
-        embeddings = np.concatenate([left, mixed, right], axis=1)
-        return {"embeddings": embeddings, **aligned.timed(points, len(before[0]), len(after[0]))}
+        interpolated = interpolate_vectors(first, second, points, path)
+        prefix_embeddings, suffix_embeddings = (
+            np.repeat(embed(x[0])[None], len(points), axis=0) for x in (prefix_ids, suffix_ids)
+        )
+        embeddings = np.concatenate([prefix_embeddings, interpolated, suffix_embeddings], axis=1)
+        return {
+            "embeddings": embeddings,
+            **alignment.durations_and_times(points, len(prefix_ids[0]), len(suffix_ids[0])),
+        }
 
     begin, end = spans[0]
-    names = [np.array(e.tokens)[slice(*s)] for e, s in zip(encodings, spans, strict=True)]
-    around = encodings[0].tokens
-    tokens = [*around[:begin], *aligned.names(*names), *around[end:]]
-    span = (begin, begin + len(aligned.ends))
-    return Trial(template, tokens, span, points, Sweep(len(points), n, arguments))
+    phrase_tokens = [np.array(e.tokens)[slice(*s)] for e, s in zip(encodings, spans, strict=True)]
+    first_prompt_tokens = encodings[0].tokens
+    token_names = [
+        *first_prompt_tokens[:begin],
+        *alignment.sample_names(*phrase_tokens),
+        *first_prompt_tokens[end:],
+    ]
+    span = (begin, begin + len(alignment.end_shares))
+    return PromptSweep(
+        template, token_names, span, points, Sweep(len(points), num_tokens, make_arguments)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,61 +164,73 @@ class Alignment:
     """Two phrases in one span, sampled where a token of either ends.
 
     Attributes:
-      ends: when, as shares of the span, ascending [M].
-      tokens: which token of each phrase holds that moment, int [M] each.
-      weights: of the samples in each phrase, in its own tokens, [M] each; 0 where none of its ends.
+      end_shares: when, as shares of the span, ascending [num_samples].
+      token_indices: which token of each phrase holds that moment, int [num_samples] each.
+      sample_durations: of the samples in each phrase, in its own tokens, [num_samples] each; 0
+        where none of its ends.
     """
 
-    ends: np.ndarray
-    tokens: tuple[np.ndarray, np.ndarray]
-    weights: tuple[np.ndarray, np.ndarray]
+    end_shares: np.ndarray
+    token_indices: tuple[np.ndarray, np.ndarray]
+    sample_durations: tuple[np.ndarray, np.ndarray]
 
-    def timed(self, points: np.ndarray, before: int, after: int) -> dict[str, np.ndarray]:
+    def durations_and_times(
+        self, points: np.ndarray, num_before: int, num_after: int
+    ) -> dict[str, np.ndarray]:
         """durations and times [P, T] of the whole prompt: tokens before, samples, tokens after."""
-        share = np.asarray(points, np.float64)[:, None]
-        weights = (1 - share) * self.weights[0] + share * self.weights[1]
-        length = weights.sum(axis=1, keepdims=True)
+        fraction = np.asarray(points, np.float64)[:, None]
+        first, second = self.sample_durations
+        sample_durations = (1 - fraction) * first + fraction * second
+        span_length = sample_durations.sum(axis=1, keepdims=True)
         ones = np.ones((len(points), 1))
-        durations = np.concatenate([ones * np.ones(before), weights, ones * np.ones(after)], axis=1)
-        times = [ones * np.arange(1, before + 1), before + length * self.ends]
-        times.append(before + length + np.arange(1, after + 1))
+        durations = np.concatenate(
+            [ones * np.ones(num_before), sample_durations, ones * np.ones(num_after)], axis=1
+        )
+        times = [ones * np.arange(1, num_before + 1), num_before + span_length * self.end_shares]
+        times.append(num_before + span_length + np.arange(1, num_after + 1))
         return {
             "durations": durations.astype(np.float32),
             "times": np.concatenate(times, axis=1).astype(np.float32),
         }
 
-    def names(self, first: np.ndarray, second: np.ndarray) -> list[str]:
+    def sample_names(self, first_tokens: np.ndarray, second_tokens: np.ndarray) -> list[str]:
         """The samples, named by the tokens of both phrases."""
-        pairs = zip(first[self.tokens[0]], second[self.tokens[1]], strict=True)
+        pairs = zip(
+            first_tokens[self.token_indices[0]], second_tokens[self.token_indices[1]], strict=True
+        )
         return [f"{a}|{b}" for a, b in pairs]
 
 
-def align(first: int, second: int) -> Alignment:
+def align_phrases(num_first: int, num_second: int) -> Alignment:
     """The alignment of phrases of so many tokens."""
-    # In parts of the span, of which there are first times second.
-    ticks = np.union1d(second * np.arange(1, first + 1), first * np.arange(1, second + 1))
-    tokens = (-(-ticks // second) - 1, -(-ticks // first) - 1)
-    weights = ((ticks % second == 0) * 1.0, (ticks % first == 0) * 1.0)
-    return Alignment(ticks / (first * second), tokens, weights)
+    # In parts of the span, of which there are num_first times num_second.
+    ticks = np.union1d(
+        num_second * np.arange(1, num_first + 1), num_first * np.arange(1, num_second + 1)
+    )
+    token_indices = (-(-ticks // num_second) - 1, -(-ticks // num_first) - 1)
+    sample_durations = ((ticks % num_second == 0) * 1.0, (ticks % num_first == 0) * 1.0)
+    return Alignment(ticks / (num_first * num_second), token_indices, sample_durations)
 
 
-def mix(first: np.ndarray, second: np.ndarray, points: ArrayLike, how: str) -> np.ndarray:
-    """Vectors [P, M, D] between `first` and `second` [M, D].
+def interpolate_vectors(
+    first: np.ndarray, second: np.ndarray, points: ArrayLike, path: str
+) -> np.ndarray:
+    """Vectors [P, num_samples, D] between `first` and `second` [num_samples, D].
 
     "linear": along the straight line. "spherical": at constant angular speed in the plane of the
     two (Shoemake, SIGGRAPH 1985), the straight line where they are parallel.
     """
-    share = np.asarray(points, np.float32)[:, None, None]
-    if how == "linear":
-        return (1 - share) * first + share * second
-    if how != "spherical":
-        raise clm.InputError(f"interpolation is {how!r}; it must be 'linear' or 'spherical'")
-    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    cosine = np.clip(np.sum(first * second, axis=-1) / np.maximum(norms, 1e-30), -1, 1)
+    fraction = np.asarray(points, np.float32)[:, None, None]
+    if path == "linear":
+        return (1 - fraction) * first + fraction * second
+    if path != "spherical":
+        raise clm.InputError(f"interpolation is {path!r}; it must be 'linear' or 'spherical'")
+    norm_products = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    cosine = np.clip(np.sum(first * second, axis=-1) / np.maximum(norm_products, 1e-30), -1, 1)
     angle = np.arccos(cosine)[:, None]
     sine = np.sin(angle)
-    flat = sine < 1e-4
-    safe = np.where(flat, 1.0, sine)
-    a = np.where(flat, 1 - share, np.sin((1 - share) * angle) / safe)
-    b = np.where(flat, share, np.sin(share * angle) / safe)
-    return (a * first + b * second).astype(np.float32)
+    is_parallel = sine < 1e-4
+    safe_sine = np.where(is_parallel, 1.0, sine)
+    first_weight = np.where(is_parallel, 1 - fraction, np.sin((1 - fraction) * angle) / safe_sine)
+    second_weight = np.where(is_parallel, fraction, np.sin(fraction * angle) / safe_sine)
+    return (first_weight * first + second_weight * second).astype(np.float32)

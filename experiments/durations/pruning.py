@@ -15,70 +15,89 @@ from absl import flags
 from continuous_lm.analysis.attribution import log_probability
 from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import plots, pretrained, program, prompt
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
-_PROMPT = flags.DEFINE_string("prompt", prompt.PROMPT, "What the model reads.")
+_PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
 _ANSWER = flags.DEFINE_string(
     "answer", None, "What is kept, one token.  [default: the model's most probable answer]"
 )
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.1, "What its log probability may lose, in nats.", lower_bound=1e-3
 )
-_DESCENT = flags.DEFINE_integer("descent", 200, "Steps of gradient descent.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 200, "Steps of gradient descent.", lower_bound=1)
 
 
 def main() -> None:
     """Prune, verify, table, files."""
     folder = program.output_dir("pruning")
     lm, tokenizer = pretrained.load()
-    read = prompt.read(lm, tokenizer, _PROMPT.value, _ANSWER.value)
-    value = log_probability(lm, read.group, tokens=read.tokens)
-    plain = np.ones(len(read.tokens), np.float32)
-    pruned = prune(value, plain, tolerance=_TOLERANCE.value, steps=_DESCENT.value)
-    d = pruned.durations
-    kept = np.flatnonzero(d > 0)
+    answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
+    objective = log_probability(lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens)
+    ordinary_durations = np.ones(len(answered_prompt.tokens), np.float32)
+    pruned = prune(objective, ordinary_durations, tolerance=_TOLERANCE.value, steps=_STEPS.value)
+    pruned_durations = pruned.durations
+    remaining_tokens = np.flatnonzero(pruned_durations > 0)
 
-    before = float(value(jnp.asarray(plain)))
+    log_prob_before = float(objective(jnp.asarray(ordinary_durations)))
     # The plain model, to which no optimiser or absent token is known.
-    last = [] if d[-1] > 0 else [len(d) - 1]  # the query itself has a place, if no time
-    left = np.array([*kept, *last])
-    logits = lm(read.tokens[left], durations=d[left], at=-1)
-    after = float(jax.nn.logsumexp(jax.nn.log_softmax(logits)[jnp.array(read.group)]))
-    said = tokenizer.id_to_token(int(np.asarray(logits).argmax()))
+    # The query itself has a place, if no time.
+    query_index = [] if pruned_durations[-1] > 0 else [len(pruned_durations) - 1]
+    model_indices = np.array([*remaining_tokens, *query_index])
+    logits = lm(
+        answered_prompt.tokens[model_indices],
+        durations=pruned_durations[model_indices],
+        position=-1,
+    )
+    log_prob_after = float(
+        jax.nn.logsumexp(jax.nn.log_softmax(logits)[jnp.array(answered_prompt.answer_tokens)])
+    )
+    top_token = tokenizer.id_to_token(int(np.asarray(logits).argmax()))
 
     title = (
-        f"{read.answer!r}: {d[1:].sum():.2f} of {len(d) - 1} left, log probability {before:.3f} to"
-        f" {after:.3f}"
+        f"{answered_prompt.answer!r}: {pruned_durations[1:].sum():.2f} of"
+        f" {len(pruned_durations) - 1} left, log probability {log_prob_before:.3f} to"
+        f" {log_prob_after:.3f}"
     )
-    figure = plots.durations_over_text(read.pieces, read.gaps, {"pruned": d}, title=title)
-    if not processes.is_first():
+    figure = plots.durations_over_text(
+        answered_prompt.token_texts,
+        answered_prompt.separators,
+        {"pruned": pruned_durations},
+        title=title,
+    )
+    if not processes.is_first_process():
         return
-    with written_aside(folder) as aside:
-        plots.save(figure, aside, "pruning")
+    with write_atomically(folder) as staging_folder:
+        plots.save(figure, staging_folder, "pruning")
         write_json(
-            aside / "pruning.json",
+            staging_folder / "pruning.json",
             {
-                "prompt": read.text,
-                "pieces": list(read.pieces),
-                "answer": read.answer,
-                "durations": d.tolist(),
-                "kept": kept.tolist(),
-                "total": {"before": len(d) - 1, "after": float(d[1:].sum())},
-                "log_probability": {"before": before, "after": after},
-                "says": said,
+                "prompt": answered_prompt.text,
+                "pieces": list(answered_prompt.token_texts),
+                "answer": answered_prompt.answer,
+                "durations": pruned_durations.tolist(),
+                "kept": remaining_tokens.tolist(),
+                "total": {
+                    "before": len(pruned_durations) - 1,
+                    "after": float(pruned_durations[1:].sum()),
+                },
+                "log_probability": {"before": log_prob_before, "after": log_prob_after},
+                "says": top_token,
                 "evaluations": pruned.evaluations,
                 "run": program.record(),
             },
         )
-    print(f"{read.text}\n\n{title}\n")
+    print(f"{answered_prompt.text}\n\n{title}\n")
     print(f"{'token':<14} {'duration':>9}")
-    for j in kept:
-        print(f"{read.pieces[j]:<14} {d[j]:9.3f}")
-    print(f"\n{len(kept)} of {len(d)} tokens are left, and the model says {said!r}.")
+    for j in remaining_tokens:
+        print(f"{answered_prompt.token_texts[j]:<14} {pruned_durations[j]:9.3f}")
+    print(
+        f"\n{len(remaining_tokens)} of {len(pruned_durations)} tokens are left, and the model"
+        f" says {top_token!r}."
+    )
     print(f"\n{folder}/pruning.json, .png, .pdf")
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True)
+    program.run(main, supports_mesh=True)

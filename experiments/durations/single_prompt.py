@@ -12,20 +12,20 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.analysis.sweep import pmap_sweep
 from continuous_lm.experiments.common import answer_curves, plots, program
-from continuous_lm.experiments.durations.prompt_sweeps import Trial
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.experiments.durations.prompt_sweeps import PromptSweep
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
-MOST = 20  # tokens that are tracked because they reach a threshold
+MAX_TRACKED_TOKENS = 20  # tokens that are tracked because they reach a threshold
 
 _PROMPT = flags.DEFINE_string("prompt", None, "A prompt of your own, instead of the paper's.")
 _PATH = flags.DEFINE_enum(
     "path", "linear", ["linear", "spherical"], "Of an interpolation between embeddings."
 )
 _POINTS = flags.DEFINE_integer("points", 100, "Points of the sweep.", lower_bound=2)
-_LEAST = flags.DEFINE_float(
-    "least", 0.1, "The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
+_MIN_FACTOR = flags.DEFINE_float(
+    "min_factor", 0.1, "The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
 )
 _THRESHOLD = flags.DEFINE_float(
     "threshold",
@@ -34,24 +34,24 @@ _THRESHOLD = flags.DEFINE_float(
     lower_bound=0.0,
     upper_bound=1.0,
 )
-_VARY = flags.DEFINE_enum(
-    "vary",
+_CHANGE = flags.DEFINE_enum(
+    "change",
     "both",
     ["both", "mass", "times"],
     "Change the weights of keys, their rotary times, or both.",
 )
-_TRACKING = flags.DEFINE_enum(
-    "tracking",
+_ANSWER_TOKENS = flags.DEFINE_enum(
+    "answer_tokens",
     "exact",
-    list(answer_curves.TRACKING),
+    list(answer_curves.ANSWER_TOKEN_RULES),
     "Tokens of an answer: its spellings, or all that contain it.",
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Points computed at once.", lower_bound=1)
 
 
-def points(least: float | None = None, most: float = 1.0) -> np.ndarray:
-    """What the sweep runs over; from --least if `least` is left out."""
-    return np.linspace(_LEAST.value if least is None else least, most, _POINTS.value)
+def sweep_points(start: float | None = None, stop: float = 1.0) -> np.ndarray:
+    """What the sweep runs over; from --min_factor if `start` is left out."""
+    return np.linspace(_MIN_FACTOR.value if start is None else start, stop, _POINTS.value)
 
 
 def prompt() -> str | None:
@@ -64,9 +64,9 @@ def path() -> str:
     return _PATH.value
 
 
-def vary() -> str:
-    """--vary."""
-    return _VARY.value
+def duration_change() -> str:
+    """--change."""
+    return _CHANGE.value
 
 
 def batch_size() -> int:
@@ -74,15 +74,15 @@ def batch_size() -> int:
     return _BATCH_SIZE.value
 
 
-def tracked(
-    tokenizer: tokenizers.Tokenizer, answers: Sequence[str] | Mapping[str, Sequence[str]]
+def find_answer_tokens(
+    tokenizer: tokenizers.Tokenizer, answer_texts: Sequence[str] | Mapping[str, Sequence[str]]
 ) -> dict[str, list[int]]:
-    """Answer -> the tokens that count for it, as --tracking says."""
-    return answer_curves.tracked(tokenizer, answers, _TRACKING.value)
+    """Answer -> the tokens that count for it, as --answer_tokens says."""
+    return answer_curves.find_answer_tokens(tokenizer, answer_texts, _ANSWER_TOKENS.value)
 
 
-def reached(
-    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, trial: Trial
+def find_tokens_above_threshold(
+    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, prompt_sweep: PromptSweep
 ) -> dict[str, list[int]]:
     """Every token whose probability reaches --threshold anywhere on the sweep, by its text.
 
@@ -90,108 +90,123 @@ def reached(
       clm.InputError: if no token does.
     """
     threshold = _THRESHOLD.value
-    tokens = clm.sweep.reached(
-        lm, threshold, batch_size=_BATCH_SIZE.value, **trial.sweep.arguments()
+    tokens = clm.sweep.tokens_above(
+        lm, threshold, batch_size=_BATCH_SIZE.value, **prompt_sweep.sweep.make_arguments()
     )
     if not tokens:
         raise clm.InputError(f"no token reaches a probability of {threshold:g}; lower --threshold")
-    found: dict[str, list[int]] = {}
-    for token in tokens[:MOST]:
+    tokens_by_text: dict[str, list[int]] = {}
+    for token in tokens[:MAX_TRACKED_TOKENS]:
         text = tokenizer.decode([token], skip_special_tokens=False).strip()
-        whole = text and "\ufffd" not in text  # not a part of a character
-        found.setdefault(text if whole else _name(tokenizer, token), []).append(token)
-    return found
+        is_whole_text = text and "\ufffd" not in text  # not a part of a character
+        tokens_by_text.setdefault(
+            text if is_whole_text else _token_name(tokenizer, token), []
+        ).append(token)
+    return tokens_by_text
 
 
-def _name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
+def _token_name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
     """As the tokenizer names it; a model may have more tokens than its tokenizer."""
     return tokenizer.id_to_token(token) or f"token {token}"
 
 
-def ideal(count: int, factors: np.ndarray) -> dict[str, float]:
+def transition_points(count: int, factors: np.ndarray) -> dict[str, float]:
     """Where a count of mass would change its answer, (k + 1/2) / count, if the sweep gets there."""
-    found = {f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)}
-    return {label: point for label, point in found.items() if point >= factors[0]}
+    points_by_label = {f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)}
+    return {label: point for label, point in points_by_label.items() if point >= factors[0]}
 
 
-def run(
-    lm: clm.LanguageModel, trial: Trial, answers: Mapping[str, Sequence[int]], label: str | None
+def run_sweep(
+    lm: clm.LanguageModel,
+    prompt_sweep: PromptSweep,
+    answer_tokens: Mapping[str, Sequence[int]],
+    progress_label: str | None,
 ) -> answer_curves.Curves:
-    """The sweep of one trial, with a progress bar if it has a label."""
-    groups = list(answers.values())
-    if program.pmap():
-        probabilities = pmap_sweep(lm, groups, devices=None, **trial.sweep.arguments())
+    """The sweep of one prompt, with a progress bar if it has a label."""
+    groups = list(answer_tokens.values())
+    if program.uses_pmap():
+        probabilities = pmap_sweep(lm, groups, devices=None, **prompt_sweep.sweep.make_arguments())
     else:
         probabilities = clm.sweep.probabilities(
             lm,
             groups,
             batch_size=_BATCH_SIZE.value,
-            progress=label if processes.is_first() else None,
-            **trial.sweep.arguments(),
+            progress=progress_label if processes.is_first_process() else None,
+            **prompt_sweep.sweep.make_arguments(),
         )
-    return answer_curves.Curves(trial.points, tuple(answers), probabilities)
+    return answer_curves.Curves(prompt_sweep.points, tuple(answer_tokens), probabilities)
 
 
-def together(
+def run_group(
     lm: clm.LanguageModel,
     groups: Sequence[Sequence[int]],
     sweeps: Sequence[clm.sweep.Sweep],
     batch_size: int,
-    pmap: bool,
+    use_pmap: bool,
 ) -> list[np.ndarray]:
-    """The probabilities of a set of sweeps that `clm.sweep.plan` has made."""
-    if pmap:
-        return [pmap_sweep(lm, groups, devices=None, **swept.arguments()) for swept in sweeps]
-    return clm.sweep.together(lm, groups, sweeps, batch_size)
+    """The probabilities of a set of sweeps that `clm.sweep.group_by_program` has put together."""
+    if use_pmap:
+        return [pmap_sweep(lm, groups, devices=None, **sweep.make_arguments()) for sweep in sweeps]
+    return clm.sweep.run_group(lm, groups, sweeps, batch_size)
 
 
-def run_all(
-    lm: clm.LanguageModel, all_trials: Mapping[Any, Trial], answers: Mapping[str, Sequence[int]]
+def run_sweeps(
+    lm: clm.LanguageModel,
+    prompt_sweeps: Mapping[Any, PromptSweep],
+    answer_tokens: Mapping[str, Sequence[int]],
 ) -> dict[Any, answer_curves.Curves]:
-    """The sweeps of many trials, several at once."""
-    keys = list(all_trials)
-    sweeps = [trial.sweep for trial in all_trials.values()]
-    found: dict[int, np.ndarray] = {}
-    for indices in tqdm.tqdm(clm.sweep.plan(lm, sweeps, _BATCH_SIZE.value), unit="batch"):
-        chosen = [sweeps[i] for i in indices]
-        rows = together(lm, list(answers.values()), chosen, _BATCH_SIZE.value, program.pmap())
-        found |= zip(indices, rows, strict=True)
-    names = tuple(answers)
+    """The sweeps of many prompts, several at once."""
+    keys = list(prompt_sweeps)
+    sweeps = [prompt_sweep.sweep for prompt_sweep in prompt_sweeps.values()]
+    probabilities_by_index: dict[int, np.ndarray] = {}
+    for indices in tqdm.tqdm(
+        clm.sweep.group_by_program(lm, sweeps, _BATCH_SIZE.value), unit="batch"
+    ):
+        group_sweeps = [sweeps[i] for i in indices]
+        rows = run_group(
+            lm, list(answer_tokens.values()), group_sweeps, _BATCH_SIZE.value, program.uses_pmap()
+        )
+        probabilities_by_index |= zip(indices, rows, strict=True)
+    answer_texts = tuple(answer_tokens)
     return {
-        key: answer_curves.Curves(all_trials[key].points, names, found[i])
+        key: answer_curves.Curves(
+            prompt_sweeps[key].points, answer_texts, probabilities_by_index[i]
+        )
         for i, key in enumerate(keys)
     }
 
 
-def write(
+def write_results(
     folder: pathlib.Path,
     name: str,
     tokenizer: tokenizers.Tokenizer,
-    trial: Trial,
-    answers: Mapping[str, Sequence[int]],
-    result: answer_curves.Curves,
+    prompt_sweep: PromptSweep,
+    answer_tokens: Mapping[str, Sequence[int]],
+    answer_curves: answer_curves.Curves,
     *,
     xlabel: str,
-    point: str = "duration factor",
+    point_name: str = "duration factor",
     marks: Mapping[str, float] | None = None,
 ) -> None:
-    """Writes the figure and every number of a trial, and prints its table; process 0 alone."""
-    if not processes.is_first():
+    """Writes the figure and every number of a sweep, and prints its table; process 0 alone."""
+    if not processes.is_first_process():
         return
-    figure = plots.answer_curves(result, xlabel=xlabel, title=trial.prompt, marks=dict(marks or {}))
-    spelled = {a: [_name(tokenizer, t) for t in ids] for a, ids in answers.items()}
-    with written_aside(folder) as aside:
-        plots.save(figure, aside, name)
+    figure = plots.answer_curves(
+        answer_curves, xlabel=xlabel, title=prompt_sweep.prompt, marks=dict(marks or {})
+    )
+    token_names = {a: [_token_name(tokenizer, t) for t in ids] for a, ids in answer_tokens.items()}
+    with write_atomically(folder) as staging_folder:
+        plots.save(figure, staging_folder, name)
         write_json(
-            aside / f"{name}.json",
+            staging_folder / f"{name}.json",
             {
-                **trial.as_json(),
-                "tracked": spelled,
-                "curves": result.as_json(),
+                **prompt_sweep.as_json(),
+                "tracked": token_names,
+                "curves": answer_curves.as_json(),
                 "run": program.record(),
             },
         )
-    print(f"{trial.prompt}\n\n{result.as_table(point)}\n")
-    if result.probabilities.sum(axis=1).max() < 0.5:
+    print(f"{prompt_sweep.prompt}\n\n{answer_curves.as_table(point_name)}\n")
+    if answer_curves.probabilities.sum(axis=1).max() < 0.5:
         print("What is tracked never gets half of the probability: this model answers otherwise.\n")
     print(f"{folder}/{name}.json, .png, .pdf")

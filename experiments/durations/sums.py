@@ -27,34 +27,42 @@ def prompt_and_span(
 ) -> tuple[str, tuple[int, int]]:
     """The prompt, and the characters of the number that shrinks (1 or 2)."""
     first, second = (" ".join(number) if spaced else number for number in numbers)
-    before = f"The sum of {first} and " if shrink == 2 else "The sum of "
-    varied = second if shrink == 2 else first
-    return f"The sum of {first} and {second} is ", (len(before), len(before) + len(varied))
+    prefix = f"The sum of {first} and " if shrink == 2 else "The sum of "
+    shrinking_number = second if shrink == 2 else first
+    return f"The sum of {first} and {second} is ", (
+        len(prefix),
+        len(prefix) + len(shrinking_number),
+    )
 
 
 def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("sums")
     lm, tokenizer = pretrained.load()
-    embedded = pretrained.is_bundled()
-    numbers = _NUMBERS.value or (["4", "3"] if embedded else ["24", "13"])
+    is_bundled = pretrained.is_bundled()
+    numbers = _NUMBERS.value or (["4", "3"] if is_bundled else ["24", "13"])
     if len(numbers) != 2 or not all(n.isdecimal() and n.isascii() for n in numbers):
         raise clm.InputError(f"--numbers is {','.join(numbers)}; give two whole numbers, as 24,13")
     first, second = numbers
-    prompt, characters = prompt_and_span((first, second), int(_SHRINK.value), _SPACED.value)
-    sums = [str(i) for i in range(19)] if embedded else clm.tokenization.DIGITS
-    factors, answers = single_prompt.points(), single_prompt.tracked(tokenizer, sums)
-    trial = prompt_sweeps.shrinking(tokenizer, prompt, characters, factors, single_prompt.vary())
-    single_prompt.write(
+    prompt, character_span = prompt_and_span((first, second), int(_SHRINK.value), _SPACED.value)
+    possible_sums = [str(i) for i in range(19)] if is_bundled else clm.tokenization.DIGITS
+    factors, answer_tokens = (
+        single_prompt.sweep_points(),
+        single_prompt.find_answer_tokens(tokenizer, possible_sums),
+    )
+    prompt_sweep = prompt_sweeps.shrink_span(
+        tokenizer, prompt, character_span, factors, single_prompt.duration_change()
+    )
+    single_prompt.write_results(
         folder,
         "sums",
         tokenizer,
-        trial,
-        answers,
-        single_prompt.run(lm, trial, answers, "sums"),
+        prompt_sweep,
+        answer_tokens,
+        single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "sums"),
         xlabel=f"duration of each token of {numbers[int(_SHRINK.value) - 1]}",
     )
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True, pmaps=True)
+    program.run(main, supports_mesh=True, supports_pmap=True)

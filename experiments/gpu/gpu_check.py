@@ -29,7 +29,7 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import program, tables
 from continuous_lm.experiments.gpu import attention_checks, isolated_checks, model_checks
 from continuous_lm.experiments.gpu.isolated_checks import Check
-from continuous_lm.io.atomic_files import as_path, written_aside
+from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import write_json
 
 _ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "Without a GPU, run everything tiny on the CPU.")
@@ -43,17 +43,17 @@ class Section(NamedTuple):
 
 
 SECTIONS: Mapping[str, Section] = {
-    "attention": Section(attention_checks.section, 140.0),
-    "sweep": Section(model_checks.sweep, 80.0),
-    "generation": Section(model_checks.generation, 70.0),
-    "training": Section(model_checks.training, 50.0),
-    "benchmark": Section(model_checks.benchmark, 80.0),
+    "attention": Section(attention_checks.attention_section, 140.0),
+    "sweep": Section(model_checks.sweep_section, 80.0),
+    "generation": Section(model_checks.generation_section, 70.0),
+    "training": Section(model_checks.training_section, 50.0),
+    "benchmark": Section(model_checks.benchmark_section, 80.0),
 }
-START = 40.0  # seconds until the device must have been found
+DEVICE_SECONDS = 40.0  # seconds until the device must have been found
 _SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), f"Of {', '.join(SECTIONS)}.")
 
 
-def chosen(names: Sequence[str]) -> dict[str, Section]:
+def select_sections(names: Sequence[str]) -> dict[str, Section]:
     """The sections of these names.
 
     Raises:
@@ -66,7 +66,7 @@ def chosen(names: Sequence[str]) -> dict[str, Section]:
     return {name: SECTIONS[name] for name in names}
 
 
-def look(tiny: bool) -> Iterator[dict[str, Any]]:
+def describe_device(tiny: bool) -> Iterator[dict[str, Any]]:
     """What device there is; it is asked for in a process of its own, which may fail or hang."""
     del tiny
     device = jax.devices()[0]
@@ -79,38 +79,40 @@ def look(tiny: bool) -> Iterator[dict[str, Any]]:
     }
 
 
-def found_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
-    """What `look` finds.
+def find_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
+    """What `describe_device` finds.
 
     Raises:
       InputError: if it is no GPU (or TPU), unless the CPU is allowed.
     """
-    log = as_path(folder) / "device.log"
-    found = next(isolated_checks.apart(look, False, START, log))
-    if isinstance(found, Check):
-        raise InputError(f"JAX finds no device: {found.note}; what it printed is in {log}")
-    if found["platform"] == "cpu" and not allow_cpu:
+    log = absolute_path(folder) / "device.log"
+    device_record = next(
+        isolated_checks.run_in_process(describe_device, False, DEVICE_SECONDS, log)
+    )
+    if isinstance(device_record, Check):
+        raise InputError(f"JAX finds no device: {device_record.note}; what it printed is in {log}")
+    if device_record["platform"] == "cpu" and not allow_cpu:
         raise InputError(
             f"no GPU: JAX {jax.__version__} of {sys.executable} finds the CPU alone; install"
             " 'jax[cuda12]' or 'jax[cuda13]' there, choose another python, or give --allow_cpu;"
             f" what JAX printed is in {log}"
         )
-    return found
+    return device_record
 
 
-def checked(
+def run_sections(
     sections: Mapping[str, Section], tiny: bool, folder: os.PathLike, device: str
 ) -> dict[str, list[Check]]:
     """The rows of every section, each printed when it is there."""
     rows: dict[str, list[Check]] = {}
-    until = time.monotonic()
+    deadline = time.monotonic()
     for name, section in sections.items():
-        until += section.seconds
-        left, log = until - time.monotonic(), as_path(folder) / f"{name}.log"
+        deadline += section.seconds
+        seconds_left, log = deadline - time.monotonic(), absolute_path(folder) / f"{name}.log"
         rows[name] = []
-        for check in isolated_checks.apart(section.run, tiny, left, log):
+        for check in isolated_checks.run_in_process(section.run, tiny, seconds_left, log):
             rows[name].append(check)
-            cells = [cell for cell in as_cells(name, check, device) if cell]
+            cells = [cell for cell in table_cells(name, check, device) if cell]
             print(" | ".join(map(str, cells)), flush=True)
         if not rows[name]:
             rows[name].append(Check("all of it", isolated_checks.NOT_RUN, note="it has no rows"))
@@ -120,29 +122,29 @@ def checked(
 # --- What it says ---------------------------------------------------------------------------------
 
 
-def as_cells(section: str, check: Check, device: str) -> list[tables.Cell]:
+def table_cells(section: str, check: Check, device: str) -> list[tables.Cell]:
     """A row of the table."""
     value = None if check.value is None else f"{check.value:.3g}"
     words = check.unit or None, check.target or None
     return [section, check.what, value, *words, check.verdict, device, check.note or None]
 
 
-def table(rows: Mapping[str, Sequence[Check]], device: str) -> tables.Table:
+def make_table(rows: Mapping[str, Sequence[Check]], device: str) -> tables.Table:
     """All rows, for people."""
     heads = ("section", "what", "value", "unit", "tolerance or target", "verdict", "card", "note")
-    cells = [as_cells(name, check, device) for name, checks in rows.items() for check in checks]
+    cells = [table_cells(name, check, device) for name, checks in rows.items() for check in checks]
     caption = f"Checks on {device}"
     return tables.Table("gpu", caption, [tables.Column(head) for head in heads], cells)
 
 
-def summary(rows: Mapping[str, Sequence[Check]]) -> str:
+def summarize(rows: Mapping[str, Sequence[Check]]) -> str:
     """The last line.
 
-    >>> summary({"attention": [Check("dense", checking.OK), Check("cudnn", checking.UNSUPPORTED)]})
-    'passed 1 / FAILED 0 / not run 0 / not supported 1 / only measured 0 / below target 0'
+    >>> summary({"attention": [Check("dense", isolated_checks.OK)]})
+    'passed 1 / FAILED 0 / not run 0 / not supported 0 / only measured 0 / below target 0'
     """
     count = Counter(check.verdict for checks in rows.values() for check in checks)
-    named = {
+    verdicts = {
         "passed": isolated_checks.OK,
         "FAILED": isolated_checks.FAILED,
         "not run": isolated_checks.NOT_RUN,
@@ -150,33 +152,40 @@ def summary(rows: Mapping[str, Sequence[Check]]) -> str:
         "only measured": isolated_checks.MEASURED,
         "below target": isolated_checks.MISSED,
     }
-    return " / ".join(f"{words} {count[verdict]}" for words, verdict in named.items())
+    return " / ".join(f"{words} {count[verdict]}" for words, verdict in verdicts.items())
 
 
 def main() -> None:
     """Rows, a table, files."""
     begin = time.monotonic()
-    folder, sections = program.output_dir("gpu"), chosen(_SECTIONS.value)
+    folder, sections = program.output_dir("gpu"), select_sections(_SECTIONS.value)
     folder.mkdir(parents=True, exist_ok=True)
     # Other processes use the device too, PyTorch in the same one: JAX must not take all its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms and "cpu" not in platforms:  # which numbers are compared with
         os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
-    found = found_device(folder, _ALLOW_CPU.value)
-    tiny = found["platform"] == "cpu"
-    device = "cpu" if tiny else found["device"]
+    device_record = find_device(folder, _ALLOW_CPU.value)
+    tiny = device_record["platform"] == "cpu"
+    device = "cpu" if tiny else device_record["device"]
     print("cpu: figures mean nothing\n" if tiny else f"{device}, JAX {jax.__version__}\n")
-    rows = checked(sections, tiny, folder, device)
-    last, made = summary(rows), table(rows, device).as_text()
+    rows = run_sections(sections, tiny, folder, device)
+    summary_line, table_text = summarize(rows), make_table(rows, device).as_text()
     seconds = time.monotonic() - begin
-    with written_aside(folder) as aside:
-        of_sections = {name: [dataclasses.asdict(check) for check in rows[name]] for name in rows}
-        run = program.settings() | found | {"seconds": seconds}
-        write_json(aside / "gpu.json", {"sections": of_sections, "summary": last, "run": run})
-        (aside / "gpu.txt").write_text(f"{made}\n\n{last}\n", encoding="utf-8")
-    print(f"\n{made}\n\n{folder}: gpu.json, gpu.txt, and a log of each section; {seconds:.0f} s")
-    print("cpu: figures mean nothing\n" * tiny + last, flush=True)
+    with write_atomically(folder) as staging_folder:
+        section_rows = {name: [dataclasses.asdict(check) for check in rows[name]] for name in rows}
+        run = program.settings() | device_record | {"seconds": seconds}
+        write_json(
+            staging_folder / "gpu.json",
+            {"sections": section_rows, "summary": summary_line, "run": run},
+        )
+        (staging_folder / "gpu.txt").write_text(
+            f"{table_text}\n\n{summary_line}\n", encoding="utf-8"
+        )
+    print(
+        f"\n{table_text}\n\n{folder}: gpu.json, gpu.txt, and a log of each section; {seconds:.0f} s"
+    )
+    print("cpu: figures mean nothing\n" * tiny + summary_line, flush=True)
     if any(check.verdict == isolated_checks.FAILED for checks in rows.values() for check in checks):
         sys.exit(1)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from continuous_lm.experiments.benchmarks.timing import Row, Target, quantity
+from continuous_lm.experiments.benchmarks.timing import Row, Target, format_quantity
 
 OK, FAILED, MISSED = "ok", "FAILED", "missed"
 MEASURED, UNSUPPORTED, NOT_RUN = "measured", "not supported", "not run"
@@ -46,21 +46,23 @@ class Check:
     note: str = ""
 
 
-def judged(what: str, value: float, target: Target, unit: str = "", note: str = "") -> Check:
+def check_against_target(
+    what: str, value: float, target: Target, unit: str = "", note: str = ""
+) -> Check:
     """The row of a number that must meet its target; one that is not finite never does."""
     if not math.isfinite(value):
         return Check(what, FAILED, None, unit, str(target), f"it is {value}; {note}".rstrip("; "))
-    return Check(what, OK if target.met(value) else FAILED, value, unit, str(target), note)
+    return Check(what, OK if target.is_met(value) else FAILED, value, unit, str(target), note)
 
 
-def measured(row: Row) -> Check:
+def check_from_row(row: Row) -> Check:
     """A row of the benchmark."""
-    verdict = {True: OK, False: MISSED, None: MEASURED}[row.met]
+    verdict = {True: OK, False: MISSED, None: MEASURED}[row.is_met]
     target = "" if row.target is None else str(row.target)
     if row.value is None:
         verdict = NOT_RUN
     sides = [
-        f"{side} {quantity(value, row.unit)}"
+        f"{side} {format_quantity(value, row.unit)}"
         for side, value in (("ours", row.ours), ("theirs", row.theirs))
         if value is not None
     ]
@@ -68,16 +70,16 @@ def measured(row: Row) -> Check:
     return Check(row.what, verdict, row.value, target=target, note=note)
 
 
-def guarded(what: str, make: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+def run_guarded(what: str, make: Callable[[], Iterable[Check]]) -> Iterator[Check]:
     """The rows that `make` gives; if it raises, a row in place of those that are missing."""
     try:
         yield from make()
     except Exception as error:
         traceback.print_exc()
-        yield Check(what, FAILED, note=in_a_line(error))
+        yield Check(what, FAILED, note=one_line(error))
 
 
-def in_a_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Its type and the beginning of what it says."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -85,7 +87,7 @@ def in_a_line(error: BaseException) -> str:
 # --- In a process of its own --------------------------------------------------------------------
 
 
-def apart(
+def run_in_process(
     section: Callable[[bool], Iterable[Any]], tiny: bool, seconds: float, log: pathlib.Path
 ) -> Iterator[Any]:
     """What `section(tiny)` gives, item by item, made in a new process.
@@ -100,15 +102,15 @@ def apart(
     """
     begin = time.monotonic()
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    process = context.Process(target=_serve, args=(there, section, tiny, log, cache))
+    process = context.Process(target=_run_in_child, args=(sender, section, tiny, log, cache))
     process.start()
-    there.close()
+    sender.close()
     grace = 5.0  # in which a process may end by itself
     try:
-        while here.poll(max(0.0, begin + seconds - time.monotonic())):
-            item = here.recv()
+        while receiver.poll(max(0.0, begin + seconds - time.monotonic())):
+            item = receiver.recv()
             if item is None:
                 return
             yield item
@@ -117,9 +119,9 @@ def apart(
         yield Check("all of it", FAILED, note=why)
     except EOFError:
         process.join(grace)
-        yield Check("all of it", FAILED, note=f"{_ending(process.exitcode)}; see {log.name}")
+        yield Check("all of it", FAILED, note=f"{_describe_exit(process.exitcode)}; see {log.name}")
     finally:
-        here.close()
+        receiver.close()
         process.join(grace)
         if process.is_alive() and process.pid is not None:
             for kill in (os.killpg, os.kill):  # it may not lead a group yet
@@ -128,14 +130,14 @@ def apart(
             process.join(5.0)
 
 
-def _ending(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     """How a process ended, in words."""
     if status is not None and status < 0:
         return f"the process was ended by {signal.Signals(-status).name}"
     return f"the process ended with status {status}"
 
 
-def _serve(
+def _run_in_child(
     pipe: Connection,
     section: Callable[[bool], Iterable[Any]],
     tiny: bool,
@@ -148,6 +150,6 @@ def _serve(
         os.dup2(descriptor, stream)
     if cache is not None:
         jax.config.update("jax_compilation_cache_dir", cache)
-    for item in guarded("all of it", lambda: section(tiny)):
+    for item in run_guarded("all of it", lambda: section(tiny)):
         pipe.send(item)
     pipe.send(None)

@@ -21,17 +21,17 @@ from matplotlib.figure import Figure
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.experiments.studies import metrics
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import read_json, write_json
 
 _STUDIES = flags.DEFINE_list("studies", None, "Folders with a study.json each.")
 
 DIGITS = tuple("0123456789")
 YES_NO = ("Yes", "No")
-KINDS = {"neither": "neither", "first": "one", "second": "one", "both": "both"}
-GLOBAL = "Global"
+QUESTION_KIND_GROUPS = {"neither": "neither", "first": "one", "second": "one", "both": "both"}
+GLOBAL_ROW = "Global"
 
-Numbers = dict[str, Any]  # of one model, or of all: what analysis.json holds
+MetricValues = dict[str, Any]  # of one model, or of all: what analysis.json holds
 
 
 # --- Reading ----------------------------------------------------------------------------------
@@ -39,14 +39,14 @@ Numbers = dict[str, Any]  # of one model, or of all: what analysis.json holds
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One sweep of a study: answer -> probabilities [P] at `points` [P]; `about` is its prompt."""
+    """One sweep of a study: answer -> probabilities [P] at `points` [P]; `fields` is its prompt."""
 
-    about: Mapping[str, Any]
+    fields: Mapping[str, Any]
     points: np.ndarray
     curves: Mapping[str, np.ndarray]
 
-    def table(self, answers: Sequence[str]) -> np.ndarray:
-        """[P, C]: the curves of `answers`."""
+    def answer_matrix(self, answers: Sequence[str]) -> np.ndarray:
+        """[P, A]: the curves of `answers`."""
         return np.stack([self.curves[answer] for answer in answers], axis=1)
 
 
@@ -55,7 +55,7 @@ class Study:
     """The stored results of one study with one model.
 
     Attributes:
-        name: Which of `STUDIES`.
+        name: Which of `STUDY_SPECS`.
         model: Whatever the study calls it.
         records: Those that could be computed.
         failed: The other records' indices, with the reasons.
@@ -69,78 +69,84 @@ class Study:
     source: Mapping[str, Any]
 
 
-def read(folder: str | pathlib.Path) -> Study:
+def read_study(folder: str | pathlib.Path) -> Study:
     """The study.json in `folder`.
 
     Raises:
       InputError: naming the folder, the record and the field that is not as it must be.
     """
     path = pathlib.Path(folder) / "study.json"
-    values = read_json(path)
+    stored_study = read_json(path)
     with about(str(path)):
-        name, model = _get(values, "study", str), _get(values, "model", str)
-        if name not in STUDIES:
-            raise InputError(f"study is {name!r}; known are {', '.join(STUDIES)}")
-        if not model.strip() or model == GLOBAL:
+        name, model = _get_field(stored_study, "study", str), _get_field(stored_study, "model", str)
+        if name not in STUDY_SPECS:
+            raise InputError(f"study is {name!r}; known are {', '.join(STUDY_SPECS)}")
+        if not model.strip() or model == GLOBAL_ROW:
             raise InputError(f"model is {model!r}; give it a name of its own")
         records: dict[int, Record] = {}
         failed: dict[int, str] = {}
-        for place, value in enumerate(_get(values, "records", list)):
-            if not isinstance(value, dict):
-                raise InputError(f"records[{place}] must be an object; run the study again")
-            with about(f"records[{place}]"):
-                index = _get(value, "index", int)
+        for position, stored_record in enumerate(_get_field(stored_study, "records", list)):
+            if not isinstance(stored_record, dict):
+                raise InputError(f"records[{position}] must be an object; run the study again")
+            with about(f"records[{position}]"):
+                index = _get_field(stored_record, "index", int)
             with about(f"record {index}"):
                 if index in records or index in failed:
                     raise InputError("its index occurs twice; keep one of the two records")
-                if "failed" in value:
-                    failed[index] = _get(value, "failed", str)
+                if "failed" in stored_record:
+                    failed[index] = _get_field(stored_record, "failed", str)
                 else:
-                    records[index] = _record(value, STUDIES[name])
+                    records[index] = _parse_record(stored_record, STUDY_SPECS[name])
         if not records:
             reason = f", the first since {next(iter(failed.values()))}" if failed else ""
             raise InputError(
                 f"no record could be analysed: {len(failed)} of {len(failed)} failed{reason};"
                 " run the study on prompts that this model can read"
             )
-    source = {"folder": str(folder), "run": values.get("run")}
+    source = {"folder": str(folder), "run": stored_study.get("run")}
     return Study(name, model, tuple(records.values()), failed, source)
 
 
-def read_all(folders: Iterable[str]) -> dict[str, list[Study]]:
+def read_studies(folders: Iterable[str]) -> dict[str, list[Study]]:
     """Study name -> its studies, one a model, both in the order given."""
-    found: dict[str, list[Study]] = {}
+    studies_by_name: dict[str, list[Study]] = {}
     for folder in folders:
-        study = read(folder)
-        others = found.setdefault(study.name, [])
-        for other in others:
-            if other.model == study.model:
+        study = read_study(folder)
+        same_name_studies = studies_by_name.setdefault(study.name, [])
+        for earlier_study in same_name_studies:
+            if earlier_study.model == study.model:
                 raise InputError(
-                    f"{other.source['folder']} and {folder} both hold {study.name} with"
+                    f"{earlier_study.source['folder']} and {folder} both hold {study.name} with"
                     f" {study.model}; give one of them"
                 )
-        others.append(study)
-    return found
+        same_name_studies.append(study)
+    return studies_by_name
 
 
-def _record(value: Mapping[str, Any], kind: "Kind") -> Record:
-    fields = _get(value, "about", dict)
+def _parse_record(stored_record: Mapping[str, Any], study_spec: "StudySpec") -> Record:
+    fields = _get_field(stored_record, "about", dict)
     with about("about"):
-        kind.check(fields)
-    stored = _get(value, "curves", dict)
+        study_spec.check_fields(fields)
+    stored_curves = _get_field(stored_record, "curves", dict)
     with about("curves"):
-        points = _floats(_get(stored, "points", list), "points")
+        points = _as_float_array(_get_field(stored_curves, "points", list), "points")
         if len(points) < 2 or not (np.diff(points) > 0).all():
             raise InputError("points must be two or more that ascend; run the study again")
-        if abs(points[-1] - 1) > 1e-6 or (kind.from_zero and abs(points[0]) > 1e-6):
+        if abs(points[-1] - 1) > 1e-6 or (study_spec.starts_at_zero and abs(points[0]) > 1e-6):
             raise InputError(
                 f"points go from {points[0]:g} to {points[-1]:g}, not"
-                f" {'from 0 ' if kind.from_zero else ''}to 1; run the study on a whole sweep"
+                f" {'from 0 ' if study_spec.starts_at_zero else ''}to 1; run the study on a"
+                " whole sweep"
             )
-        lists = _get(stored, "probabilities", dict)
+        probability_lists = _get_field(stored_curves, "probabilities", dict)
         with about("probabilities"):
-            answers = [*kind.answers, *(a for a in lists if a not in kind.answers)]
-            curves = {a: _floats(_get(lists, a, list), a) for a in answers}
+            answers = [
+                *study_spec.answers,
+                *(a for a in probability_lists if a not in study_spec.answers),
+            ]
+            curves = {
+                a: _as_float_array(_get_field(probability_lists, a, list), a) for a in answers
+            }
             for answer, curve in curves.items():
                 if len(curve) != len(points):
                     raise InputError(
@@ -152,18 +158,24 @@ def _record(value: Mapping[str, Any], kind: "Kind") -> Record:
     return Record(fields, points, {a: np.clip(c, 0, 1) for a, c in curves.items()})
 
 
-def _get(values: Mapping[str, Any], name: str, kind: type) -> Any:
+def _get_field(stored_object: Mapping[str, Any], name: str, expected_type: type) -> Any:
     """values[name], which must be of that kind."""
-    words = {str: "text", int: "an integer", list: "a list", dict: "an object", bool: "a boolean"}
-    if name not in values:
+    type_names = {
+        str: "text",
+        int: "an integer",
+        list: "a list",
+        dict: "an object",
+        bool: "a boolean",
+    }
+    if name not in stored_object:
         raise InputError(f"{name} is missing; run the study again or add it")
-    value = values[name]
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise InputError(f"{name} must be {words[kind]}, not {value!r:.40}")
+    value = stored_object[name]
+    if not isinstance(value, expected_type) or (expected_type is int and isinstance(value, bool)):
+        raise InputError(f"{name} must be {type_names[expected_type]}, not {value!r:.40}")
     return value
 
 
-def _floats(values: list, name: str) -> np.ndarray:
+def _as_float_array(values: list, name: str) -> np.ndarray:
     """[P], finite."""
     try:
         array = np.array(values)
@@ -177,112 +189,122 @@ def _floats(values: list, name: str) -> np.ndarray:
 # --- Numbers ----------------------------------------------------------------------------------
 
 
-def summed(records: Sequence[Record]) -> Numbers:
+def sum_metrics(records: Sequence[Record]) -> MetricValues:
     """Tiers of sums, and how many records have none.
 
     Not defined: the number that shrinks has no two digits, or the answers tracked are more than the
     ten first digits. Ambiguous: the unshrunk answer is also a shrunk one.
     """
-    reached = Counter(map(_tier, records))
-    without = {name: reached.pop(name, 0) for name in ("not defined", "ambiguous")}
-    return without | metrics.tier_shares(reached)
+    tier_counts = Counter(map(_sum_success_tier, records))
+    excluded_counts = {tier: tier_counts.pop(tier, 0) for tier in ("not defined", "ambiguous")}
+    return excluded_counts | metrics.tier_shares(tier_counts)
 
 
-def _tier(record: Record) -> str:
-    items = record.about["item_1"], record.about["item_2"]
-    shrunk, other = items if record.about["shrink_1"] else items[::-1]
-    answers = metrics.sum_answers(shrunk, other)
-    if answers is None or set(record.curves) != set(DIGITS):
+def _sum_success_tier(record: Record) -> str:
+    numbers = record.fields["item_1"], record.fields["item_2"]
+    shrunk_number, other_number = numbers if record.fields["shrink_1"] else numbers[::-1]
+    sum_answers = metrics.sum_answers(shrunk_number, other_number)
+    if sum_answers is None or set(record.curves) != set(DIGITS):
         return "not defined"
-    return metrics.success_tier(record.curves, **dataclasses.asdict(answers)) or "ambiguous"
+    return metrics.success_tier(record.curves, **dataclasses.asdict(sum_answers)) or "ambiguous"
 
 
-def interpolated(records: Sequence[Record]) -> Numbers:
-    """Words, by `KINDS` of question."""
-    kinds = [KINDS[record.about["kind"]] for record in records]
+def word_metrics(records: Sequence[Record]) -> MetricValues:
+    """Words, by `QUESTION_KIND_GROUPS` of question."""
+    kinds = [QUESTION_KIND_GROUPS[record.fields["kind"]] for record in records]
     curves = [{answer: record.curves[answer] for answer in YES_NO} for record in records]
-    return metrics.interpolation([record.points for record in records], curves, kinds)
+    return metrics.interpolation_metrics([record.points for record in records], curves, kinds)
 
 
 # --- Studies ----------------------------------------------------------------------------------
 
 
-def threshold_figures(models: Mapping[str, Numbers]) -> dict[str, Figure]:
+def make_threshold_figures(metrics_by_model: Mapping[str, MetricValues]) -> dict[str, Figure]:
     """Time sensitivity and intersection over union, observed and counterfactual."""
-    labels = {"sensitivity": "share of expected peaks found", "iou": "intersection over union"}
+    axis_labels = {"sensitivity": "share of expected peaks found", "iou": "intersection over union"}
     return {
-        name: plots.threshold_curves(
+        metric_name: plots.threshold_curves(
             metrics.THRESHOLDS,
-            {m: (n[name]["observed"], n[name]["counterfactual"]) for m, n in models.items()},
-            ylabel=label,
+            {
+                m: (n[metric_name]["observed"], n[metric_name]["counterfactual"])
+                for m, n in metrics_by_model.items()
+            },
+            ylabel=axis_label,
         )
-        for name, label in labels.items()
+        for metric_name, axis_label in axis_labels.items()
     }
 
 
-def variation_figure(models: Mapping[str, Numbers]) -> dict[str, Figure]:
+def make_variation_figure(metrics_by_model: Mapping[str, MetricValues]) -> dict[str, Figure]:
     """The histogram of variation."""
-    counts = {model: numbers["variation"]["counts"] for model, numbers in models.items()}
+    counts = {model: numbers["variation"]["counts"] for model, numbers in metrics_by_model.items()}
     label = "variation beyond the two end points"
     bound = metrics.LARGE_VARIATION
-    return {"variation": plots.histograms(metrics.BINS, counts, xlabel=label, mark=bound)}
+    return {
+        "variation": plots.histograms(metrics.VARIATION_BINS, counts, xlabel=label, bound=bound)
+    }
 
 
-def _integer(name: str, least: int, most: int) -> Callable[[Mapping[str, Any]], None]:
-    def check(fields: Mapping[str, Any]) -> None:
-        if not least <= _get(fields, name, int) <= most:
-            raise InputError(f"{name} is {fields[name]}; it must be from {least} to {most}")
+def _integer_check(name: str, minimum: int, maximum: int) -> Callable[[Mapping[str, Any]], None]:
+    def check_fields(fields: Mapping[str, Any]) -> None:
+        if not minimum <= _get_field(fields, name, int) <= maximum:
+            raise InputError(f"{name} is {fields[name]}; it must be from {minimum} to {maximum}")
 
-    return check
+    return check_fields
 
 
 def _check_sum(fields: Mapping[str, Any]) -> None:
     for name in ("item_1", "item_2"):
-        _integer(name, 0, 10**9)(fields)
-    _get(fields, "shrink_1", bool)
+        _integer_check(name, 0, 10**9)(fields)
+    _get_field(fields, "shrink_1", bool)
 
 
 def _check_words(fields: Mapping[str, Any]) -> None:
-    if _get(fields, "kind", str) not in KINDS:
-        raise InputError(f"kind is {fields['kind']!r}; known are {', '.join(KINDS)}")
+    if _get_field(fields, "kind", str) not in QUESTION_KIND_GROUPS:
+        raise InputError(f"kind is {fields['kind']!r}; known are {', '.join(QUESTION_KIND_GROUPS)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class StudySpec:
     """What is known of a study.
 
     Attributes:
         answers: Whose curves every record must have.
-        check: Raises an `InputError` for an `about` that cannot be used.
-        numbers: Of records, ready for JSON.
-        figures: Model -> numbers to name -> figure.
-        from_zero: Whether the points begin at 0.
+        check_fields: Raises an `InputError` for an `about` that cannot be used.
+        compute_metrics: Of records, ready for JSON.
+        make_figures: Model -> numbers to name -> figure.
+        starts_at_zero: Whether the points begin at 0.
     """
 
     answers: tuple[str, ...]
-    check: Callable[[Mapping[str, Any]], None]
-    numbers: Callable[[Sequence[Record]], Numbers]
-    figures: Callable[[Mapping[str, Numbers]], dict[str, Figure]] = lambda models: {}
-    from_zero: bool = False
+    check_fields: Callable[[Mapping[str, Any]], None]
+    compute_metrics: Callable[[Sequence[Record]], MetricValues]
+    make_figures: Callable[[Mapping[str, MetricValues]], dict[str, Figure]] = lambda models: {}
+    starts_at_zero: bool = False
 
 
-def _counting(field: str) -> Kind:
-    def numbers(records: Sequence[Record]) -> Numbers:
-        digits, counts = [r.table(DIGITS) for r in records], [r.about[field] for r in records]
-        return metrics.counting(digits, counts)
+def _counting_spec(field: str) -> StudySpec:
+    def compute_metrics(records: Sequence[Record]) -> MetricValues:
+        digit_curves, counts = (
+            [r.answer_matrix(DIGITS) for r in records],
+            [r.fields[field] for r in records],
+        )
+        return metrics.counting_metrics(digit_curves, counts)
 
-    return Kind(DIGITS, _integer(field, 1, 9), numbers, threshold_figures)
+    return StudySpec(DIGITS, _integer_check(field, 1, 9), compute_metrics, make_threshold_figures)
 
 
-STUDIES = {
-    "counting": _counting("repetitions"),
-    "tutorials": _counting("num_sentences"),
-    "sums": Kind(DIGITS, _check_sum, summed),
-    "words": Kind(YES_NO, _check_words, interpolated, variation_figure, from_zero=True),
+STUDY_SPECS = {
+    "counting": _counting_spec("repetitions"),
+    "tutorials": _counting_spec("num_sentences"),
+    "sums": StudySpec(DIGITS, _check_sum, sum_metrics),
+    "words": StudySpec(
+        YES_NO, _check_words, word_metrics, make_variation_figure, starts_at_zero=True
+    ),
 }
 # Files of an earlier run in the same folder, which go when this one does not write them.
-_OWN_FILES = re.compile(
-    rf"({'|'.join(STUDIES)})_(sensitivity|iou|peaks|order|tiers|lipschitz|variation)"
+_OUTPUT_FILES = re.compile(
+    rf"({'|'.join(STUDY_SPECS)})_(sensitivity|iou|peaks|order|tiers|lipschitz|variation)"
     r"\.(csv|md|tex|png|pdf)"
 )
 
@@ -290,17 +312,20 @@ _OWN_FILES = re.compile(
 # --- Program ----------------------------------------------------------------------------------
 
 
-def analyse(studies: Sequence[Study]) -> dict[str, Numbers]:
-    """Model -> its numbers, for one study; with several models also `GLOBAL`, over all records."""
-    kind = STUDIES[studies[0].name]
+def compute_model_metrics(studies: Sequence[Study]) -> dict[str, MetricValues]:
+    """Model -> its numbers, for one study; with several models also `GLOBAL_ROW`, of all."""
+    study_spec = STUDY_SPECS[studies[0].name]
 
-    def numbers(group: Sequence[Study]) -> Numbers:
-        good = [record for study in group for record in study.records]
-        failed = sum(len(study.failed) for study in group)
-        return {"records": len(good) + failed, "failed": failed} | kind.numbers(good)
+    def group_metrics(group: Sequence[Study]) -> MetricValues:
+        records = [record for study in group for record in study.records]
+        num_failed = sum(len(study.failed) for study in group)
+        return {
+            "records": len(records) + num_failed,
+            "failed": num_failed,
+        } | study_spec.compute_metrics(records)
 
-    found = {study.model: numbers([study]) for study in studies}
-    return found | ({GLOBAL: numbers(studies)} if len(studies) > 1 else {})
+    metrics_by_model = {study.model: group_metrics([study]) for study in studies}
+    return metrics_by_model | ({GLOBAL_ROW: group_metrics(studies)} if len(studies) > 1 else {})
 
 
 def main() -> None:
@@ -308,24 +333,45 @@ def main() -> None:
     folder = program.output_dir("analysis")
     if not _STUDIES.value:
         raise InputError("--studies must name folders with a study.json each")
-    studies = read_all(_STUDIES.value)
-    numbers = {name: analyse(group) for name, group in studies.items()}
-    run = program.record()
-    run["flags"] = {name: run["flags"][name] for name in ("studies", "output_dir")}  # no model's
-    shown: list[str] = []
-    with written_aside(folder, replaces=_OWN_FILES) as aside:
-        for name, models in numbers.items():
-            for table in tables.laid_out(name, models, last_apart=GLOBAL in models):
-                table.write(aside)
-                shown.append(table.as_text())
-            own = {model: values for model, values in models.items() if model != GLOBAL}
-            for figure_name, figure in STUDIES[name].figures(own).items():
-                plots.save(figure, aside, f"{name}_{figure_name}")
-        sources = {n: {s.model: s.source for s in group} for n, group in studies.items()}
-        write_json(aside / "analysis.json", {"studies": numbers, "sources": sources, "run": run})
+    studies = read_studies(_STUDIES.value)
+    metrics_by_study = {
+        study_name: compute_model_metrics(same_name_studies)
+        for study_name, same_name_studies in studies.items()
+    }
+    run_record = program.record()
+    # No model's.
+    run_record["flags"] = {name: run_record["flags"][name] for name in ("studies", "output_dir")}
+    table_texts: list[str] = []
+    with write_atomically(folder, stale_pattern=_OUTPUT_FILES) as staging_folder:
+        for study_name, metrics_by_model in metrics_by_study.items():
+            for table in tables.study_tables(
+                study_name, metrics_by_model, has_summary_row=GLOBAL_ROW in metrics_by_model
+            ):
+                table.write(staging_folder)
+                table_texts.append(table.as_text())
+            single_model_metrics = {
+                model: metric_values
+                for model, metric_values in metrics_by_model.items()
+                if model != GLOBAL_ROW
+            }
+            for figure_name, figure in (
+                STUDY_SPECS[study_name].make_figures(single_model_metrics).items()
+            ):
+                plots.save(figure, staging_folder, f"{study_name}_{figure_name}")
+        sources = {
+            n: {s.model: s.source for s in same_name_studies}
+            for n, same_name_studies in studies.items()
+        }
+        write_json(
+            staging_folder / "analysis.json",
+            {"studies": metrics_by_study, "sources": sources, "run": run_record},
+        )
     print(
         "\n\n".join(
-            [*shown, f"{folder}/analysis.json, tables (.csv, .md, .tex), figures (.png, .pdf)"]
+            [
+                *table_texts,
+                f"{folder}/analysis.json, tables (.csv, .md, .tex), figures (.png, .pdf)",
+            ]
         )
     )
 

@@ -24,19 +24,19 @@ import continuous_lm as clm
 from continuous_lm.errors import about
 from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.apples.language import (
-    ATTRIBUTES,
+    ATTRIBUTE_QUESTIONS,
     PEOPLE,
     PLURALS,
     SCENES,
-    SUMS,
+    SUM_TEMPLATES,
     WORDS,
 )
 from continuous_lm.experiments.durations.prompt_sweeps import SLOT
-from continuous_lm.io.atomic_files import check_regular
+from continuous_lm.io.atomic_files import check_regular_file
 
-KINDS = ("both", "neither", "first", "second")
-LARGEST = 10**9  # number of a sum
-_FIELDS: Mapping[str, Mapping[str, type]] = {
+QUESTION_KINDS = ("both", "neither", "first", "second")
+MAX_ADDEND = 10**9  # of a sum
+_RECORD_FIELDS: Mapping[str, Mapping[str, type]] = {
     "counting": {
         "word": str, "category": str, "category_with_article": str, "repetitions": int,
     },
@@ -44,7 +44,7 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
     "sums": {"template": str, "fields": dict, "shrink_1": bool},
     "words": {"options": list, "questions": dict},
 }  # fmt: skip
-STUDIES = tuple(_FIELDS)
+STUDIES = tuple(_RECORD_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +53,25 @@ class Task:
 
     Attributes:
       prompt: the text; with a slot for the phrases, if there are any.
-      about: the record's fields, kept with the results.
-      characters: of the prompt that shrink, [begin, end), or
+      fields: the record's fields, kept with the results.
+      character_span: of the prompt that shrink, [begin, end), or
       phrases: that turn into each other.
     """
 
     prompt: str
-    about: Mapping[str, Any]
-    characters: tuple[int, int] | None = None
+    fields: Mapping[str, Any]
+    character_span: tuple[int, int] | None = None
     phrases: tuple[str, str] | None = None
 
 
-def read(study: str, path: pathlib.Path) -> list[Task]:
+def read_tasks(study: str, path: pathlib.Path) -> list[Task]:
     """The tasks of a data file: a JSON list of records.
 
     Raises:
       clm.InputError: naming the file, the record and the field.
     """
     try:
-        check_regular(path)
+        check_regular_file(path)
         records = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise clm.InputError(f"{path} cannot be read: {error.strerror}") from None
@@ -79,35 +79,41 @@ def read(study: str, path: pathlib.Path) -> list[Task]:
         raise clm.InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(records, list) or not records:
         raise clm.InputError(f"{path} must hold a JSON list of records")
-    found = []
-    for number, record in enumerate(records):
-        with about(f"{path}, record {number}"):
-            _check(study, record)
-            found += tasks(study, record)
-    return found
+    tasks_in_file = []
+    for record_index, record in enumerate(records):
+        with about(f"{path}, record {record_index}"):
+            _check_record(study, record)
+            tasks_in_file += make_tasks(study, record)
+    return tasks_in_file
 
 
-def made(study: str, count: int = 200) -> list[Task]:
+def generate_tasks(study: str, num_records: int = 200) -> list[Task]:
     """The tasks of the data set that is made of the small language."""
-    return [task for record in _MADE[study](count) for task in tasks(study, record)]
+    return [
+        task
+        for record in _RECORD_GENERATORS[study](num_records)
+        for task in make_tasks(study, record)
+    ]
 
 
-def tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
+def make_tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
     """What a record asks: one task, or one for each of its questions."""
     match study:
         case "counting":
             words = " ".join([record["word"]] * record["repetitions"])
-            before = 'Question: In the sentence "'
-            after = f'", how many times is {record["category_with_article"]} mentioned?'
-            after += " Reply with a single-digit number\nAnswer: "
-            kept = {name: record[name] for name in _FIELDS[study]}
-            return [Task(before + words + after, kept, (len(before), len(before) + len(words)))]
+            prefix = 'Question: In the sentence "'
+            suffix = f'", how many times is {record["category_with_article"]} mentioned?'
+            suffix += " Reply with a single-digit number\nAnswer: "
+            kept_fields = {name: record[name] for name in _RECORD_FIELDS[study]}
+            return [
+                Task(prefix + words + suffix, kept_fields, (len(prefix), len(prefix) + len(words)))
+            ]
         case "tutorials":
             text = record["sentence"]
-            begin, end = _steps(text)
+            begin, end = _find_steps(text)
             return [Task(text, {"num_sentences": record["num_sentences"]}, (begin, end))]
         case "sums":
-            return [_sum(record)]
+            return [_make_sum_task(record)]
     return [
         Task(
             f"Question: {question.replace('{}', SLOT)} (yes/no)\nAnswer:",
@@ -118,35 +124,37 @@ def tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
     ]
 
 
-def _steps(text: str) -> tuple[int, int]:
+def _find_steps(text: str) -> tuple[int, int]:
     """The lines that begin with "- ", up to the question; (0, 0) where there are none."""
-    found = re.search(r"^- .*?(?=\n\nQuestion:)", text, re.DOTALL | re.MULTILINE)
-    return found.span() if found else (0, 0)
+    steps_match = re.search(r"^- .*?(?=\n\nQuestion:)", text, re.DOTALL | re.MULTILINE)
+    return steps_match.span() if steps_match else (0, 0)
 
 
-def _sum(record: Mapping[str, Any]) -> Task:
+def _make_sum_task(record: Mapping[str, Any]) -> Task:
     fields = {name: str(value) for name, value in record["fields"].items()}
-    shrinks = "item_1" if record["shrink_1"] else "item_2"
-    pieces = re.split(r"\{(\w+)\}", record["template"])  # text, field, text, ..., text
-    text, characters = "", (0, 0)
-    for piece, field in itertools.zip_longest(pieces[::2], pieces[1::2]):
-        text += piece
-        if field == shrinks:
-            characters = len(text), len(text) + len(fields[field])
+    shrinking_field = "item_1" if record["shrink_1"] else "item_2"
+    template_parts = re.split(r"\{(\w+)\}", record["template"])  # text, field, text, ..., text
+    text, character_span = "", (0, 0)
+    for template_part, field in itertools.zip_longest(template_parts[::2], template_parts[1::2]):
+        text += template_part
+        if field == shrinking_field:
+            character_span = len(text), len(text) + len(fields[field])
         text += fields.get(field, "")
-    about = {name: record["fields"][name] for name in ("item_1", "item_2")}
-    return Task(text, {**about, "shrink_1": record["shrink_1"]}, characters)
+    kept_fields = {name: record["fields"][name] for name in ("item_1", "item_2")}
+    return Task(text, {**kept_fields, "shrink_1": record["shrink_1"]}, character_span)
 
 
-def _check(study: str, record: Any) -> None:
+def _check_record(study: str, record: Any) -> None:
     """Refuses a record that lacks a field, or has one that cannot be used."""
     if not isinstance(record, dict):
         raise clm.InputError(f"it is {record!r:.40}; it must be an object")
-    for name, kind in _FIELDS[study].items():
+    for name, expected_type in _RECORD_FIELDS[study].items():
         if name not in record:
             raise clm.InputError(f"field {name} is missing")
-        if type(record[name]) is not kind:
-            raise clm.InputError(f"field {name} is {record[name]!r:.60}, no {kind.__name__}")
+        if type(record[name]) is not expected_type:
+            raise clm.InputError(
+                f"field {name} is {record[name]!r:.60}, no {expected_type.__name__}"
+            )
     fields = record.get("fields", {})
     match study:
         case "counting" if not 1 <= record["repetitions"] <= 9:
@@ -155,19 +163,19 @@ def _check(study: str, record: Any) -> None:
             raise clm.InputError("field word is empty")
         case "tutorials" if not 1 <= record["num_sentences"] <= 9:
             raise clm.InputError(f"field num_sentences is {record['num_sentences']}; only 1 to 9")
-        case "tutorials" if _steps(record["sentence"]) == (0, 0):
+        case "tutorials" if _find_steps(record["sentence"]) == (0, 0):
             raise clm.InputError('field sentence has no "- " steps before its question')
         case "sums":
-            used = set(re.findall(r"\{(\w+)\}", record["template"]))
-            for name in sorted({"item_1", "item_2", *used}):
-                if name not in fields or name not in used:
-                    where = "fields" if name not in fields else "template"
-                    raise clm.InputError(f"field {where} has no {name}")
+            template_fields = set(re.findall(r"\{(\w+)\}", record["template"]))
+            for name in sorted({"item_1", "item_2", *template_fields}):
+                if name not in fields or name not in template_fields:
+                    incomplete_field = "fields" if name not in fields else "template"
+                    raise clm.InputError(f"field {incomplete_field} has no {name}")
             for name in ("item_1", "item_2"):
-                if type(fields[name]) is not int or not 0 <= fields[name] <= LARGEST:
+                if type(fields[name]) is not int or not 0 <= fields[name] <= MAX_ADDEND:
                     raise clm.InputError(
                         f"field {name} is {fields[name]!r:.40}; it must be a whole number,"
-                        f" {LARGEST} at most"
+                        f" {MAX_ADDEND} at most"
                     )
                 if record["template"].count(f"{{{name}}}") > 1:
                     raise clm.InputError(f"field template has {name} more than once")
@@ -178,8 +186,10 @@ def _check(study: str, record: Any) -> None:
             if not questions:
                 raise clm.InputError("field questions is empty")
             for kind, question in questions.items():
-                if kind not in KINDS:
-                    raise clm.InputError(f"question {kind!r:.40} is of no kind; {', '.join(KINDS)}")
+                if kind not in QUESTION_KINDS:
+                    raise clm.InputError(
+                        f"question {kind!r:.40} is of no kind; {', '.join(QUESTION_KINDS)}"
+                    )
                 if not isinstance(question, str) or question.count("{}") != 1:
                     raise clm.InputError(f"question {kind} must hold {{}} once")
 
@@ -187,40 +197,40 @@ def _check(study: str, record: Any) -> None:
 # --- Made of the small language ---------------------------------------------------------------
 
 
-def _counting(count: int) -> Iterator[dict[str, Any]]:
+def _generate_counting(num_records: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     choices = [
-        (word, category, n)
+        (word, category, repetitions)
         for category, words in WORDS.items()
         for word in words
-        for n in range(2, 7)
+        for repetitions in range(2, 7)
     ]
-    for i in rng.permutation(len(choices))[:count]:
-        word, category, n = choices[i]
+    for i in rng.permutation(len(choices))[:num_records]:
+        word, category, repetitions = choices[i]
         article = "an" if category[0] in "aeiou" else "a"
         yield {
             "word": word,
             "category": category,
             "category_with_article": f"{article} {category}",
-            "repetitions": n,
+            "repetitions": repetitions,
         }
 
 
-def _tutorials(count: int) -> Iterator[dict[str, Any]]:
+def _generate_tutorials(num_records: int) -> Iterator[dict[str, Any]]:
     rng, scene = np.random.default_rng(1), SCENES["tutorial"]
-    for _ in range(count):
-        n = int(rng.integers(2, 8))
-        steps = [str(step) for step in rng.choice(scene.objects, n, replace=False)]
-        prompt = prompts.events("tutorial", str(rng.choice(scene.subjects)), steps)
-        yield {"sentence": prompt.text, "num_sentences": n}
+    for _ in range(num_records):
+        num_steps = int(rng.integers(2, 8))
+        steps = [str(step) for step in rng.choice(scene.objects, num_steps, replace=False)]
+        prompt = prompts.events_prompt("tutorial", str(rng.choice(scene.subjects)), steps)
+        yield {"sentence": prompt.text, "num_sentences": num_steps}
 
 
-def _sums(count: int) -> Iterator[dict[str, Any]]:
+def _generate_sums(num_records: int) -> Iterator[dict[str, Any]]:
     """One-digit sums: the small language has no other."""
     rng = np.random.default_rng(2)
-    templates = [t.replace("{a}", "{item_1}").replace("{b}", "{item_2}") for t in SUMS]
+    templates = [t.replace("{a}", "{item_1}").replace("{b}", "{item_2}") for t in SUM_TEMPLATES]
     plurals = [PLURALS[word] for words in WORDS.values() for word in words]
-    for _ in range(count):
+    for _ in range(num_records):
         template = str(rng.choice(templates))
         nouns, others = (str(noun) for noun in rng.choice(plurals, 2, replace=False))
         values = {"name": str(rng.choice(PEOPLE)), "nouns": nouns, "others": others}
@@ -230,25 +240,39 @@ def _sums(count: int) -> Iterator[dict[str, Any]]:
         yield {"template": template, "fields": fields, "shrink_1": bool(rng.random() < 0.5)}
 
 
-def _words(count: int) -> Iterator[dict[str, Any]]:
+def _generate_words(num_records: int) -> Iterator[dict[str, Any]]:
     """Pairs of words with a question that is true of both, of neither, of either alone."""
     rng = np.random.default_rng(3)
-    truths = {question: prompts.true_of(question) for question in ATTRIBUTES}
+    plurals_by_question = {
+        question: prompts.true_plurals(question) for question in ATTRIBUTE_QUESTIONS
+    }
     plurals = [PLURALS[word] for words in WORDS.values() for word in words]
     pairs = list(itertools.permutations(plurals, 2))
-    wanted = {"both": (True, True), "neither": (False, False)}
-    wanted |= {"first": (True, False), "second": (False, True)}
-    left = count // len(KINDS)
+    truths_by_kind = {"both": (True, True), "neither": (False, False)}
+    truths_by_kind |= {"first": (True, False), "second": (False, True)}
+    num_remaining = num_records // len(QUESTION_KINDS)
     for i in rng.permutation(len(pairs)):
         first, second = pairs[i]
-        asked = {
-            kind: [q for q, true in truths.items() if ((first in true), (second in true)) == holds]
-            for kind, holds in wanted.items()
+        questions_by_kind = {
+            kind: [
+                q
+                for q, true_plurals in plurals_by_question.items()
+                if ((first in true_plurals), (second in true_plurals)) == required_truths
+            ]
+            for kind, required_truths in truths_by_kind.items()
         }
-        if left and all(asked.values()):
-            left -= 1
-            questions = {kind: str(rng.choice(options)) for kind, options in asked.items()}
+        if num_remaining and all(questions_by_kind.values()):
+            num_remaining -= 1
+            questions = {
+                kind: str(rng.choice(kind_questions))
+                for kind, kind_questions in questions_by_kind.items()
+            }
             yield {"options": [first, second], "questions": questions}
 
 
-_MADE = {"counting": _counting, "tutorials": _tutorials, "sums": _sums, "words": _words}
+_RECORD_GENERATORS = {
+    "counting": _generate_counting,
+    "tutorials": _generate_tutorials,
+    "sums": _generate_sums,
+    "words": _generate_words,
+}

@@ -1,7 +1,7 @@
 """Metrics of sweeps: what the paper's studies measure, as functions of arrays.
 
 Marro et al., arXiv:2504.03933, section 4, as their published analysis has them. P is the
-number of points of a sweep, D that of the answers; digits are columns, so that column k is digit k.
+number of points of a sweep, A that of the answers; digits are columns, so that column k is digit k.
 The last point of a sweep of durations is the ordinary sentence, the counterfactual.
 """
 
@@ -15,9 +15,10 @@ import numpy as np
 THRESHOLDS = np.linspace(0.0, 1.0, 101)  # of probability, at which a peak counts as found
 TIERS = ("invalid", "valid", "successful", "strongly", "completely")  # from low to high
 LARGE_VARIATION = 0.05  # the paper's
-BINS = np.linspace(0.0, 1.0, 41)  # of variation; LARGE_VARIATION is an edge
-MONOTONE = 1e-3  # probability that a curve may go back in all and still be called monotone
-_CONSTANT = 1e-6  # of the largest value: a range of this size is rounding of float32
+VARIATION_BINS = np.linspace(0.0, 1.0, 41)  # of variation; LARGE_VARIATION is an edge
+# Probability that a curve may go back in all and still be called monotone.
+MONOTONE_TOLERANCE = 1e-3
+_CONSTANT_TOLERANCE = 1e-6  # of the largest value: a range of this size is rounding of float32
 
 
 # --- Time sensitivity -------------------------------------------------------------------------
@@ -27,29 +28,29 @@ def sensitivity(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Share of the expected answers that reach each of `THRESHOLDS`.
 
     Args:
-      values: [D], probabilities: the largest along the sweep, or those at its last point.
-      expected: [n], columns.
+      values: [A], probabilities: the largest along the sweep, or those at its last point.
+      expected: [num_expected], columns.
 
     Returns:
       [101], in [0, 1], falling.
     """
-    return _reached(values)[:, expected].mean(axis=1)
+    return _reaches_thresholds(values)[:, expected].mean(axis=1)
 
 
 def intersection_over_union(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Of the answers that reach each of `THRESHOLDS` with those expected; as `sensitivity`."""
-    reached = _reached(values)
-    wanted = np.isin(np.arange(len(values)), expected)
-    return (reached & wanted).sum(axis=1) / (reached | wanted).sum(axis=1)
+    is_reached = _reaches_thresholds(values)
+    is_expected = np.isin(np.arange(len(values)), expected)
+    return (is_reached & is_expected).sum(axis=1) / (is_reached | is_expected).sum(axis=1)
 
 
-def area(heights: np.ndarray) -> float:
+def area_under_curve(heights: np.ndarray) -> float:
     """Under a curve [101] over `THRESHOLDS`, by the trapezoid rule."""
     return float(np.trapezoid(heights, THRESHOLDS))
 
 
-def _reached(values: np.ndarray) -> np.ndarray:
-    """[101, D]: which of the values [D] are at or above each threshold."""
+def _reaches_thresholds(values: np.ndarray) -> np.ndarray:
+    """[101, A]: which of the values [A] are at or above each threshold."""
     return values >= THRESHOLDS[:, None]
 
 
@@ -57,13 +58,13 @@ def _reached(values: np.ndarray) -> np.ndarray:
 
 
 def peaks(probabilities: np.ndarray) -> np.ndarray:
-    """The columns of [P, D] that at some point are at or above all others: ties are peaks."""
-    leads = probabilities >= probabilities.max(axis=1, keepdims=True)
-    return np.flatnonzero(leads.any(axis=0))
+    """The columns of [P, A] that at some point are at or above all others: ties are peaks."""
+    is_leading = probabilities >= probabilities.max(axis=1, keepdims=True)
+    return np.flatnonzero(is_leading.any(axis=0))
 
 
 @dataclasses.dataclass(frozen=True)
-class FoundPeaks:
+class PeakRates:
     """How many of n expected peaks there are, as rates.
 
     Attributes:
@@ -77,30 +78,34 @@ class FoundPeaks:
     counterfactual: float
 
 
-def found_peaks(probabilities: np.ndarray, n: int) -> FoundPeaks:
+def peak_rates(probabilities: np.ndarray, num_expected: int) -> PeakRates:
     """Rates of peaks among ten digits, [P, 10], where 1..n are expected."""
-    found = peaks(probabilities)
-    return FoundPeaks(int(np.isin(found, np.arange(1, n + 1)).sum()) / n, len(found) / n, 1 / n)
+    peak_columns = peaks(probabilities)
+    return PeakRates(
+        int(np.isin(peak_columns, np.arange(1, num_expected + 1)).sum()) / num_expected,
+        len(peak_columns) / num_expected,
+        1 / num_expected,
+    )
 
 
-def most_probable(probabilities: np.ndarray) -> list[int]:
+def leading_digits(probabilities: np.ndarray) -> list[int]:
     """The column that leads along the sweep, each as often as it takes over; ties go to the left.
 
     A perfect counter of n gives 1, 2, ..., n.
     """
-    return [int(best) for best, _ in itertools.groupby(probabilities.argmax(axis=1))]
+    return [int(digit) for digit, _ in itertools.groupby(probabilities.argmax(axis=1))]
 
 
-def never_falls(probabilities: np.ndarray) -> bool:
+def is_never_falling(probabilities: np.ndarray) -> bool:
     """Whether the most probable digit never falls along the sweep; a constant one does not."""
-    leaders = most_probable(probabilities)
+    leaders = leading_digits(probabilities)
     return leaders == sorted(leaders)
 
 
 def expected_count(probabilities: np.ndarray) -> np.ndarray:
     """Mean digit, sum_k k p_k / sum_k p_k, at those points of [P, 10] where digits have any p."""
-    some = probabilities[probabilities.sum(axis=1) > 0]
-    return some @ np.arange(some.shape[1]) / some.sum(axis=1)
+    nonzero_rows = probabilities[probabilities.sum(axis=1) > 0]
+    return nonzero_rows @ np.arange(nonzero_rows.shape[1]) / nonzero_rows.sum(axis=1)
 
 
 def trend(values: np.ndarray) -> float | None:
@@ -114,9 +119,9 @@ def trend(values: np.ndarray) -> float | None:
 
 
 def is_monotone(values: np.ndarray) -> bool:
-    """Whether a curve [P] goes back by no more than `MONOTONE` in all."""
-    back = (np.abs(np.diff(values)).sum() - abs(values[-1] - values[0])) / 2
-    return bool(back <= MONOTONE)
+    """Whether a curve [P] goes back by no more than `MONOTONE_TOLERANCE` in all."""
+    reversal = (np.abs(np.diff(values)).sum() - abs(values[-1] - values[0])) / 2
+    return bool(reversal <= MONOTONE_TOLERANCE)
 
 
 # --- Sums -------------------------------------------------------------------------------------
@@ -142,11 +147,16 @@ def sum_answers(shrunk_number: int, other_number: int) -> SumAnswers | None:
     if not 10 <= shrunk_number <= 99:
         return None
 
-    def first(x: int) -> str:
+    def first_digit(x: int) -> str:
         return str(other_number + x)[0]
 
-    unshrunk, shrunk = first(shrunk_number), frozenset(map(first, divmod(shrunk_number, 10)))
-    return SumAnswers(unshrunk, shrunk, frozenset(map(first, range(10))) - shrunk - {unshrunk})
+    unshrunk, shrunk = (
+        first_digit(shrunk_number),
+        frozenset(map(first_digit, divmod(shrunk_number, 10))),
+    )
+    return SumAnswers(
+        unshrunk, shrunk, frozenset(map(first_digit, range(10))) - shrunk - {unshrunk}
+    )
 
 
 def success_tier(
@@ -175,17 +185,19 @@ def success_tier(
     """
     if unshrunk in shrunk:
         return None
-    base = curves[unshrunk]
-    parts = np.sum([curves[a] for a in sorted(shrunk)], axis=0)
-    rivals = np.max([np.zeros_like(base), *(curves[a] for a in others)], axis=0)
-    if not base[-1] > max(parts[-1], rivals[-1]):
+    unshrunk_curve = curves[unshrunk]
+    shrunk_total = np.sum([curves[a] for a in sorted(shrunk)], axis=0)
+    strongest_other = np.max([np.zeros_like(unshrunk_curve), *(curves[a] for a in others)], axis=0)
+    if not unshrunk_curve[-1] > max(shrunk_total[-1], strongest_other[-1]):
         return "invalid"
-    turned = parts > base
-    if not turned.any():
+    is_shrunk_ahead = shrunk_total > unshrunk_curve
+    if not is_shrunk_ahead.any():
         return "valid"
-    if not (turned & (parts > rivals)).any():
+    if not (is_shrunk_ahead & (shrunk_total > strongest_other)).any():
         return "successful"
-    return "strongly" if (turned & (parts < rivals)).any() else "completely"
+    return (
+        "strongly" if (is_shrunk_ahead & (shrunk_total < strongest_other)).any() else "completely"
+    )
 
 
 # --- Interpolation ----------------------------------------------------------------------------
@@ -199,33 +211,35 @@ def lipschitz(points: np.ndarray, values: np.ndarray) -> float | None:
     """
     if _is_constant(values):
         return None
-    left, right = np.arange(-1, len(points) - 1), np.arange(1, len(points) + 1)
-    left[0], right[-1] = 0, len(points) - 1
-    slopes = (values[right] - values[left]) / (points[right] - points[left])
+    left_indices, right_indices = np.arange(-1, len(points) - 1), np.arange(1, len(points) + 1)
+    left_indices[0], right_indices[-1] = 0, len(points) - 1
+    slopes = (values[right_indices] - values[left_indices]) / (
+        points[right_indices] - points[left_indices]
+    )
     return float(np.abs(slopes).max() / np.ptp(values))
 
 
 def variation(values: np.ndarray) -> float:
     """How far a curve [P] leaves the interval between its two end points, at most."""
-    ends = values[[0, -1]]
-    return float(max(values.max() - ends.max(), ends.min() - values.min()))
+    end_values = values[[0, -1]]
+    return float(max(values.max() - end_values.max(), end_values.min() - values.min()))
 
 
 def _is_constant(values: np.ndarray) -> bool:
     """Whether there are no two values apart by more than rounding."""
-    return len(values) < 2 or bool(np.ptp(values) <= _CONSTANT * np.abs(values).max())
+    return len(values) < 2 or bool(np.ptp(values) <= _CONSTANT_TOLERANCE * np.abs(values).max())
 
 
 # --- Over the records of a study ----------------------------------------------------------------
 
 
-def mean(values: Iterable[float | None]) -> float | None:
+def mean_of_present(values: Iterable[float | None]) -> float | None:
     """Of those that there are; None if there are none."""
-    there = [value for value in values if value is not None]
-    return float(np.mean(there)) if there else None
+    present_values = [value for value in values if value is not None]
+    return float(np.mean(present_values)) if present_values else None
 
 
-def counting(digits: Sequence[np.ndarray], counts: Sequence[int]) -> dict[str, Any]:
+def counting_metrics(digits: Sequence[np.ndarray], counts: Sequence[int]) -> dict[str, Any]:
     """Time sensitivity, peaks and their order, in the mean over records, ready for JSON.
 
     Args:
@@ -236,55 +250,69 @@ def counting(digits: Sequence[np.ndarray], counts: Sequence[int]) -> dict[str, A
     pairs = list(zip(digits, expected, strict=True))
 
     def over_thresholds(share: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> dict[str, Any]:
-        observed = np.mean([share(p.max(axis=0), wanted) for p, wanted in pairs], axis=0)
-        ordinary = np.mean([share(p[-1], wanted) for p, wanted in pairs], axis=0)
+        observed = np.mean(
+            [share(p.max(axis=0), expected_digits) for p, expected_digits in pairs], axis=0
+        )
+        counterfactual = np.mean(
+            [share(p[-1], expected_digits) for p, expected_digits in pairs], axis=0
+        )
         return {
             "observed": observed.tolist(),
-            "counterfactual": ordinary.tolist(),
-            "observed area": area(observed),
-            "counterfactual area": area(ordinary),
+            "counterfactual": counterfactual.tolist(),
+            "observed area": area_under_curve(observed),
+            "counterfactual area": area_under_curve(counterfactual),
         }
 
-    found = [found_peaks(p, n) for p, n in zip(digits, counts, strict=True)]
+    rates = [peak_rates(p, n) for p, n in zip(digits, counts, strict=True)]
     return {
         "thresholds": THRESHOLDS.tolist(),
         "sensitivity": over_thresholds(sensitivity),
         "iou": over_thresholds(intersection_over_union),
         "peaks": {
-            "counterfactual": mean(f.counterfactual for f in found),
-            "pure": mean(f.pure for f in found),
-            "pure improvement": mean(f.pure / f.counterfactual for f in found),
-            "impure": mean(f.impure for f in found),
-            "impure improvement": mean(f.impure / f.counterfactual for f in found),
+            "counterfactual": mean_of_present(
+                record_rates.counterfactual for record_rates in rates
+            ),
+            "pure": mean_of_present(record_rates.pure for record_rates in rates),
+            "pure improvement": mean_of_present(
+                record_rates.pure / record_rates.counterfactual for record_rates in rates
+            ),
+            "impure": mean_of_present(record_rates.impure for record_rates in rates),
+            "impure improvement": mean_of_present(
+                record_rates.impure / record_rates.counterfactual for record_rates in rates
+            ),
         },
         "order": {
-            "in order": mean(most_probable(p) == wanted.tolist() for p, wanted in pairs),
-            "never falls": mean(never_falls(p) for p in digits),
-            "digits": mean(len(peaks(p)) for p in digits),
-            "trend": mean(trend(expected_count(p)) for p in digits),
+            "in order": mean_of_present(
+                leading_digits(p) == expected_digits.tolist() for p, expected_digits in pairs
+            ),
+            "never falls": mean_of_present(is_never_falling(p) for p in digits),
+            "digits": mean_of_present(len(peaks(p)) for p in digits),
+            "trend": mean_of_present(trend(expected_count(p)) for p in digits),
         },
     }
 
 
-def tier_shares(reached: Mapping[str, int]) -> dict[str, Any]:
+def tier_shares(tier_counts: Mapping[str, int]) -> dict[str, Any]:
     """Records that reach each of `TIERS` or a higher one, ready for JSON.
 
     Args:
-      reached: tier -> records whose highest it is.
+      tier_counts: tier -> records whose highest it is.
 
     Returns:
       `defined`, their number; `counts` of each tier but the first; `shares`, of valid ones among
       all, and of the higher tiers among the valid; None where there is nothing to share.
     """
-    numbers = [reached.get(tier, 0) for tier in TIERS]
-    counts = {tier: sum(numbers[i:]) for i, tier in enumerate(TIERS)}
+    ordered_counts = [tier_counts.get(tier, 0) for tier in TIERS]
+    counts = {tier: sum(ordered_counts[i:]) for i, tier in enumerate(TIERS)}
     defined = counts.pop("invalid")
-    bases = dict.fromkeys(counts, counts["valid"]) | {"valid": defined}
-    shares = {tier: counts[tier] / bases[tier] if bases[tier] else None for tier in counts}
+    denominators = dict.fromkeys(counts, counts["valid"]) | {"valid": defined}
+    shares = {
+        tier: counts[tier] / denominators[tier] if denominators[tier] else None for tier in counts
+    }
     return {"defined": defined, "counts": counts, "shares": shares}
 
 
-def interpolation(
+def interpolation_metrics(
     points: Sequence[np.ndarray], curves: Sequence[Mapping[str, np.ndarray]], kinds: Sequence[str]
 ) -> dict[str, Any]:
     """Lipschitz estimates, variation and monotonicity over records, ready for JSON.
@@ -294,26 +322,28 @@ def interpolation(
       curves: of each record, answer -> probabilities [P]; the same answers in all.
       kinds: of each record, the kind of its question.
     """
-    whole = list(zip(points, curves, kinds, strict=True))
-    estimates = [(k, a, lipschitz(x, y)) for x, ys, k in whole for a, y in ys.items()]
-    moving = [y for ys in curves for y in ys.values() if not _is_constant(y)]
+    records = list(zip(points, curves, kinds, strict=True))
+    estimates = [(k, a, lipschitz(x, y)) for x, ys, k in records for a, y in ys.items()]
+    nonconstant_curves = [y for ys in curves for y in ys.values() if not _is_constant(y)]
     variations = [max(map(variation, ys.values())) for ys in curves]
     return {
         "lipschitz": {
-            f"{kind} {answer}": mean(e for k, a, e in estimates if (k, a) == (kind, answer))
+            f"{kind} {answer}": mean_of_present(
+                e for k, a, e in estimates if (k, a) == (kind, answer)
+            )
             for kind, answer in sorted({(k, a) for k, a, _ in estimates})
         }
-        | {"all": mean(e for _, _, e in estimates)},
+        | {"all": mean_of_present(e for _, _, e in estimates)},
         "constant": sum(e is None for _, _, e in estimates),
         "variation": {
-            "mean": mean(variations),
+            "mean": mean_of_present(variations),
             "largest": max(variations),
-            "large": mean(v >= LARGE_VARIATION for v in variations),
-            "edges": BINS.tolist(),
-            "counts": np.histogram(variations, BINS)[0].tolist(),
+            "large": mean_of_present(v >= LARGE_VARIATION for v in variations),
+            "edges": VARIATION_BINS.tolist(),
+            "counts": np.histogram(variations, VARIATION_BINS)[0].tolist(),
         },
         "monotone": {
-            "share": mean(map(is_monotone, moving)),
-            "trend": mean(abs(trend(y) or 0.0) for y in moving),
+            "share": mean_of_present(map(is_monotone, nonconstant_curves)),
+            "trend": mean_of_present(abs(trend(y) or 0.0) for y in nonconstant_curves),
         },
     }

@@ -20,7 +20,7 @@ from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution, duration_search
-from continuous_lm.analysis.attribution import next_token
+from continuous_lm.analysis.attribution import next_token_logits
 from continuous_lm.analysis.deletion import deletion_curve
 from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import plots, pretrained, program, prompt, tables
@@ -35,207 +35,281 @@ from continuous_lm.experiments.durations import (
     sums,
 )
 from continuous_lm.experiments.studies import analysis, datasets, report_page, study
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
-CHOSEN = ("prompt", "path", "vary")  # flags of single experiments that the report does not take
-_STUDIED = flags.DEFINE_integer("studied", 200, "Prompts of each study.", lower_bound=1)
+# Flags of single experiments that the report does not take.
+REFUSED_FLAGS = ("prompt", "path", "change")
+_PROMPTS_PER_STUDY = flags.DEFINE_integer(
+    "prompts_per_study", 200, "Prompts of each study.", lower_bound=1
+)
 
-Write = Callable[[clm.LanguageModel, tokenizers.Tokenizer], report_page.Section]
+SectionWriter = Callable[[clm.LanguageModel, tokenizers.Tokenizer], report_page.Section]
 
 
-def curve(
+def sweep_section(
     lm: clm.LanguageModel,
     tokenizer: tokenizers.Tokenizer,
     title: str,
     claim: str,
-    trial: prompt_sweeps.Trial,
-    answers,
+    prompt_sweep: prompt_sweeps.PromptSweep,
+    answer_tokens,
     xlabel: str,
-    count: int = 0,
+    num_repetitions: int = 0,
 ) -> report_page.Section:
     """The section of one sweep."""
-    if answers is None:
-        answers = single_prompt.reached(lm, tokenizer, trial)
-    result = single_prompt.run(lm, trial, answers, None)
-    marks = single_prompt.ideal(count, trial.points)
-    figure = plots.answer_curves(result, xlabel=xlabel, title=trial.prompt, marks=marks)
-    rows: list[list[tables.Cell]] = [
-        [f"{r.first:.3f} to {r.last:.3f}", r.answer, r.peak] for r in result.ranges
-    ]
-    heads = (tables.Column(xlabel), tables.Column("answer"), tables.Column("at most", format=".3f"))
-    table = tables.Table(
-        report_page.slug(title), "The most probable of the tracked answers", heads, rows
+    if answer_tokens is None:
+        answer_tokens = single_prompt.find_tokens_above_threshold(lm, tokenizer, prompt_sweep)
+    answer_curves = single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, None)
+    marks = single_prompt.transition_points(num_repetitions, prompt_sweep.points)
+    figure = plots.answer_curves(
+        answer_curves, xlabel=xlabel, title=prompt_sweep.prompt, marks=marks
     )
-    moved = np.abs(result.probabilities - result.probabilities[-1:]).max()
-    shown = " > ".join(r.answer for r in result.ranges)
-    text = f"Shown: {shown}. The tracked probabilities move by at most {moved:.2g}."
+    rows: list[list[tables.Cell]] = [
+        [f"{r.first:.3f} to {r.last:.3f}", r.answer, r.peak] for r in answer_curves.ranges
+    ]
+    columns = (
+        tables.Column(xlabel),
+        tables.Column("answer"),
+        tables.Column("at most", format=".3f"),
+    )
+    table = tables.Table(
+        report_page.slug(title), "The most probable of the tracked answers", columns, rows
+    )
+    largest_change = np.abs(answer_curves.probabilities - answer_curves.probabilities[-1:]).max()
+    answer_sequence = " > ".join(r.answer for r in answer_curves.ranges)
+    text = (
+        f"Shown: {answer_sequence}. The tracked probabilities move by at most {largest_change:.2g}."
+    )
     return report_page.Section(title, claim, text, [table], {report_page.slug(title): figure})
 
 
-def counted(lm, tokenizer) -> report_page.Section:
+def counting_section(lm, tokenizer) -> report_page.Section:
     """Four apples."""
-    prompt, characters = counting.prompt_and_span()
-    trial = prompt_sweeps.shrinking(tokenizer, prompt, characters, single_prompt.points())
-    answers = single_prompt.tracked(tokenizer, clm.tokenization.DIGITS)
+    prompt, character_span = counting.prompt_and_span()
+    prompt_sweep = prompt_sweeps.shrink_span(
+        tokenizer, prompt, character_span, single_prompt.sweep_points()
+    )
+    answer_tokens = single_prompt.find_answer_tokens(tokenizer, clm.tokenization.DIGITS)
     claim = "As four apples last less, models answer 3, 2 and 1, each where so many are left."
-    return curve(
-        lm, tokenizer, "Counting", claim, trial, answers, "duration of each repeated token", 4
+    return sweep_section(
+        lm,
+        tokenizer,
+        "Counting",
+        claim,
+        prompt_sweep,
+        answer_tokens,
+        "duration of each repeated token",
+        4,
     )
 
 
-def told(lm, tokenizer) -> report_page.Section:
+def events_section(lm, tokenizer) -> report_page.Section:
     """Four things bought."""
-    prompt, characters = events.prompt_and_span("shop")
-    trial = prompt_sweeps.shrinking(tokenizer, prompt, characters, single_prompt.points())
-    answers = single_prompt.tracked(tokenizer, clm.tokenization.DIGITS)
+    prompt, character_span = events.prompt_and_span("shop")
+    prompt_sweep = prompt_sweeps.shrink_span(
+        tokenizer, prompt, character_span, single_prompt.sweep_points()
+    )
+    answer_tokens = single_prompt.find_answer_tokens(tokenizer, clm.tokenization.DIGITS)
     claim = "Events are counted in the same way, although no word is repeated four times."
     label = "duration of each token of the events"
-    return curve(lm, tokenizer, "Events", claim, trial, answers, label, events.EVENTS)
+    return sweep_section(
+        lm, tokenizer, "Events", claim, prompt_sweep, answer_tokens, label, events.NUM_EVENTS
+    )
 
 
-def summed(lm, tokenizer) -> report_page.Section:
+def sums_section(lm, tokenizer) -> report_page.Section:
     """One number of a sum."""
-    small = pretrained.is_bundled()
-    numbers = ("4", "3") if small else ("24", "13")
-    prompt, characters = sums.prompt_and_span(numbers, 2, spaced=False)
-    trial = prompt_sweeps.shrinking(tokenizer, prompt, characters, single_prompt.points())
-    answers = study.answers("sums", tokenizer, small)
+    is_bundled = pretrained.is_bundled()
+    numbers = ("4", "3") if is_bundled else ("24", "13")
+    prompt, character_span = sums.prompt_and_span(numbers, 2, spaced=False)
+    prompt_sweep = prompt_sweeps.shrink_span(
+        tokenizer, prompt, character_span, single_prompt.sweep_points()
+    )
+    answer_tokens = study.study_answer_tokens("sums", tokenizer, is_bundled)
     claim = "A number that lasts less is read as one of its digits. (The embedded model knows"
     claim += " one-digit numbers alone, to which this does not apply.)"
     label = f"duration of each token of {numbers[1]}"
-    return curve(lm, tokenizer, "Sums", claim, trial, answers, label)
+    return sweep_section(lm, tokenizer, "Sums", claim, prompt_sweep, answer_tokens, label)
 
 
-def between(how: str) -> Write:
+def make_interpolation_section(path: str) -> SectionWriter:
     """Apples to bananas."""
 
-    def section(lm, tokenizer) -> report_page.Section:
-        template, points = interpolation.TEMPLATES["question"], single_prompt.points(0.0)
+    def write_section(lm, tokenizer) -> report_page.Section:
+        template, points = interpolation.TEMPLATES["question"], single_prompt.sweep_points(0.0)
         words = ("apples", "bananas")
-        trial = prompt_sweeps.interpolating(lm, tokenizer, template, words, points, how)
-        answers = single_prompt.tracked(tokenizer, interpolation.YES_NO)
+        prompt_sweep = prompt_sweeps.interpolate_phrases(
+            lm, tokenizer, template, words, points, path
+        )
+        answer_tokens = single_prompt.find_answer_tokens(tokenizer, interpolation.YES_NO_SPELLINGS)
         claim = "Between two words lie others, of which the model says what is true of either end."
         label = "from apples (0) to bananas (1)"
-        return curve(lm, tokenizer, f"Interpolation, {how}", claim, trial, answers, label)
+        return sweep_section(
+            lm, tokenizer, f"Interpolation, {path}", claim, prompt_sweep, answer_tokens, label
+        )
 
-    return section
+    return write_section
 
 
-def used(lm, tokenizer) -> report_page.Section:
+def usage_section(lm, tokenizer) -> report_page.Section:
     """What follows, between two words."""
     template = interpolation.TEMPLATES["usage"]
-    trial = prompt_sweeps.interpolating(
-        lm, tokenizer, template, ("cats", "dogs"), single_prompt.points(0.0)
+    prompt_sweep = prompt_sweeps.interpolate_phrases(
+        lm, tokenizer, template, ("cats", "dogs"), single_prompt.sweep_points(0.0)
     )
     claim = "Without answers to choose from, the output distribution moves smoothly as well."
-    return curve(lm, tokenizer, "Usage", claim, trial, None, "from cats (0) to dogs (1)")
+    return sweep_section(
+        lm, tokenizer, "Usage", claim, prompt_sweep, None, "from cats (0) to dogs (1)"
+    )
 
 
-def operators(lm, tokenizer) -> report_page.Section:
+def boolean_section(lm, tokenizer) -> report_page.Section:
     """Forty Boolean sweeps."""
-    cells = boolean.made(lm, tokenizer, single_prompt.points(0.0), "linear")
-    results = single_prompt.run_all(lm, cells, single_prompt.tracked(tokenizer, ("0", "1")))
-    figure = plots.grid(results, xlabel="from the first operator (0) to the second (1)")
-    heads = [tables.Column("operators"), *(tables.Column(f"{a} {b}") for a, b in _INPUTS)]
+    prompt_sweeps = boolean.make_operator_sweeps(
+        lm, tokenizer, single_prompt.sweep_points(0.0), "linear"
+    )
+    curves_by_cell = single_prompt.run_sweeps(
+        lm, prompt_sweeps, single_prompt.find_answer_tokens(tokenizer, ("0", "1"))
+    )
+    figure = plots.curve_grid(
+        curves_by_cell, xlabel="from the first operator (0) to the second (1)"
+    )
+    columns = [tables.Column("operators"), *(tables.Column(f"{a} {b}") for a, b in _BOOLEAN_INPUTS)]
     rows = [
-        [pair, *(" > ".join(r.answer for r in result.ranges) for _, result in group)]
-        for pair, group in itertools.groupby(results.items(), key=lambda item: item[0][0])
+        [pair, *(" > ".join(r.answer for r in answer_curves.ranges) for _, answer_curves in group)]
+        for pair, group in itertools.groupby(curves_by_cell.items(), key=lambda item: item[0][0])
     ]
-    table = tables.Table("boolean", "Answers from the first operator to the second", heads, rows)
+    table = tables.Table("boolean", "Answers from the first operator to the second", columns, rows)
     claim = "Between two operators the answer goes from one truth table to the other, and at times"
     claim += " through neither."
     return report_page.Section("Boolean operators", claim, "", [table], {"boolean": figure})
 
 
-_INPUTS = tuple(itertools.product("01", repeat=2))
+_BOOLEAN_INPUTS = tuple(itertools.product("01", repeat=2))
 
 
-def moved(change: str) -> Write:
+def make_shifting_section(transform: str) -> SectionWriter:
     """Later, or slower."""
 
-    def section(lm, tokenizer) -> report_page.Section:
-        prompt = shifting.EMBEDDED if pretrained.is_bundled() else shifting.PROMPTS[0]
-        if change == "translation":
-            trial = prompt_sweeps.moving(tokenizer, prompt, single_prompt.points(0.0, 10.0))
+    def write_section(lm, tokenizer) -> report_page.Section:
+        prompt = shifting.BUNDLED_PROMPT if pretrained.is_bundled() else shifting.PROMPTS[0]
+        if transform == "translation":
+            prompt_sweep = prompt_sweeps.shift_prompt(
+                tokenizer, prompt, single_prompt.sweep_points(0.0, 10.0)
+            )
             claim = "Rotary models do not mind when a sentence begins; GPT-2 does."
             label = "shift in tokens"
         else:
-            trial = prompt_sweeps.stretching(tokenizer, prompt, single_prompt.points(0.01, 1.5))
+            prompt_sweep = prompt_sweeps.stretch_prompt(
+                tokenizer, prompt, single_prompt.sweep_points(0.01, 1.5)
+            )
             claim = "Models bear a change of the pace of all tokens, but not any."
             label = "duration of every token"
-        return curve(lm, tokenizer, change.capitalize(), claim, trial, None, label)
+        return sweep_section(
+            lm, tokenizer, transform.capitalize(), claim, prompt_sweep, None, label
+        )
 
-    return section
+    return write_section
 
 
-def attributed(lm, tokenizer) -> report_page.Section:
+def attribution_section(lm, tokenizer) -> report_page.Section:
     """Which moments of four apples argue for the answer."""
-    read = prompt.read(lm, tokenizer, prompt.PROMPT, None)
-    value = attribution.log_probability(lm, read.group, tokens=read.tokens)
-    ones = jnp.ones(len(read.tokens))
+    answered_prompt = prompt.encode_prompt(lm, tokenizer, prompt.DEFAULT_PROMPT, None)
+    objective = attribution.log_probability(
+        lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
+    )
+    ordinary_durations = jnp.ones(len(answered_prompt.tokens))
     methods = {
-        "integrated gradients": attribution.integrated(value, ones),
-        "gradient times input": attribution.gradient_times_input(value, ones),
-        "leave one out": attribution.leave_one_out(value, ones),
+        "integrated gradients": attribution.integrated_gradients(objective, ordinary_durations),
+        "gradient times input": attribution.gradient_times_input(objective, ordinary_durations),
+        "leave one out": attribution.leave_one_out(objective, ordinary_durations),
     }
-    deleted = {n: deletion_curve(value, ones, found.tokens) for n, found in methods.items()}
-    exact = methods["integrated gradients"]
-    title = f"{read.answer!r}: log probability {exact.base:.2f} to {exact.end:.2f}"
-    heads = [tables.Column("method"), tables.Column("sum", format=".3f")]
-    heads += [
+    deletions = {
+        n: deletion_curve(objective, ordinary_durations, method_result.contributions)
+        for n, method_result in methods.items()
+    }
+    integrated = methods["integrated gradients"]
+    values = f"{integrated.baseline_value:.2f} to {integrated.end_value:.2f}"
+    title = f"{answered_prompt.answer!r}: log probability {values}"
+    columns = [tables.Column("method"), tables.Column("sum", format=".3f")]
+    columns += [
         tables.Column(h, format=".3f") for h in ("residual", "area of deletion (lower: better)")
     ]
     rows: list[list[tables.Cell]] = [
-        [name, float(found.tokens.sum()), found.residual, deleted[name].area]
-        for name, found in methods.items()
+        [
+            name,
+            float(method_result.contributions.sum()),
+            method_result.residual,
+            deletions[name].area,
+        ]
+        for name, method_result in methods.items()
     ]
-    text = (
-        f"The answer is {read.answer!r}. Integrated gradients along the durations, from absent to"
-    )
-    text += " present, add up to the change of its log probability within"
-    text += f" {exact.relative_residual():.2%}."
+    text = f"The answer is {answered_prompt.answer!r}. Integrated gradients along the durations,"
+    text += " from absent to present, add up to the change of its log probability within"
+    text += f" {integrated.relative_residual():.2%}."
     return report_page.Section(
         "Duration attribution",
         "",
         text,
-        [tables.Table("attribution", "Contributions to the answer, in nats", heads, rows)],
+        [tables.Table("attribution", "Contributions to the answer, in nats", columns, rows)],
         {
             "attribution": plots.heat_maps(
-                read.pieces,
-                read.gaps,
-                {n: found.tokens for n, found in methods.items()},
+                answered_prompt.token_texts,
+                answered_prompt.separators,
+                {n: method_result.contributions for n, method_result in methods.items()},
                 title=title,
             ),
-            "deletion": plots.deletion_curves({n: d.values for n, d in deleted.items()}),
+            "deletion": plots.deletion_curves({n: d.values for n, d in deletions.items()}),
         },
     )
 
 
-def steered(lm, tokenizer) -> report_page.Section:
+def inverse_section(lm, tokenizer) -> report_page.Section:
     """Durations that make the model give other answers."""
-    ones, drawn = None, {}
-    heads = [tables.Column("answer"), tables.Column("holds"), tables.Column("tokens changed")]
-    heads += [tables.Column(h, format=".3f") for h in ("total change", "by random search")]
+    ordinary_durations, drawn_durations = None, {}
+    columns = [tables.Column("answer"), tables.Column("holds"), tables.Column("tokens changed")]
+    columns += [tables.Column(h, format=".3f") for h in ("total change", "by random search")]
     rows: list[list[tables.Cell]] = []
-    for answer in TARGETS:
-        read = prompt.read(lm, tokenizer, prompt.PROMPT, answer)
-        ones = jnp.ones(len(read.tokens))
-        logits = next_token(lm, tokens=read.tokens)
-        slack = duration_search.Margin(logits, jnp.array(read.group), MARGIN)
-        found = duration_search.steer(slack, ones)
-        chance = duration_search.random_search(slack, ones, evaluations=found.evaluations)
-        said = int(np.asarray(lm(read.tokens, durations=found.durations, at=-1)).argmax())
-        holds = said in read.group
-        changed = int((np.abs(found.durations - 1.0) > 1e-3).sum())
-        by_chance = chance.total if chance.slack >= 0 else None
-        rows.append([answer, "yes" if holds else "no", changed, found.total, by_chance])
-        if holds:
-            drawn[f"{answer}: total change {found.total:.3f}"] = found.durations
+    for answer in TARGET_ANSWERS:
+        answered_prompt = prompt.encode_prompt(lm, tokenizer, prompt.DEFAULT_PROMPT, answer)
+        ordinary_durations = jnp.ones(len(answered_prompt.tokens))
+        logits = next_token_logits(lm, tokens=answered_prompt.tokens)
+        constraint = duration_search.Margin(
+            logits, jnp.array(answered_prompt.answer_tokens), LOG_ODDS_MARGIN
+        )
+        by_gradients = duration_search.find_durations(constraint, ordinary_durations)
+        by_random_search = duration_search.random_search(
+            constraint, ordinary_durations, evaluations=by_gradients.evaluations
+        )
+        top_token = int(
+            np.asarray(
+                lm(answered_prompt.tokens, durations=by_gradients.durations, position=-1)
+            ).argmax()
+        )
+        is_target = top_token in answered_prompt.answer_tokens
+        num_changed = int((np.abs(by_gradients.durations - 1.0) > 1e-3).sum())
+        random_search_change = by_random_search.total if by_random_search.slack >= 0 else None
+        rows.append(
+            [
+                answer,
+                "yes" if is_target else "no",
+                num_changed,
+                by_gradients.total,
+                random_search_change,
+            ]
+        )
+        if is_target:
+            drawn_durations[f"{answer}: total change {by_gradients.total:.3f}"] = (
+                by_gradients.durations
+            )
     title = "durations that make it say so"
     figure = plots.durations_over_text(
-        read.pieces, read.gaps, drawn or {"ordinary": np.ones(len(read.pieces))}, title=title
+        answered_prompt.token_texts,
+        answered_prompt.separators,
+        drawn_durations or {"ordinary": np.ones(len(answered_prompt.token_texts))},
+        title=title,
     )
     caption = "Total change of durations, sum |d - 1|, at which the answer leads"
     return report_page.Section(
@@ -243,40 +317,52 @@ def steered(lm, tokenizer) -> report_page.Section:
         "",
         "Durations near 1, mostly equal to 1, that make the model give another answer to the prompt"
         " of four apples, found by gradients; random search had as many evaluations.",
-        [tables.Table("inverse", caption, heads, rows)],
+        [tables.Table("inverse", caption, columns, rows)],
         {"inverse": figure},
     )
 
 
-def pruned(lm, tokenizer) -> report_page.Section:
+def pruning_section(lm, tokenizer) -> report_page.Section:
     """The least time that keeps the answer."""
-    read = prompt.read(lm, tokenizer, prompt.PROMPT, None)
-    value = attribution.log_probability(lm, read.group, tokens=read.tokens)
-    ones = np.ones(len(read.tokens), np.float32)
-    d = prune(value, ones, tolerance=TOLERANCE).durations
-    before, after = (float(value(jnp.asarray(x))) for x in (ones, d))
-    text = f"The smallest durations at which {read.answer!r} loses at most {TOLERANCE} nat: of"
-    text += f" {len(d) - 1} tokens after the first, {int((d[1:] > 0).sum())} are left, which last"
-    text += f" {d[1:].sum():.2f} together; log probability {before:.3f} to {after:.3f}."
-    figure = plots.durations_over_text(read.pieces, read.gaps, {"pruned": d}, title="what is left")
+    answered_prompt = prompt.encode_prompt(lm, tokenizer, prompt.DEFAULT_PROMPT, None)
+    objective = attribution.log_probability(
+        lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
+    )
+    ordinary_durations = np.ones(len(answered_prompt.tokens), np.float32)
+    pruned_durations = prune(objective, ordinary_durations, tolerance=LOG_PROB_TOLERANCE).durations
+    log_prob_before, log_prob_after = (
+        float(objective(jnp.asarray(x))) for x in (ordinary_durations, pruned_durations)
+    )
+    text = f"The smallest durations at which {answered_prompt.answer!r} loses at most"
+    text += f" {LOG_PROB_TOLERANCE} nat: of"
+    num_kept = int((pruned_durations[1:] > 0).sum())
+    text += f" {len(pruned_durations) - 1} tokens after the first, {num_kept} are left, which last"
+    text += f" {pruned_durations[1:].sum():.2f} together; log probability {log_prob_before:.3f} to"
+    text += f" {log_prob_after:.3f}."
+    figure = plots.durations_over_text(
+        answered_prompt.token_texts,
+        answered_prompt.separators,
+        {"pruned": pruned_durations},
+        title="what is left",
+    )
     return report_page.Section("Prompt pruning", "", text, [], {"pruning": figure})
 
 
-TARGETS = ("3", "2", "1", "5")
-MARGIN = 0.1  # of the answer's log-odds
-TOLERANCE = 0.1  # nat
-SWEEPS: tuple[tuple[str, Write], ...] = (
-    ("Counting", counted),
-    ("Events", told),
-    ("Sums", summed),
-    ("Interpolation, linear", between("linear")),
-    ("Interpolation, spherical", between("spherical")),
-    ("Usage", used),
-    ("Boolean operators", operators),
-    ("Translation", moved("translation")),
-    ("Scaling", moved("scaling")),
+TARGET_ANSWERS = ("3", "2", "1", "5")
+LOG_ODDS_MARGIN = 0.1  # of the answer's log-odds
+LOG_PROB_TOLERANCE = 0.1  # nat
+SWEEP_SECTIONS: tuple[tuple[str, SectionWriter], ...] = (
+    ("Counting", counting_section),
+    ("Events", events_section),
+    ("Sums", sums_section),
+    ("Interpolation, linear", make_interpolation_section("linear")),
+    ("Interpolation, spherical", make_interpolation_section("spherical")),
+    ("Usage", usage_section),
+    ("Boolean operators", boolean_section),
+    ("Translation", make_shifting_section("translation")),
+    ("Scaling", make_shifting_section("scaling")),
 )
-CLAIMS = {
+STUDY_CLAIMS = {
     "counting": "On 200 prompts, shrinking brings out counts that the ordinary prompt does not"
     " (observed above counterfactual).",
     "tutorials": "The same holds of steps of tutorials, which are longer and differ.",
@@ -286,74 +372,93 @@ CLAIMS = {
 }
 
 
-def studied(
+def study_section(
     name: str, folder: pathlib.Path, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
 ) -> report_page.Section:
     """A study with its tables and figures, as `study` and `analysis` make them."""
-    tasks = datasets.made(name)[: _STUDIED.value]
-    tracked = study.answers(name, tokenizer, pretrained.is_bundled())
-    points = np.linspace(0, 1, 40) if name == "words" else single_prompt.points()
-    records = study.run(
-        folder, lm, tokenizer, tasks, tracked, points, label=name, pmap=program.pmap()
+    tasks = datasets.generate_tasks(name)[: _PROMPTS_PER_STUDY.value]
+    answer_tokens = study.study_answer_tokens(name, tokenizer, pretrained.is_bundled())
+    points = np.linspace(0, 1, 40) if name == "words" else single_prompt.sweep_points()
+    records = study.run_study(
+        folder,
+        lm,
+        tokenizer,
+        tasks,
+        answer_tokens,
+        points,
+        progress_label=name,
+        use_pmap=program.uses_pmap(),
     )
-    study.write(folder, name, pretrained.name(), records)
+    study.write_study(folder, name, pretrained.model_name(), records)
     processes.wait_for_all("study")
-    found = [analysis.read(folder)]
-    numbers = analysis.analyse(found)
-    figures = analysis.STUDIES[name].figures(numbers)
+    studies = [analysis.read_study(folder)]
+    metrics_by_model = analysis.compute_model_metrics(studies)
+    study_figures = analysis.STUDY_SPECS[name].make_figures(metrics_by_model)
     return report_page.Section(
         f"Study: {name}",
-        CLAIMS[name],
-        f"{len(records)} prompts, of which {len(found[0].failed)} could not be run.",
-        tables.laid_out(name, numbers),
-        {f"{name}_{figure}": drawn for figure, drawn in figures.items()},
+        STUDY_CLAIMS[name],
+        f"{len(records)} prompts, of which {len(studies[0].failed)} could not be run.",
+        tables.study_tables(name, metrics_by_model),
+        {
+            f"{name}_{figure_name}": study_figure
+            for figure_name, study_figure in study_figures.items()
+        },
     )
 
 
-def sections(folder: pathlib.Path) -> Iterator[report_page.Section]:
+def generate_sections(folder: pathlib.Path) -> Iterator[report_page.Section]:
     """All of them, one after the other; one that cannot be run says why."""
     lm, tokenizer = pretrained.load()
-    writers: list[tuple[str, Write]] = [
-        *SWEEPS,
+    section_writers: list[tuple[str, SectionWriter]] = [
+        *SWEEP_SECTIONS,
         *(
-            (f"Study: {name}", lambda lm, tok, name=name: studied(name, folder / name, lm, tok))
+            (
+                f"Study: {name}",
+                lambda lm, tok, name=name: study_section(name, folder / name, lm, tok),
+            )
             for name in datasets.STUDIES
         ),
-        ("Duration attribution", attributed),
-        ("Inverse problem", steered),
-        ("Prompt pruning", pruned),
+        ("Duration attribution", attribution_section),
+        ("Inverse problem", inverse_section),
+        ("Prompt pruning", pruning_section),
     ]
-    bar = tqdm.tqdm(writers, unit="section", desc="report")
-    for title, write in bar:
+    progress_bar = tqdm.tqdm(section_writers, unit="section", desc="report")
+    for title, write_section in progress_bar:
         try:
-            yield write(lm, tokenizer)
+            yield write_section(lm, tokenizer)
         except clm.InputError as error:
             yield report_page.Section(title, "", f"Not run: {error}", [], {}, failed=True)
 
 
 def main() -> None:
     """Sections, pages, figures, tables."""
-    for name in CHOSEN:
+    for name in REFUSED_FLAGS:
         if flags.FLAGS[name].present:
             raise clm.InputError(f"--{name}: the report has its own; run an experiment's program")
     folder = program.output_dir("report")
-    made = list(sections(folder / "studies"))
-    run = program.record()
-    title = f"How continuous is {pretrained.name()}?"
-    if not processes.is_first():
+    report_sections = list(generate_sections(folder / "studies"))
+    run_record = program.record()
+    title = f"How continuous is {pretrained.model_name()}?"
+    if not processes.is_first_process():
         return
-    with written_aside(folder) as aside:
-        for section in made:
+    with write_atomically(folder) as staging_folder:
+        for section in report_sections:
             for name, figure in section.figures.items():
-                plots.save(figure, aside, name)
+                plots.save(figure, staging_folder, name)
             for table in section.tables:
-                table.write(aside)
-        report_page.write(aside, title, made, run)
-        write_json(aside / "report.json", {"sections": [s.as_json() for s in made], "run": run})
-    failed = [section.title for section in made if section.failed]
-    print(f"{len(made)} sections, {len(failed)} of which could not be run: {', '.join(failed)}")
+                table.write(staging_folder)
+        report_page.write_report(staging_folder, title, report_sections, run_record)
+        write_json(
+            staging_folder / "report.json",
+            {"sections": [s.as_json() for s in report_sections], "run": run_record},
+        )
+    failed = [section.title for section in report_sections if section.failed]
+    print(
+        f"{len(report_sections)} sections, {len(failed)} of which could not be run:"
+        f" {', '.join(failed)}"
+    )
     print(f"{folder}/report.html, report.md")
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True, pmaps=True)
+    program.run(main, supports_mesh=True, supports_pmap=True)

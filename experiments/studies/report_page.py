@@ -50,40 +50,45 @@ def slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
 
 
-def write(folder: pathlib.Path, title: str, sections: Sequence[Section], run: Mapping) -> None:
+def write_report(
+    folder: pathlib.Path, title: str, sections: Sequence[Section], run_record: Mapping
+) -> None:
     """report.html and report.md; the figures' PNG files are in the folder already."""
-    (folder / "report.html").write_text(_html(folder, title, sections, run), encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(title, sections, run), encoding="utf-8")
-
-
-def _about(run: Mapping, sections: Sequence[Section]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    failed = sum(section.failed for section in sections)
-    return (
-        f"{len(sections)} sections, {failed} not run. {run['date']}, {run['device']}; {versions}."
+    (folder / "report.html").write_text(
+        _render_html(folder, title, sections, run_record), encoding="utf-8"
+    )
+    (folder / "report.md").write_text(
+        _render_markdown(title, sections, run_record), encoding="utf-8"
     )
 
 
-def _flags(run: Mapping) -> str:
-    return " ".join(f"--{k}={v}" for k, v in run["flags"].items() if v not in (None, []))
+def _run_summary(run_record: Mapping, sections: Sequence[Section]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in run_record["versions"].items())
+    num_failed = sum(section.failed for section in sections)
+    place = f"{run_record['date']}, {run_record['device']}; {versions}"
+    return f"{len(sections)} sections, {num_failed} not run. {place}."
 
 
-def _markdown(title: str, sections: Sequence[Section], run: Mapping) -> str:
-    parts = [f"# {title}", _about(run, sections)]
+def _format_flags(run_record: Mapping) -> str:
+    return " ".join(f"--{k}={v}" for k, v in run_record["flags"].items() if v not in (None, []))
+
+
+def _render_markdown(title: str, sections: Sequence[Section], run_record: Mapping) -> str:
+    parts = [f"# {title}", _run_summary(run_record, sections)]
     for section in sections:
         parts += [f"## {section.title}"]
         parts += [f"*The paper:* {section.claim}"] if section.claim else []
-        parts += [_escaped(section.text)] if section.text else []
+        parts += [_escape_markdown(section.text)] if section.text else []
         parts += [f"![{section.title}]({name}.png)" for name in section.figures]
         parts += [table.as_markdown().rstrip() for table in section.tables]
-    return "\n\n".join([*parts, f"`{_flags(run)}`"]) + "\n"
+    return "\n\n".join([*parts, f"`{_format_flags(run_record)}`"]) + "\n"
 
 
-def _escaped(text: str) -> str:
+def _escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_<>#|])", r"\\\1", text)
 
 
-_STYLE = """
+_STYLESHEET = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 Georgia, 'STIX Two Text', serif; color: #222; background: #fff;
        max-width: 46rem; margin: 3rem auto; padding: 0 1.2rem; }
@@ -107,35 +112,44 @@ nav a { display: block; color: #0072B2; text-decoration: none; }
 """
 
 
-def _html(folder: pathlib.Path, title: str, sections: Sequence[Section], run: Mapping) -> str:
-    text = html.escape
-    links = "".join(f'<a href="#{slug(s.title)}">{text(s.title)}</a>' for s in sections)
-    body = [f"<h1>{text(title)}</h1>", f'<p class="about">{text(_about(run, sections))}</p>']
-    body.append(f"<nav>{links}</nav>")
+def _render_html(
+    folder: pathlib.Path, title: str, sections: Sequence[Section], run_record: Mapping
+) -> str:
+    escape = html.escape
+    navigation_links = "".join(
+        f'<a href="#{slug(s.title)}">{escape(s.title)}</a>' for s in sections
+    )
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="about">{escape(_run_summary(run_record, sections))}</p>',
+    ]
+    body.append(f"<nav>{navigation_links}</nav>")
     for section in sections:
-        body.append(f'<h2 id="{slug(section.title)}">{text(section.title)}</h2>')
+        body.append(f'<h2 id="{slug(section.title)}">{escape(section.title)}</h2>')
         if section.claim:
-            body.append(f'<p class="claim">The paper: {text(section.claim)}</p>')
+            body.append(f'<p class="claim">The paper: {escape(section.claim)}</p>')
         if section.text:
-            kind = ' class="failed"' if section.failed else ""
-            body.append(f"<p{kind}>{text(section.text)}</p>")
+            class_attribute = ' class="failed"' if section.failed else ""
+            body.append(f"<p{class_attribute}>{escape(section.text)}</p>")
         for name in section.figures:
-            image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-            alt = text(f"{section.title}: {name}")
-            body.append(f'<img alt="{alt}" src="data:image/png;base64,{image}">')
-        body += map(_html_table, section.tables)
-    body.append(f'<h2>Flags</h2><p class="flags">{text(_flags(run))}</p>')
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head = f"<head>{meta}<title>{text(title)}</title><style>{_STYLE}</style></head>"
-    lines = "\n".join(body)
-    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{lines}\n</body></html>\n'
+            encoded_image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            alt_text = escape(f"{section.title}: {name}")
+            body.append(f'<img alt="{alt_text}" src="data:image/png;base64,{encoded_image}">')
+        body += map(_render_html_table, section.tables)
+    body.append(f'<h2>Flags</h2><p class="flags">{escape(_format_flags(run_record))}</p>')
+    meta_tags = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head_element = (
+        f"<head>{meta_tags}<title>{escape(title)}</title><style>{_STYLESHEET}</style></head>"
+    )
+    body_html = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en">{head_element}\n<body>\n{body_html}\n</body></html>\n'
 
 
-def _html_table(table: Table) -> str:
-    heads, *rows = ([html.escape(cell or "-") for cell in row] for row in table.cells)
-    head = "".join(f"<th>{cell}</th>" for cell in heads)
+def _render_html_table(table: Table) -> str:
+    titles, *rows = ([html.escape(cell or "-") for cell in row] for row in table.cells)
+    header = "".join(f"<th>{cell}</th>" for cell in titles)
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
     return (
         f'<div class="scroll"><table><caption>{html.escape(table.caption)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -9,7 +9,7 @@
 
 Steering shifts the mean of each density along a direction: the mean of the rows of the words in
 --towards, less that of the words in --away (of all rows, if there are none). What is measured is
-the share of new tokens near the list: those among the --near rows nearest to one of its words.
+the share of new tokens near the list: those among the --near_k rows nearest to one of its words.
 
 A next-vector model has no rows to steer by. It takes a --temperature of 1, 1/2, 1/3 ... or 0, any
 up to 1 with --method=exact, and shows what its autoencoder decodes --between two texts.
@@ -29,7 +29,7 @@ from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text
-from continuous_lm.io.atomic_files import written_aside
+from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import calm, density
 from continuous_lm.models.calm.checkpoint import NextVectorLM
@@ -42,31 +42,33 @@ _CODEC = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from.  [default: the end of a text]")
 _SAMPLES = flags.DEFINE_integer("samples", 4, "How many texts, of each strength.", lower_bound=1)
-_MAX_NEW = flags.DEFINE_integer("max_new_tokens", 64, "Of each.", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Of each.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
     None,
     "0: the mean, or the most frequent chunk.  [default: 0.7; 0.5 for next vectors]",
     lower_bound=0.0,
 )
-_QUANTIZE = flags.DEFINE_enum("quantize", "rerank", list(density.WAYS), "From vectors to tokens.")
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize", "rerank", list(density.QUANTIZE_METHODS), "From vectors to tokens."
+)
 _TOWARDS = flags.DEFINE_list("towards", [], "Words to steer towards.")
 _AWAY = flags.DEFINE_list("away", [], "Words to steer away from.")
 _STRENGTHS = flags.DEFINE_list("strengths", ["0"], "Of steering, in units of the rows.")
-_NEAR = flags.DEFINE_integer("near", 16, "Rows that are near a word.", lower_bound=1)
+_NEAR_K = flags.DEFINE_integer("near_k", 16, "Rows that are near a word.", lower_bound=1)
 _METHOD = flags.DEFINE_enum(
-    "method", "batch", list(calm.METHODS), "How next vectors are drawn at a temperature."
+    "method", "batch", list(calm.SAMPLING_METHODS), "How next vectors are drawn at a temperature."
 )
 _CANDIDATES = flags.DEFINE_integer("candidates", 128, "Of --method=batch.", lower_bound=1)
 _MAX_ROUNDS = flags.DEFINE_integer("max_rounds", 10_000, "Of --method=exact.", lower_bound=1)
 _BETWEEN = flags.DEFINE_multi_string("between", [], "Twice: two texts, and what lies between.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
-_OF_DENSITIES = ("quantize", "towards", "away", "strengths", "near")
-_OF_NEXT_VECTORS = ("method", "candidates", "max_rounds", "between")
+_DENSITY_FLAGS = ("quantize", "towards", "away", "strengths", "near_k")
+_NEXT_VECTOR_FLAGS = ("method", "candidates", "max_rounds", "between")
 
 
-def strengths() -> list[float]:
+def read_strengths() -> list[float]:
     """Those of the flag."""
     try:
         values = [float(value) for value in _STRENGTHS.value]
@@ -77,37 +79,42 @@ def strengths() -> list[float]:
     return values
 
 
-def tokens_of(lm: DensityLM, words: list[str], flag: str) -> list[int]:
+def word_tokens(lm: DensityLM, words: list[str], flag_name: str) -> list[int]:
     """The tokens of words that are one token each, with a space before them or without."""
     tokenizer: Any = lm.tokenizer
-    found = []
+    single_tokens = []
     for word in words:
-        spellings = [tokenizer.encode(s, add_special_tokens=False).ids for s in (f" {word}", word)]
+        spellings = [
+            tokenizer.encode(spelling, add_special_tokens=False).ids
+            for spelling in (f" {word}", word)
+        ]
         single = [ids[0] for ids in spellings if len(ids) == 1]
         if not single:
             raise InputError(
-                f"--{flag}: {word!r} is {len(spellings[0])} tokens; give words of one token"
+                f"--{flag_name}: {word!r} is {len(spellings[0])} tokens; give words of one token"
             )
-        found += single
-    return sorted(set(found))
+        single_tokens += single
+    return sorted(set(single_tokens))
 
 
-def near(lm: DensityLM, tokens: list[int], count: int) -> np.ndarray:
-    """The tokens whose rows are among the `count` nearest to one of these, by cosine."""
-    rows = density.token_rows(lm)
-    count = min(count, len(rows))
-    found = quantize.k_nearest(rows[np.asarray(tokens)], rows, count, metric="cosine").indices
-    return np.unique(np.asarray(found))
+def nearest_tokens(lm: DensityLM, tokens: list[int], num_nearest: int) -> np.ndarray:
+    """The tokens whose rows are among the `num_nearest` nearest to one of these, by cosine."""
+    rows = density.get_token_table(lm)
+    num_nearest = min(num_nearest, len(rows))
+    nearest_indices = quantize.k_nearest(
+        rows[np.asarray(tokens)], rows, num_nearest, metric="cosine"
+    ).indices
+    return np.unique(np.asarray(nearest_indices))
 
 
-def steered(
+def sample_steered(
     lm: DensityLM,
     prompts: Any,
     towards: list[int],
     away: list[int],
-    values: list[float],
+    strength_values: list[float],
     *,
-    close: int = 16,
+    num_nearest: int = 16,
     seed: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -118,137 +125,165 @@ def steered(
       prompts: tokens of each.
       towards: tokens to steer towards; none for no steering.
       away: tokens to steer away from.
-      values: the strengths.
-      close: how many rows are near a token.
+      strength_values: the strengths.
+      num_nearest: how many rows are near a token.
       seed: of the draws, the same for each strength, and of the bootstrap over samples.
-      **options: of `sampling.sample`.
+      **options: of `density.sample`.
     """
-    direction, wanted = None, np.zeros(0, int)
+    direction, listed_tokens = None, np.zeros(0, int)
     if towards:
-        direction, wanted = density.steering_direction(lm, towards, away), near(lm, towards, close)
+        direction, listed_tokens = (
+            density.steering_direction(lm, towards, away),
+            nearest_tokens(lm, towards, num_nearest),
+        )
     rng, results = np.random.default_rng(seed), []
-    for strength in values:
-        new: Any = density.sample(
+    for strength in strength_values:
+        generated: Any = density.sample(
             lm, prompts, key=jax.random.key(seed), direction=direction, strength=strength, **options
         )
-        rows = new.rows()
-        hits = np.array([np.isin(row, wanted).sum() for row in rows])
-        sizes = np.array([len(row) for row in rows])
-        picked = rng.integers(len(rows), size=(1000, len(rows)))
-        shares = hits[picked].sum(axis=1) / sizes[picked].sum(axis=1)
+        token_rows = generated.token_lists()
+        num_listed = np.array([np.isin(row, listed_tokens).sum() for row in token_rows])
+        num_tokens = np.array([len(row) for row in token_rows])
+        resampled_indices = rng.integers(len(token_rows), size=(1000, len(token_rows)))
+        shares = num_listed[resampled_indices].sum(axis=1) / num_tokens[resampled_indices].sum(
+            axis=1
+        )
         low, high = np.quantile(shares, [0.025, 0.975])
-        share = {"value": float(hits.sum() / sizes.sum()), "low": float(low), "high": float(high)}
-        results.append({"strength": strength, "share": share, "tokens": rows})
+        share = {
+            "value": float(num_listed.sum() / num_tokens.sum()),
+            "low": float(low),
+            "high": float(high),
+        }
+        results.append({"strength": strength, "share": share, "tokens": token_rows})
     return results
 
 
-def figure(results: list[dict[str, Any]], xlabel: str) -> Figure:
+def plot_steering(results: list[dict[str, Any]], xlabel: str) -> Figure:
     """The share of words near the list against the strength."""
-    points = [r["strength"] for r in results]
-    low, middle, high = (
-        np.array([r["share"][name] for r in results]) for name in ("low", "value", "high")
+    strength_values = [result["strength"] for result in results]
+    low, estimate, high = (
+        np.array([result["share"][name] for result in results]) for name in ("low", "value", "high")
     )
-    with plt.rc_context(plots.STYLE):
-        made, axes = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
-        axes.fill_between(points, low, high, color=plots.COLOURS[3], alpha=0.2, lw=0)
-        axes.plot(points, middle, color=plots.COLOURS[3], marker="o", ms=3.5)
+    with plt.rc_context(plots.MATPLOTLIB_STYLE):
+        steering_figure, axes = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
+        axes.fill_between(strength_values, low, high, color=plots.COLOURS[3], alpha=0.2, lw=0)
+        axes.plot(strength_values, estimate, color=plots.COLOURS[3], marker="o", ms=3.5)
         axes.set(xlabel=xlabel, ylabel="share of tokens near the list", ylim=(0, None))
-    return made
+    return steering_figure
 
 
-def of_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
+def sample_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
     """Texts from a next-vector model, and between two."""
     tokenizer: Any = lm.tokenizer
-    ends = [tokenizer.encode(s, add_special_tokens=False).ids for s in _BETWEEN.value]
-    if len(ends) not in (0, 2):
-        raise InputError(f"--between is given {len(ends)} times; give it twice, or not at all")
-    idle = "candidates" if _METHOD.value == "exact" else "max_rounds"
-    if flags.FLAGS[idle].present:
-        raise InputError(f"--{idle} is not of --method={_METHOD.value}; leave it out")
+    end_tokens = [
+        tokenizer.encode(end_text, add_special_tokens=False).ids for end_text in _BETWEEN.value
+    ]
+    if len(end_tokens) not in (0, 2):
+        raise InputError(
+            f"--between is given {len(end_tokens)} times; give it twice, or not at all"
+        )
+    unused_flag = "candidates" if _METHOD.value == "exact" else "max_rounds"
+    if flags.FLAGS[unused_flag].present:
+        raise InputError(f"--{unused_flag} is not of --method={_METHOD.value}; leave it out")
     prompt = tokenizer.encode(_PROMPT.value, add_special_tokens=False).ids
-    end = text.end_of_text(tokenizer)
-    new = calm.sample(
+    end_token = text.end_of_text_id(tokenizer)
+    generated = calm.sample(
         lm,
-        np.tile(prompt or [end], (_SAMPLES.value, 1)),
-        max_new_tokens=_MAX_NEW.value,
+        np.tile(prompt or [end_token], (_SAMPLES.value, 1)),
+        max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=0.5 if _TEMPERATURE.value is None else _TEMPERATURE.value,
         method=_METHOD.value,
-        candidates=_CANDIDATES.value,
+        num_candidates=_CANDIDATES.value,
         max_rounds=_MAX_ROUNDS.value,
-        fill=end,
-        stop=None if "eos_token_id" in lm.notes else end,
+        pad_token=end_token,
+        stop=None if "eos_token_id" in lm.hf_fields else end_token,
         key=jax.random.key(_SEED.value),
     )
-    found: dict[str, Any] = {"texts": [tokenizer.decode(row) for row in new.rows()]}
-    for drawn in found["texts"]:
-        print(f"---\n{_PROMPT.value}{drawn}")
-    if ends:
+    results: dict[str, Any] = {"texts": [tokenizer.decode(row) for row in generated.token_lists()]}
+    for sample_text in results["texts"]:
+        print(f"---\n{_PROMPT.value}{sample_text}")
+    if end_tokens:
         with about("--between"):
-            found["between"] = [tokenizer.decode(t) for t in calm_training.between(lm.codec, *ends)]
-        print("--- between", *found["between"], sep="\n")
-    return found
+            results["between"] = [
+                tokenizer.decode(tokens)
+                for tokens in calm_training.interpolate_texts(lm.codec, *end_tokens)
+            ]
+        print("--- between", *results["between"], sep="\n")
+    return results
 
 
 def main() -> None:
     """Texts, shares, a figure."""
     folder = program.output_dir("sample")
-    values = strengths()
-    lm = density_training.load_any(_MODEL.value, _CODEC.value, program.mesh())
-    wrong = _OF_DENSITIES if isinstance(lm, NextVectorLM) else _OF_NEXT_VECTORS
-    for name in wrong:
+    strength_values = read_strengths()
+    lm = density_training.load_text_model(_MODEL.value, _CODEC.value, program.mesh())
+    excluded_flags = _DENSITY_FLAGS if isinstance(lm, NextVectorLM) else _NEXT_VECTOR_FLAGS
+    for name in excluded_flags:
         if flags.FLAGS[name].present:
             kind = "next-vector" if isinstance(lm, NextVectorLM) else "density"
             raise InputError(f"--{name} is not for a {kind} model; leave it out")
     if isinstance(lm, NextVectorLM):
-        found = of_next_vectors(lm)
-        if not processes.is_first():
+        next_vector_results = sample_next_vectors(lm)
+        if not processes.is_first_process():
             return
-        with written_aside(folder) as aside:
-            write_json(aside / "sample.json", {"run": program.record(), **found})
+        with write_atomically(folder) as staging_folder:
+            write_json(
+                staging_folder / "sample.json", {"run": program.record(), **next_vector_results}
+            )
         print(f"\n{folder}/sample.json")
         return
     tokenizer: Any = lm.tokenizer
     towards, away = (
-        tokens_of(lm, words, name)
+        word_tokens(lm, words, name)
         for words, name in ((_TOWARDS.value, "towards"), (_AWAY.value, "away"))
     )
-    if not towards and (away or values != [0.0]):
+    if not towards and (away or strength_values != [0.0]):
         raise InputError("--away and --strengths need --towards, the words to steer towards")
     prompt = tokenizer.encode(_PROMPT.value, add_special_tokens=False).ids
-    results = steered(
+    results = sample_steered(
         lm,
-        [prompt or [text.end_of_text(tokenizer)]] * _SAMPLES.value,
+        [prompt or [text.end_of_text_id(tokenizer)]] * _SAMPLES.value,
         towards,
         away,
-        values,
-        close=_NEAR.value,
+        strength_values,
+        num_nearest=_NEAR_K.value,
         seed=_SEED.value,
-        max_new=_MAX_NEW.value,
+        max_new_items=_MAX_NEW_TOKENS.value,
         temperature=0.7 if _TEMPERATURE.value is None else _TEMPERATURE.value,
         quantize=_QUANTIZE.value,
     )
-    if not processes.is_first():
+    if not processes.is_first_process():
         return
     for result in results:
         result["texts"] = [tokenizer.decode(row) for row in result["tokens"]]
-        told = f" strength {result['strength']:g}, {result['share']['value']:.1%} near" * bool(
-            towards
+        strength_label = (
+            f" strength {result['strength']:g}, {result['share']['value']:.1%} near"
+            if towards
+            else ""
         )
-        for drawn in result["texts"]:
-            print(f"---{told}\n{_PROMPT.value}{drawn}")
-    with written_aside(folder) as aside:
-        write_json(aside / "sample.json", {"run": program.record(), "samples": results})
+        for sample_text in result["texts"]:
+            print(f"---{strength_label}\n{_PROMPT.value}{sample_text}")
+    with write_atomically(folder) as staging_folder:
+        write_json(staging_folder / "sample.json", {"run": program.record(), "samples": results})
         if towards:
-            drawn_figure = figure(results, f"strength towards {', '.join(_TOWARDS.value)}")
-            plots.save(drawn_figure, aside, "steering")
-            rows = [[r["strength"], *r["share"].values()] for r in results]
+            steering_figure = plot_steering(
+                results, f"strength towards {', '.join(_TOWARDS.value)}"
+            )
+            plots.save(steering_figure, staging_folder, "steering")
+            rows = [
+                [sample_record["strength"], *sample_record["share"].values()]
+                for sample_record in results
+            ]
             columns = [tables.Column("strength", format="g")]
-            columns += [tables.Column(n, format=".1%") for n in ("share near", "low", "high")]
+            columns += [
+                tables.Column(column_name, format=".1%")
+                for column_name in ("share near", "low", "high")
+            ]
             table = tables.Table("steering", "Share of new tokens near the list", columns, rows)
-            table.write(aside)
+            table.write(staging_folder)
             print(f"\n{table.as_text()}")
     print(f"\n{folder}/sample.json")
 
 
 if __name__ == "__main__":
-    program.run(main, meshes=True)
+    program.run(main, supports_mesh=True)

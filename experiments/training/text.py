@@ -28,69 +28,77 @@ from continuous_lm.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call it, and the beginning that some have instead.
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<bos>", "<s>")
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<bos>", "<s>")
 # Not English (tables, code to be translated), not documentation, or not Python's own.
-_SKIPPED = frozenset(
+_SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages encodings ensurepip idlelib idle_test lib2to3 pydoc_data"
     " site-packages test tests turtledemo".split()
 )
-_AT_ONCE = 64  # documents encoded together: their encodings take many times their own memory
+_DOCUMENTS_PER_BATCH = (
+    64  # documents encoded together: their encodings take many times their own memory
+)
 
 
-class Text(NamedTuple):
+class SourceText(NamedTuple):
     """Documents, and what a report says of them."""
 
     documents: tuple[str, ...]
     source: str  # where they are from
-    size: int  # bytes of UTF-8
+    num_bytes: int  # bytes of UTF-8
     sha256: str  # of the documents, each followed by a zero byte
 
 
-def _text(documents: Sequence[str], source: str) -> Text:
-    content = [document.encode() for document in documents]
-    digest = hashlib.sha256(b"".join(part + b"\0" for part in content))
-    return Text(tuple(documents), source, sum(map(len, content)), digest.hexdigest())
+def _make_source_text(documents: Sequence[str], source: str) -> SourceText:
+    encoded = [document.encode() for document in documents]
+    digest = hashlib.sha256(b"".join(encoded_document + b"\0" for encoded_document in encoded))
+    return SourceText(tuple(documents), source, sum(map(len, encoded)), digest.hexdigest())
 
 
 # --- What every Python carries --------------------------------------------------------------------
 
 
-def default_text(library: pathlib.Path | None = None) -> Text:
+def default_text(library_folder: pathlib.Path | None = None) -> SourceText:
     """The help topics and docstrings of this Python, each of them once.
 
     Args:
-      library: the folder of the standard library's modules; this Python's if left out.
+      library_folder: the folder of the standard library's modules; this Python's if left out.
 
     Raises:
       InputError: if it has no source files to read them from.
     """
-    library = library or pathlib.Path(sysconfig.get_path("stdlib"))
-    topics = library / "pydoc_data" / "topics.py"
-    modules = [
+    library_folder = library_folder or pathlib.Path(sysconfig.get_path("stdlib"))
+    topics_path = library_folder / "pydoc_data" / "topics.py"
+    module_paths = [
         path
-        for path in library.rglob("*.py")
-        if not _SKIPPED.intersection(path.relative_to(library).parts)
+        for path in library_folder.rglob("*.py")
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(library_folder).parts)
     ]
-    modules.sort(key=lambda path: path.relative_to(library).parts)
-    seen: set[str] = set()
+    module_paths.sort(key=lambda path: path.relative_to(library_folder).parts)
+    seen_passages: set[str] = set()
     documents = [
-        *([topic] for topic in (_topics(topics) if topics.is_file() else ())),
-        *map(_docstrings, modules),
+        *([topic] for topic in (_read_help_topics(topics_path) if topics_path.is_file() else ())),
+        *map(_read_docstrings, module_paths),
     ]
     # dict.fromkeys: what one document says twice, such as the docstrings of overloads.
-    kept = []
-    for pieces in documents:
-        tidy = dict.fromkeys(inspect.cleandoc(piece).replace("\r\n", "\n") for piece in pieces)
-        new = [piece for piece in tidy if piece and piece not in seen]
-        seen.update(new)
-        if new:
-            kept.append("\n\n".join(new) + "\n")
-    if not kept:
-        raise InputError(f"{library} has no Python source files to read text from; give --data")
-    return _text(kept, f"documentation of Python {platform.python_version()}")
+    unique_documents = []
+    for passages in documents:
+        cleaned = dict.fromkeys(
+            inspect.cleandoc(passage).replace("\r\n", "\n") for passage in passages
+        )
+        new_passages = [passage for passage in cleaned if passage and passage not in seen_passages]
+        seen_passages.update(new_passages)
+        if new_passages:
+            unique_documents.append("\n\n".join(new_passages) + "\n")
+    if not unique_documents:
+        raise InputError(
+            f"{library_folder} has no Python source files to read text from; give --data"
+        )
+    return _make_source_text(
+        unique_documents, f"documentation of Python {platform.python_version()}"
+    )
 
 
-def _parsed(path: pathlib.Path) -> ast.Module:
+def _parse_source(path: pathlib.Path) -> ast.Module:
     """The syntax tree of a source file; an empty one if it is no Python of this version."""
     try:
         with warnings.catch_warnings():
@@ -100,41 +108,41 @@ def _parsed(path: pathlib.Path) -> ast.Module:
         return ast.Module([], [])
 
 
-def _topics(path: pathlib.Path) -> list[str]:
+def _read_help_topics(path: pathlib.Path) -> list[str]:
     """The values of the one dictionary in pydoc_data/topics.py, in the order of their names."""
-    for node in _parsed(path).body:
+    for node in _parse_source(path).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             topics = ast.literal_eval(node.value)
             return [topics[name] for name in sorted(topics)]
     return []
 
 
-def _docstrings(path: pathlib.Path) -> list[str]:
+def _read_docstrings(path: pathlib.Path) -> list[str]:
     """The docstrings of a module, its classes and its functions, in their order in the file."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(_parsed(path)) if isinstance(node, kinds)]
+    node_types = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(_parse_source(path)) if isinstance(node, node_types)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    found = (ast.get_docstring(node, clean=False) for node in nodes)
+    docstrings = (ast.get_docstring(node, clean=False) for node in nodes)
     # A lone surrogate can stand in a string, and not in a text.
-    return [text.encode(errors="ignore").decode() for text in found if text]
+    return [docstring.encode(errors="ignore").decode() for docstring in docstrings if docstring]
 
 
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def read_text(files: Sequence[str]) -> Text:
-    """The text files of `files`, each a document. A byte order mark goes, a line's end is LF.
+def read_text_files(paths: Sequence[str]) -> SourceText:
+    """The text files of `paths`, each a document. A byte order mark goes, a line's end is LF.
 
     Raises:
       InputError: if there is none, or one is missing, a folder, empty or not UTF-8.
     """
-    if not files:
+    if not paths:
         raise InputError("no text files are given")
-    documents = [_read(pathlib.Path(file)) for file in files]
-    return _text(documents, ", ".join(pathlib.Path(file).name for file in files))
+    documents = [_read_file(pathlib.Path(path)) for path in paths]
+    return _make_source_text(documents, ", ".join(pathlib.Path(path).name for path in paths))
 
 
-def _read(path: pathlib.Path) -> str:
+def _read_file(path: pathlib.Path) -> str:
     if path.is_dir():
         raise InputError(
             f"{path} is a folder, of which it is not clear what is text and in which order; name"
@@ -166,18 +174,19 @@ def _read(path: pathlib.Path) -> str:
 # --- The split ------------------------------------------------------------------------------------
 
 
-def split(
-    documents: Sequence[str], *, every: int = 20, characters: int = 10_000
+def split_held_out(
+    documents: Sequence[str], *, held_out_every: int = 20, block_characters: int = 10_000
 ) -> tuple[list[str], list[str]]:
     """Documents to train on, and those held out: every so many-th block of contiguous text.
 
-    A block is about `characters` long and ends where a line ends. Blocks that are neighbours in a
-    document stay together, so that a document to train on is cut only where something was held out.
+    A block is about `block_characters` long and ends where a line ends. Blocks that are neighbours
+    in a document stay together, so that a document to train on is cut only where something was held
+    out.
 
     Args:
       documents: texts.
-      every: of so many blocks one is held out, the middle one first.
-      characters: of a block; less where a text is too short to hold one out.
+      held_out_every: of so many blocks one is held out, the middle one first.
+      block_characters: of a block; less where a text is too short to hold one out.
 
     Returns:
       Training documents and held-out ones; together they are the text, each part once.
@@ -185,34 +194,36 @@ def split(
     Raises:
       InputError: if the text is too short to be parted.
     """
-    total = sum(map(len, documents))
-    characters = max(1, min(characters, total // every))
+    num_characters = sum(map(len, documents))
+    block_characters = max(1, min(block_characters, num_characters // held_out_every))
     parts: tuple[list[str], list[str]] = ([], [])
-    count = 0
+    num_blocks = 0
     for document in documents:
-        joined: list[tuple[bool, str]] = []
-        for block in _blocks(document, characters):
-            joined.append((count % every == every // 2, block))
-            count += 1
-        for held, group in itertools.groupby(joined, key=lambda pair: pair[0]):
-            parts[held].append("".join(block for _, block in group))
+        blocks: list[tuple[bool, str]] = []
+        for block in _split_blocks(document, block_characters):
+            blocks.append((num_blocks % held_out_every == held_out_every // 2, block))
+            num_blocks += 1
+        for is_held_out, group in itertools.groupby(blocks, key=lambda pair: pair[0]):
+            parts[is_held_out].append("".join(block for _, block in group))
     if not all(parts):
-        raise InputError(f"a text of {total} characters is too short to hold out a part of it")
+        raise InputError(
+            f"a text of {num_characters} characters is too short to hold out a part of it"
+        )
     return parts
 
 
-def _blocks(document: str, characters: int) -> Iterator[str]:
-    """The document in blocks of at least `characters` and less than twice as many."""
-    ends = [i + 1 for i, character in enumerate(document) if character == "\n"]
-    begin = 0
-    while len(document) - begin >= 2 * characters:
-        index = bisect.bisect_left(ends, begin + characters)
-        line = ends[index] if index < len(ends) else len(document)
-        end = line if line < begin + 2 * characters else begin + characters
-        yield document[begin:end]
-        begin = end
-    if begin < len(document):
-        yield document[begin:]
+def _split_blocks(document: str, block_characters: int) -> Iterator[str]:
+    """The document in blocks of at least `block_characters` and less than twice as many."""
+    line_ends = [i + 1 for i, character in enumerate(document) if character == "\n"]
+    start = 0
+    while len(document) - start >= 2 * block_characters:
+        index = bisect.bisect_left(line_ends, start + block_characters)
+        line_end = line_ends[index] if index < len(line_ends) else len(document)
+        end = line_end if line_end < start + 2 * block_characters else start + block_characters
+        yield document[start:end]
+        start = end
+    if start < len(document):
+        yield document[start:]
 
 
 # --- The tokenizer --------------------------------------------------------------------------------
@@ -249,38 +260,40 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> tokenizers.Tok
     return tokenizer
 
 
-def check_tokenizer(tokenizer: tokenizers.Tokenizer, vocab_size: int, name: str) -> None:
+def check_tokenizer(tokenizer: tokenizers.Tokenizer, vocab_size: int, model_name: str) -> None:
     """Refuses a tokenizer with tokens that a model of `vocab_size` rows does not know.
 
     Args:
       tokenizer: the tokenizer.
       vocab_size: of the checkpoint; it may have more rows than there are tokens, as many pad them.
-      name: of the checkpoint, for the message.
+      model_name: of the checkpoint, for the message.
     """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+    largest_id = max(tokenizer.get_vocab().values(), default=-1)
+    if largest_id >= vocab_size:
         raise InputError(
-            f"the tokenizer has tokens up to id {largest} and so does not fit {name}, which has a"
+            f"the tokenizer has tokens up to id {largest_id} and so does not fit {model_name},"
+            " which has a"
             f" vocabulary of {vocab_size}; give the tokenizer that it was trained with"
         )
 
 
-def end_of_text(tokenizer: tokenizers.Tokenizer) -> int:
+def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
     """The id of the token that stands between documents.
 
     Raises:
       InputError: if the tokenizer has none of the names that are usual.
     """
-    for name in _ENDS:
+    for name in _END_OF_TEXT_NAMES:
         token = tokenizer.token_to_id(name)
         if token is not None:
             return token
     raise InputError(
-        f"the tokenizer has no token that ends a text; of {', '.join(_ENDS)} one is needed"
+        f"the tokenizer has no token that ends a text; of {', '.join(_END_OF_TEXT_NAMES)} one"
+        " is needed"
     )
 
 
-def encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) -> np.ndarray:
+def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) -> np.ndarray:
     """The tokens of the documents, an end-of-text token after each: int32 [n].
 
     Text that looks like a special token is spelled out, as any other.
@@ -288,18 +301,18 @@ def encode(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) -> np.ndar
     Raises:
       InputError: if the tokenizer has no end of text, or cannot encode a text.
     """
-    end = [end_of_text(tokenizer)]
-    parts: list[list[int]] = []
-    before = tokenizer.encode_special_tokens
+    end_ids = [end_of_text_id(tokenizer)]
+    id_lists: list[list[int]] = []
+    previous_setting = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = True
     try:
-        for first in range(0, len(documents), _AT_ONCE):
-            some = list(documents[first : first + _AT_ONCE])
-            for encoding in tokenizer.encode_batch_fast(some, add_special_tokens=False):
-                parts += [encoding.ids, end]
+        for start in range(0, len(documents), _DOCUMENTS_PER_BATCH):
+            batch = list(documents[start : start + _DOCUMENTS_PER_BATCH])
+            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                id_lists += [encoding.ids, end_ids]
     except Exception as error:  # the library raises bare Exception
-        line = " ".join(str(error).split())
-        raise InputError(f"the tokenizer cannot encode the text ({line:.200})") from None
+        message = " ".join(str(error).split())
+        raise InputError(f"the tokenizer cannot encode the text ({message:.200})") from None
     finally:
-        tokenizer.encode_special_tokens = before
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for ids in parts)])
+        tokenizer.encode_special_tokens = previous_setting
+    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for ids in id_lists)])

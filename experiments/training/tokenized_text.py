@@ -10,7 +10,7 @@ from absl import flags
 from continuous_lm import tokenization
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.training import text
-from continuous_lm.io.atomic_files import as_path
+from continuous_lm.io.atomic_files import absolute_path
 
 _DATA = flags.DEFINE_list(
     "data", [], "UTF-8 text files.  [default: the documentation that this Python carries]"
@@ -44,24 +44,34 @@ class Corpus:
     source: dict[str, Any]
 
 
-def read(tokenizer: tokenizers.Tokenizer | None = None) -> Corpus:
+def read_corpus(tokenizer: tokenizers.Tokenizer | None = None) -> Corpus:
     """The text that the flags name.
 
     Args:
       tokenizer: of the model; if left out, that of the flags or one that is trained now.
     """
-    for name in ("tokenizer", "vocab_size"):
-        if tokenizer is not None and flags.FLAGS[name].present:
-            raise InputError(f"--{name}: the model brings its own tokenizer; leave it out")
-    found = text.read_text(_DATA.value) if _DATA.value else text.default_text()
-    train, held_out = text.split(found.documents)
+    for flag_name in ("tokenizer", "vocab_size"):
+        if tokenizer is not None and flags.FLAGS[flag_name].present:
+            raise InputError(f"--{flag_name}: the model brings its own tokenizer; leave it out")
+    source_text = text.read_text_files(_DATA.value) if _DATA.value else text.default_text()
+    train, held_out = text.split_held_out(source_text.documents)
     if tokenizer is None and _TOKENIZER.value is not None:
-        tokenizer = tokenization.load(as_path(_TOKENIZER.value))
+        tokenizer = tokenization.load(absolute_path(_TOKENIZER.value))
         if tokenizer is None:
             raise InputError(f"--tokenizer: {_TOKENIZER.value} has no tokenizer.json")
     if tokenizer is None:
         tokenizer = text.train_tokenizer(train, _VOCAB_SIZE.value)
-    tokens = text.encode(tokenizer, held_out)
-    size = sum(len(document.encode()) for document in held_out)
-    source = {"text": found.source, "bytes": found.size, "sha256": found.sha256}
-    return Corpus(tokenizer, text.encode(tokenizer, train), tokens, size / len(tokens), source)
+    held_out_tokens = text.encode_documents(tokenizer, held_out)
+    num_bytes = sum(len(document.encode()) for document in held_out)
+    source = {
+        "text": source_text.source,
+        "bytes": source_text.num_bytes,
+        "sha256": source_text.sha256,
+    }
+    return Corpus(
+        tokenizer,
+        text.encode_documents(tokenizer, train),
+        held_out_tokens,
+        num_bytes / len(held_out_tokens),
+        source,
+    )

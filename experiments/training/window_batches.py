@@ -22,25 +22,27 @@ class _Epoch(NamedTuple):
     order: np.ndarray  # of the windows
 
 
-class _Windows:
+class _WindowAtIndex:
     """What Grain asks for the window of an index, over all epochs."""
 
     def __init__(self, array: np.ndarray, length: int, seed: int):
         self.array, self.length, self.seed = array, length, seed
         # One window fewer than would fit leaves room for every offset from 0 to length - 1.
-        self.count = max(1, (len(array) - length) // length)
-        self.slack = len(array) - 1 - self.count * length
-        self._epoch = functools.lru_cache(maxsize=2)(self._draw)  # a batch may lie across two
+        self.num_windows = max(1, (len(array) - length) // length)
+        self.max_offset = len(array) - 1 - self.num_windows * length
+        self._cached_epoch = functools.lru_cache(maxsize=2)(
+            self._draw_epoch
+        )  # a batch may lie across two
 
-    def _draw(self, epoch: int) -> _Epoch:
+    def _draw_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.default_rng([self.seed, epoch])
-        return _Epoch(int(rng.integers(self.slack + 1)), rng.permutation(self.count))
+        return _Epoch(int(rng.integers(self.max_offset + 1)), rng.permutation(self.num_windows))
 
     def __call__(self, index: int) -> np.ndarray:
-        number, place = divmod(int(index), self.count)
-        epoch = self._epoch(number)
-        begin = epoch.offset + int(epoch.order[place]) * self.length
-        return np.asarray(self.array[begin : begin + self.length + 1])
+        epoch_number, place_in_epoch = divmod(int(index), self.num_windows)
+        epoch = self._cached_epoch(epoch_number)
+        start = epoch.offset + int(epoch.order[place_in_epoch]) * self.length
+        return np.asarray(self.array[start : start + self.length + 1])
 
 
 def check_length(array: np.ndarray, length: int, name: str = "the data") -> None:
@@ -54,7 +56,7 @@ def check_length(array: np.ndarray, length: int, name: str = "the data") -> None
         )
 
 
-def shuffled(array: np.ndarray, *, length: int, batch_size: int, seed: int) -> Any:
+def shuffled_windows(array: np.ndarray, *, length: int, batch_size: int, seed: int) -> Any:
     """An endless iterator of batches of windows, a Grain `DatasetIterator`.
 
     Its `get_state()` is a small dict that JSON can hold; `set_state` of another iterator over the
@@ -73,39 +75,41 @@ def shuffled(array: np.ndarray, *, length: int, batch_size: int, seed: int) -> A
     Raises:
       InputError: if a size is not positive, or the sequence is too short.
     """
-    for name, value, least in (
+    for name, value, minimum in (
         ("length", length, 1),
         ("batch_size", batch_size, 1),
         ("seed", seed, 0),
     ):
-        if value < least:
-            raise InputError(f"{name} must be at least {least}, not {value}")
+        if value < minimum:
+            raise InputError(f"{name} must be at least {minimum}, not {value}")
     check_length(array, length)
     import grain  # late: it takes a second
 
-    windows = _Windows(array, length, seed)
+    window_at_index = _WindowAtIndex(array, length, seed)
     # As good as endless; of `repeat` without a number, Grain cannot always tell the length.
-    dataset = grain.MapDataset.range(2**48).map(windows)
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.batch(batch_size).to_iter_dataset(options))
+    dataset = grain.MapDataset.range(2**48).map(window_at_index)
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(dataset.batch(batch_size).to_iter_dataset(read_options))
 
 
-def consecutive(array: np.ndarray, *, length: int, limit: int | None = None) -> np.ndarray:
+def consecutive_windows(
+    array: np.ndarray, *, length: int, max_windows: int | None = None
+) -> np.ndarray:
     """The windows of a sequence from its beginning, for evaluation: [k, n + 1, ...].
 
     Each target comes once; a rest that is shorter than a window is left out.
 
     Args:
-      array: [T, ...], as for `shuffled`.
+      array: [T, ...], as for `shuffled_windows`.
       length: n.
-      limit: at most so many windows, spread evenly over the sequence.
+      max_windows: at most so many windows, spread evenly over the sequence.
 
     Raises:
       InputError: if the sequence is too short.
     """
     check_length(array, length, "the held-out data")
-    count = (len(array) - 1) // length
-    chosen = np.arange(count)
-    if limit is not None and limit < count:
-        chosen = np.arange(limit) * count // limit
-    return np.asarray(array)[chosen[:, None] * length + np.arange(length + 1)]
+    num_windows = (len(array) - 1) // length
+    window_indices = np.arange(num_windows)
+    if max_windows is not None and max_windows < num_windows:
+        window_indices = np.arange(max_windows) * num_windows // max_windows
+    return np.asarray(array)[window_indices[:, None] * length + np.arange(length + 1)]

@@ -1,4 +1,4 @@
-"""CALM: next-vector models of K tokens a step (Shao et al., arXiv:2510.27688).
+"""CALM: next-vector models of C tokens a step (Shao et al., arXiv:2510.27688).
 
 lm = calm.load("path/to/a/calm/folder", "path/to/its/autoencoder/folder")
 new = calm.sample(lm, tokens, max_new_tokens=64, temperature=0.5, key=key)
@@ -9,19 +9,19 @@ from continuous_lm.models.calm.checkpoint import is_config, load, read_config, s
 from continuous_lm.models.calm.model import (
     NextVectorLM,
     NextVectorModel,
-    chunked,
     create,
-    stand_in,
+    example_inputs,
+    split_into_chunks,
 )
-from continuous_lm.models.calm.samplers import METHODS, sample
+from continuous_lm.models.calm.samplers import SAMPLING_METHODS, sample
 
 __all__ = [
-    "METHODS",
+    "SAMPLING_METHODS",
     "NextVectorLM",
     "NextVectorModel",
     "autoencoder",
-    "chunked",
     "create",
+    "example_inputs",
     "implicit_heads",
     "is_config",
     "load",
@@ -29,6 +29,6 @@ __all__ = [
     "repeated_draws",
     "sample",
     "save",
-    "stand_in",
+    "split_into_chunks",
     "write_config",
 ]

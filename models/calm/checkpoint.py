@@ -21,16 +21,27 @@ from jax.typing import DTypeLike
 
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import as_path, written_aside
+from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models import language_model
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import AutoencoderConfig
-from continuous_lm.models.calm.implicit_heads import IMPLICIT, EnergyHead, ImplicitHead
-from continuous_lm.models.calm.model import NextVectorLM, NextVectorModel, chunked, create, stand_in
-from continuous_lm.models.checkpoints.config_fields import INERT, MOST_LAYERS, Fields
-from continuous_lm.models.checkpoints.parameter_layout import Layout, check_tree, equal, left_over
-from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.calm.implicit_heads import IMPLICIT_HEADS, EnergyHead, ImplicitHead
+from continuous_lm.models.calm.model import (
+    NextVectorLM,
+    NextVectorModel,
+    create,
+    example_inputs,
+    split_into_chunks,
+)
+from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS, MAX_LAYERS, ConfigFields
+from continuous_lm.models.checkpoints.parameter_layout import (
+    ParameterLayout,
+    are_equal,
+    check_parameters,
+    unused_tensor_error,
+)
+from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.families import llama
@@ -39,29 +50,33 @@ from continuous_lm.models.families.family import Family
 __all__ = [
     "NextVectorLM",
     "NextVectorModel",
-    "chunked",
     "create",
     "is_config",
     "load",
     "read_config",
     "save",
+    "split_into_chunks",
     "write_config",
 ]
 
 # What a published config.json says beside what is read here, for its own training and loading.
-_WITHOUT_MEANING = ("ae_path", "ae_name_or_path", "tie_word_embeddings")
-_KINDS = {"energy": "Energy", "flow": "Flow", "diffusion": "Diffusion"}  # in architectures
-_CODEC, _HEAD, _HEAD_AGAIN = "ae_model.", "mlp_generator.", "generative_head."
-_READ = {
-    "read_inner": Stored("embed_proj.0.weight", "F (O D)"),
-    "read_inner_bias": Stored("embed_proj.0.bias", "F"),
-    "read_outer": Stored("embed_proj.2.weight", "D F"),
-    "read_outer_bias": Stored("embed_proj.2.bias", "D"),
-    "read_norm": Stored("embed_proj.3.weight", "D"),
-    "read_norm_bias": Stored("embed_proj.3.bias", "D"),
+_UNUSED_FIELDS = ("ae_path", "ae_name_or_path", "tie_word_embeddings")
+_ARCHITECTURE_PREFIXES = {
+    "energy": "Energy",
+    "flow": "Flow",
+    "diffusion": "Diffusion",
+}  # in architectures
+_CODEC_PREFIX, _HEAD_PREFIX, _HEAD_COPY_PREFIX = "ae_model.", "mlp_generator.", "generative_head."
+_COMPRESSION_TENSORS = {
+    "read_inner": StoredTensor("embed_proj.0.weight", "F (C D)"),
+    "read_inner_bias": StoredTensor("embed_proj.0.bias", "F"),
+    "read_outer": StoredTensor("embed_proj.2.weight", "D F"),
+    "read_outer_bias": StoredTensor("embed_proj.2.bias", "D"),
+    "read_norm": StoredTensor("embed_proj.3.weight", "D"),
+    "read_norm_bias": StoredTensor("embed_proj.3.bias", "D"),
 }
 # The energy head's parameters, each a weight and a bias.
-_GENERATOR = {
+_HEAD_TENSORS = {
     "noise": "noise_embd",
     "hidden": "hidden_embd",
     "noise_norm": "norm_noise",
@@ -79,13 +94,13 @@ _GENERATOR = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Whole(Stored):
+class _UnslicedTensor(StoredTensor):
     """A parameter that is a stored tensor as it is, or a stack of such."""
 
-    extent: tuple[int, ...] = ()
+    stored_shape: tuple[int, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        return self.extent
+        return self.stored_shape
 
     def view(
         self, tensor: np.ndarray, axes: tuple[str, ...], sizes: Mapping[str, int]
@@ -94,57 +109,78 @@ class _Whole(Stored):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sizes:
+class _AxisSizes:
     sizes: Mapping[str, int]
 
 
-def _layouts(model: NextVectorModel) -> dict[str, Layout]:
+def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
     """Where the parameters lie, part by part; those of the autoencoder are under ae_model."""
-    tree = jax.eval_shape(model.init, jax.random.key(0), stand_in(model))["params"]
-    boxes = traverse_util.flatten_dict(
-        tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
+    declared_tree = jax.eval_shape(model.init, jax.random.key(0), example_inputs(model))["params"]
+    declarations = traverse_util.flatten_dict(
+        declared_tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
     )
 
-    def part(prefix: str) -> dict[str, nn.LogicallyPartitioned]:
-        return {p.removeprefix(prefix): b for p, b in boxes.items() if p.startswith(prefix)}
+    def part_declarations(prefix: str) -> dict[str, nn.LogicallyPartitioned]:
+        return {
+            param_path.removeprefix(prefix): param_declaration
+            for param_path, param_declaration in declarations.items()
+            if param_path.startswith(prefix)
+        }
 
-    def layout(sizes: Mapping[str, int], table: Mapping[str, Stored], prefix: str) -> Layout:
-        family = Family(_no_config, _no_config, table, architecture="", prefix="")
-        return Layout(_Sizes(sizes), family, part(prefix))
+    def make_layout(
+        sizes: Mapping[str, int], table: Mapping[str, StoredTensor], prefix: str
+    ) -> ParameterLayout:
+        family = Family(
+            _raise_no_config, _raise_no_config, table, architecture="", tensor_prefix=""
+        )
+        return ParameterLayout(_AxisSizes(sizes), family, part_declarations(prefix))
 
-    trunk = {
+    trunk_tensors = {
         path: dataclasses.replace(stored, name=stored.name.replace("model.", "transformer.", 1))
         for path, stored in llama.TENSORS.items()
     }
-    inner = boxes["read_inner"].value.shape[0]
-    read = {**model.config.sizes, "O": model.chunk_size, "F": inner}
-    head = part("head/")
-    generator = {}
-    for path, box in head.items():
-        base, is_bias = path.removesuffix("_bias"), path.endswith("_bias")
-        stacked = box.names[0] == "J"
-        name = f"{_HEAD}{_GENERATOR[base]}.{'bias' if is_bias else 'weight'}"
-        generator[path] = _Whole(name, "", extent=box.value.shape[stacked:])
-    found = layout(read, _READ, "read_")
-    found = dataclasses.replace(found, boxes={f"read_{p}": b for p, b in found.boxes.items()})
+    inner_size = declarations["read_inner"].value.shape[0]
+    compression_sizes = {**model.config.sizes, "C": model.chunk_size, "F": inner_size}
+    head_declarations = part_declarations("head/")
+    head_tensors = {}
+    for path, declaration in head_declarations.items():
+        base_path, is_bias = path.removesuffix("_bias"), path.endswith("_bias")
+        is_stacked = declaration.names[0] == "J"
+        name = f"{_HEAD_PREFIX}{_HEAD_TENSORS[base_path]}.{'bias' if is_bias else 'weight'}"
+        head_tensors[path] = _UnslicedTensor(
+            name,
+            "",
+            stored_shape=declaration.value.shape[1:] if is_stacked else declaration.value.shape,
+        )
+    compression_layout = make_layout(compression_sizes, _COMPRESSION_TENSORS, "read_")
+    compression_layout = dataclasses.replace(
+        compression_layout,
+        declarations={
+            f"read_{param_path}": param_declaration
+            for param_path, param_declaration in compression_layout.declarations.items()
+        },
+    )
     return {
-        "trunk": layout(model.config.sizes, trunk, "trunk/"),
-        "": found,
-        "head": layout({"J": model.head.depth}, generator, "head/"),
-        "autoencoder": autoencoder.layout_of(model.autoencoder, _CODEC),
+        "trunk": make_layout(model.config.sizes, trunk_tensors, "trunk/"),
+        "": compression_layout,
+        "head": make_layout({"J": model.head.depth}, head_tensors, "head/"),
+        "autoencoder": autoencoder.checkpoint_layout(model.autoencoder_config, _CODEC_PREFIX),
     }
 
 
-def _no_config(_: Any) -> Any:
+def _raise_no_config(_: Any) -> Any:
     raise NotImplementedError("a part of a model has no config of its own")
 
 
 def is_config(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is a next-vector model's: by its architectures, or by its fields."""
-    named = fields.get("architectures")
-    if isinstance(named, list) and named:
-        told = " ".join(map(str, named))
-        return any(kind in told for kind in _KINDS.values()) and "patch_size" in fields
+    architectures = fields.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        joined_names = " ".join(map(str, architectures))
+        return (
+            any(kind in joined_names for kind in _ARCHITECTURE_PREFIXES.values())
+            and "patch_size" in fields
+        )
     return {"patch_size", "noise_size", "num_mlp_layers"} <= set(fields)
 
 
@@ -154,49 +190,49 @@ def read_config(
     """What a config.json describes.
 
     Returns:
-      the trunk, O, the head, and further attributes of `NextVectorModel`.
+      the trunk, C, the head, and further attributes of `NextVectorModel`.
     """
     if not is_config(fields):
         raise InputError(
             f"this is no next-vector model: architectures is {fields.get('architectures')!r:.60},"
             " and such a model's config has patch_size, noise_size, num_mlp_layers"
         )
-    reader = Fields(fields)
-    trunk = dataclasses.replace(llama.read_config(reader), tie_embeddings=True)
-    chunk_size = reader.integer("patch_size", most=2**16)
-    latent_size = reader.integer("latent_size")
-    settings = {"num_targets": reader.integer("num_targets", 100)}
-    own = reader.get("head", None)
-    if own is not None:
-        if not isinstance(own, dict):
+    config_fields = ConfigFields(fields)
+    trunk = dataclasses.replace(llama.read_config(config_fields), tie_embeddings=True)
+    chunk_size = config_fields.integer("patch_size", maximum=2**16)
+    latent_size = config_fields.integer("latent_size")
+    settings = {"num_targets": config_fields.integer("num_targets", 100)}
+    head_settings = config_fields.get("head", None)
+    if head_settings is not None:
+        if not isinstance(head_settings, dict):
             raise InputError("field head must be an object of settings")
         with about("field head"):
-            head = heads.from_dict({"width": latent_size} | own, kinds=IMPLICIT)
+            head = heads.from_dict({"width": latent_size} | head_settings, registry=IMPLICIT_HEADS)
     else:
         head = EnergyHead(
             width=latent_size,
-            noise_size=reader.integer("noise_size"),
-            depth=reader.integer("num_mlp_layers", most=MOST_LAYERS),
-            num_samples=reader.integer("num_samples", 8),
-            beta=float(reader.number("beta", 1.0)),
+            noise_size=config_fields.integer("noise_size"),
+            depth=config_fields.integer("num_mlp_layers", maximum=MAX_LAYERS),
+            num_samples=config_fields.integer("num_samples", 8),
+            beta=float(config_fields.number("beta", 1.0)),
         )
-    reader.nested("autoencoder")
-    reader.finish((*ignore_fields, *_WITHOUT_MEANING))
+    config_fields.nested("autoencoder")
+    config_fields.check_all_read((*ignore_fields, *_UNUSED_FIELDS))
     return trunk, chunk_size, cast(ImplicitHead, head), settings
 
 
 def write_config(model: NextVectorModel) -> dict[str, Any]:
     """The inverse of `read_config`, with the autoencoder's config inside."""
-    head = heads.to_dict(model.head, kinds=IMPLICIT)
-    width = head.pop("width")
+    head = heads.to_dict(model.head, registry=IMPLICIT_HEADS)
+    latent_size = head.pop("width")
     fields = {
         **llama.write_config(model.config),
-        "architectures": [f"{_KINDS[head['kind']]}Transformer"],
+        "architectures": [f"{_ARCHITECTURE_PREFIXES[head['kind']]}Transformer"],
         "model_type": "",
         "patch_size": model.chunk_size,
-        "latent_size": width,
+        "latent_size": latent_size,
         "num_targets": model.num_targets,
-        "autoencoder": autoencoder.write_config(model.autoencoder),
+        "autoencoder": autoencoder.write_config(model.autoencoder_config),
     }
     if isinstance(model.head, EnergyHead) and model.head.hidden_size is None:
         return fields | {
@@ -231,136 +267,164 @@ def load(
     Raises:
       InputError: naming the file, field or tensor that is missing, left over or not handled.
     """
-    folder = as_path(folder)
+    folder = absolute_path(folder)
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         trunk, chunk_size, head, settings = read_config(fields, ignore_fields)
         dtype = language_model.parameter_dtype(fields, dtype)
     tensors = safetensors_files.open_tensors(folder)
-    autoencoder.know_table(tensors, _CODEC)
+    autoencoder.alias_table_copy(tensors, _CODEC_PREFIX)
     codec = None
     if autoencoder_folder is not None:
         codec = autoencoder.load(
             autoencoder_folder, dtype=dtype, mesh=mesh, ignore_fields=ignore_fields
         )
-        coded = codec.config
-        if coded.chunk_size != chunk_size:
+        codec_config = codec.config
+        if codec_config.chunk_size != chunk_size:
             raise InputError(
-                f"{folder / 'config.json'}: patch_size is {chunk_size}, but {coded.chunk_size} in"
+                f"{folder / 'config.json'}: patch_size is {chunk_size}, but"
+                f" {codec_config.chunk_size} in"
                 f" {autoencoder_folder}"
             )
     else:
         with about(str(folder)):
-            coded = _codec_config(tensors, fields, chunk_size)
+            codec_config = _read_codec_config(tensors, fields, chunk_size)
     with about(str(folder)):
-        inner = "embed_proj.0.weight"
-        if inner in tensors.names and tensors.shape(inner):
-            size = tensors.shape(inner)[0]
-            settings["inner_size"] = None if size == 2 * trunk.hidden_size else size
-        model = NextVectorModel(trunk, coded, head, **settings)
-        flat = _read(model, tensors, dtype, mesh, codec and as_path(cast(Any, autoencoder_folder)))
+        inner_tensor = "embed_proj.0.weight"
+        if inner_tensor in tensors.names and tensors.shape(inner_tensor):
+            inner_size = tensors.shape(inner_tensor)[0]
+            settings["inner_size"] = None if inner_size == 2 * trunk.hidden_size else inner_size
+        model = NextVectorModel(trunk, codec_config, head, **settings)
+        flat_params = _read_params(
+            model, tensors, dtype, mesh, codec and absolute_path(cast(Any, autoencoder_folder))
+        )
     tokenizer = language_model.read_tokenizer(folder, trunk.vocab_size)
     if codec is not None:
-        flat |= {
+        flat_params |= {
             f"autoencoder/{path}": array
             for path, array in traverse_util.flatten_dict(codec.params, sep="/").items()
         }
         tokenizer = tokenizer or codec.tokenizer
-    notes = {name: value for name, value in fields.items() if name in INERT}
-    return NextVectorLM(model, traverse_util.unflatten_dict(flat, sep="/"), tokenizer, notes)
+    hf_fields = {name: value for name, value in fields.items() if name in INERT_FIELDS}
+    return NextVectorLM(
+        model, traverse_util.unflatten_dict(flat_params, sep="/"), tokenizer, hf_fields
+    )
 
 
-def _read(
-    model: NextVectorModel, tensors: safetensors_files.Tensors, dtype, mesh, apart: Any
+def _read_params(
+    model: NextVectorModel, tensors: safetensors_files.Tensors, dtype, mesh, codec_folder: Any
 ) -> dict[str, jax.Array]:
-    """The parameters by their paths, without the autoencoder's if that lies `apart`."""
-    given = set(tensors.names)
-    for name in sorted(n for n in given if n.startswith(_HEAD_AGAIN)):
-        full = _HEAD + name.removeprefix(_HEAD_AGAIN)
-        if full not in given:
-            tensors.alias(full, name)
-        elif not equal(tensors[name], tensors[full]):
-            raise InputError(f"tensor {name} is not {full} again, as it must be")
-    layouts = _layouts(model)
-    coded = layouts.pop("autoencoder")
-    named = {part: layout.named(tensors) for part, layout in layouts.items()}
-    if apart is None or any(name.startswith(_CODEC) for name in given):
-        named["autoencoder"] = coded.named(tensors)
-    if apart is None:
-        layouts["autoencoder"] = coded
-    elif "autoencoder" in named:
-        others = safetensors_files.open_tensors(apart)
-        autoencoder.know_table(others)
-        for name in named["autoencoder"]:
-            if not equal(tensors[name], others[name.removeprefix(_CODEC)]):
-                raise InputError(f"tensor {name} is not that of the autoencoder in {apart}")
-    known = {name for names in named.values() for name in names.values()}
-    again = {name for name in given if name.startswith(_HEAD_AGAIN)}
-    again = {name for name in again if _HEAD + name.removeprefix(_HEAD_AGAIN) in known}
-    own = known | again
-    if "autoencoder" in named:
-        autoencoder.check_rest(tensors, own, _CODEC)
+    """The parameters by their paths, without the autoencoder's if that lies in `codec_folder`."""
+    stored_names = set(tensors.names)
+    for name in sorted(
+        stored_name for stored_name in stored_names if stored_name.startswith(_HEAD_COPY_PREFIX)
+    ):
+        head_name = _HEAD_PREFIX + name.removeprefix(_HEAD_COPY_PREFIX)
+        if head_name not in stored_names:
+            tensors.alias(head_name, name)
+        elif not are_equal(tensors[name], tensors[head_name]):
+            raise InputError(f"tensor {name} is not {head_name} again, as it must be")
+    layouts = _part_layouts(model)
+    codec_layout = layouts.pop("autoencoder")
+    checkpoint_names = {part: layout.checkpoint_names(tensors) for part, layout in layouts.items()}
+    if codec_folder is None or any(name.startswith(_CODEC_PREFIX) for name in stored_names):
+        checkpoint_names["autoencoder"] = codec_layout.checkpoint_names(tensors)
+    if codec_folder is None:
+        layouts["autoencoder"] = codec_layout
+    elif "autoencoder" in checkpoint_names:
+        codec_tensors = safetensors_files.open_tensors(codec_folder)
+        autoencoder.alias_table_copy(codec_tensors)
+        for name in checkpoint_names["autoencoder"]:
+            if not are_equal(tensors[name], codec_tensors[name.removeprefix(_CODEC_PREFIX)]):
+                raise InputError(f"tensor {name} is not that of the autoencoder in {codec_folder}")
+    used_names = {name for names in checkpoint_names.values() for name in names.values()}
+    copy_names = {name for name in stored_names if name.startswith(_HEAD_COPY_PREFIX)}
+    copy_names = {
+        name
+        for name in copy_names
+        if _HEAD_PREFIX + name.removeprefix(_HEAD_COPY_PREFIX) in used_names
+    }
+    expected_names = used_names | copy_names
+    if "autoencoder" in checkpoint_names:
+        autoencoder.check_unused_tensors(tensors, expected_names, _CODEC_PREFIX)
     else:
-        for name in sorted(given - own):
-            raise left_over(tensors, name)
-    flat: dict[str, jax.Array] = {}
+        for name in sorted(stored_names - expected_names):
+            raise unused_tensor_error(tensors, name)
+    flat_params: dict[str, jax.Array] = {}
     for part, layout in layouts.items():
-        built = layout.build(tensors, named[part], layout.targets(dtype, mesh))
-        flat |= {f"{part}/{path}" if part else path: array for path, array in built.items()}
-    return flat
+        part_params = layout.build(
+            tensors, checkpoint_names[part], layout.parameter_specs(dtype, mesh)
+        )
+        flat_params |= {
+            f"{part}/{path}" if part else path: array for path, array in part_params.items()
+        }
+    return flat_params
 
 
-def _codec_config(
+def _read_codec_config(
     tensors: safetensors_files.Tensors, fields: Mapping[str, Any], chunk_size: int
 ) -> AutoencoderConfig:
     """Of the autoencoder in a model's own folder."""
-    told = fields.get("autoencoder")
-    if isinstance(told, dict):
+    codec_fields = fields.get("autoencoder")
+    if isinstance(codec_fields, dict):
         with about("field autoencoder"):
-            found = autoencoder.read_config(told)
-            if found.chunk_size != chunk_size:
+            codec_config = autoencoder.read_config(codec_fields)
+            if codec_config.chunk_size != chunk_size:
                 raise InputError(
-                    f"patch_size is {found.chunk_size}, but {chunk_size} in the model's own config"
+                    f"patch_size is {codec_config.chunk_size}, but {chunk_size} in the model's"
+                    " own config"
                 )
-            return found
+            return codec_config
 
-    def shape(name: str) -> tuple[int, ...]:
-        full = f"{_CODEC}{name}.weight"
-        if full not in tensors.names:
+    def matrix_shape(name: str) -> tuple[int, ...]:
+        tensor_name = f"{_CODEC_PREFIX}{name}.weight"
+        if tensor_name not in tensors.names:
             raise InputError(
-                f"there is no tensor {full}: this folder does not hold the autoencoder; give its"
+                f"there is no tensor {tensor_name}: this folder does not hold the autoencoder;"
+                " give its"
                 " folder too"
             )
-        found = tensors.shape(full)
-        if len(found) != 2:
-            raise InputError(f"tensor {full} has shape {list(found)}; it must have two axes")
-        return found
+        stored_shape = tensors.shape(tensor_name)
+        if len(stored_shape) != 2:
+            raise InputError(
+                f"tensor {tensor_name} has shape {list(stored_shape)}; it must have two axes"
+            )
+        return stored_shape
 
-    def count(side: str) -> int:
-        start = f"{_CODEC}{side}.{side}_layers."
-        names = [n.removeprefix(start) for n in tensors.names if n.startswith(start)]
+    def count_layers(side: str) -> int:
+        layers_prefix = f"{_CODEC_PREFIX}{side}.{side}_layers."
+        names = [
+            stored_name.removeprefix(layers_prefix)
+            for stored_name in tensors.names
+            if stored_name.startswith(layers_prefix)
+        ]
         if not names:
-            raise InputError(f"tensor {start}0.layernorm.weight is missing, and all layers like it")
+            raise InputError(
+                f"tensor {layers_prefix}0.layernorm.weight is missing, and all layers like it"
+            )
         return len({name.split(".")[0] for name in names})
 
-    vocab_size, hidden_size = shape("encoder.embed_tokens")
-    mlp_size, _ = shape("encoder.encoder_layers.0.mlp.gate_proj")
-    reader = Fields(fields)
+    vocab_size, hidden_size = matrix_shape("encoder.embed_tokens")
+    mlp_size, _ = matrix_shape("encoder.encoder_layers.0.mlp.gate_proj")
+    config_fields = ConfigFields(fields)
     return AutoencoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         mlp_size=mlp_size,
-        encoder_layers=count("encoder"),
-        decoder_layers=count("decoder"),
-        latent_size=reader.integer("latent_size"),
+        encoder_layers=count_layers("encoder"),
+        decoder_layers=count_layers("decoder"),
+        latent_size=config_fields.integer("latent_size"),
         chunk_size=chunk_size,
-        norm_eps=float(reader.number("rms_norm_eps", 1e-6)),
-        activation=llama.read_config(reader).activation,
+        norm_eps=float(config_fields.number("rms_norm_eps", 1e-6)),
+        activation=llama.read_config(config_fields).activation,
     )
 
 
 def save(
-    folder: str | os.PathLike, lm: NextVectorLM, *, shard_size: int = safetensors_files.SHARD_SIZE
+    folder: str | os.PathLike,
+    lm: NextVectorLM,
+    *,
+    shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
     """Writes the model and its autoencoder as one folder that `load` reads; whole, or not at all.
 
@@ -369,31 +433,39 @@ def save(
       lm: the model.
       shard_size: the most bytes of weights in one file.
     """
-    layouts = _layouts(lm.model)
-    flat = traverse_util.flatten_dict(lm.params, sep="/")
-    parts: dict[str, dict[str, Any]] = {part: {} for part in layouts}
-    for path, array in flat.items():
-        part, _, rest = path.rpartition("/") if "/" not in path else path.partition("/")
-        parts.setdefault(part, {})[rest] = array
-    for part in parts.keys() - layouts.keys():
+    layouts = _part_layouts(lm.model)
+    flat_params = traverse_util.flatten_dict(lm.params, sep="/")
+    params_by_part: dict[str, dict[str, Any]] = {part: {} for part in layouts}
+    for path, array in flat_params.items():
+        part, _, part_path = path.rpartition("/") if "/" not in path else path.partition("/")
+        params_by_part.setdefault(part, {})[part_path] = array
+    for part in params_by_part.keys() - layouts.keys():
         raise InputError(f"parameter {part} is left over: it has no place")
     for part, layout in layouts.items():
         with about(part or "the compression"):
-            check_tree(parts[part], layout.boxes)
-    dtype = flat["trunk/embedding"].dtype
-    home = {name: part for part, layout in layouts.items() for name in layout.shapes}
-    shapes = {name: layouts[part].shapes[name] for name, part in home.items()}
+            check_parameters(params_by_part[part], layout.declarations)
+    dtype = flat_params["trunk/embedding"].dtype
+    part_by_tensor = {
+        name: part for part, layout in layouts.items() for name in layout.tensor_shapes
+    }
+    shapes = {name: layouts[part].tensor_shapes[name] for name, part in part_by_tensor.items()}
 
-    def tensor(name: str) -> np.ndarray:
-        part = home[name]
-        return layouts[part].tensor(parts[part], dtype, name)
+    def make_tensor(name: str) -> np.ndarray:
+        part = part_by_tensor[name]
+        return layouts[part].stored_tensor(params_by_part[part], dtype, name)
 
-    notes = {k: v for k, v in lm.notes.items() if k not in ("dtype", "transformers_version")}
-    with written_aside(folder, replaces=safetensors_files.FILES) as aside:
+    hf_fields = {
+        field: value
+        for field, value in lm.hf_fields.items()
+        if field not in ("dtype", "transformers_version")
+    }
+    with write_atomically(
+        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+    ) as staging_folder:
         write_json(
-            aside / "config.json",
-            {**notes, **write_config(lm.model), "torch_dtype": dtype.name},
+            staging_folder / "config.json",
+            {**hf_fields, **write_config(lm.model), "torch_dtype": dtype.name},
         )
-        safetensors_files.save_tensors(aside, shapes, dtype, tensor, shard_size)
+        safetensors_files.save_tensors(staging_folder, shapes, dtype, make_tensor, shard_size)
         if lm.tokenizer is not None:
-            lm.tokenizer.save(str(aside / "tokenizer.json"))
+            lm.tokenizer.save(str(staging_folder / "tokenizer.json"))

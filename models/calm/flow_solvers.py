@@ -13,7 +13,7 @@ from continuous_lm.errors import InputError
 SOLVERS = ("euler", "midpoint")
 
 
-LEAST_SIGNAL = 1e-3  # of the variance that is left of the target where diffusion begins
+MIN_SIGNAL_VARIANCE = 1e-3  # of the variance that is left of the target where diffusion begins
 
 
 def integrate(
@@ -38,60 +38,69 @@ def integrate(
     _check_solver(solver)
     _check_steps(steps)
     x = as_float(x)
-    step = 1.0 / steps
+    step_size = 1.0 / steps
 
     def advance(x, time):
         slope = velocity(x, time)
         if solver == "midpoint":
-            slope = velocity(x + 0.5 * step * slope, time + 0.5 * step)
-        return (x + step * slope).astype(x.dtype), None
+            slope = velocity(x + 0.5 * step_size * slope, time + 0.5 * step_size)
+        return (x + step_size * slope).astype(x.dtype), None
 
     return jax.lax.scan(advance, x, jnp.arange(steps, dtype=x.dtype) / steps)[0]
 
 
-def signal(time: ArrayLike) -> jax.Array:
-    """Part of the target's variance that is left at a time from 0 to 1, from 1 to `LEAST_SIGNAL`.
+def signal_variance(time: ArrayLike) -> jax.Array:
+    """Share of the target's variance at a time in [0, 1], from 1 to `MIN_SIGNAL_VARIANCE`.
 
     The cosine schedule of Nichol and Dhariwal (arXiv:2102.09672), with their offset of 0.008. They
     bound each step's noise for the same reason for which the least is bounded here: the first step
     divides by its root, and would magnify what the network gets wrong.
     """
     angle = (as_float(time) + 0.008) / 1.008 * (0.5 * math.pi)
-    left = jnp.square(jnp.cos(angle) / math.cos(0.004 * math.pi / 1.008))
-    return jnp.clip(left, LEAST_SIGNAL, 1.0)
+    variance = jnp.square(jnp.cos(angle) / math.cos(0.004 * math.pi / 1.008))
+    return jnp.clip(variance, MIN_SIGNAL_VARIANCE, 1.0)
 
 
 def denoise(
     predict: Callable[[jax.Array, jax.Array], jax.Array],
     x: ArrayLike,
-    noise: ArrayLike | None = None,
+    step_noise: ArrayLike | None = None,
     *,
     steps: int,
 ) -> jax.Array:
-    """A sample from noise x, in equal steps from time 1 to time 0 of `signal`.
+    """A sample from noise x, in equal steps from time 1 to time 0 of `signal_variance`.
 
     Args:
       predict: the noise in x [..., W] at a scalar time, [..., W].
       x: normal noise [..., W], with all leading axes that predictions have.
-      noise: what comes in at each step, [steps, ..., W], normal; the last is multiplied by 0.
+      step_noise: what comes in at each step, [steps, ..., W], normal; the last is multiplied by 0.
         Without it steps are deterministic.
       steps: how many.
     """
     _check_steps(steps)
-    noisy = as_float(x)
-    times = jnp.arange(steps, -1, -1, dtype=noisy.dtype) / steps
+    initial_noise = as_float(x)
+    times = jnp.arange(steps, -1, -1, dtype=initial_noise.dtype) / steps
 
-    def step(x, inputs):
-        time, after, new = inputs
-        now, then = signal(time), signal(after)
-        found = predict(x, time)
-        clean = (x - jnp.sqrt(1 - now) * found) / jnp.sqrt(now)
-        # The variance of x at `after`, given the target and x at `time`.
-        fresh = 0.0 if new is None else (1 - then) / (1 - now) * (1 - now / then)
-        x = jnp.sqrt(then) * clean + jnp.sqrt(jnp.maximum(1 - then - fresh, 0.0)) * found
-        return (x if new is None else x + jnp.sqrt(fresh) * new).astype(noisy.dtype), None
+    def denoise_step(x, inputs):
+        time, next_time, fresh_noise = inputs
+        variance, next_variance = signal_variance(time), signal_variance(next_time)
+        predicted_noise = predict(x, time)
+        predicted_target = (x - jnp.sqrt(1 - variance) * predicted_noise) / jnp.sqrt(variance)
+        # The variance of x at `next_time`, given the target and x at `time`.
+        fresh_variance = (
+            0.0
+            if fresh_noise is None
+            else (1 - next_variance) / (1 - variance) * (1 - variance / next_variance)
+        )
+        x = (
+            jnp.sqrt(next_variance) * predicted_target
+            + jnp.sqrt(jnp.maximum(1 - next_variance - fresh_variance, 0.0)) * predicted_noise
+        )
+        return (x if fresh_noise is None else x + jnp.sqrt(fresh_variance) * fresh_noise).astype(
+            initial_noise.dtype
+        ), None
 
-    return jax.lax.scan(step, noisy, (times[:-1], times[1:], noise))[0]
+    return jax.lax.scan(denoise_step, initial_noise, (times[:-1], times[1:], step_noise))[0]
 
 
 def _check_solver(solver: str) -> None:

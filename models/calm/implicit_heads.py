@@ -9,9 +9,9 @@ from, and never be asked for a probability:
     transform(noise, hidden)             [..., W], the map itself
 
 with hidden [..., D] and target [..., W]. Where a target was drawn several times (from the posterior
-of an autoencoder, say), target is [Y, ..., W]: one axis more than hidden has. Leading axes of noise
-and hidden broadcast, so that noise [Z, ..., U] gives Z samples of each hidden state. `__call__` is
-the sample of noise that is 0, and what parameters are made with.
+of an autoencoder, say), target is [num_targets, ..., W]: one axis more than hidden has. Leading
+axes of noise and hidden broadcast, so that noise [Z, ..., U] gives Z samples of each hidden state.
+`__call__` is the sample of noise that is 0, and what parameters are made with.
 
     energy      one step, trained by the energy score (the generative head of CALM)
     flow        the solution of an ordinary differential equation, trained by flow matching
@@ -36,19 +36,24 @@ from jax.typing import ArrayLike
 from continuous_lm import losses
 from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
-from continuous_lm.models.calm.flow_solvers import _check_solver, denoise, integrate, signal
+from continuous_lm.models.calm.flow_solvers import (
+    _check_solver,
+    denoise,
+    integrate,
+    signal_variance,
+)
 from continuous_lm.models.calm.noise_network import (
-    _TIMES,
+    _NUM_TIME_FREQUENCIES,
     Weights,
-    _embedded,
-    conditioned,
-    network,
-    waves,
+    _apply_linear,
+    condition,
+    run_noise_network,
+    time_features,
 )
 from continuous_lm.models.density.heads import Head, kernel_init
 
-_ZEROS = nn.initializers.zeros
-_ONES = nn.initializers.ones
+_ZEROS_INIT = nn.initializers.zeros
+_ONES_INIT = nn.initializers.ones
 
 
 class ImplicitHead(Head):
@@ -82,7 +87,7 @@ class ImplicitHead(Head):
         return self.width
 
     @property
-    def evaluations(self) -> int:
+    def num_evaluations(self) -> int:
         """How often a sample goes through the blocks."""
         return 1
 
@@ -92,7 +97,7 @@ class ImplicitHead(Head):
         return self.transform(zeros, hidden)
 
     def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
-        """[...], of hidden [..., D] and target [..., W] or [Y, ..., W]; noise is drawn by `key`."""
+        """[...], of hidden [..., D] and target [(num_targets,) ..., W]; noise is drawn by `key`."""
         raise NotImplementedError
 
     def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
@@ -121,76 +126,87 @@ class ImplicitHead(Head):
         )
 
     @nn.compact
-    def weights(self, features: int, reads: int, times: int = 0) -> Weights:
+    def weights(self, hidden_width: int, input_width: int, time_width: int = 0) -> Weights:
         """All parameters by name, at least float32.
 
         Kernels are [out, in]; those of the blocks have an axis J before.
 
         Args:
-          features: width of the hidden states.
-          reads: of what the blocks turn into a sample, noise or a noisy vector.
-          times: features of a time, if the blocks are told one.
+          hidden_width: width of the hidden states.
+          input_width: of what the blocks turn into a sample, noise or a noisy vector.
+          time_width: features of a time, if the blocks are given one.
         """
-        size, depth = self.hidden_size or features, self.depth
+        block_width, depth = self.hidden_size or hidden_width, self.depth
         # Name, outputs and inputs with their letters, axis of the blocks. F is the one that a mesh
         # divides: what a block computes between its first map and its last.
         kernels = [
-            ("noise", (size, "D"), (reads, "U"), False),
-            ("hidden", (size, "-"), (features, "D"), False),
-            ("blocks_inner", (size, "F"), (2 * size, "D"), True),
-            ("blocks_middle", (size, "D"), (size, "F"), True),
-            ("blocks_outer", (2 * size, "F"), (size, "D"), True),
-            ("blocks_down", (size, "D"), (size, "F"), True),
-            ("last_inner", (size, "F"), (size, "D"), False),
-            ("last", (self.width, "W"), (size, "F"), False),
+            ("noise", (block_width, "D"), (input_width, "U"), False),
+            ("hidden", (block_width, "-"), (hidden_width, "D"), False),
+            ("blocks_inner", (block_width, "F"), (2 * block_width, "D"), True),
+            ("blocks_middle", (block_width, "D"), (block_width, "F"), True),
+            ("blocks_outer", (2 * block_width, "F"), (block_width, "D"), True),
+            ("blocks_down", (block_width, "D"), (block_width, "F"), True),
+            ("last_inner", (block_width, "F"), (block_width, "D"), False),
+            ("last", (self.width, "W"), (block_width, "F"), False),
         ]
-        if times:
-            kernels.append(("time", (size, "D"), (times, "-"), False))
+        if time_width:
+            kernels.append(("time", (block_width, "D"), (time_width, "-"), False))
         norms = [
             ("noise_norm", False),
             ("hidden_norm", False),
             ("blocks_norm", True),
             ("last_norm", False),
         ]
-        made = {}
-        for name, (outputs, out), (inputs, into), stacked in kernels:
-            lead, letters = ((depth,), "J ") if stacked else ((), "")
-            init = _ZEROS if name == "last" else kernel_init
-            made[name] = self.weight(name, (*lead, outputs, inputs), f"{letters}{out} {into}", init)
-            bias = f"{name}_bias"
-            made[bias] = self.weight(bias, (*lead, outputs), f"{letters}{out}", _ZEROS)
-        for name, stacked in norms:
-            lead, letters = ((depth,), "J D") if stacked else ((), "D")
-            for full, init in ((name, _ONES), (f"{name}_bias", _ZEROS)):
-                made[full] = self.weight(full, (*lead, size), letters, init)
-        return {name: as_float(array) for name, array in made.items()}
+        params = {}
+        for name, (output_size, output_axis), (input_size, input_axis), is_stacked in kernels:
+            stack_shape, axis_letters = ((depth,), "J ") if is_stacked else ((), "")
+            initializer = _ZEROS_INIT if name == "last" else kernel_init
+            params[name] = self.parameter(
+                name,
+                (*stack_shape, output_size, input_size),
+                f"{axis_letters}{output_axis} {input_axis}",
+                initializer,
+            )
+            bias_name = f"{name}_bias"
+            params[bias_name] = self.parameter(
+                bias_name, (*stack_shape, output_size), f"{axis_letters}{output_axis}", _ZEROS_INIT
+            )
+        for name, is_stacked in norms:
+            stack_shape, axis_letters = ((depth,), "J D") if is_stacked else ((), "D")
+            for param_name, initializer in ((name, _ONES_INIT), (f"{name}_bias", _ZEROS_INIT)):
+                params[param_name] = self.parameter(
+                    param_name, (*stack_shape, block_width), axis_letters, initializer
+                )
+        return {name: as_float(array) for name, array in params.items()}
 
-    def draws(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
-        """The target as draws [Y, ..., W], at least float32.
+    def as_target_draws(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
+        """The target as draws [num_targets, ..., W], at least float32.
 
         Raises:
-          InputError: if it is neither [..., W] nor [Y, ..., W], for hidden [..., D].
+          InputError: if it is neither [..., W] nor [num_targets, ..., W], for hidden [..., D].
         """
-        y = as_float(target)
-        lead = hidden.shape[:-1]
+        target_draws = as_float(target)
+        batch_shape = hidden.shape[:-1]
         if (
-            y.ndim not in (hidden.ndim, hidden.ndim + 1)
-            or y.shape[-1] != self.width
-            or 0 in y.shape
+            target_draws.ndim not in (hidden.ndim, hidden.ndim + 1)
+            or target_draws.shape[-1] != self.width
+            or 0 in target_draws.shape
         ):
             raise InputError(
-                f"target has shape {list(y.shape)}; for hidden {list(hidden.shape)} it must be"
-                f" {[*lead, self.width]}, or that with an axis of draws before"
+                f"target has shape {list(target_draws.shape)}; for hidden {list(hidden.shape)}"
+                " it must be"
+                f" {[*batch_shape, self.width]}, or that with an axis of draws before"
             )
-        y = y if y.ndim > hidden.ndim else y[None]
+        target_draws = target_draws if target_draws.ndim > hidden.ndim else target_draws[None]
         try:
-            jnp.broadcast_shapes(lead, y.shape[1:-1])
+            jnp.broadcast_shapes(batch_shape, target_draws.shape[1:-1])
         except ValueError:
             raise InputError(
-                f"target has shape {list(y.shape[1:])} a draw; its leading axes must fit those of"
+                f"target has shape {list(target_draws.shape[1:])} a draw; its leading axes must"
+                " fit those of"
                 f" hidden, {list(hidden.shape)}"
             ) from None
-        return y
+        return target_draws
 
 
 class EnergyHead(ImplicitHead):
@@ -227,20 +243,22 @@ class EnergyHead(ImplicitHead):
         return jax.random.uniform(key, (*shape, self.noise_width), dtype, -0.5, 0.5)
 
     def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
-        """The energy score [...] of hidden [..., D] and target [..., W] or draws [Y, ..., W]."""
+        """The energy score [...] of hidden [..., D] and target [(num_targets,) ..., W]."""
         hidden = as_float(hidden)
-        targets = self.draws(hidden, target)
+        targets = self.as_target_draws(hidden, target)
         noise = self.noise(key, (self.num_samples, *hidden.shape[:-1]), hidden.dtype)
         return losses.energy_score(self.transform(noise, hidden), targets, beta=self.beta)
 
     def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
-        noise, hidden = _inputs(noise, hidden, self.noise_width)
+        noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
         weights = self.weights(hidden.shape[-1], self.noise_size)
-        return network(weights, noise, conditioned(weights, _embedded(weights, "hidden", hidden)))
+        return run_noise_network(
+            weights, noise, condition(weights, _apply_linear(weights, "hidden", hidden))
+        )
 
 
-class TimedHead(ImplicitHead):
-    """A head whose blocks are told a time from 0 to 1 and predict a vector for its noisy one.
+class TimeConditionedHead(ImplicitHead):
+    """A head whose blocks are given a time from 0 to 1 and predict a vector for its noisy one.
 
     The loss is the mean squared error over the W dimensions, averaged over `num_samples` pairs of
     noise and a time: one in each of so many equal parts of [0, 1], which makes it vary less. The
@@ -252,33 +270,35 @@ class TimedHead(ImplicitHead):
 
     steps: int = 16
 
-    def predictions(self, hidden: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def make_predictor(self, hidden: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """x [..., W], time [...] -> [..., W]: the blocks, for hidden states [..., D]."""
-        weights = self.weights(hidden.shape[-1], self.width, 2 * _TIMES)
-        embedded = _embedded(weights, "hidden", hidden)
+        weights = self.weights(hidden.shape[-1], self.width, 2 * _NUM_TIME_FREQUENCIES)
+        hidden_embedding = _apply_linear(weights, "hidden", hidden)
 
         def predict(x: jax.Array, time: jax.Array) -> jax.Array:
-            told = embedded + _embedded(weights, "time", waves(time))
-            return network(weights, x, conditioned(weights, told))
+            embedding = hidden_embedding + _apply_linear(weights, "time", time_features(time))
+            return run_noise_network(weights, x, condition(weights, embedding))
 
         return predict
 
-    def pairs(
+    def noised_targets(
         self, hidden: jax.Array, target: ArrayLike, key: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Targets [Z, ..., W], noise of the same shape, and times [Z, ...]."""
-        targets = self.draws(hidden, target)
-        count, dtype = self.num_samples, jnp.result_type(hidden, targets)
-        targets = targets[jnp.arange(count) % len(targets)].astype(dtype)
-        lead = jnp.broadcast_shapes(hidden.shape[:-1], targets.shape[1:-1])
-        for_noise, for_times = jax.random.split(key)
-        noise = jax.random.normal(for_noise, (count, *lead, self.width), dtype)
-        part = jnp.arange(count, dtype=dtype).reshape(-1, *(1,) * len(lead))
-        times = (part + jax.random.uniform(for_times, (count, *lead), dtype)) / count
+        targets = self.as_target_draws(hidden, target)
+        num_samples, dtype = self.num_samples, jnp.result_type(hidden, targets)
+        targets = targets[jnp.arange(num_samples) % len(targets)].astype(dtype)
+        batch_shape = jnp.broadcast_shapes(hidden.shape[:-1], targets.shape[1:-1])
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, (num_samples, *batch_shape, self.width), dtype)
+        interval_index = jnp.arange(num_samples, dtype=dtype).reshape(-1, *(1,) * len(batch_shape))
+        times = (
+            interval_index + jax.random.uniform(time_key, (num_samples, *batch_shape), dtype)
+        ) / num_samples
         return targets, noise, times
 
 
-class FlowHead(TimedHead):
+class FlowHead(TimeConditionedHead):
     """A velocity field that carries normal noise to the target along straight lines.
 
     Conditional flow matching (Lipman et al., arXiv:2210.02747; the straight paths with no noise
@@ -296,29 +316,29 @@ class FlowHead(TimedHead):
         _check_solver(self.solver)
 
     @property
-    def evaluations(self) -> int:
+    def num_evaluations(self) -> int:
         return self.steps * (1 if self.solver == "euler" else 2)
 
     def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
-        """Mean squared error [...] of the velocity; hidden [..., D], target [(Y,) ..., W]."""
+        """Squared error [...] of the velocity; hidden [..., D], target [(num_targets,) ..., W]."""
         hidden = as_float(hidden)
-        y, noise, times = self.pairs(hidden, target, key)
+        targets, noise, times = self.noised_targets(hidden, target, key)
         time = times[..., None]
-        found = self.predictions(hidden)((1 - time) * noise + time * y, times)
-        return jnp.mean(jnp.square(found - (y - noise)), axis=(0, -1))
+        predicted_velocity = self.make_predictor(hidden)((1 - time) * noise + time * targets, times)
+        return jnp.mean(jnp.square(predicted_velocity - (targets - noise)), axis=(0, -1))
 
     def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
-        noise, hidden = _inputs(noise, hidden, self.noise_width)
-        return integrate(self.predictions(hidden), noise, steps=self.steps, solver=self.solver)
+        noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
+        return integrate(self.make_predictor(hidden), noise, steps=self.steps, solver=self.solver)
 
 
-class DiffusionHead(TimedHead):
+class DiffusionHead(TimeConditionedHead):
     """Denoising in steps (Ho et al., arXiv:2006.11239), by a network that predicts the noise.
 
     The part of the target's variance that is left at time t falls along the cosine schedule
-    (Nichol and Dhariwal, arXiv:2102.09672), down to `LEAST_SIGNAL`: see `signal`. With ancestral
-    steps new noise comes in at each of them, so that U is steps times W, and without (Song et al.,
-    arXiv:2010.02502) only at the first.
+    (Nichol and Dhariwal, arXiv:2102.09672), down to `MIN_SIGNAL_VARIANCE`: see `signal_variance`.
+    With ancestral steps new noise comes in at each of them, so that U is steps times W, and without
+    (Song et al., arXiv:2010.02502) only at the first.
 
     Attributes:
       ancestral: whether steps draw from the posterior of the step before, or follow its mean path.
@@ -331,50 +351,52 @@ class DiffusionHead(TimedHead):
         return self.width * (self.steps if self.ancestral else 1)
 
     @property
-    def evaluations(self) -> int:
+    def num_evaluations(self) -> int:
         return self.steps
 
     def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
-        """Mean squared error [...] of the noise; hidden [..., D], target [(Y,) ..., W]."""
+        """Squared error [...] of the noise; hidden [..., D], target [(num_targets,) ..., W]."""
         hidden = as_float(hidden)
-        y, noise, times = self.pairs(hidden, target, key)
-        left = signal(times)[..., None]
-        found = self.predictions(hidden)(jnp.sqrt(left) * y + jnp.sqrt(1 - left) * noise, times)
-        return jnp.mean(jnp.square(found - noise), axis=(0, -1))
+        targets, noise, times = self.noised_targets(hidden, target, key)
+        variance = signal_variance(times)[..., None]
+        predicted_noise = self.make_predictor(hidden)(
+            jnp.sqrt(variance) * targets + jnp.sqrt(1 - variance) * noise, times
+        )
+        return jnp.mean(jnp.square(predicted_noise - noise), axis=(0, -1))
 
     def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
-        noise, hidden = _inputs(noise, hidden, self.noise_width)
-        first, later = noise[..., : self.width], None
+        noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
+        initial_noise, step_noise = noise[..., : self.width], None
         if self.ancestral:
-            later = jnp.roll(noise, -self.width, axis=-1)  # the last step's is not read
-            later = jnp.moveaxis(later.reshape(*first.shape[:-1], self.steps, self.width), -2, 0)
-        return denoise(self.predictions(hidden), first, later, steps=self.steps)
+            step_noise = jnp.roll(noise, -self.width, axis=-1)  # the last step's is not read
+            step_noise = jnp.moveaxis(
+                step_noise.reshape(*initial_noise.shape[:-1], self.steps, self.width), -2, 0
+            )
+        return denoise(self.make_predictor(hidden), initial_noise, step_noise, steps=self.steps)
 
 
-IMPLICIT: dict[str, type[ImplicitHead]] = {
+IMPLICIT_HEADS: dict[str, type[ImplicitHead]] = {
     "energy": EnergyHead,
     "flow": FlowHead,
     "diffusion": DiffusionHead,
 }
 
 
-# --- Solvers ---------------------------------------------------------------------------------
-
-
-# --- The blocks ------------------------------------------------------------------------------
-
-
-def _inputs(noise: ArrayLike, hidden: ArrayLike, width: int) -> tuple[jax.Array, jax.Array]:
+def _broadcast_inputs(
+    noise: ArrayLike, hidden: ArrayLike, width: int
+) -> tuple[jax.Array, jax.Array]:
     """Both in one dtype, noise with all the leading axes that samples have."""
-    z, h = as_float(noise), as_float(hidden)
-    wanted = f"noise has shape {list(z.shape)}; it must be [..., {width}]"
-    if z.ndim < 1 or z.shape[-1] != width:
-        raise InputError(wanted)
+    noise_float, hidden_float = as_float(noise), as_float(hidden)
+    message = f"noise has shape {list(noise_float.shape)}; it must be [..., {width}]"
+    if noise_float.ndim < 1 or noise_float.shape[-1] != width:
+        raise InputError(message)
     try:
-        lead = jnp.broadcast_shapes(z.shape[:-1], h.shape[:-1])
+        batch_shape = jnp.broadcast_shapes(noise_float.shape[:-1], hidden_float.shape[:-1])
     except ValueError:
         raise InputError(
-            f"{wanted} with leading axes that fit those of hidden, {list(h.shape)}"
+            f"{message} with leading axes that fit those of hidden, {list(hidden_float.shape)}"
         ) from None
-    dtype = jnp.result_type(z, h)
-    return jnp.broadcast_to(z, (*lead, width)).astype(dtype), h.astype(dtype)
+    dtype = jnp.result_type(noise_float, hidden_float)
+    return jnp.broadcast_to(noise_float, (*batch_shape, width)).astype(dtype), hidden_float.astype(
+        dtype
+    )

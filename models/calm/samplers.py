@@ -1,11 +1,12 @@
-"""Text from next-vector models: O tokens a step, at any temperature, without a likelihood.
+"""Text from next-vector models: C tokens a step, at any temperature, without a likelihood.
 
-A temperature of 1 takes one draw of the head a step. Below that, P(x)^(1/T) / Z has to be drawn
-from, where P is only known by its draws (CALM, Shao et al., arXiv:2510.27688; see `temperature`):
+A temperature of 1 takes one draw of the head a step. Below that, P(x)^(1 / temperature),
+normalized, has to be drawn from, where P is only known by its draws (CALM, Shao et al.,
+arXiv:2510.27688; see `repeated_draws`):
 
-    batch     decodes `candidates` draws and prefers chunks that repeat: one step, a bias that
-              falls with their number, T = 1/n
-    exact     rejects until the draws agree: no bias, any T <= 1, and as long as it takes
+    batch     decodes `num_candidates` draws and prefers chunks that repeat: one step, a bias that
+              falls with their number, temperatures of 1/n
+    exact     rejects until the draws agree: no bias, any temperature <= 1, and as long as it takes
 
 At 0 the chunk that comes most often among the candidates is taken.
 """
@@ -20,14 +21,20 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import check_count, check_integers
+from continuous_lm.arguments import check_integers, check_positive_integer
 from continuous_lm.errors import InputError, about
 from continuous_lm.models.calm import repeated_draws
-from continuous_lm.models.calm.checkpoint import NextVectorLM, NextVectorModel, chunked
-from continuous_lm.models.generation import Generated, Program, prompt_rows, run, stop_tokens
+from continuous_lm.models.calm.checkpoint import NextVectorLM, NextVectorModel, split_into_chunks
+from continuous_lm.models.generation import (
+    DecodeSpec,
+    GeneratedTokens,
+    decode_batch,
+    split_prompts,
+    stop_tokens,
+)
 from continuous_lm.models.samplers import check_sampling
 
-METHODS = ("batch", "exact")
+SAMPLING_METHODS = ("batch", "exact")
 
 
 def sample(
@@ -40,13 +47,13 @@ def sample(
     new_durations: ArrayLike = 1.0,
     temperature: float = 1.0,
     method: str = "batch",
-    candidates: int = 128,
+    num_candidates: int = 128,
     max_rounds: int = 10_000,
-    fill: int | None = None,
+    pad_token: int | None = None,
     key: jax.Array | None = None,
     stop: int | Sequence[int] | None = None,
-    chunk: int = 1024,
-) -> Generated:
+    max_prefill_length: int = 1024,
+) -> GeneratedTokens:
     """Continues prompts chunk by chunk, in the compiled loop of `generate`.
 
     Args:
@@ -55,17 +62,17 @@ def sample(
       max_new_tokens: how many tokens each prompt gets, at most.
       durations: of the prompts' chunks, [B, T], or a list of B; 1 if left out.
       start: the time at which each prompt begins, a scalar or [B].
-      new_durations: d >= 0 of new chunks: a scalar, [T] or [B, T], T = ceil(max_new_tokens / O).
+      new_durations: d >= 0 of new chunks: a scalar, [T] or [B, T], T = ceil(max_new_tokens / C).
       temperature: from 0 to 1.
       method: "batch", for 1, 1/2, 1/3 ... and 0, or "exact", for all above 0.
-      candidates: N of "batch".
+      num_candidates: Z, the draws that "batch" chooses from.
       max_rounds: draws in "exact" for one chunk, at most.
-      fill: a token that is put in front of prompts whose length O does not divide; eos_token_id of
-        the model's notes if left out: the end of the text before.
+      pad_token: a token that is put in front of prompts whose length C does not divide;
+        eos_token_id of the model's hf_fields if left out: the end of the text before.
       key: PRNG key; at temperature 0 one is made if it is left out.
-      stop: tokens that end a row, wherever in a chunk they are; the notes' eos_token_id if left
-        out, () for none.
-      chunk: prompts go through the model in pieces of at most so many chunks.
+      stop: tokens that end a row, wherever in a chunk they are; eos_token_id of hf_fields
+        if left out, () for none.
+      max_prefill_length: prompts go through the model in pieces of at most so many chunks.
 
     Returns:
       The new tokens, on the host.
@@ -74,119 +81,138 @@ def sample(
       InputError: for arguments that do not fit, or if "exact" has accepted no draw for a chunk in
         max_rounds.
     """
-    counts = {"max_new_tokens": max_new_tokens, "chunk": chunk, "candidates": candidates}
-    for name, count in (counts | {"max_rounds": max_rounds}).items():
-        check_count(name, count)
+    counts = {
+        "max_new_tokens": max_new_tokens,
+        "max_prefill_length": max_prefill_length,
+        "num_candidates": num_candidates,
+    }
+    for name, value in (counts | {"max_rounds": max_rounds}).items():
+        check_positive_integer(name, value)
     check_sampling(temperature, None, key)
-    if method not in METHODS:
-        raise InputError(f"method is {method!r:.60}; it must be one of {', '.join(METHODS)}")
+    if method not in SAMPLING_METHODS:
+        raise InputError(
+            f"method is {method!r:.60}; it must be one of {', '.join(SAMPLING_METHODS)}"
+        )
     if method == "exact" and not 0 < temperature <= 1:
         raise InputError(f"temperature is {temperature}; exact needs one above 0, and at most 1")
-    order = 0
+    inverse_temperature = 0
     if method == "batch":
-        order = candidates if temperature == 0 else repeated_draws.order(temperature)
-        if order > candidates:
+        inverse_temperature = (
+            num_candidates if temperature == 0 else repeated_draws.inverse_temperature(temperature)
+        )
+        if inverse_temperature > num_candidates:
             raise InputError(
-                f"temperature 1/{order} needs at least {order} candidates, not {candidates}"
+                f"temperature 1/{inverse_temperature} needs at least {inverse_temperature}"
+                f" candidates, not {num_candidates}"
             )
-    stops = stop_tokens(stop, lm.notes, lm.config.vocab_size)
-    size = lm.chunk_size
-    given: Any = list(cast(Any, tokens)) if np.iterable(tokens) else []
-    if not given:
+    stop_ids = stop_tokens(stop, lm.hf_fields, lm.config.vocab_size)
+    chunk_size = lm.chunk_size
+    prompts: Any = list(cast(Any, tokens)) if np.iterable(tokens) else []
+    if not prompts:
         raise InputError("tokens must be one prompt's [n], or a list of prompts; give at least one")
-    rows = []
-    for i, row in enumerate([tokens] if np.ndim(given[0]) == 0 else given):
+    chunked_prompts = []
+    for i, row in enumerate([tokens] if np.ndim(prompts[0]) == 0 else prompts):
         with about(f"prompt {i}"):
             check_integers("tokens", row, 0, lm.config.vocab_size)
-            rows.append(chunked(cast(Any, row), size, _fill(lm, fill)))
-    chunks, d = prompt_rows(lm.model, "chunks", rows, durations, np.dtype(np.int32))
-    steps = -(-max_new_tokens // size)
-    trunk = lm.params["trunk"]
-    how = Program(
+            chunked_prompts.append(
+                split_into_chunks(cast(Any, row), chunk_size, _resolve_pad_token(lm, pad_token))
+            )
+    prompt_list, duration_list = split_prompts(
+        lm.model, "chunks", chunked_prompts, durations, np.dtype(np.int32)
+    )
+    num_new_chunks = -(-max_new_tokens // chunk_size)
+    trunk_params = lm.params["trunk"]
+    spec = DecodeSpec(
         lm.model,
         "chunks",
         "chunks",
-        _DrawChunk(
+        _ChunkSampler(
             lm.model,
             method,
-            order,
-            candidates if order > 1 else 1,
+            inverse_temperature,
+            num_candidates if inverse_temperature > 1 else 1,
             max_rounds if method == "exact" else 1,
         ),
         lm.config,
-        chunk,
-        axes_lib.mesh_of(trunk["embedding"]),
+        max_prefill_length,
+        axes_lib.mesh_of(trunk_params["embedding"]),
     )
-    new, lengths = run(
-        how,
+    new_chunks, lengths = decode_batch(
+        spec,
         lm.params,
-        chunks,
-        d,
-        max_new=steps,
+        prompt_list,
+        duration_list,
+        max_new_items=num_new_chunks,
         start=start,
         new_durations=new_durations,
         options={"temperature": np.float32(temperature)},
-        stop=stops,
+        stop=stop_ids,
         key=jax.random.key(0) if key is None else key,
-        dtype=trunk["embedding"].dtype,
+        dtype=trunk_params["embedding"].dtype,
     )
-    for i, row in enumerate(new):
+    for i, row in enumerate(new_chunks):
         if (row[: lengths[i]] < 0).any():
             raise InputError(
                 f"prompt {i}: no draw was accepted in {max_rounds} rounds at new chunk"
                 f" {lengths[i] - 1}; raise max_rounds or the temperature, or take method='batch'"
             )
-    return _cut(new.reshape(len(new), -1), lengths * size, stops, max_new_tokens)
+    return _truncate_at_stop(
+        new_chunks.reshape(len(new_chunks), -1), lengths * chunk_size, stop_ids, max_new_tokens
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class _DrawChunk:
-    """The next chunks [B, O] from hidden states [B, D]; -1 where none was accepted."""
+class _ChunkSampler:
+    """The next chunks [B, C] from hidden states [B, D]; -1 where none was accepted."""
 
     model: NextVectorModel
     method: str
-    order: int  # n of T = 1/n
-    candidates: int
+    inverse_temperature: int  # n of a temperature of 1/n
+    num_candidates: int
     max_rounds: int
 
-    def __call__(self, params, options, key, hidden, done):
-        def draws(key, count):
+    def __call__(self, params, options, key, hidden, is_done):
+        def sample_chunks(key, count):
             variables: Any = {"params": params}
-            return self.model.apply(variables, key, hidden, count, method="draws")
+            return self.model.apply(variables, key, hidden, count, method="sample_chunks")
 
         if self.method == "exact":
-            found = repeated_draws.exact(
+            samples = repeated_draws.rejection_sample(
                 key,
-                lambda key: draws(key, 1)[0],
+                lambda key: sample_chunks(key, 1)[0],
                 temperature=options["temperature"],
                 max_rounds=self.max_rounds,
-                done=done,
+                is_done=is_done,
             )
-            return jnp.where(found.accepted[:, None], found.items, -1)
-        if self.order == 1:
-            return draws(key, 1)[0]
-        of_draws, of_choice = jax.random.split(key)
-        return repeated_draws.batch(of_choice, draws(of_draws, self.candidates), n=self.order)
+            return jnp.where(samples.accepted[:, None], samples.items, -1)
+        if self.inverse_temperature == 1:
+            return sample_chunks(key, 1)[0]
+        sample_key, choice_key = jax.random.split(key)
+        return repeated_draws.repetition_sample(
+            choice_key, sample_chunks(sample_key, self.num_candidates), n=self.inverse_temperature
+        )
 
 
-def _fill(lm: NextVectorLM, fill: int | None) -> int | None:
+def _resolve_pad_token(lm: NextVectorLM, pad_token: int | None) -> int | None:
     """The token to put in front of prompts: that given, or the end of a text, or none."""
-    if fill is None:
-        told = lm.notes.get("eos_token_id")
-        known = np.ravel([] if told is None else told)
-        return int(known[0]) if len(known) else None
-    if np.ndim(fill):
-        raise InputError(f"fill is {fill!r:.60}; it must be one token")
-    check_integers("fill", fill, 0, lm.config.vocab_size)
-    return fill
+    if pad_token is None:
+        eos_field = lm.hf_fields.get("eos_token_id")
+        eos_tokens = np.ravel([] if eos_field is None else eos_field)
+        return int(eos_tokens[0]) if len(eos_tokens) else None
+    if np.ndim(pad_token):
+        raise InputError(f"pad_token is {pad_token!r:.60}; it must be one token")
+    check_integers("pad_token", pad_token, 0, lm.config.vocab_size)
+    return pad_token
 
 
-def _cut(tokens: np.ndarray, lengths: np.ndarray, stop: np.ndarray, limit: int) -> Generated:
+def _truncate_at_stop(
+    tokens: np.ndarray, lengths: np.ndarray, stop: np.ndarray, max_length: int
+) -> GeneratedTokens:
     """Rows of tokens up to and with their first stop token, wherever in a chunk it is."""
-    tokens = tokens[:, :limit].copy()
-    lengths = np.minimum(lengths, limit)
-    ends = np.isin(tokens, stop)
-    first = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, limit)
-    lengths = np.minimum(lengths, first).astype(np.int32)
+    tokens = tokens[:, :max_length].copy()
+    lengths = np.minimum(lengths, max_length)
+    is_stop = np.isin(tokens, stop)
+    stop_lengths = np.where(is_stop.any(axis=1), is_stop.argmax(axis=1) + 1, max_length)
+    lengths = np.minimum(lengths, stop_lengths).astype(np.int32)
     tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0
-    return Generated(tokens, lengths)
+    return GeneratedTokens(tokens, lengths)

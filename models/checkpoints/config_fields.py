@@ -8,10 +8,10 @@ import numpy as np
 from continuous_lm.errors import InputError
 
 REQUIRED: Any = object()
-MOST_LAYERS = 1_000  # more is a mistake, and would cost time and memory before it shows
+MAX_LAYERS = 1_000  # more is a mistake, and would cost time and memory before it shows
 
 # Fields that do not change what a causal model computes at inference, so that they may be there.
-INERT = frozenset(
+INERT_FIELDS = frozenset(
     """
     _attn_implementation _name_or_path architectures attention_dropout
     attention_probs_dropout_prob attn_pdrop auto_map bos_token_id cache_implementation
@@ -29,15 +29,15 @@ INERT = frozenset(
 )
 
 
-class Fields:
+class ConfigFields:
     """The fields of a config.json: each is read with its type checked, and none is passed over."""
 
     def __init__(self, values: Mapping[str, Any], prefix: str = ""):
-        self._values, self._prefix, self._read = dict(values), prefix, set[str]()
+        self._values, self._prefix, self._read_names = dict(values), prefix, set[str]()
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """The value; the default if it is absent or null."""
-        self._read.add(name)
+        self._read_names.add(name)
         value = self._values.get(name)
         if value is not None:
             return value
@@ -49,86 +49,92 @@ class Fields:
         """Whether it is written down, even as null."""
         return name in self._values
 
-    def integer(self, name: str, default: Any = REQUIRED, most: int = 2**31 - 1) -> int:
-        return self._typed(
-            name, default, int, f"an integer from 1 to {most}", lambda v: 0 < v <= most
+    def integer(self, name: str, default: Any = REQUIRED, maximum: int = 2**31 - 1) -> int:
+        return self._get_typed(
+            name, default, int, f"an integer from 1 to {maximum}", lambda v: 0 < v <= maximum
         )
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
-        return self._typed(
+        return self._get_typed(
             name,
             default,
             (int, float),
             "a positive number",
-            _positive,
+            _is_positive,
         )
 
     def flag(self, name: str, default: Any = REQUIRED) -> bool:
-        return self._typed(name, default, bool, "true or false")
+        return self._get_typed(name, default, bool, "true or false")
 
     def text(self, name: str, default: Any = REQUIRED) -> str:
-        return self._typed(name, default, str, "a string")
+        return self._get_typed(name, default, str, "a string")
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
-        values = self._typed(name, REQUIRED, list, "a list of positive numbers", _all_positive)
+        values = self._get_typed(name, REQUIRED, list, "a list of positive numbers", _are_positive)
         return tuple(map(float, values))
 
-    def nested(self, name: str) -> "Fields | None":
+    def nested(self, name: str) -> "ConfigFields | None":
         """The fields of an object inside, or None if there is none."""
-        value = self._typed(name, None, dict, "an object")
-        return None if value is None else Fields(value, f"{self._prefix}{name}.")
+        value = self._get_typed(name, None, dict, "an object")
+        return None if value is None else ConfigFields(value, f"{self._prefix}{name}.")
 
     def must_be(self, name: str, *allowed: Any) -> None:
         """Refuses a field whose value would change the maths in a way that is not handled."""
         value = self.get(name, allowed[0])
-        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+        if not any(
+            value == option and isinstance(value, bool) == isinstance(option, bool)
+            for option in allowed
+        ):
             raise InputError(
                 f"field {self._prefix}{name} is {value!r:.60}, which is not handled;"
                 f" only {', '.join(map(repr, allowed))}"
             )
 
-    def agree(self, name: str, value: Any, other: str, told: Any) -> None:
+    def check_equal(self, name: str, value: Any, other_name: str, other_value: Any) -> None:
         """Refuses two fields that say the same thing and differ; None says nothing."""
-        if value is not None and told is not None and value != told:
+        if value is not None and other_value is not None and value != other_value:
             raise InputError(
-                f"fields {other} ({told!r:.60}) and {self._prefix}{name} ({value!r:.60}) differ"
+                f"fields {other_name} ({other_value!r:.60}) and {self._prefix}{name}"
+                f" ({value!r:.60}) differ"
             )
 
-    def finish(self, ignore: tuple[str, ...] = ()) -> None:
+    def check_all_read(self, ignore: tuple[str, ...] = ()) -> None:
         """Refuses the first field that nobody has read and that may change what is computed."""
         for name, value in self._values.items():
-            if name not in self._read | INERT | set(ignore) and value is not None:
+            if name not in self._read_names | INERT_FIELDS | set(ignore) and value is not None:
                 raise InputError(
-                    f"field {self._prefix}{_shown(name)} ({value!r:.60}) is not handled and may"
+                    f"field {self._prefix}{_printable_name(name)} ({value!r:.60}) is not"
+                    " handled and may"
                     " change what the model computes; if it does not, name it in ignore_fields"
                 )
 
-    def _typed(self, name, default, types, what, holds=lambda v: True):
+    def _get_typed(self, name, default, types, expected, is_valid=lambda v: True):
         value = self.get(name, default)
         if value is default:
             return value
         if (
             not isinstance(value, types)
             or (isinstance(value, bool) and types is not bool)
-            or not holds(value)
+            or not is_valid(value)
         ):
-            raise InputError(f"field {self._prefix}{name} is {value!r:.60}; it must be {what}")
+            raise InputError(f"field {self._prefix}{name} is {value!r:.60}; it must be {expected}")
         return value
 
 
-def _positive(value: int | float) -> bool:
+def _is_positive(value: int | float) -> bool:
     """Whether it is a positive number in float32 too, neither 0 nor infinite there."""
     limits = np.finfo(np.float32)
     return float(limits.tiny) <= value <= float(limits.max)
 
 
-def _all_positive(values: list) -> bool:
+def _are_positive(values: list) -> bool:
     return all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and _positive(v) for v in values
+        isinstance(value, (int, float)) and not isinstance(value, bool) and _is_positive(value)
+        for value in values
     )
 
 
-def _shown(name: str) -> str:
+def _printable_name(name: str) -> str:
     """A field's name as it can stand in one line."""
     return name if name.isprintable() and len(name) <= 60 else f"{name!a:.60}"

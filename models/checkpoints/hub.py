@@ -5,12 +5,17 @@ import re
 
 from continuous_lm.errors import InputError
 
-NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII)  # org/name, org/name@revision
-_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
-_UNWANTED = ["*/*", "consolidated*"]  # other formats in sub-folders, and the same weights again
+MODEL_NAME = re.compile(
+    r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII
+)  # org/name, org/name@revision
+_DOWNLOAD_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_IGNORE_PATTERNS = [
+    "*/*",
+    "consolidated*",
+]  # other formats in sub-folders, and the same weights again
 
 
-def fetch(name: str) -> pathlib.Path:
+def download(name: str) -> pathlib.Path:
     """The folder with the files of "org/name" or "org/name@revision"; never a pickle.
 
     Raises:
@@ -24,12 +29,15 @@ def fetch(name: str) -> pathlib.Path:
             f"{name!r} is neither a folder nor a bundled model; to load it from the Hugging Face"
             ' hub: pip install "continuous-lm[hub]"'
         ) from None
-    found = NAME.fullmatch(name)
-    assert found is not None, name
-    repo, revision = found.groups()
+    name_match = MODEL_NAME.fullmatch(name)
+    assert name_match is not None, name
+    repo, revision = name_match.groups()
     try:
         folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            repo,
+            revision=revision,
+            allow_patterns=_DOWNLOAD_PATTERNS,
+            ignore_patterns=_IGNORE_PATTERNS,
         )
     except errors.GatedRepoError:  # before the next, whose special case it is
         raise InputError(
@@ -53,8 +61,8 @@ def fetch(name: str) -> pathlib.Path:
     except errors.HFValidationError:
         raise InputError(f"{repo!r} is neither a folder nor a name of the hub") from None
     except Exception as error:  # of the network or the disk, in many classes
-        line = " ".join(str(error).split())
-        raise InputError(f"{name} cannot be downloaded, try again: {line:.200}") from error
+        message = " ".join(str(error).split())
+        raise InputError(f"{name} cannot be downloaded, try again: {message:.200}") from error
     path = pathlib.Path(folder)
     if not any(path.glob("*.safetensors")):
         raise InputError(

@@ -25,13 +25,13 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.families.family import Family
 
-Index = tuple[slice, ...]
-Targets = Mapping[str, jax.ShapeDtypeStruct]
-PIECE = 2**24  # bytes that a thread copies at a time, about
-STACKS = ("L", "J", "I")  # axes that are one tensor for each index in a checkpoint
+Slices = tuple[slice, ...]
+ParameterSpecs = Mapping[str, jax.ShapeDtypeStruct]
+BYTES_PER_COPY = 2**24  # bytes that a thread copies at a time, about
+STACKED_AXES = ("L", "J", "I")  # axes that are one tensor for each index in a checkpoint
 
 
-class Sized(Protocol):
+class SizedConfig(Protocol):
     """A config: it says how large the axes are."""
 
     @property
@@ -39,47 +39,49 @@ class Sized(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ParameterLayout:
     """The parameters of a model in the tensors of a checkpoint of its family.
 
     Attributes:
       config: of the model.
       family: whose table says where they lie.
-      boxes: parameter path -> shape and axes.
+      declarations: parameter path -> shape and axes.
     """
 
-    config: Sized
+    config: SizedConfig
     family: Family
-    boxes: Mapping[str, nn.LogicallyPartitioned]
+    declarations: Mapping[str, nn.LogicallyPartitioned]
 
     @functools.cached_property
-    def places(self) -> dict[str, tuple[int, list[str]]]:
+    def tensor_contents(self) -> dict[str, tuple[int, list[str]]]:
         """Stored name -> the layer and the parameters in that tensor, several in a fused one."""
-        found: dict[str, tuple[int, list[str]]] = {}
-        for path in self.boxes:
-            for layer, name in enumerate(self._names(path)):
-                found.setdefault(name, (layer, []))[1].append(path)
-        return found
+        contents: dict[str, tuple[int, list[str]]] = {}
+        for path in self.declarations:
+            for layer, name in enumerate(self._tensor_names(path)):
+                contents.setdefault(name, (layer, []))[1].append(path)
+        return contents
 
     @functools.cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored name -> the tensor's shape."""
         return {
             name: self.family.tensors[paths[0]].shape(self.config.sizes)
-            for name, (_, paths) in self.places.items()
+            for name, (_, paths) in self.tensor_contents.items()
         }
 
-    def targets(self, dtype: np.dtype, mesh: Mesh | None) -> Targets:
+    def parameter_specs(self, dtype: np.dtype, mesh: Mesh | None) -> ParameterSpecs:
         """Parameter path -> what is to be made: shape, dtype, sharding (None without a mesh)."""
 
-        def target(path: str) -> jax.ShapeDtypeStruct:
-            shape = self.boxes[path].value.shape
-            place = None if mesh is None else axes_lib.sharding(mesh, self._axes(path), shape)
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+        def parameter_spec(path: str) -> jax.ShapeDtypeStruct:
+            shape = self.declarations[path].value.shape
+            array_sharding = (
+                None if mesh is None else axes_lib.sharding(mesh, self._parameter_axes(path), shape)
+            )
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding)
 
-        return {path: target(path) for path in self.boxes}
+        return {path: parameter_spec(path) for path in self.declarations}
 
-    def read(self, folder: pathlib.Path, targets: Targets) -> dict[str, jax.Array]:
+    def read(self, folder: pathlib.Path, specs: ParameterSpecs) -> dict[str, jax.Array]:
         """The parameters, from a folder whose tensors are checked first.
 
         Each process reads the parts that its own devices hold, each of them once, into the memory
@@ -87,123 +89,144 @@ class Layout:
         """
         tensors = safetensors_files.open_tensors(folder)
         with about(str(folder)):
-            return self.build(tensors, self.check(tensors), targets)
+            return self.build(tensors, self.check_tensors(tensors), specs)
 
-    def check(self, tensors: safetensors_files.Tensors) -> dict[str, str]:
-        """`named`, of tensors that are this model's and no others."""
-        named = self.named(tensors)
-        self._check_rest(tensors, named)
-        return named
+    def check_tensors(self, tensors: safetensors_files.Tensors) -> dict[str, str]:
+        """`checkpoint_names`, of tensors that are this model's and no others."""
+        checkpoint_names = self.checkpoint_names(tensors)
+        self._check_unused_tensors(tensors, checkpoint_names)
+        return checkpoint_names
 
     def build(
-        self, tensors: safetensors_files.Tensors, named: Mapping[str, str], targets: Targets
+        self,
+        tensors: safetensors_files.Tensors,
+        checkpoint_names: Mapping[str, str],
+        specs: ParameterSpecs,
     ) -> dict[str, jax.Array]:
-        """The parameters, from tensors whose names here are `named`; see `read`."""
+        """The parameters, from tensors whose names here are `checkpoint_names`; see `read`."""
         return {
-            path: _place(target, functools.partial(self._part, tensors, named, path, target.dtype))
-            for path, target in targets.items()
+            path: _make_array(
+                spec,
+                functools.partial(self._read_part, tensors, checkpoint_names, path, spec.dtype),
+            )
+            for path, spec in specs.items()
         }
 
     def write(
         self, folder: pathlib.Path, params: Mapping[str, Any], dtype: np.dtype, shard_size: int
     ) -> None:
         """Writes the parameters as safetensors files, one tensor in memory at a time."""
-        tensor = functools.partial(self.tensor, params, dtype)
-        safetensors_files.save_tensors(folder, self.shapes, dtype, tensor, shard_size)
+        make_tensor = functools.partial(self.stored_tensor, params, dtype)
+        safetensors_files.save_tensors(folder, self.tensor_shapes, dtype, make_tensor, shard_size)
 
-    def tensor(self, params: Mapping[str, Any], dtype: np.dtype, name: str) -> np.ndarray:
+    def stored_tensor(self, params: Mapping[str, Any], dtype: np.dtype, name: str) -> np.ndarray:
         """The stored tensor of this name, filled from the parameters."""
-        layer, paths = self.places[name]
-        values = np.empty(self.shapes[name], dtype)
+        layer, paths = self.tensor_contents[name]
+        values = np.empty(self.tensor_shapes[name], dtype)
         for path in paths:
             # Of an array that is used as it is, JAX would keep the copy that is fetched.
-            stack = params[path] if self._stacked(path) else params[path][None]
-            self._view(path, values)[...] = np.asarray(stack[layer])
+            stack = params[path] if self._is_stacked(path) else params[path][None]
+            self._layer_view(path, values)[...] = np.asarray(stack[layer])
         return values
 
-    def _part(
+    def _read_part(
         self,
         tensors: safetensors_files.Tensors,
-        named: Mapping[str, str],
+        checkpoint_names: Mapping[str, str],
         path: str,
         dtype: np.dtype,
-        index: Index,
+        slices: Slices,
     ) -> np.ndarray:
-        """The part `index` of a parameter, cast on the way."""
-        if not self._stacked(path):  # then it is a stack of one
-            index = (slice(None), *index)
-        layers = [self._view(path, tensors[named[n]]) for n in self._names(path)[index[0]]]
-        parts = [layer[index[1:]] for layer in layers]
+        """The part `slices` of a parameter, cast on the way."""
+        if not self._is_stacked(path):  # then it is a stack of one
+            slices = (slice(None), *slices)
+        layer_views = [
+            self._layer_view(path, tensors[checkpoint_names[name]])
+            for name in self._tensor_names(path)[slices[0]]
+        ]
+        parts = [layer_view[slices[1:]] for layer_view in layer_views]
         stack = _aligned_empty((len(parts), *parts[0].shape), dtype)
-        _copy(stack, parts)
-        return stack if self._stacked(path) else stack[0]
+        _copy_parts(stack, parts)
+        return stack if self._is_stacked(path) else stack[0]
 
-    def _view(self, path: str, tensor: np.ndarray) -> np.ndarray:
+    def _layer_view(self, path: str, tensor: np.ndarray) -> np.ndarray:
         """One layer of a parameter, as it lies in a stored tensor."""
-        axes = self._axes(path)[self._stacked(path) :]
+        axes = self._parameter_axes(path)
+        axes = axes[1:] if self._is_stacked(path) else axes
         return self.family.tensors[path].view(tensor, axes, self.config.sizes)
 
-    def _names(self, path: str) -> list[str]:
+    def _tensor_names(self, path: str) -> list[str]:
         """The stored names of a parameter's layers; one that is not of a layer counts as one."""
-        layers = range(self.config.sizes[self._axes(path)[0]] if self._stacked(path) else 1)
+        layers = range(
+            self.config.sizes[self._parameter_axes(path)[0]] if self._is_stacked(path) else 1
+        )
         return [self.family.tensors[path].name.format(layer=layer) for layer in layers]
 
-    def _axes(self, path: str) -> tuple[str, ...]:
-        return cast(tuple[str, ...], self.boxes[path].names)
+    def _parameter_axes(self, path: str) -> tuple[str, ...]:
+        return cast(tuple[str, ...], self.declarations[path].names)
 
-    def _stacked(self, path: str) -> bool:
-        return self._axes(path)[0] in STACKS
+    def _is_stacked(self, path: str) -> bool:
+        return self._parameter_axes(path)[0] in STACKED_AXES
 
-    def named(self, tensors: safetensors_files.Tensors) -> dict[str, str]:
+    def checkpoint_names(self, tensors: safetensors_files.Tensors) -> dict[str, str]:
         """Refuses a tensor that is missing or of another shape, before anything is read.
 
         Returns:
           the name of each tensor in the family's table -> its name in this checkpoint.
         """
-        prefix, names = self.family.prefix, tensors.names
-        bare = not any(name.startswith(prefix) for name in names)
-        named = {full: full.removeprefix(prefix) if bare else full for full in self.shapes}
-        for full, name in named.items():
-            shape = self.shapes[full]
-            if name not in names:
+        prefix, stored_names = self.family.tensor_prefix, tensors.names
+        is_unprefixed = not any(name.startswith(prefix) for name in stored_names)
+        checkpoint_names = {
+            full_name: full_name.removeprefix(prefix) if is_unprefixed else full_name
+            for full_name in self.tensor_shapes
+        }
+        for full_name, name in checkpoint_names.items():
+            shape = self.tensor_shapes[full_name]
+            if name not in stored_names:
                 raise InputError(f"tensor {name} {list(shape)} is missing")
             if tensors.shape(name) != shape:
                 raise InputError(
                     f"tensor {name} in {tensors.path(name).name} has shape"
                     f" {list(tensors.shape(name))}, but config.json asks for {list(shape)}"
                 )
-        return named
+        return checkpoint_names
 
-    def _check_rest(self, tensors: safetensors_files.Tensors, named: Mapping[str, str]) -> None:
+    def _check_unused_tensors(
+        self, tensors: safetensors_files.Tensors, checkpoint_names: Mapping[str, str]
+    ) -> None:
         """Refuses what is left over."""
-        head = self.family.tensors["head"].name
-        bare = any(full != name for full, name in named.items())
-        for name in sorted(tensors.names - set(named.values())):
-            full = self.family.prefix + name if bare else name
-            if any(re.fullmatch(pattern, full) for pattern in self.family.ignored):
+        head_name = self.family.tensors["head"].name
+        is_unprefixed = any(full_name != name for full_name, name in checkpoint_names.items())
+        for name in sorted(tensors.names - set(checkpoint_names.values())):
+            full_name = self.family.tensor_prefix + name if is_unprefixed else name
+            if any(re.fullmatch(pattern, full_name) for pattern in self.family.ignored_tensors):
                 continue
-            if name == head and "head" not in self.boxes:
+            if name == head_name and "head" not in self.declarations:
                 # Some exporters write the tied table twice.
-                table = named[self.family.tensors["embedding"].name]
-                if equal(tensors[name], tensors[table]):
+                embedding_name = checkpoint_names[self.family.tensors["embedding"].name]
+                if are_equal(tensors[name], tensors[embedding_name]):
                     continue
                 raise InputError(
                     f"tensor {name} is not the embedding table, as tie_word_embeddings says"
                 )
-            raise left_over(tensors, name)
+            raise unused_tensor_error(tensors, name)
 
 
-def check_tree(params: Mapping[str, Any], boxes: Mapping[str, nn.LogicallyPartitioned]) -> None:
+def check_parameters(
+    params: Mapping[str, Any], declarations: Mapping[str, nn.LogicallyPartitioned]
+) -> None:
     """Refuses parameters that are not those of the model, or not all here."""
-    for path in sorted(set(params) ^ set(boxes)):
+    for path in sorted(set(params) ^ set(declarations)):
         raise InputError(
-            f"parameter {path} is {'missing' if path in boxes else 'left over: it has no place'}"
+            f"parameter {path} is"
+            f" {'missing' if path in declarations else 'left over: it has no place'}"
         )
-    for path, box in boxes.items():
+    for path, declaration in declarations.items():
         value = params[path]
-        if np.shape(value) != box.value.shape:
+        if np.shape(value) != declaration.value.shape:
             raise InputError(
-                f"parameter {path} has shape {np.shape(value)}; it must be {box.value.shape}"
+                f"parameter {path} has shape {np.shape(value)}; it must be"
+                f" {declaration.value.shape}"
             )
         if isinstance(value, jax.Array) and not (
             value.is_fully_addressable or value.is_fully_replicated
@@ -214,52 +237,52 @@ def check_tree(params: Mapping[str, Any], boxes: Mapping[str, nn.LogicallyPartit
             )
 
 
-def _place(target: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    """The array whose parts `read` gives; a part that several devices hold is read once."""
-    if target.sharding is None:  # not bound to its device, as jnp.array's results are not
-        return jax.device_put(read((slice(None),) * target.ndim))
-    parts: dict[str, np.ndarray] = {}
+def _make_array(spec: jax.ShapeDtypeStruct, read_part: Callable[[Slices], np.ndarray]) -> jax.Array:
+    """The array whose parts `read_part` gives; a part that several devices hold is read once."""
+    if spec.sharding is None:  # not bound to its device, as jnp.array's results are not
+        return jax.device_put(read_part((slice(None),) * spec.ndim))
+    parts_by_index: dict[str, np.ndarray] = {}
 
-    def once(index: Index | None) -> np.ndarray:
+    def read_once(index: Slices | None) -> np.ndarray:
         assert index is not None
-        key = str(index)
-        if key not in parts:
-            parts[key] = read(index)
-        return parts[key]
+        index_key = str(index)
+        if index_key not in parts_by_index:
+            parts_by_index[index_key] = read_part(index)
+        return parts_by_index[index_key]
 
-    return jax.make_array_from_callback(target.shape, target.sharding, once, dtype=target.dtype)
+    return jax.make_array_from_callback(spec.shape, spec.sharding, read_once, dtype=spec.dtype)
 
 
-def _copy(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+def _copy_parts(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
     """Copies and casts each part into its row of the stack, in pieces, one for each core at a time.
 
     NumPy lets other threads run while it copies, and each of them waits for pages of its own.
     """
     pieces = [
-        (out[begin : begin + rows], part[begin : begin + rows])
-        for out, part in zip(stack, parts, strict=True)
-        for rows in [max(1, PIECE * len(part) // part.nbytes)]
-        for begin in range(0, len(part), rows)
+        (destination[first_row : first_row + num_rows], part[first_row : first_row + num_rows])
+        for destination, part in zip(stack, parts, strict=True)
+        for num_rows in [max(1, BYTES_PER_COPY * len(part) // part.nbytes)]
+        for first_row in range(0, len(part), num_rows)
     ]
-    copy = functools.partial(np.copyto, casting="unsafe")
+    copy_piece = functools.partial(np.copyto, casting="unsafe")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(copy, *zip(*pieces, strict=True)))
+        list(pool.map(copy_piece, *zip(*pieces, strict=True)))
 
 
-def left_over(tensors: safetensors_files.Tensors, name: str) -> InputError:
+def unused_tensor_error(tensors: safetensors_files.Tensors, name: str) -> InputError:
     """What is to be said of a tensor that no parameter reads."""
     return InputError(f"tensor {name} in {tensors.path(name).name} is left over: it has no place")
 
 
-def equal(a: np.ndarray, b: np.ndarray) -> bool:
+def are_equal(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether two tables are equal, row by row: that takes no memory."""
-    return a.shape == b.shape and all(map(np.array_equal, a, b))
+    return first.shape == second.shape and all(map(np.array_equal, first, second))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An empty array that the CPU backend can take over as it is, instead of copying it."""
     dtype, alignment = jnp.dtype(dtype), 64
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + alignment, np.uint8)
-    offset = -raw.ctypes.data % alignment
-    return raw[offset : offset + size].view(dtype).reshape(shape)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    byte_buffer = np.empty(num_bytes + alignment, np.uint8)
+    offset = -byte_buffer.ctypes.data % alignment
+    return byte_buffer[offset : offset + num_bytes].view(dtype).reshape(shape)

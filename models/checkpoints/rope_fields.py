@@ -5,20 +5,22 @@ from collections.abc import Callable
 from typing import Any
 
 from continuous_lm.errors import InputError
-from continuous_lm.models.checkpoints.config_fields import REQUIRED, Fields
+from continuous_lm.models.checkpoints.config_fields import REQUIRED, ConfigFields
 from continuous_lm.rotary import LinearScaling, Llama3Scaling, LongRope, Rope
 
 
-def read_rope(fields: Fields, theta: float = 10_000.0, fraction: float | None = None) -> Rope:
+def read_rope(
+    fields: ConfigFields, default_theta: float = 10_000.0, fraction: float | None = None
+) -> Rope:
     """Base and scaling, from rope_theta and rope_scaling or from rope_parameters.
 
     Args:
       fields: of config.json.
-      theta: the base if none is given.
+      default_theta: the base if none is given.
       fraction: the share of channels that turn if none is given; None if the family knows no other
         than all.
     """
-    top = fields.number("rope_theta", None)
+    outer_theta = fields.number("rope_theta", None)
     if fraction is None:
         fields.must_be("partial_rotary_factor", 1.0)
     else:
@@ -26,74 +28,85 @@ def read_rope(fields: Fields, theta: float = 10_000.0, fraction: float | None = 
     scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
     if scaling is not None and parameters is not None:
         raise InputError("fields rope_scaling and rope_parameters are both given; keep one")
-    inner = parameters or scaling or Fields({})
+    rope_fields = parameters or scaling or ConfigFields({})
     name = "partial_rotary_factor"
-    inner.agree(name, inner.get(name, None), name, fields.get(name, None))
-    return read_rope_parameters(inner, fields, top, theta, fraction)
+    rope_fields.check_equal(name, rope_fields.get(name, None), name, fields.get(name, None))
+    return read_rope_parameters(rope_fields, fields, outer_theta, default_theta, fraction)
 
 
 def read_rope_parameters(
-    inner: Fields,
-    fields: Fields,
-    top: float | None,
-    theta: float,
+    rope_fields: ConfigFields,
+    fields: ConfigFields,
+    outer_theta: float | None,
+    default_theta: float,
     fraction: float | None = None,
 ) -> Rope:
-    """The Rope of one rope_scaling or rope_parameters object, `inner`."""
-    own = inner.number("rope_theta", top or theta)
-    if top is not None and own != top:
-        raise InputError(f"fields rope_theta ({top}) and rope_parameters.rope_theta ({own}) differ")
+    """The Rope of one rope_scaling or rope_parameters object, `rope_fields`."""
+    rope_theta = rope_fields.number("rope_theta", outer_theta or default_theta)
+    if outer_theta is not None and rope_theta != outer_theta:
+        raise InputError(
+            f"fields rope_theta ({outer_theta}) and rope_parameters.rope_theta ({rope_theta})"
+            " differ"
+        )
     if fraction is None:
-        inner.must_be("partial_rotary_factor", 1.0)
+        rope_fields.must_be("partial_rotary_factor", 1.0)
     else:
-        fraction = inner.number("partial_rotary_factor", fraction)
-    kinds = [inner.text(name, None) for name in ("rope_type", "type")]
-    readers = [_scaling_reader(kind) for kind in kinds if kind is not None]
-    if len(set(readers)) > 1:
-        inner.agree("type", kinds[1], "rope_type", kinds[0])
-    scaling = readers[0](inner, fields) if readers else None
-    inner.finish()
-    return Rope(theta=float(own), scaling=scaling, fraction=float(fraction or 1.0))
+        fraction = rope_fields.number("partial_rotary_factor", fraction)
+    rope_types = [rope_fields.text(name, None) for name in ("rope_type", "type")]
+    scaling_readers = [
+        _get_scaling_reader(rope_type) for rope_type in rope_types if rope_type is not None
+    ]
+    if len(set(scaling_readers)) > 1:
+        rope_fields.check_equal("type", rope_types[1], "rope_type", rope_types[0])
+    scaling = scaling_readers[0](rope_fields, fields) if scaling_readers else None
+    rope_fields.check_all_read()
+    return Rope(theta=float(rope_theta), scaling=scaling, fraction=float(fraction or 1.0))
 
 
-def _scaling_reader(kind: str) -> "Callable[[Fields, Fields], Any]":
-    if kind not in _SCALINGS:
-        raise InputError(f"rope scaling {kind!r:.60} is not handled; only {', '.join(_SCALINGS)}")
-    return _SCALINGS[kind]
+def _get_scaling_reader(rope_type: str) -> "Callable[[ConfigFields, ConfigFields], Any]":
+    if rope_type not in _SCALING_READERS:
+        raise InputError(
+            f"rope scaling {rope_type!r:.60} is not handled; only {', '.join(_SCALING_READERS)}"
+        )
+    return _SCALING_READERS[rope_type]
 
 
-def _read_llama3(inner: Fields, fields: Fields) -> Llama3Scaling:
+def _read_llama3(rope_fields: ConfigFields, fields: ConfigFields) -> Llama3Scaling:
     scaling = Llama3Scaling(
-        factor=float(inner.number("factor")),
-        low_freq_factor=float(inner.number("low_freq_factor")),
-        high_freq_factor=float(inner.number("high_freq_factor")),
-        original_length=float(inner.number("original_max_position_embeddings")),
+        factor=float(rope_fields.number("factor")),
+        low_freq_factor=float(rope_fields.number("low_freq_factor")),
+        high_freq_factor=float(rope_fields.number("high_freq_factor")),
+        original_length=float(rope_fields.number("original_max_position_embeddings")),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise InputError("the rope scaling's high_freq_factor must be above its low_freq_factor")
     return scaling
 
 
-def _read_longrope(inner: Fields, fields: Fields) -> LongRope:
+def _read_longrope(rope_fields: ConfigFields, fields: ConfigFields) -> LongRope:
     """Phi-3's; the amplitude is sqrt(1 + log(length / original) / log(original))."""
     name = "original_max_position_embeddings"
-    told = fields.integer(name, None)
-    original = inner.integer(name, REQUIRED if told is None else told)
-    inner.agree(name, original, name, told)
-    if original == 1:
+    outer_length = fields.integer(name, None)
+    original_length = rope_fields.integer(name, REQUIRED if outer_length is None else outer_length)
+    rope_fields.check_equal(name, original_length, name, outer_length)
+    if original_length == 1:
         raise InputError(f"field {name} is 1; it must be more, its logarithm is divided by")
-    length = fields.integer("max_position_embeddings", original)
-    longer = inner.number("factor", length / original)
-    stretch = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    max_length = fields.integer("max_position_embeddings", original_length)
+    length_ratio = rope_fields.number("factor", max_length / original_length)
+    default_factor = (
+        math.sqrt(1 + math.log(length_ratio) / math.log(original_length))
+        if length_ratio > 1
+        else 1.0
+    )
     return LongRope(
-        short=inner.numbers("short_factor"),
-        long=inner.numbers("long_factor"),
-        original_length=original,
-        amplitude=float(inner.number("attention_factor", stretch)),
+        short=rope_fields.numbers("short_factor"),
+        long=rope_fields.numbers("long_factor"),
+        original_length=original_length,
+        attention_factor=float(rope_fields.number("attention_factor", default_factor)),
     )
 
 
-_SCALINGS: dict[str, Callable[[Fields, Fields], Any]] = {
+_SCALING_READERS: dict[str, Callable[[ConfigFields, ConfigFields], Any]] = {
     "default": lambda inner, fields: None,
     "linear": lambda inner, fields: LinearScaling(factor=float(inner.number("factor"))),
     "llama3": _read_llama3,
@@ -110,21 +123,21 @@ def write_rope(rope: Rope | None) -> dict[str, Any]:
     if rope.fraction != 1.0:
         parameters["partial_rotary_factor"] = rope.fraction
     match rope.scaling:
-        case Llama3Scaling() as s:
+        case Llama3Scaling() as scaling:
             parameters |= {
                 "rope_type": "llama3",
-                "factor": s.factor,
-                "low_freq_factor": s.low_freq_factor,
-                "high_freq_factor": s.high_freq_factor,
-                "original_max_position_embeddings": int(s.original_length),
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": int(scaling.original_length),
             }
-        case LinearScaling() as s:
-            parameters |= {"rope_type": "linear", "factor": s.factor}
-        case LongRope() as s:
+        case LinearScaling() as scaling:
+            parameters |= {"rope_type": "linear", "factor": scaling.factor}
+        case LongRope() as scaling:
             parameters |= {
                 "rope_type": "longrope",
-                "short_factor": list(s.short),
-                "long_factor": list(s.long),
-                "attention_factor": s.amplitude,
+                "short_factor": list(scaling.short),
+                "long_factor": list(scaling.long),
+                "attention_factor": scaling.attention_factor,
             }
     return {"rope_parameters": parameters}

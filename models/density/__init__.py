@@ -1,8 +1,8 @@
 """Density models: the trunk under a head that is a density over the next vector.
 
-lm = density.on(clm.load("apples"), density.heads.MixtureHead(width=96, depth=1), key=key)
+lm = density.add_head(clm.load("apples"), density.heads.MixtureHead(width=96, depth=1), key=key)
 lm.log_prob(tokens, durations=d)  # nats, [..., T - 1]
-new = density.sample(lm, tokens, max_new=8, key=key)
+new = density.sample(lm, tokens, max_new_items=8, key=key)
 """
 
 from continuous_lm.models.density import distributions, heads
@@ -10,33 +10,33 @@ from continuous_lm.models.density.checkpoint import load, save
 from continuous_lm.models.density.model import (
     DensityLM,
     DensityModel,
+    add_head,
     create,
-    on,
-    stand_in,
-    standardised,
+    example_inputs,
+    standardize_table,
 )
 from continuous_lm.models.density.samplers import (
-    WAYS,
-    quantized,
+    QUANTIZE_METHODS,
+    get_token_table,
+    quantize_to_tokens,
     sample,
     steering_direction,
-    token_rows,
 )
 
 __all__ = [
-    "WAYS",
+    "QUANTIZE_METHODS",
     "DensityLM",
     "DensityModel",
+    "add_head",
     "create",
     "distributions",
+    "example_inputs",
+    "get_token_table",
     "heads",
     "load",
-    "on",
-    "quantized",
+    "quantize_to_tokens",
     "sample",
     "save",
-    "stand_in",
-    "standardised",
+    "standardize_table",
     "steering_direction",
-    "token_rows",
 ]

@@ -13,15 +13,22 @@ from jax.typing import DTypeLike
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.io.atomic_files import as_path, written_aside
+from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models import language_model
-from continuous_lm.models.checkpoints.parameter_layout import check_tree
+from continuous_lm.models.checkpoints.parameter_layout import check_parameters
 from continuous_lm.models.density import heads
-from continuous_lm.models.density.model import _TRUNK, DensityLM, DensityModel, _boxes, _shape
+from continuous_lm.models.density.model import (
+    _TRUNK_KEY,
+    INPUT_KINDS,
+    DensityLM,
+    DensityModel,
+    _declarations_above_trunk,
+    _shape_struct,
+)
 from continuous_lm.models.language_model import LanguageModel
 
-_SETTINGS, _WEIGHTS = "density.json", "density.safetensors"
+_SETTINGS_FILE, _WEIGHTS_FILE = "density.json", "density.safetensors"
 
 
 def save(folder: str | os.PathLike, lm: DensityLM) -> None:
@@ -34,25 +41,29 @@ def save(folder: str | os.PathLike, lm: DensityLM) -> None:
       InputError: if the folder cannot be written, or its config.json cannot express the trunk.
     """
     model, params = lm.model, dict(lm.params)
-    trunk = LanguageModel(model.config, params.pop(_TRUNK), lm.tokenizer, lm.notes)
-    above = traverse_util.flatten_dict(params, sep="/")
-    check_tree(above, _boxes(model))
+    trunk_lm = LanguageModel(model.config, params.pop(_TRUNK_KEY), lm.tokenizer, lm.hf_fields)
+    params_above_trunk = traverse_util.flatten_dict(params, sep="/")
+    check_parameters(params_above_trunk, _declarations_above_trunk(model))
     settings = {
         "format": 1,
-        "reads": model.reads,
+        "reads": model.input_kind,
         "table": model.table,
-        "contrast": model.contrast,
+        "contrast": model.token_loss_weight,
         "head": heads.to_dict(model.head),
     }
-    with written_aside(folder, replaces=safetensors_files.FILES) as aside:
-        language_model.write(aside, trunk)
-        with about(_SETTINGS):
-            write_json(aside / _SETTINGS, settings)
+    with write_atomically(
+        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+    ) as staging_folder:
+        language_model.write_files(staging_folder, trunk_lm)
+        with about(_SETTINGS_FILE):
+            write_json(staging_folder / _SETTINGS_FILE, settings)
         safetensors_files.save_file(
-            aside / _WEIGHTS,
-            {path: tuple(np.shape(value)) for path, value in above.items()},
-            np.dtype(jnp.result_type(*above.values()) if above else np.float32),
-            lambda path: np.asarray(above[path]),
+            staging_folder / _WEIGHTS_FILE,
+            {path: tuple(np.shape(value)) for path, value in params_above_trunk.items()},
+            np.dtype(
+                jnp.result_type(*params_above_trunk.values()) if params_above_trunk else np.float32
+            ),
+            lambda path: np.asarray(params_above_trunk[path]),
         )
 
 
@@ -69,31 +80,49 @@ def load(
     Raises:
       InputError: naming the file, setting or tensor that is missing, left over or wrong.
     """
-    folder = as_path(folder)
-    settings = read_json(folder / _SETTINGS)
-    with about(str(folder / _SETTINGS)):
-        known = {"format", "reads", "table", "contrast", "head"}
-        for name in sorted(known ^ set(settings)):
-            raise InputError(f"setting {name} is {'missing' if name in known else 'not known'}")
+    folder = absolute_path(folder)
+    settings = read_json(folder / _SETTINGS_FILE)
+    with about(str(folder / _SETTINGS_FILE)):
+        setting_names = {"format", "reads", "table", "contrast", "head"}
+        for name in sorted(setting_names ^ set(settings)):
+            raise InputError(
+                f"setting {name} is {'missing' if name in setting_names else 'not known'}"
+            )
         if settings["format"] is True or settings.pop("format") != 1:
             raise InputError("format is not 1, the only one that this version reads")
         if not isinstance(settings["head"], dict):
             raise InputError("head must be an object of settings")
-        if type(settings["contrast"]) not in (int, float):
-            raise InputError(f"contrast is {settings['contrast']!r:.60}; it must be a number")
+        if settings["reads"] not in INPUT_KINDS:
+            raise InputError(f"reads is {settings['reads']!r:.60}, not {' or '.join(INPUT_KINDS)}")
+        contrast = settings["contrast"]
+        if type(contrast) not in (int, float) or not 0.0 <= contrast < float("inf"):
+            raise InputError(f"contrast is {contrast!r:.60}; it must be a number, at least 0")
         head = heads.from_dict(settings.pop("head"))
-    trunk = language_model.load(folder, dtype=dtype, mesh=mesh)
-    with about(str(folder / _SETTINGS)):
-        model = DensityModel(trunk.config, head, **settings)
-    boxes, tensors = _boxes(model), safetensors_files.Tensors()
-    if not (folder / _WEIGHTS).is_file():
-        raise InputError(f"{folder / _WEIGHTS} is missing")
-    tensors.add(folder / _WEIGHTS)
-    with about(str(folder / _WEIGHTS)):
-        check_tree({path: _shape(tensors.shape(path)) for path in tensors.names}, boxes)
-    above: dict[str, Any] = {}
-    for path, box in boxes.items():
-        place = mesh and axes_lib.sharding(mesh, cast(Any, box.names), box.value.shape)
-        above[path] = jax.device_put(np.array(tensors[path]), place)
-    params = {_TRUNK: trunk.params, **traverse_util.unflatten_dict(above, sep="/")}
-    return DensityLM(model, params, trunk.tokenizer, trunk.notes)
+    trunk_lm = language_model.load(folder, dtype=dtype, mesh=mesh)
+    with about(str(folder / _SETTINGS_FILE)):
+        model = DensityModel(
+            trunk_lm.config,
+            head,
+            input_kind=settings["reads"],
+            table=settings["table"],
+            token_loss_weight=settings["contrast"],
+        )
+    declarations, tensors = _declarations_above_trunk(model), safetensors_files.Tensors()
+    if not (folder / _WEIGHTS_FILE).is_file():
+        raise InputError(f"{folder / _WEIGHTS_FILE} is missing")
+    tensors.add(folder / _WEIGHTS_FILE)
+    with about(str(folder / _WEIGHTS_FILE)):
+        check_parameters(
+            {path: _shape_struct(tensors.shape(path)) for path in tensors.names}, declarations
+        )
+    params_above_trunk: dict[str, Any] = {}
+    for path, declaration in declarations.items():
+        array_sharding = mesh and axes_lib.sharding(
+            mesh, cast(Any, declaration.names), declaration.value.shape
+        )
+        params_above_trunk[path] = jax.device_put(np.array(tensors[path]), array_sharding)
+    params = {
+        _TRUNK_KEY: trunk_lm.params,
+        **traverse_util.unflatten_dict(params_above_trunk, sep="/"),
+    }
+    return DensityLM(model, params, trunk_lm.tokenizer, trunk_lm.hf_fields)

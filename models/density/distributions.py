@@ -4,7 +4,7 @@ Each is a NamedTuple of arrays with any leading axes `...`, and has
 
     mean                       [..., W]
     log_prob(x)                [...], nats, of vectors x [..., W]
-    log_probs(table)           [..., E], nats, of every row of a table [E, W]
+    log_probs(table)           [..., V], nats, of every row of a table [V, W]
     sample(key, temperature)   [..., W]
     shifted(by)                the density moved by a vector [..., W]
 
@@ -24,9 +24,9 @@ from jax.typing import ArrayLike
 from continuous_lm import losses
 from continuous_lm.arguments import as_float
 from continuous_lm.losses.gaussian import cholesky_of_gram
-from continuous_lm.models.samplers import tempered
+from continuous_lm.models.samplers import temper_logits
 
-_EXACT = jax.lax.Precision.HIGHEST  # a square that is expanded cancels
+_HIGHEST_PRECISION = jax.lax.Precision.HIGHEST  # a square that is expanded cancels
 
 
 class Categorical(NamedTuple):
@@ -41,16 +41,18 @@ class Categorical(NamedTuple):
 
     def log_prob(self, tokens: ArrayLike) -> jax.Array:
         """Log-probability of int tokens [...], in nats."""
-        tokens, size = jnp.asarray(tokens), self.logits.shape[-1]
+        tokens, vocab_size = jnp.asarray(tokens), self.logits.shape[-1]
         shape = jnp.broadcast_shapes(self.logits.shape[:-1], tokens.shape)
-        logits = jnp.broadcast_to(self.logits, (*shape, size))
+        logits = jnp.broadcast_to(self.logits, (*shape, vocab_size))
         return -losses.cross_entropy(logits, jnp.broadcast_to(tokens, shape))
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Tokens int32 [...]."""
-        drawn = jax.random.categorical(key, tempered(self.logits, temperature))
-        likeliest = jnp.argmax(self.logits, axis=-1)  # the first among equals, whatever the key
-        return jnp.where(jnp.asarray(temperature) > 0, drawn, likeliest).astype(jnp.int32)
+        sampled_tokens = jax.random.categorical(key, temper_logits(self.logits, temperature))
+        greedy_tokens = jnp.argmax(self.logits, axis=-1)  # the first among equals, whatever the key
+        return jnp.where(jnp.asarray(temperature) > 0, sampled_tokens, greedy_tokens).astype(
+            jnp.int32
+        )
 
 
 class Gaussian(NamedTuple):
@@ -64,23 +66,29 @@ class Gaussian(NamedTuple):
         return -losses.gaussian_nll(x, self.mean, self.scale)
 
     def log_probs(self, table: ArrayLike) -> jax.Array:
-        """Log-density of every row of a table [E, W], in nats: [..., E]; as two matrix products."""
+        """Log-density of every row of a table [V, W], in nats: [..., V]; as two matrix products."""
         rows = as_float(table)
-        middle = jnp.mean(rows, axis=0)  # the nearer to 0, the less cancels
-        rows, mean = rows - middle, self.mean - middle
+        center = jnp.mean(rows, axis=0)  # the nearer to 0, the less cancels
+        rows, mean = rows - center, self.mean - center
         precision = self.scale**-2
-        squares = jnp.einsum("...w,ew->...e", precision, rows**2, precision=_EXACT)
-        cross = jnp.einsum("...w,ew->...e", precision * mean, rows, precision=_EXACT)
-        constant = -losses.gaussian_nll(jnp.zeros_like(mean), mean, self.scale)
-        return constant[..., None] + cross - 0.5 * squares
+        squared_terms = jnp.einsum(
+            "...w,vw->...v", precision, rows**2, precision=_HIGHEST_PRECISION
+        )
+        cross_terms = jnp.einsum(
+            "...w,vw->...v", precision * mean, rows, precision=_HIGHEST_PRECISION
+        )
+        log_prob_at_center = -losses.gaussian_nll(jnp.zeros_like(mean), mean, self.scale)
+        return log_prob_at_center[..., None] + cross_terms - 0.5 * squared_terms
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Vectors [..., W]."""
-        return self.mean + _root(temperature, self.mean) * self.scale * _noise(key, self.mean)
+        return self.mean + _sqrt_temperature(
+            temperature, self.mean
+        ) * self.scale * _standard_normal(key, self.mean)
 
-    def shifted(self, by: ArrayLike) -> "Gaussian":
+    def shifted(self, offset: ArrayLike) -> "Gaussian":
         """The density moved by a vector [..., W]."""
-        return self._replace(mean=self.mean + by)
+        return self._replace(mean=self.mean + offset)
 
 
 class LowRankGaussian(NamedTuple):
@@ -95,31 +103,37 @@ class LowRankGaussian(NamedTuple):
         return -losses.low_rank_gaussian_nll(x, self.mean, self.scale, self.factor)
 
     def log_probs(self, table: ArrayLike) -> jax.Array:
-        """Log-density of every row of a table [E, W], in nats: [..., E]."""
+        """Log-density of every row of a table [V, W], in nats: [..., V]."""
         # |x - m|^2 in the metric of the covariance is that of the diagonal less that of R
         # directions (Woodbury); the determinants differ by that of the R x R capacitance.
-        factor = self.factor / self.scale[..., None]
-        root = cholesky_of_gram(factor)
-        weights = factor / self.scale[..., None]
+        scaled_factor = self.factor / self.scale[..., None]
+        capacitance_cholesky = cholesky_of_gram(scaled_factor)
+        projection = scaled_factor / self.scale[..., None]
         rows = as_float(table)
-        along = jnp.einsum("...wr,ew->...re", weights, rows, precision=_EXACT)
-        along -= jnp.einsum("...wr,...w->...r", weights, self.mean, precision=_EXACT)[..., None]
-        along = solve_triangular(root, along, lower=True)
-        logdet = jnp.sum(jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)), axis=-1)
-        diagonal = Gaussian(self.mean, self.scale).log_probs(rows)
-        return diagonal + 0.5 * jnp.sum(along**2, axis=-2) - logdet[..., None]
+        coordinates = jnp.einsum("...wr,vw->...rv", projection, rows, precision=_HIGHEST_PRECISION)
+        coordinates -= jnp.einsum(
+            "...wr,...w->...r", projection, self.mean, precision=_HIGHEST_PRECISION
+        )[..., None]
+        coordinates = solve_triangular(capacitance_cholesky, coordinates, lower=True)
+        log_determinant = jnp.sum(
+            jnp.log(jnp.diagonal(capacitance_cholesky, axis1=-2, axis2=-1)), axis=-1
+        )
+        diagonal_log_probs = Gaussian(self.mean, self.scale).log_probs(rows)
+        return (
+            diagonal_log_probs + 0.5 * jnp.sum(coordinates**2, axis=-2) - log_determinant[..., None]
+        )
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Vectors [..., W]."""
-        first, second = jax.random.split(key)
-        noise = _noise(first, self.factor[..., 0, :])
-        spread = jnp.einsum("...wr,...r->...w", self.factor, noise)
-        spread = spread + self.scale * _noise(second, self.mean)
-        return self.mean + _root(temperature, self.mean) * spread
+        factor_key, diagonal_key = jax.random.split(key)
+        factor_noise = _standard_normal(factor_key, self.factor[..., 0, :])
+        deviation = jnp.einsum("...wr,...r->...w", self.factor, factor_noise)
+        deviation = deviation + self.scale * _standard_normal(diagonal_key, self.mean)
+        return self.mean + _sqrt_temperature(temperature, self.mean) * deviation
 
-    def shifted(self, by: ArrayLike) -> "LowRankGaussian":
+    def shifted(self, offset: ArrayLike) -> "LowRankGaussian":
         """The density moved by a vector [..., W]."""
-        return self._replace(mean=self.mean + by)
+        return self._replace(mean=self.mean + offset)
 
 
 class FullGaussian(NamedTuple):
@@ -133,27 +147,33 @@ class FullGaussian(NamedTuple):
         return -losses.full_gaussian_nll(x, self.mean, self.cholesky)
 
     def log_probs(self, table: ArrayLike) -> jax.Array:
-        """Log-density of every row of a table [E, W], in nats: [..., E]."""
+        """Log-density of every row of a table [V, W], in nats: [..., V]."""
         rows = as_float(table)
-        middle = jnp.mean(rows, axis=0)
-        rows, mean = rows - middle, self.mean - middle
-        eye = jnp.broadcast_to(jnp.eye(mean.shape[-1], dtype=mean.dtype), self.cholesky.shape)
-        precision = cho_solve((self.cholesky, True), eye)
-        scaled = jnp.einsum("...wu,ew->...eu", precision, rows, precision=_EXACT)
-        squares = jnp.einsum("...eu,eu->...e", scaled, rows, precision=_EXACT)
-        cross = jnp.einsum("...eu,...u->...e", scaled, mean, precision=_EXACT)
-        constant = -losses.full_gaussian_nll(jnp.zeros_like(mean), mean, self.cholesky)
-        return constant[..., None] + cross - 0.5 * squares
+        center = jnp.mean(rows, axis=0)
+        rows, mean = rows - center, self.mean - center
+        identity = jnp.broadcast_to(jnp.eye(mean.shape[-1], dtype=mean.dtype), self.cholesky.shape)
+        precision = cho_solve((self.cholesky, True), identity)
+        rows_times_precision = jnp.einsum(
+            "...wW,vw->...vW", precision, rows, precision=_HIGHEST_PRECISION
+        )
+        squared_terms = jnp.einsum(
+            "...vW,vW->...v", rows_times_precision, rows, precision=_HIGHEST_PRECISION
+        )
+        cross_terms = jnp.einsum(
+            "...vW,...W->...v", rows_times_precision, mean, precision=_HIGHEST_PRECISION
+        )
+        log_prob_at_center = -losses.full_gaussian_nll(jnp.zeros_like(mean), mean, self.cholesky)
+        return log_prob_at_center[..., None] + cross_terms - 0.5 * squared_terms
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Vectors [..., W]."""
-        lower = jnp.tril(self.cholesky)
-        spread = jnp.einsum("...wu,...u->...w", lower, _noise(key, self.mean))
-        return self.mean + _root(temperature, self.mean) * spread
+        lower_triangle = jnp.tril(self.cholesky)
+        deviation = jnp.einsum("...wW,...W->...w", lower_triangle, _standard_normal(key, self.mean))
+        return self.mean + _sqrt_temperature(temperature, self.mean) * deviation
 
-    def shifted(self, by: ArrayLike) -> "FullGaussian":
+    def shifted(self, offset: ArrayLike) -> "FullGaussian":
         """The density moved by a vector [..., W]."""
-        return self._replace(mean=self.mean + by)
+        return self._replace(mean=self.mean + offset)
 
 
 class Mixture(NamedTuple):
@@ -178,40 +198,42 @@ class Mixture(NamedTuple):
         return -losses.gaussian_mixture_nll(x, self.logits, self.means, self.scales)
 
     def log_probs(self, table: ArrayLike) -> jax.Array:
-        """Log-density of every row of a table [E, W], in nats: [..., E].
+        """Log-density of every row of a table [V, W], in nats: [..., V].
 
         Component by component, so that memory does not grow with X.
         """
         rows = as_float(table)
-        logits = jax.nn.log_softmax(self.logits, axis=-1)
+        log_weights = jax.nn.log_softmax(self.logits, axis=-1)
         # A component without weight is not at -inf, where logaddexp has no gradient.
-        logits = jnp.maximum(logits, jnp.finfo(logits.dtype).min / 2)
+        log_weights = jnp.maximum(log_weights, jnp.finfo(log_weights.dtype).min / 2)
 
-        def add(total, component):
-            weight, mean, scale = component
-            new = weight[..., None] + Gaussian(mean, scale).log_probs(rows)
-            return jnp.logaddexp(total, new), None
+        def add_component(total, component):
+            log_weight, mean, scale = component
+            component_log_probs = log_weight[..., None] + Gaussian(mean, scale).log_probs(rows)
+            return jnp.logaddexp(total, component_log_probs), None
 
         components = (
-            jnp.moveaxis(logits, -1, 0),
+            jnp.moveaxis(log_weights, -1, 0),
             jnp.moveaxis(self.means, -2, 0),
             jnp.moveaxis(self.scales, -2, 0),
         )
-        shape = (*self.logits.shape[:-1], rows.shape[0])
-        total = jnp.full(shape, -jnp.inf, jnp.result_type(*self, rows))
-        return jax.lax.scan(add, total, components)[0]
+        result_shape = (*self.logits.shape[:-1], rows.shape[0])
+        log_sum = jnp.full(result_shape, -jnp.inf, jnp.result_type(*self, rows))
+        return jax.lax.scan(add_component, log_sum, components)[0]
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Vectors [..., W]."""
-        first, second = jax.random.split(key)
-        chosen = Categorical(self.logits).sample(first, temperature)[..., None, None]
-        mean = jnp.take_along_axis(self.means, chosen, axis=-2)[..., 0, :]
-        scale = jnp.take_along_axis(self.scales, chosen, axis=-2)[..., 0, :]
-        return Gaussian(mean, scale).sample(second, temperature)
+        component_key, vector_key = jax.random.split(key)
+        component_index = Categorical(self.logits).sample(component_key, temperature)[
+            ..., None, None
+        ]
+        mean = jnp.take_along_axis(self.means, component_index, axis=-2)[..., 0, :]
+        scale = jnp.take_along_axis(self.scales, component_index, axis=-2)[..., 0, :]
+        return Gaussian(mean, scale).sample(vector_key, temperature)
 
-    def shifted(self, by: ArrayLike) -> "Mixture":
+    def shifted(self, offset: ArrayLike) -> "Mixture":
         """The density moved by a vector [..., W]."""
-        means = self.means + jnp.asarray(by)[..., None, :]
+        means = self.means + jnp.asarray(offset)[..., None, :]
         logits = jnp.broadcast_to(self.logits, means.shape[:-1])
         return Mixture(logits, means, jnp.broadcast_to(self.scales, means.shape))
 
@@ -219,9 +241,9 @@ class Mixture(NamedTuple):
 Density = Gaussian | LowRankGaussian | FullGaussian | Mixture
 
 
-def _root(temperature: ArrayLike, like: jax.Array) -> jax.Array:
+def _sqrt_temperature(temperature: ArrayLike, like: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.asarray(temperature, like.dtype))[..., None]
 
 
-def _noise(key: jax.Array, like: jax.Array) -> jax.Array:
+def _standard_normal(key: jax.Array, like: jax.Array) -> jax.Array:
     return jax.random.normal(key, like.shape, like.dtype)

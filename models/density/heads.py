@@ -1,7 +1,7 @@
 """Heads: from the trunk's hidden state to what comes next, as a distribution.
 
-A head's `__call__` gives the distribution (see `densities`), and four methods stand on it. Heads
-that have none, and can only be sampled, are in `implicit`.
+A head's `__call__` gives the distribution (see `distributions`), and four methods stand on it.
+Heads that have none, and can only be sampled, are in `calm.implicit_heads`.
 
     loss(hidden, target)                [...], nats, lower is better
     log_prob(hidden, target)            [...], nats
@@ -39,16 +39,16 @@ from continuous_lm.models.density.distributions import (
 from continuous_lm.models.transformer import rms_norm
 
 COVARIANCES = ("diagonal", "low_rank", "full")
-_SMALL = nn.initializers.normal(0.02)
-_ZEROS = nn.initializers.zeros
-_ONES = nn.initializers.ones
-_EPS = 1e-6
+_SMALL_INIT = nn.initializers.normal(0.02)
+_ZEROS_INIT = nn.initializers.zeros
+_ONES_INIT = nn.initializers.ones
+_NORM_EPS = 1e-6
 
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Kernels whose outputs vary as their inputs, the last axis, do."""
-    cut = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796  # of deviation 1
-    return cut * shape[-1] ** -0.5
+    truncated = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796  # of deviation 1
+    return truncated * shape[-1] ** -0.5
 
 
 class Head(nn.Module):
@@ -74,37 +74,45 @@ class Head(nn.Module):
                 raise InputError(f"{name} is {value!r:.60}; it must be a number")
             if isinstance(default, float | str) or (value is None and default is None):
                 continue
-            least, most = (0, 64) if name == "depth" else (1, 2**24)
-            if type(value) is not int or not least <= value <= most:
+            minimum, maximum = (0, 64) if name == "depth" else (1, 2**24)
+            if type(value) is not int or not minimum <= value <= maximum:
                 raise InputError(
-                    f"{name} is {value!r:.60}; it must be an integer from {least} to {most}"
+                    f"{name} is {value!r:.60}; it must be an integer from {minimum} to {maximum}"
                 )
 
     def settings(self) -> dict[str, Any]:
         """The attributes that make the head what it is, by name."""
         names = self.__dataclass_fields__
-        return {n: getattr(self, n) for n in names if n not in ("parent", "name", "param_dtype")}
+        return {
+            name: getattr(self, name)
+            for name in names
+            if name not in ("parent", "name", "param_dtype")
+        }
 
-    def weight(self, name: str, shape: tuple[int, ...], axes: str, init: Any) -> jax.Array:
+    def parameter(
+        self, name: str, shape: tuple[int, ...], axes: str, initializer: Any
+    ) -> jax.Array:
         """A parameter, sharded by the letters of its axes."""
-        boxed = nn.with_logical_partitioning(init, axes_lib.split(axes))
-        return cast(jax.Array, self.param(name, boxed, shape, self.param_dtype))
+        partitioned_init = nn.with_logical_partitioning(initializer, axes_lib.split(axes))
+        return cast(jax.Array, self.param(name, partitioned_init, shape, self.param_dtype))
 
     def linear(
         self,
         name: str,
         x: jax.Array,
-        axis: str,
-        shape: tuple[int, ...],
-        axes: str,
+        input_axis: str,
+        output_shape: tuple[int, ...],
+        output_axes: str,
         *,
-        init: Any = kernel_init,
-        bias: Any = _ZEROS,
+        kernel_initializer: Any = kernel_init,
+        bias_initializer: Any = _ZEROS_INIT,
     ) -> jax.Array:
         """x [..., axis] through a kernel [*shape, axis] and a bias [*shape]: [..., *shape]."""
-        kernel = self.weight(name, (*shape, x.shape[-1]), f"{axes} {axis}", init)
-        offset = self.weight(f"{name}_bias", shape, axes, bias)
-        return jnp.tensordot(x, kernel, axes=(-1, -1)) + offset
+        kernel = self.parameter(
+            name, (*output_shape, x.shape[-1]), f"{output_axes} {input_axis}", kernel_initializer
+        )
+        bias_values = self.parameter(f"{name}_bias", output_shape, output_axes, bias_initializer)
+        return jnp.tensordot(x, kernel, axes=(-1, -1)) + bias_values
 
 
 class DistributionHead(Head):
@@ -146,18 +154,22 @@ class DistributionHead(Head):
 
     def features(self, x: jax.Array) -> jax.Array:
         """The hidden state [..., D] after the head's own MLP blocks, gated and pre-normed."""
-        width, inner = x.shape[-1], self.mlp_size or 4 * x.shape[-1]
+        width, inner_size = x.shape[-1], self.mlp_size or 4 * x.shape[-1]
         for i in range(self.depth):  # one or two, and not of a trunk's size: not worth a scan
-            normed = rms_norm(x, self.weight(f"norm_{i}", (width,), "D", _ONES), _EPS)
-            gate = jax.nn.silu(self.linear(f"gate_{i}", normed, "D", (inner,), "F"))
-            y = gate * self.linear(f"up_{i}", normed, "D", (inner,), "F")
-            x = x + self.linear(f"down_{i}", y, "F", (width,), "D", init=_ZEROS)
+            normalized = rms_norm(
+                x, self.parameter(f"norm_{i}", (width,), "D", _ONES_INIT), _NORM_EPS
+            )
+            gate = jax.nn.silu(self.linear(f"gate_{i}", normalized, "D", (inner_size,), "F"))
+            gated = gate * self.linear(f"up_{i}", normalized, "D", (inner_size,), "F")
+            x = x + self.linear(
+                f"down_{i}", gated, "F", (width,), "D", kernel_initializer=_ZEROS_INIT
+            )
         return x
 
-    def scale_of(self, raw: jax.Array) -> jax.Array:
+    def bounded_scale(self, raw: jax.Array) -> jax.Array:
         """Standard deviations from any reals; 1 at 0, never below `min_scale`."""
-        bound: float = self.min_scale  # type: ignore[attr-defined]
-        return bound + jax.nn.softplus(as_float(raw) + math.log(math.expm1(1.0 - bound)))
+        min_scale: float = self.min_scale  # type: ignore[attr-defined]
+        return min_scale + jax.nn.softplus(as_float(raw) + math.log(math.expm1(1.0 - min_scale)))
 
 
 class TokenHead(DistributionHead):
@@ -176,7 +188,9 @@ class TokenHead(DistributionHead):
             raise InputError("a token head needs a table if it is tied, and only then")
         hidden = self.features(hidden)
         if table is None:
-            logits = self.linear("logits", hidden, "D", (self.width,), "V", init=_SMALL)
+            logits = self.linear(
+                "logits", hidden, "D", (self.width,), "V", kernel_initializer=_SMALL_INIT
+            )
         else:
             logits = jnp.einsum("...d,vd->...v", hidden, table)
         return Categorical(as_float(logits))
@@ -200,22 +214,31 @@ class GaussianHead(DistributionHead):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> Gaussian | LowRankGaussian | FullGaussian:
-        hidden, size = self.features(hidden), self.width
-        mean = as_float(self.linear("mean", hidden, "D", (size,), "W"))
-        scale = self.scale_of(self.linear("scale", hidden, "D", (size,), "W", init=_ZEROS))
+        hidden, width = self.features(hidden), self.width
+        mean = as_float(self.linear("mean", hidden, "D", (width,), "W"))
+        scale = self.bounded_scale(
+            self.linear("scale", hidden, "D", (width,), "W", kernel_initializer=_ZEROS_INIT)
+        )
         match self.covariance:
             case "low_rank":
-                factor = self.linear("factor", hidden, "D", (size, self.rank), "W R", init=_SMALL)
+                factor = self.linear(
+                    "factor", hidden, "D", (width, self.rank), "W R", kernel_initializer=_SMALL_INIT
+                )
                 return LowRankGaussian(mean, scale, as_float(factor))
             case "full":
-                below = self.linear(
-                    "below", hidden, "D", (size * (size - 1) // 2,), "-", init=_ZEROS
+                lower_entries = self.linear(
+                    "below",
+                    hidden,
+                    "D",
+                    (width * (width - 1) // 2,),
+                    "-",
+                    kernel_initializer=_ZEROS_INIT,
                 )
-                rows, columns = jnp.tril_indices(size, -1)
-                lower = jnp.zeros((*mean.shape, size), mean.dtype)
-                lower = lower.at[..., rows, columns].set(as_float(below))
+                rows, columns = jnp.tril_indices(width, -1)
+                lower_triangle = jnp.zeros((*mean.shape, width), mean.dtype)
+                lower_triangle = lower_triangle.at[..., rows, columns].set(as_float(lower_entries))
                 return FullGaussian(
-                    mean, lower + scale[..., None] * jnp.eye(size, dtype=scale.dtype)
+                    mean, lower_triangle + scale[..., None] * jnp.eye(width, dtype=scale.dtype)
                 )
         return Gaussian(mean, scale)
 
@@ -233,12 +256,16 @@ class MixtureHead(DistributionHead):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> Mixture:
-        hidden, shape = self.features(hidden), (self.components, self.width)
-        logits = self.linear("logits", hidden, "D", shape[:1], "X", init=_ZEROS)
+        hidden, means_shape = self.features(hidden), (self.components, self.width)
+        logits = self.linear(
+            "logits", hidden, "D", means_shape[:1], "X", kernel_initializer=_ZEROS_INIT
+        )
         # Different from the start, or all components would learn the same.
-        apart = nn.initializers.normal(0.5)
-        means = self.linear("mean", hidden, "D", shape, "X W", bias=apart)
-        scales = self.scale_of(self.linear("scale", hidden, "D", shape, "X W", init=_ZEROS))
+        spread_init = nn.initializers.normal(0.5)
+        means = self.linear("mean", hidden, "D", means_shape, "X W", bias_initializer=spread_init)
+        scales = self.bounded_scale(
+            self.linear("scale", hidden, "D", means_shape, "X W", kernel_initializer=_ZEROS_INIT)
+        )
         return Mixture(as_float(logits), as_float(means), scales)
 
 
@@ -274,38 +301,42 @@ class ExpertsHead(DistributionHead):
             raise InputError(f"balance is {self.balance!r}; it must be at least 0, and finite")
 
     def loss(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
-        routes, chosen, density = self.routed(hidden)
-        probabilities = jax.nn.softmax(routes, axis=-1).reshape(-1, self.experts)
-        used = jax.nn.one_hot(chosen, self.experts, dtype=routes.dtype)
-        share = jnp.mean(used.reshape(-1, self.experts), axis=0)
-        balance = self.experts * jnp.sum(share * jnp.mean(probabilities, axis=0))
-        return -density.log_prob(target) + self.balance * self.width * balance
+        router_logits, expert_indices, density = self.route(hidden)
+        probabilities = jax.nn.softmax(router_logits, axis=-1).reshape(-1, self.experts)
+        is_selected = jax.nn.one_hot(expert_indices, self.experts, dtype=router_logits.dtype)
+        expert_shares = jnp.mean(is_selected.reshape(-1, self.experts), axis=0)
+        balance_loss = self.experts * jnp.sum(expert_shares * jnp.mean(probabilities, axis=0))
+        return -density.log_prob(target) + self.balance * self.width * balance_loss
 
     def __call__(self, hidden: jax.Array) -> Mixture:
-        return self.routed(hidden)[-1]
+        return self.route(hidden)[-1]
 
     @nn.compact
-    def routed(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array, Mixture]:
+    def route(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array, Mixture]:
         """The router's logits [..., X], the experts chosen int [..., top_k], and their mixture."""
-        hidden, inner = self.features(hidden), self.expert_size or hidden.shape[-1]
-        routes = as_float(self.linear("router", hidden, "D", (self.experts,), "X", init=_SMALL))
-        logits, chosen = jax.lax.top_k(routes, self.top_k)
+        hidden, inner_size = self.features(hidden), self.expert_size or hidden.shape[-1]
+        router_logits = as_float(
+            self.linear("router", hidden, "D", (self.experts,), "X", kernel_initializer=_SMALL_INIT)
+        )
+        selected_logits, expert_indices = jax.lax.top_k(router_logits, self.top_k)
         # All experts, of whom the chosen ones' answers are kept: at these sizes one product over
         # all is faster than many gathered ones.
-        y = jax.nn.gelu(self.linear("inner", hidden, "D", (self.experts, inner), "X F"))
+        activations = jax.nn.gelu(
+            self.linear("inner", hidden, "D", (self.experts, inner_size), "X F")
+        )
 
-        def answers(name, init, bias):
-            kernel = self.weight(name, (self.experts, self.width, inner), "X W F", init)
-            offset = self.weight(f"{name}_bias", (self.experts, self.width), "X W", bias)
-            every = jnp.einsum("...xf,xwf->...xw", y, kernel) + offset
-            return as_float(jnp.take_along_axis(every, chosen[..., None], axis=-2))
+        def expert_outputs(name, init, bias):
+            kernel = self.parameter(name, (self.experts, self.width, inner_size), "X W F", init)
+            bias_values = self.parameter(f"{name}_bias", (self.experts, self.width), "X W", bias)
+            all_outputs = jnp.einsum("...xf,xwf->...xw", activations, kernel) + bias_values
+            return as_float(jnp.take_along_axis(all_outputs, expert_indices[..., None], axis=-2))
 
-        means = answers("mean", kernel_init, nn.initializers.normal(0.5))
-        scales = self.scale_of(answers("scale", _ZEROS, _ZEROS))
-        return routes, chosen, Mixture(logits, means, scales)
+        means = expert_outputs("mean", kernel_init, nn.initializers.normal(0.5))
+        scales = self.bounded_scale(expert_outputs("scale", _ZEROS_INIT, _ZEROS_INIT))
+        return router_logits, expert_indices, Mixture(selected_logits, means, scales)
 
 
-HEADS: dict[str, type[DistributionHead]] = {
+DISTRIBUTION_HEADS: dict[str, type[DistributionHead]] = {
     "token": TokenHead,
     "gaussian": GaussianHead,
     "mixture": MixtureHead,
@@ -313,40 +344,46 @@ HEADS: dict[str, type[DistributionHead]] = {
 }
 
 
-def to_dict(head: Head, *, kinds: Mapping[str, type[Head]] = HEADS) -> dict[str, Any]:
-    """What `from_dict` makes the head from, with the same `kinds`."""
-    kind = next(name for name, cls in kinds.items() if type(head) is cls)
+def to_dict(
+    head: Head, *, registry: Mapping[str, type[Head]] = DISTRIBUTION_HEADS
+) -> dict[str, Any]:
+    """What `from_dict` makes the head from, with the same `registry`."""
+    kind = next(name for name, cls in registry.items() if type(head) is cls)
     return {"kind": kind, **head.settings()}
 
 
-def from_dict(settings: dict[str, Any], *, kinds: Mapping[str, type[Head]] = HEADS) -> Head:
+def from_dict(
+    settings: dict[str, Any], *, registry: Mapping[str, type[Head]] = DISTRIBUTION_HEADS
+) -> Head:
     """A head from its kind and its settings.
 
     Args:
       settings: "kind", "width" and whatever else is not as by default.
-      kinds: the heads that there are, by name.
+      registry: the heads that there are, by name.
 
     Raises:
       InputError: for a kind that is not known, or a setting that it does not have.
     """
     settings = dict(settings)
     kind = settings.pop("kind", None)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise InputError(f"kind of head is {kind!r:.60}; it must be one of {', '.join(kinds)}")
-    known = kinds[kind](width=1).settings()
+    if not isinstance(kind, str) or kind not in registry:
+        raise InputError(f"kind of head is {kind!r:.60}; it must be one of {', '.join(registry)}")
+    default_settings = registry[kind](width=1).settings()
     if "width" not in settings:
         raise InputError(f"a {kind} head needs its width")
     for name, value in settings.items():
-        if name not in known:
+        if name not in default_settings:
             raise InputError(
-                f"a {kind} head has no setting {name!r:.60}; it has {', '.join(known)}"
+                f"a {kind} head has no setting {name!r:.60}; it has {', '.join(default_settings)}"
             )
-        wanted = known[name]
-        types: tuple[type, ...] = (int, type(None)) if wanted is None else (type(wanted),)
-        types = (int, float) if types == (float,) else types
-        if not isinstance(value, types) or (isinstance(value, bool) and types != (bool,)):
-            names = " or ".join(k.__name__ for k in types)
+        default = default_settings[name]
+        allowed_types: tuple[type, ...] = (int, type(None)) if default is None else (type(default),)
+        allowed_types = (int, float) if allowed_types == (float,) else allowed_types
+        if not isinstance(value, allowed_types) or (
+            isinstance(value, bool) and allowed_types != (bool,)
+        ):
+            type_names = " or ".join(allowed_type.__name__ for allowed_type in allowed_types)
             raise InputError(
-                f"setting {name} of a {kind} head is {value!r:.60}; it must be {names}"
+                f"setting {name} of a {kind} head is {value!r:.60}; it must be {type_names}"
             )
-    return kinds[kind](**settings)
+    return registry[kind](**settings)

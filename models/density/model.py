@@ -5,7 +5,7 @@ images), with no tokenizer. Durations mean what they mean in the trunk, and the 
 comes next is differentiable in them.
 
     lm = density.create(key, config, heads.GaussianHead(width=config.hidden_size))
-    lm = density.on(clm.load("apples"), heads.MixtureHead(width=96, depth=1), key=key)
+    lm = density.add_head(clm.load("apples"), heads.MixtureHead(width=96, depth=1), key=key)
     lm.log_prob(tokens, durations=d)                                # nats, [..., T - 1]
 """
 
@@ -33,9 +33,9 @@ from continuous_lm.models.transformer import Transformer
 if TYPE_CHECKING:
     import tokenizers
 
-READS = ("tokens", "vectors")
-TABLES = ("frozen", "embedding")
-_TRUNK = "trunk"
+INPUT_KINDS = ("tokens", "vectors")
+TABLE_SOURCES = ("frozen", "embedding")
+_TRUNK_KEY = "trunk"
 
 
 class DensityModel(nn.Module):
@@ -47,14 +47,14 @@ class DensityModel(nn.Module):
     Attributes:
       config: of the trunk.
       head: what predicts; see `heads`.
-      reads: "tokens", whose vectors are a table's rows, or "vectors" of the head's width.
+      input_kind: "tokens", whose vectors are a table's rows, or "vectors" of the head's width.
       table: where the rows come from: "frozen", a table of the model's own that no gradient
         reaches, or "embedding", the trunk's own embedding table, which learns with it. Either is
         standardised: each dimension has mean 0 and standard deviation 1 over the rows.
-      contrast: weight of the tokens' cross-entropy when the density is renormalised over the table,
-        against the negative log-density of one of the W dimensions. It keeps a learned table from
-        collapsing, as the likelihood alone is best when all tokens that are hard to tell apart
-        have the same row; and it makes densities at different rows comparable, which the
+      token_loss_weight: weight of the tokens' cross-entropy when the density is renormalised over
+        the table, against the negative log-density of one of the W dimensions. It keeps a learned
+        table from collapsing, as the likelihood alone is best when all tokens that are hard to tell
+        apart have the same row; and it makes densities at different rows comparable, which the
         likelihood of many dimensions does not.
       implementation: of the trunk's attention, and
       remat: whether its layers are computed anew for the backward pass; see `Transformer`.
@@ -62,52 +62,59 @@ class DensityModel(nn.Module):
 
     config: TransformerConfig
     head: heads.Head
-    reads: str = "tokens"
+    input_kind: str = "tokens"
     table: str = "frozen"
-    contrast: float = 0.0
+    token_loss_weight: float = 0.0
     implementation: str = "auto"
     remat: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in {"reads": READS, "table": TABLES}.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(known)}")
-        if not 0.0 <= self.contrast < float("inf"):
-            raise InputError(f"contrast is {self.contrast!r}; it must be at least 0, and finite")
-        width, wanted = self.head.width, self.config.hidden_size
-        if self.speaks:
-            wanted = self.config.vocab_size
-            if self.reads == "vectors":
+        for name, allowed in {"input_kind": INPUT_KINDS, "table": TABLE_SOURCES}.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}")
+        if not 0.0 <= self.token_loss_weight < float("inf"):
+            raise InputError(
+                f"token_loss_weight is {self.token_loss_weight!r}; it must be at least 0, and"
+                " finite"
+            )
+        width, expected_width = self.head.width, self.config.hidden_size
+        if self.predicts_tokens:
+            expected_width = self.config.vocab_size
+            if self.input_kind == "vectors":
                 raise InputError("a token head needs a model that reads tokens")
-        if self.reads == "tokens" and width != wanted:
-            told = "vocab_size" if self.speaks else "hidden_size"
-            raise InputError(f"the head's width is {width}, but the trunk's {told} is {wanted}")
-        if self.contrast and (self.reads == "vectors" or self.speaks):
-            raise InputError("contrast is for densities over a table of tokens")
+        if self.input_kind == "tokens" and width != expected_width:
+            size_name = "vocab_size" if self.predicts_tokens else "hidden_size"
+            raise InputError(
+                f"the head's width is {width}, but the trunk's {size_name} is {expected_width}"
+            )
+        if self.token_loss_weight and (self.input_kind == "vectors" or self.predicts_tokens):
+            raise InputError("token_loss_weight is for densities over a table of tokens")
 
     @property
-    def speaks(self) -> bool:
+    def predicts_tokens(self) -> bool:
         """Whether the head predicts tokens themselves, and no vectors."""
         return isinstance(self.head, heads.TokenHead)
 
     def setup(self):
         self.trunk = Transformer(self.config, implementation=self.implementation, remat=self.remat)
-        if self.reads == "vectors":
+        if self.input_kind == "vectors":
             shape = (self.config.hidden_size, self.head.width)
-            boxed = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("D", "W"))
-            self.read: Any = self.param("read", boxed, shape, jnp.float32)
-        elif self.table == "frozen" and not self.speaks:
+            partitioned_init = nn.with_logical_partitioning(
+                nn.initializers.normal(0.02), ("D", "W")
+            )
+            self.input_kernel: Any = self.param("read", partitioned_init, shape, jnp.float32)
+        elif self.table == "frozen" and not self.predicts_tokens:
             shape = (self.config.vocab_size, self.head.width)
-            boxed = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("V", "W"))
-            self.frozen: Any = self.param("table", boxed, shape, jnp.float32)
+            partitioned_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("V", "W"))
+            self.frozen_table: Any = self.param("table", partitioned_init, shape, jnp.float32)
 
     def check(self, tokens=None, *, vectors=None, **arguments) -> None:
         """Refuses arguments that do not fit; values only where they are known."""
-        if self.reads == "tokens":
+        if self.input_kind == "tokens":
             if tokens is None or vectors is not None:
                 raise InputError("this model reads tokens; give tokens, and no vectors")
-            transformer.check(self.config, tokens, **arguments)
+            transformer.check_inputs(self.config, tokens, **arguments)
             return
         if vectors is None or tokens is not None:
             raise InputError("this model reads vectors; give vectors, and no tokens")
@@ -117,7 +124,7 @@ class DensityModel(nn.Module):
                 f"vectors have shape {list(shape)}; it must be [..., T, {self.head.width}]"
             )
         check_numbers("vectors", vectors)
-        transformer.check(self.config, np.zeros(shape[:-1], np.int32), **arguments)
+        transformer.check_inputs(self.config, np.zeros(shape[:-1], np.int32), **arguments)
 
     def __call__(
         self, tokens: ArrayLike | None = None, *, vectors: ArrayLike | None = None, **arguments
@@ -127,67 +134,75 @@ class DensityModel(nn.Module):
         Args:
           tokens: int [..., T], or
           vectors: [..., T, W].
-          **arguments: durations, start, times, at, cache: as of `Transformer.__call__`.
+          **arguments: durations, start, times, position, cache: as of `Transformer.__call__`.
 
         Returns:
-          [..., T, D], or [..., D] with `at`; with a cache: these, and the cache.
+          [..., T, D], or [..., D] with `position`; with a cache: these, and the cache.
         """
         self.check(tokens, vectors=vectors, **arguments)
         if vectors is not None:
-            read = jnp.einsum("...w,dw->...d", jnp.asarray(vectors, self.read.dtype), self.read)
-            states = self.trunk(embeddings=read, hidden=True, **arguments)
+            embedded_vectors = jnp.einsum(
+                "...w,dw->...d", jnp.asarray(vectors, self.input_kernel.dtype), self.input_kernel
+            )
+            hidden_states = self.trunk(embeddings=embedded_vectors, return_hidden=True, **arguments)
         else:
-            states = self.trunk(tokens, hidden=True, **arguments)
+            hidden_states = self.trunk(tokens, return_hidden=True, **arguments)
         if self.is_initializing():
-            self.distribution(states)
-        return states
+            self.distribution(hidden_states)
+        return hidden_states
 
-    def rows(self) -> jax.Array:
+    def token_table(self) -> jax.Array:
         """The table of the tokens' vectors, [V, W], standardised."""
         if self.table == "frozen":
-            return jax.lax.stop_gradient(self.frozen)
-        return standardised(self._embedding())
+            return jax.lax.stop_gradient(self.frozen_table)
+        return standardize_table(self._embedding_table())
 
-    def _embedding(self) -> jax.Array:
+    def _embedding_table(self) -> jax.Array:
         return cast(jax.Array, nn.unbox(self.trunk.variables["params"]["embedding"]))
 
     def targets(self, tokens=None, *, vectors=None) -> jax.Array:
         """What the head is to predict, of int tokens [...] or vectors [..., W]."""
         if vectors is not None:
             return as_float(vectors)
-        return jnp.asarray(tokens) if self.speaks else self.rows()[jnp.asarray(tokens)]
+        return (
+            jnp.asarray(tokens) if self.predicts_tokens else self.token_table()[jnp.asarray(tokens)]
+        )
 
-    def predictions(
+    def context_states(
         self, tokens=None, *, vectors=None, durations=None, start=None, times=None
     ) -> jax.Array:
         """The hidden states [..., T - 1, D] from which all but the first are predicted."""
-        given = {"durations": durations, "times": times}
-        cut = {name: jnp.asarray(v)[..., :-1] for name, v in given.items() if v is not None}
+        timing_arguments = {"durations": durations, "times": times}
+        context_arguments = {
+            name: jnp.asarray(array)[..., :-1]
+            for name, array in timing_arguments.items()
+            if array is not None
+        }
         if vectors is not None:
             vectors = jnp.asarray(vectors)[..., :-1, :]
         else:
             tokens = jnp.asarray(tokens)[..., :-1]
-        return cast(jax.Array, self(tokens, vectors=vectors, start=start, **cut))
+        return cast(jax.Array, self(tokens, vectors=vectors, start=start, **context_arguments))
 
     def log_prob(self, tokens=None, *, vectors=None, **arguments) -> jax.Array:
         """Log-density of each vector after the first, given those before, in nats: [..., T - 1].
 
         (Log-probability of the tokens, for a token head.) The last duration has no influence.
         """
-        hidden = self.predictions(tokens, vectors=vectors, **arguments)
-        return self._log_prob(hidden, self._following(tokens, vectors))
+        hidden = self.context_states(tokens, vectors=vectors, **arguments)
+        return self._target_log_prob(hidden, self._next_targets(tokens, vectors))
 
     def loss(self, tokens=None, *, vectors=None, **arguments) -> jax.Array:
         """The training loss of each vector after the first, in nats: [..., T - 1]."""
-        hidden = self.predictions(tokens, vectors=vectors, **arguments)
-        target = self._following(tokens, vectors)
-        if self.speaks:
-            return -self._log_prob(hidden, target)
+        hidden = self.context_states(tokens, vectors=vectors, **arguments)
+        target = self._next_targets(tokens, vectors)
+        if self.predicts_tokens:
+            return -self._target_log_prob(hidden, target)
         nats = self.head.loss(hidden, target)
-        if self.contrast:
-            following = Categorical(self.head(hidden).log_probs(self.rows()))
-            told = following.log_prob(jnp.asarray(tokens)[..., 1:])
-            nats = nats - self.contrast * self.head.width * told
+        if self.token_loss_weight:
+            token_distribution = Categorical(self.head(hidden).log_probs(self.token_table()))
+            token_log_prob = token_distribution.log_prob(jnp.asarray(tokens)[..., 1:])
+            nats = nats - self.token_loss_weight * self.head.width * token_log_prob
         return nats
 
     def token_logits(self, tokens=None, *, vectors=None, **arguments) -> jax.Array:
@@ -195,42 +210,47 @@ class DensityModel(nn.Module):
 
         Their softmax is the density renormalised over the table.
         """
-        return self.logits_of(self.predictions(tokens, vectors=vectors, **arguments))
+        return self.logits_from_hidden(self.context_states(tokens, vectors=vectors, **arguments))
 
-    def logits_of(self, hidden: jax.Array) -> jax.Array:
+    def logits_from_hidden(self, hidden: jax.Array) -> jax.Array:
         """Logits of tokens [..., V] from hidden states [..., D]."""
         density = self.distribution(hidden)
-        return cast(jax.Array, density.logits if self.speaks else density.log_probs(self.rows()))
+        return cast(
+            jax.Array,
+            density.logits if self.predicts_tokens else density.log_probs(self.token_table()),
+        )
 
     def distribution(self, hidden: jax.Array) -> Any:
         """The head's distribution, from hidden states [..., D]."""
         if isinstance(self.head, heads.TokenHead) and self.head.tied:
-            return self.head(hidden, self._embedding())
+            return self.head(hidden, self._embedding_table())
         return self.head(hidden)
 
-    def _log_prob(self, hidden: jax.Array, target: jax.Array) -> jax.Array:
+    def _target_log_prob(self, hidden: jax.Array, target: jax.Array) -> jax.Array:
         return cast(jax.Array, self.distribution(hidden).log_prob(target))
 
-    def routes(self, hidden: jax.Array) -> Any:
-        """What `ExpertsHead.routed` says of hidden states [..., D]."""
-        return cast(heads.ExpertsHead, self.head).routed(hidden)
+    def route(self, hidden: jax.Array) -> Any:
+        """What `ExpertsHead.route` says of hidden states [..., D]."""
+        return cast(heads.ExpertsHead, self.head).route(hidden)
 
-    def _following(self, tokens, vectors) -> jax.Array:
+    def _next_targets(self, tokens, vectors) -> jax.Array:
         if vectors is not None:
             return self.targets(vectors=jnp.asarray(vectors)[..., 1:, :])
         return self.targets(jnp.asarray(tokens)[..., 1:])
 
 
-def standardised(table: jax.Array) -> jax.Array:
+def standardize_table(table: jax.Array) -> jax.Array:
     """The table [V, W] with mean 0 and standard deviation 1 in each column, at least float32."""
-    wide = as_float(table)
-    wide = wide - jnp.mean(wide, axis=0)
-    least = jnp.finfo(wide.dtype).eps ** 2  # a column without variance is 0, with a finite gradient
-    return wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=0) + least)
+    values = as_float(table)
+    values = values - jnp.mean(values, axis=0)
+    min_variance = (
+        jnp.finfo(values.dtype).eps ** 2
+    )  # a column without variance is 0, with a finite gradient
+    return values * jax.lax.rsqrt(jnp.mean(values**2, axis=0) + min_variance)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(model: DensityModel, method: str, params: Any, arguments: dict[str, Any]) -> Any:
+def _apply_jitted(model: DensityModel, method: str, params: Any, arguments: dict[str, Any]) -> Any:
     return model.apply({"params": params}, **arguments, method=method)
 
 
@@ -242,13 +262,13 @@ class DensityLM:
       model: the Linen module, whose `apply` is a pure function.
       params: parameter tree: "trunk", "head", and "table" or "read".
       tokenizer: of the `tokenizers` library, or None.
-      notes: fields of the trunk's config.json that do not change what is computed.
+      hf_fields: fields of the trunk's config.json that do not change what is computed.
     """
 
     model: DensityModel
     params: Any
     tokenizer: "tokenizers.Tokenizer | None" = None
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    hf_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> TransformerConfig:
@@ -256,24 +276,26 @@ class DensityLM:
 
     def log_prob(self, tokens=None, **arguments) -> jax.Array:
         """`DensityModel.log_prob`, jitted; values are checked as long as they are known."""
-        return cast(jax.Array, self._call("log_prob", tokens, arguments))
+        return cast(jax.Array, self._apply_checked("log_prob", tokens, arguments))
 
     def loss(self, tokens=None, **arguments) -> jax.Array:
         """`DensityModel.loss`, jitted."""
-        return cast(jax.Array, self._call("loss", tokens, arguments))
+        return cast(jax.Array, self._apply_checked("loss", tokens, arguments))
 
     def token_logits(self, tokens=None, **arguments) -> jax.Array:
         """`DensityModel.token_logits`, jitted."""
-        return cast(jax.Array, self._call("token_logits", tokens, arguments))
+        return cast(jax.Array, self._apply_checked("token_logits", tokens, arguments))
 
-    def _call(self, method: str, tokens, arguments: dict[str, Any]) -> Any:
-        given = {"tokens": tokens} | arguments
-        given = {k: jnp.asarray(v) for k, v in given.items() if v is not None}
-        self.model.check(**given)
-        length = np.shape(given["tokens"])[-1] if tokens is not None else given["vectors"].shape[-2]
+    def _apply_checked(self, method: str, tokens, arguments: dict[str, Any]) -> Any:
+        inputs = {"tokens": tokens} | arguments
+        inputs = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+        self.model.check(**inputs)
+        length = (
+            np.shape(inputs["tokens"])[-1] if tokens is not None else inputs["vectors"].shape[-2]
+        )
         if length < 2:
             raise InputError("a single vector is predicted from nothing; give at least two")
-        return _apply(self.model, method, self.params, given)
+        return _apply_jitted(self.model, method, self.params, inputs)
 
 
 def create(
@@ -297,25 +319,27 @@ def create(
       **settings: further attributes of `DensityModel`.
     """
     model = DensityModel(config, head, table="embedding" if table is None else "frozen", **settings)
-    rows = None
+    frozen_table = None
     if table is not None:
         check_numbers("table", table)
-        if model.reads == "vectors":
+        if model.input_kind == "vectors":
             raise InputError("a model that reads vectors has no table of tokens; leave out table")
-        wanted = (config.vocab_size, head.width)
-        if not model.speaks:
-            if np.shape(table) != wanted:
+        expected_shape = (config.vocab_size, head.width)
+        if not model.predicts_tokens:
+            if np.shape(table) != expected_shape:
                 raise InputError(
-                    f"table has shape {list(np.shape(table))}; it must be {list(wanted)}"
+                    f"table has shape {list(np.shape(table))}; it must be {list(expected_shape)}"
                 )
-            rows = standardised(jnp.asarray(table))
-    params = nn.unbox(jax.jit(model.init)(key, **stand_in(model))["params"])
-    if rows is not None:
-        params = params | {"table": rows}
+            frozen_table = standardize_table(jnp.asarray(table))
+    params = nn.unbox(jax.jit(model.init)(key, **example_inputs(model))["params"])
+    if frozen_table is not None:
+        params = params | {"table": frozen_table}
     return DensityLM(model, params, tokenizer)
 
 
-def on(lm: LanguageModel, head: heads.Head, *, key: jax.Array, contrast: float = 0.0) -> DensityLM:
+def add_head(
+    lm: LanguageModel, head: heads.Head, *, key: jax.Array, token_loss_weight: float = 0.0
+) -> DensityLM:
     """A new density head on a pretrained trunk, over the rows of that trunk's embedding table.
 
     Train the parameters under "head" alone, and the trunk stays as it is.
@@ -324,39 +348,48 @@ def on(lm: LanguageModel, head: heads.Head, *, key: jax.Array, contrast: float =
       lm: the language model.
       head: of width D.
       key: PRNG key of the head's parameters.
-      contrast: see `DensityModel`.
+      token_loss_weight: see `DensityModel`.
     """
     model = DensityModel(
         lm.config,
         head,
         table="embedding",
-        contrast=contrast,
+        token_loss_weight=token_loss_weight,
         implementation=lm.implementation,
         remat=lm.remat,
     )
     if isinstance(head, heads.TokenHead) and head.tied and not head.depth:
         raise InputError("a tied token head on a pretrained trunk is that model's own; load it")
     hidden = jnp.zeros((1, lm.config.hidden_size), lm.params["embedding"].dtype)
-    tied = {"table": lm.params["embedding"]} if getattr(head, "tied", False) else {}
-    params = {"trunk": lm.params, "head": nn.unbox(head.init(key, hidden, **tied)["params"])}
-    return DensityLM(model, params, lm.tokenizer, lm.notes)
+    table_argument = {"table": lm.params["embedding"]} if getattr(head, "tied", False) else {}
+    params = {
+        "trunk": lm.params,
+        "head": nn.unbox(head.init(key, hidden, **table_argument)["params"]),
+    }
+    return DensityLM(model, params, lm.tokenizer, lm.hf_fields)
 
 
-def _shape(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+def _shape_struct(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def stand_in(model: DensityModel) -> dict[str, Any]:
+def example_inputs(model: DensityModel) -> dict[str, Any]:
     """The shortest input, to make parameters with."""
-    if model.reads == "tokens":
+    if model.input_kind == "tokens":
         return {"tokens": np.zeros(2, np.int32)}
     return {"vectors": np.zeros((2, model.head.width), np.float32)}
 
 
-def _boxes(model: DensityModel) -> dict[str, nn.LogicallyPartitioned]:
+def _declarations_above_trunk(model: DensityModel) -> dict[str, nn.LogicallyPartitioned]:
     """Path -> shape and axes of the parameters above the trunk."""
-    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **stand_in(model)))["params"]
-    flat = traverse_util.flatten_dict(
-        tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
+    param_tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **example_inputs(model)))[
+        "params"
+    ]
+    flat_params = traverse_util.flatten_dict(
+        param_tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
     )
-    return {p: box for p, box in flat.items() if not p.startswith(f"{_TRUNK}/")}
+    return {
+        path: declaration
+        for path, declaration in flat_params.items()
+        if not path.startswith(f"{_TRUNK_KEY}/")
+    }

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import Fields
-from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.checkpoints.config_fields import ConfigFields
+from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.config import TransformerConfig
 
 
@@ -18,13 +18,13 @@ class Family:
       write_config: to the fields of its config.json, model_type and dtype aside.
       tensors: parameter path ("layers/attention/q") -> where it is stored.
       architecture: the name that Hugging Face gives to its causal model.
-      prefix: of the tensors' names, which checkpoints saved without a head leave out.
-      ignored: regular expressions of tensors that hold nothing to load.
+      tensor_prefix: of the tensors' names, which checkpoints saved without a head leave out.
+      ignored_tensors: regular expressions of tensors that hold nothing to load.
     """
 
-    read_config: Callable[[Fields], TransformerConfig]
+    read_config: Callable[[ConfigFields], TransformerConfig]
     write_config: Callable[[TransformerConfig], dict[str, Any]]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     architecture: str
-    prefix: str = "model."
-    ignored: tuple[str, ...] = ()
+    tensor_prefix: str = "model."
+    ignored_tensors: tuple[str, ...] = ()

@@ -2,36 +2,41 @@
 
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import MOST_LAYERS, Fields
+from continuous_lm.models.checkpoints.config_fields import MAX_LAYERS, ConfigFields
 from continuous_lm.models.checkpoints.rope_fields import read_rope, write_rope
-from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families.family import Family
 from continuous_lm.models.families.shared_fields import (
-    head_width,
+    default_head_dim,
     read_activation,
     write_activation,
 )
 
 
-def read_config(fields: Fields) -> TransformerConfig:
+def read_config(fields: ConfigFields) -> TransformerConfig:
     """From the fields of config.json."""
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    bias = fields.flag("attention_bias", True)
-    width = head_width(hidden_size, num_heads, "hidden_size", "num_attention_heads")
-    base, share = fields.number("rotary_emb_base", None), fields.number("rotary_pct", None)
-    rope = read_rope(fields, theta=base or 10_000.0, fraction=share or 0.25)
-    fields.agree("rope_theta", rope.theta, "rotary_emb_base", base)
-    fields.agree("partial_rotary_factor", rope.fraction, "rotary_pct", share)
+    attention_bias = fields.flag("attention_bias", True)
+    head_dim = default_head_dim(hidden_size, num_heads, "hidden_size", "num_attention_heads")
+    legacy_theta, legacy_fraction = (
+        fields.number("rotary_emb_base", None),
+        fields.number("rotary_pct", None),
+    )
+    rope = read_rope(
+        fields, default_theta=legacy_theta or 10_000.0, fraction=legacy_fraction or 0.25
+    )
+    fields.check_equal("rope_theta", rope.theta, "rotary_emb_base", legacy_theta)
+    fields.check_equal("partial_rotary_factor", rope.fraction, "rotary_pct", legacy_fraction)
     return TransformerConfig(
         family="gpt_neox",
         vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden_size,
         mlp_size=fields.integer("intermediate_size"),
-        num_layers=fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        num_layers=fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=width,
+        head_dim=head_dim,
         norm="layer",
         norm_eps=float(fields.number("layer_norm_eps", 1e-5)),
         parallel=fields.flag("use_parallel_residual", True),
@@ -39,8 +44,8 @@ def read_config(fields: Fields) -> TransformerConfig:
         gated=False,
         rope=rope,
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        qkv_bias=bias,
-        output_bias=bias,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
         mlp_bias=True,
     )
 
@@ -62,30 +67,30 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-_LAYER = "gpt_neox.layers.{layer}."
-_QKV = _LAYER + "attention.query_key_value."
+_LAYER_PREFIX = "gpt_neox.layers.{layer}."
+_QKV_PREFIX = _LAYER_PREFIX + "attention.query_key_value."
 
 TENSORS = {
-    "embedding": Stored("gpt_neox.embed_in.weight", "V D"),
-    "layers/attention_norm/scale": Stored(_LAYER + "input_layernorm.weight", "D"),
-    "layers/attention_norm/bias": Stored(_LAYER + "input_layernorm.bias", "D"),
-    "layers/attention/q": Stored(_QKV + "weight", "(N 3 H) D", 0),
-    "layers/attention/k": Stored(_QKV + "weight", "(K 3 H) D", 1),
-    "layers/attention/v": Stored(_QKV + "weight", "(K 3 H) D", 2),
-    "layers/attention/q_bias": Stored(_QKV + "bias", "(N 3 H)", 0),
-    "layers/attention/k_bias": Stored(_QKV + "bias", "(K 3 H)", 1),
-    "layers/attention/v_bias": Stored(_QKV + "bias", "(K 3 H)", 2),
-    "layers/attention/o": Stored(_LAYER + "attention.dense.weight", "D (N H)"),
-    "layers/attention/o_bias": Stored(_LAYER + "attention.dense.bias", "D"),
-    "layers/mlp_norm/scale": Stored(_LAYER + "post_attention_layernorm.weight", "D"),
-    "layers/mlp_norm/bias": Stored(_LAYER + "post_attention_layernorm.bias", "D"),
-    "layers/mlp/up": Stored(_LAYER + "mlp.dense_h_to_4h.weight", "F D"),
-    "layers/mlp/up_bias": Stored(_LAYER + "mlp.dense_h_to_4h.bias", "F"),
-    "layers/mlp/down": Stored(_LAYER + "mlp.dense_4h_to_h.weight", "D F"),
-    "layers/mlp/down_bias": Stored(_LAYER + "mlp.dense_4h_to_h.bias", "D"),
-    "final_norm/scale": Stored("gpt_neox.final_layer_norm.weight", "D"),
-    "final_norm/bias": Stored("gpt_neox.final_layer_norm.bias", "D"),
-    "head": Stored("embed_out.weight", "V D"),
+    "embedding": StoredTensor("gpt_neox.embed_in.weight", "V D"),
+    "layers/attention_norm/scale": StoredTensor(_LAYER_PREFIX + "input_layernorm.weight", "D"),
+    "layers/attention_norm/bias": StoredTensor(_LAYER_PREFIX + "input_layernorm.bias", "D"),
+    "layers/attention/q": StoredTensor(_QKV_PREFIX + "weight", "(N 3 H) D", 0),
+    "layers/attention/k": StoredTensor(_QKV_PREFIX + "weight", "(K 3 H) D", 1),
+    "layers/attention/v": StoredTensor(_QKV_PREFIX + "weight", "(K 3 H) D", 2),
+    "layers/attention/q_bias": StoredTensor(_QKV_PREFIX + "bias", "(N 3 H)", 0),
+    "layers/attention/k_bias": StoredTensor(_QKV_PREFIX + "bias", "(K 3 H)", 1),
+    "layers/attention/v_bias": StoredTensor(_QKV_PREFIX + "bias", "(K 3 H)", 2),
+    "layers/attention/o": StoredTensor(_LAYER_PREFIX + "attention.dense.weight", "D (N H)"),
+    "layers/attention/o_bias": StoredTensor(_LAYER_PREFIX + "attention.dense.bias", "D"),
+    "layers/mlp_norm/scale": StoredTensor(_LAYER_PREFIX + "post_attention_layernorm.weight", "D"),
+    "layers/mlp_norm/bias": StoredTensor(_LAYER_PREFIX + "post_attention_layernorm.bias", "D"),
+    "layers/mlp/up": StoredTensor(_LAYER_PREFIX + "mlp.dense_h_to_4h.weight", "F D"),
+    "layers/mlp/up_bias": StoredTensor(_LAYER_PREFIX + "mlp.dense_h_to_4h.bias", "F"),
+    "layers/mlp/down": StoredTensor(_LAYER_PREFIX + "mlp.dense_4h_to_h.weight", "D F"),
+    "layers/mlp/down_bias": StoredTensor(_LAYER_PREFIX + "mlp.dense_4h_to_h.bias", "D"),
+    "final_norm/scale": StoredTensor("gpt_neox.final_layer_norm.weight", "D"),
+    "final_norm/bias": StoredTensor("gpt_neox.final_layer_norm.bias", "D"),
+    "head": StoredTensor("embed_out.weight", "V D"),
 }
 
 FAMILY = Family(
@@ -93,6 +98,6 @@ FAMILY = Family(
     write_config,
     TENSORS,
     architecture="GPTNeoXForCausalLM",
-    prefix="gpt_neox.",
-    ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    tensor_prefix="gpt_neox.",
+    ignored_tensors=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )

@@ -3,22 +3,26 @@
 import dataclasses
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.config_fields import ConfigFields
 from continuous_lm.models.checkpoints.rope_fields import read_rope
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families import llama
-from continuous_lm.models.families.shared_fields import read_shape, require, write_shape
+from continuous_lm.models.families.shared_fields import (
+    read_common_fields,
+    require_fields,
+    write_common_fields,
+)
 
 
-def read_config(fields: Fields) -> TransformerConfig:
+def read_config(fields: ConfigFields) -> TransformerConfig:
     """As Llama's; sliding_window is a distance in tokens, null for none."""
-    require(fields, "sliding_window", "num_key_value_heads")
+    require_fields(fields, "sliding_window", "num_key_value_heads")
     fields.must_be("attention_bias", False)
     fields.must_be("mlp_bias", False)
     window = fields.number("sliding_window", None)
     return TransformerConfig(
         family="mistral",
-        **read_shape(fields),
+        **read_common_fields(fields),
         rope=read_rope(fields),
         window=None if window is None else float(window),
     )
@@ -27,7 +31,7 @@ def read_config(fields: Fields) -> TransformerConfig:
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     window = None if config.window is None else int(config.window)
-    return write_shape(config) | {"sliding_window": window}
+    return write_common_fields(config) | {"sliding_window": window}
 
 
 FAMILY = dataclasses.replace(

@@ -3,45 +3,53 @@
 import dataclasses
 from typing import Any
 
-from continuous_lm.models.checkpoints.config_fields import Fields
+from continuous_lm.models.checkpoints.config_fields import ConfigFields
 from continuous_lm.models.checkpoints.rope_fields import read_rope
-from continuous_lm.models.checkpoints.tensor_table import Stored
+from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families import llama
-from continuous_lm.models.families.qwen2 import read_sliding, write_sliding
-from continuous_lm.models.families.shared_fields import read_shape, require, write_shape
+from continuous_lm.models.families.qwen2 import read_qwen_windows, write_qwen_windows
+from continuous_lm.models.families.shared_fields import (
+    read_common_fields,
+    require_fields,
+    write_common_fields,
+)
 
 
-def read_config(fields: Fields) -> TransformerConfig:
+def read_config(fields: ConfigFields) -> TransformerConfig:
     """From the fields of config.json."""
-    require(fields, "num_key_value_heads", "head_dim")
-    shape, bias = read_shape(fields), fields.flag("attention_bias", False)
+    require_fields(fields, "num_key_value_heads", "head_dim")
+    common_fields, attention_bias = read_common_fields(fields), fields.flag("attention_bias", False)
     return TransformerConfig(
         family="qwen3",
-        **shape,
-        **read_sliding(fields, shape["num_layers"]),
+        **common_fields,
+        **read_qwen_windows(fields, common_fields["num_layers"]),
         rope=read_rope(fields),
         qk_norm=True,
-        qkv_bias=bias,
-        output_bias=bias,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
     )
 
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
-    bias = {"attention_bias": config.qkv_bias}
-    return write_shape(config) | write_sliding(config) | bias
+    bias_fields = {"attention_bias": config.qkv_bias}
+    return write_common_fields(config) | write_qwen_windows(config) | bias_fields
 
 
-QK_NORMS = {
-    "layers/attention/q_norm/scale": Stored("model.layers.{layer}.self_attn.q_norm.weight", "H"),
-    "layers/attention/k_norm/scale": Stored("model.layers.{layer}.self_attn.k_norm.weight", "H"),
+QK_NORM_TENSORS = {
+    "layers/attention/q_norm/scale": StoredTensor(
+        "model.layers.{layer}.self_attn.q_norm.weight", "H"
+    ),
+    "layers/attention/k_norm/scale": StoredTensor(
+        "model.layers.{layer}.self_attn.k_norm.weight", "H"
+    ),
 }
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,
     read_config=read_config,
     write_config=write_config,
-    tensors=llama.TENSORS | QK_NORMS,
+    tensors=llama.TENSORS | QK_NORM_TENSORS,
     architecture="Qwen3ForCausalLM",
 )

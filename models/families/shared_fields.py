@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from continuous_lm.errors import InputError
-from continuous_lm.models.checkpoints.config_fields import MOST_LAYERS, Fields
+from continuous_lm.models.checkpoints.config_fields import MAX_LAYERS, ConfigFields
 from continuous_lm.models.checkpoints.rope_fields import write_rope
 from continuous_lm.models.config import TransformerConfig
 
@@ -19,7 +19,7 @@ _ACTIVATION_NAMES = {
 }
 
 
-def read_activation(fields: Fields, name: str = "hidden_act", default: str = "silu") -> str:
+def read_activation(fields: ConfigFields, name: str = "hidden_act", default: str = "silu") -> str:
     """The activation's name here."""
     value = fields.text(name, default)
     if value not in _ACTIVATION_NAMES:
@@ -30,40 +30,44 @@ def read_activation(fields: Fields, name: str = "hidden_act", default: str = "si
     return _ACTIVATION_NAMES[value]
 
 
-def read_shape(fields: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[str, Any]:
+def read_common_fields(
+    fields: ConfigFields, *, default_tied: bool = False, default_eps: float = 1e-6
+) -> dict[str, Any]:
     """The fields that most families share, as arguments of `TransformerConfig`.
 
     Args:
       fields: of config.json.
-      tied: tie_word_embeddings if it is not given.
-      eps: rms_norm_eps if it is not given.
+      default_tied: tie_word_embeddings if it is not given.
+      default_eps: rms_norm_eps if it is not given.
     """
     hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
         "mlp_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers", most=MOST_LAYERS),
+        "num_layers": fields.integer("num_hidden_layers", maximum=MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
         "head_dim": fields.integer("head_dim", None)
-        or head_width(hidden_size, num_heads, "hidden_size", "num_attention_heads"),
-        "norm_eps": float(fields.number("rms_norm_eps", eps)),
+        or default_head_dim(hidden_size, num_heads, "hidden_size", "num_attention_heads"),
+        "norm_eps": float(fields.number("rms_norm_eps", default_eps)),
         "activation": read_activation(fields),
-        "tie_embeddings": fields.flag("tie_word_embeddings", tied),
+        "tie_embeddings": fields.flag("tie_word_embeddings", default_tied),
     }
 
 
-def head_width(hidden_size: int, num_heads: int, *names: str) -> int:
-    """The width of a head where nothing else says it; `names` are those of the two fields."""
+def default_head_dim(hidden_size: int, num_heads: int, *field_names: str) -> int:
+    """The width of a head where nothing else says it; `field_names` are those of the two fields."""
     if hidden_size % num_heads:
-        size, heads = names
-        raise InputError(f"field {heads} ({num_heads}) does not divide {size} ({hidden_size})")
+        size_name, heads_name = field_names
+        raise InputError(
+            f"field {heads_name} ({num_heads}) does not divide {size_name} ({hidden_size})"
+        )
     return hidden_size // num_heads
 
 
-def write_shape(config: TransformerConfig) -> dict[str, Any]:
-    """The inverse of `read_shape`, and the rotary fields."""
+def write_common_fields(config: TransformerConfig) -> dict[str, Any]:
+    """The inverse of `read_common_fields`, and the rotary fields."""
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -79,33 +83,42 @@ def write_shape(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def require(fields: Fields, *names: str) -> None:
+def require_fields(fields: ConfigFields, *names: str) -> None:
     """Refuses a config.json without these fields, whose defaults differ from reader to reader."""
     for name in names:
         if name not in fields:
             raise InputError(f"field {name} is missing; write it down, null for none")
 
 
-def read_windows(fields: Fields, num_layers: int, sliding: Callable[[int], bool]) -> dict[str, Any]:
+def read_windows(
+    fields: ConfigFields, num_layers: int, is_windowed: Callable[[int], bool]
+) -> dict[str, Any]:
     """sliding_window and layer_types, as arguments of `TransformerConfig`.
 
     Args:
       fields: of config.json.
       num_layers: L.
-      sliding: whether layer i has the window, if layer_types does not say so.
+      is_windowed: whether layer i has the window, if layer_types does not say so.
     """
     window = fields.number("sliding_window", None)
-    kinds = fields.get("layer_types", None)
-    if kinds is None:
-        pattern = tuple(map(sliding, range(num_layers)))
+    layer_types = fields.get("layer_types", None)
+    if layer_types is None:
+        pattern = tuple(map(is_windowed, range(num_layers)))
     else:
-        names = {"sliding_attention": True, "full_attention": False}
-        listed = isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)
-        if not listed or len(kinds) != num_layers or set(kinds) - set(names):
+        window_by_type = {"sliding_attention": True, "full_attention": False}
+        is_list_of_names = isinstance(layer_types, list) and all(
+            isinstance(layer_type, str) for layer_type in layer_types
+        )
+        if (
+            not is_list_of_names
+            or len(layer_types) != num_layers
+            or set(layer_types) - set(window_by_type)
+        ):
             raise InputError(
-                f"field layer_types must be a list of {num_layers}, each one of {', '.join(names)}"
+                f"field layer_types must be a list of {num_layers}, each one of"
+                f" {', '.join(window_by_type)}"
             )
-        pattern = tuple(names[kind] for kind in kinds)
+        pattern = tuple(window_by_type[layer_type] for layer_type in layer_types)
         if window is None and any(pattern):
             raise InputError("field layer_types has windows, but sliding_window says none")
     return {} if window is None else {"window": float(window), "window_pattern": pattern}
@@ -113,10 +126,10 @@ def read_windows(fields: Fields, num_layers: int, sliding: Callable[[int], bool]
 
 def write_windows(config: TransformerConfig) -> dict[str, Any]:
     """The inverse of `read_windows`."""
-    names = {True: "sliding_attention", False: "full_attention"}
+    type_by_window = {True: "sliding_attention", False: "full_attention"}
     return {
         "sliding_window": None if config.window is None else int(config.window),
-        "layer_types": [names[has] for has in config.windowed],
+        "layer_types": [type_by_window[has_window] for has_window in config.is_windowed],
     }
 
 

@@ -8,9 +8,9 @@ from hypothesis.extra import numpy as hnp
 
 import continuous_lm as clm
 from continuous_lm.arguments import check_integers
-from continuous_lm.attention.visibility import elapsed, window_times
-from continuous_lm.durations import check as check_durations
-from continuous_lm.durations import end_times, from_times, scale, translate
+from continuous_lm.attention.visibility import elapsed_times, exact_end_times
+from continuous_lm.durations import check_durations as check_durations
+from continuous_lm.durations import durations_from_times, end_times, scale, translate
 
 positive = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0.125, 8, width=32))
 
@@ -19,7 +19,7 @@ positive = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0.125, 
 def test_times_and_durations_go_round(d, start):
     times = end_times(d, start)
     np.testing.assert_allclose(times, start + np.cumsum(d.astype(np.float64)), rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(from_times(times, start), d, atol=2e-4)
+    np.testing.assert_allclose(durations_from_times(times, start), d, atol=2e-4)
 
 
 def test_ordinary_sentence_ends_at_the_integers():
@@ -81,8 +81,10 @@ def test_distances_in_time_stay_exact(scale):
     exact = ends[:, later, None] - ends[:, None, earlier]
     plain = np.cumsum(d, axis=-1)
     assert np.abs(plain[:, later, None] - plain[:, None, earlier] - exact).max() > 1e-4 * scale
-    clock = jax.jit(window_times)(jnp.asarray(d))
-    np.testing.assert_allclose(elapsed(clock, later, earlier), exact, rtol=3e-7, atol=1e-8 * scale)
+    clock = jax.jit(exact_end_times)(jnp.asarray(d))
+    np.testing.assert_allclose(
+        elapsed_times(clock, later, earlier), exact, rtol=3e-7, atol=1e-8 * scale
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,14 +95,14 @@ def test_a_clock_of_any_steps(steps):
     """Times that go back, and steps at the ends of what float32 holds."""
     steps = np.array(steps, np.float32)
     ends, index = np.cumsum(steps.astype(np.float64)), np.arange(4)
-    passed = elapsed(window_times(jnp.asarray(steps)), index, index)
+    passed = elapsed_times(exact_end_times(jnp.asarray(steps)), index, index)
     exact = ends[:, None] - ends
     np.testing.assert_allclose(passed, exact, atol=1e-6 * np.abs(steps).max())
 
 
 def test_a_clock_of_float16_is_one_of_float32():
-    passed = elapsed(
-        window_times(jnp.full(3000, 0.1, jnp.float16)), np.array([2999]), np.array([0])
+    passed = elapsed_times(
+        exact_end_times(jnp.full(3000, 0.1, jnp.float16)), np.array([2999]), np.array([0])
     )
     np.testing.assert_allclose(passed, 2999 * float(np.float16(0.1)), rtol=1e-6)
 
@@ -108,7 +110,7 @@ def test_a_clock_of_float16_is_one_of_float32():
 def test_a_clock_of_float64_is_as_exact():
     with jax.enable_x64(True):
         d = jnp.full(5000, 0.1, jnp.float64).at[0].set(1e9)
-        passed = elapsed(window_times(d), jnp.array([4999]), jnp.array([4969]))
+        passed = elapsed_times(exact_end_times(d), jnp.array([4999]), jnp.array([4969]))
         np.testing.assert_allclose(passed, 3.0, rtol=1e-14)
 
 

@@ -16,7 +16,7 @@ from continuous_lm.attention import attend
 from tests.models.test_transformer import CONFIG, LM, draw, random_lm
 
 JUMP = ("constant", "trapezoid")
-PAIRS = [(k, r) for k in signals.KINDS for r in signals.RULES if (k, r) != JUMP]
+PAIRS = [(k, r) for k in signals.SIGNAL_KINDS for r in signals.QUADRATURE_RULES if (k, r) != JUMP]
 
 
 def apply(lm, samples, **arguments):
@@ -24,7 +24,7 @@ def apply(lm, samples, **arguments):
     return lm(embeddings=e, times=times, durations=weights, **arguments)
 
 
-@pytest.mark.parametrize("kind", signals.KINDS)
+@pytest.mark.parametrize("kind", signals.SIGNAL_KINDS)
 def test_one_sample_at_each_right_end_is_the_ordinary_model(kind):
     lm, (tokens, d) = LM, draw()
     rows = lm.params["embedding"][tokens]
@@ -44,10 +44,10 @@ def test_so_are_its_gradients():
     def sampled(d):
         e, times, weights = signals.sample(rows, d, kind="linear")
         arguments = {"embeddings": e, "times": times, "durations": weights}
-        return LM.model.apply({"params": LM.params}, at=-1, **arguments).max()
+        return LM.model.apply({"params": LM.params}, position=-1, **arguments).max()
 
     def ordinary(d):
-        return LM.model.apply({"params": LM.params}, tokens, durations=d, at=-1).max()
+        return LM.model.apply({"params": LM.params}, tokens, durations=d, position=-1).max()
 
     np.testing.assert_allclose(
         jax.jit(jax.grad(sampled))(d), jax.jit(jax.grad(ordinary))(d), atol=1e-5
@@ -160,7 +160,7 @@ def test_a_whole_model_converges(kind):
 
         def logits(points, rule="rectangle"):
             s = signals.sample(rows, np.asarray(d, np.float64), kind=kind, rule=rule, points=points)
-            return np.asarray(apply(lm, s, at=-1))
+            return np.asarray(apply(lm, s, position=-1))
 
         plain = [logits(n) for n in (32, 64, 128, 256)]
         better = [2 * b - a for a, b in itertools.pairwise(plain)]

@@ -146,16 +146,16 @@ def test_text_without_tokens():
 
 def test_spellings_are_the_answer_and_nothing_else():
     tokenizer = hand_made()
-    names = [tokenizer.id_to_token(i) for i in tokenization.spellings(tokenizer, DIGITS)["4"]]
+    names = [tokenizer.id_to_token(i) for i in tokenization.tokens_spelling(tokenizer, DIGITS)["4"]]
     assert names == ["4", "▁4", "▁▁4", "<0x34>"]
-    assert tokenization.spellings(tokenizer, DIGITS)["1"] == []
+    assert tokenization.tokens_spelling(tokenizer, DIGITS)["1"] == []
 
 
 def test_containing_is_whatever_has_it_in_its_name():
     tokenizer = hand_made()
     found = {
         answer: [tokenizer.id_to_token(i) for i in tokens]
-        for answer, tokens in tokenization.containing(tokenizer, DIGITS).items()
+        for answer, tokens in tokenization.tokens_containing(tokenizer, DIGITS).items()
     }
     assert found["4"] == ["4", "▁4", "▁▁4", "44", "x4", "4."]
     assert found["1"] == ["▁14"]  # of the digits in a name the first in the list counts
@@ -166,24 +166,24 @@ def test_containing_is_whatever_has_it_in_its_name():
 
 def test_containing_ignores_case():
     tokenizer = word_level({"<unk>": 0, "Yes": 1, "yesterday": 2, "no": 3})
-    assert tokenization.containing(tokenizer, ("yes", "No")) == {"yes": [1, 2], "No": [3]}
+    assert tokenization.tokens_containing(tokenizer, ("yes", "No")) == {"yes": [1, 2], "No": [3]}
 
 
 def test_byte_level_names_count_after_a_space():
     names = {"<unk>": 0, "Ġ4": 1, "4": 2, "Ġ": 3, "ĠĊ4": 4, "40": 5}
     tokenizer = word_level(names, lib.decoders.ByteLevel())
-    assert tokenization.spellings(tokenizer, ("4",)) == {"4": [1, 2, 4]}
-    assert tokenization.containing(tokenizer, ("4",)) == {"4": [1, 2, 4, 5]}
+    assert tokenization.tokens_spelling(tokenizer, ("4",)) == {"4": [1, 2, 4]}
+    assert tokenization.tokens_containing(tokenizer, ("4",)) == {"4": [1, 2, 4, 5]}
 
 
 def test_ids_need_not_be_contiguous():
     tokenizer = word_level({"<unk>": 0, "4": 70})
-    assert tokenization.spellings(tokenizer, ("4",)) == {"4": [70]}
+    assert tokenization.tokens_spelling(tokenizer, ("4",)) == {"4": [70]}
 
 
 def test_answers_of_a_real_vocabulary(stories):
-    exact = tokenization.spellings(stories, DIGITS)
-    paper = tokenization.containing(stories, DIGITS)
+    exact = tokenization.tokens_spelling(stories, DIGITS)
+    paper = tokenization.tokens_containing(stories, DIGITS)
     for digit in DIGITS:
         named = {stories.id_to_token(i) for i in exact[digit]}
         assert named == {digit, f"<0x{ord(digit):02X}>"}

@@ -14,7 +14,7 @@ from scipy import stats
 import continuous_lm as clm
 from continuous_lm.models import generation, kv_cache
 from continuous_lm.models.generation import generate
-from continuous_lm.models.samplers import _likeliest, sample_token
+from continuous_lm.models.samplers import _mask_unlikely, sample_token
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
 from tests.models.families.test_parity import LONGROPE, STORIES
@@ -150,7 +150,7 @@ def naive(lm, row, new_d, d=None, start=0.0, name="tokens"):
     vectors[:n] = table[row] if name == "tokens" else row
     times[:n] = 1.0 if d is None else d
     for duration in new_d:
-        logits = lm(embeddings=vectors, durations=times, start=np.float32(start), at=n - 1)
+        logits = lm(embeddings=vectors, durations=times, start=np.float32(start), position=n - 1)
         made.append(int(jnp.argmax(logits)))
         vectors[n], times[n] = table[made[-1]], duration
         n += 1
@@ -258,7 +258,7 @@ def test_bfloat16_parameters_make_tokens():
 def test_prompts_in_pieces(lm, chunk):
     rows = prompts(lengths=(70, 2, 66))
     d = [uniform(len(row)) for row in rows]
-    made = generate(lm, rows, durations=d, max_new_tokens=8, chunk=chunk).tokens
+    made = generate(lm, rows, durations=d, max_new_tokens=8, max_prefill_length=chunk).tokens
     expected = generate(lm, rows, durations=d, max_new_tokens=8).tokens
     np.testing.assert_array_equal(made, expected)
 
@@ -276,7 +276,7 @@ def test_prompts_in_pieces(lm, chunk):
     ],
 )
 def test_pieces_are_even(length, chunk, expected):
-    assert generation._pieces(length, chunk) == expected
+    assert generation._prefill_lengths(length, chunk) == expected
 
 
 def compiled(monkeypatch, lm, tokens, **options):
@@ -288,8 +288,8 @@ def compiled(monkeypatch, lm, tokens, **options):
         return np.zeros((1, 1), np.int32), np.ones(1, np.int32)
 
     with monkeypatch.context() as patch:
-        original = generation._run
-        patch.setattr(generation, "_run", catch)
+        original = generation._decode_loop
+        patch.setattr(generation, "_decode_loop", catch)
         generate(lm, tokens, **options)
     return found[0]
 
@@ -300,7 +300,12 @@ def test_memory_for_long_prompts_is_that_of_the_cache_and_a_piece(monkeypatch):
 
     def bytes_of(length, chunk):
         program = compiled(
-            monkeypatch, lm, np.zeros(length, int), max_new_tokens=8, chunk=chunk, stop=()
+            monkeypatch,
+            lm,
+            np.zeros(length, int),
+            max_new_tokens=8,
+            max_prefill_length=chunk,
+            stop=(),
         )
         return program.memory_analysis().temp_size_in_bytes
 
@@ -320,7 +325,7 @@ def test_one_program_serves_all_that_is_alike(lm, top_p):
         generate(lm, prompts(lengths=(n, 2)), **usual | options)
 
     run(3)
-    before = generation._run._cache_size()
+    before = generation._decode_loop._cache_size()
     run(64)
     run(9, temperature=3.0, top_p=top_p and 0.1)
     run(9, new_durations=0.3, start=4, durations=[[1] * 9, [2.5] * 2])
@@ -329,10 +334,10 @@ def test_one_program_serves_all_that_is_alike(lm, top_p):
     run(9, max_new_tokens=np.int64(1))
     run(9, stop=())
     run(9, stop=[1, 2, 3])
-    run(9, chunk=2000)
-    assert generation._run._cache_size() == before
+    run(9, max_prefill_length=2000)
+    assert generation._decode_loop._cache_size() == before
     run(65)
-    assert generation._run._cache_size() == before + 1
+    assert generation._decode_loop._cache_size() == before + 1
 
 
 @slow
@@ -356,7 +361,7 @@ def test_rows_end_with_their_stop_tokens(lm):
     ends = [next((i + 1 for i, t in enumerate(row) if t in stop), NEW) for row in free]
     assert len(set(ends)) > 1
     assert made.lengths.tolist() == ends
-    assert made.rows() == [row[:end].tolist() for row, end in zip(free, ends, strict=True)]
+    assert made.token_lists() == [row[:end].tolist() for row, end in zip(free, ends, strict=True)]
     after = np.arange(NEW) >= np.array(ends)[:, None]
     assert (made.tokens[after] == 0).all()
 
@@ -366,15 +371,15 @@ def test_the_stop_token_is_that_of_the_config(lm):
     free = generate(lm, rows, max_new_tokens=NEW, stop=())
     token = int(free.tokens[0, 3])
     for eos in (token, [token, int(free.tokens[1, 9])]):
-        noted = clm.LanguageModel(lm.config, lm.params, notes={"eos_token_id": eos})
+        noted = clm.LanguageModel(lm.config, lm.params, hf_fields={"eos_token_id": eos})
         made = generate(noted, rows, max_new_tokens=NEW)
         expected = generate(lm, rows, max_new_tokens=NEW, stop=eos)
-        assert made.rows() == expected.rows()
+        assert made.token_lists() == expected.token_lists()
         assert made.lengths[0] <= 4
         made = generate(noted, rows, max_new_tokens=NEW, stop=())
-        assert made.rows() == free.rows()
-    noted = clm.LanguageModel(lm.config, lm.params, notes={"eos_token_id": None})
-    assert generate(noted, rows, max_new_tokens=NEW).rows() == free.rows()
+        assert made.token_lists() == free.token_lists()
+    noted = clm.LanguageModel(lm.config, lm.params, hf_fields={"eos_token_id": None})
+    assert generate(noted, rows, max_new_tokens=NEW).token_lists() == free.token_lists()
 
 
 def test_nothing_is_computed_after_the_last_row_ended(monkeypatch):
@@ -425,7 +430,7 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
     for warp in warpers:
         expected = warp(None, expected)
     expected = expected[0].numpy()
-    ours = np.asarray(_likeliest(jnp.asarray(logits / temperature), top_k, top_p))
+    ours = np.asarray(_mask_unlikely(jnp.asarray(logits / temperature), top_k, top_p))
     if top_p is not None and on_the_edge(logits / temperature, top_k, top_p):
         return
     # Which of tied tokens are cut is transformers' own order: the kept values are compared.
@@ -438,7 +443,7 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
 
 def on_the_edge(logits, top_k, top_p):
     """Whether rounding decides about a token."""
-    p = np.exp(np.float64(_likeliest(jnp.asarray(logits), top_k, None)))
+    p = np.exp(np.float64(_mask_unlikely(jnp.asarray(logits), top_k, None)))
     sums = np.cumsum(np.sort(p / p.sum())[::-1])
     return np.abs(sums - top_p).min() < 1e-5
 
@@ -478,7 +483,7 @@ def test_no_cut_changes_no_draw():
     np.testing.assert_array_equal(sample_token(KEY, logits, top_p=1.0), plain)
     np.testing.assert_array_equal(sample_token(KEY, logits, top_k=5000), plain)
     np.testing.assert_array_equal(sample_token(KEY, logits, top_k=9999), plain)
-    assert jnp.isfinite(_likeliest(logits, 5000, 1.0)).all()
+    assert jnp.isfinite(_mask_unlikely(logits, 5000, 1.0)).all()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44, 0.0])
@@ -525,7 +530,7 @@ def test_sampled_tokens_have_the_models_probabilities(lm):
     common = np.bincount(made[:, 0]).argmax()
     after = made[made[:, 0] == common]
     for before, counted in (([], made[:, 0]), ([common], after[:, 1])):
-        logits = np.float64(lm(np.append(row, before).astype(int), at=-1)) / 3
+        logits = np.float64(lm(np.append(row, before).astype(int), position=-1)) / 3
         p = np.where(logits >= np.sort(logits)[-6], np.exp(logits - logits.max()), 0)
         assert_drawn(np.bincount(counted, minlength=64), p)
 
@@ -552,7 +557,7 @@ generate = functools.partial(
     generation.generate, tokens=rows, max_new_tokens=16, stop=(), **options
 )
 one = generate(clm.load(sys.argv[1])).tokens
-original = generation._run
+original = generation._decode_loop
 
 def inspected(how, *arguments):
     program = original.lower(how, *arguments).compile()
@@ -560,7 +565,7 @@ def inspected(how, *arguments):
     print("f32[3,2,128,1,12]" in text, "f32[3,4,128,4,12]" in text)
     return program(*arguments)
 
-generation._run = inspected
+generation._decode_loop = inspected
 many = generate(clm.load(sys.argv[1], mesh=mesh)).tokens
 print((one == many).all(), len(set(one.ravel().tolist())))
 """
@@ -645,7 +650,7 @@ BAD = [
     ({"tokens": ROW, "max_new_tokens": True}, "max_new_tokens is True"),
     ({"tokens": ROW, "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
     ({"tokens": ROW, "max_new_tokens": None}, "max_new_tokens is None"),
-    ({"tokens": ROW, "chunk": 0}, "chunk is 0"),
+    ({"tokens": ROW, "max_prefill_length": 0}, "max_prefill_length is 0"),
     ({"tokens": ROW, "stop": 64}, "stop is 64"),
     ({"tokens": ROW, "stop": [1, -1]}, r"stop\[1\] is -1"),
     ({"tokens": ROW, "stop": "."}, "stop has dtype"),
@@ -660,7 +665,7 @@ def test_arguments_that_do_not_fit_are_named(lm, arguments, message):
 
 
 def test_a_stop_token_of_the_config_that_is_none_is_named(lm):
-    noted = clm.LanguageModel(lm.config, lm.params, notes={"eos_token_id": 64})
+    noted = clm.LanguageModel(lm.config, lm.params, hf_fields={"eos_token_id": 64})
     with pytest.raises(clm.InputError, match=r"eos_token_id of config\.json is 64"):
         generate(noted, ROW, max_new_tokens=4)
 

@@ -14,14 +14,16 @@ from tests.fixtures import tiny
 
 N = 13
 PIECES = (6, 1, 6)
-LONGROPE = {"rope_parameters": tiny.longrope(), "original_max_position_embeddings": 8}
+LONGROPE = {"rope_parameters": tiny.longrope_scaling(), "original_max_position_embeddings": 8}
 
 
 def random_lm(family, dtype=jnp.float32, seed=0, **fields):
     """A tiny model of a family, with parameters far from zero, norms too."""
-    config = language_model.read_config({"model_type": family} | tiny.CONFIGS[family](**fields))
+    config = language_model.read_config(
+        {"model_type": family} | tiny.CONFIG_MAKERS[family](**fields)
+    )
     rng, flat = np.random.default_rng(seed), {}
-    for path, box in language_model.parameter_boxes(config).items():
+    for path, box in language_model.parameter_declarations(config).items():
         plain = path.endswith("scale") and config.norm != "rms_plus_one"
         values = (1.0 if plain else 0.0) + 0.2 * rng.normal(size=box.value.shape)
         flat[path] = jnp.asarray(values, dtype)
@@ -46,7 +48,7 @@ def in_pieces(lm, tokens, sizes, *, start=None, cache=None, **timing):
         cache = kv_cache.empty(lm.config, tokens.shape[-1] + 3, tokens.shape[:-1], dtype)
     if start is not None:
         start = jnp.asarray(start, jnp.float32)
-        cache = cache._replace(end=jnp.broadcast_to(start, cache.end.shape))
+        cache = cache._replace(end_time=jnp.broadcast_to(start, cache.end_time.shape))
     found, ends = [], np.cumsum(sizes)
     for first, end in zip(ends - sizes, ends, strict=True):
         part = {name: values[..., first:end] for name, values in timing.items()}
@@ -104,8 +106,8 @@ def test_one_token_at_a_time_under_jit_is_one_program(lm):
     ours, cache = in_pieces(lm, tokens, (1,) * N, durations=d)
     assert_close(ours, lm(tokens, durations=d))
     assert step._cache_size() <= compiled + 1
-    assert int(cache.filled) == N
-    assert_close(cache.end, d.sum())
+    assert int(cache.num_tokens) == N
+    assert_close(cache.end_time, d.sum())
     np.testing.assert_array_equal(cache.durations[:N], d)
     assert (cache.durations[N:] == 0).all()
 
@@ -117,7 +119,7 @@ def test_explicit_times(lm):
     ours, cache = in_pieces(lm, tokens, PIECES, durations=d, times=times)
     assert_close(ours, lm(tokens, durations=d, times=times))
     assert np.abs(ours - lm(tokens, durations=d)).max() > 1e-2
-    assert float(cache.end) == times[-1]
+    assert float(cache.end_time) == times[-1]
 
 
 def test_a_start_inside_leaves_a_gap(lm):
@@ -125,17 +127,17 @@ def test_a_start_inside_leaves_a_gap(lm):
     tokens, d = draw(lm, N)
     room = kv_cache.empty(lm.config, N + 3)
     _, cache = in_pieces(lm, tokens[:6], (6,), cache=room, durations=d[:6])
-    timing = {"durations": d[6:12], "start": cache.end + 2.0}
+    timing = {"durations": d[6:12], "start": cache.end_time + 2.0}
     _, cache = step(lm.model, lm.params, tokens[6:12], timing, cache)
-    assert_close(cache.end, d[:12].sum() + 2.0)
-    assert_close(cache.steps[:12], d[:12])
+    assert_close(cache.end_time, d[:12].sum() + 2.0)
+    assert_close(cache.intervals[:12], d[:12])
 
 
 def test_without_durations_tokens_last_one(lm):
     tokens, _ = draw(lm, N)
     ours, cache = in_pieces(lm, tokens, PIECES)
     assert_close(ours, lm(tokens))
-    assert float(cache.end) == N
+    assert float(cache.end_time) == N
 
 
 def test_leading_axes(lm):
@@ -144,7 +146,7 @@ def test_leading_axes(lm):
     ours, cache = in_pieces(lm, tokens, PIECES, durations=d, start=start)
     assert_close(ours, lm(tokens, durations=d, start=start))
     assert cache.keys.shape == (3, 2, 3, N + 3, 2, 12)
-    assert cache.end.shape == (2, 3)
+    assert cache.end_time.shape == (2, 3)
 
 
 @pytest.mark.parametrize("timing", ["start", "times"])
@@ -158,7 +160,7 @@ def test_one_sequence_goes_into_every_row_of_a_cache(lm, timing):
     ours, cache = step(lm.model, lm.params, tokens, arguments, cache)
     assert ours.shape == (2, N, 64)
     assert_close(ours[1], lm(tokens, durations=d))
-    assert cache.end.shape == (2,)
+    assert cache.end_time.shape == (2,)
 
 
 def test_another_ending_goes_on_from_the_same_cache(lm):
@@ -179,7 +181,7 @@ def test_tokens_of_duration_zero_in_front_change_nothing(lm):
     ours, cache = in_pieces(lm, padded, PIECES, durations=zeros, start=1.5)
     assert jnp.isfinite(ours).all()
     assert_close(ours[4:], lm(tokens, durations=d, start=1.5))
-    assert_close(cache.end, 1.5 + d.sum())
+    assert_close(cache.end_time, 1.5 + d.sum())
 
 
 def test_windows_forget_by_time_over_calls(lm):
@@ -198,7 +200,7 @@ def test_bfloat16_stays():
     tokens, d = draw(lm, 2, N)
     ours, cache = in_pieces(lm, tokens, PIECES, durations=d)
     assert cache.keys.dtype == cache.values.dtype == jnp.bfloat16
-    assert cache.durations.dtype == cache.end.dtype == ours.dtype == jnp.float32
+    assert cache.durations.dtype == cache.end_time.dtype == ours.dtype == jnp.float32
     assert_close(ours, lm(tokens, durations=d), 0.03)
 
 
@@ -239,7 +241,7 @@ def test_lengths_that_make_no_sense_are_refused(lm, length):
 def test_the_axes_of_a_cache_are_named(lm):
     cache = kv_cache.empty(lm.config, 7, (5,))
     sizes = lm.config.sizes | {"B": 5, "S": 7}
-    for array, axes in zip(cache, kv_cache.AXES, strict=True):
+    for array, axes in zip(cache, kv_cache.CACHE_AXES, strict=True):
         assert array.shape == tuple(sizes[axis] for axis in axes.split())
 
 
@@ -251,10 +253,10 @@ def after_prefix(model, params, tokens, d, cut, at, of):
     """The answer from a prefix of `cut` tokens and the rest."""
     before = {name: x[:cut] if x.ndim else x for name, x in of.items()}
     begun = {"tokens": tokens[:cut], "durations": d[:cut], **before}
-    prefix = model.apply({"params": params}, method="remember", **begun)
+    prefix = model.apply({"params": params}, method="prefill", **begun)
     rest = {name: x[cut:] for name, x in of.items() if x.ndim}
     rest |= {"tokens": tokens[cut:], "durations": d[cut:]}
-    return model.apply({"params": params}, prefix=prefix, at=at, **rest)
+    return model.apply({"params": params}, prefix=prefix, position=at, **rest)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # windows and caps; learned positions
@@ -284,10 +286,10 @@ def test_points_after_a_prefix_are_as_each_alone(family, fields):
     tokens, d = draw(lm, N)
     factors = jnp.where(jnp.arange(N) < 6, 1.0, jnp.array([0.5, 1.0, 2.0])[:, None])
     apply = jax.jit(functools.partial(lm.model.apply, {"params": lm.params}))
-    remember = functools.partial(lm.model.apply, {"params": lm.params}, method="remember")
-    prefix = remember(tokens[:6], durations=d[:6])
+    prefill = functools.partial(lm.model.apply, {"params": lm.params}, method="prefill")
+    prefix = prefill(tokens[:6], durations=d[:6])
     at = jnp.array([N - 1, 8, N - 1])
-    found = apply(tokens[6:], durations=(factors * d)[:, 6:], prefix=prefix, at=at - 6)
+    found = apply(tokens[6:], durations=(factors * d)[:, 6:], prefix=prefix, position=at - 6)
     for row, factor, i in zip(found, factors, at, strict=True):
         assert_close(row, lm(tokens, durations=factor * d)[i])
 
@@ -303,21 +305,23 @@ def test_gradients_reach_through_a_prefix(remat):
             return jax.jit(jax.grad(lambda d: answer(d)[..., 3].sum()))(d)
 
         apply = functools.partial(lm.model.apply, {"params": lm.params})
-        one = grad(lambda d: apply(tokens, durations=d, at=-1))
+        one = grad(lambda d: apply(tokens, durations=d, position=-1))
         model = lm.model.clone(remat=remat)
         two = grad(lambda d: after_prefix(model, lm.params, tokens, d, 6, -1, {}))
         np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-12)
 
         # Points, that have the first layer's projections in common.
         factors = jnp.array([0.5, 1.0, 2.0])[:, None]
-        prefix = apply(tokens[:6], durations=d[:6], method="remember")
+        prefix = apply(tokens[:6], durations=d[:6], method="prefill")
 
         def points(d):
             given = {"params": lm.params}, tokens[6:]
-            return model.apply(*given, durations=factors * d[6:], prefix=prefix, at=-1)
+            return model.apply(*given, durations=factors * d[6:], prefix=prefix, position=-1)
 
         def alone(d):
-            return apply(tokens, durations=jnp.where(jnp.arange(N) < 6, d, factors * d), at=-1)
+            return apply(
+                tokens, durations=jnp.where(jnp.arange(N) < 6, d, factors * d), position=-1
+            )
 
         np.testing.assert_allclose(grad(points)[6:], grad(alone)[6:], rtol=1e-9, atol=1e-12)
 
@@ -325,14 +329,14 @@ def test_gradients_reach_through_a_prefix(remat):
 def test_a_prefix_that_does_not_fit_is_refused(lm):
     tokens, d = draw(lm, N)
     apply = functools.partial(lm.model.apply, {"params": lm.params})
-    prefix = apply(tokens[:6], durations=d[:6], method="remember")
-    with pytest.raises(clm.InputError, match="a prefix needs `at`"):
+    prefix = apply(tokens[:6], durations=d[:6], method="prefill")
+    with pytest.raises(clm.InputError, match="a prefix needs `position`"):
         apply(tokens[6:], prefix=prefix)
     with pytest.raises(clm.InputError, match="and no cache"):
-        apply(tokens[6:], prefix=prefix, at=-1, cache=kv_cache.empty(lm.config, 9))
+        apply(tokens[6:], prefix=prefix, position=-1, cache=kv_cache.empty(lm.config, 9))
     other = random_lm("llama", num_hidden_layers=2)
     with pytest.raises(clm.InputError, match="the prefix's keys have shape"):
-        other.model.apply({"params": other.params}, tokens[6:], prefix=prefix, at=-1)
+        other.model.apply({"params": other.params}, tokens[6:], prefix=prefix, position=-1)
     two = jax.tree.map(lambda x: jnp.stack([x, x], 1 if x.ndim > 1 else 0), prefix)
     with pytest.raises(clm.InputError, match=r"do not broadcast: \[3\] of durations, .*prefix"):
-        apply(tokens[6:], durations=jnp.ones((3, 7)), prefix=two, at=-1)
+        apply(tokens[6:], durations=jnp.ones((3, 7)), prefix=two, position=-1)

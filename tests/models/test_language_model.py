@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm.io import safetensors_files
 from continuous_lm.models import language_model
-from continuous_lm.models.checkpoints.parameter_layout import Layout
+from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
+from continuous_lm.models.families.registry import FAMILIES
 from tests.fixtures import tiny
-from tests.fixtures.programs import ENVIRONMENT, ROOT
+from tests.fixtures.programs import ENVIRONMENT, REPOSITORY_ROOT
 
 TOKENS = np.array([1, 5, 9, 2, 60, 33, 7])
 DURATIONS = np.array([1, 0.5, 0.25, 2, 1, 0.1, 1], np.float32)
@@ -49,7 +50,7 @@ def changed(tmp_path, folder, *drop, weights=(), **fields):
     old_fields, old_weights = parts(folder)
     kept = {name: value for name, value in old_fields.items() if name not in drop} | fields
     kept_weights = {name: w for name, w in (old_weights | dict(weights)).items() if w is not None}
-    tiny.write(tmp_path / "changed", kept, kept_weights)
+    tiny.write_checkpoint(tmp_path / "changed", kept, kept_weights)
     return tmp_path / "changed"
 
 
@@ -82,7 +83,7 @@ def assert_same_params(a, b):
 def test_shards_hold_what_a_single_file_holds(tmp_path, model_type, number):
     single = tiny.save(tmp_path / "single", model_type)
     sharded = tiny.save(tmp_path / "sharded", model_type)
-    tiny.shard(sharded, parts(single)[1], number)
+    tiny.write_shards(sharded, parts(single)[1], number)
     assert_same_params(clm.load(single).params, clm.load(sharded).params)
 
 
@@ -452,7 +453,7 @@ def test_theta_that_is_given_twice_must_agree(tmp_path, folder):
         ("no-such-model", "'no-such-model' is neither a folder nor a bundled model"),
         ("../bundled", "neither"),
         ("x" * 300, "neither"),
-        (str(ROOT / "pyproject.toml"), "pyproject.toml is a file"),
+        (str(REPOSITORY_ROOT / "pyproject.toml"), "pyproject.toml is a file"),
     ],
 )
 def test_name_of_no_model(tmp_path, monkeypatch, name, message):
@@ -551,7 +552,10 @@ ANY_FIELD = [*FIELDS, "dtype", "rope_scaling", "rope_parameters", "sliding_windo
     st.dictionaries(st.sampled_from(list(LLAMA3)), json_values, max_size=2),
 )
 def test_config_of_any_json_is_read_or_refused(model_type, fields, scaling):
-    base = {"model_type": model_type, **tiny.CONFIGS[model_type](rope_scaling=LLAMA3 | scaling)}
+    base = {
+        "model_type": model_type,
+        **tiny.CONFIG_MAKERS[model_type](rope_scaling=LLAMA3 | scaling),
+    }
     try:
         config = language_model.read_config(base | fields)
     except clm.InputError:
@@ -646,12 +650,12 @@ for folder in sys.argv[2:]:  # the first is tiny: everything is imported and war
 
 def quickly(folder, model_type, dtype, **fields):
     """Saves a large checkpoint in shards; its tensors are made of one block of random numbers."""
-    fields = {"model_type": model_type, "dtype": dtype} | tiny.CONFIGS[model_type](**fields)
+    fields = {"model_type": model_type, "dtype": dtype} | tiny.CONFIG_MAKERS[model_type](**fields)
     config, dtype = language_model.read_config(fields), np.dtype(dtype)
     block = np.random.default_rng(0).standard_normal(100_003).astype(dtype)
-    shapes = Layout(
-        config, language_model.FAMILIES[model_type], language_model.parameter_boxes(config)
-    ).shapes
+    shapes = ParameterLayout(
+        config, FAMILIES[model_type], language_model.parameter_declarations(config)
+    ).tensor_shapes
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     safetensors_files.save_tensors(

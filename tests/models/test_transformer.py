@@ -29,7 +29,7 @@ N = 12
 def random_lm(config=CONFIG, seed=0, dtype=jnp.float32):
     """Parameters far from zero, norms too."""
     rng, flat = np.random.default_rng(seed), {}
-    for path, box in language_model.parameter_boxes(config).items():
+    for path, box in language_model.parameter_declarations(config).items():
         middle = 1.0 if path.endswith("scale") else 0.0
         flat[path] = jnp.asarray(middle + 0.2 * rng.normal(size=box.value.shape), dtype)
     return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
@@ -121,7 +121,7 @@ def test_gradients_match_finite_differences(lm):
 def test_gradients_are_finite_in_float32_at_duration_zero():
     tokens, d = draw()
     d = d.at[3:7].set(0.0)
-    grads = jax.jit(jax.grad(lambda d: LM_WINDOWED(tokens, durations=d, at=-1).max()))(d)
+    grads = jax.jit(jax.grad(lambda d: LM_WINDOWED(tokens, durations=d, position=-1).max()))(d)
     assert jnp.isfinite(grads).all()
     assert (grads[3:7] != 0).any()
 
@@ -140,16 +140,18 @@ def test_at_is_that_position_of_all():
     tokens, d = draw()
     batch = jnp.stack([tokens, tokens[::-1]])
     full = LM(batch, durations=d)
-    np.testing.assert_allclose(LM(batch, durations=d, at=-1), full[:, -1], atol=1e-5)
+    np.testing.assert_allclose(LM(batch, durations=d, position=-1), full[:, -1], atol=1e-5)
     np.testing.assert_allclose(
-        LM(batch, durations=d, at=jnp.array([2, 5])), full[[0, 1], [2, 5]], atol=1e-5
+        LM(batch, durations=d, position=jnp.array([2, 5])), full[[0, 1], [2, 5]], atol=1e-5
     )
 
 
 def test_at_broadcasts_too():
     tokens, d = draw()
     np.testing.assert_allclose(
-        LM(tokens, durations=d, at=[0, 3]), LM(tokens, durations=d)[jnp.array([0, 3])], atol=1e-5
+        LM(tokens, durations=d, position=[0, 3]),
+        LM(tokens, durations=d)[jnp.array([0, 3])],
+        atol=1e-5,
     )
 
 
@@ -166,9 +168,11 @@ def test_positions_between_rows_are_linear_and_clamped():
     table = jnp.array([[0.0], [1.0], [4.0]])
     at = jnp.array([-1.0, 0.0, 0.25, 1.0, 1.5, 2.0, 9.0])
     np.testing.assert_allclose(
-        transformer.between_rows(table, at)[:, 0], [0, 0, 0.25, 1, 2.5, 4, 4]
+        transformer.interpolate_positions(table, at)[:, 0], [0, 0, 0.25, 1, 2.5, 4, 4]
     )
-    slopes = jax.vmap(jax.grad(lambda p: transformer.between_rows(table, p[None])[0, 0]))(at)
+    slopes = jax.vmap(jax.grad(lambda p: transformer.interpolate_positions(table, p[None])[0, 0]))(
+        at
+    )
     np.testing.assert_allclose(slopes, [0, 1, 1, 3, 3, 3, 0])  # at a row, that to its right
 
 
@@ -176,7 +180,7 @@ def test_the_head_is_computed_at_that_position_alone():
     """No [T, V] array is left in the compiled program."""
     big = clm.TransformerConfig(**{**CONFIG.__dict__, "vocab_size": 5000})
     lm = random_lm(big)
-    apply = jax.jit(lambda params, t: lm.model.apply({"params": params}, t, at=-1))
+    apply = jax.jit(lambda params, t: lm.model.apply({"params": params}, t, position=-1))
     text = apply.lower(lm.params, jnp.zeros(N, int)).as_text()
     assert "x5000" in text or "5000x" in text
     assert f"{N}x5000" not in text
@@ -234,8 +238,8 @@ def test_bfloat16_parameters_give_float32_logits_close_by():
         ({"tokens": [1, 2], "durations": [1e-39, 1.0]}, "first token has duration 0"),
         ({"tokens": [[1, 2]] * 2, "durations": np.ones((3, 2))}, r"\[2\] of tokens, \[3\] of dur"),
         ({"tokens": [[1, 2]] * 2, "start": np.ones(3)}, r"\[2\] of tokens, \[3\] of start"),
-        ({"tokens": [1, 2], "at": 2}, "at is 2"),
-        ({"tokens": [1, 2], "at": 0.5}, "at has dtype"),
+        ({"tokens": [1, 2], "position": 2}, "position is 2"),
+        ({"tokens": [1, 2], "position": 0.5}, "position has dtype"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, message):

@@ -16,7 +16,7 @@ def test_code_use():
     use = quantize.code_use(indices, 64)
     np.testing.assert_array_equal(use.counts, counts)
     np.testing.assert_allclose(use.perplexity, np.exp(stats.entropy(counts)), rtol=1e-5)
-    np.testing.assert_allclose(use.used, np.mean(counts > 0))
+    np.testing.assert_allclose(use.used_share, np.mean(counts > 0))
 
 
 def test_code_use_at_its_ends():

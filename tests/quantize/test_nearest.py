@@ -61,7 +61,7 @@ def faiss_search(x, codes, k, metric):
 def test_agrees_with_faiss(metric, k):
     x, codes = draw(num_vectors=200)
     indices, distances = faiss_search(x, codes, k, metric)
-    found = quantize.k_nearest(x, codes, k, metric=metric, block=64)
+    found = quantize.k_nearest(x, codes, k, metric=metric, block_size=64)
     clear = without_ties(all_distances(x, codes, metric), k, 1e-6)
     assert clear.mean() > (0.99 if k < 100 else 0.8)
     np.testing.assert_array_equal(found.indices[clear], indices[clear])
@@ -96,7 +96,7 @@ def test_ties_go_to_the_lowest_index(seed, metric, k, block):
     rng = np.random.default_rng(seed)
     x = rng.integers(-2, 3, (num_vectors, width)).astype(np.float32)
     codes = rng.integers(-2, 3, (num_codes, width)).astype(np.float32)
-    found = quantize.k_nearest(x, codes, k, metric=metric, block=block)
+    found = quantize.k_nearest(x, codes, k, metric=metric, block_size=block)
     distances = all_distances(x, codes, metric)
     expected = np.argsort(distances, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(found.indices, expected)
@@ -113,7 +113,7 @@ def test_doubles_tie_exactly(metric, num_codes, width, k):
     half = num_codes // 2
     codes[half:] = codes[np.random.default_rng(0).integers(0, half, num_codes - half)]
     whole = quantize.k_nearest(x, codes, k, metric=metric)
-    blocked = quantize.k_nearest(x, codes, k, metric=metric, block=16)
+    blocked = quantize.k_nearest(x, codes, k, metric=metric, block_size=16)
     jax.tree.map(np.testing.assert_array_equal, blocked, whole)
     if k == 1:
         assert (whole.indices < half).all()
@@ -160,8 +160,8 @@ def test_distances_have_no_cancellation():
 
 def test_half_precision_is_searched_in_float32():
     x, codes = (jnp.asarray(a, jnp.bfloat16) for a in draw())
-    found = quantize.k_nearest(x, codes, 3, block=64)
-    wide = quantize.k_nearest(x.astype(jnp.float32), codes.astype(jnp.float32), 3, block=64)
+    found = quantize.k_nearest(x, codes, 3, block_size=64)
+    wide = quantize.k_nearest(x.astype(jnp.float32), codes.astype(jnp.float32), 3, block_size=64)
     jax.tree.map(np.testing.assert_array_equal, found, wide)
 
 
@@ -170,7 +170,7 @@ def test_float64_stays():
         x, codes = (a.astype(np.float64) for a in draw())
         codes[7] = x[0] * (1 + 1e-6)
         codes[3] = x[0] * (1 + 2e-6)  # float32 would see a tie, and take this one
-        found = quantize.nearest(x, codes, block=64)
+        found = quantize.nearest(x, codes, block_size=64)
         assert found.distances.dtype == jnp.float64
         assert found.indices[0] == 7
 
@@ -199,7 +199,7 @@ def test_gradients_of_distances(metric):
 def test_memory_does_not_grow_with_the_codebook():
     def temporary(num_codes):
         x, codes = draw(num_vectors=256, num_codes=num_codes, width=32)
-        search = jax.jit(functools.partial(quantize.k_nearest, k=5, block=256))
+        search = jax.jit(functools.partial(quantize.k_nearest, k=5, block_size=256))
         return search.lower(x, codes).compile().memory_analysis().temp_size_in_bytes
 
     norms = 4 * 16384
@@ -251,7 +251,7 @@ def test_what_does_not_fit_is_refused(arguments, message):
             {"metric": "manhattan"},
             "metric is 'manhattan'; it must be one of euclidean, cosine, dot",
         ),
-        ({"block": 0}, "block is 0; it must be a positive integer"),
+        ({"block_size": 0}, "block_size is 0; it must be a positive integer"),
         ({"norms": jnp.ones(3)}, "norms have shape [3]; there are 4 codes, so they must be [4]"),
     ],
 )
@@ -285,8 +285,8 @@ for mesh, rows, vectors, k, metric, table in (
 ):
     many_x = jax.device_put(x, NamedSharding(mesh, vectors))
     many = jax.device_put(table, NamedSharding(mesh, rows))
-    one = quantize.k_nearest(x, table, k, metric=metric, block=32)
-    found = quantize.k_nearest(many_x, many, k, metric=metric, block=32)
+    one = quantize.k_nearest(x, table, k, metric=metric, block_size=32)
+    found = quantize.k_nearest(many_x, many, k, metric=metric, block_size=32)
     np.testing.assert_array_equal(found.indices, one.indices)
     slack = 0 if table is codes else 5e-7  # sums of real numbers round by their order
     np.testing.assert_allclose(found.distances, one.distances, rtol=0, atol=slack)

@@ -7,7 +7,7 @@ import pytest
 
 import continuous_lm as clm
 from continuous_lm import quantize
-from continuous_lm.quantize import straight_through
+from continuous_lm.quantize.straight_through import with_gradient
 
 
 def draw(seed=0, shape=(5, 6), dtype=np.float32):
@@ -76,4 +76,4 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(clm.InputError, match=r"x \[2, 3\] and quantized \[3\]"):
             trick(np.ones((2, 3)), np.ones(3))
     with pytest.raises(clm.InputError, match="gradient is 'gumbel'"):
-        straight_through.through(np.ones(3), np.ones(3), "gumbel")
+        with_gradient(np.ones(3), np.ones(3), "gumbel")

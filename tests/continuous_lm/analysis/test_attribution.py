@@ -14,7 +14,7 @@ from continuous_lm.experiments.apples import prompts
 from tests.models.test_transformer import LM, LM_WINDOWED, N, draw
 
 METHODS = [
-    attribution.integrated,
+    attribution.integrated_gradients,
     attribution.gradient_times_input,
     attribution.leave_one_out,
 ]
@@ -25,11 +25,11 @@ D, BASE = jnp.array([1.0, 2.0, 0.5, 0.0, 1.0]), jnp.array([1.0, 0.5, 1.5, 1.0, 0
 @pytest.mark.parametrize("method", METHODS)
 def test_a_linear_function_is_shared_out_exactly(method):
     found = method(lambda d: W @ d + 3.0, D, BASE)
-    np.testing.assert_allclose(found.tokens, W * (D - BASE), atol=1e-6)
-    assert found.end == pytest.approx(float(W @ D + 3))
-    assert found.base == pytest.approx(float(W @ BASE + 3))
+    np.testing.assert_allclose(found.contributions, W * (D - BASE), atol=1e-6)
+    assert found.end_value == pytest.approx(float(W @ D + 3))
+    assert found.baseline_value == pytest.approx(float(W @ BASE + 3))
     assert abs(found.residual) < 1e-5
-    assert found.tokens[0] == 0.0  # its duration does not change
+    assert found.contributions[0] == 0.0  # its duration does not change
 
 
 @pytest.mark.parametrize("steep", [0.0, 4.0, 9.0])
@@ -38,7 +38,7 @@ def test_softmax_has_a_known_integral(steep):
     rng = np.random.default_rng(0)
     mass = np.exp(rng.normal(size=6) + np.array([0.0] + [steep] * 5))
     v = rng.normal(size=6)
-    found = attribution.integrated(
+    found = attribution.integrated_gradients(
         lambda d: jnp.sum(d * (mass * v)) / jnp.sum(d * mass), np.ones(6, np.float32)
     )
     # Along the path Z = z0 + alpha z1 and N = n0 + alpha n1; df/dd_j = m_j (v_j Z - N) / Z^2.
@@ -48,7 +48,7 @@ def test_softmax_has_a_known_integral(steep):
     n_over_z2 = n1 * inverse_z / z1 + (n0 - n1 * z0 / z1) * (1 / (z0 * (z0 + z1)))
     expected = mass * (v * inverse_z - n_over_z2)
     expected[0] = 0.0
-    np.testing.assert_allclose(found.tokens, expected, atol=3e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(found.contributions, expected, atol=3e-3 * np.abs(expected).max())
 
 
 def cliff(w, middle, width, height, d):
@@ -60,9 +60,11 @@ def test_a_cliff_anywhere_is_found(middle, width, height):
     """A function of w . d alone shares its change out in proportion to w_j (d_j - base_j)."""
     w = np.array([1.0, 2.0, 0.5, 1.5])
     value = jax.tree_util.Partial(cliff, w, middle, width, height)
-    found = attribution.integrated(value, np.ones(4))
+    found = attribution.integrated_gradients(value, np.ones(4))
     share = np.where(np.arange(4) > 0, w, 0) / 4.0
-    np.testing.assert_allclose(found.tokens, share * found.change, atol=0.005 * abs(height) + 1e-6)
+    np.testing.assert_allclose(
+        found.contributions, share * found.change, atol=0.005 * abs(height) + 1e-6
+    )
     assert found.relative_residual() < 0.01
 
 
@@ -71,58 +73,61 @@ def test_more_nodes_are_more_exact():
     def value(d):
         return 30.0 * jax.nn.sigmoid((d[1] - 0.37) / 0.004) + jnp.sin(9.0 * d[1])
 
-    errors = [abs(attribution.integrated(value, [1, 1], nodes=n).residual) for n in (16, 64, 256)]
+    errors = [
+        abs(attribution.integrated_gradients(value, [1, 1], nodes=n).residual)
+        for n in (16, 64, 256)
+    ]
     assert errors[0] > 10 * errors[2]
     assert errors[2] < 1e-3
 
 
 def test_panels_cover_the_path_and_are_narrow_at_cliffs():
     grid = np.linspace(0, 1, 101)
-    edges = attribution.panels(grid, np.where(grid < 0.4, 0.0, 9.0), 20)
+    edges = attribution.panel_edges(grid, np.where(grid < 0.4, 0.0, 9.0), 20)
     assert (edges[0], edges[-1]) == (0.0, 1.0)
     assert (np.diff(edges) > 0).all()
     assert np.diff(edges)[np.searchsorted(edges, 0.395) - 1] < 0.01
-    flat = attribution.panels(grid, np.zeros(101), 4)
+    flat = attribution.panel_edges(grid, np.zeros(101), 4)
     np.testing.assert_allclose(flat, np.array([0, 0.25, 0.5, 0.75, 1]) ** 2, atol=2e-3)
-    points, weights = attribution.gauss(edges, 3)
+    points, weights = attribution.gauss_legendre(edges, 3)
     np.testing.assert_allclose(weights @ points**5, 1 / 6, rtol=1e-12)
 
 
 def test_log_probability_is_that_of_a_group():
     tokens, d = draw()
-    value = attribution.log_probability(LM, [7, 3, 3], tokens=tokens, at=5)
-    p = jax.nn.softmax(LM(tokens, durations=d, at=5))
+    value = attribution.log_probability(LM, [7, 3, 3], tokens=tokens, position=5)
+    p = jax.nn.softmax(LM(tokens, durations=d, position=5))
     np.testing.assert_allclose(once(value, d), jnp.log(p[3] + p[7]), rtol=1e-5)
     rows = LM.params["embedding"][tokens]
-    same = attribution.log_probability(LM, [3, 7], embeddings=rows, start=2.0, at=5)
+    same = attribution.log_probability(LM, [3, 7], embeddings=rows, start=2.0, position=5)
     np.testing.assert_allclose(once(same, d), once(value, d), rtol=1e-5)
 
 
-def model_value(lm=LM, at=8):
+def model_value(lm=LM, position=8):
     tokens, d = draw()
-    return attribution.log_probability(lm, [3, 7], tokens=tokens, at=at), d
+    return attribution.log_probability(lm, [3, 7], tokens=tokens, position=position), d
 
 
 def once(value, d):
-    return float(attribution.values(value, d[None], 1)[0])
+    return float(attribution.evaluate(value, d[None], 1)[0])
 
 
 def test_completeness_from_any_durations_to_any():
     value, d = model_value()
-    found = attribution.integrated(value, d, jnp.roll(d, 1), batch_size=5)
+    found = attribution.integrated_gradients(value, d, jnp.roll(d, 1), batch_size=5)
     assert found.relative_residual() < 1e-3
-    assert found.end == pytest.approx(once(value, d), rel=1e-5)
-    assert found.base == pytest.approx(once(value, jnp.roll(d, 1)), rel=1e-5)
-    assert (found.tokens[9:] == 0).all()  # what follows the answer's place has no part in it
-    assert (found.tokens[1:9] != 0).all()
+    assert found.end_value == pytest.approx(once(value, d), rel=1e-5)
+    assert found.baseline_value == pytest.approx(once(value, jnp.roll(d, 1)), rel=1e-5)
+    assert (found.contributions[9:] == 0).all()  # what follows the answer's place has no part in it
+    assert (found.contributions[1:9] != 0).all()
 
 
 @pytest.mark.slow
 def test_a_window_makes_jumps_that_show_in_the_residual():
-    value, _ = model_value(LM_WINDOWED, at=-1)
+    value, _ = model_value(LM_WINDOWED, position=-1)
     inside, across = np.full(N, 0.3), np.full(N, 1.0)
-    assert attribution.integrated(value, inside).relative_residual() < 1e-3
-    assert attribution.integrated(value, across).relative_residual() > 1e-2
+    assert attribution.integrated_gradients(value, inside).relative_residual() < 1e-3
+    assert attribution.integrated_gradients(value, across).relative_residual() > 1e-2
 
 
 def test_gradient_times_input_is_a_finite_difference():
@@ -133,8 +138,8 @@ def test_gradient_times_input_is_a_finite_difference():
     for j in (2, 5):
         step = h * jnp.eye(N)[j]
         slope = (value(d + step) - value(d - step)) / (2 * h)
-        np.testing.assert_allclose(found.tokens[j], slope * d[j], atol=2e-4)
-    assert (np.delete(found.tokens, [2, 5]) == 0).all()
+        np.testing.assert_allclose(found.contributions[j], slope * d[j], atol=2e-4)
+    assert (np.delete(found.contributions, [2, 5]) == 0).all()
 
 
 def test_leave_one_out_is_calls_without_each_token():
@@ -142,7 +147,7 @@ def test_leave_one_out_is_calls_without_each_token():
     found = attribution.leave_one_out(value, d, batch_size=4)
     value = jax.jit(value)
     expected = [0.0] + [float(value(d) - value(d.at[j].set(0.0))) for j in range(1, N)]
-    np.testing.assert_allclose(found.tokens, expected, atol=1e-5)
+    np.testing.assert_allclose(found.contributions, expected, atol=1e-5)
 
 
 def test_deletion_takes_the_most_important_first():
@@ -167,17 +172,17 @@ def asked(task, number, seed=5):
     """Prompts of a task, padded to one length, and the index of the last token of each."""
     lm, rng = clm.load("apples", dtype="float32"), np.random.default_rng(seed)
     for i in range(number):
-        prompt = prompts.sample(rng, task, held_out=bool(i % 2))
+        prompt = prompts.sample_prompt(rng, task, held_out=bool(i % 2))
         ids = clm.tokenization.encode(lm.tokenizer, prompt.text).ids
         tokens = np.zeros(-(-len(ids) // 32) * 32, np.int32)
         tokens[: len(ids)] = ids
         yield lm, tokens, len(ids) - 1
 
 
-def residual(lm, tokens, at):
-    best = int(lm(tokens, at=at).argmax())
-    value = attribution.log_probability(lm, [best], tokens=tokens, at=at)
-    return attribution.integrated(value, np.ones(len(tokens))).relative_residual()
+def residual(lm, tokens, position):
+    best = int(lm(tokens, position=position).argmax())
+    value = attribution.log_probability(lm, [best], tokens=tokens, position=position)
+    return attribution.integrated_gradients(value, np.ones(len(tokens))).relative_residual()
 
 
 @pytest.mark.parametrize("task", ["sum"])
@@ -186,7 +191,7 @@ def test_completeness_on_the_embedded_model(task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", prompts.MIXTURE)
+@pytest.mark.parametrize("task", prompts.TASK_WEIGHTS)
 def test_completeness_on_every_task(task):
     assert max(residual(*prompt) for prompt in asked(task, 10, seed=11)) < 0.01
 
@@ -196,19 +201,19 @@ def square(d):
 
 
 BAD = {
-    "nodes": lambda: attribution.integrated(square, [1, 1], nodes=6),
-    "batch_size": lambda: attribution.integrated(square, [1, 1], batch_size=0),
-    r"durations have shape \[1, 2\]": lambda: attribution.integrated(square, [[1, 1]]),
-    r"durations\[1\] is nan": lambda: attribution.integrated(square, [1, float("nan")]),
-    r"base has shape \[3\]": lambda: attribution.leave_one_out(square, [1, 1], [1, 0, 0]),
-    r"base\[0\] is -1": lambda: attribution.gradient_times_input(square, [1, 1], [-1, 0]),
-    "not finite": lambda: attribution.integrated(lambda d: jnp.log(d[1]), [1, 1]),
+    "nodes": lambda: attribution.integrated_gradients(square, [1, 1], nodes=6),
+    "batch_size": lambda: attribution.integrated_gradients(square, [1, 1], batch_size=0),
+    r"durations have shape \[1, 2\]": lambda: attribution.integrated_gradients(square, [[1, 1]]),
+    r"durations\[1\] is nan": lambda: attribution.integrated_gradients(square, [1, float("nan")]),
+    r"baseline has shape \[3\]": lambda: attribution.leave_one_out(square, [1, 1], [1, 0, 0]),
+    r"baseline\[0\] is -1": lambda: attribution.gradient_times_input(square, [1, 1], [-1, 0]),
+    "not finite": lambda: attribution.integrated_gradients(lambda d: jnp.log(d[1]), [1, 1]),
     r"attribution has shape \[1\]": lambda: deletion_curve(square, [1, 1], [1]),
     "answer has no tokens": lambda: attribution.log_probability(LM, [], tokens=[1, 2]),
     "answer.* is 40": lambda: attribution.log_probability(LM, [40], tokens=[1, 2]),
-    "times is no argument": lambda: attribution.next_token(LM, tokens=[1, 2], times=[1, 2]),
-    r"tokens has shape \[1, 2\]": lambda: attribution.next_token(LM, tokens=[[1, 2]]),
-    "at is 2": lambda: attribution.next_token(LM, tokens=[1, 2], at=2),
+    "times is no argument": lambda: attribution.next_token_logits(LM, tokens=[1, 2], times=[1, 2]),
+    r"tokens has shape \[1, 2\]": lambda: attribution.next_token_logits(LM, tokens=[[1, 2]]),
+    "position is 2": lambda: attribution.next_token_logits(LM, tokens=[1, 2], position=2),
 }
 
 

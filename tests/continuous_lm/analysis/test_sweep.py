@@ -12,7 +12,7 @@ GROUPS = [[3], [5, 7, 39], []]
 
 
 def direct(lm=LM, **arguments):
-    p = jax.nn.softmax(lm(at=-1, **arguments))
+    p = jax.nn.softmax(lm(position=-1, **arguments))
     return np.array([sum(float(p[i]) for i in group) for group in GROUPS])
 
 
@@ -54,7 +54,9 @@ def test_all_tokens_together_are_certain():
 
 def test_vary_separates_mass_from_times():
     _, d = draw()
-    both, mass, times = (clm.sweep.vary(d[None], what) for what in ("both", "mass", "times"))
+    both, mass, times = (
+        clm.sweep.change_durations(d[None], what) for what in ("both", "mass", "times")
+    )
     ends, ordinary = clm.durations.end_times(d)[None], np.arange(1.0, N + 1)[None]
     np.testing.assert_array_equal(both["durations"], d[None])
     assert "times" not in both
@@ -63,7 +65,7 @@ def test_vary_separates_mass_from_times():
     np.testing.assert_array_equal(times["durations"], np.ones((1, N)))
     np.testing.assert_array_equal(times["times"], ends)
     with pytest.raises(clm.InputError, match="'neither'"):
-        clm.sweep.vary(d, "neither")
+        clm.sweep.change_durations(d, "neither")
 
 
 @pytest.mark.parametrize(
@@ -95,18 +97,18 @@ def test_groups_outside_of_the_vocabulary_are_named():
 @pytest.fixture
 def eager(monkeypatch):
     """Prefixes are computed apart, however little they save."""
-    monkeypatch.setattr(clm.sweep, "WORTH", 0)
+    monkeypatch.setattr(clm.sweep, "MIN_SAVED_FLOPS", 0)
 
 
 def prefixes(monkeypatch):
     """The lengths of the prefixes that are computed from now on, filled up."""
-    made, remember = [], clm.sweep._remember
+    made, remember = [], clm.sweep._prefill
 
     def noted(model, params, arguments):
         made.append(arguments["durations"].shape[-1])
         return remember(model, params, arguments)
 
-    monkeypatch.setattr(clm.sweep, "_remember", noted)
+    monkeypatch.setattr(clm.sweep, "_prefill", noted)
     return made
 
 
@@ -124,7 +126,9 @@ def test_a_prefix_changes_nothing(monkeypatch, variant, what):
     lm = random_lm(dataclasses.replace(CONFIG, **VARIANTS[variant]))
     made = prefixes(monkeypatch)
     tokens, d = draw(1, 24)
-    arguments = clm.sweep.vary(clm.durations.scale(d, np.linspace(0.1, 2, 5), (11, 15)), what)
+    arguments = clm.sweep.change_durations(
+        clm.durations.scale(d, np.linspace(0.1, 2, 5), (11, 15)), what
+    )
     arguments["tokens"] = tokens
     together = clm.sweep.probabilities(lm, GROUPS, batch_size=3, **arguments)
     assert made == [16]  # eleven tokens, or twelve, filled up
@@ -140,7 +144,7 @@ def test_a_prefix_ends_where_points_differ_or_the_answer_stands(monkeypatch):
     grid = np.tile(d, (3, 1))
     grid[1, 20] = 9.0
     at = np.array([9, 21, 23])
-    found = clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid, at=at)
+    found = clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid, position=at)
     assert made == [16]  # nine tokens
     for row, place, point in zip(found, at, grid, strict=True):
         alone = direct(tokens=tokens[: place + 1], durations=point[: place + 1])
@@ -159,10 +163,10 @@ def test_prefixes_of_different_lengths_in_one_set(monkeypatch):
         grid = clm.durations.scale(d, np.linspace(0.2, 1, 4), (first, first + 2))
         arguments = {"tokens": tokens, "durations": grid, "start": 0.5}
         sweeps.append(clm.sweep.Sweep(4, n, lambda arguments=arguments: arguments))
-    found = clm.sweep.together(LM, GROUPS, sweeps, 6)
+    found = clm.sweep.run_group(LM, GROUPS, sweeps, 6)
     assert made == [32]  # nineteen tokens at most, filled up
     for swept, rows in zip(sweeps, found, strict=True):
-        arguments = swept.arguments()
+        arguments = swept.make_arguments()
         for row, d in zip(rows, arguments.pop("durations"), strict=True):
             np.testing.assert_allclose(row, direct(durations=d, **arguments), atol=2e-6)
 
@@ -186,7 +190,7 @@ def several(count=9, seed=0):
         n, points = int(rng.integers(3, 40)), int(rng.integers(1, 6))
         tokens, d = draw(i, n)
         grid = np.asarray(d) * rng.uniform(0.5, 1.5, (points, 1)).astype(np.float32)
-        arguments = clm.sweep.vary(grid, ("both", "mass", "times")[i % 3])
+        arguments = clm.sweep.change_durations(grid, ("both", "mass", "times")[i % 3])
         if i % 2:
             arguments["embeddings"] = LM.params["embedding"][tokens] * 0.9
         else:
@@ -199,16 +203,16 @@ def several(count=9, seed=0):
 def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
     kinds = {}
     for swept in several():  # what is computed together has the same arguments
-        kinds.setdefault(tuple(sorted(swept.arguments())), []).append(swept)
+        kinds.setdefault(tuple(sorted(swept.make_arguments())), []).append(swept)
     for sweeps in kinds.values():
-        sets = clm.sweep.plan(LM, sweeps, batch_size)
+        sets = clm.sweep.group_by_program(LM, sweeps, batch_size)
         assert sorted(i for indices in sets for i in indices) == list(range(len(sweeps)))
         for indices in sets:
             chosen = [sweeps[i] for i in indices]
             assert len(indices) == 1 or sum(s.num_points for s in chosen) <= batch_size
-            found = clm.sweep.together(LM, GROUPS, chosen, batch_size)
+            found = clm.sweep.run_group(LM, GROUPS, chosen, batch_size)
             for swept, rows in zip(chosen, found, strict=True):
-                alone = clm.sweep.probabilities(LM, GROUPS, **swept.arguments())
+                alone = clm.sweep.probabilities(LM, GROUPS, **swept.make_arguments())
                 np.testing.assert_allclose(rows, alone, atol=1e-6)
 
 
@@ -217,10 +221,10 @@ def test_many_prompts_run_few_programs():
     for n in rng.integers(3, 33, 40):  # two widths
         arguments = {"tokens": np.zeros(n, int), "durations": np.ones((5, n), np.float32)}
         sweeps.append(clm.sweep.Sweep(5, int(n), lambda arguments=arguments: arguments))
-    before = clm.sweep._probabilities._cache_size()
-    for indices in clm.sweep.plan(LM, sweeps, 10):
-        clm.sweep.together(LM, GROUPS, [sweeps[i] for i in indices], 10)
-    assert clm.sweep._probabilities._cache_size() - before <= 4  # and two numbers of sweeps
+    before = clm.sweep._group_probabilities._cache_size()
+    for indices in clm.sweep.group_by_program(LM, sweeps, 10):
+        clm.sweep.run_group(LM, GROUPS, [sweeps[i] for i in indices], 10)
+    assert clm.sweep._group_probabilities._cache_size() - before <= 4  # and two numbers of sweeps
 
 
 def test_tokens_that_reach_a_threshold_are_found():
@@ -228,7 +232,7 @@ def test_tokens_that_reach_a_threshold_are_found():
     grid = clm.durations.scale(d, np.linspace(0, 1, 7), (3, 8))
     each = clm.sweep.probabilities(LM, [[i] for i in range(40)], tokens=tokens, durations=grid)
     for threshold in (0.02, 0.05, 0.9):
-        found = clm.sweep.reached(LM, threshold, tokens=tokens, durations=grid, batch_size=3)
+        found = clm.sweep.tokens_above(LM, threshold, tokens=tokens, durations=grid, batch_size=3)
         assert set(found) == set(np.flatnonzero(each.max(axis=0) >= threshold))
         peaks = each.max(axis=0)[found]
         assert (np.diff(peaks) <= 0).all()

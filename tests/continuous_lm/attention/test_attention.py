@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import attention
 
-STATIC = ("scale", "softcap", "implementation", "block")
+STATIC = ("scale", "softcap", "implementation", "block_size")
 FORMS = {  # blocks so small that nine tokens are several, the last of them cut
     form: functools.partial(
-        jax.jit(attention.attend, static_argnames=STATIC), implementation=form, block=4
+        jax.jit(attention.attend, static_argnames=STATIC), implementation=form, block_size=4
     )
     for form in ("dense", "blocked")
 }
@@ -27,16 +27,18 @@ def attend(request):
     return FORMS[request.param]
 
 
-def reference(q, k, v, d, scale=None, softcap=None, window=None, steps=None):
+def reference(q, k, v, d, scale=None, softcap=None, window=None, intervals=None):
     """The integral, one query and one head at a time, in float64."""
     q, k, v, d = (np.asarray(x, np.float64) for x in (q, k, v, d))
-    steps = d if steps is None else np.asarray(steps, np.float64)
+    intervals = d if intervals is None else np.asarray(intervals, np.float64)
     (num_queries, num_heads, width), num_keys = q.shape, len(k)
     y = np.zeros_like(q)
     for i, n in itertools.product(range(num_queries), range(num_heads)):
         last = num_keys - num_queries + i
         keys = [
-            j for j in range(last + 1) if window is None or steps[j + 1 : last + 1].sum() < window
+            j
+            for j in range(last + 1)
+            if window is None or intervals[j + 1 : last + 1].sum() < window
         ]
         group = n // (num_heads // k.shape[1])
         s = k[keys, group] @ q[i, n] * (width**-0.5 if scale is None else scale)
@@ -144,11 +146,11 @@ def test_windows_of_whole_tokens_count_like_indices(attend):
     np.testing.assert_allclose(attend(q, k, v, window=3.0)[-1:], cut, atol=1e-6)
 
 
-def test_steps_move_the_window_apart_from_the_weights(attend):
+def test_intervals_move_the_window_apart_from_the_weights(attend):
     q, k, v, d = draw()
-    steps = d[::-1]
-    y = attend(q, k, v, d, window=2.5, steps=steps)
-    np.testing.assert_allclose(y, reference(q, k, v, d, window=2.5, steps=steps), atol=2e-6)
+    intervals = d[::-1]
+    y = attend(q, k, v, d, window=2.5, intervals=intervals)
+    np.testing.assert_allclose(y, reference(q, k, v, d, window=2.5, intervals=intervals), atol=2e-6)
 
 
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (1.5, 2.5)])
@@ -159,7 +161,7 @@ def test_gradients_match_finite_differences(attend, softcap, window):
         target = jnp.asarray(np.random.default_rng(2).normal(size=q.shape))
 
         def loss(q, k, v, d):
-            y = attend(q, k, v, d, softcap=softcap, window=window, steps=jnp.ones(9))
+            y = attend(q, k, v, d, softcap=softcap, window=window, intervals=jnp.ones(9))
             assert y.dtype == jnp.float64
             return jnp.sum(target * y)
 
@@ -220,9 +222,12 @@ def test_low_precision_accumulates_in_float32(attend):
         (((3, 4, 8), (3, 3, 8), (3, 3, 8), (3,)), "3 key/value heads do not divide 4"),
         (((3, 4, 8), (3, 2, 8), (3, 2, 6), (3,)), "do not fit"),
         (((4, 4, 8), (3, 2, 8), (3, 2, 8), (3,)), "4 queries for 3 keys"),
-        (((3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)), r"weights has shape \[4\]"),
+        (((3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)), r"key_weights has shape \[4\]"),
         (((3, 4, 8), (2, 3, 2, 8), (5, 3, 2, 8), (3,)), r"broadcast: \[2\] of k, \[5\] of v"),
-        (((3, 4, 8), (2, 3, 2, 8), (3, 2, 8), (5, 3)), r"broadcast: \[2\] of k, \[5\] of weights"),
+        (
+            ((3, 4, 8), (2, 3, 2, 8), (3, 2, 8), (5, 3)),
+            r"broadcast: \[2\] of k, \[5\] of key_weights",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(attend, shapes, message):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import attention
 
-STATIC = ("scale", "softcap", "implementation", "block")
+STATIC = ("scale", "softcap", "implementation", "block_size")
 
 
 def draw(seed, batch, queries, keys, heads, kv_heads, width=8, dtype=jnp.float32):
@@ -29,7 +29,7 @@ def draw(seed, batch, queries, keys, heads, kv_heads, width=8, dtype=jnp.float32
 @functools.partial(jax.jit, static_argnames=STATIC)
 def values_and_gradients(q, k, v, d, steps, dy, **options):
     def attend(q, k, v, d):
-        return attention.attend(q, k, v, d, steps=steps, **options)
+        return attention.attend(q, k, v, d, intervals=steps, **options)
 
     y, pull = jax.vjp(attend, q, k, v, d)
     return y, *pull(dy.astype(y.dtype))
@@ -50,7 +50,7 @@ CASES = {  # batch, queries, keys, heads, kv_heads, block, options
     "window": ((), 70, 70, 2, 1, 16, {"window": 9.5}),
     "window, capped, grouped, batched": ((3,), 41, 41, 4, 2, 12, {"window": 7.0, "softcap": 2.0}),
     "last queries": ((), 5, 60, 2, 2, 16, {"window": 20.0}),
-    "queries amid the keys": ((2,), 21, 60, 2, 1, 16, {"first": 17, "scale": 0.2}),
+    "queries amid the keys": ((2,), 21, 60, 2, 1, 16, {"query_offset": 17, "scale": 0.2}),
     "one query": ((), 1, 33, 2, 2, 16, {}),
     "one block": ((), 9, 9, 2, 2, 64, {}),
 }
@@ -61,7 +61,9 @@ def test_equals_the_dense_form(case):
     *shape, block, options = CASES[case]
     arguments = draw(0, *shape)
     dense = values_and_gradients(*arguments, implementation="dense", **options)
-    blocked = values_and_gradients(*arguments, implementation="blocked", block=block, **options)
+    blocked = values_and_gradients(
+        *arguments, implementation="blocked", block_size=block, **options
+    )
     assert_close(blocked, dense, 1e-5)
 
 
@@ -71,7 +73,9 @@ def test_keeps_its_precision(dtype, tolerance):
         arguments = draw(1, (), 40, 40, 2, 1, dtype=dtype)
         options = {"window": 11.0, "softcap": 3.0}
         dense = values_and_gradients(*arguments, implementation="dense", **options)
-        blocked = values_and_gradients(*arguments, implementation="blocked", block=16, **options)
+        blocked = values_and_gradients(
+            *arguments, implementation="blocked", block_size=16, **options
+        )
         assert_close(blocked, dense, tolerance)
 
 
@@ -93,7 +97,9 @@ def test_equals_the_dense_form_at_extremes(seed, size, loud, window):
         q, k, v, d, steps, y = draw(seed, (), 30, 30, 2, 1, dtype=jnp.float64)
         arguments = loud * q, k, v, d.at[7:15].set(size), jnp.where(steps > 0, steps, 0.0), y
         dense = values_and_gradients(*arguments, implementation="dense", window=window)
-        blocked = values_and_gradients(*arguments, implementation="blocked", block=8, window=window)
+        blocked = values_and_gradients(
+            *arguments, implementation="blocked", block_size=8, window=window
+        )
     assert all(np.isfinite(x).all() for x in blocked)
     d = np.asarray(arguments[3])
     unit = np.where(d > 0, d, 1.0)
@@ -107,7 +113,7 @@ def test_leading_axes_broadcast():
     d = d * jnp.array([0.5, 1.0, 2.0])[:, None]
 
     def loss(d, form):
-        return jnp.sum(attention.attend(q, k, v, d, implementation=form, block=8) ** 2)
+        return jnp.sum(attention.attend(q, k, v, d, implementation=form, block_size=8) ** 2)
 
     grads = [
         jax.jit(jax.grad(functools.partial(loss, form=form)))(d) for form in ("blocked", "dense")
@@ -117,7 +123,7 @@ def test_leading_axes_broadcast():
 
 def test_vmap_and_scan_go_through():
     q, k, v, d, _, _ = draw(0, (3,), 20, 20, 2, 1)
-    attend = functools.partial(attention.attend, implementation="blocked", block=8)
+    attend = functools.partial(attention.attend, implementation="blocked", block_size=8)
     together = attend(q, k, v, d, window=4.0)
     apart = jax.jit(jax.vmap(lambda *x: attend(*x, window=4.0)))(q, k, v, d)
     windows = jnp.array([4.0, 4.0])
@@ -134,7 +140,9 @@ def test_blocks_out_of_sight_are_not_computed(gradient):
     k, v = (x.at[:32].set(jnp.nan) for x in (k, v))  # further back than the window of the last
 
     def late(q, k, v, d):
-        return attention.attend(q[64:], k, v, d, window=16.0, implementation="blocked", block=16)
+        return attention.attend(
+            q[64:], k, v, d, window=16.0, implementation="blocked", block_size=16
+        )
 
     out, pull = jax.vjp(late, q, k, v, d)
     found = pull(y[64:]) if gradient else (out,)
@@ -176,7 +184,7 @@ def test_what_the_form_cannot_do_is_said():
     q, k, v, d, _, _ = draw(0, (), 8, 8, 2, 1)
     with pytest.raises(clm.InputError, match="implementation is 'flash'"):
         attention.attend(q, k, v, d, implementation="flash")
-    with pytest.raises(clm.InputError, match="block is 0"):
-        attention.attend(q, k, v, d, implementation="blocked", block=0)
+    with pytest.raises(clm.InputError, match="block_size is 0"):
+        attention.attend(q, k, v, d, implementation="blocked", block_size=0)
     with pytest.raises(clm.InputError, match="softcap is traced"):
         jax.jit(lambda c: attention.attend(q, k, v, d, softcap=c, implementation="blocked"))(1.0)

@@ -135,7 +135,7 @@ def test_programs_for_nvidia_gpus_alone_call_it():
         {"dtype": jnp.float32},
         {"softcap": 30.0},
         {"window": 9.0},
-        {"first": jnp.array(0)},
+        {"query_offset": jnp.array(0)},
         {"num_tokens": 64},
     ],
 )
@@ -150,7 +150,7 @@ def test_what_it_does_not_take_goes_another_way(options):
         ({"dtype": jnp.float32}, {}, "q, k and v are float32.*bfloat16"),
         ({}, {"softcap": 30.0}, "soft-capping"),
         ({}, {"window": 9.0}, "count tokens, not time"),
-        ({}, {"first": jnp.array(0)}, "a query for every key"),
+        ({}, {"query_offset": jnp.array(0)}, "a query for every key"),
         ({}, {"scale": jnp.array(0.1)}, "scale is an array"),
         ({"shape": (24, 4, 2, 256)}, {}, "head dim must be <="),
     ],

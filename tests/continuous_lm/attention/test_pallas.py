@@ -23,7 +23,7 @@ FAST = "window, capped, grouped, batched"
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(pallas, "BLOCK", 16)
+    monkeypatch.setattr(pallas, "BLOCK_SIZE", 16)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -109,7 +109,7 @@ def test_compiles_for_tpus_and_gpus(platform, call, dtype, options):
     q, k, v, d, steps, _ = draw(0, (2,), 300, 300, 4, 2, 80, dtype)
 
     def loss(*arrays):
-        y = attention.attend(*arrays, steps=steps, implementation="pallas", **options)
+        y = attention.attend(*arrays, intervals=steps, implementation="pallas", **options)
         return jnp.sum(y.astype(jnp.float32))
 
     with gpu() if platform == "cuda" else contextlib.nullcontext():

@@ -37,7 +37,7 @@ def values_and_gradients(arrays, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_equals_the_dense_form(softcap, monkeypatch):
-    monkeypatch.setattr(splash, "BLOCK", 128)
+    monkeypatch.setattr(splash, "MAX_BLOCK_SIZE", 128)
     arrays = draw(100, 200)
     options = {"softcap": softcap, "scale": 0.3}
     with pltpu.force_tpu_interpret_mode():
@@ -90,7 +90,7 @@ def test_programs_for_several_do_not(monkeypatch):
     ("options", "message"),
     [
         ({"window": 9.0}, "count tokens, not time"),
-        ({"first": jnp.array(0)}, "first is an array"),
+        ({"query_offset": jnp.array(0)}, "query_offset is an array"),
         ({"softcap": jnp.array(1.0)}, "softcap is an array"),
     ],
 )

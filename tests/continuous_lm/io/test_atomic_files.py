@@ -20,7 +20,7 @@ def tree(folder):
 
 
 def write_pair(folder, a="new a", b="new b"):
-    with atomic_files.written_aside(folder) as aside:
+    with atomic_files.write_atomically(folder) as aside:
         (aside / "a").write_text(a)
         (aside / "b").write_text(b)
 
@@ -30,7 +30,7 @@ def write_pair(folder, a="new a", b="new b"):
 
 @pytest.mark.parametrize("name", ["results", "deep/er/results"])
 def test_new_folder_appears_with_all_its_files_at_once(tmp_path, name):
-    with atomic_files.written_aside(tmp_path / name) as aside:
+    with atomic_files.write_atomically(tmp_path / name) as aside:
         (aside / "a").write_text("new a")
         assert not (tmp_path / name).exists()
         assert aside.stat().st_dev == tmp_path.stat().st_dev  # so that a rename can do it
@@ -42,7 +42,7 @@ def test_existing_folder_keeps_other_files_and_replaces_its_own(tmp_path):
     (tmp_path / "a").write_text("old a")
     (tmp_path / "other").write_text("other")
     old = (tmp_path / "a").stat().st_ino
-    with atomic_files.written_aside(tmp_path) as aside:
+    with atomic_files.write_atomically(tmp_path) as aside:
         (aside / "a").write_text("new a")
         assert (tmp_path / "a").read_text() == "old a"
     assert tree(tmp_path) == {"a": "new a", "other": "other"}
@@ -59,7 +59,7 @@ def test_nothing_is_left_after_an_exception(tmp_path, exists, error):
     before = tree(tmp_path)
 
     def fail():
-        with atomic_files.written_aside(folder) as aside:
+        with atomic_files.write_atomically(folder) as aside:
             (aside / "a").write_text("half")
             raise error("on the way")
 
@@ -70,7 +70,7 @@ def test_nothing_is_left_after_an_exception(tmp_path, exists, error):
 
 def test_a_disk_that_fills_up_is_one_clear_error(tmp_path):
     def fail():
-        with atomic_files.written_aside(tmp_path / "results") as aside:
+        with atomic_files.write_atomically(tmp_path / "results") as aside:
             (aside / "a").write_text("half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -91,7 +91,7 @@ def test_a_folder_in_the_place_of_a_file_changes_nothing(tmp_path):
 def test_what_the_new_files_stand_in_for_is_removed(tmp_path):
     for name in ("part-1", "part-2", "my-part-1", "other"):
         (tmp_path / name).write_text("old")
-    with atomic_files.written_aside(tmp_path, replaces=re.compile(r"part-\d|all")) as aside:
+    with atomic_files.write_atomically(tmp_path, stale_pattern=re.compile(r"part-\d|all")) as aside:
         (aside / "part-1").write_text("new")
         assert (tmp_path / "part-2").exists()  # not sooner
     assert tree(tmp_path) == {"part-1": "new", "my-part-1": "old", "other": "old"}
@@ -103,7 +103,7 @@ def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
     before = tree(tmp_path)
 
     def fail():
-        with atomic_files.written_aside(tmp_path, replaces=re.compile(r"part-\d")) as aside:
+        with atomic_files.write_atomically(tmp_path, stale_pattern=re.compile(r"part-\d")) as aside:
             (aside / "part-1").write_text("new")
 
     with pytest.raises(clm.InputError, match="part-2 is a folder there"):
@@ -114,7 +114,7 @@ def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
 def test_relative_folder_stays_where_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with atomic_files.written_aside("results") as aside:
+    with atomic_files.write_atomically("results") as aside:
         os.chdir("elsewhere")
         (aside / "a").write_text("new a")
     assert tree(tmp_path) == {"elsewhere": None, "results": None, "results/a": "new a"}
@@ -141,7 +141,7 @@ def test_a_folder_is_replaced_whole(tmp_path, exists):
     if exists:
         (folder / "old").mkdir(parents=True)
         (folder / "old" / "a").write_text("old a")
-    with atomic_files.replaced_whole(folder) as aside:
+    with atomic_files.replace_atomically(folder) as aside:
         (aside / "sub").mkdir()
         (aside / "sub" / "a").write_text("new a")
         assert (folder / "old" / "a").exists() == exists
@@ -152,9 +152,9 @@ def test_a_folder_is_replaced_whole(tmp_path, exists):
 def test_of_two_that_replace_a_folder_at_once_one_wins(tmp_path):
     folder = tmp_path / "results"
     for _ in range(2):
-        with atomic_files.replaced_whole(folder) as first:
+        with atomic_files.replace_atomically(folder) as first:
             (first / "a").write_text("first")
-            with atomic_files.replaced_whole(folder) as second:
+            with atomic_files.replace_atomically(folder) as second:
                 (second / "a").write_text("second")
         assert tree(tmp_path) == {"results": None, "results/a": "first"}
 
@@ -169,7 +169,7 @@ def test_another_that_is_faster_between_the_two_renames(tmp_path, monkeypatch):
         rename(a, b)
 
     monkeypatch.setattr(os, "rename", slow)
-    with atomic_files.replaced_whole(folder) as aside:
+    with atomic_files.replace_atomically(folder) as aside:
         (aside / "a").write_text("ours")
     assert tree(tmp_path) == {"results": None, "results/a": "other"}
 
@@ -181,7 +181,7 @@ def test_an_exception_replaces_nothing(tmp_path, error):
     before = tree(tmp_path)
 
     def fail():
-        with atomic_files.replaced_whole(tmp_path / "results") as aside:
+        with atomic_files.replace_atomically(tmp_path / "results") as aside:
             (aside / "a").write_text("half")
             raise error("on the way")
 
@@ -295,7 +295,7 @@ def test_json_is_written_as_utf8_for_people(tmp_path):
 
 
 def test_files_that_their_writer_kept_to_itself_are_shared(tmp_path):
-    with atomic_files.written_aside(tmp_path / "new") as aside:
+    with atomic_files.write_atomically(tmp_path / "new") as aside:
         (aside / "weights").write_bytes(b"1")
         (aside / "weights").chmod(0o600)
     (tmp_path / "plain").touch()

@@ -26,13 +26,13 @@ WEIGHTS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    safetensors.numpy.save_file(WEIGHTS, tmp_path / safetensors_files.WEIGHTS)
+    safetensors.numpy.save_file(WEIGHTS, tmp_path / safetensors_files.WEIGHTS_FILE)
     return tmp_path
 
 
 @pytest.fixture
 def sharded(tmp_path):
-    tiny.shard(tmp_path, WEIGHTS, number=2)
+    tiny.write_shards(tmp_path, WEIGHTS, num_shards=2)
     return tmp_path
 
 
@@ -54,7 +54,7 @@ def refusal(folder):
 
 
 def set_index(folder, **places):
-    path = folder / safetensors_files.INDEX
+    path = folder / safetensors_files.INDEX_FILE
     index = json.loads(path.read_text())
     index["weight_map"] |= places
     path.write_text(json.dumps(index))
@@ -75,7 +75,7 @@ def test_a_tensor_is_the_file_mapped(folder):
     assert np.shares_memory(found, again)
     assert not found.flags.writeable
     del tensors, again
-    (folder / safetensors_files.WEIGHTS).unlink()
+    (folder / safetensors_files.WEIGHTS_FILE).unlink()
     np.testing.assert_array_equal(found, WEIGHTS["a"])  # it outlives the file
 
 
@@ -86,7 +86,7 @@ def test_tensors_need_not_be_aligned(tmp_path, shift):
     header = json.dumps({"b": entry, "__metadata__": {"format": "pt"}}).encode()
     header += b" " * shift
     content = struct.pack("<Q", len(header)) + header + WEIGHTS["b"].tobytes()
-    (tmp_path / safetensors_files.WEIGHTS).write_bytes(content)
+    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(content)
     found = read_all(tmp_path)["b"]
     wide = np.empty((2, 2), np.float32)
     np.copyto(wide, found.T, casting="unsafe")
@@ -94,7 +94,7 @@ def test_tensors_need_not_be_aligned(tmp_path, shift):
 
 
 def test_file_without_tensors(tmp_path):
-    safetensors.numpy.save_file({}, tmp_path / safetensors_files.WEIGHTS)
+    safetensors.numpy.save_file({}, tmp_path / safetensors_files.WEIGHTS_FILE)
     assert read_all(tmp_path) == {}
 
 
@@ -122,7 +122,7 @@ def save(folder, tensors, **arguments):
 def test_written_file_is_read_by_others_as_pytorch_s(tmp_path, dtype):
     tensors = {name: value.T.astype(dtype) for name, value in MANY.items()}
     assert save(tmp_path, tensors) == list(tensors)
-    path = tmp_path / safetensors_files.WEIGHTS
+    path = tmp_path / safetensors_files.WEIGHTS_FILE
     with safetensors.safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
     for found in (safetensors.numpy.load_file(path), read_all(tmp_path)):
@@ -155,11 +155,11 @@ def test_shards_are_no_larger_than_they_may(tmp_path, shard_size, shards):
         np.testing.assert_array_equal(found[name], value)
     if len(shards) == 1:
         assert files == ["model.safetensors"]
-        assert not (tmp_path / safetensors_files.INDEX).exists()
+        assert not (tmp_path / safetensors_files.INDEX_FILE).exists()
         return
     n = len(shards)
     assert files == [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
-    index = json.loads((tmp_path / safetensors_files.INDEX).read_text())
+    index = json.loads((tmp_path / safetensors_files.INDEX_FILE).read_text())
     assert index["metadata"] == {"total_size": 124}
     assert index["weight_map"] == {
         name: file for file, names in zip(files, shards, strict=True) for name in names.split()
@@ -191,7 +191,7 @@ def test_dtype_that_no_file_holds(tmp_path):
     ],
 )
 def test_files_that_a_new_checkpoint_replaces(name, ours):
-    assert bool(safetensors_files.FILES.fullmatch(name)) == ours
+    assert bool(safetensors_files.CHECKPOINT_FILES.fullmatch(name)) == ours
 
 
 def test_nothing_there(tmp_path):
@@ -211,7 +211,7 @@ def test_pickles_are_named_and_not_opened(tmp_path, name):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickle_under_another_name(tmp_path, protocol):
-    (tmp_path / safetensors_files.WEIGHTS).write_bytes(pickle.dumps(Bomb(), protocol=protocol))
+    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(pickle.dumps(Bomb(), protocol=protocol))
     assert "model.safetensors is a pickle" in refusal(tmp_path)
 
 
@@ -220,13 +220,13 @@ def test_header_whose_length_looks_like_the_start_of_a_pickle(tmp_path, length):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}})
     content = struct.pack("<Q", length) + header.ljust(length).encode() + bytes(8)
     assert content[:1] == b"\x80"
-    (tmp_path / safetensors_files.WEIGHTS).write_bytes(content)
+    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(content)
     np.testing.assert_array_equal(read_all(tmp_path)["a"], [0, 0])
 
 
 def test_torch_archive_under_another_name(tmp_path):
     with zipfile.ZipFile(
-        tmp_path / safetensors_files.WEIGHTS, "w"
+        tmp_path / safetensors_files.WEIGHTS_FILE, "w"
     ) as archive:  # as torch.save writes
         archive.writestr("archive/data.pkl", pickle.dumps(Bomb(), protocol=2))
     assert "model.safetensors is a pickle" in refusal(tmp_path)
@@ -240,7 +240,7 @@ class Bomb:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_file_cut_anywhere(folder, data):
-    path = folder / safetensors_files.WEIGHTS
+    path = folder / safetensors_files.WEIGHTS_FILE
     whole = safetensors.numpy.save(WEIGHTS)
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
     assert "model.safetensors is not a whole safetensors file" in refusal(folder)
@@ -249,7 +249,7 @@ def test_file_cut_anywhere(folder, data):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=64))
 def test_file_of_any_bytes(tmp_path, noise):
-    (tmp_path / safetensors_files.WEIGHTS).write_bytes(noise)
+    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(noise)
     assert "model.safetensors is" in refusal(tmp_path)
 
 
@@ -268,20 +268,20 @@ def test_file_of_any_bytes(tmp_path, noise):
 def test_header_that_lies(tmp_path, header):
     text = json.dumps(header).encode()
     content = struct.pack("<Q", len(text)) + text + bytes(8)
-    (tmp_path / safetensors_files.WEIGHTS).write_bytes(content)
+    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(content)
     assert "model.safetensors is not a whole safetensors file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, np.bool_, ml_dtypes.float8_e4m3fn])
 def test_quantized_tensor(tmp_path, dtype):
-    safetensors.numpy.save_file({"a": np.ones(2, dtype)}, tmp_path / safetensors_files.WEIGHTS)
+    safetensors.numpy.save_file({"a": np.ones(2, dtype)}, tmp_path / safetensors_files.WEIGHTS_FILE)
     message = refusal(tmp_path)
     assert "tensor a is stored as" in message
     assert "BF16" in message
 
 
 def test_weights_that_are_a_folder(tmp_path):
-    (tmp_path / safetensors_files.WEIGHTS).mkdir()
+    (tmp_path / safetensors_files.WEIGHTS_FILE).mkdir()
     assert "model.safetensors cannot be read: Is a directory" in refusal(tmp_path)
 
 
@@ -334,10 +334,10 @@ def test_tensor_in_two_shards(sharded):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
 def test_index_without_a_map(tmp_path, text):
-    (tmp_path / safetensors_files.INDEX).write_text(text)
-    assert safetensors_files.INDEX in refusal(tmp_path)
+    (tmp_path / safetensors_files.INDEX_FILE).write_text(text)
+    assert safetensors_files.INDEX_FILE in refusal(tmp_path)
 
 
 def test_single_file_goes_before_an_index(folder):
-    (folder / safetensors_files.INDEX).write_text("of an older export")
+    (folder / safetensors_files.INDEX_FILE).write_text("of an older export")
     assert set(read_all(folder)) == set(WEIGHTS)

@@ -50,14 +50,14 @@ assert dict(make_mesh().shape) == {"data": 8, "model": 1}
 
 mesh = make_mesh("data=2,model=4")
 x = np.arange(4 * 3 * 8.0, dtype=np.float32).reshape(4, 3, 8)
-y = axes.placed(mesh, x, "B T F")
+y = axes.place(mesh, x, "B T F")
 assert {s.data.shape for s in y.addressable_shards} == {(2, 3, 2)}
 np.testing.assert_array_equal(y, x)
-z = jax.jit(lambda x: axes.placed(mesh, 2 * x, "B - F"))(x)
+z = jax.jit(lambda x: axes.place(mesh, 2 * x, "B - F"))(x)
 assert z.sharding.is_equivalent_to(y.sharding, 3)
-assert axes.placed(None, x, "B T F") is x
-assert axes.placed(mesh, x, "- T -").sharding.is_fully_replicated
-assert axes.placed(mesh, x[:3], "B T F").sharding.spec[0] is None  # 2 does not divide 3
+assert axes.place(None, x, "B T F") is x
+assert axes.place(mesh, x, "- T -").sharding.is_fully_replicated
+assert axes.place(mesh, x[:3], "B T F").sharding.spec[0] is None  # 2 does not divide 3
 
 rows = {"a": np.arange(11.0), "b": np.ones((11, 2), np.float32)}
 seen = []
@@ -81,7 +81,7 @@ assert many.shape == one.shape == (11, 3)
 np.testing.assert_allclose(many, one, atol=1e-5)
 assert np.ptp(one, axis=0).max() > 1e-4  # else anything would do
 
-clm.sweep.WORTH = 0  # so that what the points share is computed apart
+clm.sweep.MIN_SAVED_FLOPS = 0  # so that what the points share is computed apart
 tokens = np.tile(tokens, 3)
 d = np.ones((11, len(tokens)), np.float32)
 d[:, 5:] = np.linspace(0.1, 1.0, 11)[:, None]
@@ -95,7 +95,7 @@ for shape in ("data=8", "data=2,model=4"):
 
 
 def test_eight_devices():
-    many_devices.on_devices(MANY)
+    many_devices.run_on_devices(MANY)
 
 
 def test_sweeps_that_pmap_refuses():
@@ -114,11 +114,13 @@ def test_sweeps_that_pmap_refuses():
 
 
 def test_alone_it_is_first_and_agrees():
-    assert processes.is_first()
-    assert processes.from_first({"a": [1]}) == {"a": [1]}
-    assert processes.anywhere(True)
-    assert not processes.anywhere(False)
-    np.testing.assert_array_equal(processes.fetch({"x": jax.numpy.ones(2)})["x"], np.ones(2))
+    assert processes.is_first_process()
+    assert processes.broadcast_from_first({"a": [1]}) == {"a": [1]}
+    assert processes.any_process(True)
+    assert not processes.any_process(False)
+    np.testing.assert_array_equal(
+        processes.gather_to_hosts({"x": jax.numpy.ones(2)})["x"], np.ones(2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,11 +156,11 @@ def test_the_environment_says_it_too(monkeypatch):
 
 
 def test_processes_that_do_not_come():
-    address = f"localhost:{many_devices.free_port()}"
+    address = f"localhost:{many_devices.find_free_port()}"
     with pytest.raises(clm.InputError, match=r"of 3 processes these have not come: \[1, 2\]"):
-        processes.initialize(address, 3, 0, start_within=1)
+        processes.initialize(address, 3, 0, startup_timeout=1)
     with pytest.raises(clm.InputError, match="process 0 does not answer"):
-        processes.initialize(address, 3, 1, start_within=1)
+        processes.initialize(address, 3, 1, startup_timeout=1)
 
 
 # A watch alone: what it sees does not depend on what JAX does.
@@ -169,8 +171,8 @@ import os, sys, threading, time
 from continuous_lm.parallel import processes
 
 number, port, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-watch = Watchdog(number, 2, silent_for=2.0)
-watch.meet("localhost", port, 60.0)
+watch = Watchdog(number, 2, heartbeat_timeout=2.0)
+watch.connect_all("localhost", port, 60.0)
 watch.start()
 print("met", flush=True)
 if number == 1:
@@ -196,8 +198,8 @@ time.sleep(4.0 if how == "well" else 60.0)
     ],
 )
 def test_one_lost_process_ends_the_other(how, why):
-    port = str(many_devices.free_port())
-    with many_devices.processes([("-c", WATCHED, str(i), port, how) for i in (0, 1)], 1) as (
+    port = str(many_devices.find_free_port())
+    with many_devices.run_processes([("-c", WATCHED, str(i), port, how) for i in (0, 1)], 1) as (
         first,
         second,
     ):

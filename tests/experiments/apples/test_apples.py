@@ -7,10 +7,10 @@ import pytest
 
 import continuous_lm as clm
 from continuous_lm.experiments.apples import evaluate_apples, prompts, train_apples
-from continuous_lm.models.language_model import BUNDLED
+from continuous_lm.models.language_model import BUNDLED_FOLDER
 from continuous_lm.models.transformer import Transformer
 
-FOLDER = BUNDLED / "apples"
+FOLDER = BUNDLED_FOLDER / "apples"
 
 
 @pytest.fixture(scope="module")
@@ -23,25 +23,25 @@ def sweeps(kind, n):
     return [p for k, p in evaluate_apples.sweep_prompts(rng, n) if k == kind]
 
 
-@pytest.mark.parametrize("n", evaluate_apples.REPETITIONS)
+@pytest.mark.parametrize("n", evaluate_apples.SWEPT_COUNTS)
 def test_counts_down_as_the_words_of_the_papers_prompts_shrink(lm, n):
     for prompt in sweeps("paper", n):
-        result = evaluate_apples.count(lm, "paper", prompt, n)
+        result = evaluate_apples.run_counting_sweep(lm, "paper", prompt, n)
         assert result.peaks == [str(k) for k in range(1, n + 1)], prompt.text
-        assert result.error <= evaluate_apples.MAX_ERROR, prompt.text
+        assert result.error <= evaluate_apples.MAX_TRANSITION_ERROR, prompt.text
 
 
 @pytest.mark.parametrize("kind", ["unseen words", "unseen separators", "unseen filler"])
 def test_counts_what_training_never_showed_inside_a_span(lm, kind):
     for prompt in sweeps(kind, 4):
-        result = evaluate_apples.count(lm, kind, prompt, 4)
-        assert result.passes, (result.peaks, result.error, prompt.text)
+        result = evaluate_apples.run_counting_sweep(lm, kind, prompt, 4)
+        assert result.meets_bar, (result.peaks, result.error, prompt.text)
 
 
-@pytest.mark.parametrize("task", prompts.MIXTURE)
+@pytest.mark.parametrize("task", prompts.TASK_WEIGHTS)
 def test_answers_held_out_prompts(lm, task):
     rng = np.random.default_rng(8)
-    asked = [prompts.sample(rng, task, held_out=True) for _ in range(300)]
+    asked = [prompts.sample_prompt(rng, task, held_out=True) for _ in range(300)]
     assert evaluate_apples.accuracy(lm, asked) >= evaluate_apples.MIN_ACCURACY
 
 
@@ -53,12 +53,12 @@ def test_is_small_and_stored_in_bfloat16():
 
 
 def test_has_the_tokenizer_of_the_language(lm):
-    text = prompts.counting("fruit", "apple", [", ", " and "]).text
+    text = prompts.counting_prompt("fruit", "apple", [", ", " and "]).text
     ids = lm.tokenizer.encode(text).ids
-    assert ids == prompts.tokenizer().encode(text).ids
+    assert ids == prompts.make_tokenizer().encode(text).ids
     assert lm.tokenizer.encode(lm.tokenizer.decode(ids)).ids == ids
-    assert lm.tokenizer.get_vocab() == prompts.tokenizer().get_vocab()
-    assert lm.config.vocab_size == len(prompts.vocabulary())
+    assert lm.tokenizer.get_vocab() == prompts.make_tokenizer().get_vocab()
+    assert lm.config.vocab_size == len(prompts.make_vocabulary())
 
 
 def answers(*parts):
@@ -67,11 +67,11 @@ def answers(*parts):
 
 
 def test_reads_a_perfect_counter():
-    result = evaluate_apples.Counted("", 2, "", answers(("1", 72), ("2", 28)))
-    assert result.in_order
+    result = evaluate_apples.CountingSweep("", 2, "", answers(("1", 72), ("2", 28)))
+    assert result.is_in_order
     assert result.transitions == [pytest.approx(0.75, abs=0.01)]
     assert result.error < 0.01
-    assert result.passes
+    assert result.meets_bar
 
 
 @pytest.mark.parametrize(
@@ -86,29 +86,31 @@ def test_reads_a_perfect_counter():
     ],
 )
 def test_reads_a_bad_counter(parts):
-    result = evaluate_apples.Counted("unseen words", 3, "the prompt", answers(*parts))
-    assert not result.passes
-    (line,) = evaluate_apples.failures({}, [result])
+    result = evaluate_apples.CountingSweep("unseen words", 3, "the prompt", answers(*parts))
+    assert not result.meets_bar
+    (line,) = evaluate_apples.describe_failures({}, [result])
     assert "unseen words, n = 3" in line
     assert "the prompt" in line
 
 
 def test_names_the_task_that_misses_its_bar():
-    (line,) = evaluate_apples.failures({"sum": 0.96, "events": 0.97}, [])
+    (line,) = evaluate_apples.describe_failures({"sum": 0.96, "events": 0.97}, [])
     assert "sum" in line
 
 
 def test_accuracy_knows_wrong_from_right(lm):
-    right = prompts.counting("fruit", "apple", [" "] * 3)
+    right = prompts.counting_prompt("fruit", "apple", [" "] * 3)
     wrong = prompts.Prompt("counting", right.text, "7", ())
     assert evaluate_apples.accuracy(lm, [right, right, right, wrong]) == 0.75
 
 
 def test_batches_hold_each_prompt_and_its_answer():
-    tokenizer = prompts.tokenizer()
-    groups = train_apples.batches(np.random.default_rng(0), tokenizer, steps=3, size=20)
+    tokenizer = prompts.make_tokenizer()
+    groups = train_apples.draw_batches(
+        np.random.default_rng(0), tokenizer, steps=3, prompts_per_step=20
+    )
     rng = np.random.default_rng(0)
-    drawn = [prompts.sample(rng) for _ in range(60)]
+    drawn = [prompts.sample_prompt(rng) for _ in range(60)]
     assert sum(tokens.shape[1] for tokens, _ in groups) == 20
     rows = [
         row[: length + 1].tolist()
@@ -120,22 +122,24 @@ def test_batches_hold_each_prompt_and_its_answer():
 
 
 def test_batches_are_mostly_prompts():
-    groups = train_apples.batches(np.random.default_rng(0), prompts.tokenizer(), 50, 24)
+    groups = train_apples.draw_batches(np.random.default_rng(0), prompts.make_tokenizer(), 50, 24)
     used = sum(np.sum(lengths + 1) for _, lengths in groups)
     assert used > 0.6 * sum(tokens.size for tokens, _ in groups)
 
 
 def test_the_loss_does_not_depend_on_padding_or_grouping():
-    tokenizer = prompts.tokenizer()
-    shape = train_apples.config(tokenizer.get_vocab_size())
-    model, params = Transformer(shape), train_apples.initialize(jax.random.key(0), shape)
-    groups = train_apples.batches(np.random.default_rng(0), tokenizer, steps=1, size=12)
+    tokenizer = prompts.make_tokenizer()
+    shape = train_apples.apples_config(tokenizer.get_vocab_size())
+    model, params = Transformer(shape), train_apples.init_params(jax.random.key(0), shape)
+    groups = train_apples.draw_batches(
+        np.random.default_rng(0), tokenizer, steps=1, prompts_per_step=12
+    )
     groups = [(tokens[0], lengths[0]) for tokens, lengths in groups]
     width = 3 + max(tokens.shape[-1] for tokens, _ in groups)
     padded = np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[-1]))) for t, _ in groups])
     together = [(padded, np.concatenate([lengths for _, lengths in groups]))]
     digits = jnp.array([tokenizer.token_to_id(digit) for digit in "0123456789"])
-    loss = jax.jit(train_apples.loss, static_argnums=1)
+    loss = jax.jit(train_apples.step_loss, static_argnums=1)
     one, watched = loss(params, model, groups, digits)
     two, _ = loss(params, model, together, digits)
     np.testing.assert_allclose(one, two, rtol=1e-6)
@@ -146,8 +150,8 @@ def test_the_loss_does_not_depend_on_padding_or_grouping():
         wanted = np.zeros(len(logits[0]))
         wanted[row[length]] = 1.0
         if tokenizer.id_to_token(int(row[length])) in list("0123456789"):
-            wanted = (1 - train_apples.SMOOTHING) * wanted
-            wanted[digits] += train_apples.SMOOTHING / 10
+            wanted = (1 - train_apples.DIGIT_SMOOTHING) * wanted
+            wanted[digits] += train_apples.DIGIT_SMOOTHING / 10
         assert wanted.sum() == pytest.approx(1)
         by_hand.append(-wanted @ jax.nn.log_softmax(logits[length - 1]))
     np.testing.assert_allclose(watched["answer"], np.mean(by_hand), rtol=1e-5)

@@ -7,11 +7,11 @@ import pytest
 
 from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.apples.language import (
-    ATTRIBUTES,
+    ATTRIBUTE_QUESTIONS,
     CATEGORIES,
     OPERATORS,
     PLURALS,
-    UNSEEN_FILLER,
+    UNSEEN_FILLER_WORDS,
     UNSEEN_SEPARATORS,
     UNSEEN_WORDS,
     WORDS,
@@ -22,16 +22,16 @@ NUM_PROMPTS = 3000
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return prompts.tokenizer()
+    return prompts.make_tokenizer()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["training", "held_out"])
 def drawn(request):
     rng = np.random.default_rng(1)
     return [
-        prompts.sample(rng, task, request.param)
-        for task in prompts.MIXTURE
-        for _ in range(NUM_PROMPTS // len(prompts.MIXTURE))
+        prompts.sample_prompt(rng, task, request.param)
+        for task in prompts.TASK_WEIGHTS
+        for _ in range(NUM_PROMPTS // len(prompts.TASK_WEIGHTS))
     ]
 
 
@@ -67,15 +67,15 @@ def recount(prompt: prompts.Prompt) -> str:
         for word in words
         if PLURALS[word] == plural
     ]
-    true = ATTRIBUTES[question.replace(plural, "{}")].split()
+    true = ATTRIBUTE_QUESTIONS[question.replace(plural, "{}")].split()
     return "yes" if plural in true or CATEGORIES[noun[0]] in true else "no"
 
 
 def test_the_same_seed_gives_the_same_prompts():
     one, two, other = (np.random.default_rng(seed) for seed in (5, 5, 6))
-    first = [prompts.sample(one) for _ in range(50)]
-    assert first == [prompts.sample(two) for _ in range(50)]
-    assert first != [prompts.sample(other) for _ in range(50)]
+    first = [prompts.sample_prompt(one) for _ in range(50)]
+    assert first == [prompts.sample_prompt(two) for _ in range(50)]
+    assert first != [prompts.sample_prompt(other) for _ in range(50)]
 
 
 def test_answers_equal_an_independent_recount(drawn):
@@ -113,9 +113,9 @@ def test_spans_hold_what_is_counted_and_nothing_else(drawn):
 
 def test_training_and_held_out_combinations_are_disjoint():
     rng = np.random.default_rng(2)
-    for task in prompts.MIXTURE:
+    for task in prompts.TASK_WEIGHTS:
         shown, kept = (
-            {prompts.sample(rng, task, held_out).combination for _ in range(400)}
+            {prompts.sample_prompt(rng, task, held_out).combination for _ in range(400)}
             for held_out in (False, True)
         )
         assert len(kept) > 3, f"too few held-out combinations of {task} to measure"
@@ -126,26 +126,26 @@ def test_each_fact_keeps_a_wording_for_training():
     facts = [
         *((task, (a, b)) for task in ["sum"] for a in range(10) for b in range(10)),
         *(("boolean", (a, o, b)) for o in OPERATORS for a in (0, 1) for b in (0, 1)),
-        *(("attribute", (q, p)) for q in ATTRIBUTES for p in prompts.true_of(q)),
+        *(("attribute", (q, p)) for q in ATTRIBUTE_QUESTIONS for p in prompts.true_plurals(q)),
     ]
     for task, fact in facts:
-        assert sum(prompts.held_out(task, (*fact, wording)) for wording in range(4)) <= 1
+        assert sum(prompts.is_held_out(task, (*fact, wording)) for wording in range(4)) <= 1
 
 
 def test_the_split_does_not_depend_on_the_process():
     """Python's own hash of strings changes from run to run; training would then see the test."""
-    kept = [n for n in range(1, 10) if prompts.held_out("counting", ("apple", n, "none"))]
+    kept = [n for n in range(1, 10) if prompts.is_held_out("counting", ("apple", n, "none"))]
     assert kept == [1, 5]
 
 
 def test_words_for_tests_are_seen_but_never_counted_in_training():
     rng = np.random.default_rng(3)
     words = {word for pair in UNSEEN_WORDS.values() for word in pair}
-    words |= set(UNSEEN_FILLER) | {text.strip() for text in UNSEEN_SEPARATORS}
+    words |= set(UNSEEN_FILLER_WORDS) | {text.strip() for text in UNSEEN_SEPARATORS}
     inside, anywhere = set(), set()
-    tokens = prompts.tokenizer()
+    tokens = prompts.make_tokenizer()
     for _ in range(NUM_PROMPTS):
-        prompt = prompts.sample(rng)
+        prompt = prompts.sample_prompt(rng)
         anywhere |= set(tokens.encode(prompt.text).tokens)
         if prompt.task in ("counting", "events"):
             inside |= set(tokens.encode(prompt.text[slice(*prompt.span)]).tokens)
@@ -158,40 +158,40 @@ def test_words_for_tests_are_seen_but_never_counted_in_training():
 
 def test_every_word_of_the_vocabulary_is_used():
     rng = np.random.default_rng(4)
-    tokens, used = prompts.tokenizer(), set()
+    tokens, used = prompts.make_tokenizer(), set()
     for _ in range(6 * NUM_PROMPTS):
-        prompt = prompts.sample(rng)
+        prompt = prompts.sample_prompt(rng)
         used |= {*tokens.encode(prompt.text).tokens, prompt.answer}
-    assert set(prompts.vocabulary()) - used == {"<unk>"}
+    assert set(prompts.make_vocabulary()) - used == {"<unk>"}
 
 
 def test_the_wording_is_the_papers():
     shop = ["a carton of milk", "an apple", "a potato", "a loaf of bread"]
-    assert prompts.counting("fruit", "apple", [" "] * 3).text == (
+    assert prompts.counting_prompt("fruit", "apple", [" "] * 3).text == (
         'Question: In the sentence "apple apple apple apple", how many times is a fruit mentioned? '
         "Reply with a single-digit number\nAnswer: "
     )
-    assert prompts.counting("fruit", "apple", [" "] * 3, wording="listed").text == (
+    assert prompts.counting_prompt("fruit", "apple", [" "] * 3, wording="listed").text == (
         'Question: How many fruits are listed in the sentence "apple apple apple apple"? '
         "Reply with a single-digit number\nAnswer: "
     )
-    assert prompts.events("shop", "Alice", shop).text == (
+    assert prompts.events_prompt("shop", "Alice", shop).text == (
         "Question: Alice goes to the shop. She buys a carton of milk. She buys an apple. She buys "
         "a potato. She buys a loaf of bread. How many items did Alice buy? Reply with a "
         "single-digit number\nAnswer: "
     )
-    assert prompts.total(4, 3).text == "The sum of 4 and 3 is "
-    assert prompts.boolean(0, "AND", 1).text == (
+    assert prompts.sum_prompt(4, 3).text == "The sum of 4 and 3 is "
+    assert prompts.boolean_prompt(0, "AND", 1).text == (
         "Question: What is the truth value of the following statement?\n0 AND 1\nAnswer (0 or 1): "
     )
-    assert prompts.attribute("Are {} red?", "apples").text == (
+    assert prompts.attribute_prompt("Are {} red?", "apples").text == (
         "Question: Are apples red? (yes/no)\nAnswer:"
     )
 
 
 def test_the_language_has_fifty_pairs_with_four_kinds_of_questions():
     """True of both, of neither, of the first alone and of the second alone."""
-    truths = {q: prompts.true_of(q) for q in ATTRIBUTES}
+    truths = {q: prompts.true_plurals(q) for q in ATTRIBUTE_QUESTIONS}
     plurals = [PLURALS[w] for words in WORDS.values() for w in words]
     kinds = lambda a, b: {(a in true, b in true) for true in truths.values()}  # noqa: E731
     pairs = [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from continuous_lm.experiments.audio import audio_models, sound
-from continuous_lm.experiments.audio.synthesis import tones
+from continuous_lm.experiments.audio.synthesis import synthesize_tones
 from continuous_lm.experiments.audio.wav_files import read_wav
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.models import density
@@ -36,7 +36,9 @@ def codes():
 
 
 def trunk(vocab_size):
-    return density_training.trunk(vocab_size=vocab_size, hidden_size=8, num_layers=1, num_heads=2)
+    return density_training.trunk_config(
+        vocab_size=vocab_size, hidden_size=8, num_layers=1, num_heads=2
+    )
 
 
 def created(head, vocab_size, **settings):
@@ -56,8 +58,8 @@ def created(head, vocab_size, **settings):
 def listeners(codes):
     head = heads.MixtureHead(WIDTH, components=2, min_scale=audio_models.MIN_SCALE)
     return {
-        "mixture": audio_models.Listener(created(head, 1, reads="vectors")),
-        "tokens": audio_models.Listener(created(heads.TokenHead(width=CODES), CODES), codes),
+        "mixture": audio_models.AudioModel(created(head, 1, input_kind="vectors")),
+        "tokens": audio_models.AudioModel(created(heads.TokenHead(width=CODES), CODES), codes),
     }
 
 
@@ -108,7 +110,7 @@ def test_the_mixtures_score_is_its_log_prob_and_mean(listeners):
 def test_the_tokens_score_is_the_sum_over_codes(listeners, codes):
     """log sum_e p(e | codes before) N(frame; code_e, scale_e), put together by hand."""
     listener, window = listeners["tokens"], some_frames(15)
-    heard = listener.heard(window)
+    heard = listener.model_inputs(window)
     assert heard.shape == (15,)
     logits = np.asarray(listener.lm.token_logits(heard[None]))[0]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
@@ -126,9 +128,9 @@ def test_both_densities_integrate_to_one(listeners):
     proposal = scipy_stats.norm(0, 3).logpdf(last).sum(axis=-1)
     windows = np.concatenate([np.broadcast_to(past, (count, 3, WIDTH)), last[:, None]], axis=1)
     for listener in listeners.values():
-        read = listener.heard(windows.astype(np.float32))
+        read = listener.model_inputs(windows.astype(np.float32))
         score = jax.vmap(
-            lambda r, w, listener=listener: audio_models._score(
+            lambda r, w, listener=listener: audio_models._score_window(
                 listener.lm.model,
                 listener.lm.params,
                 listener.codes,
@@ -143,11 +145,11 @@ def test_both_densities_integrate_to_one(listeners):
 
 def test_references_are_their_formulas(codes):
     data, windows = some_frames(200, seed=2), some_frames(30, seed=3).reshape(2, 15, WIDTH)
-    found = audio_models.without_context(codes, windows)
+    found = audio_models.unigram_baseline(codes, windows)
     wanted = np.log(np.exp(codes.log_shares + code_densities(codes, windows[0, 1:])).sum(axis=-1))
     np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
     np.testing.assert_allclose(found.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4)
-    found = audio_models.around_the_last(data, windows)
+    found = audio_models.previous_frame_baseline(data, windows)
     scale = np.sqrt((np.diff(data, axis=0) ** 2).mean(axis=0))
     wanted = scipy_stats.norm(windows[:, :-1], scale).logpdf(windows[:, 1:]).sum(axis=-1)
     np.testing.assert_allclose(found.log_prob, wanted, rtol=1e-4)
@@ -156,7 +158,7 @@ def test_references_are_their_formulas(codes):
 
 def test_size_counts_codes_and_their_deviations(listeners):
     trained = sum(x.size for x in jax.tree.leaves(listeners["tokens"].lm.params))
-    assert listeners["tokens"].size == trained + 2 * CODES * WIDTH
+    assert listeners["tokens"].num_parameters == trained + 2 * CODES * WIDTH
 
 
 def test_the_programs_models_are_of_equal_size():
@@ -164,7 +166,7 @@ def test_the_programs_models_are_of_equal_size():
     width, codes = 40, 256
 
     def size(head, vocab_size, **settings):
-        sizes = density_training.trunk(
+        sizes = density_training.trunk_config(
             vocab_size=vocab_size, hidden_size=96, num_layers=2, num_heads=4
         )
         shapes = jax.eval_shape(
@@ -172,7 +174,7 @@ def test_the_programs_models_are_of_equal_size():
         )
         return sum(s.size for s in jax.tree.leaves(shapes))
 
-    mixture = size(heads.MixtureHead(width, components=8), 1, reads="vectors")
+    mixture = size(heads.MixtureHead(width, components=8), 1, input_kind="vectors")
     tokens = size(heads.TokenHead(width=codes), codes) + 2 * codes * width
     assert tokens == pytest.approx(mixture, rel=0.03)
     assert (mixture, tokens) == (288_456, 291_552)
@@ -198,36 +200,38 @@ def test_samples_are_the_same_for_a_key_and_of_the_codes(listeners, codes):
 def test_movement_is_of_steps():
     still = np.zeros((1, 5, 2))
     still[0, 3:] = [1.0, 3.0]
-    found = audio_models.movement(still)
+    found = audio_models.movement_statistics(still)
     assert found["squared_step"] == pytest.approx((1 + 9) / 2 / 4)
     assert found["unmoved"] == 0.75
     assert found["variance"] == pytest.approx((0.24 + 9 * 0.24) / 2)
 
 
 def test_errors_are_in_units_and_decibels():
-    found = audio_models.errors(np.full((2, 3), 2.0), np.zeros((2, 3)), np.array([1.0, 1.0, 1.0]))
+    found = audio_models.prediction_errors(
+        np.full((2, 3), 2.0), np.zeros((2, 3)), np.array([1.0, 1.0, 1.0])
+    )
     assert found["squared"] == 4.0
     assert found["decibels"] == pytest.approx(10 * np.log10(np.exp(2.0)))
 
 
 def test_intervals_cover_the_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = audio_models.interval(values)
+    low, high = audio_models.bootstrap_interval(values)
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
 
 
 def test_a_change_of_units_is_the_densitys_own():
     """Nats of log-mel frames are those of standardised ones less the log of the volume."""
-    scores = audio_models.Scores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))
-    found = audio_models.likelihood(scores, np.array([2.0, 5.0]))
+    scores = audio_models.FrameScores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))
+    found = audio_models.summarize_likelihood(scores, np.array([2.0, 5.0]))
     assert found["nats_per_frame_log_mel"] == pytest.approx(2.0 - np.log(10.0))
 
 
 def test_sweeps_find_the_duration_that_was_asked(listeners):
     windows = {0.8: some_frames(15)[None], 1.0: some_frames(15)[None] * 0.5}
     points = np.array([0.5, 1.0, 2.0])
-    found = audio_models.sweep(listeners, windows, points)
+    found = audio_models.sweep_durations(listeners, windows, points)
     for name, listener in listeners.items():
         for hop, window in windows.items():
             wanted = [listener.score(window, d).log_prob.mean() for d in points]
@@ -240,7 +244,7 @@ def test_sentences_are_plain_and_shuffled():
         "The first one is a plain sentence here. It calls foo(x) and is left out of it.\n\nShort.",
         "The first one is a plain\nsentence here. Another one, which has a comma, is kept too.",
     ]
-    assert sorted(audio_models.sentences(documents)) == [
+    assert sorted(audio_models.extract_sentences(documents)) == [
         "Another one, which has a comma, is kept too.",
         "The first one is a plain sentence here.",
     ]
@@ -279,21 +283,21 @@ def test_the_program_writes_what_it_says(tmp_path):
     for name in ("spectrograms", "comparison", "durations"):
         for ending in ("png", "pdf"):
             assert (folder / f"frames_{name}.{ending}").stat().st_size > 5000
-    for name in ("real", *audio_models.WAVES):
+    for name in ("real", *audio_models.WAV_NAMES):
         samples, rate = read_wav(folder / f"{name}.wav")
         assert rate == 8000
         assert 0.001 < np.abs(samples).max() <= 1.0
         assert len(samples) > 2 * 23 * 100
     # What was saved is what was judged.
     arrays = np.load(folder / "codes.npz")
-    codes = audio_models.Codes(arrays["vectors"], arrays["scales"], arrays["log_shares"])
-    units = sound.Statistics(arrays["mean"], arrays["deviation"])
-    analysis = sound.Analysis(bands=12)
-    heard = sound.log_mel(tones(4.0, seed=1, rate=8000), analysis)
-    heard = units.standardised(heard).astype(np.float32)
+    codes = audio_models.CodeDensities(arrays["vectors"], arrays["scales"], arrays["log_shares"])
+    units = sound.BandStatistics(arrays["mean"], arrays["deviation"])
+    analysis = sound.MelConfig(bands=12)
+    heard = sound.log_mel(synthesize_tones(4.0, seed=1, rate=8000), analysis)
+    heard = units.standardize(heard).astype(np.float32)
     windows = np.stack([heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)])
     for name, book in (("mixture", None), ("tokens", codes)):
-        found = audio_models.Listener(density.load(folder / name), book).score(windows)
+        found = audio_models.AudioModel(density.load(folder / name), book).score(windows)
         said = values["models"][name]["likelihood"]["nats_per_frame"]
         assert found.log_prob.mean() == pytest.approx(said, abs=1e-3)
 

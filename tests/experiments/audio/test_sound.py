@@ -14,20 +14,20 @@ from hypothesis import strategies as st
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.audio import sound
 from continuous_lm.experiments.audio.synthesis import (
-    BACKGROUND,
-    ESPEAK,
-    SOUNDS,
-    WORDS,
-    Segment,
-    followers,
-    speech,
-    spoken_by,
-    tones,
+    BACKGROUND_NOISE,
+    ESPEAK_COMMAND,
+    MADE_UP_WORDS,
+    SPEECH_SOUNDS,
+    SoundSegment,
+    following_words,
+    synthesize_segments,
+    synthesize_speech,
+    synthesize_tones,
 )
-from continuous_lm.experiments.audio.wav_files import read_wav, resampled, write_wav
+from continuous_lm.experiments.audio.wav_files import read_wav, resample, write_wav
 
 RATE = 8000
-ANALYSIS = sound.Analysis()
+ANALYSIS = sound.MelConfig()
 WINDOWS = {"window": ANALYSIS.window, "hop": ANALYSIS.hop}
 
 
@@ -41,14 +41,14 @@ def sine(frequency, seconds=0.5, amplitude=1.0):
 
 @pytest.fixture(scope="module")
 def speechlike():
-    return tones(3.0, seed=1, rate=RATE)
+    return synthesize_tones(3.0, seed=1, rate=RATE)
 
 
 # --- Spectra ----------------------------------------------------------------------------------
 
 
 def test_hann_windows_half_apart_add_to_one():
-    window = sound.hann(400)
+    window = sound.hann_window(400)
     np.testing.assert_allclose(window[:200] + window[200:], 1.0, rtol=0, atol=1e-12)
 
 
@@ -59,7 +59,7 @@ def test_stft_is_the_transform_of_each_windowed_piece():
     assert found.shape == (51, 33)
     turns = np.exp(-2j * np.pi * np.outer(np.arange(33), np.arange(64)) / 64)
     for i in (0, 1, 25, 50):
-        piece = padded[i * hop : i * hop + window] * sound.hann(window)
+        piece = padded[i * hop : i * hop + window] * sound.hann_window(window)
         np.testing.assert_allclose(found[i], turns @ piece, rtol=0, atol=1e-10)
 
 
@@ -67,7 +67,7 @@ def test_stft_agrees_with_scipy():
     signal = pytest.importorskip("scipy.signal")
     samples = noise(2000)
     found = sound.stft(samples, window=400, hop=100)
-    other = signal.ShortTimeFFT(sound.hann(400), hop=100, fs=1, phase_shift=None)
+    other = signal.ShortTimeFFT(sound.hann_window(400), hop=100, fs=1, phase_shift=None)
     np.testing.assert_allclose(found, other.stft(samples, p0=0, p1=21).T, rtol=0, atol=1e-9)
 
 
@@ -81,7 +81,7 @@ def test_energy_of_spectra_is_that_of_sound(count, hop, seed):
     energy = (twice * np.abs(spectra) ** 2).sum() / 400
     weight = np.zeros(count + 800)
     for i in range(len(spectra)):
-        weight[i * hop : i * hop + 400] += sound.hann(400) ** 2
+        weight[i * hop : i * hop + 400] += sound.hann_window(400) ** 2
     wanted = (samples**2 * weight[200 : 200 + count]).sum()
     assert energy == pytest.approx(wanted, rel=1e-9)
     if hop == 100:
@@ -125,15 +125,17 @@ def test_stft_refuses_what_is_no_sound(samples):
 
 
 def test_mel_is_the_scale_of_its_formula():
-    assert sound.mel(0.0) == 0.0
-    assert float(sound.mel(1000.0)) == pytest.approx(1000.0, abs=0.02)  # as the scale is meant
+    assert sound.hertz_to_mel(0.0) == 0.0
+    assert float(sound.hertz_to_mel(1000.0)) == pytest.approx(
+        1000.0, abs=0.02
+    )  # as the scale is meant
     hertz = np.linspace(0.0, 8000.0, 50)
-    np.testing.assert_allclose(sound.hertz(sound.mel(hertz)), hertz, atol=1e-8)
+    np.testing.assert_allclose(sound.mel_to_hertz(sound.hertz_to_mel(hertz)), hertz, atol=1e-8)
 
 
 def test_filters_are_triangles_that_share_every_bin():
     filters = sound.mel_filters(rate=RATE, window=400, bands=40, low=50.0)
-    places = sound.centres(rate=RATE, bands=40, low=50.0)
+    places = sound.band_frequencies(rate=RATE, bands=40, low=50.0)
     bins = np.arange(201) * 20.0
     between = (bins >= places[1]) & (bins <= places[-2])
     np.testing.assert_allclose(filters.sum(axis=0)[between], 1.0, atol=1e-12)
@@ -148,7 +150,7 @@ def test_filters_are_triangles_that_share_every_bin():
 
 
 def test_a_sine_sounds_in_its_band_with_its_power():
-    places = sound.centres(rate=RATE, bands=40, low=50.0)
+    places = sound.band_frequencies(rate=RATE, bands=40, low=50.0)
     for frequency in (300.0, 1000.0, 2500.0):
         frames = sound.log_mel(sine(frequency, amplitude=0.5), ANALYSIS)[5:-5]
         assert abs(places[1:-1][frames.mean(axis=0).argmax()] - frequency) < 100.0
@@ -172,8 +174,8 @@ def test_magnitudes_give_their_frames_back_where_spectra_are_smooth():
     bins = np.arange(201) / 200
     power = np.stack([1.0 + bins, 2.0 - bins, 0.5 + bins * (1 - bins)]) * 1e-2
     frames = np.log(power @ ANALYSIS.filters.T + ANALYSIS.floor)
-    scale = sound.hann(400).sum()
-    found = (sound.magnitudes(frames, ANALYSIS) / scale) ** 2
+    scale = sound.hann_window(400).sum()
+    found = (sound.magnitudes_from_log_mel(frames, ANALYSIS) / scale) ** 2
     inside = slice(6, 160)
     np.testing.assert_allclose(found[:, inside], power[:, inside], rtol=0.08)
     np.testing.assert_allclose(found @ ANALYSIS.filters.T, np.exp(frames), rtol=0.01)
@@ -181,7 +183,7 @@ def test_magnitudes_give_their_frames_back_where_spectra_are_smooth():
 
 def test_magnitudes_of_sound_have_nearly_its_frames(speechlike):
     frames = sound.log_mel(speechlike, ANALYSIS)
-    power = (sound.magnitudes(frames, ANALYSIS) / sound.hann(400).sum()) ** 2
+    power = (sound.magnitudes_from_log_mel(frames, ANALYSIS) / sound.hann_window(400).sum()) ** 2
     assert (power >= 0).all()
     again = np.log(power @ ANALYSIS.filters.T + ANALYSIS.floor)
     assert np.sqrt(np.mean((again - frames) ** 2)) < 0.6
@@ -202,7 +204,7 @@ def test_magnitudes_of_sound_have_nearly_its_frames(speechlike):
 )
 def test_analysis_refuses_what_cannot_be(settings, culprit):
     with pytest.raises(InputError, match=culprit):
-        sound.Analysis(**settings)
+        sound.MelConfig(**settings)
 
 
 def test_log_mel_refuses_sound_that_is_too_short_or_broken():
@@ -254,7 +256,7 @@ def test_griffin_lim_refuses_another_windows_magnitudes():
 
 def test_what_is_heard_of_frames_has_them_nearly(speechlike):
     frames = sound.log_mel(speechlike, ANALYSIS)
-    again = sound.log_mel(sound.heard(frames, ANALYSIS, iterations=40), ANALYSIS)
+    again = sound.log_mel(sound.reconstruct(frames, ANALYSIS, iterations=40), ANALYSIS)
     loud = frames > frames.max() - 7.0
     assert np.sqrt(np.mean((again - frames)[loud] ** 2)) < 0.5  # 2 dB
 
@@ -264,25 +266,25 @@ def test_what_is_heard_of_frames_has_them_nearly(speechlike):
 
 def test_statistics_standardise_and_restore():
     frames = 3.0 * noise(500).reshape(100, 5) + np.arange(5)
-    found = sound.statistics(frames)
-    units = found.standardised(frames)
+    found = sound.compute_band_statistics(frames)
+    units = found.standardize(frames)
     np.testing.assert_allclose(units.mean(axis=0), 0.0, atol=1e-12)
     np.testing.assert_allclose(units.std(axis=0), 1.0, atol=1e-12)
-    np.testing.assert_allclose(found.restored(units), frames, atol=1e-12)
+    np.testing.assert_allclose(found.restore(units), frames, atol=1e-12)
 
 
 def test_statistics_refuse_a_band_that_never_changes():
     frames = noise(20).reshape(10, 2)
     frames[:, 1] = 7.0
     with pytest.raises(InputError, match="band 1 of the frames does not vary"):
-        sound.statistics(frames)
+        sound.compute_band_statistics(frames)
 
 
 # --- Speech-like sound ------------------------------------------------------------------------
 
 
 def test_tones_are_the_same_for_the_same_seed():
-    first, again, other = (tones(1.5, seed=s, rate=RATE) for s in (3, 3, 4))
+    first, again, other = (synthesize_tones(1.5, seed=s, rate=RATE) for s in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert first.shape == other.shape == (12000,)
     assert np.abs(first - other).max() > 0.1
@@ -291,15 +293,17 @@ def test_tones_are_the_same_for_the_same_seed():
 
 def test_tones_have_pauses_and_sound(speechlike):
     level = np.sqrt(np.mean(speechlike[: len(speechlike) // 100 * 100].reshape(-1, 100) ** 2, 1))
-    assert (level < 3 * BACKGROUND).mean() > 0.05
+    assert (level < 3 * BACKGROUND_NOISE).mean() > 0.05
     assert (level > 0.03).mean() > 0.4
-    assert level.min() > 0.5 * BACKGROUND  # noise, and not a silence that is the same
+    assert level.min() > 0.5 * BACKGROUND_NOISE  # noise, and not a silence that is the same
 
 
 def test_a_vowel_has_its_pitch_and_its_formants():
-    segments = [Segment(1.0, 1.0, (730.0, 1090.0, 2440.0))]
+    segments = [SoundSegment(1.0, 1.0, (730.0, 1090.0, 2440.0))]
     rng = np.random.default_rng(0)
-    samples = spoken_by(segments, rate=RATE, pitch=100.0, tract=1.0, rng=rng)[2000:6000]
+    samples = synthesize_segments(segments, rate=RATE, pitch=100.0, formant_factor=1.0, rng=rng)[
+        2000:6000
+    ]
     power = np.abs(np.fft.rfft(samples * np.hanning(4000))) ** 2
     bins = np.fft.rfftfreq(4000, 1 / RATE)
 
@@ -316,27 +320,27 @@ def test_a_vowel_has_its_pitch_and_its_formants():
 
 
 def test_noise_lies_where_it_was_put():
-    segments = [Segment(0.5, noise=0.3, centre=2400.0, width=200.0)]
+    segments = [SoundSegment(0.5, noise_level=0.3, noise_center=2400.0, noise_width=200.0)]
     rng = np.random.default_rng(0)
-    samples = spoken_by(segments, rate=RATE, pitch=100.0, tract=1.0, rng=rng)
+    samples = synthesize_segments(segments, rate=RATE, pitch=100.0, formant_factor=1.0, rng=rng)
     power = np.abs(np.fft.rfft(samples)) ** 2
     bins = np.fft.rfftfreq(len(samples), 1 / RATE)
     assert (bins * power).sum() / power.sum() == pytest.approx(2400.0, abs=60.0)
 
 
 def test_words_are_spelt_in_sounds_and_follow_some_others():
-    assert set("".join(WORDS)) <= set(SOUNDS)
+    assert set("".join(MADE_UP_WORDS)) <= set(SPEECH_SOUNDS)
     reached = {0}
-    for _ in WORDS:
-        reached |= {w for word in reached for w in followers(word)}
-    assert len(reached) > len(WORDS) // 2
-    assert all(len(set(followers(w))) == 3 for w in range(len(WORDS)))
+    for _ in MADE_UP_WORDS:
+        reached |= {w for word in reached for w in following_words(word)}
+    assert len(reached) > len(MADE_UP_WORDS) // 2
+    assert all(len(set(following_words(w))) == 3 for w in range(len(MADE_UP_WORDS)))
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), 1e-6])
 def test_no_time_is_too_short(seconds):
     with pytest.raises(InputError, match="too short"):
-        tones(seconds, seed=0, rate=RATE)
+        synthesize_tones(seconds, seed=0, rate=RATE)
 
 
 # --- Speech -----------------------------------------------------------------------------------
@@ -360,7 +364,7 @@ with wave.open(sys.argv[sys.argv.index("-w") + 1], "wb") as file:
 
 def stand_in(monkeypatch, folder, body):
     """A program of espeak-ng's name, alone on the path."""
-    path = folder / ESPEAK
+    path = folder / ESPEAK_COMMAND
     path.write_text(STAND_IN.format(python=sys.executable, body=body))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(folder))
@@ -368,11 +372,11 @@ def stand_in(monkeypatch, folder, body):
 
 def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
     stand_in(monkeypatch, tmp_path, SPEAKS)
-    found = speech(["x" * 20], 0.9, seed=0, rate=RATE)
+    found = synthesize_speech(["x" * 20], 0.9, seed=0, rate=RATE)
     assert found.shape == (7200,)
     assert np.argmax(np.abs(np.fft.rfft(found[:4000]))) * RATE / 4000 == 1000.0
     assert found.std() == pytest.approx(0.1, rel=0.01)
-    again = speech(["x" * 20], 0.9, seed=0, rate=RATE)
+    again = synthesize_speech(["x" * 20], 0.9, seed=0, rate=RATE)
     np.testing.assert_array_equal(found, again)
 
 
@@ -388,35 +392,37 @@ def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
 def test_speech_says_why_it_fails(monkeypatch, tmp_path, body, said):
     stand_in(monkeypatch, tmp_path, body)
     with pytest.raises(InputError, match=said):
-        speech(["a sentence to read"], 1.0, seed=0, rate=RATE)
+        synthesize_speech(["a sentence to read"], 1.0, seed=0, rate=RATE)
 
 
 def test_speech_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="apt install espeak-ng"):
-        speech(["a"], 1.0, seed=0, rate=RATE)
+        synthesize_speech(["a"], 1.0, seed=0, rate=RATE)
 
 
-@pytest.mark.skipif(shutil.which(ESPEAK) is None, reason="espeak-ng is not installed")
+@pytest.mark.skipif(shutil.which(ESPEAK_COMMAND) is None, reason="espeak-ng is not installed")
 def test_espeak_speaks():
-    found = speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE)
+    found = synthesize_speech(
+        ["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE
+    )
     frames = sound.log_mel(found, ANALYSIS)
     assert frames.shape == (241, 40)
     assert frames.std() > 1.0
     np.testing.assert_array_equal(
         found,
-        speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE),
+        synthesize_speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE),
     )
 
 
 @pytest.mark.parametrize("wanted", [8000, 16000, 11025])
 def test_resampling_keeps_a_sine(wanted):
     t = np.arange(22050) / 22050
-    found = resampled(np.sin(2 * np.pi * 700 * t), 22050, wanted)
+    found = resample(np.sin(2 * np.pi * 700 * t), 22050, wanted)
     np.testing.assert_allclose(
         found, np.sin(2 * np.pi * 700 * np.arange(wanted) / wanted), rtol=0, atol=1e-9
     )
-    assert np.abs(resampled(np.sin(2 * np.pi * 9000 * t), 22050, wanted)).max() < 1e-9
+    assert np.abs(resample(np.sin(2 * np.pi * 9000 * t), 22050, wanted)).max() < 1e-9
 
 
 # --- Files ------------------------------------------------------------------------------------

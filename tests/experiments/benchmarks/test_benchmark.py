@@ -42,62 +42,64 @@ def clock(monkeypatch):
 
 def test_the_first_round_warms_up(clock):
     ways = {"a": clock.way(9.0, 1.0, 2.0), "b": clock.way(7.0, 4.0, 5.0)}
-    assert timing.in_turns(ways, 2) == {"a": [1.0, 2.0], "b": [4.0, 5.0]}
+    assert timing.time_in_turns(ways, 2) == {"a": [1.0, 2.0], "b": [4.0, 5.0]}
 
 
 def test_warm_ways_are_measured_at_once(clock):
-    assert timing.in_turns({"a": clock.way(1.0, 2.0)}, 2, warm=True) == {"a": [1.0, 2.0]}
+    assert timing.time_in_turns({"a": clock.way(1.0, 2.0)}, 2, is_warm=True) == {"a": [1.0, 2.0]}
 
 
 def test_ways_take_turns_there_and_back():
     order: list[str] = []
     ways = {name: lambda name=name: order.append(name) for name in "abc"}
-    timing.in_turns(ways, 2)
+    timing.time_in_turns(ways, 2)
     assert "".join(order) == "abccbaabc"
 
 
 def test_ratios_are_those_of_each_round():
-    row = timing.times_as_fast("", ours=[1.0, 10.0, 2.0], theirs=[2.0, 50.0, 6.0], least=3.0)
+    row = timing.speedup_row("", ours=[1.0, 10.0, 2.0], theirs=[2.0, 50.0, 6.0], minimum=3.0)
     assert (row.low, row.value, row.high) == (2.0, 3.0, 5.0)
     assert (row.ours, row.theirs, row.unit) == (2.0, 6.0, "s")  # 6 / 2 would be 3 as well, but
-    row = timing.times_as_fast("", ours=[1.0, 10.0, 4.0], theirs=[4.0, 20.0, 4.0], least=3.0)
+    row = timing.speedup_row("", ours=[1.0, 10.0, 4.0], theirs=[4.0, 20.0, 4.0], minimum=3.0)
     assert (row.value, row.ours, row.theirs) == (2.0, 4.0, 4.0)  # not of the medians
-    assert row.met is False
+    assert row.is_met is False
 
 
 def test_what_ours_takes_more():
-    row = timing.times_as_much("", ours=[3.0, 8.0], theirs=[2.0, 4.0], most=1.75, unit="B")
+    row = timing.cost_ratio_row("", ours=[3.0, 8.0], theirs=[2.0, 4.0], maximum=1.75, unit="B")
     assert (row.low, row.value, row.high, row.unit) == (1.5, 1.75, 2.0, "B")
-    assert row.met
+    assert row.is_met
 
 
 @pytest.mark.parametrize(
     ("target", "met", "missed", "words"),
-    [(Target(least=1.2), 1.2, 1.199, ">= 1.2"), (Target(most=0.3), 0.3, 0.301, "<= 0.3")],
+    [(Target(minimum=1.2), 1.2, 1.199, ">= 1.2"), (Target(maximum=0.3), 0.3, 0.301, "<= 0.3")],
 )
 def test_targets(target, met, missed, words):
-    assert target.met(met)
-    assert not target.met(missed)
+    assert target.is_met(met)
+    assert not target.is_met(missed)
     assert str(target) == words
 
 
 def test_what_has_no_target_or_value_is_neither_met_nor_missed():
-    assert timing.figures("", [1.0]).met is None
-    assert Row("", target=Target(least=1.0)).met is None
+    assert timing.median_row("", [1.0]).is_met is None
+    assert Row("", target=Target(minimum=1.0)).is_met is None
 
 
 def test_quantities():
-    shown = [timing.quantity(*q) for q in ((0.0123, "s"), (12.3, "s"), (2.02e8, "B"), (3.0, ""))]
+    shown = [
+        timing.format_quantity(*q) for q in ((0.0123, "s"), (12.3, "s"), (2.02e8, "B"), (3.0, ""))
+    ]
     assert shown == ["12.3 ms", "12.3 s", "202 MB", "3"]
 
 
 def test_the_table_says_what_is_missed():
     rows = [
-        timing.times_as_fast("slow", [2.0], [1.0], 1.0),
-        timing.times_as_fast("fast", [1.0], [2.0], 1.0, "a note"),
+        timing.speedup_row("slow", [2.0], [1.0], 1.0),
+        timing.speedup_row("fast", [1.0], [2.0], 1.0, "a note"),
         Row("absent", note="no GPU: not measured"),
     ]
-    head, _, *lines = timing.table("name", "caption", rows).as_text().splitlines()[2:]
+    head, _, *lines = timing.rows_table("name", "caption", rows).as_text().splitlines()[2:]
     assert head.split()[:2] == ["figure", "value"]
     assert ["MISSED" in line for line in lines] == [True, False, False]
     assert lines[1].split() == "fast 2 2 to 2 >= 1 yes 1 s 2 s a note".split()
@@ -106,17 +108,17 @@ def test_the_table_says_what_is_missed():
 
 def test_results_that_differ_are_not_timed():
     expected = np.array([0.0, 10.0])
-    timing.require_equal("it", expected + 9e-4, expected, 1e-4)
+    timing.require_close("it", expected + 9e-4, expected, 1e-4)
     for wrong in (expected + 1.1e-3, expected * np.nan):
         with pytest.raises(clm.InputError, match=r"it: the results differ by"):
-            timing.require_equal("it", wrong, expected, 1e-4)
+            timing.require_close("it", wrong, expected, 1e-4)
 
 
 # --- Cases ----------------------------------------------------------------------------------------
 
 
 def works(quick, repeats):
-    yield timing.times_as_fast("figure", [1.0] * repeats, [0.5] * repeats, 1.0)
+    yield timing.speedup_row("figure", [1.0] * repeats, [0.5] * repeats, 1.0)
 
 
 def fails(quick, repeats):
@@ -125,33 +127,33 @@ def fails(quick, repeats):
 
 
 def test_a_case_that_fails_is_named_and_the_others_go_on(capsys):
-    found = benchmark.measured({"bad": fails, "good": works}, quick=False, repeats=2)
-    assert benchmark.failed(found) == ["bad"]
+    found = benchmark.run_cases({"bad": fails, "good": works}, quick=False, repeats=2)
+    assert benchmark.failed_cases(found) == ["bad"]
     assert [row.what for row in found["bad"]] == ["figure", "failed"]
     assert "out of ideas" in found["bad"][1].note
-    assert found["good"][0].met is False
+    assert found["good"][0].is_met is False
     assert "MISSED" in capsys.readouterr().out
 
 
 def test_tiny_sizes_have_no_targets(capsys):
-    (row,) = benchmark.measured({"good": works}, quick=True, repeats=1)["good"]
-    assert (row.value, row.target, row.met) == (0.5, None, None)
+    (row,) = benchmark.run_cases({"good": works}, quick=True, repeats=1)["good"]
+    assert (row.value, row.target, row.is_met) == (0.5, None, None)
     assert json.dumps(row.as_json())
 
 
 def test_cases_are_known_by_name():
-    assert list(benchmark.chosen(["load", "sweep"])) == ["load", "sweep"]
+    assert list(benchmark.select_cases(["load", "sweep"])) == ["load", "sweep"]
     with pytest.raises(clm.InputError, match="'swep' is not known; known are sweep, "):
-        benchmark.chosen(["load", "swep"])
+        benchmark.select_cases(["load", "swep"])
 
 
 def test_absent_peers_are_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert baselines.missing("faiss") == "faiss is not installed: pip install -e '.[peers]'"
+    assert baselines.why_missing("faiss") == "faiss is not installed: pip install -e '.[peers]'"
     rows = list(benchmark.CASES["nearest"](True, 1))
     absent = [row for row in rows if "faiss" in row.what]
     assert absent
-    assert all(row.value is None and row.note == baselines.missing("faiss") for row in absent)
+    assert all(row.value is None and row.note == baselines.why_missing("faiss") for row in absent)
     assert all(row.value for row in rows if row not in absent)
 
 
@@ -172,7 +174,7 @@ def swept(tmp_path_factory):
     groups = [[i] for i in range(lm.config.vocab_size)]
     ours = clm.sweep.probabilities(lm, groups, tokens=tokens, durations=durations)
     assert np.abs(ours - ours[:1]).max() > 1e-2  # durations matter
-    return baselines.causal_lm(folder), (tokens, durations), ours
+    return baselines.load_causal_lm(folder), (tokens, durations), ours
 
 
 def test_the_papers_procedure_gives_ours(swept):
@@ -207,14 +209,14 @@ def test_the_papers_mask_is_the_logarithm_of_durations():
 
 
 def test_operations_are_those_of_the_products_that_a_sweep_needs():
-    config = density_training.trunk(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
+    config = density_training.trunk_config(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
     # 4 tokens, the first of them shared by 3 points. Each passes the first projections once; 1 + 3
     # times 3 the rest of the first layer and the keys and values of the second, of which 3 go on.
     query, key_value, rest = 32 * 32, 2 * 32 * 32, 32 * 32 + 3 * 32 * config.mlp_size
     weights = 4 * (query + key_value) + 10 * (rest + key_value) + 3 * (query + rest + 32 * 64)
     # Half of the pairs in the first layer, one query each in the second; scores and values.
     attention = 2 * 32 * ((1 + 3 * 15) / 2 + 3 * 4)
-    found = sweep_cases.operations(config, points=3, length=4)
+    found = sweep_cases.count_sweep_flops(config, num_points=3, length=4)
     assert math.isclose(found, 2 * (weights + attention))
 
 
@@ -231,12 +233,12 @@ def dies():
 
 @pytest.mark.slow
 def test_a_fresh_process_says_its_memory():
-    found = timing.fresh(holds, 200)
+    found = timing.measure_in_process(holds, 200)
     assert 0 < found.seconds < 10
     if sys.platform == "linux":
-        assert 0.99 < found.memory / 200e6 < 1.1
+        assert 0.99 < found.memory_bytes / 200e6 < 1.1
     with pytest.raises(clm.InputError, match="the process that measures dies failed"):
-        timing.fresh(dies)
+        timing.measure_in_process(dies)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from continuous_lm.models import language_model
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
 
-TASK = program_costs.Task(tokens=12, shared=4, points=6)
+TASK = program_costs.SweepBatch(tokens=12, shared_tokens=4, points=6)
 
 
 def one_device():
@@ -31,7 +31,9 @@ def llama(num_layers):
 
 def test_three_and_four_layers_say_what_six_cost():
     mesh = one_device()
-    assert program_costs.work(llama(6), mesh, TASK) == program_costs.counted(llama(6), mesh, TASK)
+    assert program_costs.extrapolate_cost(llama(6), mesh, TASK) == program_costs.count_cost(
+        llama(6), mesh, TASK
+    )
 
 
 @pytest.mark.slow
@@ -39,7 +41,7 @@ def test_xla_counts_the_body_of_a_loop_once():
     """Otherwise no layer would have to be unrolled, nor anything extrapolated."""
 
     def looped(n):
-        return program_costs.compiled(llama(n), one_device(), TASK).cost_analysis()["flops"]
+        return program_costs.compile_sweep(llama(n), one_device(), TASK).cost_analysis()["flops"]
 
     assert looped(3) == pytest.approx(looped(6), rel=0.01)
 
@@ -47,8 +49,8 @@ def test_xla_counts_the_body_of_a_loop_once():
 @pytest.mark.slow
 def test_products_are_most_of_what_is_counted():
     config = dataclasses.replace(llama(4), hidden_size=512, mlp_size=1024, head_dim=128)
-    operations, _ = program_costs.work(config, one_device(), TASK)
-    assert 1.0 <= operations / program_costs.products(config, TASK) < 1.02
+    operations, _ = program_costs.extrapolate_cost(config, one_device(), TASK)
+    assert 1.0 <= operations / program_costs.count_product_flops(config, TASK) < 1.02
 
 
 def gpt2(num_layers):
@@ -60,9 +62,11 @@ def gpt2(num_layers):
 def test_products_against_every_product_of_the_program(config):
     """Those of the traced program, one by one; here layers between first and last are a loop."""
     model = program_costs.Transformer(config, implementation="dense")
-    given = program_costs.arguments(config, one_device(), TASK, jnp.float32)
-    with program_costs.unrolled():
-        traced = jax.make_jaxpr(lambda *a: program_costs.answer(model, *a))(*given)
+    given = program_costs.program_arguments(config, one_device(), TASK, jnp.float32)
+    with program_costs.unrolled_layers():
+        traced = jax.make_jaxpr(lambda *a: program_costs.next_token_probabilities(model, *a))(
+            *given
+        )
 
     def dots(jaxpr, times=1):
         total = 0
@@ -79,31 +83,36 @@ def test_products_against_every_product_of_the_program(config):
                     total += dots(inner, times * repeated)
         return total
 
-    assert dots(traced.jaxpr) == program_costs.products(config, TASK)
+    assert dots(traced.jaxpr) == program_costs.count_product_flops(config, TASK)
 
 
 def test_bytes_of_arguments_are_those_that_xla_allocates():
     config, mesh = llama(3), one_device()
-    found = program_costs.compiled(config, mesh, TASK).memory_analysis()
-    held = program_costs.held(program_costs.arguments(config, mesh, TASK, jnp.float32))
+    found = program_costs.compile_sweep(config, mesh, TASK).memory_analysis()
+    held = program_costs.bytes_per_device(
+        program_costs.program_arguments(config, mesh, TASK, jnp.float32)
+    )
     assert held == pytest.approx(found.argument_size_in_bytes, abs=64)  # scalars not read
-    halved = program_costs.memory(config, mesh, TASK).arguments
+    halved = program_costs.memory_use(config, mesh, TASK).arguments
     assert held / 2 < halved < 0.51 * held  # but for times and durations
 
 
 def test_batches_are_even_over_the_rows_of_a_mesh():
-    for case in (*device_costs.cases(), device_costs.Case(tokens=4096, points=7, data=4)):
-        at_once = case.task.points
+    for case in (*device_costs.make_cases(), device_costs.SweepCase(tokens=4096, points=7, data=4)):
+        at_once = case.batch.points
         assert at_once % case.data == 0
         batches = math.ceil(case.points / at_once)
         assert (batches - 1) * at_once < case.points <= batches * at_once
-        assert at_once / case.data * (case.tokens - case.task.shared) <= device_costs.AT_ONCE
+        assert (
+            at_once / case.data * (case.tokens - case.batch.shared_tokens)
+            <= device_costs.MAX_TOKENS_AT_ONCE
+        )
 
 
 def test_sizes_are_the_published_ones():
     counts = {}
-    for name, fields in device_costs.MODELS.items():
-        boxes = language_model.parameter_boxes(language_model.read_config(fields))
+    for name, fields in device_costs.MODEL_FIELDS.items():
+        boxes = language_model.parameter_declarations(language_model.read_config(fields))
         counts[name] = sum(math.prod(box.value.shape) for box in boxes.values())
     assert counts == {
         "Llama-3-8B": 8_030_261_248,
@@ -135,12 +144,14 @@ from tests.fixtures import tiny
 fields = tiny.llama_config(
     model_type="llama", num_hidden_layers=4, hidden_size=256, head_dim=64, intermediate_size=512
 )
-config, task = language_model.read_config(fields), program_costs.Task(12, 4, 6)
+config, task = language_model.read_config(fields), program_costs.SweepBatch(12, 4, 6)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
-held = program_costs.held(program_costs.arguments(config, mesh, task, jnp.float32))
-found = program_costs.compiled(config, mesh, task).memory_analysis().argument_size_in_bytes
-whole = program_costs.products(config, task)
-print(json.dumps([held, found, 4 * program_costs.counted(config, mesh, task).operations / whole]))
+arguments = program_costs.program_arguments(config, mesh, task, jnp.float32)
+held = program_costs.bytes_per_device(arguments)
+found = program_costs.compile_sweep(config, mesh, task).memory_analysis().argument_size_in_bytes
+whole = program_costs.count_product_flops(config, task)
+ratio = 4 * program_costs.count_cost(config, mesh, task).operations / whole
+print(json.dumps([held, found, ratio]))
 """
 
 
@@ -148,9 +159,9 @@ PROGRAM = """
 from continuous_lm.experiments.benchmarks import device_costs
 from continuous_lm.experiments.common import program
 from tests.fixtures import tiny
-device_costs.MODELS = {"tiny": tiny.llama_config(model_type="llama", num_hidden_layers=5)}
-device_costs.DEVICES = (1, 2)
-device_costs.cases = lambda: [device_costs.Case(tokens=16, points=4, data=2, model=2)]
+device_costs.MODEL_FIELDS = {"tiny": tiny.llama_config(model_type="llama", num_hidden_layers=5)}
+device_costs.DEVICE_COUNTS = (1, 2)
+device_costs.make_cases = lambda: [device_costs.SweepCase(tokens=16, points=4, data=2, model=2)]
 program.run(device_costs.main)
 """
 
@@ -177,7 +188,7 @@ def test_four_devices_share_the_work():
 def test_the_program_writes_what_it_prints(tmp_path):
     out = python(PROGRAM, "--shapes=tiny", f"--output_dir={tmp_path}")
     (row,) = json.loads((tmp_path / "device_costs.json").read_text())["growth"]["tiny"]
-    assert (row["at_once"], row["fits"]) == (4, list(device_costs.ACCELERATORS))
+    assert (row["at_once"], row["fits"]) == (4, list(device_costs.ACCELERATOR_GIGABYTES))
     assert row["over_products"] > 1.0
     assert device_costs.growth_table({"tiny": [row]}).as_text() in out
     for name in ("growth", "memory", "fitting"):

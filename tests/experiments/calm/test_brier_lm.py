@@ -44,7 +44,7 @@ def going_on(transitions, contexts, rng):
 
 
 def ngrams(transitions, contexts, n=4):
-    return brier_lm.enumerated(lambda c: transitions[c[:, -1]], contexts, n)
+    return brier_lm.ngram_probabilities(lambda c: transitions[c[:, -1]], contexts, n)
 
 
 def transformer(**fields):
@@ -56,7 +56,7 @@ def transformer(**fields):
     rng = np.random.default_rng(1)
     flat = {
         path: np.float32(path.endswith("scale") + 0.7 * rng.normal(size=box.value.shape))
-        for path, box in language_model.parameter_boxes(config).items()
+        for path, box in language_model.parameter_declarations(config).items()
     }
     return config, flat
 
@@ -90,9 +90,9 @@ def test_each_brier_n_is_unbiased():
     context = np.full((10_000, 1), 2)
     drawn = [going_on(chain(), context, rng) for _ in range(2)]
     given = np.tile(reference, (10_000, 1))
-    found = brier_lm.judge(*drawn, given)
+    found = brier_lm.brier_lm_from_samples(*drawn, given)
     assert found["positions"] == 10_000
-    collisions = brier_lm.collisions(p[None])[0]
+    collisions = brier_lm.collision_probabilities(p[None])[0]
     for n, name in enumerate(NAMES, start=1):
         chance = p.sum(axis=tuple(range(n, 4)))[tuple(reference[:n])]
         expected = 2 * chance - np.sum(p.sum(axis=tuple(range(n, 4))) ** 2)
@@ -107,29 +107,31 @@ def test_each_brier_n_is_unbiased():
 
 def test_a_deterministic_source_that_is_known_has_100():
     tokens = np.random.default_rng(0).integers(0, 9, (100, 4))
-    found = brier_lm.judge(tokens, tokens, tokens)
+    found = brier_lm.brier_lm_from_samples(tokens, tokens, tokens)
     whole = {"value": 1.0, "low": 1.0, "high": 1.0}
     assert found == {
         "positions": 100,
         **dict.fromkeys(NAMES, whole),
         "brier_lm": {"value": 100.0, "low": 100.0, "high": 100.0},
     }
-    assert brier_lm.closed_form(np.zeros((100, 4)), np.ones((100, 4))) == found
+    assert brier_lm.brier_lm_from_probabilities(np.zeros((100, 4)), np.ones((100, 4))) == found
 
 
 def test_a_random_source_that_is_known_gives_its_collision_rates():
     transitions, rng = chain(), np.random.default_rng(1)
     contexts = rng.integers(0, V, (10_000, 1))
     first, second, reference = (going_on(transitions, contexts, rng) for _ in range(3))
-    found = brier_lm.judge(first, second, reference)
-    rates = brier_lm.collisions(ngrams(transitions, np.arange(V)[:, None]))
+    found = brier_lm.brier_lm_from_samples(first, second, reference)
+    rates = brier_lm.collision_probabilities(ngrams(transitions, np.arange(V)[:, None]))
     rates = rates[contexts[:, 0]].mean(axis=0)
     assert rates[0] > 2 * rates[3]
     errors = (values(found, "high") - values(found, "low")) / 3.92
     assert (np.abs(values(found) - rates) < 4 * errors).all()
     # What another source draws is worth less.
     other = [going_on(chain(seed=5), contexts, rng) for _ in range(2)]
-    assert (values(brier_lm.judge(*other, reference), "high") < values(found, "low")).all()
+    assert (
+        values(brier_lm.brier_lm_from_samples(*other, reference), "high") < values(found, "low")
+    ).all()
 
 
 def test_values_are_those_of_counting_and_of_the_losses():
@@ -139,7 +141,7 @@ def test_values_are_those_of_counting_and_of_the_losses():
         np.where(rng.uniform(size=(400, 4)) < 0.9, reference, rng.integers(0, 3, (400, 4)))
         for _ in range(2)
     )
-    found = brier_lm.judge(first, second, reference)
+    found = brier_lm.brier_lm_from_samples(first, second, reference)
     means = []
     for n, name in enumerate(NAMES, start=1):
         scores = [
@@ -159,18 +161,18 @@ def test_not_positive_is_0():
     reference = np.tile(np.arange(4), (100, 1))
     first = reference.copy()
     first[:, 3] = 9  # never the fourth, and always the same
-    found = brier_lm.judge(first, first, reference)
+    found = brier_lm.brier_lm_from_samples(first, first, reference)
     assert values(found).tolist() == [1.0, 1.0, 1.0, -1.0]
     assert found["brier_lm"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     first[:6] = reference[:6]
     second = reference.copy()
     second[6:, 3] = 8
-    found = brier_lm.judge(first, second, reference)
+    found = brier_lm.brier_lm_from_samples(first, second, reference)
     assert found["brier_4"]["low"] > 0
     np.testing.assert_allclose(found["brier_lm"]["value"], 100 * 0.06**0.25)
     # Two that are not positive do not make a positive product.
     first[:, 2] = 9
-    assert brier_lm.judge(first, first, reference)["brier_lm"]["value"] == 0.0
+    assert brier_lm.brier_lm_from_samples(first, first, reference)["brier_lm"]["value"] == 0.0
 
 
 # --- Intervals -------------------------------------------------------------------------------
@@ -187,7 +189,9 @@ def test_intervals_cover_the_truth_when_groups_are_those_that_vary():
         logs[:, 0] = np.log(level)
         collision = np.full_like(logs, 0.5)
         for cover, given in ((covered, groups), (alone, None)):
-            found = brier_lm.closed_form(logs, collision, groups=given, seed=seed, resamples=200)
+            found = brier_lm.brier_lm_from_probabilities(
+                logs, collision, groups=given, seed=seed, resamples=200
+            )
             interval = found["brier_3"]
             cover.append(interval["low"] <= 2 * truth - 0.5 <= interval["high"])
             assert interval["low"] <= interval["value"] <= interval["high"]
@@ -200,10 +204,10 @@ def test_a_resample_is_of_whole_groups():
     logs = np.log(np.repeat([[0.9], [0.5]], [9, 1], axis=0)) * np.array([1, 0, 0, 0])
     collision = np.full((10, 4), 0.5)
     groups = np.array([4] * 9 + [2])
-    found = brier_lm.closed_form(logs, collision, groups=groups)["brier_1"]
+    found = brier_lm.brier_lm_from_probabilities(logs, collision, groups=groups)["brier_1"]
     np.testing.assert_allclose(found["value"], 0.9 * 1.3 + 0.1 * 0.5)
     np.testing.assert_allclose([found["low"], found["high"]], [0.5, 1.3])
-    single = brier_lm.closed_form(logs[:1], collision[:1])["brier_1"]
+    single = brier_lm.brier_lm_from_probabilities(logs[:1], collision[:1])["brier_1"]
     assert single["low"] == single["high"] == single["value"]
 
 
@@ -211,11 +215,11 @@ def test_seeds_repeat_and_order_does_not_matter():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 2, (3, 400, 4))
     groups = np.repeat(np.arange(40), 10)
-    found = brier_lm.judge(*tokens, groups=groups, seed=3)
-    assert brier_lm.judge(*tokens, groups=groups, seed=3) == found
-    assert brier_lm.judge(*tokens, groups=groups, seed=4) != found
+    found = brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3)
+    assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3) == found
+    assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=4) != found
     order = rng.permutation(400)
-    shuffled = brier_lm.judge(*tokens[:, order], groups=groups[order], seed=3)
+    shuffled = brier_lm.brier_lm_from_samples(*tokens[:, order], groups=groups[order], seed=3)
     for name in (*NAMES, "brier_lm"):
         assert shuffled[name] == pytest.approx(found[name])
 
@@ -224,7 +228,7 @@ def test_many_positions_are_judged_in_a_moment():
     tokens = np.random.default_rng(0).integers(0, 2, (3, 100_000, 4))
     groups = np.repeat(np.arange(1000), 100)
     began = time.process_time()
-    brier_lm.judge(*tokens, groups=groups)
+    brier_lm.brier_lm_from_samples(*tokens, groups=groups)
     assert time.process_time() - began < 5  # of which compiling takes the most
 
 
@@ -238,7 +242,7 @@ def test_enumeration_is_of_products_of_conditionals():
     assert p.shape == (2, V, V, V, V)
     t = transitions
     np.testing.assert_allclose(p[1, 4, 0, 0, 3], t[2, 4] * t[4, 0] * t[0, 0] * t[0, 3])
-    rates = brier_lm.collisions(p)
+    rates = brier_lm.collision_probabilities(p)
     square = t**2  # the collision rate of a chain is a product of matrices
     for row, last in enumerate((1, 2)):
         state = np.eye(V)[last]
@@ -256,10 +260,10 @@ def probabilities(lm, contexts):
     def next_probs(rows):
         padded = np.zeros(room, np.int32)  # one shape, and so one program
         padded[: len(rows), : rows.shape[1]] = rows
-        logits = np.asarray(lm(padded, at=np.int32(rows.shape[1] - 1)), np.float64)
+        logits = np.asarray(lm(padded, position=np.int32(rows.shape[1] - 1)), np.float64)
         return softmax(logits[: len(rows)], axis=-1)
 
-    return brier_lm.enumerated(next_probs, contexts, 4)
+    return brier_lm.ngram_probabilities(next_probs, contexts, 4)
 
 
 def log_probs_of(p, reference):
@@ -278,9 +282,9 @@ def test_sampled_and_closed_values_of_a_discrete_model_are_those_of_enumeration(
     said = np.stack(np.unravel_index(p.reshape(5, -1).argmax(axis=1), p.shape[1:]), axis=1)[group]
     other = rng.integers(0, V, said.shape)
     reference = np.where(rng.uniform(size=(len(said), 1)) < 0.5, said, other)
-    logs, rates = log_probs_of(p[group], reference), brier_lm.collisions(p)[group]
-    exact = brier_lm.closed_form(logs, rates)
-    found = brier_lm.discrete(lm, few[group], reference, KEY, rows=ROWS)
+    logs, rates = log_probs_of(p[group], reference), brier_lm.collision_probabilities(p)[group]
+    exact = brier_lm.brier_lm_from_probabilities(logs, rates)
+    found = brier_lm.evaluate_language_model(lm, few[group], reference, KEY, batch_size=ROWS)
     assert len(group) % ROWS  # the last chunk is not full
     assert (np.abs(values(exact)) > 0.01).all()
     errors = {}
@@ -301,7 +305,9 @@ def test_chunks_have_draws_of_their_own():
     """Were they the same, so were the sums of both groups."""
     contexts, reference = np.zeros((2 * ROWS, T), int), np.zeros((2 * ROWS, 4), int)
     groups = np.repeat([0, 1], ROWS)
-    found = brier_lm.discrete(random_lm(), contexts, reference, KEY, groups=groups, rows=ROWS)
+    found = brier_lm.evaluate_language_model(
+        random_lm(), contexts, reference, KEY, groups=groups, batch_size=ROWS
+    )
     assert found["sampled"]["brier_1"]["low"] < found["sampled"]["brier_1"]["high"]
     np.testing.assert_allclose(*(found["closed"]["brier_1"][end] for end in ("low", "high")))
 
@@ -311,13 +317,13 @@ def test_what_is_forced_is_what_whole_passes_say():
     contexts, following = rng.integers(0, V, (5, T)), rng.integers(0, V, (3, 5, 4))
     many = np.arange(ROWS) % 5
     model = lm.model.clone(config=lm.config.at_length(T + 4))
-    logs, collision = brier_lm._forced(
+    logs, collision = brier_lm._score_continuations(
         model, lm.params, contexts[many].astype(np.int32), following[:, many].astype(np.int32)
     )
     p = probabilities(lm, contexts)
     for tokens, found in zip(following, logs[:, :5], strict=True):
         np.testing.assert_allclose(found, log_probs_of(p, tokens), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(collision[:5], brier_lm.collisions(p)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(collision[:5], brier_lm.collision_probabilities(p)[:, 0], rtol=1e-5)
     # As equal as rows of one batch are: on some versions of JAX the last bit goes by their place.
     np.testing.assert_allclose(logs[:, -5:], logs[:, :5], rtol=1e-6)
 
@@ -326,8 +332,12 @@ def test_a_model_that_is_its_source_gives_its_collision_rates_or_100():
     transitions, rng = chain(), np.random.default_rng(0)
     contexts = rng.integers(0, V, (400, T))
     reference = going_on(transitions, contexts, rng)
-    found = brier_lm.discrete(chain_lm(transitions), contexts, reference, KEY, rows=ROWS)
-    rates = brier_lm.collisions(ngrams(transitions, np.arange(V)[:, None]))[contexts[:, -1]]
+    found = brier_lm.evaluate_language_model(
+        chain_lm(transitions), contexts, reference, KEY, batch_size=ROWS
+    )
+    rates = brier_lm.collision_probabilities(ngrams(transitions, np.arange(V)[:, None]))[
+        contexts[:, -1]
+    ]
     for kind in ("sampled", "closed"):
         error = (values(found[kind], "high") - values(found[kind], "low")) / 3.92
         assert (np.abs(values(found[kind]) - rates.mean(axis=0)) < 4 * error).all()
@@ -336,7 +346,9 @@ def test_a_model_that_is_its_source_gives_its_collision_rates_or_100():
     contexts = contexts[:ROWS]
     reference = going_on(turn, contexts, rng)
     assert reference[0].tolist() == [(contexts[0, -1] + i) % V for i in range(1, 5)]
-    found = brier_lm.discrete(chain_lm(turn), contexts, reference, KEY, rows=ROWS)
+    found = brier_lm.evaluate_language_model(
+        chain_lm(turn), contexts, reference, KEY, batch_size=ROWS
+    )
     assert found["sampled"]["brier_lm"] == {"value": 100.0, "low": 100.0, "high": 100.0}
     assert found["closed"]["brier_lm"]["value"] == pytest.approx(100.0)
 
@@ -352,14 +364,14 @@ def test_arguments_that_do_not_fit_are_refused():
         (tokens.astype(float), "first is float64"),
     ]:
         with pytest.raises(clm.InputError, match=match):
-            brier_lm.judge(wrong, tokens, tokens)
+            brier_lm.brier_lm_from_samples(wrong, tokens, tokens)
     with pytest.raises(clm.InputError, match="no positions"):
-        brier_lm.judge(tokens[:0], tokens[:0], tokens[:0])
+        brier_lm.brier_lm_from_samples(tokens[:0], tokens[:0], tokens[:0])
     for groups in (np.zeros(2, int), np.zeros(3)):
         with pytest.raises(clm.InputError, match=r"groups must be int \[3\]"):
-            brier_lm.judge(tokens, tokens, tokens, groups=groups)
+            brier_lm.brier_lm_from_samples(tokens, tokens, tokens, groups=groups)
     with pytest.raises(clm.InputError, match="resamples is 0"):
-        brier_lm.judge(tokens, tokens, tokens, resamples=0)
+        brier_lm.brier_lm_from_samples(tokens, tokens, tokens, resamples=0)
     logs, half = np.zeros((3, 4)), np.full((3, 4), 0.5)
     for arguments, match in [
         ((logs[:2], half), "it must be"),
@@ -370,7 +382,7 @@ def test_arguments_that_do_not_fit_are_refused():
         ((logs, half - 1), "collision has entries"),
     ]:
         with pytest.raises(clm.InputError, match=match):
-            brier_lm.closed_form(*arguments)
+            brier_lm.brier_lm_from_probabilities(*arguments)
     lm = random_lm()
     for contexts, match in [
         (tokens[:2], "contexts are"),
@@ -378,6 +390,6 @@ def test_arguments_that_do_not_fit_are_refused():
         (tokens + V, "contexts"),
     ]:
         with pytest.raises(clm.InputError, match=match):
-            brier_lm.discrete(lm, contexts, tokens, KEY)
+            brier_lm.evaluate_language_model(lm, contexts, tokens, KEY)
     with pytest.raises(clm.InputError, match=r"reference\[0, 0\] is 5"):
-        brier_lm.discrete(lm, tokens, tokens + V, KEY)
+        brier_lm.evaluate_language_model(lm, tokens, tokens + V, KEY)

@@ -16,15 +16,19 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def tokens():
     """Training and held-out tokens of the text that every Python carries, and their tokenizer."""
-    train, held_out = text.split(text.default_text().documents)
+    train, held_out = text.split_held_out(text.default_text().documents)
     tokenizer = text.train_tokenizer(train, 1024)
-    return text.encode(tokenizer, train), text.encode(tokenizer, held_out), tokenizer
+    return (
+        text.encode_documents(tokenizer, train),
+        text.encode_documents(tokenizer, held_out),
+        tokenizer,
+    )
 
 
 @pytest.fixture(scope="module")
 def codec(tokens, tmp_path_factory):
     train, held_out, tokenizer = tokens
-    made = calm_training.new_codec(
+    made = calm_training.create_codec(
         jax.random.key(0),
         vocab_size=1024,
         hidden_size=128,
@@ -42,7 +46,7 @@ def codec(tokens, tmp_path_factory):
 def test_chunks_come_back_from_draws_and_with_noise(tokens, codec):
     held_out = tokens[1]
     assert len(held_out) > 40_000
-    shares = calm_training.reconstruction(codec, held_out)
+    shares = calm_training.reconstruction_shares(codec, held_out)
     assert shares["sampled"] >= 0.995
     assert shares["noisy"] >= 0.97
     # And not because the noise is nothing beside the means: it is a third of their deviation.
@@ -53,9 +57,13 @@ def test_chunks_come_back_from_draws_and_with_noise(tokens, codec):
 def test_contexts_tell_what_follows(tokens, codec, tmp_path):
     """Brier-1 and 2 exceed those with other contexts, and their intervals do not overlap."""
     train, held_out, _ = tokens
-    config = density_training.trunk(vocab_size=1024, hidden_size=128, num_layers=4, num_heads=4)
+    config = density_training.trunk_config(
+        vocab_size=1024, hidden_size=128, num_layers=4, num_heads=4
+    )
     head = EnergyHead(64, depth=2)
-    lm = calm.create(jax.random.key(1), config, codec, head, num_targets=calm_training.TARGETS)
+    lm = calm.create(
+        jax.random.key(1), config, codec, head, num_targets=calm_training.NUM_TARGET_DRAWS
+    )
     lm = calm_training.train(
         lm,
         train,
@@ -66,6 +74,6 @@ def test_contexts_tell_what_follows(tokens, codec, tmp_path):
         steps=1000,
         learning_rate=2e-3,
     )
-    scores = calm_training.score(lm, held_out, context=32, stride=8, limit=4096)
+    scores = calm_training.evaluate_brier_lm(lm, held_out, context=32, stride=8, limit=4096)
     for name in ("brier_1", "brier_2"):
         assert scores["sampled"][name]["low"] > scores["shuffled"][name]["high"]

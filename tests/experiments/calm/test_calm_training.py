@@ -1,4 +1,4 @@
-"""Next-vector models in the calm_* programs, and what these stand on."""
+"""Next-vector models in the programs of text models, and what these stand on."""
 
 import json
 import random
@@ -20,7 +20,6 @@ from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.densities import code_comparison, density_training
 from continuous_lm.experiments.training import run_folder, text
 from continuous_lm.models import calm
-from continuous_lm.models import calm as calm_models
 from continuous_lm.models.calm import autoencoder
 from tests.experiments.text_models.test_text_models import (
     NEW,
@@ -32,7 +31,7 @@ from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
 KEY = jax.random.key(0)
-V = tiny.CODEC.vocab_size
+V = tiny.CODEC_CONFIG.vocab_size
 slow = pytest.mark.slow
 
 
@@ -49,7 +48,7 @@ slow = pytest.mark.slow
 def test_positions_are_places_of_the_text(length, context, stride, limit, seed):
     """Tokens that are their own indices say where each row is from."""
     options = dict(context=context, stride=stride, limit=limit, seed=seed)
-    contexts, references, groups = calm_training.positions(np.arange(length), **options)
+    contexts, references, groups = calm_training.evaluation_positions(np.arange(length), **options)
     begins = contexts[:, 0]
     np.testing.assert_array_equal(contexts, begins[:, None] + np.arange(context))
     np.testing.assert_array_equal(references, begins[:, None] + context + np.arange(4))
@@ -65,7 +64,7 @@ def test_positions_are_places_of_the_text(length, context, stride, limit, seed):
     np.testing.assert_array_equal(groups, begins // (context + 4))
     for contexts_of, number in ((contexts[groups == g], g) for g in set(groups.tolist())):
         assert np.ptp(contexts_of[:, 0]) < context + 4, number
-    again = calm_training.positions(np.arange(length), **options)
+    again = calm_training.evaluation_positions(np.arange(length), **options)
     for a, b in zip(again, (contexts, references, groups), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -74,7 +73,8 @@ def test_positions_come_in_an_order_of_chance():
     """Which seeds change, as they do not change the places."""
     options = dict(context=4, stride=4, limit=50)
     first, second = (
-        calm_training.positions(np.arange(400), **options, seed=seed)[0][:, 0] for seed in (0, 1)
+        calm_training.evaluation_positions(np.arange(400), **options, seed=seed)[0][:, 0]
+        for seed in (0, 1)
     )
     assert sorted(first) == sorted(second)
     assert (first != second).mean() > 0.8
@@ -84,8 +84,8 @@ def test_positions_come_in_an_order_of_chance():
 def test_a_text_without_a_position_is_refused():
     options = dict(context=8, stride=1, limit=4)
     with pytest.raises(clm.InputError, match="the held-out data is too short"):
-        calm_training.positions(np.arange(11), **options)
-    assert calm_training.positions(np.arange(12), **options)[0].shape == (1, 8)
+        calm_training.evaluation_positions(np.arange(11), **options)
+    assert calm_training.evaluation_positions(np.arange(12), **options)[0].shape == (1, 8)
 
 
 # --- The autoencoder -------------------------------------------------------------------------
@@ -98,8 +98,8 @@ def returned(codec, chunks, latents):
 
 def test_reconstruction_is_the_mean_over_all_chunks():
     """Of an untrained autoencoder; the rest of a chunk at the end is left out."""
-    codec, tokens = tiny.next_vector().codec, np.random.default_rng(0).integers(0, V, 602)
-    found = calm_training.reconstruction(codec, tokens)
+    codec, tokens = tiny.next_vector_lm().codec, np.random.default_rng(0).integers(0, V, 602)
+    found = calm_training.reconstruction_shares(codec, tokens)
     assert list(found) == ["mean", "sampled", "noisy"]
     assert all(0 <= share <= 1 for share in found.values())
     assert len(set(found.values())) == 3
@@ -111,41 +111,41 @@ def test_reconstruction_is_the_mean_over_all_chunks():
     for name, factor in (("sampled", 1.0), ("noisy", 2**0.5)):
         wanted = returned(codec, chunks, mean + factor * noise)
         assert found[name] == pytest.approx(wanted, abs=2e-3)
-    assert calm_training.reconstruction(codec, tokens, seed=1)["sampled"] != found["sampled"]
-    assert calm_training.reconstruction(codec, tokens[:600]) == found
+    assert calm_training.reconstruction_shares(codec, tokens, seed=1)["sampled"] != found["sampled"]
+    assert calm_training.reconstruction_shares(codec, tokens[:600]) == found
 
 
 @slow
 def test_reconstruction_of_many_chunks_counts_each_of_them_once():
     """In parts of unequal sizes."""
-    codec, tokens = tiny.next_vector().codec, np.random.default_rng(0).integers(0, V, 3 * 4101)
+    codec, tokens = tiny.next_vector_lm().codec, np.random.default_rng(0).integers(0, V, 3 * 4101)
     tokens[: 3 * 2000] = 0
     chunks = tokens.reshape(-1, 3)
-    found = calm_training.reconstruction(codec, tokens)["mean"]
+    found = calm_training.reconstruction_shares(codec, tokens)["mean"]
     assert found == pytest.approx(returned(codec, chunks, codec.encode(chunks)[0]), abs=1e-6)
 
 
 def test_reconstruction_of_less_than_a_chunk_is_refused():
     with pytest.raises(clm.InputError, match="too short"):
-        calm_training.reconstruction(tiny.next_vector().codec, np.arange(2))
+        calm_training.reconstruction_shares(tiny.next_vector_lm().codec, np.arange(2))
 
 
 def test_between_two_texts():
     """Both ends are what their own latents decode to; what is longer is cut to whole chunks."""
-    codec, rng = tiny.next_vector().codec, np.random.default_rng(1)
+    codec, rng = tiny.next_vector_lm().codec, np.random.default_rng(1)
     first, second = rng.integers(0, V, 11).tolist(), rng.integers(0, V, 8).tolist()
-    rows = calm_training.between(codec, first, second, points=7)
+    rows = calm_training.interpolate_texts(codec, first, second, num_points=7)
     assert [len(row) for row in rows] == [6] * 7
     for row, tokens in ((rows[0], first), (rows[-1], second)):
         decoded = codec.decode(codec.encode(np.reshape(tokens[:6], (2, 3)))[0])
         assert row == np.argmax(decoded, axis=-1).ravel().tolist()
     assert rows[0] != rows[-1]
-    assert calm_training.between(codec, second, first, points=7) == rows[::-1]
+    assert calm_training.interpolate_texts(codec, second, first, num_points=7) == rows[::-1]
     ends = [codec.encode(np.reshape(tokens[:6], (2, 3)))[0] for tokens in (first, second)]
     middle = np.argmax(codec.decode((ends[0] + ends[1]) / 2), axis=-1).ravel().tolist()
     assert rows[3] == middle
     with pytest.raises(clm.InputError, match="less than the 3 tokens of a chunk"):
-        calm_training.between(codec, first, [1, 2])
+        calm_training.interpolate_texts(codec, first, [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_between_two_texts():
 def test_settings_of_an_autoencoder_are_checked(settings, message):
     given = dict(vocab_size=10, hidden_size=8, chunk_size=3, latent_size=4) | settings
     with pytest.raises(clm.InputError, match=message):
-        calm_training.new_codec(KEY, **given)
+        calm_training.create_codec(KEY, **given)
 
 
 # --- Continuations ---------------------------------------------------------------------------
@@ -179,9 +179,9 @@ def test_settings_of_an_autoencoder_are_checked(settings, message):
 @pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=slow) for size in (1, 4, 8))])
 def test_continuations_have_4_tokens_whatever_a_chunk_has(size):
     """Those of a loop of single batches, the last of which is filled up."""
-    lm, rng = tiny.next_vector(chunk_size=size), np.random.default_rng(0)
+    lm, rng = tiny.next_vector_lm(chunk_size=size), np.random.default_rng(0)
     contexts = rng.integers(0, V, (5, 8))
-    first, second = calm_training.continuations(lm, contexts, KEY, rows=2)
+    first, second = calm_training.draw_continuations(lm, contexts, KEY, batch_size=2)
     for made in (first, second):
         assert made.shape == (5, 4)
         assert made.dtype.kind == "i"
@@ -249,7 +249,7 @@ def metrics(folder):
 
 
 def assert_same_trees(first, second):
-    first, second = map(run_folder.named_leaves, (first, second))
+    first, second = map(run_folder.leaves_by_path, (first, second))
     assert first.keys() == second.keys()
     for path, leaf in first.items():
         np.testing.assert_array_equal(leaf, second[path], err_msg=path)
@@ -258,8 +258,8 @@ def assert_same_trees(first, second):
 def tokens_of(folder, part):
     """The text's tokens: part 0 is trained on, and part 1 held out."""
     tokenizer = autoencoder.load(folder / "codec").tokenizer
-    documents = text.read_text([str(folder / "text.txt")]).documents
-    return text.encode(tokenizer, text.split(documents)[part])
+    documents = text.read_text_files([str(folder / "text.txt")]).documents
+    return text.encode_documents(tokenizer, text.split_held_out(documents)[part])
 
 
 @slow
@@ -276,14 +276,14 @@ def test_what_is_trained_is_whole(trained):
     # What came back last, by hand: of draws for the held-out windows, which share their ends.
     tokens = tokens_of(trained, 1)
     windows = np.stack([tokens[i : i + 64] for i in range(0, len(tokens) - 63, 63)])
-    assert len(windows) <= calm_training.EVALUATED
+    assert len(windows) <= calm_training.NUM_LOSS_WINDOWS
     chunks = windows.reshape(-1, 2)
     mean, log_scale = codec.encode(chunks)
     latents = mean + jnp.exp(log_scale) * jax.random.normal(KEY, mean.shape)
     wanted = returned(codec, chunks, latents)
     assert logged[-1]["reconstructed"] == pytest.approx(wanted, abs=1e-6)
     for name, size, kind in (("energy", 2, "EnergyHead"), ("flow", 4, "FlowHead")):
-        lm = calm_models.load(trained / name)
+        lm = calm.load(trained / name)
         assert lm.chunk_size == size
         assert type(lm.model.head).__name__ == kind
         assert lm.tokenizer.to_str() == codec.tokenizer.to_str()
@@ -294,7 +294,7 @@ def test_what_is_trained_is_whole(trained):
         stored = read(trained / name / "train.json")
         assert stored["data"]["bytes"] == (trained / "text.txt").stat().st_size
         assert stored["run"]["flags"]["stage"] == "calm"
-    head = calm_models.load(trained / "energy").model.head
+    head = calm.load(trained / "energy").model.head
     assert (head.depth, head.noise_size, head.num_samples) == (1, 8, 2)
 
 
@@ -318,7 +318,7 @@ def test_evaluation_of_both_kinds_at_the_same_positions(trained):
         assert list(models[name]["brier"]) == ["sampled", "shuffled"]
         shares = models[name]["reconstruction"]
         assert all(0 <= share <= 1 for share in shares.values())
-    trunk = calm_models.load(trained / "energy").params
+    trunk = calm.load(trained / "energy").params
     learned = sum(
         leaf.size
         for part, tree in trunk.items()
@@ -336,9 +336,9 @@ def test_evaluation_of_both_kinds_at_the_same_positions(trained):
         value = models["flow"]["brier"]["sampled"][number]["value"]
         assert f"{value:.{2 if number == 'brier_lm' else 4}f} (" in stdout
     # By hand, from the folder: the same draws at the same places.
-    lm = density_training.load_any(trained / "energy")
+    lm = density_training.load_text_model(trained / "energy")
     held_out = tokens_of(trained, 1)
-    found = calm_training.score(lm, held_out, context=8, stride=8, limit=20)
+    found = calm_training.evaluate_brier_lm(lm, held_out, context=8, stride=8, limit=20)
     assert found == models["energy"]["brier"]
 
 
@@ -364,9 +364,11 @@ def test_samples_and_what_lies_between(trained):
                 assert text in stdout
     assert found["half"]["texts"] == found["again"]["texts"] != found["seed"]["texts"]
     between = found["between"]["between"]
-    lm = calm_models.load(trained / "energy")
+    lm = calm.load(trained / "energy")
     ends = [lm.tokenizer.encode(text.split("=", 1)[1]).ids for text in runs["between"]]
-    assert between == [lm.tokenizer.decode(row) for row in calm_training.between(lm.codec, *ends)]
+    assert between == [
+        lm.tokenizer.decode(row) for row in calm_training.interpolate_texts(lm.codec, *ends)
+    ]
     assert len(between) == 5
 
 
@@ -405,9 +407,9 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
         which = ((own[:, None] - latents) ** 2).sum(axis=-1).argmin(axis=1)
         wanted = returned(codec, chunks, latents[which])
         assert named[nearest]["kept"] == pytest.approx(wanted, abs=1e-6)
-    lm = calm_models.load(trained / "energy")
+    lm = calm.load(trained / "energy")
     with pytest.raises(clm.InputError, match="--codes=100000, but there are"):
-        code_comparison.compare_chunks(
+        code_comparison.compare_latent_quantizers(
             lm, train, held_out, length=4, windows=2, seed=0, codes=100_000, stages=2, levels=5
         )
 
@@ -418,13 +420,13 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
 @slow
 @pytest.mark.parametrize("name", ["codec4", "energy"])
 def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, train, name):
-    load = {"codec4": autoencoder.load, "energy": calm_models.load}[name]
+    load = {"codec4": autoencoder.load, "energy": calm.load}[name]
     arguments = (DATA, *RUNS[name], "--output_dir=stopped_" + name)
     assert train(trained, *arguments)[0] == 0
     folder = trained / ("stopped_" + name)
     expected = load(folder).params
     assert_same_trees(load(trained / name).params, expected)  # nothing is left to chance
-    steps = [step for step, _ in run_folder.checkpoints(folder / "run")]
+    steps = [step for step, _ in run_folder.list_checkpoints(folder / "run")]
     assert steps == [20, 22]
     before = (folder / "run" / "metrics.jsonl").read_text()
     shutil.rmtree(folder / "run" / "checkpoints" / "00000022")  # as if killed before
@@ -438,7 +440,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, train, name):
     if name == "energy":  # another autoencoder of the same sizes
         codec = autoencoder.load(trained / "codec")
         moved = codec.params | {"squeeze_bias": codec.params["squeeze_bias"] + 1}
-        other = autoencoder.Codec(codec.config, moved, codec.tokenizer, codec.notes)
+        other = autoencoder.Codec(codec.config, moved, codec.tokenizer, codec.hf_fields)
         autoencoder.save(trained / "moved", other)
         assert_refused(train(trained, *arguments, "--codec=moved"), "frozen")
 
@@ -505,20 +507,20 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
         for _ in range(4 * KILLS):
             if len(reached) == KILLS - 1:
                 break
-            saved = killed / "run" / run_folder.CHECKPOINTS
+            saved = killed / "run" / run_folder.CHECKPOINTS_FOLDER
             status = call(killed, rng.uniform(0, 0.4), saved)
             if status == 0:  # too late: once more
                 shutil.rmtree(killed)
                 reached.clear()
             else:
                 assert status == -signal.SIGKILL  # and not ended by an error of its own
-                there = [step for step, _ in run_folder.checkpoints(killed / "run")]
+                there = [step for step, _ in run_folder.list_checkpoints(killed / "run")]
                 reached.append(max(there, default=0))
         assert len(reached) == KILLS - 1
         assert call(killed, None) == 0
         server.stdin.close()
     assert 0 < reached[0] < reached[-1] < steps  # it went on from checkpoints
-    assert_same_trees(calm_models.load(whole).params, calm_models.load(killed).params)
+    assert_same_trees(calm.load(whole).params, calm.load(killed).params)
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert metrics(whole) == metrics(killed)
 
@@ -536,8 +538,8 @@ REFUSED = {
     "calm, gaussian": ([*ON, "--head=gaussian"], "--head=gaussian", "energy, flow, diffusion"),
     "calm, token": ([*ON, "--head=token"], "--head=token", "--stage=calm"),
     "calm, trunk": ([*ON, "--trunk=baseline"], "--trunk", "is new"),
-    "calm, rows": ([*ON, "--rows_of=baseline"], "--rows_of", "is new"),
-    "calm, contrast": ([*ON, "--contrast=0.5"], "--contrast", "is new"),
+    "calm, rows": ([*ON, "--table_from=baseline"], "--table_from", "is new"),
+    "calm, contrast": ([*ON, "--token_loss_weight=0.5"], "--token_loss_weight", "is new"),
     "calm, chunks": ([*ON, "--chunk_size=2"], "--chunk_size", "its autoencoder"),
     "calm, latents": ([*ON, "--latent_size=8"], "--latent_size", "its autoencoder"),
     "calm, codec's": ([*ON, "--codec_settings=dropout=0"], "--codec_settings", "its autoencoder"),
@@ -553,8 +555,8 @@ REFUSED = {
     "codec, implicit head": ([*PLAIN, "--head=energy"], "--head"),
     "codec, settings of a head": ([*PLAIN, "--head_settings=depth=1"], "--head_settings", "none"),
     "codec, trunk": ([*PLAIN, "--trunk=baseline"], "--trunk", "none"),
-    "codec, rows": ([*PLAIN, "--rows_of=baseline"], "--rows_of", "none"),
-    "codec, contrast": ([*PLAIN, "--contrast=1"], "--contrast", "none"),
+    "codec, rows": ([*PLAIN, "--table_from=baseline"], "--table_from", "none"),
+    "codec, contrast": ([*PLAIN, "--token_loss_weight=1"], "--token_loss_weight", "none"),
     "codec, layers": ([*PLAIN, "--num_layers=2"], "--num_layers", "none"),
     "codec, heads": ([*PLAIN, "--num_heads=2"], "--num_heads", "none"),
     "codec, length": ([*PLAIN, "--length=2"], "--length", "none"),
@@ -579,7 +581,7 @@ REFUSED = {
     "density, energy": (["--head=energy", NEW], "--head=energy", "--stage=density"),
     "baseline, codec": (["--stage=baseline", "--codec=codec"], "--codec", "only an autoencoder"),
     "baseline, head": (["--stage=baseline", "--head=mixture"], "--head=mixture", "has token"),
-    "baseline, rows": (["--stage=baseline", "--rows_of=baseline"], "--rows_of", "no rows"),
+    "baseline, rows": (["--stage=baseline", "--table_from=baseline"], "--table_from", "no rows"),
     "baseline, setting": (
         ["--stage=baseline", "--codec_settings=dropout=0"],
         "--codec_settings",
@@ -629,7 +631,7 @@ def test_bad_input_to_the_others(trained):
             (["--between=Ann reads the file.", "--between="], "--between", "a chunk"),
             (["--towards=file"], "--towards is not for a next-vector model"),
             (["--quantize=cosine"], "--quantize is not for a next-vector model"),
-            (["--near=3"], "--near is not for a next-vector model"),
+            (["--near_k=3"], "--near_k is not for a next-vector model"),
             (["--temperature=0.7"], "temperature is 0.7", "1/n"),
             (["--temperature=2", "--method=exact"], "temperature is 2.0"),
             (["--temperature=0", "--method=exact"], "temperature is 0"),

@@ -19,14 +19,14 @@ PROGRAM = "compare_heads"
 def test_the_target_and_its_best_gaussian():
     """Moments in closed form; the same for both, and another share in the modes."""
     angle = 0.7
-    hidden = jnp.broadcast_to(two_mode_target.hidden_of(jnp.array(angle)), (40_000, 8))
+    hidden = jnp.broadcast_to(two_mode_target.hidden_states(jnp.array(angle)), (40_000, 8))
     direction = np.array([np.cos(angle), np.sin(angle)])
     np.testing.assert_allclose(
-        two_mode_target.mode_of(hidden[0]), np.sqrt(2) * direction, rtol=1e-6
+        two_mode_target.likelier_mode(hidden[0]), np.sqrt(2) * direction, rtol=1e-6
     )
     mean = 0.4 * np.sqrt(2) * direction
     covariance = 2 * 0.84 * np.outer(direction, direction) + 0.15**2 * np.eye(2)
-    for draw in (two_mode_target.draw, two_mode_target.draw_gaussian):
+    for draw in (two_mode_target.draw_target, two_mode_target.draw_best_gaussian):
         x = np.asarray(draw(KEY, hidden))
         np.testing.assert_allclose(x.mean(axis=0), mean, atol=0.03)
         np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.03)
@@ -44,18 +44,18 @@ def test_energy_distances_are_sums_over_pairs():
 @pytest.mark.slow
 def test_data_is_at_no_distance_from_data_and_the_gaussian_is():
     sizes = {"conditions": 40, "samples": 60}
-    data = two_mode_target.judge(two_mode_target.draw, KEY, **sizes)
+    data = two_mode_target.evaluate_samples(two_mode_target.draw_target, KEY, **sizes)
     assert data.interval[0] < 0 < data.interval[1]
     assert data.in_modes == pytest.approx(1 - np.exp(-4.5), abs=0.01)
     assert data.likelier == pytest.approx(0.7, abs=0.05)
-    best = two_mode_target.judge(two_mode_target.draw_gaussian, KEY, **sizes)
+    best = two_mode_target.evaluate_samples(two_mode_target.draw_best_gaussian, KEY, **sizes)
     assert best.interval[0] > 0.1
     assert best.in_modes < 0.4
 
 
 def test_heads_that_differ_in_sampling_alone_are_fitted_once():
-    heads = two_mode_target.candidates(8, 1, 2)
-    trained = {name: two_mode_target.training_of(head) for name, head in heads.items()}
+    heads = two_mode_target.make_heads(8, 1, 2)
+    trained = {name: two_mode_target.with_default_sampling(head) for name, head in heads.items()}
     assert trained["flow, Euler"] == trained["flow, midpoint"]
     assert trained["diffusion"] == trained["diffusion, ancestral"]
     assert len(set(trained.values())) == 5
@@ -88,9 +88,9 @@ def test_the_program_writes_what_it_says(tmp_path):
     assert done.returncode == 0, done.stderr
     values = json.loads((tmp_path / "out" / "compare_heads.json").read_text())
     assert values["run"]["flags"]["steps"] == 3
-    assert list(values["heads"]) == ["data", "best Gaussian", *two_mode_target.candidates(8, 1, 2)]
+    assert list(values["heads"]) == ["data", "best Gaussian", *two_mode_target.make_heads(8, 1, 2)]
     for found in values["heads"].values():
         assert found["interval"][0] <= found["distance"] <= found["interval"][1]
         assert f"{found['distance']:.4f}" in done.stdout
     for ending, least in {"png": 20_000, "pdf": 5000, "csv": 100, "md": 100, "tex": 100}.items():
-        assert (tmp_path / "out" / f"implicit_heads.{ending}").stat().st_size > least
+        assert (tmp_path / "out" / f"compare_heads.{ending}").stat().st_size > least

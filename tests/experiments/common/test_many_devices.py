@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import run_folder
 from tests.experiments.text_models.test_text_models import write_text
-from tests.fixtures import many_devices, tiny
+from tests.fixtures import many_devices, programs
 from tests.fixtures.programs import forked_runner, run_program
 
 MESHES = ("--mesh=data=8", "--mesh=model=8", "--mesh=data=4,model=2")
@@ -29,7 +29,7 @@ REFUSED = {
         "--mesh=rows=2": "data=2,model=4",
         "--mesh=data=2": "takes 2 devices, and there are 1",
         "--process_id=0": "--process_id: it is of several processes",
-        "--silent_for=9": "there is no --coordinator",
+        "--heartbeat_timeout=9": "there is no --coordinator",
         "--coordinator=here --num_processes=2 --process_id=0": "host:port",
         "--coordinator=localhost:1234 --process_id=0": "num_processes is missing",
         "--coordinator=localhost:1234 --pmap": "--pmap is for one process",
@@ -57,19 +57,19 @@ def test_what_was_compiled_is_kept_unless_told_otherwise(monkeypatch, tmp_path):
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     with flagsaver.flagsaver(compilation_cache=None):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        program._keep_compiled()
+        program._enable_compilation_cache()
         folder = tmp_path / "continuous_lm" / "jax"
         assert updates == {"jax_compilation_cache_dir": str(folder)}
         assert folder.is_dir()
         updates.clear()
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-        program._keep_compiled()
+        program._enable_compilation_cache()
         assert not updates
     with flagsaver.flagsaver(compilation_cache="none"):
-        program._keep_compiled()
+        program._enable_compilation_cache()
         assert updates == {"jax_enable_compilation_cache": False}
     with flagsaver.flagsaver(compilation_cache=str(tmp_path / "own")):
-        program._keep_compiled()
+        program._enable_compilation_cache()
         assert updates["jax_compilation_cache_dir"] == str(tmp_path / "own")
 
 
@@ -80,7 +80,7 @@ def test_what_was_compiled_is_kept_unless_told_otherwise(monkeypatch, tmp_path):
 def on_eight():
     """Programs see eight devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "ENVIRONMENT", many_devices.environment(8))
+        patch.setattr(programs, "ENVIRONMENT", many_devices.device_environment(8))
         yield
 
 
@@ -117,8 +117,8 @@ SWEEPS = {
     "study": (("--limit=4", "--points=5"), (*MESHES, PMAP)),
     "interpolation": (("--points=6",), (MESHES[2], PMAP)),
     "attribution": (("--nodes=4",), MESHES),
-    "inverse": (("--ascent=2",), MESHES),
-    "pruning": (("--descent=2",), MESHES),
+    "inverse": (("--steps=2",), MESHES),
+    "pruning": (("--steps=2",), MESHES),
     "evaluate_apples": (("--held_out_prompts=8",), MESHES[2:]),
     "frames": (FRAMES, MESHES[2:]),
 } | dict.fromkeys(("boolean", "events", "sums", "shifting"), (("--points=5",), (MESHES[2], PMAP)))
@@ -148,14 +148,14 @@ TRAIN = (
 def stage(*arguments):
     """Flags of `train`; those that a stage does not have are left out."""
     without = ("--num_layers", "--num_heads", "--length") if "autoencoder" in arguments[0] else ()
-    if any(a.startswith(("--codec=", "--rows_of=")) for a in arguments):
+    if any(a.startswith(("--codec=", "--table_from=")) for a in arguments):
         without += ("--vocab_size",)
     return [a for a in TRAIN if not a.startswith(without or "-----")] + list(arguments)
 
 
 STAGES = {
     "baseline": stage("--stage=baseline"),
-    "density": stage("--stage=density", "--head=mixture", "--rows_of=baseline0"),
+    "density": stage("--stage=density", "--head=mixture", "--table_from=baseline0"),
     "codec": stage("--stage=autoencoder", "--latent_size=8"),
     "calm": stage("--stage=calm", "--codec=codec0"),
 }
@@ -225,16 +225,12 @@ def test_evaluation_and_samples(case, trained):
 
 
 FIT = """
-from continuous_lm.parallel.mesh import make_mesh
-
 import sys
 import jax, jax.numpy as jnp, numpy as np
 from continuous_lm import axes
-from continuous_lm.parallel import processes
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.training import window_batches
-from continuous_lm.experiments.training import run_folder
-from continuous_lm.experiments.training import fit
+from continuous_lm.experiments.training import fit, window_batches
+from continuous_lm.parallel.mesh import make_mesh
 
 params = {"matrix": jnp.linspace(-1.0, 1.0, 32).reshape(4, 8), "bias": jnp.zeros(8)}
 
@@ -243,18 +239,18 @@ def loss(params, batch, key):  # with noise, of which every micro-batch draws it
     return jnp.mean((x @ params["matrix"] + params["bias"] - 1.0) ** 2), {"mean": jnp.mean(x)}
 
 data = np.random.default_rng(0).standard_normal((500, 5)).astype(np.float32)
-def fit(name, params=params, **options):
-    rows = window_batches.shuffled(data, length=3, batch_size=32, seed=0)
+def train(name, params=params, **options):
+    rows = window_batches.shuffled_windows(data, length=3, batch_size=32, seed=0)
     options = {"steps": 20, "learning_rate": 1e-2, "accumulate": 16, "save_every": 10} | options
     return fit.fit(loss, params, rows, folder=f"{sys.argv[1]}/{name}", **options)
 
 def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)
 
-one = fit("one")
-close(fit("pmap", pmap=True), one)
+one = train("one")
+close(train("pmap", pmap=True), one)
 try:
-    fit("uneven", pmap=True, accumulate=4)
+    train("uneven", pmap=True, accumulate=4)
 except InputError as error:
     assert "accumulate must be a multiple" in str(error)
 else:
@@ -263,16 +259,16 @@ else:
 mesh, other = make_mesh("data=2,model=4"), make_mesh("data=8")
 def on(mesh):
     letters = {"matrix": "D F", "bias": "F"}
-    return {name: axes.placed(mesh, x, letters[name]) for name, x in params.items()}
+    return {name: axes.place(mesh, x, letters[name]) for name, x in params.items()}
 
 assert not on(mesh)["matrix"].sharding.is_fully_replicated
-close(fit("mesh", on(mesh)), one)
+close(train("mesh", on(mesh)), one)
 # Half of a run on one mesh, the rest on another, or by pmap, or on one device.
 import shutil
 shutil.rmtree(f"{sys.argv[1]}/mesh/checkpoints/00000020")
 for name, given in {"again": on(other), "alone": params}.items():
     shutil.copytree(f"{sys.argv[1]}/mesh", f"{sys.argv[1]}/{name}")
-    new = fit(name, given)
+    new = train(name, given)
     close(new, one)
     for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(given)):
         assert a.sharding == b.sharding, (a.sharding, b.sharding)
@@ -281,17 +277,17 @@ for name, given in {"again": on(other), "alone": params}.items():
 
 @slow
 def test_training_on_meshes_and_by_pmap(tmp_path):
-    many_devices.on_devices(FIT, 8, str(tmp_path))
+    many_devices.run_on_devices(FIT, 8, str(tmp_path))
 
 
 # --- Two processes --------------------------------------------------------------------------------
 
 
 def together(cwd, name, *arguments):
-    """`many.processes` of a program in two processes of four devices."""
-    address = f"localhost:{many_devices.free_port()}"
-    said = (f"--coordinator={address}", "--num_processes=2", "--silent_for=20")
-    return many_devices.processes(
+    """`many_devices.run_processes` of a program in two processes of four devices."""
+    address = f"localhost:{many_devices.find_free_port()}"
+    said = (f"--coordinator={address}", "--num_processes=2", "--heartbeat_timeout=20")
+    return many_devices.run_processes(
         [("-m", "continuous_lm", name, *arguments, *said, f"--process_id={i}") for i in (0, 1)],
         cwd=cwd,
     )
@@ -324,17 +320,17 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
     arguments = [*stage("--stage=baseline"), "--steps=60", "--save_every=10"]
     with together(tmp_path, "train", *arguments, "--mesh=data=4,model=2") as processes:
         deadline = time.monotonic() + 600
-        while not run_folder.checkpoints(tmp_path / "results/train/run"):
+        while not run_folder.list_checkpoints(tmp_path / "results/train/run"):
             assert time.monotonic() < deadline
             assert processes[0].poll() is None, processes[0].communicate()[1]
             time.sleep(0.1)
         processes[lost].kill()
         began = time.monotonic()
         _, told = processes[1 - lost].communicate(timeout=60)
-        assert time.monotonic() - began < 20  # --silent_for
+        assert time.monotonic() - began < 20  # --heartbeat_timeout
         assert processes[1 - lost].returncode == 1, told
         assert told.splitlines()[-1].startswith(f"error: process {lost} has ended early"), told
-    made = [step for step, _ in run_folder.checkpoints(tmp_path / "results/train/run")]
+    made = [step for step, _ in run_folder.list_checkpoints(tmp_path / "results/train/run")]
     assert made[-1] < 60  # or nothing was left to go on with
 
     with together(tmp_path, "train", *arguments, "--mesh=data=8") as processes:

@@ -20,7 +20,7 @@ KINDS = {
 
 
 def made(kind):
-    config = density_training.trunk(
+    config = density_training.trunk_config(
         vocab_size=V, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8
     )
     return density.create(jax.random.key(1), config, KINDS[kind])
@@ -33,7 +33,7 @@ def text():
 
 
 def windows(held_out, seed=0):
-    """In the order in which `judge` takes them."""
+    """In the order in which `evaluate_density` takes them."""
     whole = held_out[np.arange(16)[:, None] * LENGTH + np.arange(LENGTH + 1)]
     return np.random.default_rng(seed).permutation(whole)
 
@@ -42,7 +42,7 @@ def windows(held_out, seed=0):
 def test_perplexities_are_those_of_the_logits(kind, text):
     held_out, train = text
     lm, rows = made(kind), windows(held_out)
-    found = evaluation.judge(lm, held_out, train, length=LENGTH)
+    found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
     logits = np.asarray(lm.token_logits(rows), np.float64)
     targets = rows[:, 1:]
 
@@ -66,12 +66,12 @@ def test_perplexities_are_those_of_the_logits(kind, text):
 def test_vectors_are_those_of_the_table(text):
     held_out, train = text
     lm, rows = made("gaussian"), windows(held_out)
-    found = evaluation.judge(lm, held_out, train, length=LENGTH)
+    found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
     assert found["nll"]["value"] == pytest.approx(-float(np.mean(lm.log_prob(rows))), rel=1e-4)
     assert found["at_bound"]["value"] == pytest.approx(
         np.mean(np.asarray(distribution(lm, rows).scale) < 0.99), abs=1e-6
     )
-    table = np.asarray(density.token_rows(lm))
+    table = np.asarray(density.get_token_table(lm))
     mean = np.asarray(distribution(lm, rows).mean)
     nearest = ((mean[..., None, :] - table) ** 2).sum(-1).argmin(-1)
     assert found["accuracy_mean"]["value"] == pytest.approx(np.mean(nearest == rows[:, 1:]))
@@ -82,7 +82,7 @@ def test_vectors_are_those_of_the_table(text):
 
 def distribution(lm, rows):
     variables = {"params": lm.params}
-    hidden = lm.model.apply(variables, jnp.asarray(rows), method="predictions")
+    hidden = lm.model.apply(variables, jnp.asarray(rows), method="context_states")
     return lm.model.apply(variables, hidden, method="distribution")
 
 
@@ -90,12 +90,12 @@ def distribution(lm, rows):
 def test_use_is_the_perplexity_of_the_mean_weights(kind, text):
     held_out, train = text
     lm, rows = made(kind), windows(held_out)
-    found = evaluation.judge(lm, held_out, train, length=LENGTH)["use"]
+    found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)["use"]
     weights = np.asarray(distribution(lm, rows).weights)
     if kind == "experts":
         variables = {"params": lm.params}
-        hidden = lm.model.apply(variables, jnp.asarray(rows), method="predictions")
-        chosen = np.asarray(lm.model.apply(variables, hidden, method="routes")[1])
+        hidden = lm.model.apply(variables, jnp.asarray(rows), method="context_states")
+        chosen = np.asarray(lm.model.apply(variables, hidden, method="route")[1])
         whole = np.zeros((*weights.shape[:-1], 3))
         np.put_along_axis(whole, chosen, weights, axis=-1)
         weights = whole
@@ -119,9 +119,9 @@ def test_tables_hold_the_numbers_and_say_where_there_are_none():
         "at_bound": {"value": 0.25},
         "effective_rank": 3.0,
     }
-    perplexity, vectors = evaluation.tables_of({"baseline": token, "gaussian": vector})
+    perplexity, vectors = evaluation.make_tables({"baseline": token, "gaussian": vector})
     assert perplexity.cells[1][:4] == ["baseline", "1,234", "12.25", "11 to 13.5"]
     assert perplexity.cells[2][2:4] == ["", ""]
     assert vectors.cells[1][:4] == ["gaussian", "4", "2.0000", "50.0"]
     assert vectors.cells[1][-1] == ""
-    assert len(evaluation.tables_of({"baseline": token})) == 1
+    assert len(evaluation.make_tables({"baseline": token})) == 1

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from tests.fixtures.programs import ROOT, forked_runner
+from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner
 
 SUM = "What is the sum of 6 and 0?\nAnswer: "
 ARGUMENTS = {
     "attribution": [f"--prompt={SUM}", "--nodes=32"],
-    "inverse": ["--answer=3", "--within=apple apple", "--ascent=20"],
-    "pruning": [f"--prompt={SUM}", "--descent=40", "--tolerance=0.2"],
+    "inverse": ["--answer=3", "--span=apple apple", "--steps=20"],
+    "pruning": [f"--prompt={SUM}", "--steps=40", "--tolerance=0.2"],
 }
 
 
@@ -25,7 +25,7 @@ def ran(request, tmp_path_factory):
     """The program's name, its results and what it printed."""
     name, folder = request.param, tmp_path_factory.mktemp("run") / "out"
     with forked_runner(name) as run:
-        status, table, stderr = run(ROOT, f"--output_dir={folder}", *ARGUMENTS[name])
+        status, table, stderr = run(REPOSITORY_ROOT, f"--output_dir={folder}", *ARGUMENTS[name])
     assert status == 0, stderr
     return name, json.loads((folder / f"{name}.json").read_text()), table, folder
 
@@ -71,7 +71,9 @@ def check_pruning(result, table, folder):
     assert result["total"]["after"] < 0.7 * result["total"]["before"]
     lm = clm.load("apples", dtype="float32")
     tokens = clm.tokenization.encode(lm.tokenizer, SUM).ids
-    logits = np.asarray(lm(np.array(tokens), durations=d.astype(np.float32), at=-1), np.float64)
+    logits = np.asarray(
+        lm(np.array(tokens), durations=d.astype(np.float32), position=-1), np.float64
+    )
     after = logits[lm.tokenizer.token_to_id("6")] - np.log(np.exp(logits).sum())
     assert after == pytest.approx(result["log_probability"]["after"], abs=1e-4)
     assert after >= result["log_probability"]["before"] - 0.2 - 1e-4
@@ -104,7 +106,7 @@ BAD = {
     "inverse": {
         "'zebra'": ["--answer=zebra"],
         "'  ' is empty": ["--prompt=  "],
-        "'cat' is not in the prompt": ["--within=cat"],
+        "'cat' is not in the prompt": ["--span=cat"],
     },
     "pruning": {"''": ["--answer="], "'zebra'": ["--answer=zebra"]},
 }

@@ -1,6 +1,6 @@
 """Bad input ends the program with one line that names the culprit, and leaves nothing behind.
 
-Each case is the program in a process of its own; see `tiny.forked`.
+Each case is the program in a process of its own; see `programs.forked_runner`.
 """
 
 import json
@@ -79,7 +79,7 @@ def shards(place):
         path = folder / "model.safetensors"
         held = safetensors.numpy.load_file(path)
         shutil.copy(path, folder.parent / "outside.safetensors")
-        tiny.shard(folder, held, 2)
+        tiny.write_shards(folder, held, 2)
         index = folder / "model.safetensors.index.json"
         values = json.loads(index.read_text())
         values["weight_map"]["model.norm.weight"] = place
@@ -168,8 +168,8 @@ FLAGS = {
     "empty prompt": (["--prompt="], ["'apple'", "''"]),
     "span without a prompt": (["--span=apple"], ["--span", "--prompt"]),
     "stray argument": (["results"], ["'results'"]),
-    "durations that are NaN": (["--least=nan"], ["nan"]),
-    "duration of the first": (["--prompt=apple many", "--span=apple", "--least=nan"], ["nan"]),
+    "durations that are NaN": (["--min_factor=nan"], ["nan"]),
+    "duration of the first": (["--prompt=apple many", "--span=apple", "--min_factor=nan"], ["nan"]),
 }
 
 
@@ -184,8 +184,8 @@ def test_bad_flags(run, tmp_path, folder, case):
 
 @pytest.mark.parametrize(
     "argument",
-    "points=1 least=-0.1 least=1.5 least=x repetitions=0 repetitions=10 vary=mas tracking=none"
-    " dtype=int8 batch_size=0 modle=x".split(),
+    "points=1 min_factor=-0.1 min_factor=1.5 min_factor=x repetitions=0 repetitions=10 change=mas"
+    " answer_tokens=none dtype=int8 batch_size=0 modle=x".split(),
 )
 def test_flags_that_absl_refuses(run, tmp_path, argument):
     status, stdout, stderr = run(tmp_path, "--model=model", f"--{argument}")
@@ -221,7 +221,7 @@ def test_results_of_an_earlier_run_survive_a_bad_one(run, tmp_path, folder):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "counting.json").write_text("earlier")
     before = tree(tmp_path)
-    assert_refused(run(tmp_path, "--model=model", "--output_dir=out", "--least=nan"), "nan")
+    assert_refused(run(tmp_path, "--model=model", "--output_dir=out", "--min_factor=nan"), "nan")
     assert tree(tmp_path) == before
 
 
@@ -261,7 +261,7 @@ def test_as_a_user_types_it(tmp_path, folder):
         ({"start": float("nan")}, "start is nan"),
         ({"times": [1, 2, float("nan")]}, r"times\[2\] is nan"),
         ({"times": [1, 2, 3], "start": 1.0}, "leave out start"),
-        ({"at": 3}, "at is 3"),
+        ({"position": 3}, "position is 3"),
         ({"tokens": [0, 1, 10**6]}, r"tokens\[2\] is 1000000"),
         ({"tokens": [0.0, 1.0, 2.0]}, "tokens has dtype float32"),
         ({"tokens": []}, "no tokens|dtype"),

@@ -12,7 +12,7 @@ import scipy.special
 import continuous_lm as clm
 from continuous_lm.models import language_model
 from tests.fixtures import tiny
-from tests.fixtures.programs import ROOT, forked_runner, run_program
+from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner, run_program
 
 PROGRAM = "counting"
 DIGITS = "0123456789"
@@ -40,10 +40,10 @@ def lm(model):
 RUNS = {
     "both": [],
     "again": [],
-    "mass": ["--vary=mass"],
-    "times": ["--vary=times"],
-    "paper": ["--tracking=paper"],
-    "dogs": "--word=dog --category=animal --repetitions=3 --least=0.4 --batch_size=5".split(),
+    "mass": ["--change=mass"],
+    "times": ["--change=times"],
+    "paper": ["--answer_tokens=paper"],
+    "dogs": "--word=dog --category=animal --repetitions=3 --min_factor=0.4 --batch_size=5".split(),
     "own": ["--prompt=how many apple , apple is a apple ?", "--span=apple , apple"],
 }
 
@@ -58,7 +58,7 @@ def runs(model, tmp_path_factory):
             if name not in made:
                 folder = tmp_path_factory.mktemp("runs") / "deep" / name
                 shared = [f"--model={model}", f"--output_dir={folder}", f"--points={POINTS}"]
-                status, table, stderr = run(ROOT, *shared, *RUNS[name])
+                status, table, stderr = run(REPOSITORY_ROOT, *shared, *RUNS[name])
                 assert status == 0, stderr
                 made[name] = folder, table
             return made[name]
@@ -157,9 +157,9 @@ def test_json_has_the_flags_and_the_versions(runs, model):
         "repetitions": 3,
         "points": POINTS,
         "batch_size": 5,
-        "least": 0.4,
-        "vary": "both",
-        "tracking": "exact",
+        "min_factor": 0.4,
+        "change": "both",
+        "answer_tokens": "exact",
         "prompt": None,
         "span": None,
         "dtype": "auto",
@@ -232,5 +232,5 @@ def test_bundled_models_are_found_by_name():
     lm = clm.load("apples")
     assert lm.tokenizer is not None
     assert lm.params["embedding"].dtype == jnp.bfloat16
-    weights = language_model.BUNDLED / "apples" / "model.safetensors"
+    weights = language_model.BUNDLED_FOLDER / "apples" / "model.safetensors"
     assert weights.stat().st_size < 1_000_000

@@ -1,4 +1,4 @@
-"""Trials: their ends, middles and refusals, which closed forms give exactly."""
+"""Sweeps of a prompt: their ends, middles and refusals, which closed forms give exactly."""
 
 from fractions import Fraction
 
@@ -34,7 +34,7 @@ def lm(tmp_path_factory):
 
 
 def interpolating(lm, phrases, points=ENDS, template=TEMPLATE, how="linear"):
-    return prompt_sweeps.interpolating(lm, lm.tokenizer, template, phrases, points, how)
+    return prompt_sweeps.interpolate_phrases(lm, lm.tokenizer, template, phrases, points, how)
 
 
 def embedded(lm, text):
@@ -47,38 +47,40 @@ def embedded(lm, text):
 
 @pytest.mark.parametrize("phrases", PAIRS)
 def test_the_ends_of_an_interpolation_are_the_ordinary_prompts(lm, phrases):
-    trial = interpolating(lm, phrases)
-    found = jax.nn.softmax(lm(at=-1, **trial.sweep.arguments()))
+    prompt_sweep = interpolating(lm, phrases)
+    found = jax.nn.softmax(lm(position=-1, **prompt_sweep.sweep.make_arguments()))
     for row, phrase in zip(found, phrases, strict=True):
         ids = clm.tokenization.encode(lm.tokenizer, TEMPLATE.replace("[]", phrase)).ids
-        plain = jax.nn.softmax(lm(jnp.array(ids), at=-1))
+        plain = jax.nn.softmax(lm(jnp.array(ids), position=-1))
         np.testing.assert_allclose(row, plain, atol=1e-6, rtol=0)
     assert np.abs(found[0] - found[1]).max() > 1e-2
 
 
 def test_phrases_of_one_length_mix_token_by_token(lm):
-    trial = interpolating(lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0]))
-    given = trial.sweep.arguments()
+    prompt_sweep = interpolating(lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0]))
+    given = prompt_sweep.sweep.make_arguments()
     ends = [embedded(lm, TEMPLATE.replace("[]", p)) for p in ("one two", "three four")]
     np.testing.assert_array_equal(given["embeddings"][[0, 2]], ends)
     np.testing.assert_allclose(given["embeddings"][1], np.mean(ends, axis=0), atol=1e-7)
-    n = trial.sweep.num_tokens
+    n = prompt_sweep.sweep.num_tokens
     np.testing.assert_array_equal(given["durations"], np.ones((3, n)))
     np.testing.assert_array_equal(given["times"], np.tile(np.arange(1, n + 1), (3, 1)))
-    assert trial.tokens[slice(*trial.span)] == ["one|three", "two|four"]
-    assert trial.tokens[trial.span[0] - 1] == "the"
-    assert trial.tokens[trial.span[1] :] == ["near", "here"]
+    assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == ["one|three", "two|four"]
+    assert prompt_sweep.token_names[prompt_sweep.token_span[0] - 1] == "the"
+    assert prompt_sweep.token_names[prompt_sweep.token_span[1] :] == ["near", "here"]
 
 
 def test_a_phrase_turns_into_itself_without_a_change(lm):
     given = interpolating(lm, ("one two", "one two"), np.linspace(0, 1, 5), how="spherical")
-    rows = given.sweep.arguments()["embeddings"]
+    rows = given.sweep.make_arguments()["embeddings"]
     np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("template", ["[]", "[] here", "we saw []"])
 def test_slots_may_stand_at_either_end(lm, template):
-    given = interpolating(lm, ("one two", "three four five"), template=template).sweep.arguments()
+    given = interpolating(
+        lm, ("one two", "three four five"), template=template
+    ).sweep.make_arguments()
     for i, phrase in enumerate(("one two", "three four five")):
         kept = given["durations"][i] > 0
         rows = embedded(lm, template.replace("[]", phrase))
@@ -90,32 +92,34 @@ def test_slots_may_stand_at_either_end(lm, template):
 
 
 def test_single_tokens_are_aligned_with_each_other():
-    found = prompt_sweeps.align(1, 1)
-    np.testing.assert_array_equal(found.ends, [1])
-    np.testing.assert_array_equal(found.tokens, [[0], [0]])
-    np.testing.assert_array_equal(found.weights, [[1], [1]])
+    found = prompt_sweeps.align_phrases(1, 1)
+    np.testing.assert_array_equal(found.end_shares, [1])
+    np.testing.assert_array_equal(found.token_indices, [[0], [0]])
+    np.testing.assert_array_equal(found.sample_durations, [[1], [1]])
 
 
 def test_two_tokens_with_three():
-    found = prompt_sweeps.align(2, 3)
-    np.testing.assert_allclose(found.ends, [1 / 3, 1 / 2, 2 / 3, 1], rtol=1e-15)
-    np.testing.assert_array_equal(found.tokens, [[0, 0, 1, 1], [0, 1, 1, 2]])
-    np.testing.assert_array_equal(found.weights, [[0, 1, 0, 1], [1, 0, 1, 1]])
+    found = prompt_sweeps.align_phrases(2, 3)
+    np.testing.assert_allclose(found.end_shares, [1 / 3, 1 / 2, 2 / 3, 1], rtol=1e-15)
+    np.testing.assert_array_equal(found.token_indices, [[0, 0, 1, 1], [0, 1, 1, 2]])
+    np.testing.assert_array_equal(found.sample_durations, [[0, 1, 0, 1], [1, 0, 1, 1]])
 
 
 def test_two_tokens_with_four():
-    found = prompt_sweeps.align(2, 4)
-    np.testing.assert_array_equal(found.ends, [0.25, 0.5, 0.75, 1])
-    np.testing.assert_array_equal(found.tokens, [[0, 0, 1, 1], [0, 1, 2, 3]])
-    np.testing.assert_array_equal(found.weights, [[0, 1, 0, 1], [1, 1, 1, 1]])
+    found = prompt_sweeps.align_phrases(2, 4)
+    np.testing.assert_array_equal(found.end_shares, [0.25, 0.5, 0.75, 1])
+    np.testing.assert_array_equal(found.token_indices, [[0, 0, 1, 1], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(found.sample_durations, [[0, 1, 0, 1], [1, 1, 1, 1]])
 
 
 @given(counts, counts)
 def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
-    found = prompt_sweeps.align(first, second)
+    found = prompt_sweeps.align_phrases(first, second)
     exact = sorted({Fraction(k, n) for n in (first, second) for k in range(1, n + 1)})
-    np.testing.assert_allclose(found.ends, [float(e) for e in exact], rtol=1e-15)
-    for n, tokens, weights in zip((first, second), found.tokens, found.weights, strict=True):
+    np.testing.assert_allclose(found.end_shares, [float(e) for e in exact], rtol=1e-15)
+    for n, tokens, weights in zip(
+        (first, second), found.token_indices, found.sample_durations, strict=True
+    ):
         for end, token, weight in zip(exact, tokens, weights, strict=True):
             assert Fraction(int(token), n) < end <= Fraction(int(token) + 1, n)
             assert weight == (end * n == token + 1)
@@ -124,17 +128,20 @@ def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
 
 @given(counts, counts)
 def test_an_alignment_the_other_way_round_is_the_same(first, second):
-    one, other = prompt_sweeps.align(first, second), prompt_sweeps.align(second, first)
-    np.testing.assert_array_equal(one.ends, other.ends)
-    np.testing.assert_array_equal(one.tokens, other.tokens[::-1])
-    np.testing.assert_array_equal(one.weights, other.weights[::-1])
+    one, other = (
+        prompt_sweeps.align_phrases(first, second),
+        prompt_sweeps.align_phrases(second, first),
+    )
+    np.testing.assert_array_equal(one.end_shares, other.end_shares)
+    np.testing.assert_array_equal(one.token_indices, other.token_indices[::-1])
+    np.testing.assert_array_equal(one.sample_durations, other.sample_durations[::-1])
 
 
 @given(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
 def test_durations_and_times_go_from_one_prompt_to_the_other(first, second, before, after, share):
-    found = prompt_sweeps.align(first, second)
+    found = prompt_sweeps.align_phrases(first, second)
     points = np.array([0.0, share, 1.0])
-    given = found.timed(points, before, after)
+    given = found.durations_and_times(points, before, after)
     lengths = before + after + (1 - points) * first + points * second
     np.testing.assert_allclose(given["durations"].sum(axis=1), lengths, rtol=1e-6)
     if after:
@@ -164,7 +171,7 @@ seeds, angles = st.integers(0, 2**32 - 1), st.floats(0.05, 3.0)
 def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
     points = np.linspace(0, 1, 9)
     first, second = unit_vectors(seed, angle)
-    arc = prompt_sweeps.mix(first, second, points, "spherical")[:, 0]
+    arc = prompt_sweeps.interpolate_vectors(first, second, points, "spherical")[:, 0]
     np.testing.assert_allclose(np.linalg.norm(arc, axis=1), 1, atol=2e-5)
     # Components in the plane say how far the arc has turned.
     aside = (second[0] - np.cos(angle) * first[0]) / np.sin(angle)
@@ -175,18 +182,18 @@ def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
 @given(seeds, st.floats(0, 1))
 def test_a_line_goes_straight(seed, share):
     first, second = np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
-    ends = prompt_sweeps.mix(first, second, ENDS, "linear")
+    ends = prompt_sweeps.interpolate_vectors(first, second, ENDS, "linear")
     np.testing.assert_array_equal(ends, [first, second])
-    (middle,) = prompt_sweeps.mix(first, second, [0.5], "linear")
+    (middle,) = prompt_sweeps.interpolate_vectors(first, second, [0.5], "linear")
     np.testing.assert_array_equal(middle, (first + second) / 2)
-    (point,) = prompt_sweeps.mix(first, second, [share], "linear")
+    (point,) = prompt_sweeps.interpolate_vectors(first, second, [share], "linear")
     np.testing.assert_allclose(point, first + share * (second - first), atol=1e-5)
 
 
 @given(seeds)
 def test_both_ways_begin_and_end_alike(seed):
     first, second = np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
-    arcs = prompt_sweeps.mix(first, second, ENDS, "spherical")
+    arcs = prompt_sweeps.interpolate_vectors(first, second, ENDS, "spherical")
     np.testing.assert_allclose(arcs, [first, second], atol=1e-6)
 
 
@@ -194,12 +201,12 @@ def test_both_ways_begin_and_end_alike(seed):
 def test_an_arc_of_parallel_vectors_is_a_line(factor):
     first = np.ones((1, 8), np.float32)
     points = np.linspace(0, 1, 5)
-    arc = prompt_sweeps.mix(first, factor * first, points, "spherical")
-    line = prompt_sweeps.mix(first, factor * first, points, "linear")
+    arc = prompt_sweeps.interpolate_vectors(first, factor * first, points, "spherical")
+    line = prompt_sweeps.interpolate_vectors(first, factor * first, points, "linear")
     np.testing.assert_allclose(arc, line, atol=1e-6)
 
 
-# --- Other trials -----------------------------------------------------------------------------
+# --- Other sweeps -----------------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(0.01, 3), min_size=1, max_size=5))
@@ -208,22 +215,28 @@ def test_shrinking_touches_the_words_that_the_characters_touch(factors):
     prompt = "we saw one two near here"
     begin = prompt.index("ne two n")  # inside of "one" to inside of "near"
     characters, factors = (begin, begin + len("ne two n")), np.array(factors)
-    trial = prompt_sweeps.shrinking(words, prompt, characters, factors)
-    assert trial.tokens[slice(*trial.span)] == ["one", "two", "near"]
+    prompt_sweep = prompt_sweeps.shrink_span(words, prompt, characters, factors)
+    assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == ["one", "two", "near"]
     expected = np.ones((len(factors), 7))
     expected[:, 3:6] = factors[:, None]
-    np.testing.assert_allclose(trial.sweep.arguments()["durations"], expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        prompt_sweep.sweep.make_arguments()["durations"], expected, rtol=1e-6
+    )
 
 
 def test_moving_and_stretching_take_the_whole_prompt():
     words, points = tiny.word_tokenizer(WORDS), np.array([0.5, 2.0])
-    moved = prompt_sweeps.moving(words, "we saw one", points)
-    np.testing.assert_array_equal(moved.sweep.arguments()["start"], points)
-    slow = prompt_sweeps.stretching(words, "we saw one", points)
-    np.testing.assert_array_equal(slow.sweep.arguments()["durations"], [[0.5] * 4, [2.0] * 4])
-    for trial in (moved, slow):
-        assert trial.tokens == ["<bos>", "we", "saw", "one"]
-        assert trial.as_json() == {"prompt": "we saw one", "tokens": trial.tokens, "span": [0, 4]}
+    moved = prompt_sweeps.shift_prompt(words, "we saw one", points)
+    np.testing.assert_array_equal(moved.sweep.make_arguments()["start"], points)
+    slow = prompt_sweeps.stretch_prompt(words, "we saw one", points)
+    np.testing.assert_array_equal(slow.sweep.make_arguments()["durations"], [[0.5] * 4, [2.0] * 4])
+    for prompt_sweep in (moved, slow):
+        assert prompt_sweep.token_names == ["<bos>", "we", "saw", "one"]
+        assert prompt_sweep.as_json() == {
+            "prompt": "we saw one",
+            "tokens": prompt_sweep.token_names,
+            "span": [0, 4],
+        }
 
 
 # --- What is refused --------------------------------------------------------------------------
@@ -232,7 +245,7 @@ def test_moving_and_stretching_take_the_whole_prompt():
 def refused(lm, *culprits, **changes):
     given = {"phrases": ("one", "two"), "template": TEMPLATE} | changes
     with pytest.raises(clm.InputError) as caught:
-        interpolating(lm, **given).sweep.arguments()
+        interpolating(lm, **given).sweep.make_arguments()
     for culprit in culprits:
         assert culprit in str(caught.value)
 
@@ -268,6 +281,6 @@ def test_phrases_that_merge_with_what_is_around_them_cannot_be_aligned(lm):
     assert bpe.encode("xayz").tokens == ["x", "ay", "z"]
     assert bpe.encode("xbyz").tokens == ["x", "b", "yz"]
     with pytest.raises(clm.InputError, match="'a' and 'b' cannot be aligned"):
-        prompt_sweeps.interpolating(lm, bpe, "x[]yz", ("a", "b"), ENDS)
-    trial = prompt_sweeps.interpolating(lm, bpe, "x[]yz", ("b", "bb"), ENDS)
-    assert trial.tokens == ["x", "b|b", "b|b", "yz"]
+        prompt_sweeps.interpolate_phrases(lm, bpe, "x[]yz", ("a", "b"), ENDS)
+    prompt_sweep = prompt_sweeps.interpolate_phrases(lm, bpe, "x[]yz", ("b", "bb"), ENDS)
+    assert prompt_sweep.token_names == ["x", "b|b", "b|b", "yz"]

@@ -1,6 +1,6 @@
 """The programs of one prompt, on the embedded model: what they write is what the model says.
 
-Each run is the program in a process of its own; see `tiny.forked`.
+Each run is the program in a process of its own; see `programs.forked_runner`.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def ids_of(lm, tokens):
 
 def assert_says(lm, curves, tracked, **arguments):
     """The curves' middle is what one call of the model says."""
-    p = np.asarray(jax.nn.softmax(lm(at=-1, **arguments)), np.float64)
+    p = np.asarray(jax.nn.softmax(lm(position=-1, **arguments)), np.float64)
     assert list(curves["probabilities"]) == list(tracked)
     for answer, tokens in tracked.items():
         expected = sum(p[i] for i in ids_of(lm, tokens))
@@ -196,7 +196,7 @@ def test_boolean(run, lm):
     prompt = boolean.TEMPLATE.format(a=1, b=1)
     for point, operator in ((0, "OR"), (-1, "XOR")):
         ids = clm.tokenization.encode(lm.tokenizer, prompt.replace("[]", operator)).ids
-        p = jax.nn.softmax(lm(np.array(ids), at=-1))
+        p = jax.nn.softmax(lm(np.array(ids), position=-1))
         for answer in "01":
             found = cell["curves"]["probabilities"][answer][point]
             assert found == pytest.approx(float(p[lm.tokenizer.token_to_id(answer)]), abs=1e-5)
@@ -219,7 +219,7 @@ def test_translation_changes_nothing_in_a_rotary_model(run, lm):
 
 @pytest.mark.slow
 def test_scaling_changes_the_answer(run, lm):
-    result, _ = run("shifting", "--change=scaling")
+    result, _ = run("shifting", "--transform=scaling")
     tokens, points = ids_of(lm, result["tokens"]), result["curves"]["points"]
     assert points == pytest.approx(np.linspace(0.01, 1.5, POINTS))
     durations = np.full(len(tokens), points[MIDDLE])
@@ -261,8 +261,8 @@ REFUSED = {  # program and flags -> what the message names
     ("interpolation", "--template=We bought two [] at the", "--threshold=1"): ["--threshold"],
     ("interpolation", "--path=cubic"): ["path", "cubic"],
     ("shifting", "--prompt=Where is the kumquat"): ["cannot spell", "'kumquat'"],
-    ("shifting", "--change=rotation"): ["change", "rotation"],
-    ("boolean", "--least=2"): ["least"],
+    ("shifting", "--transform=rotation"): ["transform", "rotation"],
+    ("boolean", "--min_factor=2"): ["min_factor"],
 }
 
 

@@ -90,29 +90,29 @@ def between(first, second, share, how):
     return ((parts[0] * first + parts[1] * second) / torch.sin(angle)).float()
 
 
-# --- Kinds of sweeps: a trial, and its points (rows, d, times) by hand ---------------------------
+# --- Kinds of sweeps: a prompt's sweep, and its points (rows, d, times) by hand -------------------
 
 
 def ids_of(tokenizer, text):
     return clm.tokenization.encode(tokenizer, text).ids
 
 
-def shrinking(vary):
+def shrinking(change):
     def made(reference, lm, template, phrases):
         words, slot = lm.tokenizer, template.index("[]")
         text = template.replace("[]", phrases[1])
         span = (slot, slot + len(phrases[1]))
-        trial = prompt_sweeps.shrinking(words, text, span, FACTORS, vary)
+        prompt_sweep = prompt_sweeps.shrink_span(words, text, span, FACTORS, change)
         rows = embed(reference, ids_of(words, text))
-        first, end = trial.span
+        first, end = prompt_sweep.token_span
         points = []
         for factor in FACTORS:
             short = np.ones(len(rows))
             short[first:end] = factor
             ordinary = np.ones(len(rows))
-            d = ordinary if vary == "times" else short
-            points.append((rows, d, np.cumsum(ordinary if vary == "mass" else short)))
-        return trial, points
+            d = ordinary if change == "times" else short
+            points.append((rows, d, np.cumsum(ordinary if change == "mass" else short)))
+        return prompt_sweep, points
 
     return made
 
@@ -122,7 +122,7 @@ def moving(reference, lm, template, phrases):
     rows = embed(reference, ids_of(lm.tokenizer, text))
     d = np.ones(len(rows))
     points = [(rows, d, shift + np.cumsum(d)) for shift in SHIFTS]
-    return prompt_sweeps.moving(lm.tokenizer, text, SHIFTS), points
+    return prompt_sweeps.shift_prompt(lm.tokenizer, text, SHIFTS), points
 
 
 def stretching(reference, lm, template, phrases):
@@ -130,14 +130,16 @@ def stretching(reference, lm, template, phrases):
     rows = embed(reference, ids_of(lm.tokenizer, text))
     factors = 1.5 * FACTORS
     points = [(rows, *(f(np.full(len(rows), x)) for f in (np.array, np.cumsum))) for x in factors]
-    return prompt_sweeps.stretching(lm.tokenizer, text, factors), points
+    return prompt_sweeps.stretch_prompt(lm.tokenizer, text, factors), points
 
 
 def interpolating(how):
     def made(reference, lm, template, phrases):
-        trial = prompt_sweeps.interpolating(lm, lm.tokenizer, template, phrases, SHARES, how)
+        prompt_sweep = prompt_sweeps.interpolate_phrases(
+            lm, lm.tokenizer, template, phrases, SHARES, how
+        )
         points = [by_hand(reference, lm.tokenizer, template, phrases, s, how) for s in SHARES]
-        return trial, points
+        return prompt_sweep, points
 
     return made
 
@@ -189,11 +191,11 @@ def assert_equal_point_by_point(reference, lm, kind):
     both = [made(reference, lm, *prompt) for prompt in prompts]
     expected = [np.array([next_token(reference, *p) for p in points]) for _, points in both]
     groups = [[i] for i in range(lm.config.vocab_size)]
-    sweeps = [trial.sweep for trial, _ in both]
-    alone = clm.sweep.probabilities(lm, groups, batch_size=3, **sweeps[0].arguments())
+    sweeps = [prompt_sweep.sweep for prompt_sweep, _ in both]
+    alone = clm.sweep.probabilities(lm, groups, batch_size=3, **sweeps[0].make_arguments())
     np.testing.assert_allclose(alone, expected[0], atol=TOLERANCE, rtol=0)
     assert sweeps[0].num_tokens > sweeps[1].num_tokens
-    for found, theirs in zip(clm.sweep.together(lm, groups, sweeps, 4), expected, strict=True):
+    for found, theirs in zip(clm.sweep.run_group(lm, groups, sweeps, 4), expected, strict=True):
         np.testing.assert_allclose(found, theirs, atol=TOLERANCE, rtol=0)
     still = kind == "moving" and lm.config.max_positions is None  # rotary models do not mind
     assert (np.ptp(expected[0], axis=0).max() > 1e-3) != still

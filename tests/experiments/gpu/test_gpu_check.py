@@ -12,7 +12,7 @@ import pytest
 
 from continuous_lm.analysis import sweep
 from continuous_lm.experiments.gpu import attention_checks, gpu_check, isolated_checks, model_checks
-from continuous_lm.experiments.gpu.attention_checks import CASES, FORMS, TINY
+from continuous_lm.experiments.gpu.attention_checks import CASES, FORMS, TINY_SIZES
 from continuous_lm.experiments.gpu.isolated_checks import FAILED, OK, UNSUPPORTED, Check
 from continuous_lm.models import generation
 from tests.continuous_lm.attention.test_pallas import gpu
@@ -108,7 +108,7 @@ def dies(tiny):
 def test_a_section_that_fails_hangs_or_dies_costs_its_own_rows_alone(tmp_path, capfd):
     runs = {"fails": (fails, 60.0), "dies": (dies, 60.0), "works": (works, 60.0)}
     sections = {name: gpu_check.Section(*run) for name, run in runs.items()}
-    rows = gpu_check.checked(sections, True, tmp_path, "a card")
+    rows = gpu_check.run_sections(sections, True, tmp_path, "a card")
     assert [[check.verdict for check in rows[name]] for name in rows] == [
         [OK, FAILED],
         [OK, FAILED],
@@ -118,11 +118,11 @@ def test_a_section_that_fails_hangs_or_dies_costs_its_own_rows_alone(tmp_path, c
     assert "out of" in (tmp_path / "fails.log").read_text()
     assert rows["dies"][1].note == "the process was ended by SIGSEGV; see dies.log"
     begin = time.monotonic()
-    (late,) = isolated_checks.apart(hangs, True, 2.0, tmp_path / "hangs.log")
+    (late,) = isolated_checks.run_in_process(hangs, True, 2.0, tmp_path / "hangs.log")
     assert time.monotonic() - begin < 30
     assert late.verdict == FAILED
     assert late.note.startswith("stopped after 2 s")
-    assert gpu_check.summary(rows).startswith("passed 3 / FAILED 2 / not run 0 / ")
+    assert gpu_check.summarize(rows).startswith("passed 3 / FAILED 2 / not run 0 / ")
     assert capfd.readouterr().out.count("a card") == 5
 
 
@@ -135,7 +135,7 @@ def test_a_wrong_form_is_found_and_the_others_go_on():
         raise RuntimeError("no such kernel")
 
     forms = {"dense": FORMS["dense"], "wrong": wrong, "broken": broken, "again": FORMS["dense"]}
-    rows = list(attention_checks.one_case("plain", CASES["plain"], "float32", TINY, forms))
+    rows = list(attention_checks.check_case("plain", CASES["plain"], "float32", TINY_SIZES, forms))
     assert [row.verdict for row in rows] == [OK, FAILED, FAILED, OK, FAILED]
     assert rows[1].value > 1e-3
     assert rows[2].note == "RuntimeError: no such kernel"
@@ -143,7 +143,9 @@ def test_a_wrong_form_is_found_and_the_others_go_on():
 
 
 def test_what_is_not_a_number_fails():
-    check = isolated_checks.judged("it", float("nan"), isolated_checks.Target(most=1.0))
+    check = isolated_checks.check_against_target(
+        "it", float("nan"), isolated_checks.Target(maximum=1.0)
+    )
     assert (check.verdict, check.value) == (FAILED, None)
     assert check.note == "it is nan"
 
@@ -154,18 +156,24 @@ def test_what_is_not_a_number_fails():
 @pytest.mark.parametrize("name", ["grouped, zeros", "grouped, zeros, capped, window"])
 def test_the_reference_is_the_dense_form_in_float64(name):
     case = CASES[name]
-    options = {"softcap": case.softcap, "window": attention_checks.window(case, TINY)}
+    options = {
+        "softcap": case.softcap,
+        "window": attention_checks.window_in_tokens(case, TINY_SIZES),
+    }
     with jax.enable_x64(True):
-        arrays = [jnp.asarray(x, jnp.float64) for x in attention_checks.draw(case, "float32", TINY)]
-        found = attention_checks.program(FORMS["dense"], options)(*arrays)
-        exact = attention_checks.reference(*map(np.asarray, arrays), **options)
-        assert max(attention_checks.errors([np.asarray(x) for x in found], exact)) < 1e-13
+        arrays = [
+            jnp.asarray(x, jnp.float64)
+            for x in attention_checks.random_inputs(case, "float32", TINY_SIZES)
+        ]
+        found = attention_checks.value_and_gradients(FORMS["dense"], options)(*arrays)
+        exact = attention_checks.float64_reference(*map(np.asarray, arrays), **options)
+        assert max(attention_checks.relative_errors([np.asarray(x) for x in found], exact)) < 1e-13
 
 
 def test_forms_say_what_they_do_not_take():
     name = "grouped, zeros, capped, window"
     forms = {form: FORMS[form] for form in ("splash", "channels of keys", "cudnn")}
-    rows = list(attention_checks.one_case(name, CASES[name], "bfloat16", TINY, forms))
+    rows = list(attention_checks.check_case(name, CASES[name], "bfloat16", TINY_SIZES, forms))
     assert [row.verdict for row in rows] == [UNSUPPORTED] * 3
     assert rows[2].note == "cuDNN has no soft-capping"
 
@@ -177,8 +185,8 @@ def test_forms_say_what_they_do_not_take():
 @pytest.mark.parametrize("form", ["pallas", "blocked", "dense"])
 def test_attention_is_lowered_for_gpus(form, dtype):
     case = CASES["grouped, zeros, capped, window"]
-    arrays = attention_checks.draw(case, dtype, attention_checks.Size())
-    run = attention_checks.program(FORMS[form], {"softcap": 2.0, "window": 70.0})
+    arrays = attention_checks.random_inputs(case, dtype, attention_checks.Sizes())
+    run = attention_checks.value_and_gradients(FORMS[form], {"softcap": 2.0, "window": 70.0})
     with gpu():
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "custom_call @" in line and "triton" in line]
@@ -192,8 +200,12 @@ class Lowered(Exception):
 @pytest.mark.parametrize(
     ("module", "function", "check"),
     [
-        (sweep, "_probabilities", lambda: model_checks.apples(np.ones(4, np.float32))),
-        (generation, "_run", model_checks.greedy),
+        (
+            sweep,
+            "_group_probabilities",
+            lambda: model_checks.check_apples_float32(np.ones(4, np.float32)),
+        ),
+        (generation, "_decode_loop", model_checks.check_greedy_tokens),
     ],
 )
 def test_models_are_lowered_for_gpus(monkeypatch, module, function, check):

@@ -10,7 +10,7 @@ import pytest
 
 from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.studies import metrics
-from tests.fixtures.programs import ROOT, forked_runner
+from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner
 
 PROGRAM = "analysis"
 DIGITS = "0123456789"
@@ -125,7 +125,7 @@ def analysed(run, cwd, folders, output):
 @pytest.fixture(scope="module")
 def output(run, folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "deep" / "analysis"
-    (folder.parent / "terminal").write_text(analysed(run, ROOT, folders, folder))
+    (folder.parent / "terminal").write_text(analysed(run, REPOSITORY_ROOT, folders, folder))
     return folder
 
 
@@ -150,7 +150,7 @@ def test_counting(result):
     assert every["peaks"]["pure improvement"] == pytest.approx((4 + 2 + 1) / 3)
     assert ours["order"]["in order"] == 0.5
     assert ours["order"]["never falls"] == 1.0
-    again = metrics.counting([digits], [2])
+    again = metrics.counting_metrics([digits], [2])
     assert {name: other[name] for name in again} == again
     for model in models.values():
         share = model["sensitivity"]
@@ -301,7 +301,7 @@ def test_every_form_of_a_table_has_the_same_cells(output, name):
 def test_cells_are_the_numbers_of_the_json(output, result):
     found = 0
     for study, models in result["studies"].items():
-        for layout in tables.LAYOUTS[study]:
+        for layout in tables.TABLE_SPECS[study]:
             with open(output / f"{study}_{layout.name}.csv", newline="") as file:
                 rows = list(csv.DictReader(file))
             for row, numbers in zip(rows, models.values(), strict=True):
@@ -310,7 +310,7 @@ def test_cells_are_the_numbers_of_the_json(output, result):
                     for step in column.path.split("."):
                         value = value[step]  # every path leads somewhere
                     percent = column.format.endswith("%")
-                    cell = row[column.head + " (%)" * percent]
+                    cell = row[column.title + " (%)" * percent]
                     if value is None:
                         assert cell == ""
                     else:
@@ -446,7 +446,7 @@ def test_models_in_the_legend():
         plots.threshold_curves(
             metrics.THRESHOLDS, {"_a": (half, half), "b": (half, half)}, ylabel=""
         ),
-        plots.histograms(np.linspace(0, 1, 3), {"_a": [1, 2], "b": [3, 0]}, xlabel="", mark=0.1),
+        plots.histograms(np.linspace(0, 1, 3), {"_a": [1, 2], "b": [3, 0]}, xlabel="", bound=0.1),
     ]
     for figure in figures:
         labels = [text.get_text().strip() for text in figure.legends[0].get_texts()]

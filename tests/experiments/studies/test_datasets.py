@@ -21,7 +21,7 @@ PAPER = pathlib.Path(__file__).parents[4] / "shared" / "data" / "paper"
 
 @pytest.fixture(scope="module")
 def made():
-    return {study: datasets.made(study) for study in datasets.STUDIES}
+    return {study: datasets.generate_tasks(study) for study in datasets.STUDIES}
 
 
 # --- Made of the small language ---------------------------------------------------------------
@@ -31,8 +31,8 @@ def made():
 def test_two_hundred_tasks_that_are_always_the_same(made, study):
     tasks = made[study]
     assert len(tasks) == 200
-    assert tasks == datasets.made(study)
-    assert len({(t.prompt, t.characters, t.phrases) for t in tasks}) > 150  # sums may be alike
+    assert tasks == datasets.generate_tasks(study)
+    assert len({(t.prompt, t.character_span, t.phrases) for t in tasks}) > 150  # sums may be alike
 
 
 def texts(task):
@@ -43,7 +43,7 @@ def texts(task):
 
 @pytest.mark.parametrize("study", datasets.STUDIES)
 def test_the_small_language_spells_every_made_prompt(made, study):
-    tokenizer = prompts.tokenizer()
+    tokenizer = prompts.make_tokenizer()
     for task in made[study]:
         for text in texts(task):
             clm.tokenization.encode(tokenizer, text)  # refuses what it cannot spell
@@ -52,34 +52,34 @@ def test_the_small_language_spells_every_made_prompt(made, study):
 @pytest.mark.parametrize("study", datasets.STUDIES)
 def test_the_analysis_takes_what_every_made_task_is_about(made, study):
     for task in made[study]:
-        analysis.STUDIES[study].check(task.about)
+        analysis.STUDY_SPECS[study].check_fields(task.fields)
 
 
 def varied(task):
-    return task.prompt[slice(*task.characters)]
+    return task.prompt[slice(*task.character_span)]
 
 
 def test_counted_words(made):
     for task in made["counting"]:
-        word, category, n = (task.about[k] for k in ("word", "category", "repetitions"))
+        word, category, n = (task.fields[k] for k in ("word", "category", "repetitions"))
         assert varied(task).split() == [word] * n
         assert word in WORDS[category]
-        assert f"many times is {task.about['category_with_article']} mentioned?" in task.prompt
-    assert {task.about["repetitions"] for task in made["counting"]} == {2, 3, 4, 5, 6}
+        assert f"many times is {task.fields['category_with_article']} mentioned?" in task.prompt
+    assert {task.fields["repetitions"] for task in made["counting"]} == {2, 3, 4, 5, 6}
 
 
 def test_counted_steps(made):
     for task in made["tutorials"]:
         assert_steps(task)
-    assert {task.about["num_sentences"] for task in made["tutorials"]} == {2, 3, 4, 5, 6, 7}
+    assert {task.fields["num_sentences"] for task in made["tutorials"]} == {2, 3, 4, 5, 6, 7}
 
 
 def assert_steps(task):
     """Steps, all of them and nothing else, are what shrinks."""
     steps = varied(task).splitlines()
-    assert len(steps) == task.about["num_sentences"]
+    assert len(steps) == task.fields["num_sentences"]
     assert all(step.startswith("- ") for step in steps)
-    before, after = task.prompt[: task.characters[0]], task.prompt[task.characters[1] :]
+    before, after = task.prompt[: task.character_span[0]], task.prompt[task.character_span[1] :]
     assert before.endswith("\n")
     assert after.startswith("\n\nQuestion:")
     assert "\n- " not in before[:-1] + after
@@ -87,28 +87,28 @@ def assert_steps(task):
 
 def assert_number(task):
     """The number that shrinks, and the other beside it, are in the prompt once each."""
-    shrunk, other = ("item_1", "item_2") if task.about["shrink_1"] else ("item_2", "item_1")
-    assert varied(task) == str(task.about[shrunk])
-    around = task.prompt[: task.characters[0]] + task.prompt[task.characters[1] :]
-    assert str(task.about[other]) in around
+    shrunk, other = ("item_1", "item_2") if task.fields["shrink_1"] else ("item_2", "item_1")
+    assert varied(task) == str(task.fields[shrunk])
+    around = task.prompt[: task.character_span[0]] + task.prompt[task.character_span[1] :]
+    assert str(task.fields[other]) in around
     assert "{" not in task.prompt
 
 
 def test_summed_numbers(made):
     for task in made["sums"]:
         assert_number(task)
-        assert {task.about["item_1"], task.about["item_2"]} <= set(range(1, 10))
-    assert {task.about["shrink_1"] for task in made["sums"]} == {True, False}
+        assert {task.fields["item_1"], task.fields["item_2"]} <= set(range(1, 10))
+    assert {task.fields["shrink_1"] for task in made["sums"]} == {True, False}
 
 
 def test_questions_are_true_of_the_words_that_their_kind_names(made):
-    kinds = collections.Counter(task.about["kind"] for task in made["words"])
-    assert kinds == dict.fromkeys(datasets.KINDS, 50)
+    kinds = collections.Counter(task.fields["kind"] for task in made["words"])
+    assert kinds == dict.fromkeys(datasets.QUESTION_KINDS, 50)
     holds = {"both": (1, 1), "neither": (0, 0), "first": (1, 0), "second": (0, 1)}
     for task in made["words"]:
-        true = [p in prompts.true_of(task.about["question"]) for p in task.phrases]
-        assert tuple(true) == holds[task.about["kind"]], task
-        assert list(task.phrases) == task.about["options"]
+        true = [p in prompts.true_plurals(task.fields["question"]) for p in task.phrases]
+        assert tuple(true) == holds[task.fields["kind"]], task
+        assert list(task.phrases) == task.fields["options"]
     assert len({task.phrases for task in made["words"]}) == 50
 
 
@@ -119,9 +119,9 @@ def paper(study, name):
     path = PAPER / f"{name}.json"
     if not path.exists():
         pytest.skip(f"{path} is not there")
-    tasks = datasets.read(study, path)
+    tasks = datasets.read_tasks(study, path)
     for task in tasks:
-        analysis.STUDIES[study].check(task.about)
+        analysis.STUDY_SPECS[study].check_fields(task.fields)
     return tasks, json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -129,7 +129,7 @@ def test_words_of_the_paper():
     tasks, records = paper("counting", "words_with_repetitions")
     assert len(tasks) == len(records) == 200
     for task, record in zip(tasks, records, strict=True):
-        assert task.about == record
+        assert task.fields == record
         assert varied(task) == " ".join([record["word"]] * record["repetitions"])
 
 
@@ -152,7 +152,7 @@ def test_pairs_of_the_paper():
     assert len(tasks) == 4 * len(records) >= 200
     for i, task in enumerate(tasks):
         assert list(task.phrases) == records[i // 4]["options"]
-        assert task.about["question"] == records[i // 4]["questions"][task.about["kind"]]
+        assert task.fields["question"] == records[i // 4]["questions"][task.fields["kind"]]
         assert task.prompt.count(prompt_sweeps.SLOT) == 1
 
 
@@ -189,10 +189,10 @@ def store(folder, content):
 
 def test_good_records(tmp_path):
     for study, record in GOOD.items():
-        assert datasets.read(study, store(tmp_path, [record])), study
-    (tutorial,) = datasets.read("tutorials", store(tmp_path, [GOOD["tutorials"]]))
+        assert datasets.read_tasks(study, store(tmp_path, [record])), study
+    (tutorial,) = datasets.read_tasks("tutorials", store(tmp_path, [GOOD["tutorials"]]))
     assert_steps(tutorial)  # in spite of the "- " in its title
-    (total,) = datasets.read("sums", store(tmp_path, [GOOD["sums"]]))
+    (total,) = datasets.read_tasks("sums", store(tmp_path, [GOOD["sums"]]))
     assert total.prompt == "Mia has 82 and 38. Mia has "
     assert varied(total) == "38"
 
@@ -228,7 +228,7 @@ def test_file_that_cannot_be_read(tmp_path):
 
 def refused(study, path, *culprits):
     with pytest.raises(clm.InputError) as error:
-        datasets.read(study, path)
+        datasets.read_tasks(study, path)
     for culprit in (str(path), *culprits):
         assert culprit in str(error.value)
 

@@ -36,10 +36,10 @@ def test_a_perfect_counter_is_sensitive_up_to_its_peaks():
     top = counter([1, 2, 3, 4], high=0.755).max(axis=0)
     share = metrics.sensitivity(top, expected(4))
     assert share.tolist() == [1.0] * 76 + [0.0] * 25  # thresholds 0 to 0.75
-    assert metrics.area(share) == pytest.approx(0.755)  # the trapezoid from 0.75 to 0.76 is half
-    assert metrics.area(metrics.sensitivity(np.eye(10)[[1, 2, 3]].max(axis=0), expected(3))) == (
-        pytest.approx(1.0)
-    )
+    # The trapezoid from 0.75 to 0.76 is half.
+    assert metrics.area_under_curve(share) == pytest.approx(0.755)
+    perfect = metrics.sensitivity(np.eye(10)[[1, 2, 3]].max(axis=0), expected(3))
+    assert metrics.area_under_curve(perfect) == pytest.approx(1.0)
 
 
 def test_the_ordinary_sentence_has_one_peak():
@@ -69,11 +69,11 @@ def test_bounds_and_observed_over_counterfactual(p, n):
             assert values.shape == (101,)
             assert values.min() >= 0
             assert values.max() <= 1
-            assert 0 <= metrics.area(values) <= 1 + 1e-12
+            assert 0 <= metrics.area_under_curve(values) <= 1 + 1e-12
         if share is metrics.sensitivity:
             assert (observed >= ordinary).all()
             assert (np.diff(observed) <= 0).all()
-    found = metrics.found_peaks(p, n)
+    found = metrics.peak_rates(p, n)
     assert 0 <= found.pure <= min(1, found.impure)
     assert found.impure <= 10 / n
     assert found.impure >= found.counterfactual == 1 / n
@@ -85,11 +85,11 @@ def test_bounds_and_observed_over_counterfactual(p, n):
 def test_two_peaks_of_three():
     p = counter([1, 1, 3, 3, 0], high=0.6)
     assert metrics.peaks(p).tolist() == [0, 1, 3]
-    assert metrics.found_peaks(p, 3) == metrics.FoundPeaks(2 / 3, 1.0, 1 / 3)
+    assert metrics.peak_rates(p, 3) == metrics.PeakRates(2 / 3, 1.0, 1 / 3)
 
 
 def test_a_constant_answer_is_the_counterfactual():
-    found = metrics.found_peaks(counter([4] * 5, high=0.3), 4)
+    found = metrics.peak_rates(counter([4] * 5, high=0.3), 4)
     assert found.pure == found.impure == found.counterfactual == 0.25
 
 
@@ -104,11 +104,11 @@ def test_a_peak_need_not_be_high():
 
 
 def test_order_of_answers():
-    assert metrics.most_probable(counter([1, 1, 2, 4, 4])) == [1, 2, 4]
-    assert metrics.never_falls(counter([1, 1, 2, 4, 4]))
-    assert metrics.never_falls(counter([3, 3]))
-    assert not metrics.never_falls(counter([1, 2, 1, 3]))
-    assert metrics.most_probable(counter([1, 2, 1, 3])) == [1, 2, 1, 3]
+    assert metrics.leading_digits(counter([1, 1, 2, 4, 4])) == [1, 2, 4]
+    assert metrics.is_never_falling(counter([1, 1, 2, 4, 4]))
+    assert metrics.is_never_falling(counter([3, 3]))
+    assert not metrics.is_never_falling(counter([1, 2, 1, 3]))
+    assert metrics.leading_digits(counter([1, 2, 1, 3])) == [1, 2, 1, 3]
 
 
 def test_expected_count():
@@ -269,7 +269,7 @@ def test_bounds_of_interpolation(values, scale):
         assert metrics.lipschitz(points, scale * values) == pytest.approx(found, rel=1e-6)
         assert metrics.lipschitz(points, values[::-1]) == pytest.approx(found, rel=1e-6)
         assert abs(trend) <= 1 + 1e-12
-        if metrics.variation(values) > metrics.MONOTONE:
+        if metrics.variation(values) > metrics.MONOTONE_TOLERANCE:
             assert not metrics.is_monotone(values)
 
 
@@ -278,7 +278,7 @@ def test_bounds_of_interpolation(values, scale):
 
 def test_counting_is_the_mean_over_records():
     perfect, constant = counter([1, 2, 3, 4]), counter([2, 2])
-    found = metrics.counting([perfect, constant], [4, 2])
+    found = metrics.counting_metrics([perfect, constant], [4, 2])
     assert found["sensitivity"]["observed area"] == pytest.approx((1 + 0.5025) / 2)
     assert found["sensitivity"]["observed"][100] == 0.75
     assert found["sensitivity"]["counterfactual"][100] == 0.375
@@ -295,7 +295,7 @@ def test_counting_is_the_mean_over_records():
 
 def test_the_counterfactual_is_the_last_point():
     for leaders, share in (([7, 1], 1.0), ([1, 7], 0.0)):
-        found = metrics.counting([counter(leaders)], [1])
+        found = metrics.counting_metrics([counter(leaders)], [1])
         assert found["sensitivity"]["observed"][50] == 1.0
         assert found["sensitivity"]["counterfactual"][50] == share
         assert found["iou"]["counterfactual"][50] == share
@@ -306,7 +306,7 @@ def test_the_counterfactual_is_the_last_point():
 )
 def test_the_order_of_records_does_not_matter(records, data):
     shuffled = data.draw(st.permutations(records))
-    one, other = (metrics.counting(*zip(*r, strict=True)) for r in (records, shuffled))
+    one, other = (metrics.counting_metrics(*zip(*r, strict=True)) for r in (records, shuffled))
     for group in ("sensitivity", "iou", "peaks", "order"):
         for name, value in one[group].items():
             if value is None:
@@ -317,7 +317,7 @@ def test_the_order_of_records_does_not_matter(records, data):
 
 def test_interpolation_over_records():
     line, bump, flat = EVEN / 2, np.where(abs(EVEN - 0.5) < 0.01, 0.3, 0.0), np.zeros(41)
-    found = metrics.interpolation(
+    found = metrics.interpolation_metrics(
         [EVEN] * 3,
         [{"Yes": line, "No": bump}, {"Yes": flat, "No": line[::-1]}, {"Yes": flat, "No": flat}],
         ["one", "one", "both"],
@@ -343,6 +343,6 @@ def test_interpolation_over_records():
 
 def test_the_bound_of_variation_is_an_edge_and_counts_as_large():
     at = np.array([0.0, 0.05, 0.0])
-    found = metrics.interpolation([np.linspace(0, 1, 3)], [{"Yes": at}], ["one"])
+    found = metrics.interpolation_metrics([np.linspace(0, 1, 3)], [{"Yes": at}], ["one"])
     assert found["variation"]["large"] == 1.0
-    assert metrics.LARGE_VARIATION in metrics.BINS
+    assert metrics.LARGE_VARIATION in metrics.VARIATION_BINS

@@ -18,7 +18,7 @@ from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
 STORIES = pathlib.Path(__file__).parents[4] / "shared" / "data" / "stories260k"
-FLAGS = ["--studied=4", "--points=5"]
+FLAGS = ["--prompts_per_study=4", "--points=5"]
 STUDIES = [f"Study: {name}" for name in datasets.STUDIES]
 
 
@@ -108,7 +108,7 @@ def written(folder, sections):
         figure = Figure()
         figure.subplots().plot([0, 1])
         figure.savefig(folder / f"{name}.png", dpi=20)
-    report_page.write(folder, f"How continuous is {NASTY}?", sections, RUN)
+    report_page.write_report(folder, f"How continuous is {NASTY}?", sections, RUN)
     values = {"sections": [section.as_json() for section in sections], "run": RUN}
     (folder / "report.json").write_text(json.dumps(values))
     return folder
@@ -154,7 +154,7 @@ def test_a_page_says_what_was_not_run(tmp_path):
 
 
 def test_every_section_has_an_address_of_its_own():
-    titles = [title for title, _ in report.SWEEPS] + STUDIES
+    titles = [title for title, _ in report.SWEEP_SECTIONS] + STUDIES
     assert len({report_page.slug(title) for title in titles}) == len(titles)
 
 
@@ -170,7 +170,7 @@ from continuous_lm.experiments.studies import report
 def left_out(lm, tokenizer):
     raise clm.InputError("left out")
 
-for name in ("attributed", "steered", "pruned"):
+for name in ("attribution_section", "inverse_section", "pruning_section"):
     setattr(report, name, left_out)
 program.run(report.main)
 """
@@ -192,8 +192,12 @@ def short(folder, *arguments):
 def comparable(folder):
     """What every run must give again."""
     _, stored = read(folder)
-    kept = [s for s in stored["sections"] if s["title"] in dict(report.SWEEPS).keys() | {*STUDIES}]
-    assert len(kept) == len(report.SWEEPS) + len(STUDIES)
+    kept = [
+        s
+        for s in stored["sections"]
+        if s["title"] in dict(report.SWEEP_SECTIONS).keys() | {*STUDIES}
+    ]
+    assert len(kept) == len(report.SWEEP_SECTIONS) + len(STUDIES)
     return kept
 
 
@@ -202,10 +206,10 @@ def assert_analysed(folder):
     _, stored = read(folder)
     sections = {section["title"]: section for section in stored["sections"]}
     for name in datasets.STUDIES:
-        found = analysis.read(folder / "studies" / name)
+        found = analysis.read_study(folder / "studies" / name)
         assert len(found.records) + len(found.failed) == 4
-        numbers = analysis.analyse([found])
-        expected = {table.name: table.cells for table in tables.laid_out(name, numbers)}
+        numbers = analysis.compute_model_metrics([found])
+        expected = {table.name: table.cells for table in tables.study_tables(name, numbers)}
         assert sections[f"Study: {name}"]["tables"] == expected
         assert any(any(row) for cells in expected.values() for row in cells[1:])
 
@@ -263,7 +267,7 @@ def test_a_model_of_another_language(tmp_path):
 @pytest.mark.slow
 def test_a_nasty_vocabulary_reaches_the_page_as_text(tmp_path):
     """Tracked tokens are named after the model's vocabulary, whatever that holds."""
-    vocabulary = [*prompts.vocabulary()[2:], "<script>", "</script>", "|", "`"]
+    vocabulary = [*prompts.make_vocabulary()[2:], "<script>", "</script>", "|", "`"]
     words = tiny.word_tokenizer(dict.fromkeys(vocabulary))
     model = tiny.save(tmp_path / "model", tokenizer=words, num_hidden_layers=1)
     short(tmp_path / "out", f"--model={model}", "--threshold=0", *FLAGS)
@@ -272,7 +276,7 @@ def test_a_nasty_vocabulary_reaches_the_page_as_text(tmp_path):
 
 def test_flags_of_single_experiments_are_refused(tmp_path):
     with forked_runner("report") as run:
-        for flag in ("--vary=mass", "--path=spherical", "--prompt=Hello"):
+        for flag in ("--change=mass", "--path=spherical", "--prompt=Hello"):
             status, _, stderr = run(tmp_path, flag, "--output_dir=out")
             assert status != 0
             assert stderr.startswith(f"error: {flag.partition('=')[0]}: the report has its own")

@@ -26,7 +26,7 @@ DIGITS = clm.tokenization.DIGITS
 def folder(tmp_path_factory):
     """A random model of the small language, of one layer: compiling is what takes time here."""
     model = tmp_path_factory.mktemp("model")
-    return tiny.save(model, tokenizer=prompts.tokenizer(), num_hidden_layers=1)
+    return tiny.save(model, tokenizer=prompts.make_tokenizer(), num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,16 @@ def lm(folder):
 
 def tracked(lm, name="counting"):
     answers = ("yes", "no") if name == "words" else DIGITS
-    return answer_curves.tracked(lm.tokenizer, answers, "exact")
+    return answer_curves.find_answer_tokens(lm.tokenizer, answers, "exact")
 
 
 def studied(folder, lm, name="counting", tasks=None, points=POINTS, **changes):
-    """`study.run` with sets of two prompts, so that there is something to stop between."""
-    tasks = datasets.made(name)[:8] if tasks is None else tasks
+    """`study.run_study` with sets of two prompts, so that there is something to stop between."""
+    tasks = datasets.generate_tasks(name)[:8] if tasks is None else tasks
     answers = tracked(lm, name)
-    return study.run(folder, lm, lm.tokenizer, tasks, answers, points, batch_size=10, **changes)
+    return study.run_study(
+        folder, lm, lm.tokenizer, tasks, answers, points, batch_size=10, **changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +53,14 @@ def whole(lm, tmp_path_factory):
     """The records of a run that nobody stopped, and the file it wrote on its way."""
     folder = tmp_path_factory.mktemp("whole")
     records = studied(folder, lm)
-    return records, (folder / study.PARTIAL).read_bytes()
+    return records, (folder / study.PARTIAL_RESULTS_FILE).read_bytes()
 
 
-def said(lm, name, task, points, vary="both"):
+def said(lm, name, task, points, change="both"):
     """What the model says of one prompt by itself."""
-    trial = study.trial(lm, lm.tokenizer, task, points, vary)
+    prompt_sweep = study.make_prompt_sweep(lm, lm.tokenizer, task, points, change)
     groups = list(tracked(lm, name).values())
-    return clm.sweep.probabilities(lm, groups, **trial.sweep.arguments())
+    return clm.sweep.probabilities(lm, groups, **prompt_sweep.sweep.make_arguments())
 
 
 # --- Numbers ----------------------------------------------------------------------------------
@@ -70,13 +72,13 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tutorials", "su
 
 @pytest.mark.parametrize("name", ["counting", "words", *SLOW])
 def test_records_are_what_the_model_says_prompt_by_prompt(tmp_path, lm, name):
-    tasks = datasets.made(name)[: 2 if name in ("counting", "words") else 5]
+    tasks = datasets.generate_tasks(name)[: 2 if name in ("counting", "words") else 5]
     points = np.linspace(0.0, 1.0, 5) if name == "words" else POINTS
     records = studied(tmp_path, lm, name, tasks, points)
     assert [record["index"] for record in records] == list(range(len(tasks)))
     for task, record in zip(tasks, records, strict=True):
         assert record["prompt"] == task.prompt
-        assert record["about"] == task.about
+        assert record["about"] == task.fields
         assert record["curves"]["points"] == points.tolist()
         stored = np.array(list(record["curves"]["probabilities"].values())).T
         np.testing.assert_allclose(stored, said(lm, name, task, points), rtol=0, atol=1e-6)
@@ -84,12 +86,12 @@ def test_records_are_what_the_model_says_prompt_by_prompt(tmp_path, lm, name):
 
 def test_what_is_varied_is_what_was_asked(tmp_path, lm):
     """Of the three, each gives its own numbers, and results of one do not pass for another's."""
-    tasks, found = datasets.made("counting")[:2], {}
-    for vary in ("both", "mass", "times"):
-        (record, _) = studied(tmp_path / vary, lm, tasks=tasks, vary=vary)
-        found[vary] = np.array(list(record["curves"]["probabilities"].values())).T
+    tasks, found = datasets.generate_tasks("counting")[:2], {}
+    for change in ("both", "mass", "times"):
+        (record, _) = studied(tmp_path / change, lm, tasks=tasks, change=change)
+        found[change] = np.array(list(record["curves"]["probabilities"].values())).T
         np.testing.assert_allclose(
-            found[vary], said(lm, "counting", tasks[0], POINTS, vary), 0, 1e-6
+            found[change], said(lm, "counting", tasks[0], POINTS, change), 0, 1e-6
         )
     assert np.abs(found["both"] - found["mass"]).max() > 1e-4
     assert np.abs(found["both"] - found["times"]).max() > 1e-4
@@ -98,11 +100,11 @@ def test_what_is_varied_is_what_was_asked(tmp_path, lm):
 
 
 def test_prompts_that_cannot_be_run_are_kept_with_their_reason(tmp_path, lm):
-    good = datasets.made("counting")[:3]
+    good = datasets.generate_tasks("counting")[:3]
     strange = [
         task
         for word in ("zeppelin", "\ud800")  # a lone surrogate is valid in JSON
-        for task in datasets.tasks("counting", dict(good[0].about) | {"word": word})
+        for task in datasets.make_tasks("counting", dict(good[0].fields) | {"word": word})
     ]
     records = studied(tmp_path, lm, tasks=[good[0], *strange, *good[1:]])
     assert [i for i, record in enumerate(records) if "failed" in record] == [1, 2]
@@ -116,7 +118,7 @@ def test_prompts_that_cannot_be_run_are_kept_with_their_reason(tmp_path, lm):
 
 def test_a_study_of_which_nothing_can_be_run(tmp_path, lm):
     record = {"word": "zeppelin", "category": "x", "category_with_article": "an x"}
-    tasks = datasets.tasks("counting", record | {"repetitions": 2})
+    tasks = datasets.make_tasks("counting", record | {"repetitions": 2})
     (record,) = studied(tmp_path, lm, tasks=tasks)
     assert "'zeppelin'" in record["failed"]
     assert record["index"] == 0
@@ -127,7 +129,7 @@ def test_a_study_of_which_nothing_can_be_run(tmp_path, lm):
 
 def partial(folder, content):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / study.PARTIAL).write_bytes(content)
+    (folder / study.PARTIAL_RESULTS_FILE).write_bytes(content)
     return folder
 
 
@@ -149,13 +151,13 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_bits(tmp_path, lm, whole):
 
 def test_what_is_there_is_not_computed_again(tmp_path, lm, whole, monkeypatch):
     records, content = whole
-    calls, together = [], clm.sweep.together
+    calls, run_group = [], clm.sweep.run_group
 
     def watched(*arguments):
         calls.append(len(arguments[2]))
-        return together(*arguments)
+        return run_group(*arguments)
 
-    monkeypatch.setattr(clm.sweep, "together", watched)
+    monkeypatch.setattr(clm.sweep, "run_group", watched)
     assert studied(partial(tmp_path / "all", content), lm) == records
     assert not calls
     lines = content.splitlines(keepends=True)
@@ -187,9 +189,9 @@ def test_a_line_that_cannot_be_read_is_computed_again(tmp_path, lm, whole, case)
 @pytest.mark.parametrize("damage", [b"mine", b"mine\n", b'"mine"\n', b"\0\0", b"{}\n[]\n"])
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path, lm, damage):
     partial(tmp_path, damage)
-    with pytest.raises(clm.InputError, match=study.PARTIAL):
+    with pytest.raises(clm.InputError, match=study.PARTIAL_RESULTS_FILE):
         studied(tmp_path, lm)
-    assert (tmp_path / study.PARTIAL).read_bytes() == damage
+    assert (tmp_path / study.PARTIAL_RESULTS_FILE).read_bytes() == damage
 
 
 def retrained(lm, folder):
@@ -200,8 +202,8 @@ def retrained(lm, folder):
 CHANGES = {
     "study": lambda lm, _: {"lm": lm, "name": "tutorials"},
     "model": lambda lm, folder: {"lm": retrained(lm, folder)},
-    "data": lambda lm, _: {"lm": lm, "tasks": datasets.made("counting")[1:9]},
-    "number of prompts": lambda lm, _: {"lm": lm, "tasks": datasets.made("counting")[:7]},
+    "data": lambda lm, _: {"lm": lm, "tasks": datasets.generate_tasks("counting")[1:9]},
+    "number of prompts": lambda lm, _: {"lm": lm, "tasks": datasets.generate_tasks("counting")[:7]},
     "points": lambda lm, _: {"lm": lm, "points": np.linspace(0.2, 1.0, 5)},
 }
 
@@ -210,14 +212,16 @@ CHANGES = {
 def test_results_of_something_else_are_refused(tmp_path, lm, whole, case):
     _, content = whole
     partial(tmp_path, content)
-    with pytest.raises(clm.InputError, match=f"{tmp_path}/{study.PARTIAL} is of another study"):
+    with pytest.raises(
+        clm.InputError, match=f"{tmp_path}/{study.PARTIAL_RESULTS_FILE} is of another study"
+    ):
         studied(tmp_path, **CHANGES[case](lm, tmp_path))
-    assert (tmp_path / study.PARTIAL).read_bytes() == content
+    assert (tmp_path / study.PARTIAL_RESULTS_FILE).read_bytes() == content
 
 
 def test_partial_results_that_cannot_be_read_or_written(tmp_path, lm):
-    (tmp_path / "folder" / study.PARTIAL).mkdir(parents=True)
-    with pytest.raises(clm.InputError, match=f"cannot write to .*{study.PARTIAL}"):
+    (tmp_path / "folder" / study.PARTIAL_RESULTS_FILE).mkdir(parents=True)
+    with pytest.raises(clm.InputError, match=f"cannot write to .*{study.PARTIAL_RESULTS_FILE}"):
         studied(tmp_path / "folder", lm)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(clm.InputError, match="cannot write to"):
@@ -226,9 +230,9 @@ def test_partial_results_that_cannot_be_read_or_written(tmp_path, lm):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 def test_a_disk_that_is_full(tmp_path, lm):
-    (tmp_path / study.PARTIAL).symlink_to("/dev/full")
-    with pytest.raises(clm.InputError, match=f"cannot write to .*{study.PARTIAL}"):
-        study._append(tmp_path / study.PARTIAL, ["key"])
+    (tmp_path / study.PARTIAL_RESULTS_FILE).symlink_to("/dev/full")
+    with pytest.raises(clm.InputError, match=f"cannot write to .*{study.PARTIAL_RESULTS_FILE}"):
+        study._append_lines(tmp_path / study.PARTIAL_RESULTS_FILE, ["key"])
 
 
 # --- The program ------------------------------------------------------------------------------
@@ -261,7 +265,7 @@ def stored(folder):
 
 def test_the_program_writes_one_file_with_so_many_prompts(run, tmp_path, lm):
     data = tmp_path / "data.json"
-    records = [dict(task.about) for task in datasets.made("counting")[:4]]
+    records = [dict(task.fields) for task in datasets.generate_tasks("counting")[:4]]
     records.insert(1, records[0] | {"word": "zeppelin"})
     data.write_text(json.dumps(records))
     status, stdout, stderr = run(
@@ -278,7 +282,7 @@ def test_the_program_writes_one_file_with_so_many_prompts(run, tmp_path, lm):
     ]
     assert ["failed" in record for record in values["records"]] == [False, True, False]
     curve = values["records"][0]["curves"]
-    task = datasets.made("counting")[0]
+    task = datasets.generate_tasks("counting")[0]
     assert values["records"][0]["prompt"] == task.prompt
     found = np.array([curve["probabilities"][digit] for digit in DIGITS]).T
     np.testing.assert_allclose(found, said(lm, "counting", task, POINTS), rtol=0, atol=1e-6)
@@ -293,16 +297,16 @@ def test_folders_and_flags_that_cannot_be_used(run, tmp_path):
     assert "Traceback" not in stderr
     partial(tmp_path / "other", b'"another key"\n')
     outcome = run(tmp_path, "--output_dir=other", "--limit=1", "--points=2")
-    assert_refused(outcome, f"other/{study.PARTIAL}", "another study")
+    assert_refused(outcome, f"other/{study.PARTIAL_RESULTS_FILE}", "another study")
     assert sorted(os.listdir(tmp_path)) == ["file", "other"]
-    assert os.listdir(tmp_path / "other") == [study.PARTIAL]
+    assert os.listdir(tmp_path / "other") == [study.PARTIAL_RESULTS_FILE]
 
 
 # The program in a process that may be killed: one server imports, each job is a fork of it, in
 # which every write takes its time and reaches the disk in two halves.
 _KILLER = """
 import json, os, runpy, signal, sys, time
-from continuous_lm.experiments import study
+from continuous_lm.experiments.studies import study
 
 def slowly(path, lines):
     text = b"".join(json.dumps(line).encode() + b"\\n" for line in lines)
@@ -311,7 +315,7 @@ def slowly(path, lines):
             file.write(half)
         time.sleep(0.15)
 
-study._append = slowly
+study._append_lines = slowly
 for line in sys.stdin:
     seconds, *arguments = json.loads(line)
     child = os.fork()
@@ -366,9 +370,9 @@ def test_killed_at_random_moments_and_started_again(killed, tmp_path):
         while status != 0:
             assert status == -9  # killed, and not ended by an error of its own
             kills += 1
-            left = folder / study.PARTIAL
+            left = folder / study.PARTIAL_RESULTS_FILE
             partly += left.exists() and left.read_bytes().count(b"\n") > 1
             status, _ = killed(folder, rng.uniform(life / 2, 3 * life))
         assert stored(folder) == expected, kills
-        assert not (folder / study.PARTIAL).exists()
+        assert not (folder / study.PARTIAL_RESULTS_FILE).exists()
     assert partly  # some were stopped amid their results

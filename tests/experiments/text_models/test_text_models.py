@@ -1,4 +1,4 @@
-"""The calm_* programs and the ablation, end to end on a small text, and what they refuse."""
+"""The programs of text models, end to end on a small text, and what they refuse."""
 
 import importlib.util
 import json
@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
     with forked_runner("train") as train:
         for arguments in (
             (NEW, "--head=token", "--output_dir=baseline"),
-            ("--head=mixture", "--rows_of=baseline", "--output_dir=mixture"),
+            ("--head=mixture", "--table_from=baseline", "--output_dir=mixture"),
         ):
             status, _, stderr = train(folder, *SMALL, *arguments)
             assert status == 0, stderr
@@ -81,7 +81,10 @@ def test_what_is_trained_is_whole(trained):
     lm = clm.load(trained / "baseline")  # an ordinary language model too
     np.testing.assert_allclose(lm(tokens[:-1]), baseline.token_logits(tokens), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
-        mixture.params["table"], density.standardised(lm.params["embedding"]), rtol=1e-5, atol=1e-6
+        mixture.params["table"],
+        density.standardize_table(lm.params["embedding"]),
+        rtol=1e-5,
+        atol=1e-6,
     )
     lines = (trained / "mixture" / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
@@ -102,7 +105,7 @@ def test_evaluation_samples_and_ablation(trained):
     assert models["baseline"]["bits_per_byte"] > 0
 
     steering = ("--towards=file", "--strengths=0,50", "--samples=3", "--max_new_tokens=8")
-    common = ("--model=mixture", "--quantize=euclidean", "--near=1", "--output_dir=sample")
+    common = ("--model=mixture", "--quantize=euclidean", "--near_k=1", "--output_dir=sample")
     status, stdout, stderr = run(trained, "sample", *common, *steering)
     assert status == 0, stderr
     samples = json.loads((trained / "sample" / "sample.json").read_text())["samples"]
@@ -128,13 +131,13 @@ def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(trained, tmp_p
     with forked_runner("train") as train:
         assert train(tmp_path, *arguments)[0] == 0
         whole = density.load(tmp_path / "out").params
-        steps = [step for step, _ in run_folder.checkpoints(tmp_path / "out" / "run")]
+        steps = [step for step, _ in run_folder.list_checkpoints(tmp_path / "out" / "run")]
         assert steps == [10, 12]
         shutil.rmtree(tmp_path / "out" / "run" / "checkpoints" / "00000012")  # as if killed before
         assert train(tmp_path, *arguments)[0] == 0
         again = density.load(tmp_path / "out").params
-        for path, leaf in run_folder.named_leaves(whole).items():
-            np.testing.assert_array_equal(leaf, run_folder.named_leaves(again)[path])
+        for path, leaf in run_folder.leaves_by_path(whole).items():
+            np.testing.assert_array_equal(leaf, run_folder.leaves_by_path(again)[path])
         outcome = train(tmp_path, *arguments, "--batch_size=8")
         assert_refused(outcome, "batch_size = 4, not 8")
         outcome = train(tmp_path, *arguments, "--learning_rate=1e30", "--output_dir=nan")
@@ -152,13 +155,17 @@ REFUSED = {
     "setting": (["--head_settings=bound=0.1"], "no setting 'bound'"),
     "value": (["--head_settings=min_scale=2"], "min_scale is 2"),
     "channels": (["--num_heads=3"], "3 heads do not share 16 channels"),
-    "rows of nothing": (["--rows_of=nowhere"], "nowhere"),
-    "rows of another width": (["--rows_of=apples"], "--rows_of", "[300, 96]", "16"),
-    "a trunk and rows": (["--trunk=apples", "--rows_of=apples"], "--rows_of"),
+    "rows of nothing": (["--table_from=nowhere"], "nowhere"),
+    "rows of another width": (["--table_from=apples"], "--table_from", "[300, 96]", "16"),
+    "a trunk and rows": (["--trunk=apples", "--table_from=apples"], "--table_from"),
     "a trunk's size": (["--trunk=apples"], "--hidden_size", "has its own"),
-    "a token's rows": (["--head=token", "--rows_of=apples"], "--rows_of", "have no rows"),
-    "a token's contrast": (["--head=token", "--contrast=1"], "--contrast", "have no rows"),
-    "a vocabulary": (["--rows_of=apples", NEW], "--vocab_size", "its own tokenizer"),
+    "a token's rows": (["--head=token", "--table_from=apples"], "--table_from", "have no rows"),
+    "a token's contrast": (
+        ["--head=token", "--token_loss_weight=1"],
+        "--token_loss_weight",
+        "have no rows",
+    ),
+    "a vocabulary": (["--table_from=apples", NEW], "--vocab_size", "its own tokenizer"),
     "a tokenizer's folder": (["--tokenizer=nowhere"], "nowhere"),
 }
 
@@ -183,7 +190,7 @@ def train():
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_to_training(texts, train, tmp_path, case):
     arguments, *culprits = REFUSED[case]
-    brought = any(argument.startswith(("--rows_of", "--trunk")) for argument in arguments)
+    brought = any(argument.startswith(("--table_from", "--trunk")) for argument in arguments)
     new = () if brought else (NEW,)
     outcome = train(texts, *SMALL, *new, *arguments, f"--output_dir={tmp_path / 'out'}")
     assert_refused(outcome, *culprits)
@@ -231,7 +238,7 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
 
 def test_values_of_head_settings_are_json_or_words():
     given = ["depth=2", "min_scale=0.1", "covariance=full", "expert_size=null"]
-    assert density_training.named_settings(given, "head_settings") == {
+    assert density_training.parse_settings(given, "head_settings") == {
         "depth": 2,
         "min_scale": 0.1,
         "covariance": "full",
@@ -244,6 +251,6 @@ def test_the_ablations_table_has_a_row_a_way():
         {"way": "nearest", "accuracy": 0.5, "noise": 1.0, "kept": None, "microseconds": 2.0},
         {"way": "VQ, 8", "accuracy": 0.25, "noise": 1.5, "kept": 0.75, "microseconds": 3.0},
     ]
-    cells = code_comparison.table_of(results).cells
+    cells = code_comparison.make_table(results).cells
     assert cells[1] == ["nearest", "50.00", "1.0000", "", "2.00"]
     assert cells[2] == ["VQ, 8", "25.00", "1.5000", "75.0", "3.00"]

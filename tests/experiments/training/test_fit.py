@@ -48,21 +48,21 @@ def initial():
 
 
 def data():
-    return window_batches.shuffled(TOKENS, length=8, batch_size=8, seed=1)
+    return window_batches.shuffled_windows(TOKENS, length=8, batch_size=8, seed=1)
 
 
 def fitted(folder, loss=loss, params=None, given=None, **changes):
-    options = dict(steps=45, learning_rate=1e-2, warm_up=5, save_every=10, dispatch=5)
+    options = dict(steps=45, learning_rate=1e-2, warm_up=5, save_every=10, steps_per_dispatch=5)
     params = initial() if params is None else params
     return fit.fit(loss, params, given or data(), folder=folder, **(options | changes))
 
 
-def lines(folder, name=run_folder.METRICS):
+def lines(folder, name=run_folder.METRICS_FILE):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def kept(folder):
-    return [step for step, _ in run_folder.checkpoints(folder)]
+    return [step for step, _ in run_folder.list_checkpoints(folder)]
 
 
 def assert_same(params, others):
@@ -159,7 +159,13 @@ def quiet(params, batch, key):
 def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
     """In dispatches of several steps, the last of them shorter; accumulated or not."""
     found = fitted(
-        tmp_path, quiet, steps=steps, accumulate=accumulate, weight_decay=0.3, clip=1.5, final=0.2
+        tmp_path,
+        quiet,
+        steps=steps,
+        accumulate=accumulate,
+        weight_decay=0.3,
+        clip=1.5,
+        final_share=0.2,
     )
     drawn = [batch for batch, _ in zip(data(), range(steps), strict=False)]
 
@@ -171,10 +177,10 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
             "out": named["out"],
         }
         tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-        return run_folder.named_leaves(jax.grad(lambda p: quiet(p, batch, None)[0])(tree))
+        return run_folder.leaves_by_path(jax.grad(lambda p: quiet(p, batch, None)[0])(tree))
 
     wanted, norms, rates = adamw(
-        run_folder.named_leaves(initial()),
+        run_folder.leaves_by_path(initial()),
         lambda named, step: gradient(named, drawn[step]),
         steps=steps,
         peak=1e-2,
@@ -186,7 +192,7 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
         clip=1.5,
     )
     assert min(norms) < 1.5 < max(norms)  # some gradients are clipped, some are not
-    for name, leaf in run_folder.named_leaves(found).items():
+    for name, leaf in run_folder.leaves_by_path(found).items():
         np.testing.assert_allclose(leaf, wanted[name], rtol=0, atol=2e-5, err_msg=name)
     written = lines(tmp_path)
     ends = [5, 10, 15, 20, 23][: len(written)]
@@ -201,18 +207,23 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
 def test_what_a_run_writes(whole):
     folder, params = whole
     assert kept(folder) == [40, 45]
-    written, speeds = lines(folder), lines(folder, run_folder.SPEED)
+    written, speeds = lines(folder), lines(folder, run_folder.SPEED_FILE)
     assert [line["step"] for line in written] == list(range(5, 50, 5))
     assert [line["step"] for line in speeds] == list(range(5, 50, 5))
     assert list(written[0])[:2] == ["step", "loss"]
     assert written[-1]["loss"] < written[0]["loss"] - 0.5  # it learns
     for line in speeds:
         assert line["tokens_per_second"] == pytest.approx(64 * 5 / line["seconds"])
-    restored, step = run_folder.restore(folder, jax.tree.map(jnp.zeros_like, params))
+    restored, step = run_folder.restore_params(folder, jax.tree.map(jnp.zeros_like, params))
     assert step == 45
     assert_same(restored, params)
     assert {path.name for path in folder.iterdir()} <= {
-        *(run_folder.SETTINGS, run_folder.METRICS, run_folder.SPEED, run_folder.CHECKPOINTS),
+        *(
+            run_folder.SETTINGS_FILE,
+            run_folder.METRICS_FILE,
+            run_folder.SPEED_FILE,
+            run_folder.CHECKPOINTS_FOLDER,
+        ),
         "tensorboard",
     }
 
@@ -229,7 +240,7 @@ def test_what_a_run_writes(whole):
     ],
 )
 def test_weight_decay_is_for_matrices(name, shape, decayed):
-    assert fit.is_matrix(name, jnp.zeros(shape)) == decayed
+    assert fit.has_weight_decay(name, jnp.zeros(shape)) == decayed
 
 
 def test_frozen_parameters(tmp_path):
@@ -242,22 +253,22 @@ def test_frozen_parameters(tmp_path):
     def frozen(name):
         return name.startswith(("ids", "layers"))
 
-    found = fitted(tmp_path, with_ids, params, frozen=frozen, steps=10)
+    found = fitted(tmp_path, with_ids, params, is_frozen=frozen, steps=10)
     assert_same(found["layers"], params["layers"])
     assert_same(found["ids"], params["ids"])
     assert (found["table"] != params["table"]).any()
-    ((_, path),) = run_folder.checkpoints(tmp_path)
+    ((_, path),) = run_folder.list_checkpoints(tmp_path)
     # The number of updates for each of AdamW and its schedule, and two means for each parameter.
     metadata = json.loads((path / "optimizer" / "_METADATA").read_text())["tree_metadata"]
     assert len(metadata) == 2 + 2 * 2
-    restored, _ = run_folder.restore(tmp_path, params)
+    restored, _ = run_folder.restore_params(tmp_path, params)
     assert_same(restored, found)
-    assert_same(fitted(tmp_path, with_ids, params, frozen=frozen, steps=10), found)
+    assert_same(fitted(tmp_path, with_ids, params, is_frozen=frozen, steps=10), found)
     other = params | {"ids": params["ids"][::-1]}
     with pytest.raises(clm.InputError, match="holds a run with frozen = "):
-        fitted(tmp_path, with_ids, other, frozen=frozen, steps=10)
+        fitted(tmp_path, with_ids, other, is_frozen=frozen, steps=10)
     with pytest.raises(clm.InputError, match="all parameters are frozen"):
-        fitted(tmp_path / "all", frozen=lambda name: True)
+        fitted(tmp_path / "all", is_frozen=lambda name: True)
 
 
 def test_computing_in_bfloat16(tmp_path, whole):
@@ -310,9 +321,9 @@ def test_a_run_that_crashed_goes_on(tmp_path, whole, draws):
     assert lines(tmp_path) == lines(whole[0])
     assert kept(tmp_path) == [40, 45]
     # A run that is done stays as it is.
-    before = (tmp_path / run_folder.METRICS).read_bytes()
+    before = (tmp_path / run_folder.METRICS_FILE).read_bytes()
     assert_same(fitted(tmp_path, given=Interrupted(data(), 0, crash)), whole[1])
-    assert (tmp_path / run_folder.METRICS).read_bytes() == before
+    assert (tmp_path / run_folder.METRICS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -339,20 +350,20 @@ def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch
     monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
-    with open(folder / run_folder.METRICS, "a") as file:
+    with open(folder / run_folder.METRICS_FILE, "a") as file:
         file.write('{"step": 46, "lo')
-    newest = folder / run_folder.CHECKPOINTS / "00000045"
+    newest = folder / run_folder.CHECKPOINTS_FOLDER / "00000045"
     for path in newest.rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"")
-    (folder / run_folder.CHECKPOINTS / ".writing-x").mkdir()
+    (folder / run_folder.CHECKPOINTS_FOLDER / ".writing-x").mkdir()
     assert_same(fitted(folder), whole[1])
     assert len(warned) == 1
     assert "00000045 cannot be read" in warned[0]
     assert lines(folder) == lines(whole[0])
     assert not list(folder.rglob(".writing-*"))
-    for _, path in run_folder.checkpoints(folder):
-        (path / run_folder.STATE).unlink()
+    for _, path in run_folder.list_checkpoints(folder):
+        (path / run_folder.STATE_FILE).unlink()
     with pytest.raises(clm.InputError, match="none of the checkpoints"):
         fitted(folder)
 
@@ -396,7 +407,7 @@ def started(folder):
 def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
     rng = random.Random(0)
     for name in ("whole", "killed"):
-        metrics = tmp_path / name / run_folder.METRICS
+        metrics = tmp_path / name / run_folder.METRICS_FILE
         for _ in range(KILLS if name == "killed" else 0):
             before = lines_of(metrics)
             process = started(tmp_path / name)
@@ -411,7 +422,7 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()
     (first, step), (second, other) = (
-        run_folder.restore(tmp_path / name, initial()) for name in ("whole", "killed")
+        run_folder.restore_params(tmp_path / name, initial()) for name in ("whole", "killed")
     )
     assert step == other == 1500
     assert_same(first, second)
@@ -495,8 +506,8 @@ def test_evaluations_are_logged_with_checkpoints(tmp_path):
 def test_batches_that_cannot_be_cut(tmp_path):
     with pytest.raises(clm.InputError, match="8 rows cannot be cut into 3"):
         fitted(tmp_path, accumulate=3)
-    with pytest.raises(clm.InputError, match="dispatch must be at least 1, not 0"):
-        fitted(tmp_path, dispatch=0)
+    with pytest.raises(clm.InputError, match="steps_per_dispatch must be at least 1, not 0"):
+        fitted(tmp_path, steps_per_dispatch=0)
 
 
 # --- TensorBoard ------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def bpe():
 
 def test_default_text_is_english_and_each_part_comes_once(default):
     content = [document.encode() for document in default.documents]
-    assert default.size == sum(map(len, content)) > 1_000_000
+    assert default.num_bytes == sum(map(len, content)) > 1_000_000
     assert default.sha256 == hashlib.sha256(b"\0".join([*content, b""])).hexdigest()
     assert default.source.endswith(sys.version.split()[0])
     words = " ".join(default.documents).split()
@@ -82,10 +82,10 @@ def test_a_python_without_sources(tmp_path):
 def test_files_are_documents(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     (tmp_path / "b.txt").write_bytes("\u00e9t\u00e9".encode())
-    found = text.read_text([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    found = text.read_text_files([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
     assert found.documents == ("one\ntwo\n", "\u00e9t\u00e9")
     assert found.source == "a.txt, b.txt"
-    assert found.size == 8 + 5
+    assert found.num_bytes == 8 + 5
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,9 @@ def test_what_is_no_text_is_refused(tmp_path, content, message):
         case bytes():
             path.write_bytes(content)
     with pytest.raises(clm.InputError, match=message):
-        text.read_text([str(path)])
+        text.read_text_files([str(path)])
     with pytest.raises(clm.InputError, match="no text files"):
-        text.read_text([])
+        text.read_text_files([])
 
 
 # --- The split --------------------------------------------------------------------------------
@@ -122,7 +122,9 @@ LINES = st.lists(st.text("ab\n", max_size=60), min_size=1, max_size=8)
 @given(LINES, st.integers(2, 6), st.integers(1, 40))
 def test_parts_are_the_text_each_once(documents, every, characters):
     try:
-        train, held = text.split(documents, every=every, characters=characters)
+        train, held = text.split_held_out(
+            documents, held_out_every=every, block_characters=characters
+        )
     except clm.InputError:
         assert sum(map(len, documents)) < 2 * every * characters + 2 * every * len(documents)
         return
@@ -135,20 +137,23 @@ def test_parts_are_the_text_each_once(documents, every, characters):
 
 def test_held_out_blocks_are_spread_and_end_with_lines():
     lines = [f"{i:04d}\n" for i in range(1000)]
-    train, held = text.split(["".join(lines)], every=20, characters=48)
+    train, held = text.split_held_out(["".join(lines)], held_out_every=20, block_characters=48)
     assert not set("".join(train).split()) & set("".join(held).split())
     assert all(part.endswith("\n") for part in train + held)
     assert len("".join(held)) == pytest.approx(5000 / 20, rel=0.1)
     assert len(train) == len(held) + 1  # cut only where something was held out
-    assert text.split(["".join(lines)], every=20, characters=48) == (train, held)
+    assert text.split_held_out(["".join(lines)], held_out_every=20, block_characters=48) == (
+        train,
+        held,
+    )
     np.testing.assert_allclose(np.diff([int(part[:4]) for part in held]), 200, atol=2)
 
 
 def test_a_text_of_one_line_is_parted_too():
-    _, held = text.split(["x" * 1000], every=5)
+    _, held = text.split_held_out(["x" * 1000], held_out_every=5)
     assert len("".join(held)) == pytest.approx(200, rel=0.3)
     with pytest.raises(clm.InputError, match="of 1 characters is too short"):
-        text.split(["x"])
+        text.split_held_out(["x"])
 
 
 # --- Tokens -----------------------------------------------------------------------------------
@@ -158,9 +163,9 @@ def test_a_text_of_one_line_is_parted_too():
 @settings(max_examples=100)
 def test_tokens_give_the_text_back(bpe, documents):
     documents = [*documents, STORY]
-    ids = text.encode(bpe, documents)
+    ids = text.encode_documents(bpe, documents)
     assert ids.dtype == np.int32
-    ends = np.flatnonzero(ids == text.end_of_text(bpe))
+    ends = np.flatnonzero(ids == text.end_of_text_id(bpe))
     assert len(ends) == len(documents)  # the one that is spelled out is no end
     begins = [0, *(ends[:-1] + 1)]
     for document, begin, end in zip(documents, begins, ends, strict=True):
@@ -169,7 +174,7 @@ def test_tokens_give_the_text_back(bpe, documents):
 
 def test_training_a_tokenizer_is_deterministic(bpe):
     program = (
-        "from continuous_lm.experiments import text\n"
+        "from continuous_lm.experiments.training import text\n"
         "from tests.experiments.training.test_text import STORY\n"
         "print(text.train_tokenizer([STORY * 3, 'of cats and mats and hats\\n' * 9], 300).to_str())"
     )
@@ -187,7 +192,7 @@ def test_training_a_tokenizer_is_deterministic(bpe):
 def test_a_vocabulary_has_the_size_that_was_asked(bpe):
     assert bpe.get_vocab_size() == 300
     assert sorted(bpe.get_vocab().values()) == list(range(300))
-    assert len(text.encode(bpe, ["of cats and mats"])) < 10  # merges are used
+    assert len(text.encode_documents(bpe, ["of cats and mats"])) < 10  # merges are used
     with pytest.raises(clm.InputError, match="256 bytes and the end of text take 257"):
         text.train_tokenizer([STORY], 256)
     with pytest.raises(clm.InputError, match=r"too short for a vocabulary of 5000: it makes one"):
@@ -202,8 +207,8 @@ def test_a_tokenizer_must_fit_the_vocabulary(bpe):
 
 
 def test_a_given_tokenizer_needs_an_end():
-    words = prompts.tokenizer()  # it has <bos>, which stands in front of each of its texts
-    assert text.end_of_text(words) == words.token_to_id("<bos>")
+    words = prompts.make_tokenizer()  # it has <bos>, which stands in front of each of its texts
+    assert text.end_of_text_id(words) == words.token_to_id("<bos>")
     none = type(words).from_str(words.to_str().replace('"<bos>"', '"begin"'))
     with pytest.raises(clm.InputError, match="no token that ends a text"):
-        text.encode(none, ["a"])
+        text.encode_documents(none, ["a"])

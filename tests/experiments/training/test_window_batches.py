@@ -15,7 +15,9 @@ TOKENS = np.arange(1000, dtype=np.int32)
 
 
 def drawn(array=TOKENS, count=40, **changes):
-    iterator = window_batches.shuffled(array, **(dict(length=8, batch_size=5, seed=0) | changes))
+    iterator = window_batches.shuffled_windows(
+        array, **(dict(length=8, batch_size=5, seed=0) | changes)
+    )
     return np.stack(list(itertools.islice(iterator, count)))
 
 
@@ -61,11 +63,11 @@ def test_seeds_and_positions():
     first, second = (drawn(count=2 * count, batch_size=1, seed=s)[:, 0, 0] // 8 for s in (0, 1))
     assert (first[count:] != second[:count]).any()
 
-    iterator = window_batches.shuffled(TOKENS, length=8, batch_size=5, seed=0)
+    iterator = window_batches.shuffled_windows(TOKENS, length=8, batch_size=5, seed=0)
     for i in range(40):
         state = json.loads(json.dumps(iterator.get_state()))
         np.testing.assert_array_equal(next(iterator), whole[i])
-        other = window_batches.shuffled(TOKENS, length=8, batch_size=5, seed=0)
+        other = window_batches.shuffled_windows(TOKENS, length=8, batch_size=5, seed=0)
         other.set_state(state)
         np.testing.assert_array_equal(next(other), whole[i])
     iterator.set_state(state)
@@ -85,14 +87,14 @@ def test_frames_and_mapped_files(tmp_path):
 
 
 def test_consecutive_windows():
-    windows = window_batches.consecutive(TOKENS[:100], length=9)
+    windows = window_batches.consecutive_windows(TOKENS[:100], length=9)
     assert windows.shape == (11, 10)
     np.testing.assert_array_equal(windows[:, 1:].ravel(), np.arange(1, 100))
-    some = window_batches.consecutive(TOKENS[:100], length=9, limit=3)
+    some = window_batches.consecutive_windows(TOKENS[:100], length=9, max_windows=3)
     np.testing.assert_array_equal(some, windows[[0, 3, 7]])
-    assert window_batches.consecutive(np.zeros((20, 2)), length=4).shape == (4, 5, 2)
+    assert window_batches.consecutive_windows(np.zeros((20, 2)), length=4).shape == (4, 5, 2)
     with pytest.raises(clm.InputError, match="held-out data is too short"):
-        window_batches.consecutive(TOKENS[:9], length=9)
+        window_batches.consecutive_windows(TOKENS[:9], length=9)
 
 
 @pytest.mark.parametrize(("name", "value"), [("length", 0), ("batch_size", 0), ("seed", -1)])

@@ -40,7 +40,7 @@ def codec():
     rng = np.random.default_rng(0)
     params = {
         name: jnp.asarray(name.endswith("norm") + 0.3 * rng.normal(size=box.value.shape), "float32")
-        for name, box in autoencoder.layout_of(CONFIG).boxes.items()
+        for name, box in autoencoder.checkpoint_layout(CONFIG).declarations.items()
     }
     return Codec(CONFIG, params)
 
@@ -56,7 +56,7 @@ def seen():
 
     @functools.partial(jax.jit, static_argnums=0)
     def encode(model, params, chunks, seen):
-        return model.apply({"params": params}, chunks, seen=seen, method="encode")
+        return model.apply({"params": params}, chunks, token_mask=seen, method="encode")
 
     return encode
 
@@ -147,7 +147,7 @@ def test_rows_of_hidden_tokens_get_no_gradient(codec):
     @jax.grad
     def gradient(table):
         params = codec.params | {"embedding": table}
-        mean, _ = codec.model.apply({"params": params}, chunk, seen=mask, method="encode")
+        mean, _ = codec.model.apply({"params": params}, chunk, token_mask=mask, method="encode")
         return mean.sum()
 
     size = np.abs(gradient(codec.params["embedding"])).sum(axis=-1)
@@ -206,7 +206,7 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     found = autoencoder.load(tmp_path / "out")
     assert found.config == CONFIG
     assert found.tokenizer.to_str() == tokenizer.to_str()
-    assert notes.items() <= found.notes.items()
+    assert notes.items() <= found.hf_fields.items()
     assert jax.tree.structure(found.params) == jax.tree.structure(params)
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(params), strict=True):
         assert a.dtype == b.dtype == jnp.dtype(dtype)

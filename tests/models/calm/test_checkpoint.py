@@ -21,7 +21,7 @@ from tests.fixtures import calm_reference as reference  # noqa: E402
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 PATCH, VOCABULARY = 4, 40
-CHUNKS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 5, PATCH))  # [B, T, K]
+CHUNKS = np.random.default_rng(0).integers(0, VOCABULARY, (2, 5, PATCH))  # [B, T, C]
 NOISES = (
     np.random.default_rng(1).uniform(-0.5, 0.5, (4, 2, 5, 6)).astype(np.float32)
 )  # [Z, B, T, U]
@@ -37,30 +37,30 @@ def close(ours, theirs, **tolerance):
 
 
 def flat(chunks):
-    """Int [B, T, K] as the reference takes it, [B, T * K]."""
+    """Int [B, T, C] as the reference takes it, [B, T * C]."""
     return torch.tensor(chunks.reshape(len(chunks), -1))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def traced_once():
     """All folders but a few are of the same shapes."""
-    with reference.traced_once():
+    with reference.cache_eval_shape():
         yield
 
 
 @pytest.fixture(scope="module")
 def theirs():
     """The autoencoder and the energy model in PyTorch."""
-    return reference.autoencoder(), reference.energy_model()
+    return reference.random_autoencoder(), reference.random_energy_model()
 
 
 @pytest.fixture(scope="module")
 def folders(theirs, tmp_path_factory):
     """The published folders: of the energy model, of the autoencoder."""
     folder = tmp_path_factory.mktemp("published")
-    ae, energy = map(reference.tensors, theirs)
-    reference.write(folder / "autoencoder", reference.autoencoder_fields(), ae)
-    reference.write(folder / "calm", reference.energy_fields(), energy)
+    ae, energy = map(reference.clone_tensors, theirs)
+    reference.write_checkpoint(folder / "autoencoder", reference.autoencoder_fields(), ae)
+    reference.write_checkpoint(folder / "calm", reference.energy_fields(), energy)
     return folder / "calm", folder / "autoencoder"
 
 
@@ -77,7 +77,7 @@ def ae(folders):
 @pytest.fixture(scope="module")
 def hidden(theirs):
     """Hidden states of the reference, [B, T, D]."""
-    return theirs[1].hidden(flat(CHUNKS))
+    return theirs[1].hidden_states(flat(CHUNKS))
 
 
 def normal(*shape):
@@ -114,17 +114,17 @@ def test_the_models_own_autoencoder(lm, ae):
 
 
 def test_hidden_states(lm, theirs, hidden):
-    close(lm.hidden(CHUNKS), hidden)
+    close(lm.hidden_states(CHUNKS), hidden)
 
 
 def test_hidden_states_of_durations(lm, theirs):
-    wanted = theirs[1].hidden(flat(CHUNKS), DURATIONS)
-    close(lm.hidden(CHUNKS, durations=DURATIONS), wanted)
+    wanted = theirs[1].hidden_states(flat(CHUNKS), DURATIONS)
+    close(lm.hidden_states(CHUNKS, durations=DURATIONS), wanted)
 
 
 def test_durations_of_1_change_nothing(lm):
-    plain = lm.hidden(CHUNKS)
-    close(lm.hidden(CHUNKS, durations=np.ones(5, np.float32)), plain, rtol=1e-6, atol=1e-6)
+    plain = lm.hidden_states(CHUNKS)
+    close(lm.hidden_states(CHUNKS, durations=np.ones(5, np.float32)), plain, rtol=1e-6, atol=1e-6)
 
 
 def test_samples(lm, theirs, hidden):
@@ -137,7 +137,7 @@ def test_samples(lm, theirs, hidden):
 def test_energy_scores(lm, theirs, hidden, beta):
     """From tokens to the score, everything ours: the first four chunks predict what follows."""
     spread = normal(6, 2, 5, 10)
-    samples = lm.transform(NOISES, lm.hidden(CHUNKS))
+    samples = lm.transform(NOISES, lm.hidden_states(CHUNKS))
     mean, log_std = map(np.asarray, lm.codec.encode(CHUNKS))
     targets = (mean + np.exp(log_std) * spread)[:, :, 1:]
     ours = losses.energy_score(np.asarray(samples)[:, :, :-1], targets, beta=beta)
@@ -154,15 +154,17 @@ SMALL = (  # what makes the inputs of the layer norms so small that their epsilo
 
 
 def test_epsilon_of_the_layer_norms(folders, tmp_path):
-    theirs = reference.energy_model(seed=5)
+    theirs = reference.random_energy_model(seed=5)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if any(part in name for part in SMALL):
                 parameter *= 1e-3
-    reference.write(tmp_path / "calm", reference.energy_fields(), reference.tensors(theirs))
+    reference.write_checkpoint(
+        tmp_path / "calm", reference.energy_fields(), reference.clone_tensors(theirs)
+    )
     lm = calm.load(tmp_path / "calm", folders[1])
-    hidden = theirs.hidden(flat(CHUNKS))
-    close(lm.hidden(CHUNKS), hidden)
+    hidden = theirs.hidden_states(flat(CHUNKS))
+    close(lm.hidden_states(CHUNKS), hidden)
     wanted = theirs.sample(torch.tensor(NOISES), hidden)
     close(lm.transform(NOISES, hidden.numpy()), wanted)
 
@@ -199,13 +201,13 @@ def assert_same(found, wanted):
 @pytest.fixture
 def energy(theirs):
     """Tensors of the energy model, to change."""
-    return reference.tensors(theirs[1])
+    return reference.clone_tensors(theirs[1])
 
 
 @pytest.fixture
 def autoencoders(theirs):
     """Tensors of the autoencoder, to change."""
-    return reference.tensors(theirs[0])
+    return reference.clone_tensors(theirs[0])
 
 
 def renamed(tensors, old, new):
@@ -237,7 +239,7 @@ def test_the_head_under_its_other_name(lm, folders, energy, tmp_path):
     rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
     mixed = dict(list(energy.items())[:-9]) | dict(list(again.items())[-9:])
     for i, tensors in enumerate([energy | again, rest | again, mixed]):
-        folder = reference.write(tmp_path / str(i), reference.energy_fields(), tensors)
+        folder = reference.write_checkpoint(tmp_path / str(i), reference.energy_fields(), tensors)
         assert_same(calm.load(folder, folders[1]), lm)
 
 
@@ -246,7 +248,7 @@ def test_the_head_twice_and_different(folders, energy, tmp_path, name):
     again = renamed(energy, "mlp_generator.", "generative_head.")
     other = name.replace("mlp_generator", "generative_head")
     again[other].view(-1)[-1] += 1e-3
-    reference.write(tmp_path, reference.energy_fields(), energy | again)
+    reference.write_checkpoint(tmp_path, reference.energy_fields(), energy | again)
     assert other in refusal(tmp_path, folders[1])
 
 
@@ -255,7 +257,7 @@ def test_half_of_the_head_under_its_other_name(folders, energy, tmp_path):
     again = renamed(energy, "mlp_generator.", "generative_head.")
     rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
     del again["generative_head.norm_hidden.bias"]
-    reference.write(tmp_path, reference.energy_fields(), rest | again)
+    reference.write_checkpoint(tmp_path, reference.energy_fields(), rest | again)
     assert "norm_hidden.bias" in refusal(tmp_path, folders[1])
 
 
@@ -265,7 +267,9 @@ def test_the_table_again(ae, autoencoders, tmp_path):
     rest = {n: t for n, t in autoencoders.items() if n != "encoder.embed_tokens.weight"}
     for i, tensors in enumerate([autoencoders, rest]):
         tensors = tensors | {"decoder.lm_head_weight": table}
-        folder = reference.write(tmp_path / str(i), reference.autoencoder_fields(), tensors)
+        folder = reference.write_checkpoint(
+            tmp_path / str(i), reference.autoencoder_fields(), tensors
+        )
         assert_same_tree(autoencoder.load(folder).params, ae.params)
 
 
@@ -273,7 +277,7 @@ def test_another_table(autoencoders, tmp_path):
     table = autoencoders["encoder.embed_tokens.weight"].clone()
     table[-1, -1] += 1e-3
     tensors = autoencoders | {"decoder.lm_head_weight": table}
-    reference.write(tmp_path, reference.autoencoder_fields(), tensors)
+    reference.write_checkpoint(tmp_path, reference.autoencoder_fields(), tensors)
     assert "decoder.lm_head_weight" in refusal(tmp_path, load=autoencoder.load)
 
 
@@ -281,7 +285,7 @@ def test_the_autoencoder_inside(lm, folders, energy, autoencoders, tmp_path):
     """It may be there beside the autoencoder's own folder."""
     inside = renamed(autoencoders, "", "ae_model.")
     inside["ae_model.decoder.lm_head_weight"] = autoencoders["encoder.embed_tokens.weight"].clone()
-    reference.write(tmp_path, reference.energy_fields(), energy | inside)
+    reference.write_checkpoint(tmp_path, reference.energy_fields(), energy | inside)
     assert_same(calm.load(tmp_path, folders[1]), lm)
 
 
@@ -291,14 +295,14 @@ def test_the_autoencoder_inside(lm, folders, energy, autoencoders, tmp_path):
 def test_another_autoencoder_inside(folders, energy, autoencoders, tmp_path, name):
     inside = renamed(autoencoders, "", "ae_model.")
     inside[f"ae_model.{name}"].view(-1)[0] += 1e-3
-    reference.write(tmp_path, reference.energy_fields(), energy | inside)
+    reference.write_checkpoint(tmp_path, reference.energy_fields(), energy | inside)
     assert f"ae_model.{name}" in refusal(tmp_path, folders[1])
 
 
 def test_half_an_autoencoder_inside(folders, energy, autoencoders, tmp_path):
     inside = renamed(autoencoders, "", "ae_model.")
     del inside["ae_model.decoder.norm.weight"]
-    reference.write(tmp_path, reference.energy_fields(), energy | inside)
+    reference.write_checkpoint(tmp_path, reference.energy_fields(), energy | inside)
     assert "ae_model.decoder.norm.weight" in refusal(tmp_path, folders[1])
 
 
@@ -310,10 +314,10 @@ def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
     """
     apart, whole = tmp_path / "autoencoder", tmp_path / "calm"
     eps = reference.energy_fields()["rms_norm_eps"]
-    reference.write(apart, reference.autoencoder_fields(rms_norm_eps=eps), autoencoders)
+    reference.write_checkpoint(apart, reference.autoencoder_fields(rms_norm_eps=eps), autoencoders)
     inside = renamed(autoencoders, "", "ae_model.")
     inside["ae_model.decoder.lm_head_weight"] = autoencoders["encoder.embed_tokens.weight"].clone()
-    reference.write(whole, reference.energy_fields(), energy | inside, shards=shards)
+    reference.write_checkpoint(whole, reference.energy_fields(), energy | inside, num_shards=shards)
     found, wanted = calm.load(whole), autoencoder.load(apart)
     assert_same_tree(found.codec.params, wanted.params)
     sizes = "vocab_size hidden_size mlp_size encoder_layers decoder_layers latent_size chunk_size"
@@ -328,8 +332,10 @@ def test_no_autoencoder_at_all(folders):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards(lm, energy, autoencoders, tmp_path, shards):
     calm_folder, folder = tmp_path / "calm", tmp_path / "autoencoder"
-    reference.write(calm_folder, reference.energy_fields(), energy, shards=shards)
-    reference.write(folder, reference.autoencoder_fields(), autoencoders, shards=shards)
+    reference.write_checkpoint(calm_folder, reference.energy_fields(), energy, num_shards=shards)
+    reference.write_checkpoint(
+        folder, reference.autoencoder_fields(), autoencoders, num_shards=shards
+    )
     assert_same(calm.load(calm_folder, folder), lm)
 
 
@@ -340,7 +346,7 @@ def rounded(energy, autoencoders, tmp_path):
     kinds = reference.energy_fields, reference.autoencoder_fields
     for folder, fields, tensors in zip(folders, kinds, (energy, autoencoders), strict=True):
         short = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-        reference.write(folder, fields(torch_dtype="bfloat16"), short)
+        reference.write_checkpoint(folder, fields(torch_dtype="bfloat16"), short)
     return folders
 
 
@@ -352,16 +358,16 @@ def test_bfloat16_is_kept(rounded, lm):
 def test_bfloat16_read_as_float32(rounded, theirs):
     """The numbers are then those of the rounded weights, to 1e-5 as ever."""
     lm = calm.load(*rounded, dtype=jnp.float32)
-    ae, energy = reference.autoencoder(), reference.energy_model()
+    ae, energy = reference.random_autoencoder(), reference.random_energy_model()
     for module in (ae, energy):
         for parameter in module.parameters():
             parameter.data = parameter.data.bfloat16().float()
-    wanted = energy.hidden(flat(CHUNKS))
-    close(lm.hidden(CHUNKS), wanted)
+    wanted = energy.hidden_states(flat(CHUNKS))
+    close(lm.hidden_states(CHUNKS), wanted)
     vectors = energy.sample(torch.tensor(NOISES), wanted)
     close(lm.transform(NOISES, wanted.numpy()), vectors)
     close(lm.codec.decode(vectors[0].numpy()), ae.logits(vectors[0]))
-    assert (wanted - theirs[1].hidden(flat(CHUNKS))).abs().max() > 1e-3
+    assert (wanted - theirs[1].hidden_states(flat(CHUNKS))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("drop", [("architectures",), ("architectures", "model_type")], ids=str)
@@ -378,7 +384,7 @@ def test_known_by_its_fields(lm, folders, energy, autoencoders, tmp_path, drop):
 def test_known_by_architectures_alone(lm, folders, energy, tmp_path):
     """Fields of training that were not saved are none of the model's."""
     fields = energy_without("num_samples", "ae_path", "beta")
-    reference.write(tmp_path, fields, energy)
+    reference.write_checkpoint(tmp_path, fields, energy)
     assert_same(calm.load(tmp_path, folders[1]), lm)
 
 
@@ -436,11 +442,11 @@ def test_save(lm, theirs, tmp_path):
     assert again.codec.config == lm.codec.config
     tensors = stored(tmp_path / "calm")
     inside = {n: t for n, t in tensors.items() if n.startswith("ae_model.")}
-    wanted = {"ae_model." + name: t for name, t in reference.tensors(theirs[0]).items()}
+    wanted = {"ae_model." + name: t for name, t in reference.clone_tensors(theirs[0]).items()}
     assert inside.keys() - {"ae_model.decoder.lm_head_weight"} == wanted.keys()
-    for name, tensor in {**wanted, **reference.tensors(theirs[1])}.items():
+    for name, tensor in {**wanted, **reference.clone_tensors(theirs[1])}.items():
         assert torch.equal(tensors[name], tensor), name
-    close(again.hidden(CHUNKS), np.asarray(lm.hidden(CHUNKS)), rtol=0, atol=0)
+    close(again.hidden_states(CHUNKS), np.asarray(lm.hidden_states(CHUNKS)), rtol=0, atol=0)
 
 
 def test_save_of_the_autoencoder(ae, theirs, tmp_path):
@@ -486,11 +492,11 @@ def test_saved_in_bfloat16(rounded, tmp_path):
 
 def test_reference_with_chunks_of_one_token_is_llama(hidden):
     """With K = 1 and nothing between the table and the trunk."""
-    one = reference.energy_model(patch_size=1)
+    one = reference.random_energy_model(patch_size=1)
     one.embed_proj = torch.nn.Identity()
     tokens = flat(CHUNKS)
     wanted = one.transformer(input_ids=tokens).last_hidden_state
-    close(one.hidden(tokens), wanted, rtol=0, atol=0)
+    close(one.hidden_states(tokens), wanted, rtol=0, atol=0)
     assert not torch.equal(hidden[:, 0], hidden[:, 1])
 
 
@@ -505,16 +511,16 @@ def test_reference_reads_chunks_in_order(theirs):
     )
     x = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
     x = x * names["embed_proj.3.weight"].numpy() + names["embed_proj.3.bias"].numpy()
-    close(model.inputs(torch.tensor([tokens]))[0, 0], x)
+    close(model.trunk_inputs(torch.tensor([tokens]))[0, 0], x)
 
 
 def test_reference_of_durations_is_causal_and_needs_no_durations_of_1(theirs, hidden):
     tokens, model = flat(CHUNKS), theirs[1]
-    close(model.hidden(tokens, np.ones(5)), hidden)
+    close(model.hidden_states(tokens, np.ones(5)), hidden)
     other = tokens.clone()
     other[:, 4 * 3 :] = (other[:, 4 * 3 :] + 1) % VOCABULARY
-    moved = model.hidden(other, DURATIONS)
-    kept = model.hidden(tokens, DURATIONS)
+    moved = model.hidden_states(other, DURATIONS)
+    kept = model.hidden_states(tokens, DURATIONS)
     assert (moved - kept)[:, :3].abs().max() < 1e-6
     assert (moved - kept)[:, 3:].abs().min(dim=-1).values.max() > 1e-4
 

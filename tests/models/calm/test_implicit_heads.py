@@ -15,8 +15,18 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm import axes, losses
 from continuous_lm.experiments.calm import two_mode_target
-from continuous_lm.models.calm.flow_solvers import LEAST_SIGNAL, denoise, integrate, signal
-from continuous_lm.models.calm.implicit_heads import IMPLICIT, DiffusionHead, EnergyHead, FlowHead
+from continuous_lm.models.calm.flow_solvers import (
+    MIN_SIGNAL_VARIANCE,
+    denoise,
+    integrate,
+    signal_variance,
+)
+from continuous_lm.models.calm.implicit_heads import (
+    IMPLICIT_HEADS,
+    DiffusionHead,
+    EnergyHead,
+    FlowHead,
+)
 from continuous_lm.models.density import heads
 
 KEY = jax.random.key(0)
@@ -78,7 +88,9 @@ def test_parameters_are_those_of_axes_and_no_mesh_axis_is_used_twice():
     boxed = jax.eval_shape(lambda: HEADS["flow"].init(KEY, jnp.zeros(HIDDEN))["params"])
     for name, box in boxed.items():
         assert len(box.names) == box.value.ndim, name
-        placed = [axes.RULES[letter] for letter in box.names if letter in axes.RULES]
+        placed = [
+            axes.SHARDING_RULES[letter] for letter in box.names if letter in axes.SHARDING_RULES
+        ]
         assert len(placed) == len(set(placed)), name
     assert {letter for box in boxed.values() for letter in box.names} == set("DUJFW-")
 
@@ -300,13 +312,13 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
     hidden, target = some(1, 2, HIDDEN), some(2, 3, 2, WIDTH)
 
     def inside(head):
-        y, noise, time = head.pairs(hidden, target, KEY)
-        a, t = signal(time)[..., None], time[..., None]
+        y, noise, time = head.noised_targets(hidden, target, KEY)
+        a, t = signal_variance(time)[..., None], time[..., None]
         x, wanted = {
             "flow": ((1 - t) * noise + t * y, y - noise),
             "diffusion": (jnp.sqrt(a) * y + jnp.sqrt(1 - a) * noise, noise),
         }[name]
-        found = head.predictions(hidden)(x, time)
+        found = head.make_predictor(hidden)(x, time)
         by_hand = jnp.mean((found - wanted) ** 2, axis=(0, -1))
         return y, noise, time, by_hand, head.loss(hidden, target, KEY)
 
@@ -370,7 +382,7 @@ def test_solvers_converge_at_their_order(solver, order):
 
 def gaussian_noise(x, time, mean, deviation):
     """E[noise | x] at a time, where targets are normal."""
-    left = signal(time)
+    left = signal_variance(time)
     variance = left * deviation**2 + 1 - left
     return jnp.sqrt(1 - left) * (x - jnp.sqrt(left) * mean) / variance
 
@@ -380,7 +392,7 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
     mean, deviation = 1.5, 0.3
     with jax.enable_x64(True):
         z = np.linspace(-2.0, 2.0, 5)
-        least = LEAST_SIGNAL
+        least = MIN_SIGNAL_VARIANCE
         first = (z - math.sqrt(least) * mean) / math.sqrt(least * deviation**2 + 1 - least)
         predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
         solve = functools.partial(denoise, predict)
@@ -409,19 +421,19 @@ def test_ancestral_denoising_draws_the_normal_density():
 def test_signal_is_the_cosine_schedule():
     time = np.linspace(0.0, 0.97, 30)
     f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
-    found = np.asarray(jax.jit(signal)(np.append(time, 1.0)))
+    found = np.asarray(jax.jit(signal_variance)(np.append(time, 1.0)))
     np.testing.assert_allclose(found[:-1], f(time) / f(0), rtol=1e-5)
     assert found[0] == 1.0
-    assert found[-1] == np.float32(LEAST_SIGNAL)
+    assert found[-1] == np.float32(MIN_SIGNAL_VARIANCE)
 
 
 def test_evaluations_are_counted():
     for solver, wanted in (("euler", 3), ("midpoint", 6)):
-        assert FlowHead(width=1, steps=3, solver=solver).evaluations == wanted
+        assert FlowHead(width=1, steps=3, solver=solver).num_evaluations == wanted
         velocity = mock.Mock(side_effect=lambda x, t: x)
         integrate(velocity, 1.0, steps=3, solver=solver)
         assert 3 * velocity.call_count == wanted  # traced once, run in each step
-    assert (HEADS["energy"].evaluations, HEADS["diffusion"].evaluations) == (1, 3)
+    assert (HEADS["energy"].num_evaluations, HEADS["diffusion"].num_evaluations) == (1, 3)
 
 
 # --- What is refused -------------------------------------------------------------------------
@@ -444,11 +456,11 @@ def test_targets_that_do_not_fit_are_refused(lead, width):
     shape = (*lead, width)
     hidden, target = jnp.zeros((2, HIDDEN)), np.zeros(shape)
     if width == WIDTH and len(shape) in (2, 3) and shape[-2] in (1, 2):
-        draws = jax.eval_shape(HEADS["flow"].draws, hidden, target)
+        draws = jax.eval_shape(HEADS["flow"].as_target_draws, hidden, target)
         assert draws.shape == (shape if len(shape) == 3 else (1, *shape))
     else:
         with pytest.raises(clm.InputError, match="target has shape"):
-            HEADS["flow"].draws(hidden, target)
+            HEADS["flow"].as_target_draws(hidden, target)
 
 
 def test_noise_that_does_not_fit_is_refused():
@@ -479,14 +491,14 @@ def test_noise_that_does_not_fit_is_refused():
 )
 def test_settings_that_are_refused(kind, changes, message):
     with pytest.raises(clm.InputError) as refused:
-        heads.from_dict({"kind": kind, "width": 3} | changes, kinds=IMPLICIT)
+        heads.from_dict({"kind": kind, "width": 3} | changes, registry=IMPLICIT_HEADS)
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_settings_there_and_back(name):
-    written = heads.to_dict(HEADS[name], kinds=IMPLICIT)
-    assert heads.from_dict(written, kinds=IMPLICIT) == HEADS[name]
+    written = heads.to_dict(HEADS[name], registry=IMPLICIT_HEADS)
+    assert heads.from_dict(written, registry=IMPLICIT_HEADS) == HEADS[name]
     with pytest.raises(clm.InputError, match="kind of head"):
         heads.from_dict(written)
 
@@ -536,11 +548,11 @@ def test_every_setting_is_read(name):
 @pytest.mark.parametrize("name", ["energy", "flow, midpoint", "diffusion", "diffusion, ancestral"])
 def test_two_modes_are_recovered_where_one_gaussian_cannot(name):
     """Against the best Gaussian there is; what data is to other data is 0."""
-    head = two_mode_target.candidates(32, 2, 8)[name]
-    params, _ = two_mode_target.fit(head, KEY, steps=700, batch_size=128, learning_rate=3e-3)
+    head = two_mode_target.make_heads(32, 2, 8)[name]
+    params, _ = two_mode_target.fit_head(head, KEY, steps=700, batch_size=128, learning_rate=3e-3)
     sizes = {"key": jax.random.key(7), "conditions": 48, "samples": 150}
-    found = two_mode_target.judge(two_mode_target.sampler(head, params), **sizes)
-    best = two_mode_target.judge(two_mode_target.draw_gaussian, **sizes)
+    found = two_mode_target.evaluate_samples(two_mode_target.make_sampler(head, params), **sizes)
+    best = two_mode_target.evaluate_samples(two_mode_target.draw_best_gaussian, **sizes)
     assert found.interval[1] < 0.15 * best.interval[0]
     assert found.in_modes > 0.9 > 3 * best.in_modes
-    assert found.likelier == pytest.approx(two_mode_target.SHARE, abs=0.05)
+    assert found.likelier == pytest.approx(two_mode_target.LIKELIER_MODE_SHARE, abs=0.05)

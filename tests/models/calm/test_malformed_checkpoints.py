@@ -24,11 +24,11 @@ from tests.models.checkpoints import test_malformed_checkpoints
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODELS = {
-    "calm": (reference.energy_fields, reference.energy_model),
-    "autoencoder": (reference.autoencoder_fields, reference.autoencoder),
+    "calm": (reference.energy_fields, reference.random_energy_model),
+    "autoencoder": (reference.autoencoder_fields, reference.random_autoencoder),
 }
 TENSORS = {
-    kind: {name: tensor.numpy() for name, tensor in reference.tensors(make()).items()}
+    kind: {name: tensor.numpy() for name, tensor in reference.clone_tensors(make()).items()}
     for kind, (_, make) in MODELS.items()
 }
 FIELDS = {kind: fields() for kind, (fields, _) in MODELS.items()}
@@ -38,7 +38,7 @@ EVERY = [(kind, name) for kind, tensors in TENSORS.items() for name in tensors]
 @pytest.fixture(scope="module", autouse=True)
 def traced_once():
     """Nearly every case is of the same shapes."""
-    with reference.traced_once():
+    with reference.cache_eval_shape():
         yield
 
 
@@ -356,7 +356,9 @@ def remade(folder, kind, **fields):
     for name in (CONFIG, WEIGHTS):
         (folder / kind / name).unlink()
     make = MODELS[kind][1]
-    tensors = {name: tensor.numpy() for name, tensor in reference.tensors(make(**fields)).items()}
+    tensors = {
+        name: tensor.numpy() for name, tensor in reference.clone_tensors(make(**fields)).items()
+    }
     files_of(folder / kind, FIELDS[kind] | fields, tensors)
 
 

@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 ROWS = 20_000
 # Some share their first or their last token: equality is that of all of them.
 ITEMS = np.array([[0, 0], [0, 1], [1, 0], [1, 1], [2, 7]], np.int32)
-batched = jax.jit(repeated_draws.batch, static_argnames="n")
+batched = jax.jit(repeated_draws.repetition_sample, static_argnames="n")
 P = np.array([0.35, 0.25, 0.2, 0.15, 0.05])
 
 
@@ -55,7 +55,9 @@ def exact(key, p, t):
     def draw(key):
         return jnp.asarray(ITEMS)[jnp.sum(jax.random.uniform(key, (ROWS, 1)) >= edges, axis=-1)]
 
-    return repeated_draws.exact(key, draw, temperature=jnp.broadcast_to(t, ROWS), max_rounds=2000)
+    return repeated_draws.rejection_sample(
+        key, draw, temperature=jnp.broadcast_to(t, ROWS), max_rounds=2000
+    )
 
 
 jitted_exact = jax.jit(exact)
@@ -123,11 +125,11 @@ def test_wrong_rejections_fail_the_chi_square_test():
 def test_rounds_are_as_many_as_rejection_takes():
     """Attempts at 1/2 are of two draws, and succeed with the probability of a repetition."""
     success = np.sum(P**2)
-    rounds = np.asarray(exactly(0.5).rounds)
+    rounds = np.asarray(exactly(0.5).num_rounds)
     assert (rounds % 2 == 0).all()
     error = 2 * np.sqrt(1 - success) / success / np.sqrt(ROWS)  # of a geometric distribution's mean
     assert abs(rounds.mean() - 2 / success) < 4 * error
-    assert (np.asarray(exactly(1.0).rounds) == 1).all()
+    assert (np.asarray(exactly(1.0).num_rounds) == 1).all()
 
 
 def test_rows_have_distributions_and_temperatures_of_their_own():
@@ -143,8 +145,8 @@ def test_rows_have_distributions_and_temperatures_of_their_own():
         else:
             assert chi_square(items, tempered(p, at)) > 1e-3
     # Neighbours that take long do not change a row: the sure one is done after its two draws.
-    assert found.rounds[2 * size : 3 * size].max() <= 6
-    assert found.rounds[:size].max() > 20
+    assert found.num_rounds[2 * size : 3 * size].max() <= 6
+    assert found.num_rounds[:size].max() > 20
 
 
 def test_nobody_waits_for_rows_that_are_done():
@@ -154,12 +156,14 @@ def test_nobody_waits_for_rows_that_are_done():
 
     @jax.jit
     def drawn(done):
-        return repeated_draws.exact(KEY, draw, temperature=0.5, max_rounds=50, done=done)
+        return repeated_draws.rejection_sample(
+            KEY, draw, temperature=0.5, max_rounds=50, is_done=done
+        )
 
     found = drawn(jnp.array([True, False]))
-    assert found.rounds.tolist() == [0, 2]
+    assert found.num_rounds.tolist() == [0, 2]
     assert found.items[1, 0] == 7
-    assert drawn(jnp.array([False, False])).rounds.tolist() == [50, 2]
+    assert drawn(jnp.array([False, False])).num_rounds.tolist() == [50, 2]
 
 
 def test_rows_that_are_not_accepted_hold_the_last_draw_and_say_so():
@@ -168,12 +172,12 @@ def test_rows_that_are_not_accepted_hold_the_last_draw_and_say_so():
         new = jax.random.key_data(key).astype(jnp.int32)[None] + jnp.arange(4)[:, None]
         return new.at[0].set(5)
 
-    run = functools.partial(repeated_draws.exact, draw=numbers, max_rounds=4)
+    run = functools.partial(repeated_draws.rejection_sample, draw=numbers, max_rounds=4)
     t = np.array([0.4, 0.4, 0.5, 0.5], np.float32)
     found = jax.jit(run)(KEY, temperature=t)
     jax.tree.map(np.testing.assert_array_equal, found, run(KEY, temperature=t))
     assert found.accepted.tolist() == [True, False, False, False]
-    assert found.rounds.tolist() == [3, 4, 4, 4]
+    assert found.num_rounds.tolist() == [3, 4, 4, 4]
     last = jax.random.split(jax.random.fold_in(KEY, 3))[0]  # of four draws
     np.testing.assert_array_equal(found.items, numbers(last))
 
@@ -182,7 +186,7 @@ def test_rows_that_are_not_accepted_hold_the_last_draw_and_say_so():
 
 
 def by_counting(candidates, n):
-    """The probability of each distinct item of one row [N, O]."""
+    """The probability of each distinct item of one row [Z, C]."""
     counts = Counter(map(tuple, np.asarray(candidates).tolist()))
     for m in range(n, 0, -1):
         chances = {item: math.comb(c, m) for item, c in counts.items() if c >= m}
@@ -192,7 +196,7 @@ def by_counting(candidates, n):
 
 
 def by_weights(candidates, n):
-    return gathered(*repeated_draws.weights(candidates, n=n))
+    return gathered(*repeated_draws.repetition_weights(candidates, n=n))
 
 
 def gathered(items, logs):
@@ -212,7 +216,7 @@ def test_weights_are_those_of_counting(shape, most, seed):
     num, length, n = shape
     rng = np.random.default_rng(seed)
     candidates = rng.integers(-most, most, (num, 8, length), endpoint=True).astype(np.int32)
-    items, logs = repeated_draws.weights(candidates, n=n)
+    items, logs = repeated_draws.repetition_weights(candidates, n=n)
     for row in range(8):
         expected = by_counting(candidates[:, row], n)
         found = gathered(items[:, row], logs[:, row])
@@ -234,7 +238,7 @@ def test_weights_of_many_candidates_keep_their_digits():
 def test_what_does_not_repeat_often_enough_falls_back():
     rows = np.array([[1, 1, 1, 2, 2], [1, 1, 3, 2, 2], [5, 1, 3, 2, 4]]).T[..., None]
     wanted = [{1: 1.0}, {1: 0.5, 2: 0.5}, dict.fromkeys(range(1, 6), 0.2)]
-    items, logs = repeated_draws.weights(rows, n=4)
+    items, logs = repeated_draws.repetition_weights(rows, n=4)
     for i, expected in enumerate(wanted):  # each row on its own
         found = gathered(items[:, i], logs[:, i])
         assert found == pytest.approx({(k,): v for k, v in expected.items()})
@@ -266,7 +270,7 @@ def test_batch_draws_are_those_of_the_enumeration(n):
     items = batched(KEY, drawn(num, ROWS), n=n)
     assert items.shape == (ROWS, 2)
     if n == 2:
-        plain = repeated_draws.batch(KEY, drawn(num, ROWS), n=n)  # without jit
+        plain = repeated_draws.repetition_sample(KEY, drawn(num, ROWS), n=n)  # without jit
         np.testing.assert_array_equal(plain, items)
     assert chi_square(items, of_batch(P, num, n)) > 1e-3
     wrong = {
@@ -292,7 +296,7 @@ def shares(counts, num, n):
     """What `weights` gives three items with these counts [M, 3], by arrays of candidates."""
     edges = jnp.cumsum(counts, axis=-1)
     candidates = jnp.sum(jnp.arange(num)[:, None, None] >= edges, axis=-1)
-    items, logs = repeated_draws.weights(candidates[..., None], n=n)
+    items, logs = repeated_draws.repetition_weights(candidates[..., None], n=n)
     return jnp.einsum("nm,nmv->mv", jax.nn.softmax(logs, axis=0), jax.nn.one_hot(items[..., 0], 3))
 
 
@@ -320,12 +324,12 @@ def test_the_bias_of_the_batch_form_falls_as_candidates_grow(n):
 
 def test_rows_do_not_touch_each_other():
     candidates = drawn(9, 2, 3)
-    items, logs = repeated_draws.weights(candidates, n=3)
+    items, logs = repeated_draws.repetition_weights(candidates, n=3)
     flat = candidates.reshape(9, 6, 2)
     for row, (i, j) in enumerate(np.ndindex(2, 3)):
         expected = by_counting(flat[:, row], 3)
         assert gathered(items[:, i, j], logs[:, i, j]) == pytest.approx(expected)
-    keys, how = jax.random.split(KEY, 6), functools.partial(repeated_draws.batch, n=3)
+    keys, how = jax.random.split(KEY, 6), functools.partial(repeated_draws.repetition_sample, n=3)
     mapped = jax.jit(jax.vmap(how, in_axes=(0, 1)))(keys, flat)
     for i in range(6):
         np.testing.assert_array_equal(mapped[i], batched(keys[i], flat[:, i], n=3))
@@ -342,14 +346,14 @@ def test_rows_do_not_touch_each_other():
 
 def test_order_is_the_whole_number_in_the_temperature():
     for n in (1, 2, 3, 7, 100):
-        assert repeated_draws.order(1 / n) == n
-        assert repeated_draws.order(np.float32(1 / n)) == n
-    assert repeated_draws.order(0.3333333) == 3
+        assert repeated_draws.inverse_temperature(1 / n) == n
+        assert repeated_draws.inverse_temperature(np.float32(1 / n)) == n
+    assert repeated_draws.inverse_temperature(0.3333333) == 3
     for t in (0.4, 2.0, 0.0, -1.0, 0.333, 0.501, [0.5]):
         with pytest.raises(clm.InputError, match="needs 1, 1/2, 1/3"):
-            repeated_draws.order(t)
+            repeated_draws.inverse_temperature(t)
     with pytest.raises(clm.InputError, match="temperature is nan"):
-        repeated_draws.order(math.nan)
+        repeated_draws.inverse_temperature(math.nan)
 
 
 def sure(key):
@@ -359,12 +363,14 @@ def sure(key):
 @pytest.mark.parametrize("t", [0.0, -0.5, 1.5, math.nan])
 def test_temperatures_out_of_range_are_refused(t):
     with pytest.raises(clm.InputError, match="temperature is"):
-        repeated_draws.exact(KEY, sure, temperature=t, max_rounds=10)
+        repeated_draws.rejection_sample(KEY, sure, temperature=t, max_rounds=10)
 
 
 def test_arguments_that_do_not_fit_are_refused():
     def exact(function=sure, **more):
-        return repeated_draws.exact(KEY, function, **dict(temperature=0.5, max_rounds=2) | more)
+        return repeated_draws.rejection_sample(
+            KEY, function, **dict(temperature=0.5, max_rounds=2) | more
+        )
 
     with pytest.raises(clm.InputError, match="max_rounds is 0"):
         exact(max_rounds=0)
@@ -376,9 +382,9 @@ def test_arguments_that_do_not_fit_are_refused():
         exact(lambda key: jax.random.randint(key, (4,), 0, 3))
     for n in (0, 1.5, True):
         with pytest.raises(clm.InputError, match=f"n is {n}"):
-            repeated_draws.batch(KEY, ITEMS, n=n)
+            repeated_draws.repetition_sample(KEY, ITEMS, n=n)
     with pytest.raises(clm.InputError, match="candidates have dtype float32"):
-        repeated_draws.batch(KEY, jnp.ones((3, 2)), n=1)
+        repeated_draws.repetition_sample(KEY, jnp.ones((3, 2)), n=1)
     for shape in [(3,), (0, 2), (3, 0)]:
         with pytest.raises(clm.InputError, match="candidates have shape"):
-            repeated_draws.batch(KEY, np.ones(shape, int), n=1)
+            repeated_draws.repetition_sample(KEY, np.ones(shape, int), n=1)

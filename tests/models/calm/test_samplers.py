@@ -19,14 +19,18 @@ from continuous_lm.models.calm.samplers import sample
 from tests.fixtures import tiny
 
 KEY = jax.random.key(0)
-V, SIZE, W = tiny.CODEC.vocab_size, tiny.CODEC.chunk_size, tiny.CODEC.latent_size
+V, SIZE, W = (
+    tiny.CODEC_CONFIG.vocab_size,
+    tiny.CODEC_CONFIG.chunk_size,
+    tiny.CODEC_CONFIG.latent_size,
+)
 ROOM = 8  # chunks of a whole pass
 slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return tiny.next_vector()
+    return tiny.next_vector_lm()
 
 
 def prompts(seed=0):
@@ -48,7 +52,7 @@ def whole(model, params, chunks, durations, start, at):
 
 @functools.partial(jax.jit, static_argnums=0)
 def one_draw(model, params, key, hidden):
-    """Chunks [B, O] that the noise of this key gives."""
+    """Chunks [B, C] that the noise of this key gives."""
     noise = model.head.noise(key, (1, len(hidden)))
     latents = model.apply({"params": params}, noise, hidden, method="transform")[0]
     return jnp.argmax(model.apply({"params": params}, latents, method="decode"), axis=-1)
@@ -83,11 +87,14 @@ def timed(seed=3):
 
 @pytest.mark.parametrize(
     "head",
-    [tiny.ENERGY, pytest.param(FlowHead(width=W, hidden_size=8, depth=1, steps=3), marks=slow)],
+    [
+        tiny.ENERGY_HEAD,
+        pytest.param(FlowHead(width=W, hidden_size=8, depth=1, steps=3), marks=slow),
+    ],
 )
 def test_chunks_are_those_of_whole_passes(head):
     """Prompts of different lengths, durations and beginnings; the cache changes nothing."""
-    lm, (d, new_d, start) = tiny.next_vector(head), timed()
+    lm, (d, new_d, start) = tiny.next_vector_lm(head), timed()
     for options in ({}, dict(d=d, new_d=new_d, start=start)):
         expected = by_whole_passes(lm, prompts(), 3, **options)
         names = {"d": "durations", "new_d": "new_durations", "start": "start"}
@@ -105,7 +112,7 @@ def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
     padded = np.zeros((1, ROOM, SIZE), np.int32)
     padded[0, :5] = chunks
     found = whole(lm.model, lm.params, padded, np.ones((1, ROOM)), np.zeros(1), np.array([4]))
-    np.testing.assert_allclose(found[0], lm.hidden(chunks)[-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[0], lm.hidden_states(chunks)[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_durations_count(lm):
@@ -138,10 +145,10 @@ def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
     by_hand = [np.concatenate([[fill] * (-len(row) % SIZE), row]).astype(int) for row in rows]
     assert [len(row) for row in by_hand] == [3, 9, 15]
     expected = sample(lm, by_hand, **options).tokens
-    np.testing.assert_array_equal(sample(lm, rows, fill=fill, **options).tokens, expected)
+    np.testing.assert_array_equal(sample(lm, rows, pad_token=fill, **options).tokens, expected)
     noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
     np.testing.assert_array_equal(sample(noted, rows, **options).tokens, expected)
-    assert (sample(lm, rows, fill=7, **options).tokens != expected).any()
+    assert (sample(lm, rows, pad_token=7, **options).tokens != expected).any()
     with pytest.raises(clm.InputError, match="prompt 0: 1 tokens are no multiple of a chunk of 3"):
         sample(lm, rows, **options)
 
@@ -160,7 +167,7 @@ def test_stop_tokens_end_rows_within_chunks(lm):
             np.testing.assert_array_equal(row[:length], before[:length])
             np.testing.assert_array_equal(row[length:], 0)
             places |= {divmod(where[0], SIZE)} if len(where) else set()
-        assert [len(row) for row in made.rows()] == made.lengths.tolist()
+        assert [len(row) for row in made.token_lists()] == made.lengths.tolist()
         noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": stop})
         np.testing.assert_array_equal(sample(noted, prompts(), **options).tokens, made.tokens)
     assert {0, 1} <= {place % SIZE for _, place in places}
@@ -189,7 +196,7 @@ def test_prompts_in_pieces_and_one_alone(lm):
     assert alone.shape == (1, 2 * SIZE)
     for given in ([row], row[None], row.tolist(), [row.tolist()]):
         np.testing.assert_array_equal(sample(lm, given, **options).tokens, alone)
-    np.testing.assert_array_equal(sample(lm, row, chunk=2, **options).tokens, alone)
+    np.testing.assert_array_equal(sample(lm, row, max_prefill_length=2, **options).tokens, alone)
 
 
 # --- Temperatures ----------------------------------------------------------------------------
@@ -220,12 +227,12 @@ class Points(ImplicitHead):
 
 @pytest.fixture(scope="module")
 def known(lm):
-    """A model that draws one of three chunks, and these chunks [3, O], the likeliest first."""
+    """A model that draws one of three chunks, and these chunks [3, C], the likeliest first."""
     latents = np.random.default_rng(0).normal(size=(64, W)).round(2)
     chunks = np.argmax(lm.codec.decode(latents.astype(np.float32)), axis=-1)
     _, first = np.unique(chunks, axis=0, return_index=True)
     head = Points(width=W, points=tuple(map(tuple, latents[first[:3]])))
-    model = NextVectorModel(tiny.TRUNK, tiny.CODEC, head)
+    model = NextVectorModel(tiny.TRUNK_CONFIG, tiny.CODEC_CONFIG, head)
     params = {name: leaf for name, leaf in lm.params.items() if name != "head"}
     return NextVectorLM(model, params), chunks[first[:3]]
 
@@ -302,7 +309,7 @@ def of_batches(candidates, n):
 def test_the_batch_form_draws_what_its_counts_say(known, t, candidates):
     """For few candidates that is not the tempered distribution, and for many nearly."""
     exact = of_batches(candidates, round(1 / t))
-    _, counts = many(known, temperature=t, candidates=candidates)
+    _, counts = many(known, temperature=t, num_candidates=candidates)
     for found in counts:
         assert stats.chisquare(found, ROWS * exact).pvalue > 1e-3
         if candidates > 2:  # two candidates, equal or not, are drawn as one is
@@ -319,7 +326,7 @@ def test_temperature_0_takes_what_comes_most_often(known):
     rows = [np.arange(SIZE), np.arange(2 * SIZE) % V]
     options = dict(max_new_tokens=3 * SIZE, temperature=0.0, stop=())
     for key in ({}, {"key": KEY}):
-        made = sample(lm, rows, candidates=400, **options, **key)
+        made = sample(lm, rows, num_candidates=400, **options, **key)
         np.testing.assert_array_equal(made.tokens, np.tile(chunks[0], (2, 3)))
 
 
@@ -330,10 +337,10 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
     lm, _ = known
     model, key, steps, rounds = lm.model, jax.random.key(key), 2, 2
     rows = np.tile(np.arange(SIZE), (6, 1))
-    hidden = jnp.zeros((6, tiny.TRUNK.hidden_size))
+    hidden = jnp.zeros((6, tiny.TRUNK_CONFIG.hidden_size))
     accepted = np.stack(
         [
-            repeated_draws.exact(
+            repeated_draws.rejection_sample(
                 jax.random.fold_in(key, i),
                 lambda key: one_draw(model, lm.params, key, hidden),
                 temperature=0.5,
@@ -364,17 +371,17 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
         (dict(temperature=-0.5), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
         (dict(temperature=np.array([0.5, 0.5])), r"temperature has shape \[2\]"),
-        (dict(temperature=1 / 3, candidates=2), "1/3 needs at least 3 candidates, not 2"),
+        (dict(temperature=1 / 3, num_candidates=2), "1/3 needs at least 3 candidates, not 2"),
         (dict(method="greedy"), "method is 'greedy'; it must be one of batch, exact"),
         (dict(key=None), "needs a key"),
         (dict(key=3), "key is not a single PRNG key"),
-        (dict(candidates=0), "candidates is 0"),
+        (dict(num_candidates=0), "num_candidates is 0"),
         (dict(max_rounds=0), "max_rounds is 0"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
         (dict(max_new_tokens=2.0), "max_new_tokens is 2.0"),
-        (dict(chunk=0), "chunk is 0"),
-        (dict(fill=V), "fill"),
-        (dict(fill=-1), "fill"),
+        (dict(max_prefill_length=0), "max_prefill_length is 0"),
+        (dict(pad_token=V), "pad_token"),
+        (dict(pad_token=-1), "pad_token"),
         (dict(stop=V), "stop"),
         (dict(tokens=np.arange(SIZE + 1)), "prompt 0: 4 tokens are no multiple of a chunk of 3"),
         (dict(tokens=[np.arange(SIZE), np.arange(2)]), "prompt 1: 2 tokens are no multiple"),
@@ -408,7 +415,7 @@ def test_bad_arguments_are_refused(lm, options, message):
 @pytest.mark.parametrize("beta", [1.0, 1.5])
 def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
     """Central differences in float64, one duration at a time, with the same noise."""
-    lm = tiny.next_vector(tiny.ENERGY.clone(beta=beta, parent=None))
+    lm = tiny.next_vector_lm(tiny.ENERGY_HEAD.clone(beta=beta, parent=None))
     rng, count = np.random.default_rng(2), 5
     chunks = rng.integers(0, V, (count, SIZE))
     with jax.enable_x64(True):
@@ -439,4 +446,7 @@ def test_the_codec_of_the_tests_decodes_many_chunks(lm):
     chunks = np.argmax(lm.codec.decode(latents), axis=-1)
     assert len(np.unique(chunks, axis=0)) > 10
     assert isinstance(lm.codec, Codec)
-    assert autoencoder.layout_of(tiny.CODEC).boxes.keys() == lm.params["autoencoder"].keys()
+    assert (
+        autoencoder.checkpoint_layout(tiny.CODEC_CONFIG).declarations.keys()
+        == lm.params["autoencoder"].keys()
+    )

@@ -162,7 +162,7 @@ def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
 def test_a_folder_of_that_name_goes_before_the_hub(monkeypatch, tmp_path):
     tiny.save(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "download", lambda name: pytest.fail("the hub was asked"))
     clm.load(os.path.join("org", "name"))
 
 
@@ -172,6 +172,6 @@ def test_a_folder_of_that_name_goes_before_the_hub(monkeypatch, tmp_path):
 )
 def test_names_that_are_no_hub_s(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "fetch", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(hub, "download", lambda name: pytest.fail("the hub was asked"))
     with pytest.raises(clm.InputError, match="neither a folder nor a bundled model"):
         clm.load(name)

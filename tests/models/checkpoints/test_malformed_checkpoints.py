@@ -32,12 +32,12 @@ import continuous_lm as clm
 from continuous_lm.models import language_model
 from tests.fixtures import tiny
 
-FAMILIES = list(tiny.CONFIGS)
+FAMILIES = list(tiny.CONFIG_MAKERS)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SLACK = 8_000_000  # bytes beside the file's own, for tracing shapes and for messages
 
-TRACE = language_model.parameter_boxes
+TRACE = language_model.parameter_declarations
 fields_of_config = {field.name for field in dataclasses.fields(clm.TransformerConfig)}
 
 
@@ -96,12 +96,12 @@ def written(tensors: Mapping[str, np.ndarray]) -> bytes:
 
 def make(family: str, folder: pathlib.Path) -> Good:
     """Random weights for the tiny config, saved by `clm.save`, which needs no transformers."""
-    fields = {"model_type": family, "torch_dtype": "float32", **tiny.CONFIGS[family]()}
+    fields = {"model_type": family, "torch_dtype": "float32", **tiny.CONFIG_MAKERS[family]()}
     config = language_model.read_config(fields)
     rng = np.random.default_rng(0)
     params = {
-        path: rng.standard_normal(box.value.shape, np.float32)
-        for path, box in language_model.parameter_boxes(config).items()
+        path: rng.standard_normal(declaration.value.shape, np.float32)
+        for path, declaration in language_model.parameter_declarations(config).items()
     }
     lm = clm.LanguageModel(config, traverse_util.unflatten_dict(params, sep="/"))
     clm.save(folder, lm)
@@ -114,27 +114,31 @@ def make(family: str, folder: pathlib.Path) -> Good:
 def good(request, tmp_path_factory):
     """The good checkpoint of a family; its modules are traced once, for the sake of time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_model, "parameter_boxes", once(language_model.parameter_boxes))
+        patch.setattr(
+            language_model, "parameter_declarations", once(language_model.parameter_declarations)
+        )
         yield make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def once(trace):
-    """`parameter_boxes`, traced once for each set of parameters; the shapes follow the letters."""
+    """`parameter_declarations`, traced once for each set of parameters; shapes follow letters."""
     held: dict[Any, Any] = {}
     decisive = "norm post_norms qk_norm gated tie_embeddings qkv_bias output_bias mlp_bias".split()
 
-    def boxes(config):
+    def declarations(config):
         key = tuple(getattr(config, name) for name in decisive)
         if key not in held:
             held[key] = trace(config)
         return {
-            path: box.replace_boxed(
-                jax.ShapeDtypeStruct(tuple(config.sizes[a] for a in box.names), box.value.dtype)
+            path: declaration.replace_boxed(
+                jax.ShapeDtypeStruct(
+                    tuple(config.sizes[a] for a in declaration.names), declaration.value.dtype
+                )
             )
-            for path, box in held[key].items()
+            for path, declaration in held[key].items()
         }
 
-    return boxes
+    return declarations
 
 
 every_family = pytest.mark.parametrize("good", FAMILIES, indirect=True, ids=str)
@@ -476,7 +480,7 @@ def sharded(name: str, place: Any) -> Callable[[pathlib.Path], None]:
     def damage(folder: pathlib.Path) -> None:
         tensors = tensors_in((folder / WEIGHTS).read_bytes())
         shutil.copy(folder / WEIGHTS, folder.parent / "outside.safetensors")
-        tiny.shard(folder, tensors, 2)
+        tiny.write_shards(folder, tensors, 2)
         (folder / "folder.safetensors").mkdir()
         (folder / "loop.safetensors").symlink_to("loop.safetensors")
         (folder / "leads.safetensors").symlink_to("nowhere")
@@ -732,7 +736,7 @@ TO_BE_HUGE = """vocab_size hidden_size intermediate_size num_attention_heads num
 @pytest.mark.parametrize("most", [2**31 - 1, 2**16])
 def test_huge_sizes(good, folder, monkeypatch, most):
     """All sizes at once, traced as they are: more elements than 64 bits count, and no memory."""
-    monkeypatch.setattr(language_model, "parameter_boxes", TRACE)
+    monkeypatch.setattr(language_model, "parameter_declarations", TRACE)
     huge = dict.fromkeys(TO_BE_HUGE, most) | {"head_dim": 2**16}
     huge |= {"num_hidden_layers": 1000, "n_layer": 1000}
     changes = {name: value for name, value in huge.items() if name in good.fields}
@@ -773,27 +777,27 @@ SCALINGS: dict[str, tuple[Any, str]] = {
     "llama3 of no length": (tiny.llama3_scaling(original_max_position_embeddings=0), "original"),
     "longrope alone": ({"rope_type": "longrope"}, "original_max_position_embeddings|factor"),
     "longrope of one": (
-        tiny.longrope(original_max_position_embeddings=1),
+        tiny.longrope_scaling(original_max_position_embeddings=1),
         "original_max_position_embeddings is 1",
     ),
     "longrope of text": (
-        tiny.longrope(original_max_position_embeddings=20, short_factor=["1"] * 6),
+        tiny.longrope_scaling(original_max_position_embeddings=20, short_factor=["1"] * 6),
         "short_factor",
     ),
     "longrope of zeros": (
-        tiny.longrope(original_max_position_embeddings=20, long_factor=[0] * 6),
+        tiny.longrope_scaling(original_max_position_embeddings=20, long_factor=[0] * 6),
         "long_factor",
     ),
     "longrope beyond floats": (
-        tiny.longrope(original_max_position_embeddings=20, long_factor=[10**400] * 6),
+        tiny.longrope_scaling(original_max_position_embeddings=20, long_factor=[10**400] * 6),
         "long_factor",
     ),
     "longrope of the wrong number": (
-        tiny.longrope(original_max_position_embeddings=20, long_factor=[1.0] * 7),
+        tiny.longrope_scaling(original_max_position_embeddings=20, long_factor=[1.0] * 7),
         "long_factor",
     ),
     "longrope, narrowed": (
-        tiny.longrope(original_max_position_embeddings=20, attention_factor=0),
+        tiny.longrope_scaling(original_max_position_embeddings=20, attention_factor=0),
         "attention_factor",
     ),
     "a list": ([1], "is \\[1\\]"),
@@ -845,7 +849,7 @@ CONTRADICTIONS: dict[str, tuple[list[str], dict[str, Any], tuple[str, ...]]] = {
         ["phi3"],
         {
             "original_max_position_embeddings": 20,
-            "rope_scaling": tiny.longrope(original_max_position_embeddings=30),
+            "rope_scaling": tiny.longrope_scaling(original_max_position_embeddings=30),
         },
         ("original_max_position_embeddings",),
     ),
@@ -1086,8 +1090,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "first of no duration": ({"durations": [0.0, 1.0, 1.0]}, "durations"),
     "start that is NaN": ({"start": np.nan}, "start is nan"),
     "times and start": ({"times": [1.0, 2.0, 3.0], "start": 0.0}, "start"),
-    "index beyond": ({"at": 3}, "at is 3"),
-    "index below": ({"at": -4}, "at is -4"),
+    "index beyond": ({"position": 3}, "position is 3"),
+    "index below": ({"position": -4}, "position is -4"),
     "axes that do not fit": (
         {"tokens": np.ones((2, 3), int), "durations": np.ones((5, 3))},
         "do not broadcast",
@@ -1110,7 +1114,7 @@ SWEEPS: dict[str, tuple[dict[str, Any], str]] = {
     "axis too many": ({"durations": np.ones((1, 3, 2))}, "durations has shape"),
     "made up": ({"durations": np.ones((3, 2)), "x": np.ones(3)}, "no argument x"),
     "no batches": ({"durations": np.ones((3, 2)), "batch_size": 0}, "batch_size is 0"),
-    "index beyond": ({"durations": np.ones((3, 2)), "at": 2}, "at is 2"),
+    "index beyond": ({"durations": np.ones((3, 2)), "position": 2}, "position is 2"),
     "token beyond": ({"durations": np.ones((3, 2)), "tokens": [1, LONG]}, "tokens"),
     "group beyond": ({"durations": np.ones((3, 2)), "groups": [[1], [LONG]]}, "group 1"),
     "group of fractions": ({"durations": np.ones((3, 2)), "groups": [[0.5]]}, "group 0"),
@@ -1148,7 +1152,7 @@ OTHERS: dict[str, Callable[[pathlib.Path, clm.LanguageModel], Any]] = {
         clm.LanguageModel(dataclasses.replace(lm.config, family="x"), lm.params),
     ),
     "saved notes of NaN": lambda folder, lm: clm.save(
-        folder / "b", clm.LanguageModel(lm.config, lm.params, notes={"pad_token_id": np.nan})
+        folder / "b", clm.LanguageModel(lm.config, lm.params, hf_fields={"pad_token_id": np.nan})
     ),
 }
 TEXTS = {
@@ -1171,8 +1175,8 @@ def test_said_twice(good, folder, case):
 
 
 def test_what_a_sweep_varies():
-    with pytest.raises(clm.InputError, match="vary is 'x'"):
-        clm.sweep.vary(np.ones((2, 3)), "x")
+    with pytest.raises(clm.InputError, match="change is 'x'"):
+        clm.sweep.change_durations(np.ones((2, 3)), "x")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")

@@ -89,7 +89,7 @@ def test_each_source_and_dtype_has_its_own(tmp_path, source, opened):
 @pytest.mark.parametrize("change", ["weights", "time", "config", "sharded", "format", "shape"])
 def test_changed_source_is_converted_again(tmp_path, monkeypatch, source, opened, warnings, change):
     clm.load(source, cache_dir=tmp_path / "cache")
-    weights, config = source / safetensors_files.WEIGHTS, source / "config.json"
+    weights, config = source / safetensors_files.WEIGHTS_FILE, source / "config.json"
     match change:
         case "weights":  # as many bytes as before
             tiny.save(source, seed=1, dtype="bfloat16")
@@ -105,12 +105,12 @@ def test_changed_source_is_converted_again(tmp_path, monkeypatch, source, opened
         case "sharded":
             clm.save(source, clm.load(source), shard_size=50_000)
         case "format":
-            monkeypatch.setattr(parameter_cache, "_FORMAT", 2)
+            monkeypatch.setattr(parameter_cache, "_FORMAT_VERSION", 2)
         case "shape":  # that this version of the library gives to a parameter
             (kept,) = (tmp_path / "cache").iterdir()
-            values = json.loads((kept / parameter_cache.FINGERPRINT).read_text())
+            values = json.loads((kept / parameter_cache.FINGERPRINT_FILE).read_text())
             values["origin"]["parameters"]["embedding"] = [48, 64]
-            (kept / parameter_cache.FINGERPRINT).write_text(json.dumps(values))
+            (kept / parameter_cache.FINGERPRINT_FILE).write_text(json.dumps(values))
     before = len(opened)
     wanted = clm.load(source).params
     for _ in range(2):
@@ -121,7 +121,7 @@ def test_changed_source_is_converted_again(tmp_path, monkeypatch, source, opened
 
 
 READ = [
-    parameter_cache.FINGERPRINT,
+    parameter_cache.FINGERPRINT_FILE,
     "params/_METADATA",
     "params/manifest.ocdbt",
 ]  # Orbax checks them
@@ -173,7 +173,9 @@ def test_file_of_another_length_is_not_read(tmp_path, source, warnings, monkeypa
     (kept,) = (tmp_path / "cache").iterdir()
     largest = max(files(kept), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
-    monkeypatch.setattr(parameter_cache, "_read", lambda *_: pytest.fail("a torn cache was read"))
+    monkeypatch.setattr(
+        parameter_cache, "_restore_params", lambda *_: pytest.fail("a torn cache was read")
+    )
     clm.load(source, cache_dir=tmp_path / "cache")
     assert "not of their size" in warnings[0]
 
@@ -284,7 +286,7 @@ def test_written_and_read_on_other_devices(tmp_path, source):
 
 
 def test_orbax_is_imported_only_for_a_cache():
-    program = "import continuous_lm as clm; clm.load('apples'); print(*sys.modules)"
+    program = "import sys; import continuous_lm as clm; clm.load('apples'); print(*sys.modules)"
     out, _ = python(program).communicate()
     assert "continuous_lm" in out.split()
     assert not [name for name in out.split() if name.startswith("orbax")]

@@ -24,12 +24,12 @@ from tests.fixtures.programs import ENVIRONMENT
 
 def draw(model_type, dtype="float32", **fields):
     """A language model with random parameters."""
-    fields = {"model_type": model_type} | tiny.CONFIGS[model_type](**fields)
+    fields = {"model_type": model_type} | tiny.CONFIG_MAKERS[model_type](**fields)
     config = language_model.read_config(fields)
     rng = np.random.default_rng(0)
     flat = {
-        path: rng.standard_normal(box.value.shape).astype(np.dtype(dtype))
-        for path, box in language_model.parameter_boxes(config).items()
+        path: rng.standard_normal(declaration.value.shape).astype(np.dtype(dtype))
+        for path, declaration in language_model.parameter_declarations(config).items()
     }
     return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
 
@@ -76,10 +76,10 @@ def number_stored(params):
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("model_type", tiny.CONFIGS)
+@pytest.mark.parametrize("model_type", tiny.CONFIG_MAKERS)
 def test_one_device_reads_every_element_once(tmp_path, monkeypatch, model_type):
     monkeypatch.setattr(
-        parameter_layout, "PIECE", 1000
+        parameter_layout, "BYTES_PER_COPY", 1000
     )  # many threads copy, some of them uneven pieces
     lm = draw(model_type)
     clm.save(tmp_path, lm, shard_size=50_000)
@@ -144,7 +144,7 @@ TIED = ("gemma", "gemma2", "gemma3_text", "gpt2")  # what is tied unless it says
 QUICK = [(name, name in TIED) for name in ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(tiny.CONFIGS, (True, False))
+    for case in itertools.product(tiny.CONFIG_MAKERS, (True, False))
 ]
 
 
@@ -161,7 +161,7 @@ def test_saved_in_one_file_or_in_shards(tmp_path, model_type, tied):
     for name, shard_size in {"single": 10**9, "sharded": 60_000}.items():
         folder = tmp_path / name
         clm.save(folder, lm, shard_size=shard_size)
-        assert (folder / safetensors_files.INDEX).exists() == (name == "sharded")
+        assert (folder / safetensors_files.INDEX_FILE).exists() == (name == "sharded")
         assert_same(clm.load(folder).params, lm.params)
         np.testing.assert_allclose(
             logits(folder, tokens), wanted, rtol=0, atol=2e-6 * np.abs(wanted).max()
@@ -183,8 +183,8 @@ def test_no_weights_of_an_older_checkpoint_remain(tmp_path):
         if shard_size == 10**9:
             assert files == {"model.safetensors"}
         else:
-            index = json.loads((tmp_path / safetensors_files.INDEX).read_text())
-            assert files == {safetensors_files.INDEX, *index["weight_map"].values()}
+            index = json.loads((tmp_path / safetensors_files.INDEX_FILE).read_text())
+            assert files == {safetensors_files.INDEX_FILE, *index["weight_map"].values()}
         assert_same(clm.load(tmp_path).params, lm.params)
         numbers.append(len(files))
     assert numbers[0] == numbers[3] == 1 < numbers[2] < numbers[1]
@@ -236,7 +236,7 @@ NAMES = ("data", "model")
 assert jax.device_count() == 8
 mesh = jax.make_mesh((2, 4), NAMES)
 
-for model_type in tiny.CONFIGS:
+for model_type in tiny.CONFIG_MAKERS:
     folder = pathlib.Path(sys.argv[1], model_type)
     lm = draw(model_type, "bfloat16")
     clm.save(folder, lm, shard_size=50_000)
@@ -287,7 +287,7 @@ def test_mesh_holds_the_same_and_reads_no_more_than_it_holds(tmp_path):
     out, _ = process.communicate()
     assert process.returncode == 0
     shares = {name: float(share) for name, share in map(str.split, out.splitlines())}
-    assert shares.keys() == tiny.CONFIGS.keys()
+    assert shares.keys() == tiny.CONFIG_MAKERS.keys()
     assert all(0.25 < share < 0.36 for share in shares.values()), shares  # norms are on all
     # The families without grouped heads split all but norms, some biases and positions in four.
     assert shares["gpt_neox"] < 0.27

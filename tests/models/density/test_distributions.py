@@ -16,7 +16,7 @@ from continuous_lm.models.density.distributions import (
     LowRankGaussian,
     Mixture,
 )
-from continuous_lm.models.samplers import tempered
+from continuous_lm.models.samplers import temper_logits
 
 KEY = jax.random.key(0)
 NAMES = ("gaussian", "low rank", "full", "mixture")
@@ -280,8 +280,8 @@ def test_tokens_are_drawn_by_their_probability(temperature):
 def test_tempered_logits_do_not_overflow():
     logits = jnp.array([[1e5, 0.0, -1e5], [1.0, 1.0, -jnp.inf]], jnp.float32)
     for temperature in (0.0, 1e-45, 1e-30, 1.0, 1e30):
-        found = tempered(logits, temperature)
+        found = temper_logits(logits, temperature)
         assert not np.isnan(found).any()
         np.testing.assert_array_equal(found.max(axis=-1), [0.0, 0.0])
-    np.testing.assert_allclose(tempered(logits, jnp.array([2.0, 1.0]))[0], [0.0, -5e4, -1e5])
+    np.testing.assert_allclose(temper_logits(logits, jnp.array([2.0, 1.0]))[0], [0.0, -5e4, -1e5])
     assert Categorical(logits[0]).sample(KEY, 0.0) == 0

@@ -189,7 +189,7 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
 def test_experts_are_what_their_parameters_say():
     head, p = HEADS["experts"], jax.tree.map(np.asarray, far("experts"))
     hidden = np.random.default_rng(2).normal(size=(6, HIDDEN)).astype(np.float32)
-    routes, chosen, mixture = head.apply({"params": far("experts")}, hidden, method="routed")
+    routes, chosen, mixture = head.apply({"params": far("experts")}, hidden, method="route")
     np.testing.assert_allclose(routes, hidden @ p["router"].T + p["router_bias"], rtol=1e-4)
     for i, h in enumerate(hidden):
         best = np.argsort(-np.asarray(routes[i]))[:2]
@@ -325,7 +325,7 @@ def test_experts_specialise(top_k):
     which, hidden, target = clusters()
     head = ExpertsHead(width=2, experts=4, top_k=top_k, expert_size=8, balance=0.15)
     made, _ = trained(head, hidden, target)
-    _, chosen, mixture = head.apply({"params": made}, hidden, method="routed")
+    _, chosen, mixture = head.apply({"params": made}, hidden, method="route")
     use = np.zeros((4, 4))  # of cluster, expert: the weight that it gets
     np.add.at(use, (which[:, None], np.asarray(chosen)), np.asarray(mixture.weights))
     use /= use.sum()
@@ -389,9 +389,9 @@ def test_settings_that_are_refused(changes, message):
     assert "\n" not in str(refused.value)
     made = {k: v for k, v in fields.items() if k not in ("kind", "parent", "param_dtype")}
     kind = fields["kind"]
-    if isinstance(kind, str) and kind in heads.HEADS and "no setting" not in message:
+    if isinstance(kind, str) and kind in heads.DISTRIBUTION_HEADS and "no setting" not in message:
         with pytest.raises(clm.InputError):  # and by hand as well
-            heads.HEADS[kind](**made)
+            heads.DISTRIBUTION_HEADS[kind](**made)
 
 
 def test_a_head_needs_its_width():

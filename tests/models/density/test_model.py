@@ -19,7 +19,12 @@ import continuous_lm as clm
 from continuous_lm.models import density
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
-from continuous_lm.models.density.model import DensityLM, DensityModel
+from continuous_lm.models.density.model import (
+    DensityLM,
+    DensityModel,
+    _declarations_above_trunk,
+)
+from continuous_lm.models.language_model import parameter_declarations
 from continuous_lm.models.transformer import Transformer
 from tests.continuous_lm.test_tokenization import STORIES
 from tests.fixtures import tiny
@@ -67,11 +72,10 @@ def random_like(flat, seed=0):
 @functools.cache
 def build(name, reads="tokens", table="frozen", contrast=0.0):
     head = KINDS[name] if reads == "tokens" else KINDS[name].clone(width=WIDTH, parent=None)
-    model = DensityModel(CONFIG, head, reads=reads, table=table, contrast=contrast)
-    flat = {path: box.value for path, box in density._boxes(model).items()}
+    model = DensityModel(CONFIG, head, input_kind=reads, table=table, token_loss_weight=contrast)
+    flat = {path: declared.value for path, declared in _declarations_above_trunk(model).items()}
     trunk = {
-        f"trunk/{path}": box.value
-        for path, box in clm.models.loading.parameter_boxes(CONFIG).items()
+        f"trunk/{path}": declared.value for path, declared in parameter_declarations(CONFIG).items()
     }
     params = traverse_util.unflatten_dict(random_like(flat | trunk), sep="/")
     return DensityLM(model, params)
@@ -90,7 +94,7 @@ def sequence(reads, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def states(model, params, durations, **inputs):
-    return model.apply({"params": params}, durations=durations, hidden=True, **inputs)
+    return model.apply({"params": params}, durations=durations, return_hidden=True, **inputs)
 
 
 @pytest.mark.parametrize(("name", "reads"), cases(QUICK))
@@ -217,7 +221,7 @@ def test_contrast_is_the_cross_entropy_of_the_renormalised_density(table):
         rows = np.asarray(lm.params["trunk"]["embedding"])
         rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
     np.testing.assert_allclose(
-        lm.model.apply({"params": lm.params}, method="rows"), rows, rtol=1e-4, atol=1e-5
+        lm.model.apply({"params": lm.params}, method="token_table"), rows, rtol=1e-4, atol=1e-5
     )
     hidden = states(Transformer(CONFIG), lm.params["trunk"], d[:-1], tokens=tokens[:-1])
     mixture = lm.model.head.apply({"params": lm.params["head"]}, hidden)
@@ -233,13 +237,13 @@ def test_standardised_tables():
     rng = np.random.default_rng(0)
     table = (5.0 + rng.normal(size=(40, 4)) * [1e-6, 0.02, 1.0, 0.0]).astype(np.float32)
     table[:, 0] -= 5.0
-    found = density.standardised(jnp.asarray(table))
+    found = density.standardize_table(jnp.asarray(table))
     np.testing.assert_allclose(found.mean(axis=0), 0.0, atol=1e-4)
     np.testing.assert_allclose(found.std(axis=0), [1.0, 1.0, 1.0, 0.0], rtol=0.02)
-    gradient = jax.grad(lambda t: (density.standardised(t) ** 3).sum())(jnp.asarray(table))
+    gradient = jax.grad(lambda t: (density.standardize_table(t) ** 3).sum())(jnp.asarray(table))
     assert np.isfinite(gradient).all()
     with jax.enable_x64(True):
-        assert density.standardised(jnp.asarray(table, jnp.float64)).dtype == jnp.float64
+        assert density.standardize_table(jnp.asarray(table, jnp.float64)).dtype == jnp.float64
 
 
 def test_a_given_table_is_standardised_and_frozen():
@@ -281,12 +285,12 @@ def test_there_and_back(name, reads, tmp_path):
 def test_settings_tokenizer_and_notes_come_back(tmp_path):
     lm = build("gaussian", table="embedding", contrast=0.25)
     tokenizer = tiny.word_tokenizer("a b c d e")
-    lm = dataclasses.replace(lm, tokenizer=tokenizer, notes={"eos_token_id": 3})
+    lm = dataclasses.replace(lm, tokenizer=tokenizer, hf_fields={"eos_token_id": 3})
     density.save(tmp_path, lm)
     density.save(tmp_path, lm)  # over itself
     back = density.load(tmp_path, dtype=jnp.bfloat16)
-    assert (back.model.table, back.model.contrast) == ("embedding", 0.25)
-    assert back.notes["eos_token_id"] == 3
+    assert (back.model.table, back.model.token_loss_weight) == ("embedding", 0.25)
+    assert back.hf_fields["eos_token_id"] == 3
     assert back.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert back.params["trunk"]["embedding"].dtype == jnp.bfloat16
     same(back.params["head"], lm.params["head"])
@@ -307,7 +311,7 @@ for folder in sys.argv[1:]:
         np.testing.assert_array_equal(a, b)
     rng = np.random.default_rng(0)
     given = {"tokens": rng.integers(0, 11, (2, 6))}
-    if many.model.reads == "vectors":
+    if many.model.input_kind == "vectors":
         given = {"vectors": rng.normal(size=(2, 6, 3)).astype(np.float32)}
     np.testing.assert_allclose(many.log_prob(**given), one.log_prob(**given), rtol=1e-4, atol=1e-5)
 """
@@ -406,8 +410,8 @@ MALFORMED = {
     "contrast": (setting("contrast", "much"), "contrast"),
     "contrast true": (setting("contrast", True), "contrast"),
     "contrast < 0": (setting("contrast", -1.0), "contrast is -1.0"),
-    "contrast huge": (setting("contrast", 10**400), "contrast"),
-    "contrast of vectors": (setting("contrast", 1.0), "contrast"),
+    "contrast huge": (setting("contrast", 10**400), "token_loss_weight is for densities"),
+    "contrast of vectors": (setting("contrast", 1.0), "token_loss_weight is for densities"),
     "head": (setting("head", "mixture"), "head must be an object"),
     "head's kind": (of_head("kind", "gauss"), "kind of head is 'gauss'"),
     "head's setting": (of_head("rank", 2), "no setting 'rank'"),
@@ -463,7 +467,7 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     np.testing.assert_array_equal(back.log_prob(tokens), lm.log_prob(tokens))
     np.testing.assert_allclose(clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6)
     with pytest.raises(clm.InputError, match="that model's own"):
-        density.on(clm.load(tmp_path), head, key=KEY)
+        density.add_head(clm.load(tmp_path), head, key=KEY)
     with pytest.raises(clm.InputError, match="if it is tied"):
         head.init(KEY, np.zeros(6, np.float32))
 
@@ -473,13 +477,13 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
 
 def check_on(lm, tokens, vectors_wide):
     head = heads.MixtureHead(width=vectors_wide, components=2, depth=1, mlp_size=8)
-    made = density.on(lm, head, key=KEY, contrast=0.1)
+    made = density.add_head(lm, head, key=KEY, token_loss_weight=0.1)
     assert made.params["trunk"] is lm.params
     assert made.model.table == "embedding"
     logs = made.log_prob(tokens)
     assert logs.shape == (len(tokens) - 1,)
     assert np.isfinite(logs).all()
-    rows = density.standardised(lm.params["embedding"])
+    rows = density.standardize_table(lm.params["embedding"])
     hidden = states(lm.model, lm.params, np.ones(len(tokens) - 1), tokens=tokens[:-1])
     mixture = head.apply({"params": made.params["head"]}, hidden)
     np.testing.assert_allclose(logs, mixture.log_prob(rows[tokens[1:]]), rtol=1e-3)
@@ -491,7 +495,7 @@ def test_on_the_bundled_model():
     tokens = np.array([1, 2, 3, 2, 5, 1])
     check_on(lm, tokens, lm.config.hidden_size)
     with pytest.raises(clm.InputError, match="the head's width is 5"):
-        density.on(lm, heads.GaussianHead(width=5), key=KEY)
+        density.add_head(lm, heads.GaussianHead(width=5), key=KEY)
 
 
 @slow
@@ -509,15 +513,15 @@ def test_on_the_stories():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reads": "pictures"}, "reads is 'pictures'"),
+        ({"input_kind": "pictures"}, "input_kind is 'pictures'"),
         ({"table": "learned"}, "table is 'learned'"),
-        ({"contrast": -1.0}, "contrast is -1.0"),
-        ({"contrast": math.nan}, "contrast is nan"),
+        ({"token_loss_weight": -1.0}, "token_loss_weight is -1.0"),
+        ({"token_loss_weight": math.nan}, "token_loss_weight is nan"),
         ({"head": heads.GaussianHead(width=7)}, "the head's width is 7"),
         ({"head": heads.TokenHead(width=6)}, "vocab_size is 11"),
-        ({"head": KINDS["token"], "contrast": 1.0}, "contrast"),
-        ({"head": KINDS["token"], "reads": "vectors"}, "token head"),
-        ({"reads": "vectors", "contrast": 1.0}, "contrast"),
+        ({"head": KINDS["token"], "token_loss_weight": 1.0}, "token_loss_weight"),
+        ({"head": KINDS["token"], "input_kind": "vectors"}, "token head"),
+        ({"input_kind": "vectors", "token_loss_weight": 1.0}, "token_loss_weight"),
     ],
 )
 def test_models_that_make_no_sense(arguments, message):
@@ -544,11 +548,11 @@ def test_arguments_that_do_not_fit():
             KEY, CONFIG, KINDS["gaussian"], table=np.full((11, 6), np.nan)
         ): "table[0, 0] is nan",
         lambda: density.create(
-            KEY, CONFIG, KINDS["gaussian"], table=np.ones((11, 6)), reads="vectors"
+            KEY, CONFIG, KINDS["gaussian"], table=np.ones((11, 6)), input_kind="vectors"
         ): "leave out table",
     }.items():
         with pytest.raises(clm.InputError) as refused:
             call()
         assert message in str(refused.value)
-    with pytest.raises(TypeError):  # all vectors would be judged by the last state
-        lm.log_prob(tokens, at=-1)
+    with pytest.raises(TypeError):  # all vectors would be scored by the last state
+        lm.log_prob(tokens, position=-1)

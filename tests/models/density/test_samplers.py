@@ -11,7 +11,7 @@ from scipy import stats
 import continuous_lm as clm
 from continuous_lm.models import density, generation
 from continuous_lm.models.density.distributions import Categorical, Gaussian, Mixture
-from continuous_lm.models.density.samplers import sample, steering_direction, token_rows
+from continuous_lm.models.density.samplers import get_token_table, sample, steering_direction
 from tests.models.density.test_distributions import at, reference
 from tests.models.density.test_model import CONFIG, WIDTH, build
 
@@ -56,9 +56,9 @@ def test_ways_back_are_those_of_numpy(way):
     table = {"rows": jnp.asarray(rows), "norms": jnp.sum(rows**2, axis=-1)}
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
     tokens = {}
-    back = jax.jit(density.quantized, static_argnums=0, static_argnames="candidates")
+    back = jax.jit(density.quantize_to_tokens, static_argnums=0, static_argnames="num_candidates")
     for k in (1, 7, 40) if way == "rerank" else (1,):
-        found = back(way, mixture, jnp.asarray(x), table, candidates=k)
+        found = back(way, mixture, jnp.asarray(x), table, num_candidates=k)
         expected = [by_numpy(way, at(exact, i), x[i], rows.astype(float), k) for i in range(25)]
         np.testing.assert_array_equal(found, expected)
         tokens[k] = np.asarray(found)
@@ -87,13 +87,15 @@ ROOM = 16
 @functools.partial(jax.jit, static_argnums=0)
 def whole(model, params, durations, start, at, **inputs):
     """The distribution after token `at`, of one whole forward pass and without any cache."""
-    hidden = model.apply({"params": params}, durations=durations, start=start, at=at, **inputs)
+    hidden = model.apply(
+        {"params": params}, durations=durations, start=start, position=at, **inputs
+    )
     return model.apply({"params": params}, hidden, method="distribution")
 
 
 def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
     """What is drawn at temperature 0, one forward pass over everything for each."""
-    reads, n, made = lm.model.reads, len(prompt), []
+    reads, n, made = lm.model.input_kind, len(prompt), []
     buffer = np.zeros((ROOM, *np.shape(prompt)[1:]), np.asarray(prompt).dtype)
     times = np.ones(ROOM, np.float32)
     buffer[:n], times[:n] = prompt, 1.0 if d is None else d
@@ -103,13 +105,13 @@ def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
             lm.model, lm.params, times, np.float32(start), n + i - 1, **{reads: buffer.copy()}
         )
         found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
-        if lm.model.speaks:
+        if lm.model.predicts_tokens:
             item = np.argmax(found.logits)
         else:
             likeliest = np.argmax(found.logits) if hasattr(found, "logits") else None
             item = found.mean if likeliest is None else found.means[likeliest]
             if reads == "tokens":
-                rows = np.asarray(token_rows(lm), np.float64)
+                rows = np.asarray(get_token_table(lm), np.float64)
                 if way == "renormalised":
                     item = np.argmax(reference(found, rows))
                 else:
@@ -140,7 +142,7 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, (3, NEW)).astype(np.float32)
     start = np.array([0.0, 2.0, -1.5], np.float32)
-    options = dict(max_new=NEW, temperature=0.0, quantize=way, candidates=4, stop=())
+    options = dict(max_new_items=NEW, temperature=0.0, quantize=way, num_candidates=4, stop=())
     made = sample(lm, rows, durations=d, new_durations=new_d, start=start, **options)
     expected = [
         naive(lm, row, NEW, d=d[i], new_d=new_d[i], start=start[i], way=way)
@@ -150,7 +152,13 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
     np.testing.assert_array_equal(made.lengths, NEW)
     assert len(np.unique(made.tokens)) > 1
     alone = sample(
-        lm, rows[1], durations=d[1], new_durations=new_d[1], start=start[1], chunk=2, **options
+        lm,
+        rows[1],
+        durations=d[1],
+        new_durations=new_d[1],
+        start=start[1],
+        max_prefill_length=2,
+        **options,
     )
     np.testing.assert_array_equal(alone.tokens[0], expected[1])
 
@@ -160,13 +168,15 @@ def test_vectors_of_a_batch_are_those_of_whole_passes(name):
     lm, rows, rng = build(name, "vectors"), vectors(), np.random.default_rng(4)
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, NEW).astype(np.float32)
-    made = sample(lm, vectors=rows, durations=d, new_durations=new_d, max_new=NEW, temperature=0.0)
+    made = sample(
+        lm, vectors=rows, durations=d, new_durations=new_d, max_new_items=NEW, temperature=0.0
+    )
     assert made.shape == (3, NEW, WIDTH)
     assert made.dtype == np.float32
     for i, row in enumerate(rows):
         expected = naive(lm, row, NEW, d=d[i], new_d=new_d)
         np.testing.assert_allclose(made[i], expected, rtol=1e-3, atol=1e-4)
-    other = sample(lm, vectors=rows, durations=d, max_new=NEW, temperature=0.0)
+    other = sample(lm, vectors=rows, durations=d, max_new_items=NEW, temperature=0.0)
     np.testing.assert_array_equal(other[:, 0], made[:, 0])
     assert np.abs(other[:, 1:] - made[:, 1:]).max() > 1e-3
 
@@ -182,7 +192,7 @@ def test_draws_follow_the_density():
     w, means, scales = (np.asarray(a, np.float64) for a in (found.weights, *found[1:]))
     mean = w @ means
     std = np.sqrt(w @ (means**2 + scales**2) - mean**2)
-    made = sample(lm, vectors=many, max_new=1, key=KEY)[:, 0]
+    made = sample(lm, vectors=many, max_new_items=1, key=KEY)[:, 0]
     assert (np.abs(made.mean(axis=0) - mean) < 5 * std / 3000**0.5).all()
     np.testing.assert_allclose(made.std(axis=0), std, rtol=0.1)
 
@@ -194,7 +204,7 @@ def test_a_token_heads_samples_are_those_of_generate():
     bare = density.DensityLM(lm.model, without_bias(lm.params))
     plain = clm.LanguageModel(CONFIG, params)
     for options in ({"temperature": 1.0, "key": KEY}, {"temperature": 0.0}):
-        ours = sample(bare, prompts(), max_new=8, stop=(), **options)
+        ours = sample(bare, prompts(), max_new_items=8, stop=(), **options)
         theirs = clm.generate(plain, prompts(), max_new_tokens=8, stop=(), **options)
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     assert len(np.unique(theirs.tokens)) > 1
@@ -207,7 +217,7 @@ def without_bias(params):
 
 def test_stop_tokens_end_rows():
     lm = build("mixture")
-    options = dict(max_new=12, key=KEY)
+    options = dict(max_new_items=12, key=KEY)
     free = sample(lm, prompts(), stop=(), **options)
     stop = int(free.tokens[0, 2])
     made = sample(lm, prompts(), stop=stop, **options)
@@ -236,13 +246,13 @@ def test_stop_tokens_end_rows():
 )
 def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
     lm = build(name)
-    rows = np.asarray(token_rows(lm))
+    rows = np.asarray(get_token_table(lm))
     target = int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=-1)))
     direction = steering_direction(lm, [target])  # far along which its row is the nearest
     assert lm.config.vocab_size < 16  # fewer tokens than there are candidates for "rerank"
-    options = dict(max_new=20, key=KEY, quantize=way, stop=())
+    options = dict(max_new_items=20, key=KEY, quantize=way, stop=())
     if way == "rerank":
-        options["candidates"] = 4
+        options["num_candidates"] = 4
     plain = sample(lm, prompts(), **options).tokens
     np.testing.assert_array_equal(
         sample(lm, prompts(), direction=direction, strength=0.0, **options).tokens, plain
@@ -259,7 +269,7 @@ def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
 
 def test_strength_0_changes_no_bit_of_vectors():
     lm, rows = build("mixture", "vectors"), vectors()
-    options = dict(max_new=10, key=KEY)
+    options = dict(max_new_items=10, key=KEY)
     plain = sample(lm, vectors=rows, **options)
     direction = np.array([1.0, -2.0, 0.5])
     still = sample(lm, vectors=rows, direction=direction, strength=0.0, **options)
@@ -272,7 +282,7 @@ def test_strength_0_changes_no_bit_of_vectors():
 
 def test_directions_are_differences_of_means():
     lm = build("gaussian", table="embedding")
-    rows = np.asarray(token_rows(lm), np.float64)
+    rows = np.asarray(get_token_table(lm), np.float64)
     found = steering_direction(lm, [1, 4], [2, 3, 9])
     np.testing.assert_allclose(
         found, rows[[1, 4]].mean(axis=0) - rows[[2, 3, 9]].mean(axis=0), rtol=1e-4, atol=1e-5
@@ -285,9 +295,9 @@ def test_directions_are_differences_of_means():
 
 
 def test_one_program_serves_temperatures_strengths_and_directions():
-    lm, options = build("mixture"), dict(max_new=5, key=KEY)
+    lm, options = build("mixture"), dict(max_new_items=5, key=KEY)
     sample(lm, prompts(), direction=np.ones(6), strength=1.0, **options)
-    before = generation._run._cache_size()
+    before = generation._decode_loop._cache_size()
     for temperature, strength in ((0.5, 2.0), (1.0, -1.0), (0.0, 0.0)):
         direction = np.arange(6.0) * strength
         sample(
@@ -298,19 +308,19 @@ def test_one_program_serves_temperatures_strengths_and_directions():
             temperature=temperature,
             new_durations=0.5,
             start=2.0,
-            max_new=9,
+            max_new_items=9,
             key=jax.random.key(1),
         )
-    assert generation._run._cache_size() == before
+    assert generation._decode_loop._cache_size() == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new": 0}, "max_new is 0"),
-        ({"chunk": 0}, "chunk is 0"),
-        ({"candidates": 0}, "candidates is 0"),
-        ({"candidates": 12, "quantize": "rerank"}, "there are 11 tokens"),
+        ({"max_new_items": 0}, "max_new_items is 0"),
+        ({"max_prefill_length": 0}, "max_prefill_length is 0"),
+        ({"num_candidates": 0}, "num_candidates is 0"),
+        ({"num_candidates": 12, "quantize": "rerank"}, "there are 11 tokens"),
         ({"quantize": "nearest"}, "quantize is 'nearest'"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": np.ones(3)}, "temperature has shape"),
@@ -332,7 +342,7 @@ def test_one_program_serves_temperatures_strengths_and_directions():
     ],
 )
 def test_arguments_that_do_not_fit(changes, message):
-    given = {"tokens": [1, 2], "max_new": 2, "key": KEY} | changes
+    given = {"tokens": [1, 2], "max_new_items": 2, "key": KEY} | changes
     with pytest.raises(clm.InputError) as refused:
         sample(build("gaussian"), **given)
     assert message in str(refused.value)
@@ -342,11 +352,11 @@ def test_arguments_that_do_not_fit_the_model():
     speaks, plain = build("token"), build("gaussian", "vectors")
     lm = build("gaussian")
     for call, message in {
-        lambda: sample(speaks, [1], max_new=1, key=KEY, direction=np.ones(11)): "token head",
-        lambda: sample(plain, [1, 2], max_new=1, key=KEY): "this model reads vectors",
-        lambda: sample(plain, vectors=np.ones((2, 4)), max_new=1, key=KEY): "prompt 0",
+        lambda: sample(speaks, [1], max_new_items=1, key=KEY, direction=np.ones(11)): "token head",
+        lambda: sample(plain, [1, 2], max_new_items=1, key=KEY): "this model reads vectors",
+        lambda: sample(plain, vectors=np.ones((2, 4)), max_new_items=1, key=KEY): "prompt 0",
         lambda: sample(
-            plain, vectors=np.ones((2, 3)), max_new=1, key=KEY, stop=3
+            plain, vectors=np.ones((2, 3)), max_new_items=1, key=KEY, stop=3
         ): "leave out stop",
         lambda: steering_direction(plain, [1]): "table of tokens",
         lambda: steering_direction(speaks, [1]): "table of tokens",

@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import pytest
 
 import continuous_lm as clm
-from continuous_lm.models.language_model import FAMILIES, parameter_boxes, read_config
+from continuous_lm.models.families.registry import FAMILIES
+from continuous_lm.models.language_model import parameter_declarations, read_config
 from continuous_lm.rotary import LongRope
 from tests.fixtures import tiny
 
 
 def read(family, *without, **changes):
-    fields = tiny.CONFIGS[family](**changes) | {"model_type": family}
+    fields = tiny.CONFIG_MAKERS[family](**changes) | {"model_type": family}
     return read_config({k: v for k, v in fields.items() if k not in without})
 
 
@@ -24,14 +25,14 @@ def test_what_is_written_reads_the_same(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_in_the_table(family):
     config = read(family)
-    assert set(parameter_boxes(config)) <= set(FAMILIES[family].tensors)
+    assert set(parameter_declarations(config)) <= set(FAMILIES[family].tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("value", ["x", 0, -1, 1e99, [], {}, True, [[1]]], ids=str)
 def test_every_field_is_read_or_refused(family, value):
     """Whatever stands in a field: a config or an InputError, never another exception."""
-    for name in tiny.CONFIGS[family]():
+    for name in tiny.CONFIG_MAKERS[family]():
         try:
             read(family, **{name: value})
         except clm.InputError:
@@ -58,22 +59,24 @@ def test_early_gemma_says_gelu_and_means_its_approximation():
 def test_longrope_amplitude(extra, amplitude):
     """sqrt(1 + log(s) / log(20)), s = 512 / 20 or the factor; or as given."""
     lengths = {"original_max_position_embeddings": 20, "max_position_embeddings": 512}
-    scaling = read("phi3", rope_parameters=tiny.longrope(**extra), **lengths).rope.scaling
+    scaling = read("phi3", rope_parameters=tiny.longrope_scaling(**extra), **lengths).rope.scaling
     assert isinstance(scaling, LongRope)
-    assert scaling.amplitude == pytest.approx(amplitude, abs=1e-4)
+    assert scaling.attention_factor == pytest.approx(amplitude, abs=1e-4)
 
 
 def test_longrope_factors_must_fit_the_heads():
     with pytest.raises(clm.InputError, match="lists of 6"):
         read(
             "phi3",
-            rope_parameters=tiny.longrope(long_factor=[1.0]),
+            rope_parameters=tiny.longrope_scaling(long_factor=[1.0]),
             original_max_position_embeddings=20,
         )
 
 
 def test_longrope_switches_by_the_number_of_tokens_alone():
-    rope = read("phi3", rope_parameters=tiny.longrope(), original_max_position_embeddings=20).rope
+    rope = read(
+        "phi3", rope_parameters=tiny.longrope_scaling(), original_max_position_embeddings=20
+    ).rope
     short = clm.rotary.angles(jnp.linspace(0.0, 900.0, 20), rope, 12)
     long = clm.rotary.angles(jnp.linspace(0.0, 900.0, 21), rope, 12)
     assert float(short[-1, -1]) > 3 * float(long[-1, -1])

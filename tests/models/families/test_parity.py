@@ -22,7 +22,7 @@ LENGTH = 40
 STORIES = pathlib.Path(__file__).parents[4] / "shared/data/stories260k"
 PROMPT = "Once upon a time, there was a little girl named"
 
-LONGROPE = {"rope_parameters": tiny.longrope(), "num_attention_heads": 4, "head_dim": 12}
+LONGROPE = {"rope_parameters": tiny.longrope_scaling(), "num_attention_heads": 4, "head_dim": 12}
 CASES = {
     "llama, plain heads": ("llama", {"num_key_value_heads": 4}),
     "llama, grouped heads": ("llama", {"num_key_value_heads": 2}),
@@ -242,7 +242,7 @@ def test_real_weights_continue_the_story_with_the_same_100_tokens(stories):
     @jax.jit
     def greedy(params, tokens):
         def step(n, tokens):
-            logits = lm.model.apply({"params": params}, tokens, at=n - 1)
+            logits = lm.model.apply({"params": params}, tokens, position=n - 1)
             # min_new_tokens forbids the end of the text
             logits = logits.at[reference.generation_config.eos_token_id].set(-jnp.inf)
             return tokens.at[n].set(jnp.argmax(logits))

@@ -17,8 +17,9 @@ import pytest
 from flax import traverse_util
 
 from continuous_lm.models import Transformer, language_model
-from continuous_lm.models.checkpoints.parameter_layout import Layout
-from continuous_lm.models.language_model import FAMILIES, parameter_boxes
+from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
+from continuous_lm.models.families.registry import FAMILIES
+from continuous_lm.models.language_model import parameter_declarations
 from continuous_lm.rotary import LongRope
 from tests.fixtures.published_layouts import CHECKPOINTS
 
@@ -31,7 +32,7 @@ def config_of(name):
 
 
 class Listed:
-    """Tensors of which there is a list alone, as `checkpoints.Tensors` of which nothing is read."""
+    """Tensors of which there is a list alone: `safetensors_files.Tensors` that are never read."""
 
     def __init__(self, shapes):
         self._shapes = shapes
@@ -100,13 +101,15 @@ def count(shapes):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_has_a_place_and_every_place_a_tensor(name):
     config, (tensors, beside) = config_of(name), published(name)
-    boxes = parameter_boxes(config)
-    layout = Layout(config, FAMILIES[config.family], boxes)
-    named = layout.check(Listed(tensors | beside))
-    assert len(named) == len(set(named.values()))
-    assert set(named.values()) == set(tensors)
+    declarations = parameter_declarations(config)
+    layout = ParameterLayout(config, FAMILIES[config.family], declarations)
+    checkpoint_names = layout.checkpoint_names(Listed(tensors | beside))
+    assert len(checkpoint_names) == len(set(checkpoint_names.values()))
+    assert set(checkpoint_names.values()) == set(tensors)
     # Equal numbers: no part of a fused tensor is left out or taken twice.
-    assert count(tensors.values()) == count(box.value.shape for box in boxes.values())
+    assert count(tensors.values()) == count(
+        declaration.value.shape for declaration in declarations.values()
+    )
 
 
 @contextlib.contextmanager
@@ -132,11 +135,14 @@ def test_logits_and_the_number_of_parameters(name):
     jnp.zeros(1).block_until_ready()  # the backend has started before memory is limited
     with little_memory():
         config = config_of(name)
-        boxes = parameter_boxes(config)
-        params = traverse_util.unflatten_dict(nn.unbox(boxes), sep="/")
+        declarations = parameter_declarations(config)
+        params = traverse_util.unflatten_dict(nn.unbox(declarations), sep="/")
         tokens = jax.ShapeDtypeStruct((8,), jnp.int32)
         logits = jax.eval_shape(Transformer(config).apply, {"params": params}, tokens)
-    assert count(box.value.shape for box in boxes.values()) == CHECKPOINTS[name][1]
+    assert (
+        count(declaration.value.shape for declaration in declarations.values())
+        == CHECKPOINTS[name][1]
+    )
     assert logits.shape == (8, config.vocab_size)
     assert logits.dtype == jnp.float32
 
@@ -147,7 +153,7 @@ def test_config_goes_round(name):
     written = FAMILIES[config.family].write_config(config) | {"model_type": config.family}
     again = language_model.read_config(written)
     assert again == dataclasses.replace(config, window_pattern=again.window_pattern)
-    assert again.windowed == config.windowed
+    assert again.is_windowed == config.is_windowed
 
 
 FIVE_OF_SIX = tuple((layer + 1) % 6 != 0 for layer in range(26))
@@ -158,15 +164,18 @@ FIVE_OF_SIX = tuple((layer + 1) % 6 != 0 for layer in range(26))
     [
         ("Llama-3.1-8B", lambda c: c.rope.scaling.factor == 8 and c.rope.theta == 5e5),
         ("Llama-3.2-1B", lambda c: c.rope.scaling.factor == 32 and c.tie_embeddings),
-        ("Mistral-7B-v0.1", lambda c: c.windowed == (True,) * 32 and c.window == 4096),
-        ("Mistral-7B-v0.3", lambda c: c.windowed == (False,) * 32 and c.rope.theta == 1e6),
+        ("Mistral-7B-v0.1", lambda c: c.is_windowed == (True,) * 32 and c.window == 4096),
+        ("Mistral-7B-v0.3", lambda c: c.is_windowed == (False,) * 32 and c.rope.theta == 1e6),
         ("Gemma-7B", lambda c: c.activation == "gelu_tanh" and c.scale_embeddings),
-        ("Gemma-2-9B", lambda c: c.windowed == (True, False) * 21 and c.query_width == 256),
+        ("Gemma-2-9B", lambda c: c.is_windowed == (True, False) * 21 and c.query_width == 256),
         ("Gemma-2-27B", lambda c: c.query_width == 144 and c.head_dim == 128),
-        ("Gemma-3-1B", lambda c: c.windowed == FIVE_OF_SIX and c.local_rope.theta == 1e4),
+        ("Gemma-3-1B", lambda c: c.is_windowed == FIVE_OF_SIX and c.local_rope.theta == 1e4),
         ("Phi-3-medium-4k", lambda c: c.window == 2047 and c.rope.scaling is None),
         ("Phi-3-medium-128k", lambda c: isinstance(c.rope.scaling, LongRope)),
-        ("Phi-3.5-mini", lambda c: round(c.rope.amplitude, 5) == 1.19024),  # sqrt(1 + 5 / 12)
+        (
+            "Phi-3.5-mini",
+            lambda c: round(c.rope.attention_factor, 5) == 1.19024,
+        ),  # sqrt(1 + 5 / 12)
         ("Qwen2.5-7B-Instruct", lambda c: c.window is None and c.qkv_bias and not c.output_bias),
         ("Qwen3-8B", lambda c: c.qk_norm and not c.qkv_bias),
         ("GPT-NeoX-20B", lambda c: c.activation == "gelu_tanh" and c.rope.fraction == 0.25),
