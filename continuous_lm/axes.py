@@ -1,17 +1,9 @@
-"""The letters of the axes, listed once.
+"""The letters of axes, each of which means one thing: `LETTERS` lists them.
 
 Comments, einsums, parameter declarations and checkpoint tables all use them. `...` stands for any
-number of leading batch axes.
-
-    B  batch              T  time (queries)        S  time (keys)        P  points of a sweep
-    L  layers             D  model width           F  MLP width          V  vocabulary
-    N  query heads        K  key/value heads       G  query heads for each key/value head, N / K
-    H  width of a head    C  tracked answers     M  rows of learned positions
-    W  width of a vector that is predicted       X  components of a mixture, or experts
-    E  codes of a codebook                       Q  stages of a residual quantizer
-    R  rank of a low-rank covariance             Z  samples
-    O  tokens of a chunk                         U  width of a head's noise
-    J  layers of an encoder, blocks of a head    I  layers of a decoder
+number of leading batch axes, and an axis that occurs in one place has a word: [num_panels + 1].
+Einsums have the letters in lower case, and in upper case a second axis of the same meaning, as in
+"...D,cdD->...cd".
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +16,35 @@ from jax.typing import ArrayLike
 
 from continuous_lm.errors import InputError
 
+LETTERS: Mapping[str, str] = {
+    "A": "tracked answers",
+    "B": "batch",
+    "C": "tokens of a chunk",
+    "D": "model width",
+    "E": "codes of a codebook",
+    "F": "MLP width",
+    "G": "query heads for each key/value head, N / K",
+    "H": "width of a head",
+    "I": "layers of a decoder",
+    "J": "layers of an encoder, or blocks of a head",
+    "K": "key/value heads",
+    "L": "layers",
+    "M": "rows of learned positions",
+    "N": "query heads",
+    "P": "points of a sweep",
+    "Q": "stages of a residual quantizer",
+    "R": "rank of a low-rank covariance",
+    "S": "time (keys)",
+    "T": "time (queries)",
+    "U": "width of a head's noise",
+    "V": "vocabulary",
+    "W": "width of a predicted vector",
+    "X": "components of a mixture, or experts",
+    "Z": "samples",
+}
+
 # Which mesh axis shards which letter. What is not here is replicated.
-RULES: Mapping[str, str] = {
+SHARDING_RULES: Mapping[str, str] = {
     "B": "data",
     "P": "data",
     "N": "model",
@@ -41,23 +60,26 @@ def split(axes: str) -> tuple[str, ...]:
 
 
 def sharding(
-    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], rules: Mapping[str, str] = RULES
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    rules: Mapping[str, str] = SHARDING_RULES,
 ) -> NamedSharding:
     """Where an array with these `axes` and this `shape` lies on `mesh`.
 
     An axis whose size its mesh axis does not divide (a single key/value head, say) is replicated.
     """
 
-    def place(axis: str, size: int) -> str | None:
-        name = rules.get(axis)
-        return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+    def shard_axis(axis: str, size: int) -> str | None:
+        mesh_axis = rules.get(axis)
+        return mesh_axis if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0 else None
 
     # Axes of type Auto, whatever jax.make_mesh chose: the compiler spreads the computation.
     mesh = Mesh(mesh.devices, mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(*map(place, axes, shape)))
+    return NamedSharding(mesh, PartitionSpec(*map(shard_axis, axes, shape)))
 
 
-def placed(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
+def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
     """The array where its letters say; inside jit, where the compiler is to put it.
 
     Args:
@@ -67,49 +89,49 @@ def placed(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
     """
     if mesh is None:
         return array
-    where = sharding(mesh, split(axes), np.shape(array))
+    target = sharding(mesh, split(axes), np.shape(array))
     if isinstance(array, jax.core.Tracer):
-        return jax.lax.with_sharding_constraint(array, where)
+        return jax.lax.with_sharding_constraint(array, target)
     if jax.process_count() == 1 or not getattr(array, "is_fully_addressable", True):
-        return jax.device_put(array, where)
-    host = np.asarray(array)  # each process has it all, and hands on its part
-    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+        return jax.device_put(array, target)
+    host_array = np.asarray(array)  # each process has it all, and hands on its part
+    return jax.make_array_from_callback(host_array.shape, target, lambda index: host_array[index])
 
 
-def placed_tree(mesh: Mesh | None, tree: Any, declared: Any) -> Any:
+def place_tree(mesh: Mesh | None, tree: Any, abstract_tree: Any) -> Any:
     """Parameters where their declarations say; those that are not declared stay where they are.
 
     Args:
       mesh: None: where they are.
       tree: of arrays.
-      declared: the same tree as the modules declare it, `jax.eval_shape(module.init, ...)`: leaves
-        have the `names` of their axes.
+      abstract_tree: the same tree as the modules declare it, `jax.eval_shape(module.init, ...)`:
+        leaves have the `names` of their axes.
     """
-    boxes = jax.tree.leaves_with_path(declared, is_leaf=lambda x: hasattr(x, "names"))
-    names = {jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes}
+    boxes = jax.tree.leaves_with_path(abstract_tree, is_leaf=lambda x: hasattr(x, "names"))
+    axes_by_path = {jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes}
 
-    def place(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path)
-        return placed(mesh, leaf, names[name]) if name in names else leaf
+    def place_leaf(path: Any, leaf: Any) -> Any:
+        path_key = jax.tree_util.keystr(path)
+        return place(mesh, leaf, axes_by_path[path_key]) if path_key in axes_by_path else leaf
 
-    return jax.tree.map_with_path(place, tree)
+    return jax.tree.map_with_path(place_leaf, tree)
 
 
-def check_leading(leading: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+def broadcast_leading_axes(leading_axes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     """The shape to which the leading axes of arguments broadcast, given by the arguments' names.
 
     Raises:
       InputError: if they do not: whose they are.
     """
     try:
-        return np.broadcast_shapes(*map(tuple, leading.values()))
+        return np.broadcast_shapes(*map(tuple, leading_axes.values()))
     except ValueError:
-        told = ", ".join(f"{list(axes)} of {name}" for name, axes in leading.items() if axes)
-        raise InputError(f"leading axes do not broadcast: {told}") from None
+        shapes = ", ".join(f"{list(axes)} of {name}" for name, axes in leading_axes.items() if axes)
+        raise InputError(f"leading axes do not broadcast: {shapes}") from None
 
 
 def mesh_of(array: jax.Array) -> Mesh | None:
     """The mesh that an array lies on, if it lies on one."""
-    placed = getattr(array, "sharding", None)
-    mesh = placed.mesh if isinstance(placed, NamedSharding) else None
+    array_sharding = getattr(array, "sharding", None)
+    mesh = array_sharding.mesh if isinstance(array_sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
