@@ -226,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = {mutant.id: mutant.file for mutant in mutants}
         for name, run in trees.runs({mutant.id: (mutant.tests, mutant) for mutant in mutants}):
             found[name] = run
-            columns = f"{name:36}", f"{files[name]:27}", f"{run.status:8}", f"{run.seconds:3.0f} s"
+            columns = f"{name:36}", f"{files[name]:39}", f"{run.status:8}", f"{run.seconds:3.0f} s"
             print(*columns, run.failed, sep=" | ", flush=True)
 
     rows = [{"id": m.id, "file": m.file, **dataclasses.asdict(found[m.id])} for m in mutants]
