@@ -145,8 +145,3 @@ def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
     rotated = (first_half * cos - second_half * sin, second_half * cos + first_half * sin)
     unrotated = jnp.broadcast_to(unrotated, (*rotated[0].shape[:-1], unrotated.shape[-1]))
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), unrotated], axis=-1)
-
-
-def rotate(x: jax.Array, angles: jax.Array, attention_factor: float = 1.0) -> jax.Array:
-    """Turns channel pairs of `x` [..., T, N, H] by `angles`: `apply_rotary` and `cos_sin`."""
-    return apply_rotary(x, cos_sin(angles, attention_factor))
