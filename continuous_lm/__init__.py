@@ -8,7 +8,7 @@
 The face of the package. What it hands on, from the ground up:
 """
 
-# The ground: time, attention, rotary embedding, text, sweeps.
+# The ground: time, attention, rotary embedding, text; and sweeps, from above the models.
 from continuous_lm import attention, axes, durations, rotary, tokenization
 from continuous_lm.analysis import sweep
 from continuous_lm.errors import InputError

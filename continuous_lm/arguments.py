@@ -74,7 +74,7 @@ def check_distribution(name: str, p: jax.Array, tolerance: float = 0.02) -> None
 def check_labels(
     name: str, values: ArrayLike, shape: tuple[int, ...], num_classes: int
 ) -> jax.Array:
-    """Integers 0, ..., num - 1 of this shape; the values of traced ones are not looked at."""
+    """Integers 0, ..., num_classes - 1 of this shape; traced values are not looked at."""
     array = jnp.asarray(values)
     if array.shape != shape:
         raise InputError(f"{name} has shape {list(array.shape)}; it must be {list(shape)}")

@@ -1,10 +1,8 @@
 """Rotary position embedding at real-valued times (Su et al., arXiv:2104.09864).
 
-The angle of channel pair c at time t is t * f_c with
-f_c = theta^(-2c / rotary_channels), rotary_channels being the channels that
-turn: nothing asks t to be an integer. They are paired as two halves,
-(c, c + rotary_channels / 2), as in Hugging
-Face checkpoints.
+The angle of channel pair c at time t is t * f_c with f_c = theta^(-2c / rotary_channels), where
+rotary_channels is the number of channels that turn: t need not be an integer. They are paired as
+two halves, (c, c + rotary_channels / 2), as in Hugging Face checkpoints.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ def energy_score(samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0) -
 
     X and X' are independent draws of the model and Y is one of the data:
 
-        2 / (Z num_targets) sum_zt |x_z - y_t|^beta
+        2 / (Z num_targets) sum_{z, j} |x_z - y_j|^beta
           - 1 / (Z (Z - 1)) sum_{z != z'} |x_z - x_z'|^beta
 
     Its expectation is least when the model is the distribution of the data, and only then, for
@@ -22,8 +22,8 @@ def energy_score(samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0) -
     arXiv:2510.27688), where the targets are draws of the autoencoder's posterior.
 
     Two points that coincide add nothing to the gradient. Samples are taken one after the other, and
-    their differences computed again in the backward pass, so that
-    memory is O(num_targets + Z), not O(num_targets Z).
+    their differences computed again in the backward
+    pass, so that memory is O(num_targets + Z), not O(num_targets Z).
 
     >>> import jax.numpy as jnp
     >>> samples = jnp.array([[0.0], [2.0]])

@@ -117,7 +117,7 @@ class TransformerConfig:
         return int(self.head_dim * rope.fraction)
 
     @property
-    def is_windowed(self) -> tuple[bool, ...]:
+    def windowed_layers(self) -> tuple[bool, ...]:
         """Which of the L layers have the window."""
         cycle = itertools.cycle(self.window_pattern)
         return tuple(self.window is not None and next(cycle) for _ in range(self.num_layers))

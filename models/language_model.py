@@ -252,7 +252,7 @@ def _has_tokens_beyond(tokenizer: "tokenizers.Tokenizer", vocab_size: int) -> bo
 
 def _with_full_window_pattern(config: TransformerConfig) -> TransformerConfig:
     """The same model, with one entry of the pattern for each layer."""
-    return dataclasses.replace(config, window_pattern=config.is_windowed)
+    return dataclasses.replace(config, window_pattern=config.windowed_layers)
 
 
 def bundled_models() -> list[str]:

@@ -153,7 +153,7 @@ class Attention(ConfigModule):
             )
             layer_cache = LayerCache(cached_keys, cached_values)
         window: ArrayLike | None = config.window
-        if window is not None and not all(config.is_windowed):
+        if window is not None and not all(config.windowed_layers):
             window = jnp.where(is_windowed, window, jnp.inf)
         y = attend(
             q,
@@ -365,7 +365,7 @@ class Transformer(ConfigModule):
         if prefix is None:
             layer_stack: Any = scanned_layer(config, dtype, self.implementation, name="layers")
             (x, layer_cache), _ = layer_stack(
-                (x, layer_cache), timing, layer_indices, jnp.array(config.is_windowed)
+                (x, layer_cache), timing, layer_indices, jnp.array(config.windowed_layers)
             )
             x = x if position is None else _take_position(x, position)[..., 0, :]
         else:
@@ -421,7 +421,7 @@ class Transformer(ConfigModule):
         def run_layer(x, i, position=None):
             # An index into the whole stacks: slices of them as operands of a loop would be copies.
             params, keys, values = jax.tree.map(lambda stack: stack[i], layer_stacks)
-            is_windowed = jnp.array(config.is_windowed)[i]
+            is_windowed = jnp.array(config.windowed_layers)[i]
             carry = x, PrefixKeysValues(keys, values)
             carry, _ = layer_module.apply(
                 {"params": params}, carry, timing, i, is_windowed, position

@@ -135,8 +135,8 @@ def k_nearest(
       metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
       norms: `squared_norms(codes)`; computed if left out.
       block_size: codes scored at once, rounded up to a multiple of 16; memory is that of
-        [B, block_size]
-        scores for B vectors. If left out, all codes where that is at most 2^24 scores, else 1024.
+        [B, block_size] scores for B vectors. If left out, all codes where that is at most 2^24
+        scores, else 1024.
       sharding: how the codes lie on a mesh. It is known outside of jit; inside it must be given, or
         the compiler brings all codes to every device.
 

@@ -129,7 +129,7 @@ def find_durations(
     _check_positive(learning_rate=learning_rate, steps=steps, rounds=rounds, batch_size=batch_size)
     if not penalty_weights or not all(0 < w < 1 for w in penalty_weights):
         raise InputError(
-            f"weights are {list(penalty_weights)}; they must be numbers between 0 and 1"
+            f"penalty_weights are {list(penalty_weights)}; they must be numbers between 0 and 1"
         )
     constraint = attribution.as_jit_argument(constraint)
     probe_rows = probe_durations(d0, is_free)

@@ -246,7 +246,7 @@ def _count_shared_tokens(arrays: Mapping[str, np.ndarray], max_shared: int) -> i
 
 
 def _round_up_length(length: int, min_multiple: int) -> int:
-    """The length rounded up to a multiple of `min_multiple`, or by an eighth where that is more."""
+    """The length rounded up to a multiple of `min_multiple`, which grows to about an eighth."""
     multiple = max(min_multiple, 2 ** (max(length - 1, 8).bit_length() - 4))
     return math.ceil(length / multiple) * multiple
 

@@ -28,7 +28,7 @@ from continuous_lm.attention.visibility import WindowTimes, visibility_mask, win
 from continuous_lm.errors import InputError
 
 
-class BlockSizes(NamedTuple):
+class KernelOptions(NamedTuple):
     """What is known when the program is compiled."""
 
     scale: float
@@ -69,7 +69,7 @@ def attend(
         q, k, v, key_weights, *(window_times or ())
     )
     block_size = block_size or _choose_block_size(math.prod((len(q), *head_shape[:2])))
-    block_sizes = BlockSizes(
+    options = KernelOptions(
         scale,
         softcap,
         _even_block_size(num_queries, block_size),
@@ -77,16 +77,14 @@ def attend(
     )
     if window_times is not None:
         ticks, remainders, tick_size = time_arrays
-        ticks, remainders = (
-            pad_to_blocks(x, block_sizes.keys, "edge") for x in (ticks, remainders)
-        )
+        ticks, remainders = (pad_to_blocks(x, options.keys, "edge") for x in (ticks, remainders))
         window_times = WindowTimes(ticks, remainders, tick_size)
     visibility = Visibility(
         jnp.asarray(query_offset), window_times, None if window is None else jnp.asarray(window)
     )
-    q = pad_to_blocks(q, block_sizes.queries)
-    k, v, key_weights = (pad_to_blocks(x, block_sizes.keys) for x in (k, v, key_weights))
-    y = _attend(block_sizes, q, k, v, key_weights, visibility)
+    q = pad_to_blocks(q, options.queries)
+    k, v, key_weights = (pad_to_blocks(x, options.keys) for x in (k, v, key_weights))
+    y = _attend(options, q, k, v, key_weights, visibility)
     return y[:, :num_queries].reshape(*batch_shape, num_queries, *head_shape)
 
 
@@ -133,14 +131,14 @@ def _set_block(x: jax.Array, values: jax.Array, i: jax.Array, block_size: int) -
 
 
 def reachable_blocks(
-    visibility: Visibility, block_sizes: BlockSizes, num_queries: int, num_keys: int
+    visibility: Visibility, options: KernelOptions, num_queries: int, num_keys: int
 ) -> jax.Array:
     """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
     query_blocks, key_blocks = (
-        jnp.arange(n) for n in (num_queries // block_sizes.queries, num_keys // block_sizes.keys)
+        jnp.arange(n) for n in (num_queries // options.queries, num_keys // options.keys)
     )
-    last_query = visibility.query_offset + (query_blocks[:, None] + 1) * block_sizes.queries - 1
-    is_causal = key_blocks * block_sizes.keys <= last_query
+    last_query = visibility.query_offset + (query_blocks[:, None] + 1) * options.queries - 1
+    is_causal = key_blocks * options.keys <= last_query
     if visibility.window_times is None or visibility.window is None:
         return is_causal
     key_ends = (
@@ -150,9 +148,9 @@ def reachable_blocks(
     )
     query_keys = jnp.minimum(visibility.query_offset + jnp.arange(num_queries), num_keys - 1)
     earliest_query_end = jnp.min(
-        key_ends[:, query_keys].reshape(len(key_ends), -1, block_sizes.queries), axis=-1
+        key_ends[:, query_keys].reshape(len(key_ends), -1, options.queries), axis=-1
     )
-    latest_key_end = jnp.max(key_ends.reshape(len(key_ends), -1, block_sizes.keys), axis=-1)
+    latest_key_end = jnp.max(key_ends.reshape(len(key_ends), -1, options.keys), axis=-1)
     # `key_ends` have lost digits; the mask inside of a block is exact, so a margin costs nothing.
     margin = 1e-5 * jnp.max(jnp.abs(key_ends)) + window_limit(
         visibility.window_times, visibility.window
@@ -169,21 +167,19 @@ def block_ranges(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
     return begin, jnp.max(jnp.where(reachable, indices + 1, 0), axis=1)
 
 
-def _scores(block_sizes: BlockSizes, q: jax.Array, k: jax.Array, dtype) -> jax.Array:
+def _scores(options: KernelOptions, q: jax.Array, k: jax.Array, dtype) -> jax.Array:
     """Scores [B, K, T, G, S] of one block, capped."""
-    s = block_sizes.scale * jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
-    cap = block_sizes.softcap
+    s = options.scale * jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
+    cap = options.softcap
     return s if cap is None else cap * jnp.tanh(s / cap)
 
 
-def _mask(block_sizes: BlockSizes, visibility: Visibility, i: jax.Array, j: jax.Array) -> jax.Array:
+def _mask(options: KernelOptions, visibility: Visibility, i: jax.Array, j: jax.Array) -> jax.Array:
     """Which keys of block j the queries of block i see, for scores [B, K, T, G, S]."""
-    query_indices = (
-        visibility.query_offset + i * block_sizes.queries + jnp.arange(block_sizes.queries)
-    )
+    query_indices = visibility.query_offset + i * options.queries + jnp.arange(options.queries)
     mask = visibility_mask(
         query_indices,
-        j * block_sizes.keys + jnp.arange(block_sizes.keys),
+        j * options.keys + jnp.arange(options.keys),
         visibility.window_times,
         visibility.window,
     )
@@ -191,29 +187,29 @@ def _mask(block_sizes: BlockSizes, visibility: Visibility, i: jax.Array, j: jax.
     return mask[:, None, :, None, :]
 
 
-def _forward(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility) -> tuple[jax.Array, ...]:
+def _forward(options: KernelOptions, q, k, v, d, visibility: Visibility) -> tuple[jax.Array, ...]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
     (num_batch, num_queries, num_kv_heads, group_size, head_width), num_keys = q.shape, k.shape[1]
     dtype, (_, log_d) = d.dtype, present_and_log(d)
-    begin, end = block_ranges(reachable_blocks(visibility, block_sizes, num_queries, num_keys))
-    row_shape = (num_batch, num_kv_heads, block_sizes.queries, group_size)
+    begin, end = block_ranges(reachable_blocks(visibility, options, num_queries, num_keys))
+    row_shape = (num_batch, num_kv_heads, options.queries, group_size)
 
     def add_key_block(i, q_i, j, state):
         row_max, row_sum, y = state
-        s = _scores(block_sizes, q_i, _get_block(k, j, block_sizes.keys), dtype)
-        s = s + _get_block(log_d, j, block_sizes.keys)[:, None, None, None, :]
-        s = jnp.where(_mask(block_sizes, visibility, i, j), s, -jnp.inf)
+        s = _scores(options, q_i, _get_block(k, j, options.keys), dtype)
+        s = s + _get_block(log_d, j, options.keys)[:, None, None, None, :]
+        s = jnp.where(_mask(options, visibility, i, j), s, -jnp.inf)
         new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
         finite_max = jnp.where(jnp.isfinite(new_max), new_max, 0.0)
         p, rescaling = jnp.exp(s - finite_max[..., None]), jnp.exp(row_max - finite_max)
-        v_j = _get_block(v, j, block_sizes.keys)
+        v_j = _get_block(v, j, options.keys)
         update = jnp.einsum(
             "bktgs,bskh->bktgh", p.astype(v.dtype), v_j, preferred_element_type=dtype
         )
         return new_max, rescaling * row_sum + jnp.sum(p, axis=-1), rescaling[..., None] * y + update
 
     def attend_query_block(i, carry):
-        add_block = functools.partial(add_key_block, i, _get_block(q, i, block_sizes.queries))
+        add_block = functools.partial(add_key_block, i, _get_block(q, i, options.queries))
         zeros = jnp.zeros(row_shape, dtype), jnp.zeros((*row_shape, head_width), dtype)
         row_max, row_sum, y = lax.fori_loop(
             begin[i], end[i], add_block, (zeros[0] - jnp.inf, *zeros)
@@ -221,49 +217,49 @@ def _forward(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility) -> tup
         row_sum = jnp.where(row_sum > 0, row_sum, 1.0)
         updates = y / row_sum[..., None], jnp.where(jnp.isfinite(row_max), row_max, 0.0), row_sum
         return tuple(
-            _set_block(x, jnp.moveaxis(update, 1, 2), i, block_sizes.queries)
+            _set_block(x, jnp.moveaxis(update, 1, 2), i, options.queries)
             for x, update in zip(carry, updates, strict=True)
         )
 
     zeros = jnp.zeros(q.shape[:-1], dtype)
     carry = jnp.zeros(q.shape, dtype), zeros, zeros
-    return lax.fori_loop(0, num_queries // block_sizes.queries, attend_query_block, carry)
+    return lax.fori_loop(0, num_queries // options.queries, attend_query_block, carry)
 
 
-def _backward(block_sizes: BlockSizes, residuals, dy):
+def _backward(options: KernelOptions, residuals, dy):
     """Gradients for q, k, v and d."""
     q, k, v, d, visibility, y, row_max, row_sum = residuals
     dtype, (is_present, _) = d.dtype, present_and_log(d)
     num_queries, num_keys = q.shape[1], k.shape[1]
-    begin, end = block_ranges(reachable_blocks(visibility, block_sizes, num_queries, num_keys).T)
+    begin, end = block_ranges(reachable_blocks(visibility, options, num_queries, num_keys).T)
     dy_dot_y = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
     dy = dy.astype(v.dtype)
 
     def add_query_block(j, keys, i, state):
         (k_j, v_j, d_j, is_present_j), (dq, dk, dv, dd) = keys, state
-        q_i, dy_i = (_get_block(x, i, block_sizes.queries) for x in (q, dy))
+        q_i, dy_i = (_get_block(x, i, options.queries) for x in (q, dy))
         dy_dot_y_i, row_max_i, row_sum_i = (
-            jnp.moveaxis(_get_block(x, i, block_sizes.queries), 1, 2)[..., None]
+            jnp.moveaxis(_get_block(x, i, options.queries), 1, 2)[..., None]
             for x in (dy_dot_y, row_max, row_sum)
         )
-        s = _scores(block_sizes, q_i, k_j, dtype)
+        s = _scores(options, q_i, k_j, dtype)
         e = jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present_j)) / row_sum_i
-        e = jnp.where(_mask(block_sizes, visibility, i, j), e, 0.0)
+        e = jnp.where(_mask(options, visibility, i, j), e, 0.0)
         g = jnp.einsum("btkgh,bskh->bktgs", dy_i, v_j, preferred_element_type=dtype)
         g = e * (g - dy_dot_y_i)
         ds = d_j * g
-        if block_sizes.softcap is not None:
-            ds = ds * (1.0 - jnp.square(s / block_sizes.softcap))
-        p, ds = (d_j * e).astype(v.dtype), (block_sizes.scale * ds).astype(q.dtype)
+        if options.softcap is not None:
+            ds = ds * (1.0 - jnp.square(s / options.softcap))
+        p, ds = (d_j * e).astype(v.dtype), (options.scale * ds).astype(q.dtype)
         multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
-        dq_i = _get_block(dq, i, block_sizes.queries) + multiply("bktgs,bskh->btkgh", ds, k_j)
+        dq_i = _get_block(dq, i, options.queries) + multiply("bktgs,bskh->btkgh", ds, k_j)
         dk = dk + multiply("bktgs,btkgh->bskh", ds, q_i)
         dv = dv + multiply("bktgs,btkgh->bskh", p, dy_i)
-        return _set_block(dq, dq_i, i, block_sizes.queries), dk, dv, dd + jnp.sum(g, axis=(1, 2, 3))
+        return _set_block(dq, dq_i, i, options.queries), dk, dv, dd + jnp.sum(g, axis=(1, 2, 3))
 
     def differentiate_key_block(j, carry):
         k_j, v_j, d_j, is_present_j = (
-            _get_block(x, j, block_sizes.keys) for x in (k, v, d, is_present)
+            _get_block(x, j, options.keys) for x in (k, v, d, is_present)
         )
         key_block = k_j, v_j, d_j[:, None, None, None, :], is_present_j[:, None, None, None, :]
         dq, *key_gradients = carry
@@ -272,22 +268,22 @@ def _backward(block_sizes: BlockSizes, residuals, dy):
             begin[j], end[j], functools.partial(add_query_block, j, key_block), (dq, *zeros)
         )
         return state[0], *(
-            _set_block(x, gradient, j, block_sizes.keys)
+            _set_block(x, gradient, j, options.keys)
             for x, gradient in zip(key_gradients, state[1:], strict=True)
         )
 
     carry = jnp.zeros(q.shape, dtype), jnp.zeros_like(k), jnp.zeros_like(v), jnp.zeros_like(d)
-    dq, dk, dv, dd = lax.fori_loop(0, num_keys // block_sizes.keys, differentiate_key_block, carry)
+    dq, dk, dv, dd = lax.fori_loop(0, num_keys // options.keys, differentiate_key_block, carry)
     return dq.astype(q.dtype), dk, dv, dd, None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility) -> jax.Array:
-    return _forward(block_sizes, q, k, v, d, visibility)[0]
+def _attend(options: KernelOptions, q, k, v, d, visibility: Visibility) -> jax.Array:
+    return _forward(options, q, k, v, d, visibility)[0]
 
 
-def _attend_with_residuals(block_sizes: BlockSizes, q, k, v, d, visibility: Visibility):
-    y, row_max, row_sum = _forward(block_sizes, q, k, v, d, visibility)
+def _attend_with_residuals(options: KernelOptions, q, k, v, d, visibility: Visibility):
+    y, row_max, row_sum = _forward(options, q, k, v, d, visibility)
     return y, (q, k, v, d, visibility, y, row_max, row_sum)
 
 

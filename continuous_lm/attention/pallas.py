@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton
 from jax.typing import ArrayLike
 
 from continuous_lm.attention import blocked
-from continuous_lm.attention.blocked import BlockSizes
+from continuous_lm.attention.blocked import KernelOptions
 from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
 from continuous_lm.attention.visibility import WindowTimes, window_limit
 
@@ -69,7 +69,7 @@ def attend(
         jnp.asarray(query_offset), window_times, None if window is None else jnp.asarray(window)
     )
     y = _attend(
-        BlockSizes(scale, softcap, BLOCK_SIZE, BLOCK_SIZE),
+        KernelOptions(scale, softcap, BLOCK_SIZE, BLOCK_SIZE),
         q,
         k,
         v,
@@ -126,9 +126,9 @@ def _matmul(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype) -> jax.Arr
     return lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)
 
 
-def _scores_and_slope(block_sizes: BlockSizes, s: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+def _scores_and_slope(options: KernelOptions, s: jax.Array) -> tuple[jax.Array, jax.Array | float]:
     """Scores s from products, and their derivative up to `scale`."""
-    s, cap = block_sizes.scale * s, block_sizes.softcap
+    s, cap = options.scale * s, options.softcap
     if cap is None:
         return s, 1.0
     s = jnp.tanh(s / cap)
@@ -149,7 +149,7 @@ def _get_block(per_token, i, block_size: int):
 
 
 def _forward(
-    block_sizes: BlockSizes,
+    options: KernelOptions,
     q,
     k,
     v,
@@ -163,13 +163,13 @@ def _forward(
     row_sum,
 ) -> None:
     """y, and the maximum and the sum of each row, of a block of queries."""
-    dtype, block_size = d.dtype, block_sizes.keys
+    dtype, block_size = d.dtype, options.keys
     query_positions = jax.tree.map(lambda x: x[...], query_positions)
 
     def add_key_block(j, state):
         peak, total, y = state
         block_rows = pl.ds(pl.multiple_of(j * block_size, block_size), block_size)
-        s, _ = _scores_and_slope(block_sizes, _matmul(q[...], k[block_rows, :], (1, 1), dtype))
+        s, _ = _scores_and_slope(options, _matmul(q[...], k[block_rows, :], (1, 1), dtype))
         s = s + present_and_log(d[:, block_rows])[1]
         s = jnp.where(
             _visibility_mask(
@@ -194,7 +194,7 @@ def _forward(
 
 
 def _backward_queries(
-    block_sizes: BlockSizes,
+    options: KernelOptions,
     q,
     k,
     v,
@@ -210,12 +210,12 @@ def _backward_queries(
     dq,
 ) -> None:
     """The gradient for a block of queries."""
-    dtype, block_size = d.dtype, block_sizes.keys
+    dtype, block_size = d.dtype, options.keys
     query_positions = jax.tree.map(lambda x: x[...], query_positions)
 
     def add_key_block(j, dq):
         block_rows = pl.ds(pl.multiple_of(j * block_size, block_size), block_size)
-        s, slope = _scores_and_slope(block_sizes, _matmul(q[...], k[block_rows, :], (1, 1), dtype))
+        s, slope = _scores_and_slope(options, _matmul(q[...], k[block_rows, :], (1, 1), dtype))
         d_j = d[:, block_rows]
         e = jnp.exp(clamp_for_absent_keys(s - row_max[...], present_and_log(d_j)[0])) / row_sum[...]
         e = jnp.where(
@@ -226,14 +226,14 @@ def _backward_queries(
             0.0,
         )
         g = e * (_matmul(dy[...], v[block_rows, :], (1, 1), dtype) - dy_dot_y[...])
-        ds = (block_sizes.scale * slope * d_j * g).astype(k.dtype)
+        ds = (options.scale * slope * d_j * g).astype(k.dtype)
         return dq + _matmul(ds, k[block_rows, :], (1, 0), dtype)
 
     dq[...] = _loop_over_blocks(bounds, add_key_block, jnp.zeros(q.shape, dtype)).astype(dq.dtype)
 
 
 def _backward_keys(
-    block_sizes: BlockSizes,
+    options: KernelOptions,
     q,
     k,
     v,
@@ -249,7 +249,7 @@ def _backward_keys(
     *gradient_refs,
 ) -> None:
     """The gradients for a block of keys, its values and its weights; scores are [S, T]."""
-    dtype, block_size = d.dtype, block_sizes.queries
+    dtype, block_size = d.dtype, options.queries
     key_positions, d_j = jax.tree.map(lambda x: x[...], key_positions), d[...]
     is_present, _ = present_and_log(d_j)
 
@@ -265,12 +265,12 @@ def _backward_keys(
             dy_dot_y_i, row_max_i, row_sum_i = (
                 x[group, :, block_rows] for x in (dy_dot_y, row_max, row_sum)
             )
-            s, slope = _scores_and_slope(block_sizes, _matmul(k[...], q_i, (1, 1), dtype))
+            s, slope = _scores_and_slope(options, _matmul(k[...], q_i, (1, 1), dtype))
             e = jnp.where(
                 mask, jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present)) / row_sum_i, 0.0
             )
             g = e * (_matmul(v[...], dy_i, (1, 1), dtype) - dy_dot_y_i)
-            ds = (block_sizes.scale * slope * d_j * g).astype(q.dtype)
+            ds = (options.scale * slope * d_j * g).astype(q.dtype)
             dk = dk + _matmul(ds, q_i, (1, 0), dtype)
             dv = dv + _matmul((d_j * e).astype(dy.dtype), dy_i, (1, 0), dtype)
             return dk, dv, dd + jnp.sum(g, axis=1, keepdims=True)
@@ -288,14 +288,14 @@ def _backward_keys(
 
 
 def _positions_and_reachable(
-    block_sizes: BlockSizes, q: jax.Array, k: jax.Array, visibility: blocked.Visibility
+    options: KernelOptions, q: jax.Array, k: jax.Array, visibility: blocked.Visibility
 ):
     """Queries and keys as `TokenPositions`, the window's tick and limit, and `reachable_blocks`.
 
     q is [B, K, G, T, H] and k [B, K, S, H].
     """
     num_queries, num_keys = q.shape[3], k.shape[2]
-    reachable = blocked.reachable_blocks(visibility, block_sizes, num_queries, num_keys)
+    reachable = blocked.reachable_blocks(visibility, options, num_queries, num_keys)
     query_indices = (visibility.query_offset + jnp.arange(num_queries)).astype(jnp.int32)
     query_positions, key_positions = (
         TokenPositions(jnp.broadcast_to(indices, (len(q), *indices.shape)))
@@ -321,7 +321,7 @@ def _positions_and_reachable(
 
 
 def _run_grid(
-    block_sizes: BlockSizes, kernel, grid_axes: str, grid_shape: tuple[int, ...], inputs, outputs
+    options: KernelOptions, kernel, grid_axes: str, grid_shape: tuple[int, ...], inputs, outputs
 ) -> Any:
     """Runs `kernel(options, ...)` on each point of a grid whose axes have these letters.
 
@@ -330,7 +330,7 @@ def _run_grid(
     entry for that block, and of "." everything.
     """
     block_axis = grid_axes[-1]
-    block_size = {"t": block_sizes.queries, "s": block_sizes.keys}[block_axis]
+    block_size = {"t": options.queries, "s": options.keys}[block_axis]
 
     def block_spec(letters: str, x) -> pl.BlockSpec:
         sizes = dict.fromkeys(grid_axes + "#") | {block_axis: block_size}
@@ -342,7 +342,7 @@ def _run_grid(
 
     def run_kernel(*arrays, **kernel_options):
         return pl.pallas_call(
-            functools.partial(kernel, block_sizes),
+            functools.partial(kernel, options),
             grid=grid_shape,
             in_specs=[jax.tree.map(functools.partial(block_spec, a), x) for a, x in inputs],
             out_specs=[block_spec(a, x) for a, x in outputs],
@@ -374,11 +374,11 @@ def _block_ranges(reachable: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _run_by_query_block(
-    block_sizes: BlockSizes, kernel, q, k, v, d, visibility: blocked.Visibility, per_query, outputs
+    options: KernelOptions, kernel, q, k, v, d, visibility: blocked.Visibility, per_query, outputs
 ) -> Any:
     """Runs a kernel on blocks of queries; `per_query` and `outputs` are [B, K, G, T, ...]."""
     query_positions, key_positions, tick_and_limit, reachable = _positions_and_reachable(
-        block_sizes, q, k, visibility
+        options, q, k, visibility
     )
     inputs = [
         ("bkgt.", q),
@@ -392,12 +392,12 @@ def _run_by_query_block(
         *(("bkgt.", x) for x in per_query),
     ]
     outputs = [("bkgt.", x) for x in outputs]
-    grid_shape = *q.shape[:3], q.shape[3] // block_sizes.queries
-    return _run_grid(block_sizes, kernel, "bkgt", grid_shape, inputs, outputs)
+    grid_shape = *q.shape[:3], q.shape[3] // options.queries
+    return _run_grid(options, kernel, "bkgt", grid_shape, inputs, outputs)
 
 
 def _run_by_key_block(
-    block_sizes: BlockSizes,
+    options: KernelOptions,
     kernel,
     q,
     k,
@@ -410,7 +410,7 @@ def _run_by_key_block(
 ) -> Any:
     """Runs a kernel on blocks of keys; `outputs` are like [B, K, S, ...]."""
     query_positions, key_positions, tick_and_limit, reachable = _positions_and_reachable(
-        block_sizes, q, k, visibility
+        options, q, k, visibility
     )
     inputs = [
         ("bk...", q),
@@ -425,38 +425,36 @@ def _run_by_key_block(
         *(("bk...", _as_row(x)) for x in row_statistics),
     ]
     outputs = [("bks.", x) for x in outputs]
-    grid_shape = *k.shape[:2], k.shape[2] // block_sizes.keys
-    return _run_grid(block_sizes, kernel, "bks", grid_shape, inputs, outputs)
+    grid_shape = *k.shape[:2], k.shape[2] // options.keys
+    return _run_grid(options, kernel, "bks", grid_shape, inputs, outputs)
 
 
-def _attend_with_residuals(block_sizes: BlockSizes, q, k, v, d, visibility: blocked.Visibility):
+def _attend_with_residuals(options: KernelOptions, q, k, v, d, visibility: blocked.Visibility):
     """y [B, K, G, T, H] in the dtype of d, and what the backward pass needs."""
     y = jax.ShapeDtypeStruct(q.shape, d.dtype)
     row_struct = jax.ShapeDtypeStruct((*q.shape[:4], 1), d.dtype)
     y, row_max, row_sum = _run_by_query_block(
-        block_sizes, _forward, q, k, v, d, visibility, (), (y, row_struct, row_struct)
+        options, _forward, q, k, v, d, visibility, (), (y, row_struct, row_struct)
     )
     return y, (q, k, v, d, visibility, y, row_max[..., 0], row_sum[..., 0])
 
 
-def _backward(block_sizes: BlockSizes, residuals, dy):
+def _backward(options: KernelOptions, residuals, dy):
     """Gradients for q, k, v and d."""
     q, k, v, d, visibility, y, row_max, row_sum = residuals
     arrays = q, k, v, d, visibility
     row_statistics = jnp.sum(dy * y, axis=-1), row_max, row_sum  # dy . y first
     dy = dy.astype(v.dtype)
     per_query = dy, *(_as_column(x) for x in row_statistics)
-    (dq,) = _run_by_query_block(block_sizes, _backward_queries, *arrays, per_query, (q,))
+    (dq,) = _run_by_query_block(options, _backward_queries, *arrays, per_query, (q,))
     dd = jax.ShapeDtypeStruct((*k.shape[:3], 1), d.dtype)
-    dk, dv, dd = _run_by_key_block(
-        block_sizes, _backward_keys, *arrays, dy, row_statistics, (k, v, dd)
-    )
+    dk, dv, dd = _run_by_key_block(options, _backward_keys, *arrays, dy, row_statistics, (k, v, dd))
     return dq, dk, dv, jnp.sum(dd[..., 0], axis=1), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(block_sizes: BlockSizes, q, k, v, d, visibility: blocked.Visibility) -> jax.Array:
-    return _attend_with_residuals(block_sizes, q, k, v, d, visibility)[0]
+def _attend(options: KernelOptions, q, k, v, d, visibility: blocked.Visibility) -> jax.Array:
+    return _attend_with_residuals(options, q, k, v, d, visibility)[0]
 
 
 _attend.defvjp(_attend_with_residuals, _backward)

@@ -11,7 +11,7 @@ from continuous_lm.arguments import as_float
 
 
 class WindowTimes(NamedTuple):
-    """End times on an exact clock: ticks * tick + rest, counted from the first token's beginning.
+    """Exact end times: ticks * tick_size + remainders, counted from the first token's beginning.
 
     A distance in time is a difference of two end times. Of plain sums it would lose digits as time
     goes on: near t = 4096 float32 resolves 5e-4. Ticks are integers, so that theirs is exact, and

@@ -254,8 +254,7 @@ def sample_gaps(
     Args:
         rng: The source of chance.
         style: One of `SEPARATOR_STYLES`: "none", "comma" and "and" are regular; "mixed" draws each
-          separator;
-            "filler" draws 0 to 2 words of filler for each gap; "both" draws both.
+            separator; "filler" draws 0 to 2 words of filler for each gap; "both" draws both.
         n: The number of words.
         separators: What "mixed" and "both" draw from.
         filler: What "filler" and "both" draw from.

@@ -76,7 +76,7 @@ def next_vector_rows(quick: bool, repeats: int) -> Iterator[Row]:
 
     At temperature 1, and at 1/2 from 64 candidates. Beside its trunk a next-vector model has an
     energy head of 3 blocks and an autoencoder 256 wide: the softmax model that it is measured
-    against is as large as that of C = 4, with 4 layers more.
+    against is as large as that of K = 4, with 4 layers more.
     """
     trunk_sizes, num_new_tokens = (TINY_SIZES, 8) if quick else (TRUNK_SIZES, NUM_NEW_TOKENS)
     same_trunk_lm, equal_size_lm = (

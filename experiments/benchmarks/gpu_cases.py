@@ -74,15 +74,15 @@ def attention_rows(
     peer: bool = True,
 ) -> Iterator[Row]:
     """Continuous attention against the plain causal one and, with its `peer`, flex_attention."""
-    *qkv, durations = drawn(sizes, num_tokens)
+    *qkv, durations = random_inputs(sizes, num_tokens)
     causal_attention = functools.partial(
         jax.nn.dot_product_attention, is_causal=True, implementation=baseline_implementation
     )
     missing_reason = baselines.without_cuda() if peer else "left out"
     for with_gradients, maximum in {False: 1.15, True: 1.25}.items():
         callables: dict[str, Callable[[], Any]] = {
-            "ours": calls(clm.attention.attend, (*qkv, durations), with_gradients),
-            "plain": calls(causal_attention, qkv, with_gradients),
+            "ours": repeated_calls(clm.attention.attend, (*qkv, durations), with_gradients),
+            "plain": repeated_calls(causal_attention, qkv, with_gradients),
         }
         if not missing_reason:
             arrays = [np.asarray(x.astype(jnp.float32)) for x in (*qkv, durations)]
@@ -108,7 +108,7 @@ def attention_rows(
             )
 
 
-def drawn(setting: Sizes, n: int) -> tuple[jax.Array, ...]:
+def random_inputs(setting: Sizes, n: int) -> tuple[jax.Array, ...]:
     """Queries, keys and values in bfloat16, and durations, of n tokens."""
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (1, n, setting.num_heads, setting.head_dim)
@@ -116,7 +116,9 @@ def drawn(setting: Sizes, n: int) -> tuple[jax.Array, ...]:
     return *qkv, jax.random.uniform(keys[3], (1, n), minval=0.1, maxval=2.0)
 
 
-def calls(attend: Callable[..., jax.Array], arguments: Any, gradients: bool) -> Callable[[], Any]:
+def repeated_calls(
+    attend: Callable[..., jax.Array], arguments: Any, gradients: bool
+) -> Callable[[], Any]:
     """Attention, or the gradients for all its arguments, some times in a row."""
 
     def loss(*arguments: jax.Array) -> jax.Array:

@@ -364,8 +364,8 @@ def _score_continuations(
       continuations: several continuations of each, int [num_continuations, B, 4].
 
     Returns:
-      log-probabilities of their tokens [num_continuations, B, 4], and
-      sum_v P(v)^2 of the first token [B].
+      log-probabilities of their tokens [num_continuations, B, 4], and sum_v P(v)^2 of the
+      first token [B].
     """
     cache_length = contexts.shape[-1] + continuations.shape[-1] - 1
     cache = kv_cache.empty(

@@ -299,8 +299,8 @@ def deletion_curves(curves_by_method: dict[str, np.ndarray]) -> Figure:
     """A log probability as tokens are taken away, in the order of each method.
 
     Args:
-      curves_by_method: name -> after 0, 1, ..., num_removed of the tokens are gone, [num_removed +
-        1].
+      curves_by_method: name -> after 0, 1, ... of the tokens are gone,
+        [num_removed + 1].
     """
     with plt.rc_context(MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 2.9), layout="constrained")

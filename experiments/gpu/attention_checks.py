@@ -277,14 +277,14 @@ def why_unsupported(
 
 def time_form(what: str, form: str, gradients: bool, size: Sizes) -> Iterator[Check]:
     """Milliseconds of one call, in bfloat16."""
-    arrays = gpu_cases.drawn(gpu_cases.Sizes(num_heads=16, head_dim=128), size.long)
+    arrays = gpu_cases.random_inputs(gpu_cases.Sizes(num_heads=16, head_dim=128), size.long)
     if size is TINY_SIZES:
         arrays = tuple(x[..., :2, :16] if x.ndim == 4 else x for x in arrays)
     attend = FORMS[form]
     if reason := why_unsupported(attend, arrays, {"softcap": None, "window": None}):
         yield Check(what, isolated_checks.UNSUPPORTED, note=reason)
         return
-    run = gpu_cases.calls(attend, arrays, gradients)
+    run = gpu_cases.repeated_calls(attend, arrays, gradients)
     seconds = timing.time_in_turns({"ours": run}, size.rounds)["ours"]
     value = 1e3 * float(np.median(seconds)) / gpu_cases.NUM_CALLS
     note = "16 heads of 128, bfloat16"

@@ -1,8 +1,8 @@
 """Where a model's parameters lie in the tensors of a checkpoint: their names, checks, both ways.
 
 One idea serves loading, on one device or a mesh, and saving: a stored tensor that is sliced,
-reshaped and transposed without a copy *is* the parameter (`Stored.view`). Any part of it is then an
-index away, and since the stored tensors are mapped files, a part is all that is read.
+reshaped and transposed without a copy *is* the parameter (`StoredTensor.view`). Any part of it is
+then an index away, and since the stored tensors are mapped files, a part is all that is read.
 """
 
 import concurrent.futures

@@ -84,7 +84,7 @@ def _read_llama3(rope_fields: ConfigFields, fields: ConfigFields) -> Llama3Scali
 
 
 def _read_longrope(rope_fields: ConfigFields, fields: ConfigFields) -> LongRope:
-    """Phi-3's; the amplitude is sqrt(1 + log(length / original) / log(original))."""
+    """Phi-3's; the attention factor is sqrt(1 + log(length / original) / log(original))."""
     name = "original_max_position_embeddings"
     outer_length = fields.integer(name, None)
     original_length = rope_fields.integer(name, REQUIRED if outer_length is None else outer_length)

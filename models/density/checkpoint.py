@@ -98,6 +98,8 @@ def load(
         if type(contrast) not in (int, float) or not 0.0 <= contrast < float("inf"):
             raise InputError(f"contrast is {contrast!r:.60}; it must be a number, at least 0")
         head = heads.from_dict(settings.pop("head"))
+        if contrast and (settings["reads"] == "vectors" or isinstance(head, heads.TokenHead)):
+            raise InputError("contrast is for densities over a table of tokens")
     trunk_lm = language_model.load(folder, dtype=dtype, mesh=mesh)
     with about(str(folder / _SETTINGS_FILE)):
         model = DensityModel(

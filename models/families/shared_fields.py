@@ -129,7 +129,7 @@ def write_windows(config: TransformerConfig) -> dict[str, Any]:
     type_by_window = {True: "sliding_attention", False: "full_attention"}
     return {
         "sliding_window": None if config.window is None else int(config.window),
-        "layer_types": [type_by_window[has_window] for has_window in config.is_windowed],
+        "layer_types": [type_by_window[has_window] for has_window in config.windowed_layers],
     }
 
 

@@ -153,7 +153,7 @@ def test_config_goes_round(name):
     written = FAMILIES[config.family].write_config(config) | {"model_type": config.family}
     again = language_model.read_config(written)
     assert again == dataclasses.replace(config, window_pattern=again.window_pattern)
-    assert again.is_windowed == config.is_windowed
+    assert again.windowed_layers == config.windowed_layers
 
 
 FIVE_OF_SIX = tuple((layer + 1) % 6 != 0 for layer in range(26))
@@ -164,12 +164,12 @@ FIVE_OF_SIX = tuple((layer + 1) % 6 != 0 for layer in range(26))
     [
         ("Llama-3.1-8B", lambda c: c.rope.scaling.factor == 8 and c.rope.theta == 5e5),
         ("Llama-3.2-1B", lambda c: c.rope.scaling.factor == 32 and c.tie_embeddings),
-        ("Mistral-7B-v0.1", lambda c: c.is_windowed == (True,) * 32 and c.window == 4096),
-        ("Mistral-7B-v0.3", lambda c: c.is_windowed == (False,) * 32 and c.rope.theta == 1e6),
+        ("Mistral-7B-v0.1", lambda c: c.windowed_layers == (True,) * 32 and c.window == 4096),
+        ("Mistral-7B-v0.3", lambda c: c.windowed_layers == (False,) * 32 and c.rope.theta == 1e6),
         ("Gemma-7B", lambda c: c.activation == "gelu_tanh" and c.scale_embeddings),
-        ("Gemma-2-9B", lambda c: c.is_windowed == (True, False) * 21 and c.query_width == 256),
+        ("Gemma-2-9B", lambda c: c.windowed_layers == (True, False) * 21 and c.query_width == 256),
         ("Gemma-2-27B", lambda c: c.query_width == 144 and c.head_dim == 128),
-        ("Gemma-3-1B", lambda c: c.is_windowed == FIVE_OF_SIX and c.local_rope.theta == 1e4),
+        ("Gemma-3-1B", lambda c: c.windowed_layers == FIVE_OF_SIX and c.local_rope.theta == 1e4),
         ("Phi-3-medium-4k", lambda c: c.window == 2047 and c.rope.scaling is None),
         ("Phi-3-medium-128k", lambda c: isinstance(c.rope.scaling, LongRope)),
         (
