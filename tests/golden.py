@@ -345,8 +345,9 @@ def rounded(value: Any) -> Any:
 
 
 def incomparable(group: str, stored: Mapping[str, Any]) -> str | None:
-    """Why a group cannot be compared here: another compiler, whose rounding was not measured."""
-    old, new = ({k: m[k] for k in ("jax", "flags")} for m in (stored["machine"], machine()))
+    """Why a group cannot be compared here: a CPU or compiler whose rounding was not measured."""
+    keys = ("cpu", "jax", "flags")
+    old, new = ({k: m[k] for k in keys} for m in (stored["machine"], machine()))
     if group in stored["measured"] or old == new:
         return None
     return f"{group} was stored with {old}, this is {new}, and the noise between is not known"
