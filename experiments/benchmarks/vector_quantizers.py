@@ -25,6 +25,8 @@ from continuous_lm import quantize as q
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import baselines
 from continuous_lm.experiments.common import program
+from continuous_lm.io.atomic_files import write_atomically
+from continuous_lm.io.json_files import write_json
 
 _WIDTH = flags.DEFINE_integer("width", 16, "Of the vectors.")
 _COMPONENTS = flags.DEFINE_integer("components", 64, "Of the mixture.")
@@ -192,10 +194,11 @@ def run_their_fsq(seed, batches, unseen):
 
 
 def main() -> None:
-    """Runs both sides on the same batches and prints the table."""
+    """Runs both sides on the same batches; writes every number and prints the table."""
     for name in ("torch", "vector_quantize_pytorch"):
         if missing := baselines.why_missing(name):
             raise InputError(f"{missing}; pip install -e '.[peers]'")
+    folder = program.output_dir("vector_quantizers")
     stages = _STAGES.value
     pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
         f"VQ {_CODES.value}": (run_our_codebook, run_their_codebook),
@@ -214,6 +217,18 @@ def main() -> None:
     print(
         f"{_NUM_SEEDS.value} seeds, {_STEPS.value} batches of {_BATCH_SIZE.value} x {_WIDTH.value}"
     )
+    with write_atomically(folder) as staging_folder:
+        results_by_side = {
+            name: {
+                side: [dict(zip(("error", "perplexity"), run, strict=True)) for run in side_runs]
+                for side, side_runs in zip(("ours", "theirs"), sides, strict=True)
+            }
+            for name, sides in runs.items()
+        }
+        write_json(
+            staging_folder / "vector_quantizers.json",
+            {"quantizers": results_by_side, "run": program.record()},
+        )
     print(f"{'':22}  {'':10}  {'ours':>18}  {'theirs':>18}  {'ours - theirs':>18}")
     for name, (ours, theirs) in runs.items():
         for i, metric in enumerate(("error", "perplexity")):
@@ -227,6 +242,7 @@ def main() -> None:
                 f" {format_mean_deviation(their_values)}"
                 f"  {statistics.mean(difference):9.4f} ± {standard_error:6.4f}"
             )
+    print(f"\n{folder}/vector_quantizers.json")
 
 
 def format_mean_deviation(values: list[float]) -> str:
