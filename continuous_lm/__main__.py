@@ -12,7 +12,11 @@ def overview() -> str:
     width = max(map(len, PROGRAMS))
     lines = ["usage: python -m continuous_lm PROGRAM [--flags]", ""]
     for group, programs in GROUPS.items():
-        lines += [group, *(f"  {name:{width}}  {p.summary}" for name, p in programs.items()), ""]
+        lines += [
+            group,
+            *(f"  {name:{width}}  {p.summary}" for name, p in programs.items()),
+            "",
+        ]
     lines.append("python -m continuous_lm PROGRAM --help lists the flags of a program.")
     return "\n".join(lines)
 

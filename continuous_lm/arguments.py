@@ -21,10 +21,14 @@ def check_floats(**arrays_and_axes: tuple[ArrayLike, str]) -> list[jax.Array]:
       InputError: which array does not fit, and what it must be.
     """
     arrays = [_as_real(name, array) for name, (array, _) in arrays_and_axes.items()]
-    letter_sizes: dict[str, tuple[int, str]] = {}  # of each letter, and the array that has it
+    letter_sizes: dict[
+        str, tuple[int, str]
+    ] = {}  # of each letter, and the array that has it
     leading_shapes = {}
     for array, (name, (_, axes)) in zip(arrays, arrays_and_axes.items(), strict=True):
-        letters_before, letters_after = (axes_lib.split(part) for part in axes.split("..."))
+        letters_before, letters_after = (
+            axes_lib.split(part) for part in axes.split("...")
+        )
         message = f"{name} has shape {list(array.shape)}; it must be [{', '.join(axes.split())}]"
         if array.ndim < len(letters_before) + len(letters_after):
             raise InputError(message)
@@ -36,12 +40,16 @@ def check_floats(**arrays_and_axes: tuple[ArrayLike, str]) -> list[jax.Array]:
         ):
             known_size, owner = letter_sizes.setdefault(letter, (size, name))
             if size != known_size:
-                raise InputError(f"{message} with {letter} = {known_size}, as in {owner}")
+                raise InputError(
+                    f"{message} with {letter} = {known_size}, as in {owner}"
+                )
         leading_shapes[name] = array.shape[len(letters_before) : num_before_last]
     try:
         np.broadcast_shapes(*leading_shapes.values())
     except ValueError:
-        shapes = ", ".join(f"{list(shape)} of {name}" for name, shape in leading_shapes.items())
+        shapes = ", ".join(
+            f"{list(shape)} of {name}" for name, shape in leading_shapes.items()
+        )
         raise InputError(f"leading axes do not broadcast together: {shapes}") from None
     dtype = jnp.result_type(*arrays)
     return [array.astype(dtype) for array in arrays]
@@ -68,7 +76,9 @@ def check_distribution(name: str, p: jax.Array, tolerance: float = 0.02) -> None
     check_numbers(name, p, 0.0)
     errors = np.abs(np.asarray(p, np.float64).sum(axis=-1) - 1)
     if (errors > tolerance).any():
-        raise InputError(f"{name} are {errors.max():.3g} off adding up to 1 along the last axis")
+        raise InputError(
+            f"{name} are {errors.max():.3g} off adding up to 1 along the last axis"
+        )
 
 
 def check_labels(
@@ -77,7 +87,9 @@ def check_labels(
     """Integers 0, ..., num_classes - 1 of this shape; traced values are not looked at."""
     array = jnp.asarray(values)
     if array.shape != shape:
-        raise InputError(f"{name} has shape {list(array.shape)}; it must be {list(shape)}")
+        raise InputError(
+            f"{name} has shape {list(array.shape)}; it must be {list(shape)}"
+        )
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(f"{name} has dtype {array.dtype}; it must hold integers")
     if is_concrete(array):
@@ -107,10 +119,14 @@ def as_float(values: ArrayLike) -> jax.Array:
 def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> None:
     """Refuses values that are not real, finite and >= `minimum`; traced ones are not looked at."""
     dtype = _dtype(values)
-    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(dtype, jnp.integer):
+    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(
+        dtype, jnp.integer
+    ):
         raise InputError(f"{name} has dtype {dtype}; it must hold real numbers")
     bound_text = f" and >= {minimum:g}" if np.isfinite(minimum) else ""
-    _check_values(name, values, lambda v: np.isfinite(v) & (v >= minimum), f"finite{bound_text}")
+    _check_values(
+        name, values, lambda v: np.isfinite(v) & (v >= minimum), f"finite{bound_text}"
+    )
 
 
 def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
@@ -118,7 +134,9 @@ def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
     dtype = _dtype(values)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(f"{name} has dtype {dtype}; it must hold integers")
-    _check_values(name, values, lambda v: (v >= low) & (v < high), f"from {low} to {high - 1}")
+    _check_values(
+        name, values, lambda v: (v >= low) & (v < high), f"from {low} to {high - 1}"
+    )
 
 
 def _dtype(values: ArrayLike) -> np.dtype:
@@ -129,7 +147,9 @@ def _check_values(name, values, is_valid, requirement) -> None:
     if isinstance(values, jax.core.Tracer):
         return
     values = np.asarray(values)
-    if not jnp.issubdtype(values.dtype, jnp.integer):  # integers as they are: int32 would wrap them
+    if not jnp.issubdtype(
+        values.dtype, jnp.integer
+    ):  # integers as they are: int32 would wrap them
         with np.errstate(over="ignore"):  # what overflows is refused as infinite
             values = values.astype(
                 jax.dtypes.canonicalize_dtype(values.dtype)
@@ -138,7 +158,9 @@ def _check_values(name, values, is_valid, requirement) -> None:
     if len(invalid_indices):
         index = tuple(int(i) for i in invalid_indices[0])
         entry = f"{name}{list(index)}" if index else name
-        raise InputError(f"{entry} is {values[index]}; every entry must be {requirement}")
+        raise InputError(
+            f"{entry} is {values[index]}; every entry must be {requirement}"
+        )
 
 
 def check_positive_integer(name: str, value: Any) -> None:

@@ -72,7 +72,11 @@ def sharding(
 
     def shard_axis(axis: str, size: int) -> str | None:
         mesh_axis = rules.get(axis)
-        return mesh_axis if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0 else None
+        return (
+            mesh_axis
+            if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
+            else None
+        )
 
     # Axes of type Auto, whatever jax.make_mesh chose: the compiler spreads the computation.
     mesh = Mesh(mesh.devices, mesh.axis_names)
@@ -95,7 +99,9 @@ def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
     if jax.process_count() == 1 or not getattr(array, "is_fully_addressable", True):
         return jax.device_put(array, target)
     host_array = np.asarray(array)  # each process has it all, and hands on its part
-    return jax.make_array_from_callback(host_array.shape, target, lambda index: host_array[index])
+    return jax.make_array_from_callback(
+        host_array.shape, target, lambda index: host_array[index]
+    )
 
 
 def place_tree(mesh: Mesh | None, tree: Any, abstract_tree: Any) -> Any:
@@ -107,17 +113,27 @@ def place_tree(mesh: Mesh | None, tree: Any, abstract_tree: Any) -> Any:
       abstract_tree: the same tree as the modules declare it, `jax.eval_shape(module.init, ...)`:
         leaves have the `names` of their axes.
     """
-    boxes = jax.tree.leaves_with_path(abstract_tree, is_leaf=lambda x: hasattr(x, "names"))
-    axes_by_path = {jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes}
+    boxes = jax.tree.leaves_with_path(
+        abstract_tree, is_leaf=lambda x: hasattr(x, "names")
+    )
+    axes_by_path = {
+        jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes
+    }
 
     def place_leaf(path: Any, leaf: Any) -> Any:
         path_key = jax.tree_util.keystr(path)
-        return place(mesh, leaf, axes_by_path[path_key]) if path_key in axes_by_path else leaf
+        return (
+            place(mesh, leaf, axes_by_path[path_key])
+            if path_key in axes_by_path
+            else leaf
+        )
 
     return jax.tree.map_with_path(place_leaf, tree)
 
 
-def broadcast_leading_axes(leading_axes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+def broadcast_leading_axes(
+    leading_axes: Mapping[str, Sequence[int]],
+) -> tuple[int, ...]:
     """The shape to which the leading axes of arguments broadcast, given by the arguments' names.
 
     Raises:
@@ -126,7 +142,9 @@ def broadcast_leading_axes(leading_axes: Mapping[str, Sequence[int]]) -> tuple[i
     try:
         return np.broadcast_shapes(*map(tuple, leading_axes.values()))
     except ValueError:
-        shapes = ", ".join(f"{list(axes)} of {name}" for name, axes in leading_axes.items() if axes)
+        shapes = ", ".join(
+            f"{list(axes)} of {name}" for name, axes in leading_axes.items() if axes
+        )
         raise InputError(f"leading axes do not broadcast: {shapes}") from None
 
 

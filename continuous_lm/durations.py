@@ -32,13 +32,15 @@ def end_times(durations: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
 def durations_from_times(times: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
     """The durations [..., T] of tokens that end at `times` [..., T]; the inverse of `end_times`."""
     times = as_float(times)
-    start_times = jnp.broadcast_to(as_float(start)[..., None], (*times.shape[:-1], 1)).astype(
-        times.dtype
-    )
+    start_times = jnp.broadcast_to(
+        as_float(start)[..., None], (*times.shape[:-1], 1)
+    ).astype(times.dtype)
     return jnp.diff(times, prepend=start_times, axis=-1)
 
 
-def scale(durations: ArrayLike, factor: ArrayLike, span: Span | None = None) -> jax.Array:
+def scale(
+    durations: ArrayLike, factor: ArrayLike, span: Span | None = None
+) -> jax.Array:
     """Multiplies the durations of a span (all of them without one) by a factor.
 
     Args:
@@ -89,4 +91,6 @@ def check_durations(
     if not isinstance(durations, jax.core.Tracer):
         totals = np.abs(np.asarray(durations, np.float64)).sum(axis=-1)
         if (totals > float(jnp.finfo(jnp.float32).max)).any():
-            raise InputError(f"{name} add up to {totals.max():.3g}, more than float32 can hold")
+            raise InputError(
+                f"{name} add up to {totals.max():.3g}, more than float32 can hold"
+            )

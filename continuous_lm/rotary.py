@@ -58,7 +58,9 @@ class LongRope:
 
     def factors_at(self, num_tokens: int) -> tuple[float, ...]:
         """The factors that a sequence of so many tokens takes."""
-        long = self.which == "long" or (self.which == "auto" and num_tokens > self.original_length)
+        long = self.which == "long" or (
+            self.which == "auto" and num_tokens > self.original_length
+        )
         return self.long if long else self.short
 
 
@@ -73,7 +75,9 @@ class Rope:
     @property
     def attention_factor(self) -> float:
         """What rotated vectors are multiplied by."""
-        return self.scaling.attention_factor if isinstance(self.scaling, LongRope) else 1.0
+        return (
+            self.scaling.attention_factor if isinstance(self.scaling, LongRope) else 1.0
+        )
 
     def at_length(self, num_tokens: int) -> "Rope":
         """The same, with the choice that goes by the number of tokens made."""
@@ -82,7 +86,9 @@ class Rope:
             return self
         scaling = dataclasses.replace(
             long_rope,
-            which="long" if long_rope.factors_at(num_tokens) is long_rope.long else "short",
+            which="long"
+            if long_rope.factors_at(num_tokens) is long_rope.long
+            else "short",
         )
         return dataclasses.replace(self, scaling=scaling)
 
@@ -93,7 +99,9 @@ def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
     rotary_channels is the number of channels that turn, H times the rope's fraction.
     """
     rotary_channels = int(head_dim * rope.fraction)
-    base_frequencies = rope.theta ** (-np.arange(0, rotary_channels, 2) / rotary_channels)
+    base_frequencies = rope.theta ** (
+        -np.arange(0, rotary_channels, 2) / rotary_channels
+    )
     scaling = rope.scaling
     if scaling is None:
         return base_frequencies
@@ -113,7 +121,9 @@ def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
     return base_frequencies * (kept_share + (1.0 - kept_share) / scaling.factor)
 
 
-def angles(times: jax.Array, rope: Rope, head_dim: int, num_tokens: int | None = None) -> jax.Array:
+def angles(
+    times: jax.Array, rope: Rope, head_dim: int, num_tokens: int | None = None
+) -> jax.Array:
     """Angles [..., T, rotary_channels / 2] in radians at `times` [..., T], in the dtype of `times`.
 
     `num_tokens` is the length of the whole sequence, by which LongRoPE chooses its factors; T if
@@ -128,7 +138,9 @@ def cos_sin(angles: jax.Array, attention_factor: float = 1.0) -> jax.Array:
 
     Made once they serve every head and layer.
     """
-    return attention_factor * jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return attention_factor * jnp.concatenate(
+        [jnp.cos(angles), jnp.sin(angles)], axis=-1
+    )
 
 
 def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
@@ -139,7 +151,16 @@ def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
     The first rotary_channels of the H channels turn, paired as two halves; the others pass.
     """
     cos, sin = jnp.split(cos_sin[..., None, :], 2, axis=-1)
-    first_half, second_half, unrotated = jnp.split(x, (cos.shape[-1], cos_sin.shape[-1]), axis=-1)
-    rotated = (first_half * cos - second_half * sin, second_half * cos + first_half * sin)
-    unrotated = jnp.broadcast_to(unrotated, (*rotated[0].shape[:-1], unrotated.shape[-1]))
-    return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), unrotated], axis=-1)
+    first_half, second_half, unrotated = jnp.split(
+        x, (cos.shape[-1], cos_sin.shape[-1]), axis=-1
+    )
+    rotated = (
+        first_half * cos - second_half * sin,
+        second_half * cos + first_half * sin,
+    )
+    unrotated = jnp.broadcast_to(
+        unrotated, (*rotated[0].shape[:-1], unrotated.shape[-1])
+    )
+    return jnp.concatenate(
+        [*(part.astype(x.dtype) for part in rotated), unrotated], axis=-1
+    )

@@ -83,8 +83,12 @@ def sample(
     vector_width = e.shape[1]
     e0 = e[0] if initial is None else jnp.asarray(initial, e.dtype)
     fractions, part_weights = _quadrature_rule(rule, points)
-    values = interpolate(e, d, fractions, initial=e0, kind=kind).reshape(-1, vector_width)
-    times = end_times(d, start)[:, None] - (1.0 - fractions) * d[:, None]  # 1 is the knot exactly
+    values = interpolate(e, d, fractions, initial=e0, kind=kind).reshape(
+        -1, vector_width
+    )
+    times = (
+        end_times(d, start)[:, None] - (1.0 - fractions) * d[:, None]
+    )  # 1 is the knot exactly
     times, weights = times.reshape(-1), (d[:, None] * part_weights).reshape(-1)
     if rule == "rectangle":
         return Samples(values, times, weights)
@@ -93,7 +97,9 @@ def sample(
         half_weights = jnp.pad(weights / 2.0, 1)
         times = jnp.concatenate([start_time, times])
         return Samples(
-            jnp.concatenate([e0[None], values]), times, half_weights[1:] + half_weights[:-1]
+            jnp.concatenate([e0[None], values]),
+            times,
+            half_weights[1:] + half_weights[:-1],
         )
     end_time = end_times(d, start)[-1:]
     return Samples(
@@ -138,7 +144,10 @@ def interpolate(
     else:
         d = durations.astype(u.dtype)[:, None]
         slopes = _slopes(knots, d)
-        end_slopes, start_slopes = d[:, None] * slopes[1:, None], d[:, None] * slopes[:-1, None]
+        end_slopes, start_slopes = (
+            d[:, None] * slopes[1:, None],
+            d[:, None] * slopes[:-1, None],
+        )
         v = 1.0 - u
         values = v * v * (1.0 + 2.0 * u) * left + u * u * (1.0 + 2.0 * v) * right
         values = values + u * v * v * start_slopes - u * u * v * end_slopes
@@ -172,19 +181,32 @@ def _quadrature_rule(rule: str, points: int) -> tuple[np.ndarray, np.ndarray]:
 def _check(embeddings, durations, start, initial, kind, rule, points) -> None:
     shape = np.shape(embeddings)
     if len(shape) != 2 or not shape[0]:
-        raise InputError(f"embeddings have shape {list(shape)}; a signal has [T, D], T >= 1")
+        raise InputError(
+            f"embeddings have shape {list(shape)}; a signal has [T, D], T >= 1"
+        )
     if np.ndim(durations) != 1:
-        raise InputError(f"durations have shape {list(np.shape(durations))}; they must be [T]")
+        raise InputError(
+            f"durations have shape {list(np.shape(durations))}; they must be [T]"
+        )
     check_durations(durations, shape[0])
     check_numbers("embeddings", embeddings)
     check_numbers("start", start)
     if np.ndim(start):
-        raise InputError(f"start has shape {list(np.shape(start))}; it must be a scalar")
+        raise InputError(
+            f"start has shape {list(np.shape(start))}; it must be a scalar"
+        )
     if initial is not None and np.shape(initial) != shape[1:]:
-        raise InputError(f"initial has shape {list(np.shape(initial))}; it must be [{shape[1]}]")
-    for name, value, choices in (("kind", kind, SIGNAL_KINDS), ("rule", rule, QUADRATURE_RULES)):
+        raise InputError(
+            f"initial has shape {list(np.shape(initial))}; it must be [{shape[1]}]"
+        )
+    for name, value, choices in (
+        ("kind", kind, SIGNAL_KINDS),
+        ("rule", rule, QUADRATURE_RULES),
+    ):
         if value not in choices:
-            raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+            raise InputError(
+                f"{name} is {value!r}; it must be one of {', '.join(choices)}"
+            )
     if not isinstance(points, int) or points < 1:
         raise InputError(f"points is {points!r}; it must be a positive integer")
     if kind == "constant" and rule == "trapezoid":

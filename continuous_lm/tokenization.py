@@ -23,7 +23,9 @@ def load(folder: pathlib.Path) -> "tokenizers.Tokenizer | None":
     path = folder / "tokenizer.json"
     if not os.path.lexists(path):
         return None
-    if not os.path.isfile(path):  # a link that leads nowhere, a folder, a pipe to wait for
+    if not os.path.isfile(
+        path
+    ):  # a link that leads nowhere, a folder, a pipe to wait for
         raise InputError(f"{path} is not a file that can be read")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -51,7 +53,9 @@ def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding
     try:
         encoding = tokenizer.encode(text)
     except Exception as error:  # the library raises bare Exception
-        raise InputError(f"the tokenizer cannot encode {text!r} ({_one_line(error)})") from None
+        raise InputError(
+            f"the tokenizer cannot encode {text!r} ({_one_line(error)})"
+        ) from None
     unknown_token = getattr(tokenizer.model, "unk_token", None)
     unknown_id = tokenizer.token_to_id(unknown_token) if unknown_token else None
     unknown_words = [
@@ -70,7 +74,9 @@ def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding
     return encoding
 
 
-def span(encoding: "tokenizers.Encoding", text: str, first: str, last: str | None = None) -> Span:
+def span(
+    encoding: "tokenizers.Encoding", text: str, first: str, last: str | None = None
+) -> Span:
     """The tokens from where `first` first occurs to where `last` last ends.
 
     Args:
@@ -96,7 +102,9 @@ def find_characters(text: str, first: str, last: str | None = None) -> tuple[int
             raise InputError(f"{piece!r} is not in the prompt {text!r}")
     begin, end = text.index(first), text.rindex(last) + len(last)
     if begin >= end:
-        raise InputError(f"{last!r} ends before {first!r} begins in the prompt {text!r}")
+        raise InputError(
+            f"{last!r} ends before {first!r} begins in the prompt {text!r}"
+        )
     return begin, end
 
 
@@ -139,7 +147,8 @@ def tokens_containing(
     tokens_by_answer: dict[str, list[int]] = {answer: [] for answer in answers}
     for name, token in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         answer = next(
-            (candidate for candidate in answers if candidate.lower() in name.lower()), None
+            (candidate for candidate in answers if candidate.lower() in name.lower()),
+            None,
         )
         if answer is not None and "0x" not in name:
             tokens_by_answer[answer].append(token)

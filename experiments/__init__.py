@@ -16,45 +16,78 @@ class Program(NamedTuple):
 
 GROUPS: Mapping[str, Mapping[str, Program]] = {
     "Durations of one prompt": {
-        "counting": Program("durations.counting", "shrink repeated words and see the model count"),
+        "counting": Program(
+            "durations.counting", "shrink repeated words and see the model count"
+        ),
         "events": Program("durations.events", "shrink the events of a story"),
         "sums": Program("durations.sums", "shrink one number of a sum"),
-        "interpolation": Program("durations.interpolation", "turn one word into another"),
-        "boolean": Program("durations.boolean", "turn one Boolean operator into another"),
-        "shifting": Program("durations.shifting", "move or stretch a whole prompt in time"),
-        "attribution": Program("durations.attribution", "attribute the answer to durations"),
-        "inverse": Program("durations.inverse", "find durations that give another answer"),
-        "pruning": Program("durations.pruning", "find the shortest prompt with the same answer"),
+        "interpolation": Program(
+            "durations.interpolation", "turn one word into another"
+        ),
+        "boolean": Program(
+            "durations.boolean", "turn one Boolean operator into another"
+        ),
+        "shifting": Program(
+            "durations.shifting", "move or stretch a whole prompt in time"
+        ),
+        "attribution": Program(
+            "durations.attribution", "attribute the answer to durations"
+        ),
+        "inverse": Program(
+            "durations.inverse", "find durations that give another answer"
+        ),
+        "pruning": Program(
+            "durations.pruning", "find the shortest prompt with the same answer"
+        ),
     },
     "Studies of many prompts": {
         "study": Program("studies.study", "run the sweeps of a data set of prompts"),
-        "analysis": Program("studies.analysis", "compute tables and figures of stored studies"),
-        "report": Program("studies.report", "run every experiment on one model, on one page"),
+        "analysis": Program(
+            "studies.analysis", "compute tables and figures of stored studies"
+        ),
+        "report": Program(
+            "studies.report", "run every experiment on one model, on one page"
+        ),
     },
     "Continuous output on text": {
-        "train": Program("text_models.train", "train a density, next-vector or softmax model"),
+        "train": Program(
+            "text_models.train", "train a density, next-vector or softmax model"
+        ),
         "sample": Program("text_models.sample", "sample and steer a trained model"),
-        "evaluate": Program("text_models.evaluate", "evaluate trained models on held-out text"),
+        "evaluate": Program(
+            "text_models.evaluate", "evaluate trained models on held-out text"
+        ),
         "compare_quantizers": Program(
             "text_models.compare_quantizers", "compare the ways from vectors to tokens"
         ),
-        "compare_heads": Program("calm.compare_heads", "compare the heads of next-vector models"),
+        "compare_heads": Program(
+            "calm.compare_heads", "compare the heads of next-vector models"
+        ),
     },
     "Continuous output on sound": {
         "frames": Program("audio.frames", "train density models of log-mel frames"),
     },
     "The bundled model": {
-        "train_apples": Program("apples.train_apples", "train the bundled model apples"),
-        "evaluate_apples": Program("apples.evaluate_apples", "evaluate models of its kind"),
+        "train_apples": Program(
+            "apples.train_apples", "train the bundled model apples"
+        ),
+        "evaluate_apples": Program(
+            "apples.evaluate_apples", "evaluate models of its kind"
+        ),
     },
     "Speed and memory": {
-        "benchmark": Program("benchmarks.benchmark", "measure speed against other libraries"),
-        "device_costs": Program("benchmarks.device_costs", "compute what large models need"),
+        "benchmark": Program(
+            "benchmarks.benchmark", "measure speed against other libraries"
+        ),
+        "device_costs": Program(
+            "benchmarks.device_costs", "compute what large models need"
+        ),
         "gpu_check": Program(
             "gpu.gpu_check", "check what this machine's GPU computes, and its speed"
         ),
         "vector_quantizers": Program(
-            "benchmarks.vector_quantizers", "compare quantizers with vector-quantize-pytorch"
+            "benchmarks.vector_quantizers",
+            "compare quantizers with vector-quantize-pytorch",
         ),
     },
 }

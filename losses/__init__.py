@@ -29,7 +29,11 @@ only. The densities are not probabilities: their losses can be negative.
 from continuous_lm.losses.brier import brier, brier_lm, brier_n
 from continuous_lm.losses.cross_entropy import cross_entropy
 from continuous_lm.losses.energy import energy_score
-from continuous_lm.losses.gaussian import full_gaussian_nll, gaussian_nll, low_rank_gaussian_nll
+from continuous_lm.losses.gaussian import (
+    full_gaussian_nll,
+    gaussian_nll,
+    low_rank_gaussian_nll,
+)
 from continuous_lm.losses.kl import gaussian_kl
 from continuous_lm.losses.mixture import gaussian_mixture_nll, mixture_nll
 from continuous_lm.losses.vector_quantization import (

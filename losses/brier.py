@@ -35,10 +35,14 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
     (p,) = arguments.check_floats(probabilities=(probabilities, "... V"))
     arguments.check_distribution("probabilities", p)
     label_array = arguments.check_labels("labels", labels, p.shape[:-1], p.shape[-1])
-    return jnp.sum(jnp.square(p - jax.nn.one_hot(label_array, p.shape[-1], dtype=p.dtype)), axis=-1)
+    return jnp.sum(
+        jnp.square(p - jax.nn.one_hot(label_array, p.shape[-1], dtype=p.dtype)), axis=-1
+    )
 
 
-def brier_n(first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int) -> jax.Array:
+def brier_n(
+    first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int
+) -> jax.Array:
     """An unbiased estimate of the Brier score of n-grams, from two samples; more is better.
 
         1{first = reference} + 1{second = reference} - 1{first = second}
@@ -70,12 +74,16 @@ def brier_n(first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int
     tokens = _check_token_arrays(first=first, second=second, reference=reference)
     length = tokens[0].shape[-1]
     if not isinstance(n, int) or not 1 <= n <= length:
-        raise InputError(f"n is {n!r}; it must be from 1 to the {length} tokens of the samples")
+        raise InputError(
+            f"n is {n!r}; it must be from 1 to the {length} tokens of the samples"
+        )
     return _brier_n(*tokens, n)
 
 
 @functools.partial(jax.jit, static_argnames="n")
-def _brier_n(first: jax.Array, second: jax.Array, reference: jax.Array, n: int) -> jax.Array:
+def _brier_n(
+    first: jax.Array, second: jax.Array, reference: jax.Array, n: int
+) -> jax.Array:
     ngram_indices = jnp.arange(first.shape[-1] - n + 1)[:, None] + jnp.arange(n)
 
     def is_same_ngram(a, b):
@@ -130,6 +138,8 @@ def _check_token_arrays(**named_arrays: ArrayLike) -> list[jax.Array]:
             raise InputError(f"{name} has dtype {array.dtype}; it must hold integers")
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or () in shapes.values():
-        shape_list = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        shape_list = ", ".join(
+            f"{name} {list(shape)}" for name, shape in shapes.items()
+        )
         raise InputError(f"shapes are {shape_list}; they must be the same [..., T]")
     return list(arrays.values())

@@ -8,7 +8,9 @@ from continuous_lm import arguments
 from continuous_lm.errors import InputError
 
 
-def cross_entropy(logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.0) -> jax.Array:
+def cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.0
+) -> jax.Array:
     """-log softmax(logits)[label], by optax, in at least float32.
 
     With smoothing s the target is (1 - s) onehot(label) + s / V (Szegedy et al., arXiv:1512.00567,
@@ -45,5 +47,7 @@ def cross_entropy(logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.
     nats = optax.softmax_cross_entropy_with_integer_labels(shifted_logits, label_array)
     if smoothing == 0:  # and a logit of -inf that is no label costs nothing
         return nats
-    uniform_nats = jax.nn.logsumexp(shifted_logits, axis=-1) - jnp.mean(shifted_logits, axis=-1)
+    uniform_nats = jax.nn.logsumexp(shifted_logits, axis=-1) - jnp.mean(
+        shifted_logits, axis=-1
+    )
     return (1 - smoothing) * nats + smoothing * uniform_nats

@@ -8,7 +8,9 @@ from continuous_lm import arguments
 from continuous_lm.errors import InputError
 
 
-def energy_score(samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0) -> jax.Array:
+def energy_score(
+    samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0
+) -> jax.Array:
     """An unbiased estimate of 2 E|X - Y|^beta - E|X - X'|^beta; less is better.
 
     X and X' are independent draws of the model and Y is one of the data:
@@ -42,22 +44,34 @@ def energy_score(samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0) -
       InputError: if shapes do not fit, there are too few samples, or beta is out of range.
     """
     if not 0 < beta < 2:
-        raise InputError(f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only")
+        raise InputError(
+            f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only"
+        )
     x, y = arguments.check_floats(
         samples=(samples, "Z ... W"), targets=(targets, "num_targets ... W")
     )
     for name, array, min_count in (("samples", x, 2), ("targets", y, 1)):
         if len(array) < min_count:
-            raise InputError(f"{name} are {len(array)}; there must be at least {min_count}")
+            raise InputError(
+                f"{name} are {len(array)}; there must be at least {min_count}"
+            )
     ndim = max(x.ndim, y.ndim)
     x, y = (
-        draws.reshape(len(draws), *(1,) * (ndim - draws.ndim), *draws.shape[1:]) for draws in (x, y)
+        draws.reshape(len(draws), *(1,) * (ndim - draws.ndim), *draws.shape[1:])
+        for draws in (x, y)
     )
-    sample_target_sums = jax.lax.map(lambda sample: _sum_of_distances(sample, y, beta), x)
+    sample_target_sums = jax.lax.map(
+        lambda sample: _sum_of_distances(sample, y, beta), x
+    )
     # The distance of a sample from itself is 0, so that it can be among the others.
-    sample_sample_sums = jax.lax.map(lambda sample: _sum_of_distances(sample, x, beta), x)
+    sample_sample_sums = jax.lax.map(
+        lambda sample: _sum_of_distances(sample, x, beta), x
+    )
     num_pairs = len(x) * (len(x) - 1)
-    return 2 * sample_target_sums.mean(axis=0) / len(y) - sample_sample_sums.sum(axis=0) / num_pairs
+    return (
+        2 * sample_target_sums.mean(axis=0) / len(y)
+        - sample_sample_sums.sum(axis=0) / num_pairs
+    )
 
 
 @jax.checkpoint
@@ -66,5 +80,7 @@ def _sum_of_distances(point: jax.Array, others: jax.Array, beta: float) -> jax.A
     squared_distances = jnp.sum(jnp.square(point - others), axis=-1)
     is_apart = squared_distances > 0
     # The inner one keeps the power's gradient finite where the outer one drops it.
-    distances = jnp.where(is_apart, jnp.where(is_apart, squared_distances, 1.0) ** (beta / 2), 0.0)
+    distances = jnp.where(
+        is_apart, jnp.where(is_apart, squared_distances, 1.0) ** (beta / 2), 0.0
+    )
     return jnp.sum(distances, axis=0)

@@ -15,7 +15,9 @@ from jax.typing import ArrayLike
 
 from continuous_lm import arguments
 
-HIGHEST_PRECISION = lax.Precision.HIGHEST  # of products that accelerators would round to bfloat16
+HIGHEST_PRECISION = (
+    lax.Precision.HIGHEST
+)  # of products that accelerators would round to bfloat16
 
 
 def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
@@ -42,7 +44,9 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
     )
     arguments.check_positive("scale", scale)
     z = (x - mean) / scale
-    return jnp.sum(jnp.square(z) / 2 + jnp.log(scale), axis=-1) + _log_normalizer(x.shape[-1])
+    return jnp.sum(jnp.square(z) / 2 + jnp.log(scale), axis=-1) + _log_normalizer(
+        x.shape[-1]
+    )
 
 
 def low_rank_gaussian_nll(
@@ -78,13 +82,18 @@ def low_rank_gaussian_nll(
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
     x, mean, scale, factor = arguments.check_floats(
-        x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W"), factor=(factor, "... W R")
+        x=(x, "... W"),
+        mean=(mean, "... W"),
+        scale=(scale, "... W"),
+        factor=(factor, "... W R"),
     )
     arguments.check_positive("scale", scale)
     z = (x - mean) / scale
     b = factor / scale[..., None]
     cholesky = cholesky_of_gram(b)
-    c = _solve_cholesky(cholesky, jnp.einsum("...wr,...w->...r", b, z, precision=HIGHEST_PRECISION))
+    c = _solve_cholesky(
+        cholesky, jnp.einsum("...wr,...w->...r", b, z, precision=HIGHEST_PRECISION)
+    )
     residual = z - jnp.einsum("...wr,...r->...w", b, c, precision=HIGHEST_PRECISION)
     distance = jnp.sum(jnp.square(residual), axis=-1) + jnp.sum(jnp.square(c), axis=-1)
     half_log_det = jnp.sum(jnp.log(scale), axis=-1) + _sum_log_diagonal(cholesky)
@@ -114,7 +123,9 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
     x, mean, cholesky = arguments.check_floats(
         x=(x, "... W"), mean=(mean, "... W"), cholesky=(cholesky, "... W W")
     )
-    arguments.check_positive("the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1))
+    arguments.check_positive(
+        "the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1)
+    )
     z = _solve_triangular(cholesky, x - mean)
     distance = jnp.sum(jnp.square(z), axis=-1)
     return distance / 2 + _sum_log_diagonal(cholesky) + _log_normalizer(x.shape[-1])
@@ -127,8 +138,12 @@ def cholesky_of_gram(b: jax.Array) -> jax.Array:
     gram = jnp.einsum("...wr,...wR->...rR", b, b, precision=HIGHEST_PRECISION)
     trial_cholesky = jnp.linalg.cholesky(lax.stop_gradient(eye + gram))
     has_failed = ~jnp.all(jnp.isfinite(trial_cholesky), axis=(-2, -1), keepdims=True)
-    max_diagonal = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
-    extra_identity = jnp.where(has_failed, 4 * rank * jnp.finfo(b.dtype).eps * max_diagonal, 0.0)
+    max_diagonal = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[
+        ..., None, None
+    ]
+    extra_identity = jnp.where(
+        has_failed, 4 * rank * jnp.finfo(b.dtype).eps * max_diagonal, 0.0
+    )
     return jnp.linalg.cholesky((1 + lax.stop_gradient(extra_identity)) * eye + gram)
 
 

@@ -28,7 +28,9 @@ def mixture_nll(logits: ArrayLike, nlls: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit.
     """
-    logits, nlls = arguments.check_floats(logits=(logits, "... X"), nlls=(nlls, "... X"))
+    logits, nlls = arguments.check_floats(
+        logits=(logits, "... X"), nlls=(nlls, "... X")
+    )
     return -jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1) - nlls, axis=-1)
 
 
@@ -56,6 +58,9 @@ def gaussian_mixture_nll(
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
     x, logits, mean, scale = arguments.check_floats(
-        x=(x, "... W"), logits=(logits, "... X"), mean=(mean, "... X W"), scale=(scale, "... X W")
+        x=(x, "... W"),
+        logits=(logits, "... X"),
+        mean=(mean, "... X W"),
+        scale=(scale, "... X W"),
     )
     return mixture_nll(logits, gaussian_nll(x[..., None, :], mean, scale))

@@ -14,8 +14,12 @@ from continuous_lm.errors import InputError
 class CodeEntropy(NamedTuple):
     """Two entropies of an assignment to E codes, in nats, from 0 to log E."""
 
-    per_vector: jax.Array  # mean entropy of a vector's own assignment: 0 when every one is sure
-    mean: jax.Array  # entropy of the mean assignment: log E when all codes are used alike
+    per_vector: (
+        jax.Array
+    )  # mean entropy of a vector's own assignment: 0 when every one is sure
+    mean: (
+        jax.Array
+    )  # entropy of the mean assignment: log E when all codes are used alike
 
     def loss(self, diversity: ArrayLike = 1.0) -> jax.Array:
         """per_vector - diversity * mean: least for sure assignments that use all codes alike."""
@@ -83,7 +87,9 @@ def code_entropy(
 
     >>> import jax.numpy as jnp
     >>> entropy = code_entropy(probabilities=jnp.array([[1.0, 0.0], [0.0, 1.0]]))
-    >>> print(f"{entropy.per_vector:.4f} {entropy.mean:.4f} {entropy.loss():.4f}")  # mean: log 2
+    >>> print(
+    ...     f"{entropy.per_vector:.4f} {entropy.mean:.4f} {entropy.loss():.4f}"
+    ... )  # mean: log 2
     0.0000 0.6931 -0.6931
 
     Args:
@@ -109,7 +115,9 @@ def code_entropy(
         (p,) = arguments.check_floats(probabilities=(probabilities, "... E"))
         arguments.check_distribution("probabilities", p)
         per_vector = _entropy(p)
-    return CodeEntropy(jnp.mean(per_vector), _entropy(jnp.mean(p, axis=tuple(range(p.ndim - 1)))))
+    return CodeEntropy(
+        jnp.mean(per_vector), _entropy(jnp.mean(p, axis=tuple(range(p.ndim - 1))))
+    )
 
 
 def _entropy(p: jax.Array) -> jax.Array:

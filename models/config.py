@@ -30,7 +30,9 @@ class TransformerConfig:
     num_heads: int  # N
     num_kv_heads: int  # K
     head_dim: int  # H
-    norm: str = "rms"  # "rms_plus_one": scales by 1 + w; "layer": mean removed, and a bias
+    norm: str = (
+        "rms"  # "rms_plus_one": scales by 1 + w; "layer": mean removed, and a bias
+    )
     norm_eps: float = 1e-5
     post_norms: bool = False  # norms after attention and MLP too
     qk_norm: bool = False  # an RMS norm over each head of q and k
@@ -41,8 +43,12 @@ class TransformerConfig:
     local_rope: Rope | None = None  # of layers with a window, where theirs differs
     max_positions: int | None = None  # rows of a learned table of positions
     window: float | None = None  # in tokens of duration 1
-    window_pattern: tuple[bool, ...] = (True,)  # which layers have it, repeated over the layers
-    query_width: float | None = None  # scores are divided by its root; head_dim if left out
+    window_pattern: tuple[bool, ...] = (
+        True,
+    )  # which layers have it, repeated over the layers
+    query_width: float | None = (
+        None  # scores are divided by its root; head_dim if left out
+    )
     attention_softcap: float | None = None
     logits_softcap: float | None = None
     scale_embeddings: bool = False  # by sqrt(hidden_size)
@@ -89,11 +95,17 @@ class TransformerConfig:
                         f" {num_factors}"
                     )
         if self.norm not in NORM_KINDS:
-            raise InputError(f"norm {self.norm!r} is not known; known are {', '.join(NORM_KINDS)}")
+            raise InputError(
+                f"norm {self.norm!r} is not known; known are {', '.join(NORM_KINDS)}"
+            )
         if (self.rope is None) == (self.max_positions is None):
-            raise InputError("a model needs either rope or max_positions, to tell times apart")
+            raise InputError(
+                "a model needs either rope or max_positions, to tell times apart"
+            )
         if self.max_positions is not None and self.max_positions < 1:
-            raise InputError(f"max_positions is {self.max_positions}; it must be positive, or None")
+            raise InputError(
+                f"max_positions is {self.max_positions}; it must be positive, or None"
+            )
         if not self.window_pattern:
             raise InputError(
                 "window_pattern is empty; it must say of each layer whether it has one"
@@ -103,7 +115,9 @@ class TransformerConfig:
             or (self.local_rope.fraction, self.local_rope.attention_factor)
             != (self.rope.fraction, self.rope.attention_factor)
         ):
-            raise InputError("local_rope must turn the channels that rope turns, as strongly")
+            raise InputError(
+                "local_rope must turn the channels that rope turns, as strongly"
+            )
         if self.activation not in ACTIVATIONS:
             raise InputError(
                 f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}"
@@ -120,11 +134,15 @@ class TransformerConfig:
     def windowed_layers(self) -> tuple[bool, ...]:
         """Which of the L layers have the window."""
         cycle = itertools.cycle(self.window_pattern)
-        return tuple(self.window is not None and next(cycle) for _ in range(self.num_layers))
+        return tuple(
+            self.window is not None and next(cycle) for _ in range(self.num_layers)
+        )
 
     def at_length(self, num_tokens: int) -> "TransformerConfig":
         """The model for a sequence of so many tokens, however they are divided over calls."""
-        rope, local_rope = (r and r.at_length(num_tokens) for r in (self.rope, self.local_rope))
+        rope, local_rope = (
+            r and r.at_length(num_tokens) for r in (self.rope, self.local_rope)
+        )
         return dataclasses.replace(self, rope=rope, local_rope=local_rope)
 
     @property

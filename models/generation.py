@@ -19,14 +19,20 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import check_integers, check_numbers, check_positive_integer
+from continuous_lm.arguments import (
+    check_integers,
+    check_numbers,
+    check_positive_integer,
+)
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.samplers import check_sampling, sample_token
 
-LENGTH_MULTIPLE = 64  # lengths are rounded up to multiples of it, so that few programs are compiled
+LENGTH_MULTIPLE = (
+    64  # lengths are rounded up to multiples of it, so that few programs are compiled
+)
 
 
 class GeneratedTokens(NamedTuple):
@@ -44,7 +50,9 @@ class GeneratedTokens(NamedTuple):
 class DecodeSpec(NamedTuple):
     """What the compiled loop depends on, apart from shapes."""
 
-    model: nn.Module  # takes prompts, durations, cache and position; gives outputs and the cache
+    model: (
+        nn.Module
+    )  # takes prompts, durations, cache and position; gives outputs and the cache
     prompt_argument: str  # the name under which the model takes the prompts
     next_argument: str  # and the items that the sampler makes
     sampler: Callable[..., jax.Array]  # hashable; see `decode_batch`
@@ -159,7 +167,9 @@ class _TokenSampler:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         top_p = options["top_p"] if self.top_p else None
         temperature = options["temperature"]
-        return sample_token(key, logits, temperature=temperature, top_k=self.top_k, top_p=top_p)
+        return sample_token(
+            key, logits, temperature=temperature, top_k=self.top_k, top_p=top_p
+        )
 
 
 def decode_batch(
@@ -205,13 +215,20 @@ def decode_batch(
     padded_length, prefill_length = _prefill_lengths(max_length, spec.prefill_length)
     config = spec.config.at_length(max_length + max_new_items)
     spec = spec._replace(
-        model=spec.model.clone(config=config), config=config, prefill_length=prefill_length
+        model=spec.model.clone(config=config),
+        config=config,
+        prefill_length=prefill_length,
     )
-    new_shape, capacity = (len(prompts), max_new_items), _round_up(max_new_items, LENGTH_MULTIPLE)
+    new_shape, capacity = (
+        (len(prompts), max_new_items),
+        _round_up(max_new_items, LENGTH_MULTIPLE),
+    )
     batch = {
         "prompts": _pad_left(prompts, padded_length),
         "durations": _pad_left(durations, padded_length),
-        "new_durations": _broadcast_and_pad("new_durations", new_durations, new_shape, capacity),
+        "new_durations": _broadcast_and_pad(
+            "new_durations", new_durations, new_shape, capacity
+        ),
         "start": _broadcast_and_pad("start", start, new_shape[:1]),
     }
     new_items, lengths = _decode_loop(
@@ -232,21 +249,34 @@ def _decode_loop(
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """New items [B, capacity, ...], at most `max_new_items`, and the number of each row [B]."""
-    (num_rows, capacity), padded_length = batch["new_durations"].shape, batch["prompts"].shape[1]
+    (num_rows, capacity), padded_length = (
+        batch["new_durations"].shape,
+        batch["prompts"].shape[1],
+    )
     place = functools.partial(axes_lib.place, spec.mesh)
-    letters = {"prompts": "B T D", "durations": "B T", "new_durations": "B T", "start": "B"}
+    letters = {
+        "prompts": "B T D",
+        "durations": "B T",
+        "new_durations": "B T",
+        "start": "B",
+    }
     batch = {
-        entry: place(array, letters[entry][: 2 * array.ndim - 1]) for entry, array in batch.items()
+        entry: place(array, letters[entry][: 2 * array.ndim - 1])
+        for entry, array in batch.items()
     }
     cache = kv_cache.empty(spec.config, padded_length + capacity, (num_rows,), dtype)
-    cache = jax.tree.map(place, cache._replace(end_time=batch["start"]), kv_cache.CACHE_AXES)
+    cache = jax.tree.map(
+        place, cache._replace(end_time=batch["start"]), kv_cache.CACHE_AXES
+    )
 
     def slice_piece(name, i, size):
         return lax.dynamic_slice_in_dim(batch[name], i * size, size, axis=1)
 
     def apply_model(cache, durations, **inputs):
         variables: Any = {"params": params}
-        return spec.model.apply(variables, durations=durations, cache=cache, position=-1, **inputs)
+        return spec.model.apply(
+            variables, durations=durations, cache=cache, position=-1, **inputs
+        )
 
     def prefill_piece(i, carry):
         """The i-th piece of the prompts."""
@@ -261,7 +291,9 @@ def _decode_loop(
         """The i-th new item."""
         item = spec.sampler(params, options, jax.random.fold_in(key, i), outputs, done)
         item = jnp.where(done.reshape(-1, *[1] * (item.ndim - 1)), 0, item)
-        new = lax.dynamic_update_slice_in_dim(new, item[:, None].astype(new.dtype), i, axis=1)
+        new = lax.dynamic_update_slice_in_dim(
+            new, item[:, None].astype(new.dtype), i, axis=1
+        )
         is_ending: jax.Array | bool = False
         if jnp.issubdtype(item.dtype, jnp.integer):  # a token, or any of a chunk's
             is_stop = jnp.isin(item, stop) | (item < 0)
@@ -276,7 +308,9 @@ def _decode_loop(
         i, cache, new_items, lengths, is_done = state
         last_item = lax.dynamic_slice_in_dim(new_items, i - 1, 1, axis=1)
         outputs, cache = apply_model(
-            cache, slice_piece("new_durations", i - 1, 1), **{spec.next_argument: last_item}
+            cache,
+            slice_piece("new_durations", i - 1, 1),
+            **{spec.next_argument: last_item},
         )
         return append(i, outputs, cache, new_items, lengths, is_done)
 
@@ -319,7 +353,9 @@ def split_prompts(
             f"durations are given for {len(duration_list)} prompts, and there are"
             f" {len(prompt_list)} prompts"
         )
-    for i, (row, row_durations) in enumerate(zip(prompt_list, duration_list, strict=True)):
+    for i, (row, row_durations) in enumerate(
+        zip(prompt_list, duration_list, strict=True)
+    ):
         with about(f"prompt {i}"):
             model.check(**{prompt_argument: row}, durations=row_durations)
     return [row.astype(dtype) for row in prompt_list], [
@@ -335,12 +371,16 @@ def _split_rows(name: str, values: Any, axes: str) -> list[np.ndarray]:
         rows = [np.asarray(row) for row in values]
         rows = [np.asarray(values)] if rows and rows[0].ndim == rank - 1 else rows
     except (TypeError, ValueError):
-        raise InputError(f"{name} must be one prompt's [{axes}], or a list of them") from None
+        raise InputError(
+            f"{name} must be one prompt's [{axes}], or a list of them"
+        ) from None
     if not rows:
         raise InputError(f"{name} are empty; give at least one prompt")
     for i, row in enumerate(rows):
         if row.dtype.kind in "US":
-            raise InputError(f"{name} are text; lm.tokenizer.encode(text).ids are its tokens")
+            raise InputError(
+                f"{name} are text; lm.tokenizer.encode(text).ids are its tokens"
+            )
         if row.ndim != rank:
             raise InputError(
                 f"prompt {i}: {name} have shape {list(row.shape)}; it must be [{axes}]"
@@ -362,7 +402,10 @@ def _prefill_lengths(length: int, max_prefill_length: int) -> tuple[int, int]:
 def _pad_left(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     """[B, length, ...]: the rows, with zeros in front."""
     return np.stack(
-        [np.pad(row, [(length - len(row), 0)] + [(0, 0)] * (row.ndim - 1)) for row in rows]
+        [
+            np.pad(row, [(length - len(row), 0)] + [(0, 0)] * (row.ndim - 1))
+            for row in rows
+        ]
     )
 
 

@@ -43,9 +43,17 @@ def empty(
     """
     is_integer = isinstance(length, int | np.integer) and not isinstance(length, bool)
     if not is_integer or length < 1:
-        raise InputError(f"length is {length!r}; it must be a positive integer, of tokens")
+        raise InputError(
+            f"length is {length!r}; it must be a positive integer, of tokens"
+        )
     float_dtype = jnp.promote_types(dtype, jnp.float32)
-    shape = (config.num_layers, *batch_shape, length, config.num_kv_heads, config.head_dim)
+    shape = (
+        config.num_layers,
+        *batch_shape,
+        length,
+        config.num_kv_heads,
+        config.head_dim,
+    )
     return KVCache(
         keys=jnp.zeros(shape, dtype),
         values=jnp.zeros(shape, dtype),
@@ -58,14 +66,18 @@ def empty(
 
 def append(buffer: jax.Array, new: jax.Array, offset: jax.Array) -> jax.Array:
     """`buffer` [..., S] with `new` [..., T] from index `offset` on; leading axes broadcast."""
-    new = jnp.broadcast_to(new, (*buffer.shape[:-1], new.shape[-1])).astype(buffer.dtype)
+    new = jnp.broadcast_to(new, (*buffer.shape[:-1], new.shape[-1])).astype(
+        buffer.dtype
+    )
     return lax.dynamic_update_slice_in_dim(buffer, new, offset, axis=-1)
 
 
 def concatenate(past: jax.Array, new: jax.Array, *, axis: int) -> jax.Array:
     """`past` and then `new` along `axis` (from the end); the axes before it broadcast."""
     batch_shape = jnp.broadcast_shapes(past.shape[:axis], new.shape[:axis])
-    broadcast_parts = (jnp.broadcast_to(x, (*batch_shape, *x.shape[axis:])) for x in (past, new))
+    broadcast_parts = (
+        jnp.broadcast_to(x, (*batch_shape, *x.shape[axis:])) for x in (past, new)
+    )
     return jnp.concatenate(list(broadcast_parts), axis=axis)
 
 
@@ -85,5 +97,7 @@ def update_layer(
     """
     starts = [layer_index, *[0] * (buffer.ndim - 4), offset, 0, 0]
     start_indices = [jnp.asarray(i, jnp.int32) for i in starts]
-    buffer = lax.dynamic_update_slice(buffer, new[None].astype(buffer.dtype), start_indices)
+    buffer = lax.dynamic_update_slice(
+        buffer, new[None].astype(buffer.dtype), start_indices
+    )
     return buffer, lax.dynamic_index_in_dim(buffer, layer_index, 0, keepdims=False)

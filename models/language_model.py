@@ -21,7 +21,10 @@ from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models.checkpoints import hub, parameter_cache
 from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS, ConfigFields
-from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout, check_parameters
+from continuous_lm.models.checkpoints.parameter_layout import (
+    ParameterLayout,
+    check_parameters,
+)
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families.registry import FAMILIES
 from continuous_lm.models.kv_cache import KVCache
@@ -40,7 +43,9 @@ _DTYPE_BY_NAME = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_jitted(model: Transformer, params: Any, tokens, arguments: dict[str, Any]) -> jax.Array:
+def _apply_jitted(
+    model: Transformer, params: Any, tokens, arguments: dict[str, Any]
+) -> jax.Array:
     return cast(jax.Array, model.apply({"params": params}, tokens, **arguments))
 
 
@@ -69,7 +74,9 @@ class LanguageModel:
     model: Transformer = dataclasses.field(init=False)
 
     def __post_init__(self):
-        model = Transformer(self.config, implementation=self.implementation, remat=self.remat)
+        model = Transformer(
+            self.config, implementation=self.implementation, remat=self.remat
+        )
         object.__setattr__(self, "model", model)
 
     def __call__(self, tokens=None, **arguments) -> jax.Array:
@@ -116,13 +123,17 @@ def load(
     """
     folder = _find_folder(folder_or_name)
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise InputError(f"mesh is a {type(mesh).__name__}; make one with jax.make_mesh")
+        raise InputError(
+            f"mesh is a {type(mesh).__name__}; make one with jax.make_mesh"
+        )
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         config = read_config(fields, ignore_fields)
         dtype = parameter_dtype(fields, dtype)
     tokenizer = read_tokenizer(folder, config.vocab_size)
-    layout = ParameterLayout(config, FAMILIES[config.family], parameter_declarations(config))
+    layout = ParameterLayout(
+        config, FAMILIES[config.family], parameter_declarations(config)
+    )
     specs = layout.parameter_specs(dtype, mesh)
     read_params = functools.partial(layout.read, folder, specs)
     flat_params = (
@@ -169,7 +180,9 @@ def write_files(
 ) -> None:
     """Writes the files of `save` into a folder that is there, one by one."""
     if not isinstance(lm, LanguageModel):
-        raise InputError(f"lm is a {type(lm).__name__}; only a LanguageModel can be saved")
+        raise InputError(
+            f"lm is a {type(lm).__name__}; only a LanguageModel can be saved"
+        )
     if lm.config.family not in FAMILIES:
         raise InputError(
             f"family is {lm.config.family!r}, which has no layout of checkpoints; only"
@@ -178,7 +191,9 @@ def write_files(
     config, family = lm.config, FAMILIES[lm.config.family]
     layout = ParameterLayout(config, family, parameter_declarations(config))
     if not isinstance(lm.params, Mapping):
-        raise InputError(f"params are a {type(lm.params).__name__}; they must be a tree of dicts")
+        raise InputError(
+            f"params are a {type(lm.params).__name__}; they must be a tree of dicts"
+        )
     flat_params = traverse_util.flatten_dict(lm.params, sep="/")
     check_parameters(flat_params, layout.declarations)
     dtype = flat_params["embedding"].dtype
@@ -194,8 +209,12 @@ def write_files(
         **family.write_config(config),
         "torch_dtype": dtype.name,
     }
-    if _with_full_window_pattern(read_config(fields)) != _with_full_window_pattern(config):
-        raise InputError(f"a config.json of {config.family} cannot express this model: {config}")
+    if _with_full_window_pattern(read_config(fields)) != _with_full_window_pattern(
+        config
+    ):
+        raise InputError(
+            f"a config.json of {config.family} cannot express this model: {config}"
+        )
     with about("config.json"):
         write_json(staging_folder / "config.json", fields)
     layout.write(staging_folder, flat_params, dtype, shard_size)
@@ -203,7 +222,9 @@ def write_files(
         lm.tokenizer.save(str(staging_folder / "tokenizer.json"))
 
 
-def read_config(fields: dict[str, Any], ignore_fields: Sequence[str] = ()) -> TransformerConfig:
+def read_config(
+    fields: dict[str, Any], ignore_fields: Sequence[str] = ()
+) -> TransformerConfig:
     """The configuration that a config.json describes."""
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -217,7 +238,9 @@ def read_config(fields: dict[str, Any], ignore_fields: Sequence[str] = ()) -> Tr
     return config
 
 
-def read_tokenizer(folder: pathlib.Path, vocab_size: int) -> "tokenizers.Tokenizer | None":
+def read_tokenizer(
+    folder: pathlib.Path, vocab_size: int
+) -> "tokenizers.Tokenizer | None":
     """The folder's tokenizer, if it has one, refused if it has tokens beyond the vocabulary."""
     tokenizer = tokenization.load(folder)
     if tokenizer is not None and _has_tokens_beyond(tokenizer, vocab_size):
@@ -228,11 +251,13 @@ def read_tokenizer(folder: pathlib.Path, vocab_size: int) -> "tokenizers.Tokeniz
     return tokenizer
 
 
-def parameter_declarations(config: TransformerConfig) -> dict[str, nn.LogicallyPartitioned]:
+def parameter_declarations(
+    config: TransformerConfig,
+) -> dict[str, nn.LogicallyPartitioned]:
     """Path -> shape and axes of every parameter, from the declarations in the modules."""
-    tree = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros(1, jnp.int32))[
-        "params"
-    ]
+    tree = jax.eval_shape(
+        Transformer(config).init, jax.random.key(0), jnp.zeros(1, jnp.int32)
+    )["params"]
     return traverse_util.flatten_dict(
         tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
     )
@@ -246,7 +271,8 @@ def _has_tokens_beyond(tokenizer: "tokenizers.Tokenizer", vocab_size: int) -> bo
         if token.special
     }
     return any(
-        token_id >= vocab_size for token_id in set(tokenizer.get_vocab().values()) - special_ids
+        token_id >= vocab_size
+        for token_id in set(tokenizer.get_vocab().values()) - special_ids
     )
 
 
@@ -262,7 +288,9 @@ def bundled_models() -> list[str]:
 
 def _find_folder(folder_or_name: str | os.PathLike) -> pathlib.Path:
     if not isinstance(folder_or_name, (str, os.PathLike)):
-        raise InputError(f"{folder_or_name!r:.60} is neither the path of a folder nor a name")
+        raise InputError(
+            f"{folder_or_name!r:.60} is neither the path of a folder nor a name"
+        )
     folder = pathlib.Path(folder_or_name)
     if os.path.isdir(folder):  # False, not an error, for names that no file can have
         return folder
@@ -284,7 +312,9 @@ def parameter_dtype(fields: Mapping[str, Any], dtype: DTypeLike | None) -> jnp.d
     if dtype is not None:
         return _as_float_dtype(dtype)
     dtype_names = [
-        fields[field] for field in ("dtype", "torch_dtype") if fields.get(field) is not None
+        fields[field]
+        for field in ("dtype", "torch_dtype")
+        if fields.get(field) is not None
     ]
     if len(dtype_names) == 2 and dtype_names[0] != dtype_names[1]:
         raise InputError(
@@ -303,8 +333,14 @@ def _as_float_dtype(dtype: DTypeLike) -> jnp.dtype:
         float_dtype = jnp.dtype(dtype)
     except TypeError:
         float_dtype = None
-    if float_dtype is None or float_dtype not in map(jnp.dtype, _DTYPE_BY_NAME.values()):
-        raise InputError(f"dtype is {dtype!r:.60}; it must be one of {', '.join(_DTYPE_BY_NAME)}")
+    if float_dtype is None or float_dtype not in map(
+        jnp.dtype, _DTYPE_BY_NAME.values()
+    ):
+        raise InputError(
+            f"dtype is {dtype!r:.60}; it must be one of {', '.join(_DTYPE_BY_NAME)}"
+        )
     if jax.dtypes.canonicalize_dtype(float_dtype) != float_dtype:
-        raise InputError("dtype float64 needs jax.config.update('jax_enable_x64', True) before it")
+        raise InputError(
+            "dtype float64 needs jax.config.update('jax_enable_x64', True) before it"
+        )
     return float_dtype

@@ -39,7 +39,9 @@ def sample_token(
     return jax.random.categorical(key, top_logits).astype(jnp.int32)
 
 
-def _mask_unlikely(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None) -> jax.Array:
+def _mask_unlikely(
+    logits: jax.Array, top_k: int | None, top_p: ArrayLike | None
+) -> jax.Array:
     """The logits [..., V], with -inf in place of those that `sample_token` does not draw from."""
     if top_k is not None and top_k < logits.shape[-1]:
         min_logit = lax.top_k(logits, top_k)[0][..., -1:]
@@ -49,7 +51,9 @@ def _mask_unlikely(logits: jax.Array, top_k: int | None, top_p: ArrayLike | None
         ranking = jnp.argsort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(jnp.take_along_axis(logits, ranking, axis=-1))
         # At 1 all are kept: the rounded sums before the least likely ones can be 1 already.
-        is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (top_p >= 1)
+        is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (
+            top_p >= 1
+        )
         is_kept = jnp.take_along_axis(
             is_kept.at[..., 0].set(True), jnp.argsort(ranking, axis=-1), axis=-1
         )
@@ -63,11 +67,15 @@ def check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
         if value is not None or name == "temperature":
             check_numbers(name, value, 0.0)
             if np.ndim(value):
-                raise InputError(f"{name} has shape {list(np.shape(value))}; it must be a scalar")
+                raise InputError(
+                    f"{name} has shape {list(np.shape(value))}; it must be a scalar"
+                )
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"top_p is {top_p}; it must be above 0, and at most 1")
     if temperature > 0 and key is None:
-        raise InputError("sampling at a temperature above 0 needs a key, such as jax.random.key(0)")
+        raise InputError(
+            "sampling at a temperature above 0 needs a key, such as jax.random.key(0)"
+        )
     if temperature > 0 and not _is_key(key):
         raise InputError("key is not a single PRNG key, such as jax.random.key(0)")
 

@@ -39,7 +39,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normalized.astype(x.dtype) * scale
 
 
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> jax.Array:
     """(x - mean) / std * scale + bias over the last axis, in at least float32 (1607.06450)."""
     x_float = as_float(x)
     x_float = x_float - jnp.mean(x_float, axis=-1, keepdims=True)
@@ -64,7 +66,9 @@ class TokenTiming(NamedTuple):
 
     durations: jax.Array  # [..., S]
     intervals: jax.Array | None  # [..., S] that windows sum; None: the durations
-    query_offset: jax.Array | None  # int [], index of the first query's token; None: T = S
+    query_offset: (
+        jax.Array | None
+    )  # int [], index of the first query's token; None: T = S
     cos_sin: jax.Array | None  # [..., T, rotary_channels], rotary cosines and sines
     local_cos_sin: jax.Array | None  # those of layers with a window, where they differ
 
@@ -94,7 +98,9 @@ class ConfigModule(nn.Module):
         letters = axes_lib.split(axes)
         shape = tuple(self.config.sizes[a] for a in letters)
         partitioned_init = nn.with_logical_partitioning(initializer, letters)
-        return cast(jax.Array, self.param(name, partitioned_init, shape, self.param_dtype))
+        return cast(
+            jax.Array, self.param(name, partitioned_init, shape, self.param_dtype)
+        )
 
 
 class Norm(ConfigModule):
@@ -108,9 +114,13 @@ class Norm(ConfigModule):
         match config.norm:
             case "layer":
                 scale = self.parameter("scale", self.axis, _ONES_INIT)
-                return layer_norm(x, scale, self.parameter("bias", self.axis, _ZEROS_INIT), eps)
+                return layer_norm(
+                    x, scale, self.parameter("bias", self.axis, _ZEROS_INIT), eps
+                )
             case "rms_plus_one":
-                one_plus_scale = 1.0 + as_float(self.parameter("scale", self.axis, _ZEROS_INIT))
+                one_plus_scale = 1.0 + as_float(
+                    self.parameter("scale", self.axis, _ZEROS_INIT)
+                )
                 return rms_norm(as_float(x), one_plus_scale, eps).astype(x.dtype)
         return rms_norm(x, self.parameter("scale", self.axis, _ONES_INIT), eps)
 
@@ -143,7 +153,10 @@ class Attention(ConfigModule):
             )
             k = rotary.apply_rotary(k, cos_sin)
         if isinstance(layer_cache, PrefixKeysValues):
-            k, v = _append_to_prefix(layer_cache.keys, k), _append_to_prefix(layer_cache.values, v)
+            k, v = (
+                _append_to_prefix(layer_cache.keys, k),
+                _append_to_prefix(layer_cache.values, v),
+            )
         elif layer_cache is not None:
             cached_keys, k = kv_cache.update_layer(
                 layer_cache.keys, k, layer_index, timing.query_offset
@@ -169,7 +182,10 @@ class Attention(ConfigModule):
         )
         output_kernel = self.parameter("o", "D N H")
         heads_width = config.num_heads * config.head_dim
-        y = project(y.reshape(*y.shape[:-2], heads_width), output_kernel.reshape(-1, heads_width))
+        y = project(
+            y.reshape(*y.shape[:-2], heads_width),
+            output_kernel.reshape(-1, heads_width),
+        )
         y = y + self.parameter("o_bias", "D", _ZEROS_INIT) if config.output_bias else y
         return y, layer_cache
 
@@ -184,12 +200,18 @@ class Mlp(ConfigModule):
         y = y + self.parameter("up_bias", "F", _ZEROS_INIT) if config.mlp_bias else y
         if config.gated:
             gate = project(x, self.parameter("gate", "F D"))
-            gate = gate + self.parameter("gate_bias", "F", _ZEROS_INIT) if config.mlp_bias else gate
+            gate = (
+                gate + self.parameter("gate_bias", "F", _ZEROS_INIT)
+                if config.mlp_bias
+                else gate
+            )
             y = activation(gate) * y
         else:
             y = activation(y)
         y = project(y, self.parameter("down", "D F"))
-        return y + self.parameter("down_bias", "D", _ZEROS_INIT) if config.mlp_bias else y
+        return (
+            y + self.parameter("down_bias", "D", _ZEROS_INIT) if config.mlp_bias else y
+        )
 
 
 class TransformerLayer(ConfigModule):
@@ -207,7 +229,9 @@ class TransformerLayer(ConfigModule):
 
         y = Norm(config, dtype, name="attention_norm")(x)
         attention = Attention(config, dtype, self.implementation, name="attention")
-        y, layer_cache = attention(y, layer_cache, timing, layer_index, is_windowed, position)
+        y, layer_cache = attention(
+            y, layer_cache, timing, layer_index, is_windowed, position
+        )
         y = post_norm("attention_post_norm", y)
         x = x if position is None else _take_position(x, position)
         z = Norm(config, dtype, name="mlp_norm")(x if config.parallel else x + y)
@@ -313,11 +337,16 @@ class Transformer(ConfigModule):
             x = jnp.broadcast_to(x, (*batch_shape, *x.shape[-2:]))
         query_offset, layer_cache = None, None
         if cache is not None:
-            query_offset, layer_cache = cache.num_tokens, LayerCache(cache.keys, cache.values)
+            query_offset, layer_cache = (
+                cache.num_tokens,
+                LayerCache(cache.keys, cache.values),
+            )
             num_tokens = cache.durations.shape[-1]
             if intervals is not None:
                 times = jnp.broadcast_to(times, (*past_shape, times.shape[-1]))
-            intervals = d if intervals is None else durations_from_times(times, cache.end_time)
+            intervals = (
+                d if intervals is None else durations_from_times(times, cache.end_time)
+            )
             cache = cache._replace(
                 durations=kv_cache.append(cache.durations, d, query_offset),
                 intervals=kv_cache.append(cache.intervals, intervals, query_offset),
@@ -327,13 +356,18 @@ class Transformer(ConfigModule):
             d, intervals = cache.durations, cache.intervals
         if prefix is not None:
             num_tokens = prefix.durations.shape[-1] + num_tokens
-            intervals = d if intervals is None else durations_from_times(times, prefix.end_time)
+            intervals = (
+                d if intervals is None else durations_from_times(times, prefix.end_time)
+            )
             is_up_to_position = (
-                jnp.arange(x.shape[-2]) <= (jnp.asarray(position) % x.shape[-2])[..., None]
+                jnp.arange(x.shape[-2])
+                <= (jnp.asarray(position) % x.shape[-2])[..., None]
             )
             # What comes later weighs nothing: the position asked for is then as good as the last.
             d, intervals = (
-                kv_cache.concatenate(past, jnp.where(is_up_to_position, new, 0.0), axis=-1)
+                kv_cache.concatenate(
+                    past, jnp.where(is_up_to_position, new, 0.0), axis=-1
+                )
                 for past, new in ((prefix.durations, d), (prefix.intervals, intervals))
             )
 
@@ -341,12 +375,15 @@ class Transformer(ConfigModule):
         if config.scale_embeddings:
             x = x * jnp.sqrt(jnp.float32(config.hidden_size)).astype(x.dtype)
         if config.max_positions is not None:
-            x = x + interpolate_positions(self.parameter("positions", "M D"), times - 1.0)
+            x = x + interpolate_positions(
+                self.parameter("positions", "M D"), times - 1.0
+            )
         cos_sin_by_rope = [
             None
             if rope is None
             else rotary.cos_sin(
-                rotary.angles(times, rope, config.head_dim, num_tokens), rope.attention_factor
+                rotary.angles(times, rope, config.head_dim, num_tokens),
+                rope.attention_factor,
             )
             for rope in (config.rope, config.local_rope)
         ]
@@ -355,7 +392,9 @@ class Transformer(ConfigModule):
             jnp.arange(config.num_layers),
         )
         scanned_layer = nn.scan(
-            nn.remat(TransformerLayer, prevent_cse=False) if self.remat else TransformerLayer,
+            nn.remat(TransformerLayer, prevent_cse=False)
+            if self.remat
+            else TransformerLayer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0, 0),
@@ -363,20 +402,31 @@ class Transformer(ConfigModule):
             metadata_params={nn.PARTITION_NAME: "L"},
         )
         if prefix is None:
-            layer_stack: Any = scanned_layer(config, dtype, self.implementation, name="layers")
+            layer_stack: Any = scanned_layer(
+                config, dtype, self.implementation, name="layers"
+            )
             (x, layer_cache), _ = layer_stack(
-                (x, layer_cache), timing, layer_indices, jnp.array(config.windowed_layers)
+                (x, layer_cache),
+                timing,
+                layer_indices,
+                jnp.array(config.windowed_layers),
             )
             x = x if position is None else _take_position(x, position)[..., 0, :]
         else:
-            x = self._run_layers_after_prefix(x, batch_shape, prefix, timing, position)[..., 0, :]
+            x = self._run_layers_after_prefix(x, batch_shape, prefix, timing, position)[
+                ..., 0, :
+            ]
         x = Norm(config, dtype, name="final_norm")(x)
         if not return_hidden:
             unembedding = (
-                embedding_table if config.tie_embeddings else self.parameter("head", "V D")
+                embedding_table
+                if config.tie_embeddings
+                else self.parameter("head", "V D")
             )
             logits_dtype = jnp.promote_types(x.dtype, jnp.float32)
-            x = jnp.einsum("...d,vd->...v", x, unembedding, preferred_element_type=logits_dtype)
+            x = jnp.einsum(
+                "...d,vd->...v", x, unembedding, preferred_element_type=logits_dtype
+            )
             if config.logits_softcap is not None:
                 x = config.logits_softcap * jnp.tanh(x / config.logits_softcap)
         if cache is None or layer_cache is None:
@@ -391,15 +441,25 @@ class Transformer(ConfigModule):
         a config `at_length` of it.
         """
         token_axes = tokens if tokens is not None else arguments["embeddings"][..., 0]
-        leading_shapes = [np.shape(token_axes)[:-1], np.shape(arguments.get("start", 0.0))]
+        leading_shapes = [
+            np.shape(token_axes)[:-1],
+            np.shape(arguments.get("start", 0.0)),
+        ]
         leading_shapes += [
-            np.shape(arguments[name])[:-1] for name in ("durations", "times") if name in arguments
+            np.shape(arguments[name])[:-1]
+            for name in ("durations", "times")
+            if name in arguments
         ]
         dtype = self.variables["params"]["embedding"].dtype
         empty_cache = kv_cache.empty(
-            self.config, np.shape(token_axes)[-1], np.broadcast_shapes(*leading_shapes), dtype
+            self.config,
+            np.shape(token_axes)[-1],
+            np.broadcast_shapes(*leading_shapes),
+            dtype,
         )
-        return self(tokens, cache=empty_cache, position=-1, return_hidden=True, **arguments)[1]
+        return self(
+            tokens, cache=empty_cache, position=-1, return_hidden=True, **arguments
+        )[1]
 
     def _run_layers_after_prefix(
         self,
@@ -415,8 +475,14 @@ class Transformer(ConfigModule):
         the first layer are made once.
         """
         config = self.config
-        layer_module = TransformerLayer(config, self.param_dtype, self.implementation, parent=None)
-        layer_stacks = nn.meta.unbox(self.variables["params"]["layers"]), prefix.keys, prefix.values
+        layer_module = TransformerLayer(
+            config, self.param_dtype, self.implementation, parent=None
+        )
+        layer_stacks = (
+            nn.meta.unbox(self.variables["params"]["layers"]),
+            prefix.keys,
+            prefix.values,
+        )
 
         def run_layer(x, i, position=None):
             # An index into the whole stacks: slices of them as operands of a loop would be copies.
@@ -430,7 +496,11 @@ class Transformer(ConfigModule):
 
         if self.remat:
             run_layer = jax.checkpoint(run_layer, prevent_cse=False)
-        last_index, full_shape, num_done = config.num_layers - 1, (*batch_shape, *x.shape[-2:]), 0
+        last_index, full_shape, num_done = (
+            config.num_layers - 1,
+            (*batch_shape, *x.shape[-2:]),
+            0,
+        )
         if last_index and x.shape != full_shape:
             x, num_done = run_layer(x, 0)[0], 1
         x = jnp.broadcast_to(x, full_shape)
@@ -448,7 +518,9 @@ def interpolate_positions(table: jax.Array, positions: jax.Array) -> jax.Array:
     last_row = (
         table.shape[0] - 1.0
     )  # not clip: it would halve the derivative at 0, where sentences begin
-    positions = jnp.where(positions < 0, 0.0, jnp.where(positions > last_row, last_row, positions))
+    positions = jnp.where(
+        positions < 0, 0.0, jnp.where(positions > last_row, last_row, positions)
+    )
     row_below = jnp.clip(positions.astype(jnp.int32), 0, max(table.shape[0] - 2, 0))
     fraction = (positions - row_below)[..., None]
     interpolated = (1.0 - fraction) * table[row_below] + fraction * table[row_below + 1]
@@ -506,7 +578,9 @@ def check_inputs(
             )
     if times is not None:
         if start is not None:
-            raise InputError("times already say where the first token begins; leave out start")
+            raise InputError(
+                "times already say where the first token begins; leave out start"
+            )
         check_durations(times, num_tokens, "times", minimum=-np.inf)
     if start is not None:
         check_numbers("start", start)
@@ -534,11 +608,16 @@ def check_inputs(
         _check_visible_keys(durations, times, config.window)
 
 
-def _check_cache(config: TransformerConfig, cache: KVCache, num_new: int, leading_shapes) -> None:
+def _check_cache(
+    config: TransformerConfig, cache: KVCache, num_new: int, leading_shapes
+) -> None:
     """Refuses a cache of another model, for other sequences, or without room for n more tokens."""
     capacity = cache.durations.shape[-1]
     _check_cache_shape(config, cache, "cache")
-    if np.broadcast_shapes(*map(tuple, leading_shapes.values())) != cache.end_time.shape:
+    if (
+        np.broadcast_shapes(*map(tuple, leading_shapes.values()))
+        != cache.end_time.shape
+    ):
         raise InputError(
             f"the cache is for leading axes {list(cache.end_time.shape)}, and those of the"
             " arguments do"
@@ -552,7 +631,9 @@ def _check_cache(config: TransformerConfig, cache: KVCache, num_new: int, leadin
         )
 
 
-def _check_cache_shape(config: TransformerConfig, cache: KVCache, cache_name: str) -> None:
+def _check_cache_shape(
+    config: TransformerConfig, cache: KVCache, cache_name: str
+) -> None:
     """Refuses a cache or prefix of another model."""
     capacity = cache.durations.shape[-1]
     expected_shape = (
@@ -571,13 +652,18 @@ def _check_cache_shape(config: TransformerConfig, cache: KVCache, cache_name: st
 
 def _check_visible_keys(durations: ArrayLike, times: ArrayLike, window: float) -> None:
     """Refuses tokens that see nothing: all that lies in their window has duration 0."""
-    if not (_is_concrete(durations) and _is_concrete(times)) or (np.asarray(durations) > 0).all():
+    if (
+        not (_is_concrete(durations) and _is_concrete(times))
+        or (np.asarray(durations) > 0).all()
+    ):
         return  # every token sees itself
     times, d = as_float(times), as_float(durations)
     intervals = durations_from_times(times, times[..., 0])
     token_indices = np.arange(d.shape[-1])
     is_visible = (
-        visibility_mask(token_indices, token_indices, exact_end_times(intervals), window)
+        visibility_mask(
+            token_indices, token_indices, exact_end_times(intervals), window
+        )
         & (d > 0)[..., None, :]
     )
     blind_queries = np.argwhere(~np.asarray(is_visible.any(axis=-1)))
@@ -594,7 +680,9 @@ def _is_concrete(values: ArrayLike) -> bool:
     return not isinstance(values, jax.core.Tracer)
 
 
-def resolve_times(x, durations, start, times) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def resolve_times(
+    x, durations, start, times
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Durations and times [..., T], and the steps that windows sum (None: the durations)."""
     float_dtype = jnp.promote_types(x.dtype, jnp.float32)
     d = jnp.ones(x.shape[-2], float_dtype) if durations is None else as_float(durations)
@@ -609,7 +697,9 @@ def _take_position(x: jax.Array, position: ArrayLike) -> jax.Array:
     position = jnp.asarray(position) % x.shape[-2]
     batch_shape = jnp.broadcast_shapes(x.shape[:-2], position.shape)
     x = jnp.broadcast_to(x, (*batch_shape, *x.shape[-2:]))
-    return jnp.take_along_axis(x, jnp.broadcast_to(position, batch_shape)[..., None, None], axis=-2)
+    return jnp.take_along_axis(
+        x, jnp.broadcast_to(position, batch_shape)[..., None, None], axis=-2
+    )
 
 
 def _append_to_prefix(prefix_part: jax.Array, new_part: jax.Array) -> jax.Array:

@@ -40,7 +40,11 @@ from continuous_lm.quantize.rvq import (
     revive_residual,
     update_residual_ema,
 )
-from continuous_lm.quantize.straight_through import GRADIENTS, rotation_trick, straight_through
+from continuous_lm.quantize.straight_through import (
+    GRADIENTS,
+    rotation_trick,
+    straight_through,
+)
 from continuous_lm.quantize.vq import (
     Codebook,
     Quantized,

@@ -17,7 +17,9 @@ class CodeUse(NamedTuple):
     """How the codes of a codebook are used."""
 
     counts: jax.Array  # int32 [E]
-    perplexity: jax.Array  # exp of the entropy of the counts: E if all are used alike, 1 if one is
+    perplexity: (
+        jax.Array
+    )  # exp of the entropy of the counts: E if all are used alike, 1 if one is
     used_share: jax.Array  # part of the codes that occur at all, from 0 to 1
 
 
@@ -25,7 +27,9 @@ class QuantizationNoise(NamedTuple):
     """What quantization does to each vector."""
 
     distance: jax.Array  # [...], to the nearest code
-    margin: jax.Array  # [...] >= 0, by how much farther the second nearest lies; 0 is a tie
+    margin: (
+        jax.Array
+    )  # [...] >= 0, by how much farther the second nearest lies; 0 is a tie
 
 
 class VectorSpread(NamedTuple):
@@ -108,4 +112,6 @@ def spread(x: ArrayLike) -> VectorSpread:
     total = jnp.sum(singular_values)
     p = singular_values / jnp.where(total > 0, total, 1.0)
     effective_rank = jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0))))
-    return VectorSpread(jnp.mean(jnp.square(x), axis=0), jnp.where(total > 0, effective_rank, 0.0))
+    return VectorSpread(
+        jnp.mean(jnp.square(x), axis=0), jnp.where(total > 0, effective_rank, 0.0)
+    )

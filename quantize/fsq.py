@@ -117,8 +117,14 @@ def finite_vectors(indices: ArrayLike, levels: Sequence[int]) -> jax.Array:
     """
     num_levels = _check_levels(levels, (len(levels),), jnp.int32)
     check_integers("indices", indices, 0, math.prod(levels))
-    digits = jnp.asarray(indices, jnp.int32)[..., None] // _place_values(tuple(levels)) % num_levels
-    return (digits - num_levels // 2).astype(jnp.float32) / (num_levels // 2).astype(np.float32)
+    digits = (
+        jnp.asarray(indices, jnp.int32)[..., None]
+        // _place_values(tuple(levels))
+        % num_levels
+    )
+    return (digits - num_levels // 2).astype(jnp.float32) / (num_levels // 2).astype(
+        np.float32
+    )
 
 
 def _digits_to_index(digits: jax.Array, levels: Sequence[int]) -> jax.Array:
@@ -139,9 +145,13 @@ def _check_levels(levels: Sequence[int], shape: tuple[int, ...], dtype) -> np.nd
         for num_levels in levels
     )
     if not are_integers or not len(levels) or min(levels) < 2:
-        raise InputError(f"levels are {tuple(levels)}; they must be whole numbers, at least 2")
+        raise InputError(
+            f"levels are {tuple(levels)}; they must be whole numbers, at least 2"
+        )
     if math.prod(int(num_levels) for num_levels in levels) > np.iinfo(np.int32).max:
-        raise InputError(f"levels {tuple(levels)} have more combinations than int32 can count")
+        raise InputError(
+            f"levels {tuple(levels)} have more combinations than int32 can count"
+        )
     if not shape or shape[-1] != len(levels):
         raise InputError(
             f"there are {len(levels)} levels for vectors {list(shape)}; give one for each dimension"

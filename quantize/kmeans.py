@@ -58,7 +58,9 @@ def kmeans(
     check_vectors(x)
     for name, count, minimum in (("num_codes", num_codes, 1), ("steps", steps, 0)):
         check_count(name, count, minimum)
-    return _kmeans(key, x.reshape(-1, x.shape[-1]), int(num_codes), int(steps), block_size)
+    return _kmeans(
+        key, x.reshape(-1, x.shape[-1]), int(num_codes), int(steps), block_size
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("num_codes", "block_size"))
@@ -70,7 +72,10 @@ def _kmeans(
         0, steps, lambda _, centres: _lloyd_step(x, centres, block_size), centres
     )
     return Clusters(
-        centres, count_codes(nearest(x, centres, block_size=block_size).indices, num_codes, x.dtype)
+        centres,
+        count_codes(
+            nearest(x, centres, block_size=block_size).indices, num_codes, x.dtype
+        ),
     )
 
 
@@ -81,12 +86,19 @@ def _init_plus_plus(key: jax.Array, x: jax.Array, num_codes: int) -> jax.Array:
         centres, distances = carry
         log_weights = jnp.log(distances)  # -inf where a centre lies already
         new_centre = x[jax.random.categorical(jax.random.fold_in(key, i), log_weights)]
-        return centres.at[i].set(new_centre), jnp.minimum(distances, distance(x, new_centre))
+        return centres.at[i].set(new_centre), jnp.minimum(
+            distances, distance(x, new_centre)
+        )
 
-    initial_carry = jnp.zeros((num_codes, x.shape[1]), x.dtype), jnp.ones(len(x), x.dtype)
+    initial_carry = (
+        jnp.zeros((num_codes, x.shape[1]), x.dtype),
+        jnp.ones(len(x), x.dtype),
+    )
     # The first is drawn evenly: what "ones" stand for is no distance, and would cap the others.
     centres, _ = draw_centre(0, initial_carry)
-    return lax.fori_loop(1, num_codes, draw_centre, (centres, distance(x, centres[0])))[0]
+    return lax.fori_loop(1, num_codes, draw_centre, (centres, distance(x, centres[0])))[
+        0
+    ]
 
 
 def _lloyd_step(x: jax.Array, centres: jax.Array, block_size: int) -> jax.Array:
@@ -97,7 +109,9 @@ def _lloyd_step(x: jax.Array, centres: jax.Array, block_size: int) -> jax.Array:
     farthest = x[lax.top_k(distances, min(num_codes, len(x)))[1]]
     is_empty = counts == 0
     return jnp.where(
-        is_empty[:, None], farthest[count_selected_before(is_empty) % len(farthest)], means
+        is_empty[:, None],
+        farthest[count_selected_before(is_empty) % len(farthest)],
+        means,
     )
 
 
@@ -118,14 +132,24 @@ def count_selected_before(is_selected: jax.Array) -> jax.Array:
 
 def check_count(name: str, count: int, minimum: int = 1) -> None:
     """Refuses what is not a whole number of at least `minimum`."""
-    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < minimum:
-        raise InputError(f"{name} is {count!r}; it must be a whole number, at least {minimum}")
+    if (
+        not isinstance(count, int | np.integer)
+        or isinstance(count, bool)
+        or count < minimum
+    ):
+        raise InputError(
+            f"{name} is {count!r}; it must be a whole number, at least {minimum}"
+        )
 
 
 def check_vectors(x: jax.Array, width: int | None = None) -> None:
     """Refuses what is not [..., W] with at least one vector, all of them finite."""
     if x.ndim < 2 or not x.size:
-        raise InputError(f"x has shape {list(x.shape)}; it must be [..., W], with vectors in it")
+        raise InputError(
+            f"x has shape {list(x.shape)}; it must be [..., W], with vectors in it"
+        )
     if width is not None and x.shape[-1] != width:
-        raise InputError(f"x, {list(x.shape)}, is {x.shape[-1]} wide, but the codes are {width}")
+        raise InputError(
+            f"x, {list(x.shape)}, is {x.shape[-1]} wide, but the codes are {width}"
+        )
     check_numbers("x", x)

@@ -86,7 +86,9 @@ def distance(x: ArrayLike, y: ArrayLike, *, metric: str = "euclidean") -> jax.Ar
     product = jnp.sum(x * y, axis=-1)
     if metric == "dot":
         return -product
-    return 1.0 - product * _inverse_length(squared_norms(x)) * _inverse_length(squared_norms(y))
+    return 1.0 - product * _inverse_length(squared_norms(x)) * _inverse_length(
+        squared_norms(y)
+    )
 
 
 def nearest(
@@ -101,12 +103,20 @@ def nearest(
     """The code nearest to each vector: `k_nearest` with k = 1, without the axis of k.
 
     >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    >>> neighbours = nearest([[0.75, 0.0], [0.5, 0.0]], codes)  # the second one lies in the middle
+    >>> neighbours = nearest(
+    ...     [[0.75, 0.0], [0.5, 0.0]], codes
+    ... )  # the second one lies in the middle
     >>> print(neighbours.indices, neighbours.distances)
     [1 0] [0.0625 0.25  ]
     """
     neighbours = k_nearest(
-        x, codes, 1, metric=metric, norms=norms, block_size=block_size, sharding=sharding
+        x,
+        codes,
+        1,
+        metric=metric,
+        norms=norms,
+        block_size=block_size,
+        sharding=sharding,
     )
     return Neighbours(*(array[..., 0] for array in neighbours))
 
@@ -246,7 +256,8 @@ def _search_codes(
         )  # the last block is as long as the others
         indices = begin + jnp.arange(block_size, dtype=jnp.int32)
         block_codes, block_norms = (
-            lax.dynamic_slice_in_dim(array, begin, block_size) for array in (codes, norms)
+            lax.dynamic_slice_in_dim(array, begin, block_size)
+            for array in (codes, norms)
         )
         scores = _scores(metric, x, block_codes.astype(dtype), block_norms)
         is_repeated = indices < first
@@ -256,12 +267,16 @@ def _search_codes(
         # What was found before stands first, so that it wins among equals.
         candidates = indices[best_places], best_scores
         indices, scores = (
-            jnp.concatenate(pair, axis=1) for pair in zip(carry, candidates, strict=True)
+            jnp.concatenate(pair, axis=1)
+            for pair in zip(carry, candidates, strict=True)
         )
         best_places, scores = _top_k(scores.T, k)
         return (jnp.take_along_axis(indices, best_places, axis=1), scores), None
 
-    no_candidates = jnp.zeros((len(x), k), jnp.int32), jnp.full((len(x), k), -jnp.inf, dtype)
+    no_candidates = (
+        jnp.zeros((len(x), k), jnp.int32),
+        jnp.full((len(x), k), -jnp.inf, dtype),
+    )
     candidates, _ = lax.scan(
         step, no_candidates, jnp.arange(0, num_codes, block_size, dtype=jnp.int32)
     )
@@ -274,7 +289,9 @@ def _scores(metric: str, x: jax.Array, codes: jax.Array, norms: jax.Array) -> ja
     if len(codes) % TILE_SIZE:  # the last codes anew, as a full tile
         last_codes = codes[-TILE_SIZE:]
         full_tile = jnp.pad(last_codes, [(0, TILE_SIZE - len(last_codes)), (0, 0)])
-        scores = scores.at[-TILE_SIZE:].set(_dot_products(full_tile, x)[: len(last_codes)])
+        scores = scores.at[-TILE_SIZE:].set(
+            _dot_products(full_tile, x)[: len(last_codes)]
+        )
     if metric == "euclidean":
         return scores - 0.5 * norms[:, None]
     return scores * _inverse_length(norms)[:, None] if metric == "cosine" else scores
@@ -293,11 +310,15 @@ def _top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     best_scores = jnp.max(scores, axis=0)
     # In place of argmax, which CPUs do not vectorize; the first of all if they are not numbers.
     best_places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
-    best_places = jnp.min(jnp.where(scores < best_scores, len(scores), best_places), axis=0)
+    best_places = jnp.min(
+        jnp.where(scores < best_scores, len(scores), best_places), axis=0
+    )
     return best_places[:, None], best_scores[:, None]
 
 
-def _distances(metric: str, x: jax.Array, codes: jax.Array, indices: jax.Array) -> jax.Array:
+def _distances(
+    metric: str, x: jax.Array, codes: jax.Array, indices: jax.Array
+) -> jax.Array:
     """Distances [B, k] of x [B, W] to the codes at `indices`, one of the k at a time."""
     columns = lax.map(lambda i: distance(x, codes[i], metric=metric), indices.T)
     return columns.T
@@ -318,7 +339,9 @@ def _inverse_length(norms: jax.Array) -> jax.Array:
 def _with_auto_axes(array: jax.Array) -> jax.Array:
     """The array, with axes of type Auto where it lies on a mesh, whatever jax.make_mesh chose."""
     array_sharding = getattr(array, "sharding", None)
-    if isinstance(array, jax.core.Tracer) or not isinstance(array_sharding, NamedSharding):
+    if isinstance(array, jax.core.Tracer) or not isinstance(
+        array_sharding, NamedSharding
+    ):
         return array
     mesh = axes_lib.mesh_of(array)
     if mesh is None or all(kind == AxisType.Auto for kind in mesh.axis_types):
@@ -348,13 +371,17 @@ def _row_mesh_axes(codes_sharding: Any) -> tuple[Mesh | None, tuple[str, ...]]:
 
 def _check_metric(metric: str) -> None:
     if metric not in METRICS:
-        raise InputError(f"metric is {metric!r}; it must be one of {', '.join(METRICS)}")
+        raise InputError(
+            f"metric is {metric!r}; it must be one of {', '.join(METRICS)}"
+        )
 
 
 def _check(x, codes, k, metric, norms, block_size) -> None:
     _check_metric(metric)
     if codes.ndim != 2 or not codes.size:
-        raise InputError(f"codes have shape {list(codes.shape)}; they must be [E, W], E and W >= 1")
+        raise InputError(
+            f"codes have shape {list(codes.shape)}; they must be [E, W], E and W >= 1"
+        )
     if x.ndim < 1 or x.shape[-1] != codes.shape[-1]:
         width_text = f"are {x.shape[-1]} wide" if x.ndim else "have no width"
         raise InputError(
@@ -363,12 +390,18 @@ def _check(x, codes, k, metric, norms, block_size) -> None:
         )
     for name, array in {"x": x, "codes": codes}.items():
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise InputError(f"{name} has dtype {array.dtype}; it must hold real numbers")
+            raise InputError(
+                f"{name} has dtype {array.dtype}; it must hold real numbers"
+            )
     for name, count in {
         "k": k,
         "block_size": DEFAULT_BLOCK_SIZE if block_size is None else block_size,
     }.items():
-        if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
+        if (
+            not isinstance(count, int | np.integer)
+            or isinstance(count, bool)
+            or count < 1
+        ):
             raise InputError(f"{name} is {count!r}; it must be a positive integer")
     if k > len(codes):
         raise InputError(f"k is {k}, but there are only {len(codes)} codes")

@@ -48,7 +48,9 @@ def init_residual(
     Raises:
       InputError: if shapes or numbers do not fit; outside of jit, if a vector is not finite.
 
-    >>> codebooks = init_residual(jax.random.key(0), [[0.0], [1.0], [10.0], [11.0]], 2, 2)
+    >>> codebooks = init_residual(
+    ...     jax.random.key(0), [[0.0], [1.0], [10.0], [11.0]], 2, 2
+    ... )
     >>> print(jnp.sort(codebooks.codes[..., 0]))
     [[ 0.5 10.5]
      [-0.5  0.5]]
@@ -58,14 +60,21 @@ def init_residual(
     check_count("num_stages", num_stages)
     check_count("num_codes", num_codes)
     check_count("steps", steps, 0)
-    return _init(jax.random.split(key, num_stages), x, num_codes, steps, axis_name, block_size)
+    return _init(
+        jax.random.split(key, num_stages), x, num_codes, steps, axis_name, block_size
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _init(keys, x, num_codes, steps, axis_name, block_size) -> Codebook:
     def init_stage(rest, key):
         codebook = vq.init(
-            key, rest, num_codes, steps=steps, axis_name=axis_name, block_size=block_size
+            key,
+            rest,
+            num_codes,
+            steps=steps,
+            axis_name=axis_name,
+            block_size=block_size,
         )
         codes = vq.quantize(codebook, rest, block_size=block_size).vectors
         return rest - lax.stop_gradient(codes), codebook
@@ -202,7 +211,12 @@ def _update_ema(codebooks, x, indices, decay, epsilon, axis_name) -> Codebook:
     def update_stage(rest, one):
         codebook, code_indices = one
         updated = vq.update_ema(
-            codebook, rest, code_indices, decay=decay, epsilon=epsilon, axis_name=axis_name
+            codebook,
+            rest,
+            code_indices,
+            decay=decay,
+            epsilon=epsilon,
+            axis_name=axis_name,
         )
         return rest - codebook.codes[code_indices], updated
 
@@ -250,7 +264,9 @@ def revive_residual(
 def _revive(keys, codebooks, x, threshold, axis_name, block_size) -> Codebook:
     def revive_stage(rest, one):
         codebook, key = one
-        revived = vq.revive(key, codebook, rest, threshold=threshold, axis_name=axis_name)
+        revived = vq.revive(
+            key, codebook, rest, threshold=threshold, axis_name=axis_name
+        )
         codes = vq.quantize(revived, rest, block_size=block_size).vectors
         return rest - lax.stop_gradient(codes), revived
 
@@ -260,5 +276,7 @@ def _revive(keys, codebooks, x, threshold, axis_name, block_size) -> Codebook:
 def _check(codebooks: Codebook, x: jax.Array) -> None:
     shape = codebooks.codes.shape
     if len(shape) != 3 or not shape[0]:
-        raise InputError(f"codes have shape {list(shape)}; they must be [Q, E, W], Q >= 1")
+        raise InputError(
+            f"codes have shape {list(shape)}; they must be [Q, E, W], Q >= 1"
+        )
     check_vectors(x if x.ndim != 1 else x[None], shape[-1])

@@ -24,7 +24,9 @@ def straight_through(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
     Raises:
       InputError: if the shapes differ.
 
-    >>> jax.value_and_grad(lambda x: 3 * straight_through(x, jnp.array([1.0]))[0])(jnp.array([0.7]))
+    >>> jax.value_and_grad(lambda x: 3 * straight_through(x, jnp.array([1.0]))[0])(
+    ...     jnp.array([0.7])
+    ... )
     (Array(3., dtype=float32), Array([3.], dtype=float32))
     """
     x, quantized = _check_pair(x, quantized)
@@ -53,7 +55,10 @@ def rotation_trick(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
     Raises:
       InputError: if the shapes differ.
 
-    >>> x, code = jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0])  # a quarter turn, twice as long
+    >>> x, code = (
+    ...     jnp.array([1.0, 0.0]),
+    ...     jnp.array([0.0, 2.0]),
+    ... )  # a quarter turn, twice as long
     >>> print(jax.jacobian(rotation_trick)(x, code).round(3) + 0.0)
     [[ 0. -2.]
      [ 2.  0.]]
@@ -61,13 +66,20 @@ def rotation_trick(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
     x, quantized = _check_pair(x, quantized)
     quantized = lax.stop_gradient(quantized)
     constant_x = lax.stop_gradient(x)
-    (e, x_length), (q, quantized_length) = _unit_and_length(constant_x), _unit_and_length(quantized)
-    r, _ = _unit_and_length(e + q)  # where q = -e this is 0, and the rotation a reflection
+    (e, x_length), (q, quantized_length) = (
+        _unit_and_length(constant_x),
+        _unit_and_length(quantized),
+    )
+    r, _ = _unit_and_length(
+        e + q
+    )  # where q = -e this is 0, and the rotation a reflection
     rotated = x - 2 * r * jnp.sum(r * x, axis=-1, keepdims=True)
     rotated = rotated + 2 * q * jnp.sum(e * x, axis=-1, keepdims=True)
     has_rotation = (x_length > 0) & (quantized_length > 0)
     transformed = jnp.where(
-        has_rotation, quantized_length / jnp.where(has_rotation, x_length, 1.0) * rotated, x
+        has_rotation,
+        quantized_length / jnp.where(has_rotation, x_length, 1.0) * rotated,
+        x,
     )
     return quantized + (transformed - lax.stop_gradient(transformed))
 
@@ -75,13 +87,19 @@ def rotation_trick(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
 def with_gradient(x: ArrayLike, quantized: ArrayLike, gradient: str) -> jax.Array:
     """`straight_through` or `rotation_trick`, by its name: one of `GRADIENTS`."""
     if gradient not in GRADIENTS:
-        raise InputError(f"gradient is {gradient!r}; it must be one of {', '.join(GRADIENTS)}")
-    return (straight_through if gradient == "straight_through" else rotation_trick)(x, quantized)
+        raise InputError(
+            f"gradient is {gradient!r}; it must be one of {', '.join(GRADIENTS)}"
+        )
+    return (straight_through if gradient == "straight_through" else rotation_trick)(
+        x, quantized
+    )
 
 
 def _unit_and_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x / |x|, or 0 where x is 0, and |x| [..., 1]."""
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)  # so that no square over- or underflows
+    largest = jnp.max(
+        jnp.abs(x), axis=-1, keepdims=True
+    )  # so that no square over- or underflows
     scaled = x / jnp.where(largest > 0, largest, 1.0)
     length = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=-1, keepdims=True))
     return scaled / jnp.where(length > 0, length, 1.0), length * largest

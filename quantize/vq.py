@@ -194,7 +194,9 @@ def update_ema(
     counts = decay * codebook.counts + (1 - decay) * batch_counts
     sums = decay * codebook.sums + (1 - decay) * batch_sums
     total_count = jnp.sum(counts)
-    smoothed_counts = (counts + epsilon) / (total_count + num_codes * epsilon) * total_count
+    smoothed_counts = (
+        (counts + epsilon) / (total_count + num_codes * epsilon) * total_count
+    )
     return Codebook(sums / smoothed_counts[:, None], counts, sums)
 
 

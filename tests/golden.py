@@ -43,8 +43,14 @@ ABLATE = f"{EVAL} --codes=16 --stages=2 --windows=2 --candidates=4"
 # writes to the folder of its name, and text.txt lies.
 PROGRAMS: dict[str, tuple[str, str]] = {
     "sweeps/counting": ("counting", "--points=8"),
-    "sweeps/counting_mass": ("counting", "--points=8 --change=mass --word=cat --batch_size=3"),
-    "sweeps/counting_times": ("counting", "--points=8 --change=times --answer_tokens=paper"),
+    "sweeps/counting_mass": (
+        "counting",
+        "--points=8 --change=mass --word=cat --batch_size=3",
+    ),
+    "sweeps/counting_times": (
+        "counting",
+        "--points=8 --change=times --answer_tokens=paper",
+    ),
     "sweeps/counting_bfloat16": ("counting", "--points=4 --dtype=bfloat16"),
     "sweeps/events": ("events", "--points=8 --scene=zoo"),
     "sweeps/sums": ("sums", "--points=8 --shrink=1"),
@@ -74,7 +80,10 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         "train",
         f"{DENSITY} --head=experts --table_from=baseline --accumulate=2 --head_settings=experts=2",
     ),
-    "densities/learned": ("train", f"{DENSITY} --vocab_size=280 --token_loss_weight=0.5"),
+    "densities/learned": (
+        "train",
+        f"{DENSITY} --vocab_size=280 --token_loss_weight=0.5",
+    ),
     "densities/on_trunk": ("train", f"{TRAIN} --length=16 --trunk=baseline"),
     "densities/sample": ("sample", "--model=mixture --samples=2 --max_new_tokens=8"),
     "densities/steered": (
@@ -131,7 +140,10 @@ SKIPPED_FILES = {"tokenizer.json", "speed.jsonl", "checkpoints"}
 # --- Where they run ---------------------------------------------------------------------------
 
 # The same for every run, so that the numbers are those of the program and of little else.
-SINGLE, UNOPTIMISED = "--xla_cpu_multi_thread_eigen=false", "--xla_backend_optimization_level=0"
+SINGLE, UNOPTIMISED = (
+    "--xla_cpu_multi_thread_eigen=false",
+    "--xla_backend_optimization_level=0",
+)
 if sys.version_info < (3, 12):  # of which JAX still has the older code generator
     UNOPTIMISED += " --xla_cpu_use_fusion_emitters=false"
 OLD, OLDEST = (
@@ -160,11 +172,21 @@ def machine() -> dict[str, Any]:
     """On what numbers are bound to be the same."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        names = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+        names = re.findall(
+            r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text()
+        )
         cpu = names[0] if names else cpu
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")}
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")
+    }
     python = platform.python_version()
-    return {"cpu": cpu, "cores": os.cpu_count(), "flags": FLAGS, "python": python, **versions}
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "flags": FLAGS,
+        "python": python,
+        **versions,
+    }
 
 
 def write_text(path: pathlib.Path) -> None:
@@ -175,7 +197,9 @@ def write_text(path: pathlib.Path) -> None:
     for _ in range(600):
         state = state * 1103515245 % 2**31 + 12345  # a linear congruential generator
         pick = state >> 8
-        sentences.append(f"{names[pick % 3]} {verbs[pick // 3 % 2]} {things[pick // 6 % 2]}.")
+        sentences.append(
+            f"{names[pick % 3]} {verbs[pick // 3 % 2]} {things[pick // 6 % 2]}."
+        )
     path.write_text("\n".join(sentences) + "\n")
 
 
@@ -194,9 +218,13 @@ def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
                 of, _, out = name.partition("/")
                 if of != group:
                     continue
-                status, _, stderr = call(cwd, module, *shlex.split(given), f"--output_dir={out}")
+                status, _, stderr = call(
+                    cwd, module, *shlex.split(given), f"--output_dir={out}"
+                )
                 if status:
-                    raise RuntimeError(f"{name}: {module} {given} ended with {status}:\n{stderr}")
+                    raise RuntimeError(
+                        f"{name}: {module} {given} ended with {status}:\n{stderr}"
+                    )
                 for path in sorted((cwd / out).rglob("*")):
                     inside = path.relative_to(cwd / out)
                     if SKIPPED_FILES.isdisjoint(inside.parts):
@@ -209,7 +237,9 @@ def numbers_of(path: pathlib.Path, key: str) -> dict[str, Any]:
     if path.suffix == ".json":
         return dict(flat(json.loads(path.read_text()), key))
     if path.suffix == ".jsonl":
-        return dict(flat([json.loads(line) for line in path.read_text().splitlines()], key))
+        return dict(
+            flat([json.loads(line) for line in path.read_text().splitlines()], key)
+        )
     if path.suffix == ".safetensors":
         tensors = load_file(path)
     elif path.suffix == ".npz":
@@ -271,7 +301,9 @@ MISSING = "nothing"
 
 
 def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], noise: Mapping[str, float] | None = None
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    noise: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[float, str]]:
     """Keys that moved by more than they may: how far, and from what to what, farthest first.
 
@@ -292,7 +324,9 @@ def differences(
 def shown(value: Any, other: Any) -> str:
     """A value, of an array the entry that is farthest from another array's."""
     if isinstance(value, np.ndarray) and np.shape(value) == np.shape(other):
-        place = np.unravel_index(np.abs(value - np.asarray(other)).argmax(), value.shape)
+        place = np.unravel_index(
+            np.abs(value - np.asarray(other)).argmax(), value.shape
+        )
         return f"{value[place]:.9g} at {list(map(int, place))}"
     return f"{value!r:.80}"
 
@@ -306,11 +340,15 @@ def read() -> dict[str, Any]:
     for key, value in stored["values"].items():
         if isinstance(value, list) and flat_array(value) is not None:
             stored["values"][key] = flat_array(value)
-    stored["noise"] = {k: math.inf if far is None else far for k, far in stored["noise"].items()}
+    stored["noise"] = {
+        k: math.inf if far is None else far for k, far in stored["noise"].items()
+    }
     return stored
 
 
-def write(values: Mapping[str, Any], noise: Mapping[str, float], measured: list[str]) -> None:
+def write(
+    values: Mapping[str, Any], noise: Mapping[str, float], measured: list[str]
+) -> None:
     """Stores them, the same bytes for the same numbers; `measured` are groups of known noise."""
     far = [noise.get(key, 0.0) for key in values]
     note = {
@@ -319,7 +357,9 @@ def write(values: Mapping[str, Any], noise: Mapping[str, float], measured: list[
         "elsewhere compared to four times their noise": sum(
             TOLERANCE < 4 * x < math.inf for x in far
         ),
-        "not compared elsewhere, as rounding decides them": sum(x == math.inf for x in far),
+        "not compared elsewhere, as rounding decides them": sum(
+            x == math.inf for x in far
+        ),
     }
     stored = {
         "note": note,
@@ -340,7 +380,10 @@ def write(values: Mapping[str, Any], noise: Mapping[str, float], measured: list[
 def rounded(value: Any) -> Any:
     """Nine digits, as JSON."""
     if isinstance(value, np.ndarray | list):
-        return [rounded(part) for part in (value.tolist() if hasattr(value, "tolist") else value)]
+        return [
+            rounded(part)
+            for part in (value.tolist() if hasattr(value, "tolist") else value)
+        ]
     return float(f"{value:.9g}") if isinstance(value, float) else value
 
 
@@ -355,7 +398,9 @@ def incomparable(group: str, stored: Mapping[str, Any]) -> str | None:
 
 def differing(group: str, stored: Mapping[str, Any]) -> list[str]:
     """Runs a group again; a line for each key that is not as stored."""
-    old = {k: value for k, value in stored["values"].items() if k.startswith(f"{group}/")}
+    old = {
+        k: value for k, value in stored["values"].items() if k.startswith(f"{group}/")
+    }
     noise = None if stored["machine"] == machine() else stored["noise"]
     new = run(group)
     if noise is not None:  # keys that rounding brings forth

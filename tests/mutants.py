@@ -32,8 +32,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 TABLE = pathlib.Path(__file__).with_name("mutants.toml")
 RECORD = pathlib.Path(__file__).with_name("mutants_killed.json")
 TIMEOUT = 600  # seconds for the tests of one mutant
-OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--hypothesis-seed=0"]
-STATUS = {0: "survived", 1: "killed"}  # by pytest's exit status; all others: it could not test
+OPTIONS = [
+    "-x",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-m",
+    "not slow",
+    "--hypothesis-seed=0",
+]
+STATUS = {
+    0: "survived",
+    1: "killed",
+}  # by pytest's exit status; all others: it could not test
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +58,18 @@ class Mutant:
     tests: Sequence[str]  # files, or file::test; those that are slow do not run
 
     def made_in(self, source: str) -> str:
-        """The file's source with the defect in it."""
-        if source.count(self.text) != 1:
-            raise ValueError(f"{self.id}: its text is {source.count(self.text)} times in the file")
-        return source.replace(self.text, self.replacement)
+        """The file's source with the defect in it, however its lines are broken."""
+        tokens = re.findall(r"\w+|\S", self.text)
+        pattern = ""
+        for token in tokens:
+            trailing_comma = ",?" if token in ")]}" else ""
+            pattern += rf"{trailing_comma}\s*{re.escape(token)}"
+        places = list(re.finditer(pattern.removeprefix(r"\s*"), source))
+        if len(places) != 1:
+            raise ValueError(f"{self.id}: its text is {len(places)} times in the file")
+        return (
+            source[: places[0].start()] + self.replacement + source[places[0].end() :]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +91,9 @@ class Trees:
     """Copies of the tree, one for each worker; when it is left, what runs ends and they go."""
 
     def __init__(self, workers: int):
-        self._folder = tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="mutants-", ignore_cleanup_errors=True
+        )
         self._pool = futures.ThreadPoolExecutor(workers)
         self._free: queue.Queue[pathlib.Path] = queue.Queue()
         self._running: set[subprocess.Popen] = set()
@@ -103,13 +124,19 @@ class Trees:
             with changed(tree, mutant) if mutant else contextlib.nullcontext():
                 code, output = self._pytest(tree, tests)
         finally:
-            shutil.rmtree(tree / ".hypothesis", ignore_errors=True)  # examples that failed
+            shutil.rmtree(
+                tree / ".hypothesis", ignore_errors=True
+            )  # examples that failed
             self._free.put(tree)
         status = "timeout" if code is None else STATUS.get(code, "error")
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
-        return Run(status, time.monotonic() - begin, failed[1] if failed else "", output)
+        return Run(
+            status, time.monotonic() - begin, failed[1] if failed else "", output
+        )
 
-    def _pytest(self, tree: pathlib.Path, tests: Sequence[str]) -> tuple[int | None, str]:
+    def _pytest(
+        self, tree: pathlib.Path, tests: Sequence[str]
+    ) -> tuple[int | None, str]:
         """Exit status, None if it took too long, and output."""
         with self._lock:
             if self._left:
@@ -151,7 +178,9 @@ def changed(tree: pathlib.Path, mutant: Mutant) -> Iterator[None]:
 def copy_tree(target: pathlib.Path) -> pathlib.Path:
     """Copies what git knows or would add; links stay links."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    names = subprocess.run(
+        listed, cwd=ROOT, capture_output=True, check=True, text=True
+    ).stdout
     for name in names.split("\0")[:-1]:
         if os.path.lexists(ROOT / name):  # else it is deleted, but not committed
             (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +197,8 @@ def environment(tree: pathlib.Path) -> dict[str, str]:
     scratch.mkdir(exist_ok=True)
     return os.environ | {
         "PYTHONPATH": str(tree),
-        "PYTHONDONTWRITEBYTECODE": "1",  # its clock is too coarse for files that change and return
+        # Their clock is too coarse for files that change and return.
+        "PYTHONDONTWRITEBYTECODE": "1",
         "TMPDIR": str(scratch),
         "XLA_FLAGS": " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip(),
     }
@@ -202,11 +232,19 @@ def worse_than_recorded(survivors: Sequence[str], tried: int, total: int) -> str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what became of the mutants; 1 if fewer are killed than recorded, 2 if tests fail."""
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
-    parser.add_argument("--only", default="", help="ids of mutants, with commas; all if left out")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__
+    )
+    parser.add_argument(
+        "--only", default="", help="ids of mutants, with commas; all if left out"
+    )
     parser.add_argument("--workers", type=int, default=2, help="how many run at once")
-    parser.add_argument("--record", action="store_true", help="write down the number killed")
-    parser.add_argument("--output", default="results/mutants.json", help="file for the results")
+    parser.add_argument(
+        "--record", action="store_true", help="write down the number killed"
+    )
+    parser.add_argument(
+        "--output", default="results/mutants.json", help="file for the results"
+    )
     given = parser.parse_args(arguments)
     table = read_table()
     asked = given.only.split(",") if given.only else [mutant.id for mutant in table]
@@ -224,12 +262,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{run.output}\n{file} fails without a defect")
                 return 2
         files = {mutant.id: mutant.file for mutant in mutants}
-        for name, run in trees.runs({mutant.id: (mutant.tests, mutant) for mutant in mutants}):
+        for name, run in trees.runs(
+            {mutant.id: (mutant.tests, mutant) for mutant in mutants}
+        ):
             found[name] = run
-            columns = f"{name:36}", f"{files[name]:39}", f"{run.status:8}", f"{run.seconds:3.0f} s"
+            columns = (
+                f"{name:36}",
+                f"{files[name]:39}",
+                f"{run.status:8}",
+                f"{run.seconds:3.0f} s",
+            )
             print(*columns, run.failed, sep=" | ", flush=True)
 
-    rows = [{"id": m.id, "file": m.file, **dataclasses.asdict(found[m.id])} for m in mutants]
+    rows = [
+        {"id": m.id, "file": m.file, **dataclasses.asdict(found[m.id])} for m in mutants
+    ]
     output = pathlib.Path(given.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output, rows)
@@ -250,7 +297,9 @@ def write(path: pathlib.Path, values: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that copies go then, too
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that copies go then, too
     try:
         sys.exit(main())
     except KeyboardInterrupt:

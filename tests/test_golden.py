@@ -19,7 +19,9 @@ def check(group, stored):
         pytest.skip(reason)
     lines = golden.differing(group, stored)
     more = f"\n... and {len(lines) - 20} more" if len(lines) > 20 else ""
-    assert not lines, f"{len(lines)} keys of {group} moved:\n" + "\n".join(lines[:20]) + more
+    assert not lines, (
+        f"{len(lines)} keys of {group} moved:\n" + "\n".join(lines[:20]) + more
+    )
 
 
 @pytest.mark.parametrize("group", ["sweeps", "studies", "gradients"])

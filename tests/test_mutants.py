@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 
 from tests import mutants
@@ -17,7 +18,11 @@ def test_there_are_enough_and_no_two_are_alike():
 
 def statement(source, line):
     """The outermost statement that holds a line, without comments and layout."""
-    (found,) = (node for node in ast.parse(source).body if node.lineno <= line <= node.end_lineno)
+    (found,) = (
+        node
+        for node in ast.parse(source).body
+        if node.lineno <= line <= node.end_lineno
+    )
     return ast.dump(found)
 
 
@@ -26,7 +31,8 @@ def test_each_changes_the_program_in_one_place():
         assert "\n" not in mutant.text + mutant.replacement, mutant.id
         source = (mutants.ROOT / mutant.file).read_text()
         made = mutant.made_in(source)
-        line = source.partition(mutant.text)[0].count("\n") + 1
+        first_difference = len(os.path.commonprefix([made, source]))
+        line = source[:first_difference].count("\n") + 1
         assert statement(made, line) != statement(source, line), mutant.id
 
 
@@ -37,7 +43,9 @@ def test_each_names_tests_that_are_there():
             file, _, name = test.partition("::")
             text = (mutants.ROOT / file).read_text()
             function = re.escape(name.partition("[")[0])
-            assert not name or re.search(rf"^def {function}\(", text, re.MULTILINE), test
+            assert not name or re.search(rf"^def {function}\(", text, re.MULTILINE), (
+                test
+            )
 
 
 def test_the_record_is_of_this_table():

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("losses", "quantize", "models", "experiments")  # installed as continuous_lm.FOLDER
+FOLDERS = (
+    "losses",
+    "quantize",
+    "models",
+    "experiments",
+)  # installed as continuous_lm.FOLDER
 PACKED = {".json", ".py", ".safetensors", ".typed"}
 
 
@@ -35,7 +40,9 @@ def sources(root: Path) -> Iterator[Path]:
 
 def build_wheel(root: Path, out: Path) -> Path:
     """Builds the wheel of `root` in this environment, without a network."""
-    program = "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    program = (
+        "import sys; from hatchling.build import build_wheel; build_wheel(sys.argv[1])"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program, out], cwd=root, capture_output=True, text=True
     )
@@ -64,7 +71,9 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(wheel: Path) -> Counter[Path]:
     """The files in the wheel but its metadata, with how often each is in it."""
     names = Counter(map(Path, zipfile.ZipFile(wheel).namelist()))
-    return Counter({p: n for p, n in names.items() if not p.parts[0].endswith(".dist-info")})
+    return Counter(
+        {p: n for p, n in names.items() if not p.parts[0].endswith(".dist-info")}
+    )
 
 
 def test_the_wheel_has_one_top_level_name(wheel: Path):
@@ -72,7 +81,9 @@ def test_the_wheel_has_one_top_level_name(wheel: Path):
 
 
 def test_every_file_is_in_the_wheel_once(wheel: Path):
-    expected = Counter(installed_name(path) for path in sources(ROOT) if path.suffix in PACKED)
+    expected = Counter(
+        installed_name(path) for path in sources(ROOT) if path.suffix in PACKED
+    )
     assert packed(wheel) == expected
     assert Path("continuous_lm/py.typed") in expected
 
@@ -104,7 +115,9 @@ def test_the_wheel_imports(wheel: Path, tmp_path: Path):
     assert Path(run.stdout.strip()).is_relative_to(tmp_path)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="git makes no links on Windows unless told to")
+@pytest.mark.skipif(
+    os.name == "nt", reason="git makes no links on Windows unless told to"
+)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_links_are_relative(folder: str):
     assert os.readlink(ROOT / "continuous_lm" / folder) == f"../{folder}"
@@ -187,7 +200,9 @@ def faults(path: Path, source: str, ground: set[str]) -> list[str]:
     for name in imports(source):
         reached = layer(name, ground)
         if name.startswith(".") or name.partition(".")[0] in FOLDERS:
-            found.append(f"{path}: import {name} by its installed name, continuous_lm. ...")
+            found.append(
+                f"{path}: import {name} by its installed name, continuous_lm. ..."
+            )
         elif reached not in {None, own, *BELOW[own]}:
             found.append(f"{path}: {own} may not import {name}, of {reached}")
     return found
@@ -199,9 +214,13 @@ def python_files() -> list[Path]:
 
 def test_imports_point_downward():
     modules = python_files()
-    ground = {path.parts[1].removesuffix(".py") for path in modules if path.parts[0] == GROUND}
+    ground = {
+        path.parts[1].removesuffix(".py") for path in modules if path.parts[0] == GROUND
+    }
     ground -= {ANALYSIS, "__init__", "__main__"}
-    found = [f for path in modules for f in faults(path, (ROOT / path).read_text(), ground)]
+    found = [
+        f for path in modules for f in faults(path, (ROOT / path).read_text(), ground)
+    ]
     assert not found, "\n".join(found)
 
 
@@ -210,14 +229,26 @@ def test_imports_point_downward():
     [
         ("continuous_lm/attention/dense.py", "import continuous_lm.models.config"),
         ("continuous_lm/attention/dense.py", "from continuous_lm import losses"),
-        ("continuous_lm/attention/dense.py", "def f():\n    from continuous_lm import load"),
+        (
+            "continuous_lm/attention/dense.py",
+            "def f():\n    from continuous_lm import load",
+        ),
         ("continuous_lm/parallel/pmap.py", "from continuous_lm.analysis import sweep"),
         ("continuous_lm/analysis/sweep.py", "from continuous_lm import load"),
-        ("continuous_lm/analysis/sweep.py", "from continuous_lm.experiments import report"),
+        (
+            "continuous_lm/analysis/sweep.py",
+            "from continuous_lm.experiments import report",
+        ),
         ("losses/energy.py", "from continuous_lm.models import config"),
         ("losses/energy.py", "from continuous_lm.quantize import nearest"),
-        ("quantize/vq.py", "from continuous_lm.experiments.durations.counting import main"),
-        ("models/config.py", "from continuous_lm.experiments.durations import counting"),
+        (
+            "quantize/vq.py",
+            "from continuous_lm.experiments.durations.counting import main",
+        ),
+        (
+            "models/config.py",
+            "from continuous_lm.experiments.durations import counting",
+        ),
         ("models/config.py", "from continuous_lm.analysis import sweep"),
         ("models/config.py", "import continuous_lm as clm"),
         ("models/config.py", "from models import transformer"),
@@ -233,12 +264,24 @@ def test_a_fault_is_found(path: str, source: str):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("continuous_lm/__init__.py", "from continuous_lm.models.language_model import load"),
+        (
+            "continuous_lm/__init__.py",
+            "from continuous_lm.models.language_model import load",
+        ),
         ("continuous_lm/__main__.py", "from continuous_lm.experiments import PROGRAMS"),
         ("continuous_lm/attention/dense.py", "from continuous_lm import attention"),
-        ("continuous_lm/analysis/sweep.py", "from continuous_lm.models import transformer"),
-        ("losses/energy.py", "import jax, modelsets\nfrom continuous_lm.attention import attend"),
-        ("models/config.py", "from continuous_lm.quantize import vq\nimport continuous_lm.losses"),
+        (
+            "continuous_lm/analysis/sweep.py",
+            "from continuous_lm.models import transformer",
+        ),
+        (
+            "losses/energy.py",
+            "import jax, modelsets\nfrom continuous_lm.attention import attend",
+        ),
+        (
+            "models/config.py",
+            "from continuous_lm.quantize import vq\nimport continuous_lm.losses",
+        ),
         (
             "experiments/durations/counting.py",
             "import continuous_lm as clm\nfrom continuous_lm import load",
@@ -268,7 +311,9 @@ def import_graph(files: Mapping[str, str], packages: set[str]) -> dict[str, set[
         reached = set()
         for full in imports(source, everywhere=False):
             target = full if full in files else full.rpartition(".")[0]
-            if target in files and not (target in packages and name.startswith(f"{target}.")):
+            if target in files and not (
+                target in packages and name.startswith(f"{target}.")
+            ):
                 reached.add(target)
         graph[name] = reached - {name}
     return graph
@@ -292,6 +337,13 @@ def test_imports_form_no_circle():
 
 
 def test_a_circle_is_found():
-    files = {"a": "from a import b", "a.b": "import a.c", "a.c": "from a.b import x", "a.d": ""}
+    files = {
+        "a": "from a import b",
+        "a.b": "import a.c",
+        "a.c": "from a.b import x",
+        "a.d": "",
+    }
     assert a_circle(import_graph(files, {"a"})) == ["a.b", "a.c"]
-    assert not a_circle(import_graph(files | {"a.c": "def f():\n    import a.b"}, {"a"}))
+    assert not a_circle(
+        import_graph(files | {"a.c": "def f():\n    import a.b"}, {"a"})
+    )

@@ -42,8 +42,12 @@ def test_it_is_a_notebook_of_format_4_without_outputs(notebook):
 
 def test_nothing_is_installed_where_the_package_is(notebook):
     first, *others = sources(notebook)
-    assert re.search(r'if importlib.util.find_spec\("continuous_lm"\) is None:.*\n +%pip', first)
-    assert "%" not in "".join(line for code in others for line in re.findall("^ *%", code, re.M))
+    assert re.search(
+        r'if importlib.util.find_spec\("continuous_lm"\) is None:.*\n +%pip', first
+    )
+    assert "%" not in "".join(
+        line for code in others for line in re.findall("^ *%", code, re.M)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,9 @@ def names(notebook):
     found: dict = {}
     try:
         for i, code in enumerate(sources(notebook)):
-            code = re.sub(r"^( *)%.*$", r"\1raise AssertionError", code, flags=re.MULTILINE)
+            code = re.sub(
+                r"^( *)%.*$", r"\1raise AssertionError", code, flags=re.MULTILINE
+            )
             exec(compile(code, f"{NOTEBOOK.name}[{i}]", "exec"), found)
     finally:
         found["plt"].close("all")

@@ -24,7 +24,9 @@ def test_the_examples_do_what_they_say(capsys):
     first, end = names["span"]
     sensitivity = names["sensitivity"]
     others = jnp.delete(sensitivity, jnp.arange(first, end))
-    assert sensitivity[first:end].min() > others.max() + 1.0  # the apples, and nothing else
+    assert (
+        sensitivity[first:end].min() > others.max() + 1.0
+    )  # the apples, and nothing else
     tokens = names["tokens"]
     assert names["log_prob"].shape == (len(tokens) - 1,)
     gradient = names["gradient"]

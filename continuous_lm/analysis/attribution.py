@@ -56,7 +56,10 @@ class PromptLogits:
 
     def __call__(self, durations: jax.Array) -> jax.Array:
         return self.model.apply(
-            {"params": self.params}, durations=durations, position=self.position, **self.inputs
+            {"params": self.params},
+            durations=durations,
+            position=self.position,
+            **self.inputs,
         )
 
 
@@ -82,7 +85,9 @@ class LogProbability:
         )
 
 
-def next_token_logits(lm: HasModel, *, position: int = -1, **inputs: ArrayLike) -> PromptLogits:
+def next_token_logits(
+    lm: HasModel, *, position: int = -1, **inputs: ArrayLike
+) -> PromptLogits:
     """The logits of the token after token `position`, as a function of durations alone.
 
     Args:
@@ -140,7 +145,11 @@ def answer_tokens(answer: Sequence[int], vocab_size: int) -> jax.Array:
 
 def as_jit_argument(objective: Objective) -> Objective:
     """A function that can be an argument of jitted ones."""
-    return jax.tree_util.Partial(objective) if jax.tree_util.all_leaves([objective]) else objective
+    return (
+        jax.tree_util.Partial(objective)
+        if jax.tree_util.all_leaves([objective])
+        else objective
+    )
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -212,22 +221,29 @@ def integrated_gradients(
     """
     end, baseline = _path_ends(durations, baseline)
     if nodes < NODES_PER_PANEL or nodes % NODES_PER_PANEL:
-        raise InputError(f"nodes is {nodes}; it must be a positive multiple of {NODES_PER_PANEL}")
+        raise InputError(
+            f"nodes is {nodes}; it must be a positive multiple of {NODES_PER_PANEL}"
+        )
     _check_batch_size(batch_size)
     grid = np.linspace(0.0, 1.0, 2 * nodes + 1) ** 2
     objective = as_jit_argument(objective)
     objective_values = np.asarray(
-        evaluate(objective, _points_on_path(baseline, end, grid), batch_size), np.float64
+        evaluate(objective, _points_on_path(baseline, end, grid), batch_size),
+        np.float64,
     )
     _check_finite(objective_values)
     alphas, weights = gauss_legendre(
         panel_edges(grid, objective_values, nodes // NODES_PER_PANEL), NODES_PER_PANEL
     )
-    gradients = _gradients(objective, _points_on_path(baseline, end, alphas), batch_size)
+    gradients = _gradients(
+        objective, _points_on_path(baseline, end, alphas), batch_size
+    )
     mean_gradient = weights @ np.asarray(gradients, np.float64)
     step = np.asarray(end, np.float64) - np.asarray(baseline, np.float64)
     return Attribution(
-        step * mean_gradient + 0.0, float(objective_values[-1]), float(objective_values[0])
+        step * mean_gradient + 0.0,
+        float(objective_values[-1]),
+        float(objective_values[0]),
     )
 
 
@@ -237,7 +253,9 @@ EVENLY_SPREAD_SHARE = (
 )
 
 
-def panel_edges(grid: np.ndarray, objective_values: np.ndarray, num_panels: int) -> np.ndarray:
+def panel_edges(
+    grid: np.ndarray, objective_values: np.ndarray, num_panels: int
+) -> np.ndarray:
     """Edges of panels in [0, 1], narrow where f changes fast.
 
     Half of them are spread evenly in sqrt(alpha), since paths are steep where tokens begin to
@@ -258,10 +276,13 @@ def panel_edges(grid: np.ndarray, objective_values: np.ndarray, num_panels: int)
     even_density = np.diff(np.sqrt(grid))
     change_density = changes / changes.sum() if changes.sum() > 0 else even_density
     panel_density = (
-        EVENLY_SPREAD_SHARE * even_density + (1.0 - EVENLY_SPREAD_SHARE) * change_density
+        EVENLY_SPREAD_SHARE * even_density
+        + (1.0 - EVENLY_SPREAD_SHARE) * change_density
     )
     cumulative = np.concatenate([[0.0], np.cumsum(panel_density)])
-    return np.interp(np.linspace(0.0, 1.0, num_panels + 1), cumulative / cumulative[-1], grid)
+    return np.interp(
+        np.linspace(0.0, 1.0, num_panels + 1), cumulative / cumulative[-1], grid
+    )
 
 
 def gauss_legendre(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -289,7 +310,9 @@ def gradient_times_input(
     """
     end, baseline = _path_ends(durations, baseline)
     objective = as_jit_argument(objective)
-    objective_values = np.asarray(evaluate(objective, jnp.stack([baseline, end]), 2), np.float64)
+    objective_values = np.asarray(
+        evaluate(objective, jnp.stack([baseline, end]), 2), np.float64
+    )
     gradient = np.asarray(_gradients(objective, end[None], 1)[0], np.float64)
     step = np.asarray(end, np.float64) - np.asarray(baseline, np.float64)
     return Attribution(
@@ -321,22 +344,30 @@ def leave_one_out(
     )
 
 
-def _path_ends(durations: ArrayLike, baseline: ArrayLike | None) -> tuple[jax.Array, jax.Array]:
+def _path_ends(
+    durations: ArrayLike, baseline: ArrayLike | None
+) -> tuple[jax.Array, jax.Array]:
     """The ends of the path, [T] each."""
     end = as_float(durations)
     if end.ndim != 1 or not end.size:
-        raise InputError(f"durations have shape {list(end.shape)}; a path needs [T], T >= 1")
+        raise InputError(
+            f"durations have shape {list(end.shape)}; a path needs [T], T >= 1"
+        )
     check_durations(end, len(end))
     if baseline is None:
         return end, jnp.where(jnp.arange(len(end)) == 0, end, 0.0)
     baseline = as_float(baseline).astype(end.dtype)
     if baseline.shape != end.shape:
-        raise InputError(f"baseline has shape {list(baseline.shape)}; it must be {list(end.shape)}")
+        raise InputError(
+            f"baseline has shape {list(baseline.shape)}; it must be {list(end.shape)}"
+        )
     check_durations(baseline, len(end), "baseline")
     return end, baseline
 
 
-def _points_on_path(baseline: jax.Array, end: jax.Array, alphas: np.ndarray) -> jax.Array:
+def _points_on_path(
+    baseline: jax.Array, end: jax.Array, alphas: np.ndarray
+) -> jax.Array:
     """Durations [P, T] at points of the path; exactly the ends at 0 and 1."""
     share = jnp.asarray(alphas, end.dtype)[:, None]
     return (1.0 - share) * baseline + share * end
@@ -355,6 +386,10 @@ def _check_finite(objective_values: np.ndarray) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _gradients(objective: Objective, durations: jax.Array, batch_size: int) -> jax.Array:
+def _gradients(
+    objective: Objective, durations: jax.Array, batch_size: int
+) -> jax.Array:
     """df/dd [P, T] at durations [P, T]."""
-    return jax.lax.map(jax.grad(objective), durations, batch_size=min(batch_size, len(durations)))
+    return jax.lax.map(
+        jax.grad(objective), durations, batch_size=min(batch_size, len(durations))
+    )

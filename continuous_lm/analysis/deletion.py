@@ -6,7 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.analysis.attribution import Objective, _path_ends, as_jit_argument, evaluate
+from continuous_lm.analysis.attribution import (
+    Objective,
+    _path_ends,
+    as_jit_argument,
+    evaluate,
+)
 from continuous_lm.errors import InputError
 
 
@@ -27,7 +32,9 @@ class DeletionCurve(NamedTuple):
 
         The lower, the sooner f falls: the better the order. In the unit of f.
         """
-        return float(np.trapezoid(self.values - self.values[0], dx=1.0 / max(len(self.order), 1)))
+        return float(
+            np.trapezoid(self.values - self.values[0], dx=1.0 / max(len(self.order), 1))
+        )
 
 
 def deletion_curve(

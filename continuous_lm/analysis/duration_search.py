@@ -33,13 +33,21 @@ EVALUATIONS_PER_GRADIENT = 3  # evaluations
 PENALTY_WEIGHTS = (0.8, 0.3)
 NUM_PROBE_STARTS = 2  # probes that an ascent begins at
 PROBE_FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # of stretches that are probed
-SHRINK_FACTORS = (0.0, 0.25, 0.5, 0.75, 0.9)  # of a change, that `shrink_towards` tries to keep
+SHRINK_FACTORS = (
+    0.0,
+    0.25,
+    0.5,
+    0.75,
+    0.9,
+)  # of a change, that `shrink_towards` tries to keep
 NUM_BISECTIONS = 8
 MIN_SLACK = 1e-4  # slack that is kept, so that rounding elsewhere does not cross 0
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("logits", "answer", "min_lead"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("logits", "answer", "min_lead"),
+    meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True, eq=False)  # a function, compared as one
 class Margin:
@@ -126,7 +134,9 @@ def find_durations(
       InputError: if arguments do not fit.
     """
     d0, is_free = _validate_durations(durations, span)
-    _check_positive(learning_rate=learning_rate, steps=steps, rounds=rounds, batch_size=batch_size)
+    _check_positive(
+        learning_rate=learning_rate, steps=steps, rounds=rounds, batch_size=batch_size
+    )
     if not penalty_weights or not all(0 < w < 1 for w in penalty_weights):
         raise InputError(
             f"penalty_weights are {list(penalty_weights)}; they must be numbers between 0 and 1"
@@ -146,7 +156,9 @@ def find_durations(
     ascent_durations, shortfalls, changes = _ascend(
         constraint, d0, is_free, *starts_and_weights, learning_rate, steps
     )
-    num_evaluations = len(probe_rows) + EVALUATIONS_PER_GRADIENT * steps * len(shortfalls)
+    num_evaluations = len(probe_rows) + EVALUATIONS_PER_GRADIENT * steps * len(
+        shortfalls
+    )
     scores = np.where(np.isfinite(changes), changes, 1e9 + np.asarray(shortfalls))
     candidates = []
     for start_indices in np.arange(len(shortfalls)).reshape(len(starts), -1):
@@ -159,7 +171,9 @@ def find_durations(
         candidates.append(d)
         num_evaluations += int(cost)
     results = [_make_result(constraint, d, d0, num_evaluations) for d in candidates]
-    return min(results, key=lambda r: (r.slack < 0, r.total if r.slack >= 0 else -r.slack))
+    return min(
+        results, key=lambda r: (r.slack < 0, r.total if r.slack >= 0 else -r.slack)
+    )
 
 
 def probe_durations(durations: jax.Array, is_free: jax.Array) -> jax.Array:
@@ -174,7 +188,8 @@ def probe_durations(durations: jax.Array, is_free: jax.Array) -> jax.Array:
         stride = max(length // 2, 1)
         for begin in range(0, max(num_tokens - length, 0) + stride, stride):
             masks.append(
-                (np.arange(num_tokens) >= begin) & (np.arange(num_tokens) < begin + length)
+                (np.arange(num_tokens) >= begin)
+                & (np.arange(num_tokens) < begin + length)
             )
         length *= 2
     is_inside = np.stack(masks) & np.asarray(is_free)
@@ -204,7 +219,9 @@ def random_search(
     d0, is_free = _validate_durations(durations, span)
     _check_positive(evaluations=evaluations, batch_size=batch_size)
     constraint = attribution.as_jit_argument(constraint)
-    d = _random_search(constraint, d0, is_free, jax.random.key(seed), evaluations, batch_size)
+    d = _random_search(
+        constraint, d0, is_free, jax.random.key(seed), evaluations, batch_size
+    )
     return _make_result(constraint, d, d0, evaluations)
 
 
@@ -235,11 +252,15 @@ def shrink_towards(
     return _make_result(constraint, d, goal, int(cost))
 
 
-def _validate_durations(durations: ArrayLike, span: Span | None) -> tuple[jax.Array, jax.Array]:
+def _validate_durations(
+    durations: ArrayLike, span: Span | None
+) -> tuple[jax.Array, jax.Array]:
     """Durations, and which may change: [T] each."""
     d = as_float(durations)
     if d.ndim != 1 or not d.size:
-        raise InputError(f"durations have shape {list(d.shape)}; a search needs [T], T >= 1")
+        raise InputError(
+            f"durations have shape {list(d.shape)}; a search needs [T], T >= 1"
+        )
     check_durations(d, len(d))
     first, end = (1, len(d)) if span is None else span
     if not 0 <= first < end <= len(d):
@@ -292,7 +313,9 @@ def _ascend(
             z, optimizer_state, best_z, shortfall, best_change = carry
             loss_value, gradient = jax.value_and_grad(loss)(z)
             is_satisfied = loss_value <= -MIN_SLACK
-            new_change = jnp.where(is_satisfied, jnp.sum(jnp.abs(d0 * jnp.expm1(z))), jnp.inf)
+            new_change = jnp.where(
+                is_satisfied, jnp.sum(jnp.abs(d0 * jnp.expm1(z))), jnp.inf
+            )
             is_better = jnp.where(
                 is_satisfied,
                 new_change < best_change,
@@ -307,7 +330,9 @@ def _ascend(
                 )
             )
             gradient = jnp.where(is_free & ~is_satisfied, gradient, 0.0)
-            max_gradient = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(z.dtype).tiny)
+            max_gradient = jnp.maximum(
+                jnp.max(jnp.abs(gradient)), jnp.finfo(z.dtype).tiny
+            )
             update, optimizer_state = optimizer.update(
                 rate * gradient / max_gradient, optimizer_state, z
             )
@@ -345,18 +370,25 @@ def _shrink_towards(
     def try_factors(d, j):
         rows = jnp.where(indices == j, target + factors[:, None] * (d - target), d)
         satisfied = jax.vmap(is_satisfied)(rows)
-        return jnp.where(satisfied.any(), rows[jnp.argmax(satisfied)], d), len(SHRINK_FACTORS)
+        return jnp.where(satisfied.any(), rows[jnp.argmax(satisfied)], d), len(
+            SHRINK_FACTORS
+        )
 
     def shrink_token(carry, j):
         d, cost = carry
-        d, extra_cost = jax.lax.cond(d[j] == target[j], lambda d, j: (d, 0), try_factors, d, j)
+        d, extra_cost = jax.lax.cond(
+            d[j] == target[j], lambda d, j: (d, 0), try_factors, d, j
+        )
         return (d, cost + extra_cost), None
 
     def bisect(carry, _):
         low, high = carry
         midpoint = (low + high) / 2.0
         satisfied = is_satisfied(target + midpoint * (d - target))
-        return (jnp.where(satisfied, low, midpoint), jnp.where(satisfied, midpoint, high)), None
+        return (
+            jnp.where(satisfied, low, midpoint),
+            jnp.where(satisfied, midpoint, high),
+        ), None
 
     is_feasible = is_satisfied(d)
     if order is None:
@@ -387,10 +419,14 @@ def _random_search(
         probability = jnp.sum(is_free) ** -jax.random.uniform(share_key, dtype=d0.dtype)
         is_changed = is_free & jax.random.bernoulli(choice_key, probability, d0.shape)
         noise_scale = jnp.exp(
-            jax.random.uniform(scale_key, dtype=d0.dtype, minval=np.log(0.05), maxval=np.log(2.0))
+            jax.random.uniform(
+                scale_key, dtype=d0.dtype, minval=np.log(0.05), maxval=np.log(2.0)
+            )
         )
         return d0 * jnp.exp(
-            jnp.where(is_changed, noise_scale * jax.random.normal(noise_key, d0.shape), 0.0)
+            jnp.where(
+                is_changed, noise_scale * jax.random.normal(noise_key, d0.shape), 0.0
+            )
         )
 
     def draw_change(key):
@@ -398,9 +434,13 @@ def _random_search(
         return jnp.where(constraint(d) >= MIN_SLACK, jnp.sum(jnp.abs(d - d0)), jnp.inf)
 
     draw_keys = jax.random.split(draw_key, num_draws)
-    total_changes = jax.lax.map(draw_change, draw_keys, batch_size=min(batch_size, num_draws))
+    total_changes = jax.lax.map(
+        draw_change, draw_keys, batch_size=min(batch_size, num_draws)
+    )
     is_any_satisfied = jnp.isfinite(jnp.min(total_changes))
-    best = jnp.where(is_any_satisfied, draw_durations(draw_keys[jnp.argmin(total_changes)]), d0)
+    best = jnp.where(
+        is_any_satisfied, draw_durations(draw_keys[jnp.argmin(total_changes)]), d0
+    )
 
     def shrink_step(d, key):
         choice_key, factor_key = jax.random.split(key)

@@ -23,7 +23,9 @@ from continuous_lm.durations import Span
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("objective", "min_value"), meta_fields=()
+    jax.tree_util.register_dataclass,
+    data_fields=("objective", "min_value"),
+    meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True, eq=False)  # a function, compared as one
 class Floor:
@@ -74,10 +76,15 @@ def prune(
     """
     d0, is_free = _validate_durations(durations, span)
     is_free = is_free.at[0].set(False)
-    _check_positive(tolerance=tolerance, learning_rate=learning_rate, steps=steps, rounds=rounds)
+    _check_positive(
+        tolerance=tolerance, learning_rate=learning_rate, steps=steps, rounds=rounds
+    )
     objective = attribution.as_jit_argument(objective)
     constraint = Floor(objective, float(objective(d0)) - tolerance)
-    target, num_evaluations = jnp.where(is_free, 0.0, d0), EVALUATIONS_PER_GRADIENT * steps + 1
+    target, num_evaluations = (
+        jnp.where(is_free, 0.0, d0),
+        EVALUATIONS_PER_GRADIENT * steps + 1,
+    )
     adam_durations = _shrink_with_adam(constraint, d0, is_free, learning_rate, steps)
     candidates = []
     sensitivity = jax.jit(jax.grad(objective))(d0)
@@ -117,8 +124,13 @@ def _shrink_with_adam(
         (_, slack_value), gradient = jax.value_and_grad(loss, has_aux=True)(z, penalty)
         d = to_durations(z)
         is_better = (slack_value >= MIN_SLACK) & (jnp.sum(d) < min_total)
-        best, min_total = jnp.where(is_better, d, best), jnp.where(is_better, jnp.sum(d), min_total)
-        penalty = jnp.clip(penalty * jnp.where(slack_value < MIN_SLACK, 1.2, 0.95), 1e-2, 1e4)
+        best, min_total = (
+            jnp.where(is_better, d, best),
+            jnp.where(is_better, jnp.sum(d), min_total),
+        )
+        penalty = jnp.clip(
+            penalty * jnp.where(slack_value < MIN_SLACK, 1.2, 0.95), 1e-2, 1e4
+        )
         update, optimizer_state = optimizer.update(gradient, optimizer_state, z)
         return (
             jnp.clip(optax.apply_updates(z, update), -12.0, 0.0),

@@ -30,7 +30,9 @@ _ARGUMENT_RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "st
 # Operations that a prefix has to save before it is computed apart, which is one more program to
 # compile.
 MIN_SAVED_FLOPS = 1e10
-LENGTH_MULTIPLE = 16  # lengths of many prompts, and of prefixes, are rounded up to multiples of it
+LENGTH_MULTIPLE = (
+    16  # lengths of many prompts, and of prefixes, are rounded up to multiples of it
+)
 
 
 class HasModel(Protocol):
@@ -115,10 +117,16 @@ def tokens_above(
     `batch_size`, `position` and `arguments` as of `probabilities`.
     """
     batches = _run_batches(
-        lm, _largest_probabilities, [validate(lm, arguments, position)], batch_size, None
+        lm,
+        _largest_probabilities,
+        [validate(lm, arguments, position)],
+        batch_size,
+        None,
     )
     largest = functools.reduce(np.maximum, batches)[0, 0]
-    return [int(i) for i in np.argsort(-largest, kind="stable") if largest[i] >= threshold]
+    return [
+        int(i) for i in np.argsort(-largest, kind="stable") if largest[i] >= threshold
+    ]
 
 
 # --- Many prompts -----------------------------------------------------------------------------
@@ -201,22 +209,32 @@ class Points(NamedTuple):
     """The points of one prompt."""
 
     num_tokens: int  # T
-    arguments: dict[str, np.ndarray]  # [P, ...] of what differs, [1, ...] of what does not
+    arguments: dict[
+        str, np.ndarray
+    ]  # [P, ...] of what differs, [1, ...] of what does not
     position: np.ndarray  # int [P], not negative
     num_shared_tokens: int  # tokens that all points begin with
 
 
-def validate(lm: HasModel, arguments: Mapping[str, ArrayLike], position: ArrayLike) -> Points:
+def validate(
+    lm: HasModel, arguments: Mapping[str, ArrayLike], position: ArrayLike
+) -> Points:
     """The arguments of a sweep, checked."""
     arrays = {name: np.asarray(value) for name, value in arguments.items()}
     for name, array in arrays.items():
         if name not in _ARGUMENT_RANKS:
-            raise InputError(f"a sweep has no argument {name}; only {', '.join(_ARGUMENT_RANKS)}")
+            raise InputError(
+                f"a sweep has no argument {name}; only {', '.join(_ARGUMENT_RANKS)}"
+            )
         if array.ndim - _ARGUMENT_RANKS[name] not in (0, 1):
             raise InputError(
                 f"{name} has shape {list(array.shape)}; a sweep allows one axis in front"
             )
-    varying = {name: array for name, array in arrays.items() if array.ndim > _ARGUMENT_RANKS[name]}
+    varying = {
+        name: array
+        for name, array in arrays.items()
+        if array.ndim > _ARGUMENT_RANKS[name]
+    }
     point_counts = {array.shape[0] for array in varying.values()}
     if len(point_counts) != 1 or 0 in point_counts:
         raise InputError(
@@ -226,11 +244,15 @@ def validate(lm: HasModel, arguments: Mapping[str, ArrayLike], position: ArrayLi
     lm.model.check(**arrays, position=position)
     (num_points,) = point_counts
     input_name = next(name for name in ("tokens", "embeddings") if name in arrays)
-    num_tokens = arrays[input_name].shape[arrays[input_name].ndim - _ARGUMENT_RANKS[input_name]]
+    num_tokens = arrays[input_name].shape[
+        arrays[input_name].ndim - _ARGUMENT_RANKS[input_name]
+    ]
     arrays.setdefault("durations", np.ones(num_tokens, np.float32))
     arrays = {n: x if n in varying else x[None] for n, x in arrays.items()}
     position = np.broadcast_to(np.asarray(position) % num_tokens, num_points)
-    return Points(num_tokens, arrays, position, _count_shared_tokens(arrays, int(position.min())))
+    return Points(
+        num_tokens, arrays, position, _count_shared_tokens(arrays, int(position.min()))
+    )
 
 
 def _count_shared_tokens(arrays: Mapping[str, np.ndarray], max_shared: int) -> int:
@@ -240,7 +262,9 @@ def _count_shared_tokens(arrays: Mapping[str, np.ndarray], max_shared: int) -> i
         if _ARGUMENT_RANKS[name] == 0:
             max_shared = 0 if differs else max_shared
         else:
-            differing_tokens = np.flatnonzero(differs.reshape(len(differs), -1).any(axis=1))
+            differing_tokens = np.flatnonzero(
+                differs.reshape(len(differs), -1).any(axis=1)
+            )
             max_shared = min([max_shared, *differing_tokens[:1].tolist()])
     return max_shared
 
@@ -266,16 +290,24 @@ def _run_batches(
         raise InputError(f"batch_size is {batch_size!r}; it must be a positive integer")
     num_points = len(prompts[0].position)
     model = lm.model.clone(config=lm.config.at_length(prompts[0].num_tokens))
-    prefix_lengths = [p.num_shared_tokens if _is_prefix_worthwhile(lm, p) else 0 for p in prompts]
+    prefix_lengths = [
+        p.num_shared_tokens if _is_prefix_worthwhile(lm, p) else 0 for p in prompts
+    ]
     mesh = axes_lib.mesh_of(jax.tree.leaves(lm.params)[0])
     if mesh is not None:
-        mesh = Mesh(mesh.devices, mesh.axis_names)  # axes of type Auto, as of the parameters
+        mesh = Mesh(
+            mesh.devices, mesh.axis_names
+        )  # axes of type Auto, as of the parameters
     shared_arguments: dict[str, Any] = {}
     if all(prefix_lengths):
         prefix_arguments = _stack_prompts(
-            prompts, [(0, prefix_length) for prefix_length in prefix_lengths], LENGTH_MULTIPLE
+            prompts,
+            [(0, prefix_length) for prefix_length in prefix_lengths],
+            LENGTH_MULTIPLE,
         )
-        prefix_arguments = {name: array[:, :1] for name, array in prefix_arguments.items()}
+        prefix_arguments = {
+            name: array[:, :1] for name, array in prefix_arguments.items()
+        }
         shared_arguments["prefix"] = _prefill(model, lm.params, prefix_arguments)
     else:
         prefix_lengths = [0] * len(prompts)
@@ -295,9 +327,13 @@ def _run_batches(
 
     num_tokens = suffix_arguments["durations"].shape[-1]
     num_shards = 1 if mesh is None else mesh.shape.get("data", 1)
-    max_points = max(1, (batch_size or _default_batch_size(num_tokens, num_shards)) // len(prompts))
+    max_points = max(
+        1, (batch_size or _default_batch_size(num_tokens, num_shards)) // len(prompts)
+    )
     num_batches = math.ceil(num_points / max_points)
-    points_per_batch = math.ceil(math.ceil(num_points / num_batches) / num_shards) * num_shards
+    points_per_batch = (
+        math.ceil(math.ceil(num_points / num_batches) / num_shards) * num_shards
+    )
     for begin in tqdm.tqdm(
         range(0, num_points, points_per_batch),
         desc=progress,
@@ -308,14 +344,16 @@ def _run_batches(
             np.arange(begin, begin + points_per_batch), num_points - 1
         )  # the last one fills up
         batch = {
-            n: x[:, point_indices] if x.shape[1] > 1 else x for n, x in suffix_arguments.items()
+            n: x[:, point_indices] if x.shape[1] > 1 else x
+            for n, x in suffix_arguments.items()
         }
         if mesh is not None:
             axes_of_argument = {
                 name: " ".join(f"-P{'-' * (x.ndim - 2)}") for name, x in batch.items()
             }
             batch = {
-                name: axes_lib.place(mesh, x, axes_of_argument[name]) for name, x in batch.items()
+                name: axes_lib.place(mesh, x, axes_of_argument[name])
+                for name, x in batch.items()
             }
         outputs = np.asarray(
             compute(model, mesh, lm.params, batch | shared_arguments)
@@ -327,12 +365,20 @@ def _is_prefix_worthwhile(lm: HasModel, points: Points) -> bool:
     """Whether what all points share is worth a program of its own."""
     config = lm.config
     attention_size = (
-        2 * config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+        2
+        * config.hidden_size
+        * config.head_dim
+        * (config.num_heads + config.num_kv_heads)
     )
     flops_per_token = (
-        2 * config.num_layers * (attention_size + 3 * config.hidden_size * config.mlp_size)
+        2
+        * config.num_layers
+        * (attention_size + 3 * config.hidden_size * config.mlp_size)
     )
-    return points.num_shared_tokens * (len(points.position) - 1) * flops_per_token > MIN_SAVED_FLOPS
+    return (
+        points.num_shared_tokens * (len(points.position) - 1) * flops_per_token
+        > MIN_SAVED_FLOPS
+    )
 
 
 def _default_batch_size(num_tokens: int, num_shards: int) -> int:
@@ -342,10 +388,14 @@ def _default_batch_size(num_tokens: int, num_shards: int) -> int:
 
 
 def _stack_prompts(
-    prompts: Sequence[Points], token_ranges: Sequence[tuple[int, int]], min_multiple: int
+    prompts: Sequence[Points],
+    token_ranges: Sequence[tuple[int, int]],
+    min_multiple: int,
 ) -> dict[str, np.ndarray]:
     """Tokens `begin` to `end` of each prompt, filled up to one length: [B, P or 1, ...]."""
-    length = _round_up_length(max(end - begin for begin, end in token_ranges), min_multiple)
+    length = _round_up_length(
+        max(end - begin for begin, end in token_ranges), min_multiple
+    )
     stacked = {}
     for name in prompts[0].arguments:
         arrays = [p.arguments[name] for p in prompts]
@@ -354,13 +404,19 @@ def _stack_prompts(
             arrays = [
                 np.pad(
                     array[:, begin:end],
-                    [(0, 0), (0, length - (end - begin)), *[(0, 0)] * (_ARGUMENT_RANKS[name] - 1)],
+                    [
+                        (0, 0),
+                        (0, length - (end - begin)),
+                        *[(0, 0)] * (_ARGUMENT_RANKS[name] - 1),
+                    ],
                     mode=mode,
                 )
                 for array, (begin, end) in zip(arrays, token_ranges, strict=True)
             ]
         num_points = max(map(len, arrays))
-        stacked[name] = np.stack([np.broadcast_to(a, (num_points, *a.shape[1:])) for a in arrays])
+        stacked[name] = np.stack(
+            [np.broadcast_to(a, (num_points, *a.shape[1:])) for a in arrays]
+        )
     return stacked
 
 
@@ -385,14 +441,22 @@ def _group_probabilities(
 ) -> jax.Array:
     """Group probabilities [B, P, A] of the next token."""
     distribution = _next_token_distribution(model, params, arguments)
-    group_probabilities = jnp.dot(distribution, membership, precision=jax.lax.Precision.HIGHEST)
-    return axes_lib.place(mesh, group_probabilities, "- - -")  # so that each process can read it
+    group_probabilities = jnp.dot(
+        distribution, membership, precision=jax.lax.Precision.HIGHEST
+    )
+    return axes_lib.place(
+        mesh, group_probabilities, "- - -"
+    )  # so that each process can read it
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _largest_probabilities(model, mesh, params, arguments: Mapping[str, Any]) -> jax.Array:
+def _largest_probabilities(
+    model, mesh, params, arguments: Mapping[str, Any]
+) -> jax.Array:
     """The largest probability of each token at any point, [B, 1, V]."""
-    largest = jnp.max(_next_token_distribution(model, params, arguments), axis=1, keepdims=True)
+    largest = jnp.max(
+        _next_token_distribution(model, params, arguments), axis=1, keepdims=True
+    )
     return axes_lib.place(mesh, largest, "- - -")
 
 
@@ -431,11 +495,15 @@ def pmap_sweep(
         n: x for n, x in points.arguments.items() if len(x) > 1
     }
     fixed_arguments = {
-        name: x[0] for name, x in points.arguments.items() if name not in point_arguments
+        name: x[0]
+        for name, x in points.arguments.items()
+        if name not in point_arguments
     }
     point_arguments["position"] = points.position
     members = membership_matrix(groups, lm.config.vocab_size)
-    run_points = _pmapped_probabilities(lm.model, None if devices is None else tuple(devices))
+    run_points = _pmapped_probabilities(
+        lm.model, None if devices is None else tuple(devices)
+    )
     return run_points((lm.params, fixed_arguments, members), point_arguments)
 
 

@@ -89,19 +89,25 @@ def attend(
     *_, num_queries, num_heads, head_width = q.shape
     num_keys, num_kv_heads = k.shape[-3:-1]
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    key_weights = jnp.ones(num_keys, dtype) if key_weights is None else key_weights.astype(dtype)
+    key_weights = (
+        jnp.ones(num_keys, dtype) if key_weights is None else key_weights.astype(dtype)
+    )
     window_times = None
     if window is not None:
         intervals = key_weights if intervals is None else intervals.astype(dtype)
         window_times = exact_end_times(jax.lax.stop_gradient(intervals))
-    q_grouped = q.reshape(*q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, head_width)
+    q_grouped = q.reshape(
+        *q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, head_width
+    )
     arrays = q_grouped, k, v, key_weights
     options: dict[str, Any] = {
         "scale": 1.0 / math.sqrt(head_width) if scale is None else scale,
         "softcap": softcap,
         "window": window,
         "window_times": window_times,
-        "query_offset": num_keys - num_queries if query_offset is None else query_offset,
+        "query_offset": num_keys - num_queries
+        if query_offset is None
+        else query_offset,
     }
     attend_blocked = functools.partial(blocked.attend, block_size=block_size)
     if implementation == "auto" and (
@@ -132,12 +138,16 @@ def _import_kernel(kernel: str) -> Any:
 
 
 def _attend_on_platform(
-    fallback: Callable[..., jax.Array], arrays: Sequence[jax.Array], options: Mapping[str, Any]
+    fallback: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    options: Mapping[str, Any],
 ) -> jax.Array:
     """What the kernel of the platform that the program is compiled for gives, if there is one."""
     kernels = {"cuda": "cudnn"}
     if jax.default_backend() == "tpu" and jax.device_count() == 1:
-        kernels["tpu"] = "splash"  # not on several: the compiler cannot spread it over devices
+        kernels["tpu"] = (
+            "splash"  # not on several: the compiler cannot spread it over devices
+        )
     branches = {
         platform: functools.partial(_import_kernel(kernel).attend, **options)
         for platform, kernel in kernels.items()
@@ -150,8 +160,12 @@ def _attend_on_platform(
     def in_query_dtype(attend):
         return lambda *arrays: attend(*arrays).astype(arrays[0].dtype)
 
-    branches = {platform: in_query_dtype(attend) for platform, attend in branches.items()}
-    return jax.lax.platform_dependent(*arrays, **branches, default=in_query_dtype(fallback))
+    branches = {
+        platform: in_query_dtype(attend) for platform, attend in branches.items()
+    }
+    return jax.lax.platform_dependent(
+        *arrays, **branches, default=in_query_dtype(fallback)
+    )
 
 
 def _check(q, k, v, key_weights, intervals, implementation, block_size) -> None:
@@ -162,7 +176,9 @@ def _check(q, k, v, key_weights, intervals, implementation, block_size) -> None:
             " [..., T, N, H], [..., S, K, H] and [..., S, K, H]"
         )
     if q.shape[-2] % k.shape[-2]:
-        raise InputError(f"{k.shape[-2]} key/value heads do not divide {q.shape[-2]} query heads")
+        raise InputError(
+            f"{k.shape[-2]} key/value heads do not divide {q.shape[-2]} query heads"
+        )
     if q.shape[-3] > k.shape[-3]:
         raise InputError(
             f"{q.shape[-3]} queries for {k.shape[-3]} keys; queries are the last tokens of the keys"
@@ -180,7 +196,11 @@ def _check(q, k, v, key_weights, intervals, implementation, block_size) -> None:
         "intervals": (intervals, 1),
     }
     axes.broadcast_leading_axes(
-        {n: x.shape[: x.ndim - rank] for n, (x, rank) in arrays.items() if x is not None}
+        {
+            n: x.shape[: x.ndim - rank]
+            for n, (x, rank) in arrays.items()
+            if x is not None
+        }
     )
     if implementation not in IMPLEMENTATIONS:
         raise InputError(

@@ -24,7 +24,11 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
-from continuous_lm.attention.visibility import WindowTimes, visibility_mask, window_limit
+from continuous_lm.attention.visibility import (
+    WindowTimes,
+    visibility_mask,
+    window_limit,
+)
 from continuous_lm.errors import InputError
 
 
@@ -77,10 +81,14 @@ def attend(
     )
     if window_times is not None:
         ticks, remainders, tick_size = time_arrays
-        ticks, remainders = (pad_to_blocks(x, options.keys, "edge") for x in (ticks, remainders))
+        ticks, remainders = (
+            pad_to_blocks(x, options.keys, "edge") for x in (ticks, remainders)
+        )
         window_times = WindowTimes(ticks, remainders, tick_size)
     visibility = Visibility(
-        jnp.asarray(query_offset), window_times, None if window is None else jnp.asarray(window)
+        jnp.asarray(query_offset),
+        window_times,
+        None if window is None else jnp.asarray(window),
     )
     q = pad_to_blocks(q, options.queries)
     k, v, key_weights = (pad_to_blocks(x, options.keys) for x in (k, v, key_weights))
@@ -94,7 +102,9 @@ def flatten_batch(
     """The leading axes of q, k, v and others [..., S], and each with one axis B in their place."""
     ranks = [4, 3, 3, *(1 for _ in key_arrays)]
     arrays = list(zip((q, k, v, *key_arrays), ranks, strict=True))
-    batch_shape = jnp.broadcast_shapes(*(x.shape[: x.ndim - rank] for x, rank in arrays))
+    batch_shape = jnp.broadcast_shapes(
+        *(x.shape[: x.ndim - rank] for x, rank in arrays)
+    )
 
     def flatten(x: jax.Array, rank: int) -> jax.Array:
         inner_shape = x.shape[x.ndim - rank :]
@@ -117,7 +127,9 @@ def _even_block_size(length: int, max_block_size: int) -> int:
 
 def pad_to_blocks(x: jax.Array, block_size: int, mode: str = "constant") -> jax.Array:
     """x [B, T, ...] with T filled up to whole blocks. As last keys, nobody sees what is added."""
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block_size)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+    return jnp.pad(
+        x, [(0, 0), (0, -x.shape[1] % block_size)] + [(0, 0)] * (x.ndim - 2), mode=mode
+    )
 
 
 def _get_block(x: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
@@ -125,9 +137,13 @@ def _get_block(x: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, i * block_size, block_size, axis=1)
 
 
-def _set_block(x: jax.Array, values: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
+def _set_block(
+    x: jax.Array, values: jax.Array, i: jax.Array, block_size: int
+) -> jax.Array:
     """x [B, T, ...] with `values` as its block i."""
-    return lax.dynamic_update_slice_in_dim(x, values.astype(x.dtype), i * block_size, axis=1)
+    return lax.dynamic_update_slice_in_dim(
+        x, values.astype(x.dtype), i * block_size, axis=1
+    )
 
 
 def reachable_blocks(
@@ -135,9 +151,12 @@ def reachable_blocks(
 ) -> jax.Array:
     """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
     query_blocks, key_blocks = (
-        jnp.arange(n) for n in (num_queries // options.queries, num_keys // options.keys)
+        jnp.arange(n)
+        for n in (num_queries // options.queries, num_keys // options.keys)
     )
-    last_query = visibility.query_offset + (query_blocks[:, None] + 1) * options.queries - 1
+    last_query = (
+        visibility.query_offset + (query_blocks[:, None] + 1) * options.queries - 1
+    )
     is_causal = key_blocks * options.keys <= last_query
     if visibility.window_times is None or visibility.window is None:
         return is_causal
@@ -146,7 +165,9 @@ def reachable_blocks(
         * visibility.window_times.tick_size
         + visibility.window_times.remainders
     )
-    query_keys = jnp.minimum(visibility.query_offset + jnp.arange(num_queries), num_keys - 1)
+    query_keys = jnp.minimum(
+        visibility.query_offset + jnp.arange(num_queries), num_keys - 1
+    )
     earliest_query_end = jnp.min(
         key_ends[:, query_keys].reshape(len(key_ends), -1, options.queries), axis=-1
     )
@@ -169,14 +190,20 @@ def block_ranges(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _scores(options: KernelOptions, q: jax.Array, k: jax.Array, dtype) -> jax.Array:
     """Scores [B, K, T, G, S] of one block, capped."""
-    s = options.scale * jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
+    s = options.scale * jnp.einsum(
+        "btkgh,bskh->bktgs", q, k, preferred_element_type=dtype
+    )
     cap = options.softcap
     return s if cap is None else cap * jnp.tanh(s / cap)
 
 
-def _mask(options: KernelOptions, visibility: Visibility, i: jax.Array, j: jax.Array) -> jax.Array:
+def _mask(
+    options: KernelOptions, visibility: Visibility, i: jax.Array, j: jax.Array
+) -> jax.Array:
     """Which keys of block j the queries of block i see, for scores [B, K, T, G, S]."""
-    query_indices = visibility.query_offset + i * options.queries + jnp.arange(options.queries)
+    query_indices = (
+        visibility.query_offset + i * options.queries + jnp.arange(options.queries)
+    )
     mask = visibility_mask(
         query_indices,
         j * options.keys + jnp.arange(options.keys),
@@ -187,11 +214,18 @@ def _mask(options: KernelOptions, visibility: Visibility, i: jax.Array, j: jax.A
     return mask[:, None, :, None, :]
 
 
-def _forward(options: KernelOptions, q, k, v, d, visibility: Visibility) -> tuple[jax.Array, ...]:
+def _forward(
+    options: KernelOptions, q, k, v, d, visibility: Visibility
+) -> tuple[jax.Array, ...]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
-    (num_batch, num_queries, num_kv_heads, group_size, head_width), num_keys = q.shape, k.shape[1]
+    (num_batch, num_queries, num_kv_heads, group_size, head_width), num_keys = (
+        q.shape,
+        k.shape[1],
+    )
     dtype, (_, log_d) = d.dtype, present_and_log(d)
-    begin, end = block_ranges(reachable_blocks(visibility, options, num_queries, num_keys))
+    begin, end = block_ranges(
+        reachable_blocks(visibility, options, num_queries, num_keys)
+    )
     row_shape = (num_batch, num_kv_heads, options.queries, group_size)
 
     def add_key_block(i, q_i, j, state):
@@ -206,16 +240,26 @@ def _forward(options: KernelOptions, q, k, v, d, visibility: Visibility) -> tupl
         update = jnp.einsum(
             "bktgs,bskh->bktgh", p.astype(v.dtype), v_j, preferred_element_type=dtype
         )
-        return new_max, rescaling * row_sum + jnp.sum(p, axis=-1), rescaling[..., None] * y + update
+        return (
+            new_max,
+            rescaling * row_sum + jnp.sum(p, axis=-1),
+            rescaling[..., None] * y + update,
+        )
 
     def attend_query_block(i, carry):
-        add_block = functools.partial(add_key_block, i, _get_block(q, i, options.queries))
+        add_block = functools.partial(
+            add_key_block, i, _get_block(q, i, options.queries)
+        )
         zeros = jnp.zeros(row_shape, dtype), jnp.zeros((*row_shape, head_width), dtype)
         row_max, row_sum, y = lax.fori_loop(
             begin[i], end[i], add_block, (zeros[0] - jnp.inf, *zeros)
         )
         row_sum = jnp.where(row_sum > 0, row_sum, 1.0)
-        updates = y / row_sum[..., None], jnp.where(jnp.isfinite(row_max), row_max, 0.0), row_sum
+        updates = (
+            y / row_sum[..., None],
+            jnp.where(jnp.isfinite(row_max), row_max, 0.0),
+            row_sum,
+        )
         return tuple(
             _set_block(x, jnp.moveaxis(update, 1, 2), i, options.queries)
             for x, update in zip(carry, updates, strict=True)
@@ -231,7 +275,9 @@ def _backward(options: KernelOptions, residuals, dy):
     q, k, v, d, visibility, y, row_max, row_sum = residuals
     dtype, (is_present, _) = d.dtype, present_and_log(d)
     num_queries, num_keys = q.shape[1], k.shape[1]
-    begin, end = block_ranges(reachable_blocks(visibility, options, num_queries, num_keys).T)
+    begin, end = block_ranges(
+        reachable_blocks(visibility, options, num_queries, num_keys).T
+    )
     dy_dot_y = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
     dy = dy.astype(v.dtype)
 
@@ -252,28 +298,50 @@ def _backward(options: KernelOptions, residuals, dy):
             ds = ds * (1.0 - jnp.square(s / options.softcap))
         p, ds = (d_j * e).astype(v.dtype), (options.scale * ds).astype(q.dtype)
         multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
-        dq_i = _get_block(dq, i, options.queries) + multiply("bktgs,bskh->btkgh", ds, k_j)
+        dq_i = _get_block(dq, i, options.queries) + multiply(
+            "bktgs,bskh->btkgh", ds, k_j
+        )
         dk = dk + multiply("bktgs,btkgh->bskh", ds, q_i)
         dv = dv + multiply("bktgs,btkgh->bskh", p, dy_i)
-        return _set_block(dq, dq_i, i, options.queries), dk, dv, dd + jnp.sum(g, axis=(1, 2, 3))
+        return (
+            _set_block(dq, dq_i, i, options.queries),
+            dk,
+            dv,
+            dd + jnp.sum(g, axis=(1, 2, 3)),
+        )
 
     def differentiate_key_block(j, carry):
         k_j, v_j, d_j, is_present_j = (
             _get_block(x, j, options.keys) for x in (k, v, d, is_present)
         )
-        key_block = k_j, v_j, d_j[:, None, None, None, :], is_present_j[:, None, None, None, :]
+        key_block = (
+            k_j,
+            v_j,
+            d_j[:, None, None, None, :],
+            is_present_j[:, None, None, None, :],
+        )
         dq, *key_gradients = carry
         zeros = [jnp.zeros(x.shape, dtype) for x in (k_j, v_j, d_j)]
         state = lax.fori_loop(
-            begin[j], end[j], functools.partial(add_query_block, j, key_block), (dq, *zeros)
+            begin[j],
+            end[j],
+            functools.partial(add_query_block, j, key_block),
+            (dq, *zeros),
         )
         return state[0], *(
             _set_block(x, gradient, j, options.keys)
             for x, gradient in zip(key_gradients, state[1:], strict=True)
         )
 
-    carry = jnp.zeros(q.shape, dtype), jnp.zeros_like(k), jnp.zeros_like(v), jnp.zeros_like(d)
-    dq, dk, dv, dd = lax.fori_loop(0, num_keys // options.keys, differentiate_key_block, carry)
+    carry = (
+        jnp.zeros(q.shape, dtype),
+        jnp.zeros_like(k),
+        jnp.zeros_like(v),
+        jnp.zeros_like(d),
+    )
+    dq, dk, dv, dd = lax.fori_loop(
+        0, num_keys // options.keys, differentiate_key_block, carry
+    )
     return dq.astype(q.dtype), dk, dv, dd, None
 
 

@@ -46,11 +46,15 @@ def attend(
     # JAX's rule for cuDNN under `jax.vmap` wants an axis in all arrays, cotangents too, or in none.
     always_false = sum(lax.stop_gradient(x[0, 0, 0, 0]) for x in (q, k, v)) < -jnp.inf
     q, k, v = (jnp.where(always_false, 0, x) for x in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    y = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+    )
     y = jnp.where(always_false, 0, y)[..., :head_width].reshape(
         *batch_shape, y.shape[1], *head_counts, head_width
     )
-    return key_channels.zero_rows_without_weight(key_weights.reshape(*batch_shape, -1), y)
+    return key_channels.zero_rows_without_weight(
+        key_weights.reshape(*batch_shape, -1), y
+    )
 
 
 def why_unsupported(
@@ -75,7 +79,9 @@ def why_unsupported(
         return "cuDNN wants a query for every key"
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
         # In float16 the gradients for small weights would vanish.
-        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cuDNN takes bfloat16"
+        return (
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; cuDNN takes bfloat16"
+        )
     if isinstance(scale, jax.Array):
         return "scale is an array; cuDNN needs a number"
     try:  # JAX knows the limits of each GPU and each version

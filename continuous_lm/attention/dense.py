@@ -48,5 +48,7 @@ def attend(
     p, row_sum = weighted_exp(
         scores, key_weights[..., None, None, None, :], mask[..., None, :, None, :]
     )
-    y = jnp.einsum("...ktgs,...skh->...ktgh", p.astype(v.dtype), v, preferred_element_type=dtype)
+    y = jnp.einsum(
+        "...ktgs,...skh->...ktgh", p.astype(v.dtype), v, preferred_element_type=dtype
+    )
     return jnp.swapaxes(y / row_sum[..., None], -3, -4)

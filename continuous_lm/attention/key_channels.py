@@ -33,7 +33,9 @@ def append_log_weights(
     x = jnp.log(d) / (scale * c)
     remainder, log_parts = lax.stop_gradient(x), []
     for _ in range(NUM_WEIGHT_CHANNELS):
-        log_parts.append(lax.reduce_precision(remainder, exponent_bits=8, mantissa_bits=7))
+        log_parts.append(
+            lax.reduce_precision(remainder, exponent_bits=8, mantissa_bits=7)
+        )
         remainder = remainder - log_parts[-1]
     log_parts[0] = log_parts[0] + (
         x - lax.stop_gradient(x)
@@ -41,15 +43,19 @@ def append_log_weights(
     query_channels = jnp.full((*q.shape[:-1], NUM_WEIGHT_CHANNELS), c, q.dtype)
     key_channels = jnp.stack(log_parts, axis=-1).astype(k.dtype)[:, :, None, :]
     key_channels = jnp.broadcast_to(key_channels, (*k.shape[:-1], NUM_WEIGHT_CHANNELS))
-    return _concatenate_to_width(padded_width, q, query_channels), _concatenate_to_width(
-        padded_width, k, key_channels
-    )
+    return _concatenate_to_width(
+        padded_width, q, query_channels
+    ), _concatenate_to_width(padded_width, k, key_channels)
 
 
-def scale_and_append_weights(v: jax.Array, d: jax.Array, *, padded_width: int) -> jax.Array:
+def scale_and_append_weights(
+    v: jax.Array, d: jax.Array, *, padded_width: int
+) -> jax.Array:
     """[d v, d] for v [B, S, K, H] and d [B, S], with `padded_width` channels."""
     d = jnp.broadcast_to(d[:, :, None, None], (*v.shape[:-1], 1))
-    return _concatenate_to_width(padded_width, (d * v).astype(v.dtype), d.astype(v.dtype))
+    return _concatenate_to_width(
+        padded_width, (d * v).astype(v.dtype), d.astype(v.dtype)
+    )
 
 
 def divide_by_weight_sum(y: jax.Array, head_width: int) -> jax.Array:
@@ -66,7 +72,9 @@ def zero_rows_without_weight(
 
     `query_offset` is the index of the first query's own key.
     """
-    has_weight = jnp.cumsum(key_weights >= jnp.finfo(key_weights.dtype).tiny, axis=-1) > 0
+    has_weight = (
+        jnp.cumsum(key_weights >= jnp.finfo(key_weights.dtype).tiny, axis=-1) > 0
+    )
     has_weight = has_weight[..., query_offset : query_offset + y.shape[-4]]
     return jnp.where(has_weight[..., None, None, None], y, 0.0)
 

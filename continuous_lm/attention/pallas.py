@@ -66,7 +66,9 @@ def attend(
             _pad_to_blocks(ticks, "edge"), _pad_to_blocks(remainders, "edge"), tick_size
         )
     visibility = blocked.Visibility(
-        jnp.asarray(query_offset), window_times, None if window is None else jnp.asarray(window)
+        jnp.asarray(query_offset),
+        window_times,
+        None if window is None else jnp.asarray(window),
     )
     y = _attend(
         KernelOptions(scale, softcap, BLOCK_SIZE, BLOCK_SIZE),
@@ -119,14 +121,20 @@ def _visibility_mask(
         query_positions.ticks - key_positions.ticks,
         query_positions.remainders - key_positions.remainders,
     )
-    return is_causal & (ticks.astype(remainders.dtype) * tick_size[...] + remainders < limit[...])
+    return is_causal & (
+        ticks.astype(remainders.dtype) * tick_size[...] + remainders < limit[...]
+    )
 
 
 def _matmul(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype) -> jax.Array:
-    return lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)
+    return lax.dot_general(
+        x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype
+    )
 
 
-def _scores_and_slope(options: KernelOptions, s: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+def _scores_and_slope(
+    options: KernelOptions, s: jax.Array
+) -> tuple[jax.Array, jax.Array | float]:
     """Scores s from products, and their derivative up to `scale`."""
     s, cap = options.scale * s, options.softcap
     if cap is None:
@@ -144,7 +152,8 @@ def _loop_over_blocks(bounds, step, state):
 def _get_block(per_token, i, block_size: int):
     """Block i of what lies along the last axis."""
     return jax.tree.map(
-        lambda x: x[:, pl.ds(pl.multiple_of(i * block_size, block_size), block_size)], per_token
+        lambda x: x[:, pl.ds(pl.multiple_of(i * block_size, block_size), block_size)],
+        per_token,
     )
 
 
@@ -169,11 +178,15 @@ def _forward(
     def add_key_block(j, state):
         peak, total, y = state
         block_rows = pl.ds(pl.multiple_of(j * block_size, block_size), block_size)
-        s, _ = _scores_and_slope(options, _matmul(q[...], k[block_rows, :], (1, 1), dtype))
+        s, _ = _scores_and_slope(
+            options, _matmul(q[...], k[block_rows, :], (1, 1), dtype)
+        )
         s = s + present_and_log(d[:, block_rows])[1]
         s = jnp.where(
             _visibility_mask(
-                query_positions, _get_block(key_positions, j, block_size), tick_and_limit
+                query_positions,
+                _get_block(key_positions, j, block_size),
+                tick_and_limit,
             ),
             s,
             -jnp.inf,
@@ -215,12 +228,19 @@ def _backward_queries(
 
     def add_key_block(j, dq):
         block_rows = pl.ds(pl.multiple_of(j * block_size, block_size), block_size)
-        s, slope = _scores_and_slope(options, _matmul(q[...], k[block_rows, :], (1, 1), dtype))
+        s, slope = _scores_and_slope(
+            options, _matmul(q[...], k[block_rows, :], (1, 1), dtype)
+        )
         d_j = d[:, block_rows]
-        e = jnp.exp(clamp_for_absent_keys(s - row_max[...], present_and_log(d_j)[0])) / row_sum[...]
+        e = (
+            jnp.exp(clamp_for_absent_keys(s - row_max[...], present_and_log(d_j)[0]))
+            / row_sum[...]
+        )
         e = jnp.where(
             _visibility_mask(
-                query_positions, _get_block(key_positions, j, block_size), tick_and_limit
+                query_positions,
+                _get_block(key_positions, j, block_size),
+                tick_and_limit,
             ),
             e,
             0.0,
@@ -229,7 +249,9 @@ def _backward_queries(
         ds = (options.scale * slope * d_j * g).astype(k.dtype)
         return dq + _matmul(ds, k[block_rows, :], (1, 0), dtype)
 
-    dq[...] = _loop_over_blocks(bounds, add_key_block, jnp.zeros(q.shape, dtype)).astype(dq.dtype)
+    dq[...] = _loop_over_blocks(
+        bounds, add_key_block, jnp.zeros(q.shape, dtype)
+    ).astype(dq.dtype)
 
 
 def _backward_keys(
@@ -267,7 +289,9 @@ def _backward_keys(
             )
             s, slope = _scores_and_slope(options, _matmul(k[...], q_i, (1, 1), dtype))
             e = jnp.where(
-                mask, jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present)) / row_sum_i, 0.0
+                mask,
+                jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present)) / row_sum_i,
+                0.0,
             )
             g = e * (_matmul(v[...], dy_i, (1, 1), dtype) - dy_dot_y_i)
             ds = (options.scale * slope * d_j * g).astype(q.dtype)
@@ -279,7 +303,9 @@ def _backward_keys(
 
     zeros = [jnp.zeros(x.shape, dtype) for x in (k, v, d)]
     for gradient_ref, gradient in zip(
-        gradient_refs, _loop_over_blocks(bounds, add_query_block, tuple(zeros)), strict=True
+        gradient_refs,
+        _loop_over_blocks(bounds, add_query_block, tuple(zeros)),
+        strict=True,
     ):
         gradient_ref[...] = gradient.astype(gradient_ref.dtype)
 
@@ -296,7 +322,9 @@ def _positions_and_reachable(
     """
     num_queries, num_keys = q.shape[3], k.shape[2]
     reachable = blocked.reachable_blocks(visibility, options, num_queries, num_keys)
-    query_indices = (visibility.query_offset + jnp.arange(num_queries)).astype(jnp.int32)
+    query_indices = (visibility.query_offset + jnp.arange(num_queries)).astype(
+        jnp.int32
+    )
     query_positions, key_positions = (
         TokenPositions(jnp.broadcast_to(indices, (len(q), *indices.shape)))
         for indices in (query_indices, jnp.arange(num_keys, dtype=jnp.int32))
@@ -306,7 +334,9 @@ def _positions_and_reachable(
     ticks, remainders, tick_size = visibility.window_times
     query_keys = jnp.minimum(query_indices, num_keys - 1)
     limit = jnp.broadcast_to(
-        window_limit(visibility.window_times, visibility.window).astype(tick_size.dtype),
+        window_limit(visibility.window_times, visibility.window).astype(
+            tick_size.dtype
+        ),
         tick_size.shape,
     )
     query_positions = TokenPositions(
@@ -321,7 +351,12 @@ def _positions_and_reachable(
 
 
 def _run_grid(
-    options: KernelOptions, kernel, grid_axes: str, grid_shape: tuple[int, ...], inputs, outputs
+    options: KernelOptions,
+    kernel,
+    grid_axes: str,
+    grid_shape: tuple[int, ...],
+    inputs,
+    outputs,
 ) -> Any:
     """Runs `kernel(options, ...)` on each point of a grid whose axes have these letters.
 
@@ -334,17 +369,22 @@ def _run_grid(
 
     def block_spec(letters: str, x) -> pl.BlockSpec:
         sizes = dict.fromkeys(grid_axes + "#") | {block_axis: block_size}
-        block_shape = [sizes.get(a, size) for a, size in zip(letters, x.shape, strict=True)]
+        block_shape = [
+            sizes.get(a, size) for a, size in zip(letters, x.shape, strict=True)
+        ]
         grid_places = [grid_axes.find(a) for a in letters.replace("#", block_axis)]
         return pl.BlockSpec(
-            block_shape, lambda *point: tuple(0 if i < 0 else point[i] for i in grid_places)
+            block_shape,
+            lambda *point: tuple(0 if i < 0 else point[i] for i in grid_places),
         )
 
     def run_kernel(*arrays, **kernel_options):
         return pl.pallas_call(
             functools.partial(kernel, options),
             grid=grid_shape,
-            in_specs=[jax.tree.map(functools.partial(block_spec, a), x) for a, x in inputs],
+            in_specs=[
+                jax.tree.map(functools.partial(block_spec, a), x) for a, x in inputs
+            ],
             out_specs=[block_spec(a, x) for a, x in outputs],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
             **kernel_options,
@@ -374,11 +414,19 @@ def _block_ranges(reachable: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _run_by_query_block(
-    options: KernelOptions, kernel, q, k, v, d, visibility: blocked.Visibility, per_query, outputs
+    options: KernelOptions,
+    kernel,
+    q,
+    k,
+    v,
+    d,
+    visibility: blocked.Visibility,
+    per_query,
+    outputs,
 ) -> Any:
     """Runs a kernel on blocks of queries; `per_query` and `outputs` are [B, K, G, T, ...]."""
-    query_positions, key_positions, tick_and_limit, reachable = _positions_and_reachable(
-        options, q, k, visibility
+    query_positions, key_positions, tick_and_limit, reachable = (
+        _positions_and_reachable(options, q, k, visibility)
     )
     inputs = [
         ("bkgt.", q),
@@ -409,8 +457,8 @@ def _run_by_key_block(
     outputs,
 ) -> Any:
     """Runs a kernel on blocks of keys; `outputs` are like [B, K, S, ...]."""
-    query_positions, key_positions, tick_and_limit, reachable = _positions_and_reachable(
-        options, q, k, visibility
+    query_positions, key_positions, tick_and_limit, reachable = (
+        _positions_and_reachable(options, q, k, visibility)
     )
     inputs = [
         ("bk...", q),
@@ -429,7 +477,9 @@ def _run_by_key_block(
     return _run_grid(options, kernel, "bks", grid_shape, inputs, outputs)
 
 
-def _attend_with_residuals(options: KernelOptions, q, k, v, d, visibility: blocked.Visibility):
+def _attend_with_residuals(
+    options: KernelOptions, q, k, v, d, visibility: blocked.Visibility
+):
     """y [B, K, G, T, H] in the dtype of d, and what the backward pass needs."""
     y = jax.ShapeDtypeStruct(q.shape, d.dtype)
     row_struct = jax.ShapeDtypeStruct((*q.shape[:4], 1), d.dtype)
@@ -448,12 +498,16 @@ def _backward(options: KernelOptions, residuals, dy):
     per_query = dy, *(_as_column(x) for x in row_statistics)
     (dq,) = _run_by_query_block(options, _backward_queries, *arrays, per_query, (q,))
     dd = jax.ShapeDtypeStruct((*k.shape[:3], 1), d.dtype)
-    dk, dv, dd = _run_by_key_block(options, _backward_keys, *arrays, dy, row_statistics, (k, v, dd))
+    dk, dv, dd = _run_by_key_block(
+        options, _backward_keys, *arrays, dy, row_statistics, (k, v, dd)
+    )
     return dq, dk, dv, jnp.sum(dd[..., 0], axis=1), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: KernelOptions, q, k, v, d, visibility: blocked.Visibility) -> jax.Array:
+def _attend(
+    options: KernelOptions, q, k, v, d, visibility: blocked.Visibility
+) -> jax.Array:
     return _attend_with_residuals(options, q, k, v, d, visibility)[0]
 
 

@@ -22,7 +22,9 @@ def weighted_exp(
     """
     scores = jnp.where(mask, scores, -jnp.inf)
     is_present, log_key_weights = present_and_log(key_weights)
-    row_max = jax.lax.stop_gradient(jnp.max(scores + log_key_weights, axis=-1, keepdims=True))
+    row_max = jax.lax.stop_gradient(
+        jnp.max(scores + log_key_weights, axis=-1, keepdims=True)
+    )
     exponent = scores - jnp.where(jnp.isfinite(row_max), row_max, 0.0)
     p = key_weights * jnp.exp(clamp_for_absent_keys(exponent, is_present))
     row_sum = jnp.sum(p, axis=-1)

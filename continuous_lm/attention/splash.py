@@ -40,7 +40,9 @@ def attend(
     batch_shape, (q, k, v, key_weights) = flatten_batch(q, k, v, key_weights)
     q = (scale * q).astype(q.dtype).reshape(len(q), num_queries, -1, head_width)
     if softcap is None:
-        padded_width = key_channels.round_up(head_width, key_channels.NUM_WEIGHT_CHANNELS, LANES)
+        padded_width = key_channels.round_up(
+            head_width, key_channels.NUM_WEIGHT_CHANNELS, LANES
+        )
         q, k = key_channels.append_log_weights(
             q, k, key_weights, scale=1.0, padded_width=padded_width
         )
@@ -57,7 +59,11 @@ def attend(
     )
     y = jax.vmap(kernel)(*map(_to_kernel_layout, (q, k, v)))
     y = jnp.moveaxis(y, 1, 2)[:, :num_queries]
-    y = y[..., :head_width] if softcap is None else key_channels.divide_by_weight_sum(y, head_width)
+    y = (
+        y[..., :head_width]
+        if softcap is None
+        else key_channels.divide_by_weight_sum(y, head_width)
+    )
     y = y.reshape(*batch_shape, num_queries, *head_counts, head_width)
     return key_channels.zero_rows_without_weight(
         key_weights.reshape(*batch_shape, num_keys), y, query_offset
@@ -82,7 +88,11 @@ def why_unsupported(
         return "splash attention's windows count tokens, not time"
     if q.dtype.itemsize > 4:
         return f"q is {q.dtype}; splash attention sums in float32"
-    for name, value in {"scale": scale, "softcap": softcap, "query_offset": query_offset}.items():
+    for name, value in {
+        "scale": scale,
+        "softcap": softcap,
+        "query_offset": query_offset,
+    }.items():
         if isinstance(value, jax.Array):
             return f"{name} is an array; splash attention needs a number"
     return None
@@ -100,11 +110,19 @@ def _to_kernel_layout(x: jax.Array) -> jax.Array:
 
 
 def _make_kernel(
-    num_heads: int, num_queries: int, num_keys: int, query_offset: int, softcap: float | None
+    num_heads: int,
+    num_queries: int,
+    num_keys: int,
+    query_offset: int,
+    softcap: float | None,
 ):
     """The causal kernel: q [N, T, H], scaled, k [K, S, H] and v [K, S, H] to y [N, T, H]."""
-    query_block, key_block = (math.gcd(n, MAX_BLOCK_SIZE) for n in (num_queries, num_keys))
-    causal_mask = splash_attention_mask.CausalMask((num_queries, num_keys), offset=query_offset)
+    query_block, key_block = (
+        math.gcd(n, MAX_BLOCK_SIZE) for n in (num_queries, num_keys)
+    )
+    causal_mask = splash_attention_mask.CausalMask(
+        (num_queries, num_keys), offset=query_offset
+    )
     return splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([causal_mask] * num_heads),
         block_sizes=splash_attention_kernel.BlockSizes(

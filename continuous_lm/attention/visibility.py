@@ -30,7 +30,9 @@ def exact_end_times(durations: jax.Array) -> WindowTimes:
     lose digits.
     """
     durations = as_float(durations)
-    bits, integer_dtype = (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
+    bits, integer_dtype = (
+        (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
+    )
     # A power of two so large that no sum of ticks overflows, and so small that it is a number.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(durations), axis=-1, keepdims=True))
     exponent = exponent + (durations.shape[-1] - 1).bit_length()
@@ -45,13 +47,20 @@ def exact_end_times(durations: jax.Array) -> WindowTimes:
     )
 
 
-def elapsed_times(window_times: WindowTimes, later: jax.Array, earlier: jax.Array) -> jax.Array:
+def elapsed_times(
+    window_times: WindowTimes, later: jax.Array, earlier: jax.Array
+) -> jax.Array:
     """Time [..., T, S] from the ends of tokens `earlier` (int [S]) to ends of `later` (int [T])."""
-    ticks = window_times.ticks[..., later, None] - window_times.ticks[..., None, earlier]
-    remainders = (
-        window_times.remainders[..., later, None] - window_times.remainders[..., None, earlier]
+    ticks = (
+        window_times.ticks[..., later, None] - window_times.ticks[..., None, earlier]
     )
-    return ticks.astype(remainders.dtype) * window_times.tick_size[..., None] + remainders
+    remainders = (
+        window_times.remainders[..., later, None]
+        - window_times.remainders[..., None, earlier]
+    )
+    return (
+        ticks.astype(remainders.dtype) * window_times.tick_size[..., None] + remainders
+    )
 
 
 def visibility_mask(
@@ -76,7 +85,8 @@ def visibility_mask(
     if window is None or window_times is None:
         return is_causal
     return is_causal & (
-        elapsed_times(window_times, query_indices, key_indices) < window_limit(window_times, window)
+        elapsed_times(window_times, query_indices, key_indices)
+        < window_limit(window_times, window)
     )
 
 
@@ -85,4 +95,6 @@ def window_limit(window_times: WindowTimes, window: ArrayLike) -> jax.Array:
 
     A few ulp inside the edge, so that a distance that should equal the window never falls inside.
     """
-    return jnp.asarray(window * (1.0 - 4.0 * jnp.finfo(window_times.remainders.dtype).eps))
+    return jnp.asarray(
+        window * (1.0 - 4.0 * jnp.finfo(window_times.remainders.dtype).eps)
+    )

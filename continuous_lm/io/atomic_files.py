@@ -52,10 +52,14 @@ def write_atomically(
     staging_folder = None
     try:
         existing_folder = _nearest_existing(folder)
-        staging_folder = pathlib.Path(tempfile.mkdtemp(prefix=".writing-", dir=existing_folder))
+        staging_folder = pathlib.Path(
+            tempfile.mkdtemp(prefix=".writing-", dir=existing_folder)
+        )
         staging_folder.chmod(0o777 & ~_umask())
         yield staging_folder
-        for path in staging_folder.iterdir():  # some writers keep their files to themselves
+        for (
+            path
+        ) in staging_folder.iterdir():  # some writers keep their files to themselves
             path.chmod(0o666 & ~_umask())
         if folder.exists():
             new_names = sorted(path.name for path in staging_folder.iterdir())
@@ -104,7 +108,9 @@ def replace_atomically(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
             new_folder = pathlib.Path(staging_folder, "new")
             new_folder.mkdir()
             yield new_folder
-            with contextlib.suppress(FileNotFoundError):  # never there, or another was faster
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # never there, or another was faster
                 os.rename(folder, pathlib.Path(staging_folder, "old"))
             try:
                 os.rename(new_folder, folder)

@@ -23,7 +23,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         check_regular_file(path)
         with open(path, encoding="utf-8") as file:
             values = json.load(
-                file, parse_constant=refuse_constant, object_pairs_hook=reject_duplicate_names
+                file,
+                parse_constant=refuse_constant,
+                object_pairs_hook=reject_duplicate_names,
             )
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
@@ -32,7 +34,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} must hold one JSON object, not a {type(values).__name__}")
+        raise InputError(
+            f"{path} must hold one JSON object, not a {type(values).__name__}"
+        )
     return values
 
 
@@ -51,5 +55,7 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
     try:
         text = json.dumps(values, indent=2, allow_nan=False)
     except ValueError as error:
-        raise InputError(f"what is to be written holds NaN or infinity ({error})") from None
+        raise InputError(
+            f"what is to be written holds NaN or infinity ({error})"
+        ) from None
     path.write_text(text + "\n", encoding="utf-8")

@@ -52,7 +52,9 @@ class Tensors:
         header, data = _map_file(path)
         for name, entry in header.items():
             if name in self._paths:
-                raise InputError(f"tensor {name} is both in {self._paths[name]} and in {path}")
+                raise InputError(
+                    f"tensor {name} is both in {self._paths[name]} and in {path}"
+                )
             self._tensors[name], self._paths[name] = (entry, data), path
         return set(header)
 
@@ -98,7 +100,9 @@ def open_tensors(folder: pathlib.Path) -> Tensors:
     elif (folder / INDEX_FILE).exists():
         shards = _read_index(folder)
     else:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(
+            p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES
+        )
         if pickles:
             raise InputError(
                 f"{folder / pickles[0]} is a pickle, which can run code when it is opened;"
@@ -118,10 +122,15 @@ def _read_index(folder: pathlib.Path) -> dict[str, set[str]]:
     """File name -> the tensors that it should hold."""
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{folder / INDEX_FILE} has no weight_map from tensor names to files")
+        raise InputError(
+            f"{folder / INDEX_FILE} has no weight_map from tensor names to files"
+        )
     shards: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]+", file) is None:
+        if (
+            not isinstance(file, str)
+            or re.fullmatch(r"(?!\.{1,2}$)[^/\\\0]+", file) is None
+        ):
             raise InputError(
                 f"{folder / INDEX_FILE} puts tensor {name} into {file!r}, not a file of this folder"
             )
@@ -144,7 +153,9 @@ def _map_file(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
     try:
         if path.suffix in _PICKLE_SUFFIXES:
             raise safetensors.SafetensorError
-        with safetensors.safe_open(path, framework="numpy"):  # checks the header against the file
+        with safetensors.safe_open(
+            path, framework="numpy"
+        ):  # checks the header against the file
             pass
     except (safetensors.SafetensorError, OSError) as error:
         # Not sooner: the length of a safetensors header may look like the start of a pickle.
@@ -164,7 +175,8 @@ def _map_file(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
     (header_length,) = struct.unpack("<Q", file_bytes[:8].tobytes())
     try:
         header = json.loads(
-            file_bytes[8 : 8 + header_length].tobytes(), object_pairs_hook=reject_duplicate_names
+            file_bytes[8 : 8 + header_length].tobytes(),
+            object_pairs_hook=reject_duplicate_names,
         )
     except ValueError as error:
         raise InputError(f"{path} is not a whole safetensors file: {error}") from None
@@ -190,9 +202,13 @@ def save_tensors(
       shard_size: the most bytes of tensors in one file; a larger tensor has a file for itself.
     """
     if type(shard_size) is not int or shard_size < 1:
-        raise InputError(f"shard_size is {shard_size!r}; it must be a positive number of bytes")
+        raise InputError(
+            f"shard_size is {shard_size!r}; it must be a positive number of bytes"
+        )
     if dtype not in _DTYPES.values():
-        raise InputError(f"parameters of dtype {dtype} cannot be saved; cast them to a float type")
+        raise InputError(
+            f"parameters of dtype {dtype} cannot be saved; cast them to a float type"
+        )
     sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name in shapes:
@@ -201,12 +217,20 @@ def save_tensors(
         shards[-1].append(name)
     file_of_tensor: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else WEIGHTS_FILE
-        save_file(folder / file, {name: shapes[name] for name in names}, dtype, get_tensor)
+        file = (
+            f"model-{i:05}-of-{len(shards):05}.safetensors"
+            if len(shards) > 1
+            else WEIGHTS_FILE
+        )
+        save_file(
+            folder / file, {name: shapes[name] for name in names}, dtype, get_tensor
+        )
         file_of_tensor |= dict.fromkeys(names, file)
     if len(shards) > 1:
         metadata = {"total_size": sum(sizes.values())}
-        write_json(folder / INDEX_FILE, {"metadata": metadata, "weight_map": file_of_tensor})
+        write_json(
+            folder / INDEX_FILE, {"metadata": metadata, "weight_map": file_of_tensor}
+        )
 
 
 def save_file(
@@ -220,11 +244,17 @@ def save_file(
     Arguments as of `save_tensors`.
     """
     dtype_name = next(name for name, candidate in _DTYPES.items() if candidate == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses others
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt"}
+    }  # transformers refuses others
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": dtype_name, "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": dtype_name,
+            "shape": shape,
+            "data_offsets": [begin, end],
+        }
     header_bytes = json.dumps(header).encode()
     header_bytes += b" " * (-len(header_bytes) % 8)  # so that the tensors are aligned
     with open(path, "wb") as file:

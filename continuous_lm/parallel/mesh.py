@@ -37,13 +37,17 @@ def make_mesh(description: str | None = None) -> Mesh:
     sizes = {"data": num_available} if description is None else _parse_mesh(description)
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     num_needed = math.prod(shape)
-    if num_needed > num_available or (num_needed < num_available and jax.process_count() > 1):
+    if num_needed > num_available or (
+        num_needed < num_available and jax.process_count() > 1
+    ):
         raise InputError(
             f"a mesh of {description} takes {num_needed} devices, and there are"
             f" {num_available}; on a CPU,"
             f" XLA_FLAGS=--xla_force_host_platform_device_count={num_needed} gives so many"
         )
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)  # the compiler spreads the computation
+    axis_types = (AxisType.Auto,) * len(
+        MESH_AXES
+    )  # the compiler spreads the computation
     device_mesh = jax.make_mesh(
         shape, MESH_AXES, axis_types=axis_types, devices=jax.devices()[:num_needed]
     )
@@ -73,7 +77,12 @@ def _parse_mesh(description: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for item in description.split(","):
         axis, _, size = (part.strip() for part in item.partition("="))
-        if axis not in MESH_AXES or axis in sizes or not size.isdecimal() or int(size) < 1:
+        if (
+            axis not in MESH_AXES
+            or axis in sizes
+            or not size.isdecimal()
+            or int(size) < 1
+        ):
             raise InputError(
                 f"{description!r:.60} is not a mesh; say how many devices each axis has, as in"
                 " data=2,model=4"

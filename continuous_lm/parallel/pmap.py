@@ -31,10 +31,14 @@ def pmap_rows(
     def run_rows(shared: Any, rows: Any) -> Any:
         num_rows = jax.tree.leaves(rows)[0].shape[0]
         rows_per_device = math.ceil(num_rows / num_devices)
-        row_indices = np.minimum(np.arange(num_devices * rows_per_device), num_rows - 1).reshape(
-            num_devices, rows_per_device
+        row_indices = np.minimum(
+            np.arange(num_devices * rows_per_device), num_rows - 1
+        ).reshape(num_devices, rows_per_device)
+        outputs = pmapped(
+            shared, jax.tree.map(lambda leaf: np.asarray(leaf)[row_indices], rows)
         )
-        outputs = pmapped(shared, jax.tree.map(lambda leaf: np.asarray(leaf)[row_indices], rows))
-        return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num_rows], outputs)
+        return jax.tree.map(
+            lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:num_rows], outputs
+        )
 
     return run_rows

@@ -40,10 +40,14 @@ def broadcast_from_first(value: Any) -> Any:
     """What process 0 gives, in every process; JSON must be able to hold it. All must call it."""
     if jax.process_count() == 1:
         return value
-    encoded = np.frombuffer(json.dumps(value).encode() if is_first_process() else b"", np.uint8)
+    encoded = np.frombuffer(
+        json.dumps(value).encode() if is_first_process() else b"", np.uint8
+    )
     num_bytes = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
     encoded = encoded if is_first_process() else np.zeros(num_bytes, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(encoded)).tobytes())
+    return json.loads(
+        np.asarray(multihost_utils.broadcast_one_to_all(encoded)).tobytes()
+    )
 
 
 def any_process(condition: bool) -> bool:
@@ -95,17 +99,24 @@ def initialize(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     if coordinator is None:
         raise InputError("coordinator is missing: host:port of process 0, or auto")
-    timeouts = dict(
-        initialization_timeout=startup_timeout, shutdown_timeout_seconds=heartbeat_timeout
+    timeouts: dict[str, Any] = dict(
+        initialization_timeout=startup_timeout,
+        shutdown_timeout_seconds=heartbeat_timeout,
     )
     if coordinator == "auto":
         if num_processes is not None or process_id is not None:
-            raise InputError("with coordinator auto leave out num_processes and process_id")
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout, **timeouts)  # type: ignore[arg-type]
+            raise InputError(
+                "with coordinator auto leave out num_processes and process_id"
+            )
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=heartbeat_timeout, **timeouts
+        )
         return
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65535:
-        raise InputError(f"coordinator is {coordinator!r:.60}; it must be host:port, or auto")
+        raise InputError(
+            f"coordinator is {coordinator!r:.60}; it must be host:port, or auto"
+        )
     process_count = _read_number("num_processes", num_processes)
     process_index = _read_number("process_id", process_id)
     if process_count < 1 or not 0 <= process_index < process_count:
@@ -126,7 +137,9 @@ def initialize(
         **timeouts,  # type: ignore[arg-type]
     )
     watchdog.start()
-    wait_for_all("joined")  # on CPUs the first time must be within 30 seconds of each other
+    wait_for_all(
+        "joined"
+    )  # on CPUs the first time must be within 30 seconds of each other
 
 
 def _read_number(name: str, argument: int | None) -> int:
@@ -136,7 +149,9 @@ def _read_number(name: str, argument: int | None) -> int:
         return int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         problem = "missing" if value is None else f"{value!r:.60}"
-        raise InputError(f"{name} is {problem}; it goes with the coordinator's address") from None
+        raise InputError(
+            f"{name} is {problem}; it goes with the coordinator's address"
+        ) from None
 
 
 def wait_for_watchdog() -> None:

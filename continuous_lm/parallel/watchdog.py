@@ -19,7 +19,9 @@ _HEARTBEAT, _GOODBYE = b".", b"!"
 class Watchdog:
     """Keeps process 0 and each of the others informed that they live."""
 
-    def __init__(self, process_index: int, num_processes: int, heartbeat_timeout: float):
+    def __init__(
+        self, process_index: int, num_processes: int, heartbeat_timeout: float
+    ):
         self.process_index, self.num_processes, self.heartbeat_timeout = (
             process_index,
             num_processes,
@@ -45,7 +47,9 @@ class Watchdog:
         """To process 0, which may not be there yet."""
         while True:
             try:
-                peer = socket.create_connection((host, port), timeout=deadline - time.monotonic())
+                peer = socket.create_connection(
+                    (host, port), timeout=deadline - time.monotonic()
+                )
                 peer.sendall(self.process_index.to_bytes(4))
                 return peer
             except (OSError, ValueError) as error:
@@ -62,7 +66,9 @@ class Watchdog:
         try:
             server = socket.create_server((host if is_local else "", port))
         except OSError as error:
-            raise InputError(f"port {port} cannot be opened: {error.strerror}") from None
+            raise InputError(
+                f"port {port} cannot be opened: {error.strerror}"
+            ) from None
         with server:
             while len(self.peers) < self.num_processes - 1:
                 try:
@@ -73,14 +79,19 @@ class Watchdog:
                 except TimeoutError:
                     if time.monotonic() < deadline:
                         continue
-                    missing_processes = sorted(set(range(1, self.num_processes)) - set(self.peers))
+                    missing_processes = sorted(
+                        set(range(1, self.num_processes)) - set(self.peers)
+                    )
                     raise InputError(
                         f"of {self.num_processes} processes these have not come:"
                         f" {missing_processes}"
                     ) from None
                 except OSError:
                     continue
-                if 0 < process_index < self.num_processes and process_index not in self.peers:
+                if (
+                    0 < process_index < self.num_processes
+                    and process_index not in self.peers
+                ):
                     self.peers[process_index] = peer
                 else:  # something else that was looking for an open port, or a number given twice
                     peer.close()
@@ -95,7 +106,9 @@ class Watchdog:
         atexit.register(self._finish)
         for process_index, peer in self.peers.items():
             peer.settimeout(self.heartbeat_timeout)
-            threading.Thread(target=self._listen, args=(process_index, peer), daemon=True).start()
+            threading.Thread(
+                target=self._listen, args=(process_index, peer), daemon=True
+            ).start()
         threading.Thread(target=self._heartbeat, daemon=True).start()
 
     def _heartbeat(self) -> None:

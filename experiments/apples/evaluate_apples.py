@@ -45,7 +45,9 @@ PROMPT_SEED = 0  # of the held-out prompts and of irregular filler
 DURATION_FACTORS = np.linspace(0.1, 1.0, 100)  # the paper's
 PAPER_WORDS = {"apple": "fruit", "cat": "animal", "rose": "flower"}
 
-_MODELS = flags.DEFINE_list("models", ["apples"], "Checkpoint folders or bundled models.")
+_MODELS = flags.DEFINE_list(
+    "models", ["apples"], "Checkpoint folders or bundled models."
+)
 _HELD_OUT_PROMPTS = flags.DEFINE_integer(
     "held_out_prompts", 1000, "How many to ask of each task.", lower_bound=1
 )
@@ -85,7 +87,10 @@ class CountingSweep:
             for i, (answer, next_answer) in enumerate(itertools.pairwise(self.answers))
             if answer != next_answer
         ]
-        return [float(DURATION_FACTORS[i] + DURATION_FACTORS[i + 1]) / 2 for i in change_indices]
+        return [
+            float(DURATION_FACTORS[i] + DURATION_FACTORS[i + 1]) / 2
+            for i in change_indices
+        ]
 
     @property
     def error(self) -> float | None:
@@ -101,11 +106,18 @@ class CountingSweep:
         return self.error is not None and self.error <= MAX_TRANSITION_ERROR
 
 
-def sweep_prompts(rng: np.random.Generator, n: int) -> Iterator[tuple[str, prompts.Prompt]]:
+def sweep_prompts(
+    rng: np.random.Generator, n: int
+) -> Iterator[tuple[str, prompts.Prompt]]:
     """The prompts whose spans of `n` are swept, with what each tests."""
     for word, category in PAPER_WORDS.items():
         for wording in ("times", "listed"):
-            yield "paper", prompts.counting_prompt(category, word, [" "] * (n - 1), wording=wording)
+            yield (
+                "paper",
+                prompts.counting_prompt(
+                    category, word, [" "] * (n - 1), wording=wording
+                ),
+            )
         for separator in UNSEEN_SEPARATORS:
             yield (
                 "unseen separators",
@@ -116,9 +128,15 @@ def sweep_prompts(rng: np.random.Generator, n: int) -> Iterator[tuple[str, promp
             yield "unseen filler", prompts.counting_prompt(category, word, gaps)
     for category, words in UNSEEN_WORDS.items():
         for word in words:
-            yield "unseen words", prompts.counting_prompt(category, word, [" "] * (n - 1))
+            yield (
+                "unseen words",
+                prompts.counting_prompt(category, word, [" "] * (n - 1)),
+            )
     for scene, subject in (("shop", "Alice"), ("zoo", "the class"), ("beach", "Emily")):
-        yield "events", prompts.events_prompt(scene, subject, list(SCENES[scene].objects[:n]))
+        yield (
+            "events",
+            prompts.events_prompt(scene, subject, list(SCENES[scene].objects[:n])),
+        )
     steps = list(SCENES["tutorial"].objects[:n])
     yield "tutorials", prompts.events_prompt("tutorial", "make a cake", steps)
 
@@ -130,7 +148,9 @@ def run_counting_sweep(
     tokenizer = _require_tokenizer(lm)
     encoding = clm.tokenization.encode(tokenizer, prompt.text)
     if prompt.span is None:
-        raise clm.InputError(f"nothing is counted in {prompt.text!r}; give a prompt with a span")
+        raise clm.InputError(
+            f"nothing is counted in {prompt.text!r}; give a prompt with a span"
+        )
     span = clm.tokenization.token_span(encoding, *prompt.span)
     length = len(encoding.ids)
     padded_tokens = np.zeros(
@@ -141,7 +161,9 @@ def run_counting_sweep(
         lm,
         [[token] for token in range(lm.config.vocab_size)],
         tokens=padded_tokens,
-        durations=clm.durations.scale(jnp.ones(len(padded_tokens)), DURATION_FACTORS, span),
+        durations=clm.durations.scale(
+            jnp.ones(len(padded_tokens)), DURATION_FACTORS, span
+        ),
         position=length - 1,
         batch_size=len(DURATION_FACTORS),
     )
@@ -157,19 +179,28 @@ def accuracy(
 ) -> float:
     """The share of prompts whose answer is the most probable token, at durations of 1."""
     tokenizer = _require_tokenizer(lm)
-    encodings = [clm.tokenization.encode(tokenizer, prompt.text) for prompt in questions]
+    encodings = [
+        clm.tokenization.encode(tokenizer, prompt.text) for prompt in questions
+    ]
     missing = {p.answer for p in questions if tokenizer.token_to_id(p.answer) is None}
     if missing:
         missing_names = ", ".join(map(repr, sorted(missing)))
-        raise clm.InputError(f"no token is {missing_names}; give a model of this language")
+        raise clm.InputError(
+            f"no token is {missing_names}; give a model of this language"
+        )
     answers = np.array([tokenizer.token_to_id(p.answer) for p in questions])
     answer_positions = np.array([len(encoding.ids) - 1 for encoding in encodings])
-    tokens = np.zeros((len(questions), -(-(answer_positions.max() + 1) // 16) * 16), np.int32)
+    tokens = np.zeros(
+        (len(questions), -(-(answer_positions.max() + 1) // 16) * 16), np.int32
+    )
     for row, encoding in zip(tokens, encodings, strict=True):
         row[: len(encoding.ids)] = encoding.ids
     likeliest_tokens = [
         np.asarray(
-            lm(tokens[i : i + batch_size], position=answer_positions[i : i + batch_size])
+            lm(
+                tokens[i : i + batch_size],
+                position=answer_positions[i : i + batch_size],
+            )
         ).argmax(axis=-1)
         for i in range(0, len(questions), batch_size)
     ]
@@ -182,7 +213,9 @@ def evaluate_model(
     """Held-out accuracy of each task, and every sweep."""
     rng = np.random.default_rng(PROMPT_SEED)
     accuracies = {
-        task: accuracy(lm, [prompts.sample_prompt(rng, task, True) for _ in range(num_prompts)])
+        task: accuracy(
+            lm, [prompts.sample_prompt(rng, task, True) for _ in range(num_prompts)]
+        )
         for task in prompts.TASK_WEIGHTS
     }
     sweeps = [
@@ -193,7 +226,9 @@ def evaluate_model(
     return accuracies, sweeps
 
 
-def describe_failures(accuracies: dict[str, float], sweeps: Sequence[CountingSweep]) -> list[str]:
+def describe_failures(
+    accuracies: dict[str, float], sweeps: Sequence[CountingSweep]
+) -> list[str]:
     """What misses its bar, in words."""
     accuracy_failures = [
         f"held-out accuracy of {task} is {share:.1%}, below {MIN_ACCURACY:.0%}"
@@ -217,7 +252,10 @@ def format_table(accuracies: dict[str, float], sweeps: Sequence[CountingSweep]) 
     """Both results, for the terminal."""
     lines = [
         "held-out accuracy   "
-        + "   ".join(f"{task} {accuracy_value:.1%}" for task, accuracy_value in accuracies.items()),
+        + "   ".join(
+            f"{task} {accuracy_value:.1%}"
+            for task, accuracy_value in accuracies.items()
+        ),
         "",
     ]
     lines.append(
@@ -227,7 +265,9 @@ def format_table(accuracies: dict[str, float], sweeps: Sequence[CountingSweep]) 
         group = [sweep for sweep in sweeps if (sweep.kind, sweep.count) == (kind, n)]
         ordered_sweeps = [sweep for sweep in group if sweep.is_in_order]
         worst_error = (
-            f"{max(sweep.error or 0.0 for sweep in ordered_sweeps):.3f}" if ordered_sweeps else "-"
+            f"{max(sweep.error or 0.0 for sweep in ordered_sweeps):.3f}"
+            if ordered_sweeps
+            else "-"
         )
         means = (
             np.mean([sweep.transitions for sweep in ordered_sweeps], axis=0)
@@ -258,12 +298,18 @@ def main() -> None:
         with about(name):
             accuracies, sweeps = evaluate_model(lm, _HELD_OUT_PROMPTS.value)
         print(f"\n{name}\n\n{format_table(accuracies, sweeps)}", flush=True)
-        all_failures += [f"{name}: {failure}" for failure in describe_failures(accuracies, sweeps)]
+        all_failures += [
+            f"{name}: {failure}" for failure in describe_failures(accuracies, sweeps)
+        ]
         results[name] = {
             "accuracies": accuracies,
             "sweeps": [
                 dataclasses.asdict(sweep)
-                | dict(in_order=sweep.is_in_order, transitions=sweep.transitions, error=sweep.error)
+                | dict(
+                    in_order=sweep.is_in_order,
+                    transitions=sweep.transitions,
+                    error=sweep.error,
+                )
                 for sweep in sweeps
             ],
         }

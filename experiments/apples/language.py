@@ -32,7 +32,11 @@ WORDS = {
 }  # fruit: (apple, ...)
 
 
-PLURALS = {word: plural for forms in _FORMS_BY_CATEGORY.values() for word, plural in forms.items()}
+PLURALS = {
+    word: plural
+    for forms in _FORMS_BY_CATEGORY.values()
+    for word, plural in forms.items()
+}
 
 
 UNSEEN_WORDS = {category: words[-2:] for category, words in WORDS.items()}
@@ -47,7 +51,18 @@ SEPARATORS = (" ", ", ", " and ", ", and ", " then ", " - ", ". ", " / ", ": ")
 UNSEEN_SEPARATORS = ("; ", " or ", " but ")
 
 
-_ADJECTIVES = ("big", "small", "good", "fresh", "red", "yellow", "sharp", "smooth", "clean", "raw")
+_ADJECTIVES = (
+    "big",
+    "small",
+    "good",
+    "fresh",
+    "red",
+    "yellow",
+    "sharp",
+    "smooth",
+    "clean",
+    "raw",
+)
 
 
 UNSEEN_FILLER_WORDS = ("old", "new", "nice")

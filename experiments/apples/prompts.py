@@ -142,7 +142,12 @@ def counting_prompt(
 
 
 def events_prompt(
-    scene: str, subject: str, objects: list[str], endings: list[str] | None = None, *, between=""
+    scene: str,
+    subject: str,
+    objects: list[str],
+    endings: list[str] | None = None,
+    *,
+    between="",
 ) -> Prompt:
     """Asks how many events there were: one for each of `objects`, in `SCENES[scene]`.
 
@@ -157,13 +162,20 @@ def events_prompt(
     pronoun = PRONOUNS.get(subject, "")
     span = scene_spec.separator.join(
         scene_spec.event_template.format(they=pronoun, object=event_object, tail=ending)
-        for event_object, ending in zip(objects, endings or [""] * len(objects), strict=True)
+        for event_object, ending in zip(
+            objects, endings or [""] * len(objects), strict=True
+        )
     )
     prefix, suffix = scene_spec.template.split("{span}")
     fields = dict(name=subject, between=between and between + " ")
     combination = (scene, subject, len(objects))
     return _prompt_with_span(
-        "events", prefix.format(**fields), span, suffix.format(**fields), len(objects), combination
+        "events",
+        prefix.format(**fields),
+        span,
+        suffix.format(**fields),
+        len(objects),
+        combination,
     )
 
 
@@ -174,14 +186,21 @@ def sum_prompt(
     prefix, suffix = SUM_TEMPLATES[wording].split("{a}")
     fields = dict(a=a, b=b, name=name, nouns=nouns, others=others)
     return _prompt_with_span(
-        "sum", prefix.format(**fields), str(a), suffix.format(**fields), a + b, (a, b, wording)
+        "sum",
+        prefix.format(**fields),
+        str(a),
+        suffix.format(**fields),
+        a + b,
+        (a, b, wording),
     )
 
 
 def boolean_prompt(a: int, operator: str, b: int, wording: int = 0) -> Prompt:
     """Asks for the truth value of `a operator b`; wording 0 is the paper's."""
     text = BOOLEAN_TEMPLATES[wording].format(a=a, op=operator, b=b)
-    return Prompt("boolean", text, str(OPERATORS[operator](a, b)), (a, operator, b, wording))
+    return Prompt(
+        "boolean", text, str(OPERATORS[operator](a, b)), (a, operator, b, wording)
+    )
 
 
 def attribute_prompt(question: str, plural: str, wording: int = 0) -> Prompt:
@@ -194,7 +213,8 @@ def attribute_prompt(question: str, plural: str, wording: int = 0) -> Prompt:
 def true_plurals(question: str) -> frozenset[str]:
     """The plurals of which a question of `ATTRIBUTE_QUESTIONS` is true."""
     plurals = {
-        CATEGORIES[category]: [PLURALS[word] for word in words] for category, words in WORDS.items()
+        CATEGORIES[category]: [PLURALS[word] for word in words]
+        for category, words in WORDS.items()
     }
     return frozenset(
         plural
@@ -224,7 +244,8 @@ def sample_prompt(
         if prompt.is_held_out == held_out:
             return prompt.with_leading_text(
                 "".join(
-                    sample_sentence(rng) + " " for _ in range(_choose(rng, _NUM_LEADING_SENTENCES))
+                    sample_sentence(rng) + " "
+                    for _ in range(_choose(rng, _NUM_LEADING_SENTENCES))
                 )
             )
 
@@ -247,7 +268,11 @@ def sample_sentence(rng: np.random.Generator) -> str:
 
 
 def sample_gaps(
-    rng: np.random.Generator, style: str, n: int, separators=SEPARATORS, filler=FILLER_WORDS
+    rng: np.random.Generator,
+    style: str,
+    n: int,
+    separators=SEPARATORS,
+    filler=FILLER_WORDS,
 ) -> list[str]:
     """Draws what stands between `n` words: n - 1 strings, spaces included.
 
@@ -266,7 +291,9 @@ def sample_gaps(
     for _ in range(n - 1):
         gap = " " if style == "filler" else _choose(rng, separators)
         words = (
-            () if style == "mixed" else (_choose(rng, filler) for _ in range(_random_below(rng, 3)))
+            ()
+            if style == "mixed"
+            else (_choose(rng, filler) for _ in range(_random_below(rng, 3)))
         )
         gap_strings.append(gap + "".join(word + " " for word in words))
     return gap_strings
@@ -277,15 +304,21 @@ def _sample_counting(rng):
     style = "none" if rng.random() < 0.4 else _choose(rng, SEPARATOR_STYLES[1:])
     num_words = 1 + _random_below(rng, 9)
     wording = _choose(rng, tuple(COUNTING_TEMPLATES))
-    num_between = 1 + _random_below(rng, 2) if wording == "told" or rng.random() < 0.3 else 0
+    num_between = (
+        1 + _random_below(rng, 2) if wording == "told" or rng.random() < 0.3 else 0
+    )
     has_filler = style in ("filler", "both")
     return counting_prompt(
         category,
         _choose(rng, COUNTED_WORDS[category]),
         sample_gaps(rng, style, num_words),
         wording=wording,
-        lead=_choose(rng, FILLER_WORDS) + " " if has_filler and rng.random() < 0.5 else "",
-        end=" " + _choose(rng, FILLER_WORDS) if has_filler and rng.random() < 0.3 else "",
+        lead=_choose(rng, FILLER_WORDS) + " "
+        if has_filler and rng.random() < 0.5
+        else "",
+        end=" " + _choose(rng, FILLER_WORDS)
+        if has_filler and rng.random() < 0.3
+        else "",
         between=" ".join(sample_sentence(rng) for _ in range(num_between)),
         style=style,
     )
@@ -300,21 +333,28 @@ def _sample_events(rng):
         _choose(rng, scene_spec.subjects),
         [_choose(rng, scene_spec.objects) for _ in range(num_events)],
         [_choose(rng, endings) for _ in range(num_events)],
-        between=" ".join(sample_sentence(rng) for _ in range(_choose(rng, (0, 0, 1, 2)))),
+        between=" ".join(
+            sample_sentence(rng) for _ in range(_choose(rng, (0, 0, 1, 2)))
+        ),
     )
 
 
 def _sample_sum(rng):
-    plurals = [PLURALS[_choose(rng, WORDS[_choose(rng, _CATEGORIES)])] for _ in range(2)]
+    plurals = [
+        PLURALS[_choose(rng, WORDS[_choose(rng, _CATEGORIES)])] for _ in range(2)
+    ]
     a, b, wording = (
         _random_below(rng, num_choices) for num_choices in (10, 10, len(SUM_TEMPLATES))
     )
-    return sum_prompt(a, b, wording, name=_choose(rng, PEOPLE), nouns=plurals[0], others=plurals[1])
+    return sum_prompt(
+        a, b, wording, name=_choose(rng, PEOPLE), nouns=plurals[0], others=plurals[1]
+    )
 
 
 def _sample_boolean(rng):
     a, b, wording = (
-        _random_below(rng, num_choices) for num_choices in (2, 2, len(BOOLEAN_TEMPLATES))
+        _random_below(rng, num_choices)
+        for num_choices in (2, 2, len(BOOLEAN_TEMPLATES))
     )
     return boolean_prompt(a, _choose(rng, tuple(OPERATORS)), b, wording)
 
@@ -323,7 +363,9 @@ def _sample_attribute(rng):
     question = _choose(rng, tuple(ATTRIBUTE_QUESTIONS))
     categories = _TRUE_CATEGORIES[question] if rng.random() < 0.6 else _CATEGORIES
     word = _choose(rng, WORDS[_choose(rng, categories)])
-    return attribute_prompt(question, PLURALS[word], _random_below(rng, len(ATTRIBUTE_TEMPLATES)))
+    return attribute_prompt(
+        question, PLURALS[word], _random_below(rng, len(ATTRIBUTE_TEMPLATES))
+    )
 
 
 _SAMPLERS = {
@@ -335,7 +377,9 @@ _SAMPLERS = {
 }
 TASK_WEIGHTS = {"counting": 34, "events": 18, "sum": 11, "boolean": 11, "attribute": 32}
 _TASKS = tuple(TASK_WEIGHTS)
-_CUMULATIVE_SHARES = np.cumsum([TASK_WEIGHTS[task] for task in _TASKS]) / sum(TASK_WEIGHTS.values())
+_CUMULATIVE_SHARES = np.cumsum([TASK_WEIGHTS[task] for task in _TASKS]) / sum(
+    TASK_WEIGHTS.values()
+)
 _CATEGORIES = tuple(CATEGORIES)
 _NUM_LEADING_SENTENCES = (0, 0, 0, 1, 1, 2, 3)  # sentences in front of a prompt
 _SENTENCE_JOINS = (", ", " and ", ", and ", " then ", *UNSEEN_SEPARATORS)
@@ -390,14 +434,19 @@ def make_vocabulary() -> list[str]:
 
 
 _PRE_TOKENIZER = tokenizers.pre_tokenizers.Sequence(
-    [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.Punctuation("isolated")]
+    [
+        tokenizers.pre_tokenizers.WhitespaceSplit(),
+        tokenizers.pre_tokenizers.Punctuation("isolated"),
+    ]
 )
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
     """The language's tokenizer: words and signs, `<bos>` in front, `<unk>` for every other word."""
     ids = {token: token_id for token_id, token in enumerate(make_vocabulary())}
-    word_tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    word_tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(ids, unk_token="<unk>")
+    )
     word_tokenizer.pre_tokenizer = _PRE_TOKENIZER
     word_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])]

@@ -38,12 +38,16 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.transformer import Transformer
 from continuous_lm.parallel import processes
 
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and of the prompts.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the initial weights and of the prompts."
+)
 _STEPS = flags.DEFINE_integer("steps", 3500, "Optimiser steps.", lower_bound=1)
 _PROMPTS_PER_STEP = flags.DEFINE_integer(
     "prompts_per_step", 48, "Prompts in each step.", lower_bound=1
 )
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak learning rate.", lower_bound=0.0)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 2e-3, "Peak learning rate.", lower_bound=0.0
+)
 
 WARM_UP_STEPS = 100  # steps
 STEPS_PER_DISPATCH = 50  # steps in one call of the jitted function
@@ -75,12 +79,16 @@ def apples_config(vocab_size: int) -> TransformerConfig:
 
 def init_params(key: jax.Array, transformer_config: TransformerConfig):
     """Initial parameters: the trunk's own, with an embedding table of standard deviation 0.1."""
-    params = nn.unbox(Transformer(transformer_config).init(key, jnp.zeros(1, jnp.int32))["params"])
+    params = nn.unbox(
+        Transformer(transformer_config).init(key, jnp.zeros(1, jnp.int32))["params"]
+    )
     table = params["embedding"]
     return params | {"embedding": table * (EMBEDDING_STD / jnp.std(table))}
 
 
-def draw_batches(rng: np.random.Generator, tokenizer, steps: int, prompts_per_step: int):
+def draw_batches(
+    rng: np.random.Generator, tokenizer, steps: int, prompts_per_step: int
+):
     """Draws `steps` batches of `prompts_per_step` prompts.
 
     Returns:
@@ -88,17 +96,23 @@ def draw_batches(rng: np.random.Generator, tokenizer, steps: int, prompts_per_st
         last token before padding, and lengths int32 [steps, B] without the answer. The groups' B
         add up to `prompts_per_step`.
     """
-    sampled_prompts = [prompts.sample_prompt(rng) for _ in range(steps * prompts_per_step)]
+    sampled_prompts = [
+        prompts.sample_prompt(rng) for _ in range(steps * prompts_per_step)
+    ]
     rows = [
         [*encoding.ids, tokenizer.token_to_id(prompt.answer)]
         for encoding, prompt in zip(
-            tokenizer.encode_batch([sampled_prompt.text for sampled_prompt in sampled_prompts]),
+            tokenizer.encode_batch(
+                [sampled_prompt.text for sampled_prompt in sampled_prompts]
+            ),
             sampled_prompts,
             strict=True,
         )
     ]
     rows.sort(key=len)  # stable: chance comes from rng alone
-    group_ends = [round(quantile * prompts_per_step) * steps for quantile in LENGTH_QUANTILES]
+    group_ends = [
+        round(quantile * prompts_per_step) * steps for quantile in LENGTH_QUANTILES
+    ]
     groups = []
     for start, end in itertools.pairwise(group_ends):
         group = rows[start:end]
@@ -107,11 +121,15 @@ def draw_batches(rng: np.random.Generator, tokenizer, steps: int, prompts_per_st
         padded_length = len(group[-1])
         tokens = np.zeros((len(group), padded_length), np.int32)
         for row, ids in zip(
-            tokens, (group[row_index] for row_index in rng.permutation(len(group))), strict=True
+            tokens,
+            (group[row_index] for row_index in rng.permutation(len(group))),
+            strict=True,
         ):
             row[: len(ids)] = ids
         lengths = np.count_nonzero(tokens, axis=-1).astype(np.int32) - 1
-        groups.append((tokens.reshape(steps, -1, padded_length), lengths.reshape(steps, -1)))
+        groups.append(
+            (tokens.reshape(steps, -1, padded_length), lengths.reshape(steps, -1))
+        )
     return groups
 
 
@@ -127,11 +145,21 @@ def step_loss(
           steps.
         digits: The ids of the ten digits, int [10].
     """
-    sums = jnp.zeros(3)  # of the answers' nats, the other tokens' nats, the right answers
+    sums = jnp.zeros(
+        3
+    )  # of the answers' nats, the other tokens' nats, the right answers
     for tokens, lengths in groups:
-        inputs, targets, answer_index = tokens[:, :-1], tokens[:, 1:], lengths[:, None] - 1
-        logits = cast(jax.Array, model.apply({"params": params}, inputs))  # [B, T - 1, V]
-        token_losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, targets)
+        inputs, targets, answer_index = (
+            tokens[:, :-1],
+            tokens[:, 1:],
+            lengths[:, None] - 1,
+        )
+        logits = cast(
+            jax.Array, model.apply({"params": params}, inputs)
+        )  # [B, T - 1, V]
+        token_losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+            logits, targets
+        )
         is_right = jnp.argmax(logits, axis=-1) == targets
         positions = jnp.arange(token_losses.shape[-1])
         digit_losses = jax.nn.logsumexp(logits, -1) - jnp.mean(logits[..., digits], -1)
@@ -140,16 +168,26 @@ def step_loss(
         answer_loss = jnp.sum(smoothed_losses, where=positions == answer_index)
         other_loss = jnp.sum(token_losses, where=positions < answer_index)
         sums += jnp.stack(
-            [answer_loss, other_loss, jnp.sum(is_right, where=positions == answer_index)]
+            [
+                answer_loss,
+                other_loss,
+                jnp.sum(is_right, where=positions == answer_index),
+            ]
         )
     num_answers = sum(len(lengths) for _, lengths in groups)
     num_others = sum(jnp.sum(lengths - 1) for _, lengths in groups)
     answer_loss, other_loss = sums[0] / num_answers, sums[1] / num_others
-    metrics = {"answer": answer_loss, "next": other_loss, "accuracy": sums[2] / num_answers}
+    metrics = {
+        "answer": answer_loss,
+        "next": other_loss,
+        "accuracy": sums[2] / num_answers,
+    }
     return answer_loss + NEXT_TOKEN_WEIGHT * other_loss, metrics
 
 
-@functools.partial(jax.jit, static_argnames=("model", "optimizer"), donate_argnums=(0, 1))
+@functools.partial(
+    jax.jit, static_argnames=("model", "optimizer"), donate_argnums=(0, 1)
+)
 def train_steps(
     params,
     optimizer_state,
@@ -163,11 +201,15 @@ def train_steps(
 
     def step(carry, groups):
         params, state = carry
-        gradients, metrics = jax.grad(step_loss, has_aux=True)(params, model, groups, digits)
+        gradients, metrics = jax.grad(step_loss, has_aux=True)(
+            params, model, groups, digits
+        )
         updates, state = optimizer.update(gradients, state, params)
         return (optax.apply_updates(params, updates), state), metrics
 
-    (params, optimizer_state), metrics = jax.lax.scan(step, (params, optimizer_state), groups)
+    (params, optimizer_state), metrics = jax.lax.scan(
+        step, (params, optimizer_state), groups
+    )
     return params, optimizer_state, jax.tree.map(jnp.mean, metrics)
 
 
@@ -184,22 +226,34 @@ def train(
     transformer_config = apples_config(tokenizer.get_vocab_size())
     model = Transformer(transformer_config)
     params = init_params(jax.random.key(seed), transformer_config)
-    abstract_params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(1, jnp.int32))[
-        "params"
-    ]
+    abstract_params = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros(1, jnp.int32)
+    )["params"]
     params = axes_lib.place_tree(mesh, params, abstract_params)
     rate_schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(WARM_UP_STEPS, steps // 2), steps, end_value=0.03 * learning_rate
+        0.0,
+        learning_rate,
+        min(WARM_UP_STEPS, steps // 2),
+        steps,
+        end_value=0.03 * learning_rate,
     )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(rate_schedule, b2=0.98, weight_decay=0.1)
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate_schedule, b2=0.98, weight_decay=0.1),
     )
     optimizer_state = jax.tree.map(
-        lambda leaf: leaf if leaf.ndim else axes_lib.place(mesh, leaf, ""), optimizer.init(params)
+        lambda leaf: leaf if leaf.ndim else axes_lib.place(mesh, leaf, ""),
+        optimizer.init(params),
     )
-    digits = jnp.array([tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS])
-    groups = draw_batches(np.random.default_rng(seed), tokenizer, steps, prompts_per_step)
-    with tqdm(total=steps, unit="step", desc=f"seed {seed}", mininterval=1.0) as progress:
+    digits = jnp.array(
+        [tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS]
+    )
+    groups = draw_batches(
+        np.random.default_rng(seed), tokenizer, steps, prompts_per_step
+    )
+    with tqdm(
+        total=steps, unit="step", desc=f"seed {seed}", mininterval=1.0
+    ) as progress:
         for start in range(0, steps, STEPS_PER_DISPATCH):
             step_slice = slice(start, start + STEPS_PER_DISPATCH)
             step_groups = [
@@ -210,9 +264,16 @@ def train(
                 for tokens, lengths in groups
             ]
             params, optimizer_state, metrics = train_steps(
-                params, optimizer_state, step_groups, digits, model=model, optimizer=optimizer
+                params,
+                optimizer_state,
+                step_groups,
+                digits,
+                model=model,
+                optimizer=optimizer,
             )
-            progress.set_postfix({name: f"{value:.3f}" for name, value in metrics.items()})
+            progress.set_postfix(
+                {name: f"{value:.3f}" for name, value in metrics.items()}
+            )
             progress.update(min(STEPS_PER_DISPATCH, steps - start))
     return clm.LanguageModel(transformer_config, params, tokenizer)
 

@@ -53,7 +53,8 @@ def extract_sentences(documents: Sequence[str]) -> list[str]:
     )
     unique_sentences = sorted(set(matches))
     return [
-        unique_sentences[i] for i in np.random.default_rng(0).permutation(len(unique_sentences))
+        unique_sentences[i]
+        for i in np.random.default_rng(0).permutation(len(unique_sentences))
     ]
 
 
@@ -86,7 +87,9 @@ def fit_codes(key: jax.Array, frames: np.ndarray, num_codes: int) -> CodeDensiti
     )[:, None]
     shares = (counts + 1.0) / (counts + 1.0).sum()
     scales = np.maximum(np.sqrt(variances), MIN_SCALE)
-    return CodeDensities(vectors, scales.astype(np.float32), np.log(shares).astype(np.float32))
+    return CodeDensities(
+        vectors, scales.astype(np.float32), np.log(shares).astype(np.float32)
+    )
 
 
 class FrameScores(NamedTuple):
@@ -122,7 +125,9 @@ class AudioModel:
         """
         durations = np.full(windows.shape[1], duration, np.float32)
         window_scores = [
-            _score_window(self.lm.model, self.lm.params, self.codes, inputs, window, durations)
+            _score_window(
+                self.lm.model, self.lm.params, self.codes, inputs, window, durations
+            )
             for inputs, window in zip(self.model_inputs(windows), windows, strict=True)
         ]
         return FrameScores(
@@ -142,7 +147,9 @@ class AudioModel:
             "key": key,
         }
         if self.codes is None:
-            return np.asarray(density.sample(self.lm, vectors=prompts, **sample_options))
+            return np.asarray(
+                density.sample(self.lm, vectors=prompts, **sample_options)
+            )
         generated: Any = density.sample(
             self.lm, self.model_inputs(prompts), stop=(), **sample_options
         )
@@ -164,13 +171,17 @@ def _score_window(
     hidden = model.apply(variables, **arguments, method="context_states")
     density: Any = model.apply(variables, hidden, method="distribution")
     if codes is not None:
-        density = Mixture(density.logits, jnp.asarray(codes.vectors), jnp.asarray(codes.scales))
+        density = Mixture(
+            density.logits, jnp.asarray(codes.vectors), jnp.asarray(codes.scales)
+        )
     return density.log_prob(window[1:]), density.mean
 
 
 def unigram_baseline(codes: CodeDensities, windows: np.ndarray) -> FrameScores:
     """Every code as probable as it is frequent."""
-    mixture = Mixture(*map(jnp.asarray, (codes.log_shares, codes.vectors, codes.scales)))
+    mixture = Mixture(
+        *map(jnp.asarray, (codes.log_shares, codes.vectors, codes.scales))
+    )
     log_prob = jax.lax.map(mixture.log_prob, jnp.asarray(windows[:, 1:]))
     mean = np.broadcast_to(np.asarray(mixture.mean), windows[:, 1:].shape)
     return FrameScores(np.asarray(log_prob), mean)
@@ -188,10 +199,14 @@ def previous_frame_baseline(frames: np.ndarray, windows: np.ndarray) -> FrameSco
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> list[float]:
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = 2000
+) -> list[float]:
     """A 95 % interval of the mean of values [num_values], by bootstrap over them."""
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(axis=1)
+    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(
+        axis=1
+    )
     return np.quantile(means, (0.025, 0.975)).tolist()
 
 
@@ -254,7 +269,10 @@ def sweep_durations(
         for name, audio_model in audio_models.items()
     }
     best_durations = {
-        name: {hop: float(durations[int(np.argmax(curve))]) for hop, curve in curve_by_hop.items()}
+        name: {
+            hop: float(durations[int(np.argmax(curve))])
+            for hop, curve in curve_by_hop.items()
+        }
         for name, curve_by_hop in nats_by_hop.items()
     }
     return {
@@ -322,11 +340,21 @@ def plot_spectrograms(
                     prompt_end = prompt_length * mel_config.seconds_per_frame
                     ax.axvline(prompt_end, color="white", lw=0.9, ls=(0, (3, 2)))
             if name in sampled_rows:
-                text_style: dict[str, Any] = {"color": "white", "fontsize": 7, "va": "top"}
+                text_style: dict[str, Any] = {
+                    "color": "white",
+                    "fontsize": 7,
+                    "va": "top",
+                }
                 grid_row[0].text(
-                    prompt_end - 0.02, mel_config.bands - 2, "given", ha="right", **text_style
+                    prompt_end - 0.02,
+                    mel_config.bands - 2,
+                    "given",
+                    ha="right",
+                    **text_style,
                 )
-                grid_row[0].text(prompt_end + 0.02, mel_config.bands - 2, "sampled", **text_style)
+                grid_row[0].text(
+                    prompt_end + 0.02, mel_config.bands - 2, "sampled", **text_style
+                )
             grid_row[0].set_title(name, fontsize=8, loc="left", pad=2.5)
         for ax in grid[:, 0]:
             ax.set_yticks(
@@ -343,7 +371,8 @@ def plot_spectrograms(
 
 
 def plot_comparison(
-    likelihoods: Mapping[str, Mapping[str, Any]], steps_by_name: Mapping[str, np.ndarray]
+    likelihoods: Mapping[str, Mapping[str, Any]],
+    steps_by_name: Mapping[str, np.ndarray],
 ) -> Figure:
     """What the models give held-out frames, and how their samples move.
 
@@ -357,7 +386,9 @@ def plot_comparison(
         )
         for i, (name, summary) in enumerate(likelihoods.items()):
             color, (low, high) = _color_of(name), summary["interval"]
-            likelihood_axes.plot([low, high], [i, i], color=color, lw=1.2, marker="|", ms=7)
+            likelihood_axes.plot(
+                [low, high], [i, i], color=color, lw=1.2, marker="|", ms=7
+            )
             likelihood_axes.plot(summary["nats_per_frame"], i, "o", color=color, ms=3)
             likelihood_axes.annotate(
                 f"{summary['nats_per_frame']:.1f}".replace("-", "\N{MINUS SIGN}"),
@@ -370,7 +401,8 @@ def plot_comparison(
             )
         likelihood_axes.set_yticks(range(len(likelihoods)), list(likelihoods))
         likelihood_axes.set(
-            ylim=(-0.5, len(likelihoods) - 0.3), xlabel="log-density of a held-out frame (nats)"
+            ylim=(-0.5, len(likelihoods) - 0.3),
+            xlabel="log-density of a held-out frame (nats)",
         )
         likelihood_axes.margins(x=0.12)
         for name, values in steps_by_name.items():
@@ -386,12 +418,16 @@ def plot_comparison(
                 **cast(Any, style),
             )
         step_axes.set(xscale="log", ylim=(0, 1.02), xlim=(1e-3, None))
-        step_axes.set(xlabel="squared step from frame to frame", ylabel="share of steps below")
+        step_axes.set(
+            xlabel="squared step from frame to frame", ylabel="share of steps below"
+        )
         step_axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
-def plot_duration_curves(sweep_results: Mapping[str, Any], milliseconds: float) -> Figure:
+def plot_duration_curves(
+    sweep_results: Mapping[str, Any], milliseconds: float
+) -> Figure:
     """The log-density of sound at several hops, against how long its frames are said to last.
 
     Args:
@@ -401,15 +437,27 @@ def plot_duration_curves(sweep_results: Mapping[str, Any], milliseconds: float) 
     curves = sweep_results["nats_per_frame"]
     with plt.rc_context(plots.MATPLOTLIB_STYLE):
         figure, grid = plt.subplots(
-            1, len(curves), figsize=(3.4 * len(curves), 2.7), layout="constrained", squeeze=False
+            1,
+            len(curves),
+            figsize=(3.4 * len(curves), 2.7),
+            layout="constrained",
+            squeeze=False,
         )
         for ax, (name, curve_by_hop) in zip(grid[0], curves.items(), strict=True):
-            for (hop, values), color in zip(curve_by_hop.items(), _HOP_COLORS, strict=True):
+            for (hop, values), color in zip(
+                curve_by_hop.items(), _HOP_COLORS, strict=True
+            ):
                 label = f"{float(hop) * milliseconds:.3g} ms"
                 ax.plot(sweep_results["durations"], values, color=color, label=label)
                 ax.axvline(float(hop), color=color, lw=0.7, ls=(0, (4, 3)), zorder=0)
                 best = int(np.argmax(values))
-                ax.plot(sweep_results["durations"][best], values[best], "o", color=color, ms=4)
+                ax.plot(
+                    sweep_results["durations"][best],
+                    values[best],
+                    "o",
+                    color=color,
+                    ms=4,
+                )
             ax.set_title(name, fontsize=9)
             ax.set_xlabel("duration given to each frame")
         grid[0, 0].set_ylabel("nats a frame")
@@ -435,7 +483,10 @@ _COLOR_BY_KIND = {
 
 
 def _color_of(name: str) -> str:
-    return next((color for kind, color in _COLOR_BY_KIND.items() if name.startswith(kind)), "0.5")
+    return next(
+        (color for kind, color in _COLOR_BY_KIND.items() if name.startswith(kind)),
+        "0.5",
+    )
 
 
 # --- The program ----------------------------------------------------------------------------------

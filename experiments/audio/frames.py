@@ -55,10 +55,16 @@ from continuous_lm.models import density
 from continuous_lm.models.density import heads
 from continuous_lm.parallel import processes
 
-_SOUND = flags.DEFINE_enum("sound", "tones", ["tones", "speech"], "Made here, or by espeak-ng.")
+_SOUND = flags.DEFINE_enum(
+    "sound", "tones", ["tones", "speech"], "Made here, or by espeak-ng."
+)
 _VOICE = flags.DEFINE_string("voice", "en", "Of espeak-ng.")
-_SECONDS = flags.DEFINE_float("seconds", 600.0, "Of sound to train on.", lower_bound=0.0)
-_HELD_OUT_SECONDS = flags.DEFINE_float("held_out_seconds", 60.0, "Of other sound.", lower_bound=0.0)
+_SECONDS = flags.DEFINE_float(
+    "seconds", 600.0, "Of sound to train on.", lower_bound=0.0
+)
+_HELD_OUT_SECONDS = flags.DEFINE_float(
+    "held_out_seconds", 60.0, "Of other sound.", lower_bound=0.0
+)
 _SAMPLE_RATE = flags.DEFINE_integer("rate", 8000, "Samples a second.", lower_bound=1)
 _BANDS = flags.DEFINE_integer("bands", 40, "Of a frame.", lower_bound=1)
 _CODES = flags.DEFINE_integer("codes", 256, "Of the tokens' codebook.", lower_bound=2)
@@ -67,16 +73,24 @@ _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 96, "Of both trunks.", lower_
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "Of both trunks.", lower_bound=1)
 _NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Of both trunks.", lower_bound=1)
 _LENGTH = flags.DEFINE_integer("length", 192, "Frames in a sequence.", lower_bound=2)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Sequences in a step.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 600, "Optimiser steps of each model.", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "At its peak.", lower_bound=0.0)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "Sequences in a step.", lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", 600, "Optimiser steps of each model.", lower_bound=1
+)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 3e-3, "At its peak.", lower_bound=0.0
+)
 _PROMPT_LENGTH = flags.DEFINE_integer(
     "prompt", 40, "Frames that samples go on from.", lower_bound=1
 )
 _SAMPLES = flags.DEFINE_integer("samples", 16, "How many.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Of samples.", lower_bound=0.0)
 _ITERATIONS = flags.DEFINE_integer("iterations", 100, "Of Griffin-Lim.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of sound, parameters and samples.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of sound, parameters and samples.", lower_bound=0
+)
 
 
 def synthesize_sounds(sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +110,12 @@ def synthesize_sounds(sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
     num_held_out = max(1, len(all_sentences) // 10)
     sentence_parts = (all_sentences[num_held_out:], all_sentences[:num_held_out])
     sounds = [
-        synthesize_speech(part_sentences, seconds, seed=seed, rate=sample_rate, voice=_VOICE.value)
-        for part_sentences, seconds, seed in zip(sentence_parts, lengths, seeds, strict=True)
+        synthesize_speech(
+            part_sentences, seconds, seed=seed, rate=sample_rate, voice=_VOICE.value
+        )
+        for part_sentences, seconds, seed in zip(
+            sentence_parts, lengths, seeds, strict=True
+        )
     ]
     return sounds[0], sounds[1]
 
@@ -117,12 +135,20 @@ def train_models(
         num_layers=_NUM_LAYERS.value,
         num_heads=_NUM_HEADS.value,
     )
-    head = heads.MixtureHead(width, components=_COMPONENTS.value, min_scale=audio_models.MIN_SCALE)
+    head = heads.MixtureHead(
+        width, components=_COMPONENTS.value, min_scale=audio_models.MIN_SCALE
+    )
     # It reads no tokens: its embedding table has the one row that a trunk must have.
-    mixture_lm = density.create(key, make_trunk_config(vocab_size=1), head, input_kind="vectors")
-    codes = audio_models.fit_codes(jax.random.fold_in(key, 1), train_recording.frames, _CODES.value)
+    mixture_lm = density.create(
+        key, make_trunk_config(vocab_size=1), head, input_kind="vectors"
+    )
+    codes = audio_models.fit_codes(
+        jax.random.fold_in(key, 1), train_recording.frames, _CODES.value
+    )
     token_lm = density.create(
-        key, make_trunk_config(vocab_size=_CODES.value), heads.TokenHead(width=_CODES.value)
+        key,
+        make_trunk_config(vocab_size=_CODES.value),
+        heads.TokenHead(width=_CODES.value),
     )
     trained_models = {
         "mixture": audio_models.AudioModel(mixture_lm),
@@ -157,7 +183,9 @@ def main() -> None:
         )
     sample_rate = _SAMPLE_RATE.value
     window, hop = round(0.05 * sample_rate), round(0.0125 * sample_rate)
-    mel_config = sound.MelConfig(rate=sample_rate, window=window, hop=hop, bands=_BANDS.value)
+    mel_config = sound.MelConfig(
+        rate=sample_rate, window=window, hop=hop, bands=_BANDS.value
+    )
     train_samples, held_out_samples = synthesize_sounds(sample_rate)
     frames = sound.log_mel(train_samples, mel_config)
     band_statistics = sound.compute_band_statistics(frames)
@@ -180,8 +208,12 @@ def main() -> None:
     deviation = band_statistics.deviation
 
     # Densities and means
-    windows = window_batches.consecutive_windows(held_out_recording.frames, length=length)
-    scores = {name: audio_model.score(windows) for name, audio_model in trained_models.items()}
+    windows = window_batches.consecutive_windows(
+        held_out_recording.frames, length=length
+    )
+    scores = {
+        name: audio_model.score(windows) for name, audio_model in trained_models.items()
+    }
     scores["codes, no context"] = audio_models.unigram_baseline(codes, windows)
     scores["around the last frame"] = audio_models.previous_frame_baseline(
         train_recording.frames, windows
@@ -192,7 +224,9 @@ def main() -> None:
     results: dict[str, Any] = {
         "models": {
             name: {
-                "likelihood": audio_models.summarize_likelihood(model_scores, deviation),
+                "likelihood": audio_models.summarize_likelihood(
+                    model_scores, deviation
+                ),
                 "prediction_error": audio_models.prediction_errors(
                     model_scores.mean, windows[:, 1:], deviation
                 ),
@@ -219,7 +253,10 @@ def main() -> None:
     key = jax.random.key(_SEED.value + 1)
     sampled_frames = {
         name: audio_model.sample(
-            key, windows[window_indices, :prompt_length], length - prompt_length, _TEMPERATURE.value
+            key,
+            windows[window_indices, :prompt_length],
+            length - prompt_length,
+            _TEMPERATURE.value,
         )
         for name, audio_model in trained_models.items()
     }
@@ -232,20 +269,25 @@ def main() -> None:
     for name, audio_model in trained_models.items():
         results["models"][name] |= {
             "parameters": audio_model.num_parameters,
-            "reading_error": audio_models.prediction_errors(input_frames[name], windows, deviation),
+            "reading_error": audio_models.prediction_errors(
+                input_frames[name], windows, deviation
+            ),
             "samples": audio_models.movement_statistics(sampled_frames[name]),
         }
     # As its density says: not only at the codes, but around them.
-    indices = np.asarray(quantize.nearest(sampled_frames["tokens"], codes.vectors).indices)
-    rng = np.random.default_rng(_SEED.value)
-    frames_around_codes = sampled_frames["tokens"] + codes.scales[indices] * rng.standard_normal(
-        sampled_frames["tokens"].shape
+    indices = np.asarray(
+        quantize.nearest(sampled_frames["tokens"], codes.vectors).indices
     )
-    results["models"]["tokens"]["samples_around_codes"] = audio_models.movement_statistics(
-        frames_around_codes
+    rng = np.random.default_rng(_SEED.value)
+    frames_around_codes = sampled_frames["tokens"] + codes.scales[
+        indices
+    ] * rng.standard_normal(sampled_frames["tokens"].shape)
+    results["models"]["tokens"]["samples_around_codes"] = (
+        audio_models.movement_statistics(frames_around_codes)
     )
     code_counts = np.bincount(
-        trained_models["tokens"].model_inputs(windows).reshape(-1), minlength=_CODES.value
+        trained_models["tokens"].model_inputs(windows).reshape(-1),
+        minlength=_CODES.value,
     )
     code_shares = code_counts[code_counts > 0] / code_counts.sum()
     results["models"]["tokens"]["code_perplexity"] = float(
@@ -286,10 +328,13 @@ def main() -> None:
     }
     samples_by_kind = {
         "real": [
-            held_out_recording.samples[i * length * hop :][: length * hop] for i in window_indices
+            held_out_recording.samples[i * length * hop :][: length * hop]
+            for i in window_indices
         ]
     }
-    for name, excerpts in zip(audio_models.WAV_NAMES, excerpts_by_kind.values(), strict=True):
+    for name, excerpts in zip(
+        audio_models.WAV_NAMES, excerpts_by_kind.values(), strict=True
+    ):
         samples_by_kind[name] = [
             sound.reconstruct(excerpt, mel_config, iterations=_ITERATIONS.value)
             for excerpt in excerpts
@@ -303,7 +348,9 @@ def main() -> None:
             [
                 sound.spectral_convergence(wave, magnitudes, window=window, hop=hop)
                 for wave, magnitudes in zip(
-                    samples_by_kind["real_resynthesised"], target_magnitudes, strict=True
+                    samples_by_kind["real_resynthesised"],
+                    target_magnitudes,
+                    strict=True,
                 )
             ]
         )
@@ -344,13 +391,21 @@ def main() -> None:
                 for excerpt in excerpts[: audio_models.NUM_WAV_EXCERPTS]
                 for piece in (excerpt, silence)
             ]
-            write_wav(staging_folder / f"{name}.wav", np.concatenate(pieces[:-1]), sample_rate)
-        np.savez(staging_folder / "codes.npz", **codes._asdict(), **band_statistics._asdict())
+            write_wav(
+                staging_folder / f"{name}.wav", np.concatenate(pieces[:-1]), sample_rate
+            )
+        np.savez(
+            staging_folder / "codes.npz", **codes._asdict(), **band_statistics._asdict()
+        )
         write_json(staging_folder / "frames.json", {**results, "run": program.record()})
     print(audio_models.make_table(results).as_text())
     low, high = results["gain_of_mixture"]["interval"]
-    print(f"\nThe mixture gains {mixture_gain.mean():.2f} nats a frame [{low:.2f}, {high:.2f}]")
-    print(f"{folder}: frames.json, 3 figures, {len(samples_by_kind)} .wav files, both models")
+    print(
+        f"\nThe mixture gains {mixture_gain.mean():.2f} nats a frame [{low:.2f}, {high:.2f}]"
+    )
+    print(
+        f"{folder}: frames.json, 3 figures, {len(samples_by_kind)} .wav files, both models"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ class MelConfig:
     def __post_init__(self):
         for name in ("rate", "window", "hop", "bands"):
             value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            if (
+                not isinstance(value, int | np.integer)
+                or isinstance(value, bool)
+                or value < 1
+            ):
                 raise InputError(f"{name} is {value!r}; it must be a positive integer")
         if 2 * self.hop > self.window:
             raise InputError(
@@ -44,7 +48,9 @@ class MelConfig:
                 " is lost between frames"
             )
         if not 0.0 <= self.low < self.rate / 2:
-            raise InputError(f"low is {self.low!r}; it must be from 0 to below {self.rate / 2:g}")
+            raise InputError(
+                f"low is {self.low!r}; it must be from 0 to below {self.rate / 2:g}"
+            )
         if not self.floor > 0.0:
             raise InputError(f"floor is {self.floor!r}; it must be above 0")
         if not self.filters.any(axis=1).all():
@@ -56,7 +62,9 @@ class MelConfig:
     @functools.cached_property
     def filters(self) -> np.ndarray:
         """`mel_filters` [W, bins]."""
-        return mel_filters(rate=self.rate, window=self.window, bands=self.bands, low=self.low)
+        return mel_filters(
+            rate=self.rate, window=self.window, bands=self.bands, low=self.low
+        )
 
     @property
     def seconds_per_frame(self) -> float:
@@ -82,14 +90,20 @@ def stft(samples: np.ndarray, *, window: int, hop: int) -> np.ndarray:
     """
     samples = np.asarray(samples, np.float64)
     if samples.ndim != 1 or not len(samples):
-        raise InputError(f"samples have shape {list(samples.shape)}; they must be [n], n >= 1")
+        raise InputError(
+            f"samples have shape {list(samples.shape)}; they must be [n], n >= 1"
+        )
     padded = np.pad(samples, (window // 2, window))
     num_frames = 1 + len(samples) // hop
-    windowed = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][:num_frames]
+    windowed = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop][
+        :num_frames
+    ]
     return np.fft.rfft(windowed * hann_window(window), axis=1)
 
 
-def istft(spectra: np.ndarray, *, window: int, hop: int, length: int | None = None) -> np.ndarray:
+def istft(
+    spectra: np.ndarray, *, window: int, hop: int, length: int | None = None
+) -> np.ndarray:
     """The sound whose spectra come closest to `spectra`, in squares (Griffin and Lim, 1984, eq. 6).
 
     Args:
@@ -103,7 +117,9 @@ def istft(spectra: np.ndarray, *, window: int, hop: int, length: int | None = No
     """
     windowed = np.fft.irfft(spectra, n=window, axis=1) * hann_window(window)
     overlapped = _overlap_add(windowed, hop)
-    window_weight = _overlap_add(np.broadcast_to(hann_window(window) ** 2, windowed.shape), hop)
+    window_weight = _overlap_add(
+        np.broadcast_to(hann_window(window) ** 2, windowed.shape), hop
+    )
     length = (len(windowed) - 1) * hop + 1 if length is None else length
     first_sample = window // 2
     missing_samples = max(0, first_sample + length - len(overlapped))
@@ -144,7 +160,9 @@ def mel_to_hertz(mel: np.ndarray | float) -> np.ndarray:
 
 def band_frequencies(*, rate: int, bands: int, low: float) -> np.ndarray:
     """Where the bands begin, culminate and end, in Hz, [W + 2]: evenly spaced in mel."""
-    return mel_to_hertz(np.linspace(hertz_to_mel(low), hertz_to_mel(rate / 2), bands + 2))
+    return mel_to_hertz(
+        np.linspace(hertz_to_mel(low), hertz_to_mel(rate / 2), bands + 2)
+    )
 
 
 def mel_filters(*, rate: int, window: int, bands: int, low: float = 0.0) -> np.ndarray:
@@ -248,9 +266,17 @@ def griffin_lim(
     spectra = magnitudes * np.exp(1j * phases)
     previous_spectra = np.zeros_like(spectra)
     for _ in range(iterations):
-        rebuilt_spectra = stft(istft(spectra, window=window, hop=hop), window=window, hop=hop)
-        accelerated_spectra = rebuilt_spectra + momentum * (rebuilt_spectra - previous_spectra)
-        spectra = magnitudes * accelerated_spectra / np.maximum(np.abs(accelerated_spectra), 1e-12)
+        rebuilt_spectra = stft(
+            istft(spectra, window=window, hop=hop), window=window, hop=hop
+        )
+        accelerated_spectra = rebuilt_spectra + momentum * (
+            rebuilt_spectra - previous_spectra
+        )
+        spectra = (
+            magnitudes
+            * accelerated_spectra
+            / np.maximum(np.abs(accelerated_spectra), 1e-12)
+        )
         previous_spectra = rebuilt_spectra
     return istft(spectra, window=window, hop=hop, length=length)
 
@@ -260,13 +286,17 @@ def spectral_convergence(
 ) -> float:
     """How far a sound's magnitudes are from those wanted, || |s| - m || / || m ||; 0 is best."""
     sound_magnitudes = np.abs(stft(samples, window=window, hop=hop))[: len(magnitudes)]
-    return float(np.linalg.norm(sound_magnitudes - magnitudes) / np.linalg.norm(magnitudes))
+    return float(
+        np.linalg.norm(sound_magnitudes - magnitudes) / np.linalg.norm(magnitudes)
+    )
 
 
 def reconstruct(frames: np.ndarray, mel_config: MelConfig, **options) -> np.ndarray:
     """Sound [n] of log-mel frames [T, W]; options of `griffin_lim`."""
     target_magnitudes = magnitudes_from_log_mel(frames, mel_config)
-    return griffin_lim(target_magnitudes, window=mel_config.window, hop=mel_config.hop, **options)
+    return griffin_lim(
+        target_magnitudes, window=mel_config.window, hop=mel_config.hop, **options
+    )
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -297,5 +327,7 @@ def compute_band_statistics(frames: np.ndarray) -> BandStatistics:
     deviation = frames.std(axis=0)
     if not (deviation > 1e-6).all():
         band = int(np.argmin(deviation))
-        raise InputError(f"band {band} of the frames does not vary; is the sound silent?")
+        raise InputError(
+            f"band {band} of the frames does not vary; is the sound silent?"
+        )
     return BandStatistics(frames.mean(axis=0), deviation)

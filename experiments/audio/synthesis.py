@@ -29,7 +29,9 @@ class SoundSegment(NamedTuple):
 
     seconds: float
     voice_level: float = 0.0  # level of the harmonics
-    formants: tuple[float, float, float] | None = None  # in Hz; None: on the way to the next
+    formants: tuple[float, float, float] | None = (
+        None  # in Hz; None: on the way to the next
+    )
     noise_level: float = 0.0  # level of the noise
     noise_center: float = 0.0  # of the noise, in Hz
     noise_width: float = 1.0  # of the noise, in Hz
@@ -45,9 +47,15 @@ SPEECH_SOUNDS: dict[str, tuple[SoundSegment, ...]] = {
     "m": (SoundSegment(0.07, 0.3, (250.0, 1000.0, 2200.0)),),
     "n": (SoundSegment(0.07, 0.3, (250.0, 1500.0, 2500.0)),),
     "l": (SoundSegment(0.06, 0.5, (360.0, 1300.0, 2700.0)),),
-    "s": (SoundSegment(0.10, noise_level=0.20, noise_center=3500.0, noise_width=400.0),),
-    "x": (SoundSegment(0.10, noise_level=0.25, noise_center=2400.0, noise_width=400.0),),
-    "f": (SoundSegment(0.09, noise_level=0.06, noise_center=1800.0, noise_width=1500.0),),
+    "s": (
+        SoundSegment(0.10, noise_level=0.20, noise_center=3500.0, noise_width=400.0),
+    ),
+    "x": (
+        SoundSegment(0.10, noise_level=0.25, noise_center=2400.0, noise_width=400.0),
+    ),
+    "f": (
+        SoundSegment(0.09, noise_level=0.06, noise_center=1800.0, noise_width=1500.0),
+    ),
     "p": (
         SoundSegment(0.06),
         SoundSegment(0.02, noise_level=0.20, noise_center=700.0, noise_width=300.0),
@@ -63,7 +71,9 @@ SPEECH_SOUNDS: dict[str, tuple[SoundSegment, ...]] = {
 }
 
 
-MADE_UP_WORDS = "sami tunola kexi lopa fimu nake tosu pila moxa eketi usano limafo".split()
+MADE_UP_WORDS = (
+    "sami tunola kexi lopa fimu nake tosu pila moxa eketi usano limafo".split()
+)
 
 
 _NUM_FOLLOWERS = 3  # words that can come after a word
@@ -97,7 +107,9 @@ def synthesize_tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
     while num_generated < num_wanted:
         pieces.append(_synthesize_sentence(rng, rate))
         num_generated += len(pieces[-1])
-    return np.concatenate(pieces)[:num_wanted] + BACKGROUND_NOISE * rng.standard_normal(num_wanted)
+    return np.concatenate(pieces)[:num_wanted] + BACKGROUND_NOISE * rng.standard_normal(
+        num_wanted
+    )
 
 
 def num_samples(seconds: float, rate: int) -> int:
@@ -113,7 +125,9 @@ def num_samples(seconds: float, rate: int) -> int:
 
 def following_words(word: int) -> list[int]:
     """The words, by their numbers, that can come after a word."""
-    return [(word * 5 + step) % len(MADE_UP_WORDS) for step in (1, 4, 9)][:_NUM_FOLLOWERS]
+    return [(word * 5 + step) % len(MADE_UP_WORDS) for step in (1, 4, 9)][
+        :_NUM_FOLLOWERS
+    ]
 
 
 def _synthesize_sentence(rng: np.random.Generator, rate: int) -> np.ndarray:
@@ -122,7 +136,9 @@ def _synthesize_sentence(rng: np.random.Generator, rate: int) -> np.ndarray:
     spoken_segments = [SoundSegment(0.03)]
     for _ in range(int(rng.integers(3, 6))):
         spoken_segments += [
-            segment for letter in MADE_UP_WORDS[word] for segment in SPEECH_SOUNDS[letter]
+            segment
+            for letter in MADE_UP_WORDS[word]
+            for segment in SPEECH_SOUNDS[letter]
         ]
         spoken_segments.append(SoundSegment(0.04))
         word = following_words(word)[rng.integers(_NUM_FOLLOWERS)]
@@ -167,7 +183,9 @@ def synthesize_segments(
         kernel_size = max(3, round(seconds * _CONTROL_RATE)) | 1
         kernel = hann_window(kernel_size + 1)[1:]
         padded = np.pad(
-            np.asarray(values, np.float64)[segment_indices], kernel_size // 2, mode="edge"
+            np.asarray(values, np.float64)[segment_indices],
+            kernel_size // 2,
+            mode="edge",
         )
         return np.convolve(padded, kernel / kernel.sum(), mode="valid")
 
@@ -179,23 +197,37 @@ def synthesize_segments(
     pitch_waver = np.cumsum(rng.standard_normal(len(control_times) // 100 + 2)) * 0.02
     pitch_fall = np.linspace(1.1, 0.85, len(control_times))
     pitch_waver = np.interp(
-        control_times, np.arange(len(pitch_waver)) / 10, pitch_waver - pitch_waver.mean()
+        control_times,
+        np.arange(len(pitch_waver)) / 10,
+        pitch_waver - pitch_waver.mean(),
     )
     frequency = pitch * pitch_fall * np.exp(np.clip(pitch_waver, -0.2, 0.2))
     voice_levels = smooth_track([segment.voice_level for segment in segments], 0.03)
-    samples = _synthesize_voice(frequency, formants, voice_levels, control_times, times, rate)
+    samples = _synthesize_voice(
+        frequency, formants, voice_levels, control_times, times, rate
+    )
     for noise_center, noise_width in sorted(
-        {(segment.noise_center, segment.noise_width) for segment in segments if segment.noise_level}
+        {
+            (segment.noise_center, segment.noise_width)
+            for segment in segments
+            if segment.noise_level
+        }
     ):
         noise_levels = [
             segment.noise_level
-            * ((segment.noise_center, segment.noise_width) == (noise_center, noise_width))
+            * (
+                (segment.noise_center, segment.noise_width)
+                == (noise_center, noise_width)
+            )
             for segment in segments
         ]
         noise_spectrum = np.fft.rfft(rng.standard_normal(length))
         noise_spectrum *= np.exp(
             -0.5
-            * ((np.fft.rfftfreq(length, 1 / rate) - noise_center * formant_factor) / noise_width)
+            * (
+                (np.fft.rfftfreq(length, 1 / rate) - noise_center * formant_factor)
+                / noise_width
+            )
             ** 2
         )
         shaped_noise = np.fft.irfft(noise_spectrum, n=length)
@@ -208,7 +240,9 @@ def synthesize_segments(
     return _SENTENCE_RMS * samples / max(float(np.sqrt(np.mean(samples**2))), 1e-12)
 
 
-def _target_formants(segments: Sequence[SoundSegment]) -> list[tuple[float, float, float]]:
+def _target_formants(
+    segments: Sequence[SoundSegment],
+) -> list[tuple[float, float, float]]:
     """The formants of each segment; those of the next that has some where one has none."""
     next_formants, formant_targets = (500.0, 1500.0, 2500.0), []
     for segment in reversed(segments):
@@ -217,7 +251,9 @@ def _target_formants(segments: Sequence[SoundSegment]) -> list[tuple[float, floa
     return formant_targets[::-1]
 
 
-def _synthesize_voice(frequency, formants, voice_levels, control_times, times, rate) -> np.ndarray:
+def _synthesize_voice(
+    frequency, formants, voice_levels, control_times, times, rate
+) -> np.ndarray:
     """Harmonics h of a pitch, 1 / h strong, through resonances; values at `control_times`."""
     phase = 2 * np.pi * np.cumsum(np.interp(times, control_times, frequency)) / rate
     twice_cosine = 2 * np.cos(phase)
@@ -233,7 +269,9 @@ def _synthesize_voice(frequency, formants, voice_levels, control_times, times, r
             gain = (
                 gain
                 * formant**2
-                / np.hypot(formant**2 - partial_frequency**2, bandwidth * partial_frequency)
+                / np.hypot(
+                    formant**2 - partial_frequency**2, bandwidth * partial_frequency
+                )
             )
         samples += np.interp(times, control_times, gain) * current_harmonic
         previous_harmonic, current_harmonic = (
@@ -286,14 +324,23 @@ def synthesize_speech(
     num_generated = 0
     while num_generated < num_wanted:
         sentence = sentences[len(pieces) // 2 % len(sentences)]
-        options = ["-v", voice, "-s", str(rng.integers(150, 200)), "-p", str(rng.integers(20, 70))]
+        options = [
+            "-v",
+            voice,
+            "-s",
+            str(rng.integers(150, 200)),
+            "-p",
+            str(rng.integers(20, 70)),
+        ]
         samples = _run_espeak(command, options, sentence, rate)
         if not samples.any():
             raise InputError(f"{ESPEAK_COMMAND} reads {sentence!r:.60} as silence")
         pause = np.zeros(num_samples(rng.uniform(0.15, 0.35), rate))
         pieces += [_SENTENCE_RMS * samples / np.sqrt(np.mean(samples**2)), pause]
         num_generated += len(samples) + len(pause)
-    return np.concatenate(pieces)[:num_wanted] + BACKGROUND_NOISE * rng.standard_normal(num_wanted)
+    return np.concatenate(pieces)[:num_wanted] + BACKGROUND_NOISE * rng.standard_normal(
+        num_wanted
+    )
 
 
 def _run_espeak(command: str, options: list[str], text: str, rate: int) -> np.ndarray:
@@ -311,7 +358,12 @@ def _run_espeak(command: str, options: list[str], text: str, rate: int) -> np.nd
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"{command} does not run: {error}") from None
         if process.returncode or not path.exists():
-            message = " ".join(process.stderr.decode(errors="replace").split()) or "it said nothing"
-            raise InputError(f"{command} failed with status {process.returncode}: {message:.200}")
+            message = (
+                " ".join(process.stderr.decode(errors="replace").split())
+                or "it said nothing"
+            )
+            raise InputError(
+                f"{command} failed with status {process.returncode}: {message:.200}"
+            )
         samples, wav_rate = read_wav(path)
     return resample(samples, wav_rate, rate)

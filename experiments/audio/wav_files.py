@@ -25,7 +25,9 @@ def write_wav(path: pathlib.Path, samples: np.ndarray, rate: int) -> None:
     """
     samples = np.asarray(samples, np.float64)
     if samples.ndim != 1 or not len(samples) or not np.isfinite(samples).all():
-        raise InputError(f"sound of shape {list(samples.shape)} must be [n], n >= 1, and finite")
+        raise InputError(
+            f"sound of shape {list(samples.shape)} must be [n], n >= 1, and finite"
+        )
     pcm_samples = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -43,7 +45,9 @@ def read_wav(path: pathlib.Path) -> tuple[np.ndarray, int]:
     try:
         with wave.open(str(path), "rb") as file:
             if file.getsampwidth() != 2:
-                raise InputError(f"{path} has {8 * file.getsampwidth()} bits a sample, not 16")
+                raise InputError(
+                    f"{path} has {8 * file.getsampwidth()} bits a sample, not 16"
+                )
             frame_bytes, rate = file.readframes(file.getnframes()), file.getframerate()
             samples = np.frombuffer(frame_bytes, "<i2").reshape(-1, file.getnchannels())
     except (OSError, EOFError, ValueError, wave.Error) as error:

@@ -24,7 +24,9 @@ def attention_rows(quick: bool, repeats: int) -> Iterator[Row]:
             "forward and all gradients" if with_gradients else "forward"
         )
         programs = {
-            implementation: compile_attention(implementation, with_gradients, num_tokens)
+            implementation: compile_attention(
+                implementation, with_gradients, num_tokens
+            )
             for implementation in ("blocked", "dense")
         }
         callables: dict[str, Callable[[], Any]] = {
@@ -64,11 +66,15 @@ def attention_rows(quick: bool, repeats: int) -> Iterator[Row]:
 def random_inputs(num_tokens: int) -> list[jax.Array]:
     """q, k, v [1, T, N, H] and durations [1, T]."""
     keys = jax.random.split(jax.random.key(0), 4)
-    qkv = [jax.random.normal(key, (1, num_tokens, NUM_HEADS, HEAD_DIM)) for key in keys[:3]]
+    qkv = [
+        jax.random.normal(key, (1, num_tokens, NUM_HEADS, HEAD_DIM)) for key in keys[:3]
+    ]
     return [*qkv, jax.random.uniform(keys[3], (1, num_tokens), minval=0.1, maxval=2.0)]
 
 
-def compile_attention(implementation: str, with_gradients: bool, num_tokens: int) -> Any:
+def compile_attention(
+    implementation: str, with_gradients: bool, num_tokens: int
+) -> Any:
     """The attention, or its gradient for q, k, v and durations, without running it."""
     attend = functools.partial(attention.attend, implementation=implementation)
 
@@ -76,7 +82,11 @@ def compile_attention(implementation: str, with_gradients: bool, num_tokens: int
         return jnp.sum(jnp.square(attend(*inputs)))
 
     function = jax.grad(loss, argnums=(0, 1, 2, 3)) if with_gradients else attend
-    return jax.jit(function).lower(*jax.eval_shape(lambda: random_inputs(num_tokens))).compile()
+    return (
+        jax.jit(function)
+        .lower(*jax.eval_shape(lambda: random_inputs(num_tokens)))
+        .compile()
+    )
 
 
 def temporary_bytes(compiled_program: Any) -> float:

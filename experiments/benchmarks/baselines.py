@@ -26,7 +26,9 @@ def import_baseline(name: str) -> Any:
     try:
         module = importlib.import_module(name)
     except ImportError:
-        raise InputError(f"{name} is not installed: pip install -e '.[peers]'") from None
+        raise InputError(
+            f"{name} is not installed: pip install -e '.[peers]'"
+        ) from None
     if name == "torch":
         module.set_num_threads(timing.num_cores())
     elif name == "faiss":
@@ -48,7 +50,11 @@ def without_cuda() -> str:
     """Why no PyTorch runs on a GPU here; "" if one does."""
     if absent := why_missing("torch"):
         return absent
-    return "" if import_baseline("torch").cuda.is_available() else "this PyTorch has no CUDA"
+    return (
+        ""
+        if import_baseline("torch").cuda.is_available()
+        else "this PyTorch has no CUDA"
+    )
 
 
 # --- A sweep, as the paper's code does it -------------------------------------------------------
@@ -87,7 +93,9 @@ def paper_masks(durations: np.ndarray) -> list[Any]:
     return [paper_mask(times) for times in torch.cumsum(torch.tensor(durations), 1)]
 
 
-def paper_sweep(model: Any, tokens: np.ndarray, durations: np.ndarray, masks: Any = None) -> Any:
+def paper_sweep(
+    model: Any, tokens: np.ndarray, durations: np.ndarray, masks: Any = None
+) -> Any:
     """Probabilities [P, V] of the next token, point by point, by eager attention.
 
     All positions' logits and their softmax are made, as there.
@@ -143,7 +151,9 @@ class BatchedLlama:
         self.dtype = getattr(torch, dtype)
 
         def concatenate_weights(*modules: Any) -> Any:
-            return torch.cat([module.weight.detach() for module in modules]).to(self.dtype)
+            return torch.cat([module.weight.detach() for module in modules]).to(
+                self.dtype
+            )
 
         self.layers = []
         for layer in model.model.layers:
@@ -151,7 +161,9 @@ class BatchedLlama:
             self.layers.append(
                 _LayerWeights(
                     concatenate_weights(layer.input_layernorm),
-                    concatenate_weights(attention.q_proj, attention.k_proj, attention.v_proj),
+                    concatenate_weights(
+                        attention.q_proj, attention.k_proj, attention.v_proj
+                    ),
                     concatenate_weights(attention.o_proj),
                     concatenate_weights(layer.post_attention_layernorm),
                     concatenate_weights(mlp.gate_proj, mlp.up_proj),
@@ -165,7 +177,12 @@ class BatchedLlama:
         )
 
     def sweep(
-        self, tokens: np.ndarray, durations: np.ndarray, *, batch_size: int, prefix: int = 0
+        self,
+        tokens: np.ndarray,
+        durations: np.ndarray,
+        *,
+        batch_size: int,
+        prefix: int = 0,
     ) -> np.ndarray:
         """Probabilities [P, V] of the next token.
 
@@ -183,7 +200,10 @@ class BatchedLlama:
             if prefix:
                 prefix_slice = slice(0, prefix)
                 _, prefix_cache = self._run_layers(
-                    tokens[prefix_slice], d[:1, prefix_slice], times[:1, prefix_slice], None
+                    tokens[prefix_slice],
+                    d[:1, prefix_slice],
+                    times[:1, prefix_slice],
+                    None,
                 )
             suffix_slice = slice(prefix, None)
             probabilities = []
@@ -194,23 +214,36 @@ class BatchedLlama:
                     times[point_indices, suffix_slice],
                     prefix_cache,
                 )
-                x = torch.nn.functional.rms_norm(x[:, -1], x.shape[-1:], self.norm, self.eps)
-                probabilities.append(torch.softmax((x @ self.output_layer.T).float(), -1))
+                x = torch.nn.functional.rms_norm(
+                    x[:, -1], x.shape[-1:], self.norm, self.eps
+                )
+                probabilities.append(
+                    torch.softmax((x @ self.output_layer.T).float(), -1)
+                )
             return torch.cat(probabilities).numpy()
 
-    def _run_layers(self, tokens: Any, d: Any, times: Any, cache: Any) -> tuple[Any, list]:
+    def _run_layers(
+        self, tokens: Any, d: Any, times: Any, cache: Any
+    ) -> tuple[Any, list]:
         """Outputs [P, T, D] of the last layer, and the keys and values of all."""
         torch = import_baseline("torch")
         functional = torch.nn.functional
         num_points, length = times.shape
         x = self.embedding[tokens].expand(num_points, -1, -1)
-        frequencies = self.theta ** (-torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+        frequencies = self.theta ** (
+            -torch.arange(0, self.head_dim, 2).float() / self.head_dim
+        )
         angles = (times[..., None] * frequencies)[:, None]
         cos_sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         # Scores are weighted by adding log d; later keys are hidden.
-        causal_mask = torch.full((length, d.shape[1]), -torch.inf).triu(1 + d.shape[1] - length)
+        causal_mask = torch.full((length, d.shape[1]), -torch.inf).triu(
+            1 + d.shape[1] - length
+        )
         mask = (d.log()[:, None, None, :] + causal_mask).to(self.dtype)
-        sizes = [n * self.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
+        sizes = [
+            n * self.head_dim
+            for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        ]
         keys_values = []
         for i, layer in enumerate(self.layers):
             y = functional.rms_norm(x, x.shape[-1:], layer.attention_norm, self.eps)
@@ -229,7 +262,9 @@ class BatchedLlama:
             y = functional.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, enable_gqa=is_grouped
             )
-            x = x + functional.linear(y.transpose(1, 2).flatten(2), layer.attention_output)
+            x = x + functional.linear(
+                y.transpose(1, 2).flatten(2), layer.attention_output
+            )
             y = functional.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.eps)
             gate, up = functional.linear(y, layer.gate_up).chunk(2, -1)
             x = x + functional.linear(functional.silu(gate) * up, layer.down)
@@ -239,7 +274,11 @@ class BatchedLlama:
         torch = import_baseline("torch")
         first_half, second_half = x.chunk(2, -1)
         return torch.cat(
-            [first_half * cosine - second_half * sine, second_half * cosine + first_half * sine], -1
+            [
+                first_half * cosine - second_half * sine,
+                second_half * cosine + first_half * sine,
+            ],
+            -1,
         )
 
 
@@ -267,15 +306,23 @@ def flex_attention(
       num_calls: how often the function that is returned does it.
       device: of PyTorch.
     """
-    torch, flex = import_baseline("torch"), import_baseline("torch.nn.attention.flex_attention")
+    torch, flex = (
+        import_baseline("torch"),
+        import_baseline("torch.nn.attention.flex_attention"),
+    )
     length = q.shape[1]
     queries, keys, values = (
         torch.tensor(
-            x.swapaxes(1, 2), dtype=torch.bfloat16, device=device, requires_grad=with_gradients
+            x.swapaxes(1, 2),
+            dtype=torch.bfloat16,
+            device=device,
+            requires_grad=with_gradients,
         )
         for x in (q, k, v)
     )
-    log_durations = torch.tensor(np.log(durations[0]), device=device, requires_grad=with_gradients)
+    log_durations = torch.tensor(
+        np.log(durations[0]), device=device, requires_grad=with_gradients
+    )
 
     def add_log_duration(score, batch, head, query, key):
         return score + log_durations[key]
@@ -283,14 +330,20 @@ def flex_attention(
     def is_visible(batch, head, query, key):
         return query >= key
 
-    block_mask = flex.create_block_mask(is_visible, None, None, length, length, device=device)
+    block_mask = flex.create_block_mask(
+        is_visible, None, None, length, length, device=device
+    )
     attend = torch.compile(flex.flex_attention)
 
     def run_attention() -> None:
         for _ in range(num_calls):
-            y = attend(queries, keys, values, score_mod=add_log_duration, block_mask=block_mask)
+            y = attend(
+                queries, keys, values, score_mod=add_log_duration, block_mask=block_mask
+            )
             if with_gradients:
-                torch.autograd.grad(y.float().sum(), (queries, keys, values, log_durations))
+                torch.autograd.grad(
+                    y.float().sum(), (queries, keys, values, log_durations)
+                )
         if device == "cuda":
             torch.cuda.synchronize()
 

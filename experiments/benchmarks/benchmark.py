@@ -64,7 +64,9 @@ def select_cases(names: list[str]) -> dict[str, BenchmarkCase]:
     """
     for name in names:
         if name not in CASES:
-            raise clm.InputError(f"--cases: {name!r} is not known; known are {', '.join(CASES)}")
+            raise clm.InputError(
+                f"--cases: {name!r} is not known; known are {', '.join(CASES)}"
+            )
     return {name: CASES[name] for name in names}
 
 
@@ -85,7 +87,9 @@ def run_cases(
                 )
         except Exception as error:
             traceback.print_exc()
-            rows_by_case[case_name].append(Row("failed", note=" ".join(f"{error!r}".split())))
+            rows_by_case[case_name].append(
+                Row("failed", note=" ".join(f"{error!r}".split()))
+            )
         print(
             f"{timing.rows_table(case_name, case_name, rows_by_case[case_name]).as_text()}\n",
             flush=True,
@@ -112,13 +116,18 @@ def main() -> None:
         for case_name, rows in rows_by_case.items():
             timing.rows_table(case_name, case_name, rows).write(staging_folder)
         stored_rows = {
-            case_name: [row.as_json() for row in rows] for case_name, rows in rows_by_case.items()
+            case_name: [row.as_json() for row in rows]
+            for case_name, rows in rows_by_case.items()
         }
         run_record = program.record() | {"cores": timing.num_cores()}
-        write_json(staging_folder / "benchmark.json", {"cases": stored_rows, "run": run_record})
+        write_json(
+            staging_folder / "benchmark.json", {"cases": stored_rows, "run": run_record}
+        )
     print(f"{folder}: benchmark.json, and each case's table in .csv, .md, .tex")
     if failed_cases(rows_by_case):
-        raise clm.InputError(f"these cases failed: {', '.join(failed_cases(rows_by_case))}")
+        raise clm.InputError(
+            f"these cases failed: {', '.join(failed_cases(rows_by_case))}"
+        )
 
 
 if __name__ == "__main__":

@@ -39,9 +39,19 @@ _LLAMA_FIELDS = dict(
 )
 MODEL_FIELDS: Mapping[str, dict[str, Any]] = {
     "Llama-3-8B": _LLAMA_FIELDS
-    | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+    | dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+    ),
     "Llama-3-70B": _LLAMA_FIELDS
-    | dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    | dict(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+    ),
     "Gemma-2-9B": dict(
         model_type="gemma2",
         vocab_size=256000,
@@ -74,10 +84,14 @@ ACCELERATOR_GIGABYTES: Mapping[str, int] = {
 USABLE_MEMORY_SHARE = 0.9  # share of it that a program may fill
 
 PROMPT_LENGTHS, NUM_POINTS, MODEL_AXIS_SIZE = (64, 256, 1024, 4096), 100, 8
-MAX_TOKENS_AT_ONCE = 16384  # tokens after the shared ones that a row of the mesh computes at once
+MAX_TOKENS_AT_ONCE = (
+    16384  # tokens after the shared ones that a row of the mesh computes at once
+)
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32)  # that the memory is spread over
 
-_SHAPES = flags.DEFINE_list("shapes", list(MODEL_FIELDS), f"Of {', '.join(MODEL_FIELDS)}.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", list(MODEL_FIELDS), f"Of {', '.join(MODEL_FIELDS)}."
+)
 
 
 class SweepCase(NamedTuple):
@@ -92,10 +106,14 @@ class SweepCase(NamedTuple):
     def batch(self) -> program_costs.SweepBatch:
         """A batch of its points, as even as can be over batches and rows of the mesh."""
         num_shared_tokens = self.tokens // 4
-        max_points = max(1, MAX_TOKENS_AT_ONCE // (self.tokens - num_shared_tokens)) * self.data
+        max_points = (
+            max(1, MAX_TOKENS_AT_ONCE // (self.tokens - num_shared_tokens)) * self.data
+        )
         points_per_batch = math.ceil(self.points / math.ceil(self.points / max_points))
         return program_costs.SweepBatch(
-            self.tokens, num_shared_tokens, math.ceil(points_per_batch / self.data) * self.data
+            self.tokens,
+            num_shared_tokens,
+            math.ceil(points_per_batch / self.data) * self.data,
         )
 
     @property
@@ -117,8 +135,12 @@ def make_cases() -> list[SweepCase]:
 def measure_case(config: TransformerConfig, case: SweepCase) -> dict[str, Any]:
     """The numbers of one case; operations and bytes are those of the whole sweep on a device."""
     num_batches = math.ceil(case.points / case.batch.points)
-    operations, bytes_accessed = program_costs.extrapolate_cost(config, case.mesh, case.batch)
-    product_flops = program_costs.count_product_flops(config, case.batch) / (case.data * case.model)
+    operations, bytes_accessed = program_costs.extrapolate_cost(
+        config, case.mesh, case.batch
+    )
+    product_flops = program_costs.count_product_flops(config, case.batch) / (
+        case.data * case.model
+    )
     return {
         **case._asdict(),
         "at_once": case.batch.points,
@@ -147,7 +169,9 @@ def measure_memory(config: TransformerConfig, case: SweepCase) -> dict[str, Any]
 # --- Tables -------------------------------------------------------------------------------------
 
 
-def growth_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
+def growth_table(
+    rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tables.Table:
     """Costs of each model and case."""
     titles = "model|tokens|points|at once|mesh|operations (T)|over products|bytes (GB)|weights (GB)"
     cell_formats = ["", "d", "d", "d", "", ",.1f", ".3f", ",.0f", ".2f", ".2f"]
@@ -177,7 +201,9 @@ def growth_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> ta
     )
 
 
-def memory_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
+def memory_table(
+    rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tables.Table:
     """Memory over more and more devices."""
     titles = ["model", *(f"{num_devices} (GB)" for num_devices in DEVICE_COUNTS)]
     return tables.Table(
@@ -188,14 +214,19 @@ def memory_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> ta
         [
             [
                 name,
-                *(f"{row['weights'] / 1e9:.1f} + {row['temporaries'] / 1e9:.1f}" for row in rows),
+                *(
+                    f"{row['weights'] / 1e9:.1f} + {row['temporaries'] / 1e9:.1f}"
+                    for row in rows
+                ),
             ]
             for name, rows in rows_by_model.items()
         ],
     )
 
 
-def fitting_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> tables.Table:
+def fitting_table(
+    rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tables.Table:
     """The least number of devices that holds each model."""
 
     def min_devices(rows: Sequence[Mapping[str, Any]], name: str) -> int | None:
@@ -212,7 +243,11 @@ def fitting_table(rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]]) -> t
             *(tables.Column(name, format="d") for name in rows_by_model),
         ],
         [
-            [name, gigabytes, *(min_devices(rows, name) for rows in rows_by_model.values())]
+            [
+                name,
+                gigabytes,
+                *(min_devices(rows, name) for rows in rows_by_model.values()),
+            ]
             for name, gigabytes in ACCELERATOR_GIGABYTES.items()
         ],
     )
@@ -228,7 +263,9 @@ def main() -> None:
     folder = program.output_dir("device_costs")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)
-    configs = {name: language_model.read_config(MODEL_FIELDS[name]) for name in _SHAPES.value}
+    configs = {
+        name: language_model.read_config(MODEL_FIELDS[name]) for name in _SHAPES.value
+    }
     growth_rows: dict[str, list] = {name: [] for name in configs}
     memory_rows: dict[str, list] = {name: [] for name in configs}
     with tqdm.tqdm(
@@ -242,14 +279,24 @@ def main() -> None:
                 case = SweepCase(model=num_devices)
                 memory_rows[name].append(case._asdict() | measure_memory(config, case))
                 progress_bar.update()
-    result_tables = growth_table(growth_rows), memory_table(memory_rows), fitting_table(memory_rows)
+    result_tables = (
+        growth_table(growth_rows),
+        memory_table(memory_rows),
+        fitting_table(memory_rows),
+    )
     with write_atomically(folder) as staging_folder:
-        results = {"run": program.record(), "growth": growth_rows, "memory": memory_rows}
+        results = {
+            "run": program.record(),
+            "growth": growth_rows,
+            "memory": memory_rows,
+        }
         write_json(staging_folder / "device_costs.json", results)
         for table in result_tables:
             table.write(staging_folder)
     print("\n\n".join(table.as_text() for table in result_tables))
-    print(f"\n{folder}: device_costs.json; growth, memory and fitting as .csv, .md, .tex")
+    print(
+        f"\n{folder}: device_costs.json; growth, memory and fitting as .csv, .md, .tex"
+    )
 
 
 if __name__ == "__main__":

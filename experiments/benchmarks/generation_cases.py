@@ -22,8 +22,12 @@ from continuous_lm.models import calm
 from continuous_lm.models.calm.implicit_heads import EnergyHead
 
 PROMPT_LENGTH, NUM_NEW_TOKENS, BATCH_SIZES = 64, 128, (1, 8)
-TRUNK_SIZES: Mapping[str, int] = dict(vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8)
-TINY_SIZES: Mapping[str, int] = dict(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
+TRUNK_SIZES: Mapping[str, int] = dict(
+    vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8
+)
+TINY_SIZES: Mapping[str, int] = dict(
+    vocab_size=64, hidden_size=32, num_layers=2, num_heads=4
+)
 
 
 def generation_rows(quick: bool, repeats: int) -> Iterator[Row]:
@@ -42,9 +46,13 @@ def generation_rows(quick: bool, repeats: int) -> Iterator[Row]:
         generate = functools.partial(
             clm.generate, lm, prompts, max_new_tokens=num_new_tokens, stop=()
         )
-        transformers_generate = prepare_transformers_generate(lm, prompts, num_new_tokens)
+        transformers_generate = prepare_transformers_generate(
+            lm, prompts, num_new_tokens
+        )
         share_equal = np.mean(generate().tokens == transformers_generate())
-        seconds = timing.time_in_turns({"ours": generate, "theirs": transformers_generate}, repeats)
+        seconds = timing.time_in_turns(
+            {"ours": generate, "theirs": transformers_generate}, repeats
+        )
         rate = format_rate(batch_size * num_new_tokens, seconds["ours"])
         note = f"{rate}, {share_equal:.1%} of them the same"
         yield timing.speedup_row(label, seconds["ours"], seconds["theirs"], note=note)
@@ -78,7 +86,9 @@ def next_vector_rows(quick: bool, repeats: int) -> Iterator[Row]:
     energy head of 3 blocks and an autoencoder 256 wide: the softmax model that it is measured
     against is as large as that of K = 4, with 4 layers more.
     """
-    trunk_sizes, num_new_tokens = (TINY_SIZES, 8) if quick else (TRUNK_SIZES, NUM_NEW_TOKENS)
+    trunk_sizes, num_new_tokens = (
+        (TINY_SIZES, 8) if quick else (TRUNK_SIZES, NUM_NEW_TOKENS)
+    )
     same_trunk_lm, equal_size_lm = (
         random_softmax_lm({**trunk_sizes, "num_layers": trunk_sizes["num_layers"] + n})
         for n in (0, 4)
@@ -92,7 +102,9 @@ def next_vector_rows(quick: bool, repeats: int) -> Iterator[Row]:
         shared_arguments: dict[str, Any] = dict(
             max_new_tokens=num_new_tokens, key=jax.random.key(0), stop=()
         )
-        softmax_generate = functools.partial(clm.generate, temperature=1.0, **shared_arguments)
+        softmax_generate = functools.partial(
+            clm.generate, temperature=1.0, **shared_arguments
+        )
         next_vector_sample = functools.partial(calm.sample, **shared_arguments)
         low_temperature_sample = functools.partial(
             next_vector_sample, temperature=0.5, num_candidates=64
@@ -114,7 +126,8 @@ def next_vector_rows(quick: bool, repeats: int) -> Iterator[Row]:
         baseline_seconds = seconds["softmax of equal size"]
         for side_name, side_seconds in seconds.items():
             num_parameters = sum(
-                leaf.size for leaf in jax.tree.leaves(models_and_samplers[side_name][0].params)
+                leaf.size
+                for leaf in jax.tree.leaves(models_and_samplers[side_name][0].params)
             )
             yield timing.speedup_row(
                 f"batch {batch_size}, {side_name}: times as fast as softmax of equal size",
@@ -139,11 +152,15 @@ def random_softmax_lm(trunk_sizes: Mapping[str, int]) -> clm.LanguageModel:
     """A Llama whose weights are so large that it does not repeat one token."""
     config = density_training.trunk_config(**trunk_sizes)
     variables = clm.Transformer(config).init(jax.random.key(0), np.zeros(1, np.int32))
-    params = jax.tree.map(lambda x: 7.0 * x if x.ndim > 1 else x, nn.unbox(variables["params"]))
+    params = jax.tree.map(
+        lambda x: 7.0 * x if x.ndim > 1 else x, nn.unbox(variables["params"])
+    )
     return clm.LanguageModel(config, params)
 
 
-def random_next_vector_lm(trunk_sizes: Mapping[str, int], chunk_size: int) -> calm.NextVectorLM:
+def random_next_vector_lm(
+    trunk_sizes: Mapping[str, int], chunk_size: int
+) -> calm.NextVectorLM:
     """A model of vectors of C tokens, on the trunk of `trunk_sizes`."""
     width = trunk_sizes["hidden_size"]
     codec = calm_training.create_codec(
@@ -154,4 +171,6 @@ def random_next_vector_lm(trunk_sizes: Mapping[str, int], chunk_size: int) -> ca
         latent_size=width // 4,
     )
     head = EnergyHead(width // 4, depth=3)
-    return calm.create(jax.random.key(1), density_training.trunk_config(**trunk_sizes), codec, head)
+    return calm.create(
+        jax.random.key(1), density_training.trunk_config(**trunk_sizes), codec, head
+    )

@@ -53,7 +53,9 @@ QUICK_SIZES = Sizes(
 def gpu_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """All rows."""
     if jax.default_backend() != "gpu":
-        yield Row("attention, a sweep and a search on a GPU", note="no GPU: not measured")
+        yield Row(
+            "attention, a sweep and a search on a GPU", note="no GPU: not measured"
+        )
         return
     sizes = QUICK_SIZES if quick else Sizes()
     for num_tokens in sizes.lengths:
@@ -76,12 +78,16 @@ def attention_rows(
     """Continuous attention against the plain causal one and, with its `peer`, flex_attention."""
     *qkv, durations = random_inputs(sizes, num_tokens)
     causal_attention = functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, implementation=baseline_implementation
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        implementation=baseline_implementation,
     )
     missing_reason = baselines.without_cuda() if peer else "left out"
     for with_gradients, maximum in {False: 1.15, True: 1.25}.items():
         callables: dict[str, Callable[[], Any]] = {
-            "ours": repeated_calls(clm.attention.attend, (*qkv, durations), with_gradients),
+            "ours": repeated_calls(
+                clm.attention.attend, (*qkv, durations), with_gradients
+            ),
             "plain": repeated_calls(causal_attention, qkv, with_gradients),
         }
         if not missing_reason:
@@ -104,7 +110,10 @@ def attention_rows(
             yield Row(f"{label}: times as fast as flex_attention", note=missing_reason)
         else:
             yield timing.speedup_row(
-                f"{label}: times as fast as flex_attention", seconds["ours"], seconds["flex"], 1.0
+                f"{label}: times as fast as flex_attention",
+                seconds["ours"],
+                seconds["flex"],
+                1.0,
             )
 
 
@@ -124,7 +133,9 @@ def repeated_calls(
     def loss(*arguments: jax.Array) -> jax.Array:
         return jnp.sum(attend(*arguments).astype(jnp.float32))
 
-    function = jax.grad(loss, argnums=tuple(range(len(arguments)))) if gradients else attend
+    function = (
+        jax.grad(loss, argnums=tuple(range(len(arguments)))) if gradients else attend
+    )
     program = jax.jit(function)
     return lambda: [program(*arguments) for _ in range(NUM_CALLS)]
 
@@ -141,7 +152,11 @@ def large_sweep_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
     durations[:, changed_tokens] = np.linspace(0.1, 1.0, sizes.num_points)[:, None]
     tokens = np.arange(sizes.num_tokens)
     run_sweep = functools.partial(
-        sweep.probabilities, lm, [[i] for i in range(10)], tokens=tokens, durations=durations
+        sweep.probabilities,
+        lm,
+        [[i] for i in range(10)],
+        tokens=tokens,
+        durations=durations,
     )
     yield timing.median_row(
         f"seconds of {sizes.num_points} points, {sizes.num_tokens} tokens,"
@@ -154,7 +169,9 @@ def large_sweep_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
 def random_params(config: clm.TransformerConfig) -> Any:
     """Parameters in bfloat16, made where they stay."""
     init = clm.Transformer(config).init
-    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros(1, jnp.int32)))["params"]
+    shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros(1, jnp.int32)))[
+        "params"
+    ]
 
     @functools.partial(jax.jit, static_argnums=1)
     def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -173,7 +190,9 @@ def search_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
     codes = jax.random.normal(keys[0], (num_codes, width))
     x = jax.random.normal(keys[1], (sizes.batch_size, width))
     callables: dict[str, Callable[[], Any]] = {
-        "ours": functools.partial(quantize.nearest, x, codes, norms=quantize.squared_norms(codes)),
+        "ours": functools.partial(
+            quantize.nearest, x, codes, norms=quantize.squared_norms(codes)
+        ),
         "product": functools.partial(search_cases.dense_scores, x, codes),
     }
     seconds = timing.time_in_turns(callables, repeats)

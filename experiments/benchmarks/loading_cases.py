@@ -36,7 +36,9 @@ def loading_rows(quick: bool, repeats: int) -> Iterator[Row]:
     memory. Each has loaded a tiny checkpoint before, so that devices and libraries are awake.
     """
     with tempfile.TemporaryDirectory() as folder:
-        small_folder, large_folder = (pathlib.Path(folder, name) for name in ("small", "large"))
+        small_folder, large_folder = (
+            pathlib.Path(folder, name) for name in ("small", "large")
+        )
         timing.measure_in_process(prepare_checkpoint, small_folder, 0.0)
         num_bytes = timing.measure_in_process(
             prepare_checkpoint, large_folder, 0.0 if quick else _GIGABYTES.value
@@ -48,8 +50,12 @@ def loading_rows(quick: bool, repeats: int) -> Iterator[Row]:
         runs: dict[str, list[timing.ProcessCost]] = {name: [] for name in loaders}
         for _ in range(repeats):
             for name, loader in loaders.items():
-                runs[name].append(timing.measure_in_process(loader, small_folder, large_folder))
-    seconds = {name: [run.seconds for run in loader_runs] for name, loader_runs in runs.items()}
+                runs[name].append(
+                    timing.measure_in_process(loader, small_folder, large_folder)
+                )
+    seconds = {
+        name: [run.seconds for run in loader_runs] for name, loader_runs in runs.items()
+    }
     label = f"{num_bytes / 1e9:.3g} GB"
     if missing_reason:
         yield Row(f"{label}: time over that of transformers", note=missing_reason)
@@ -65,7 +71,9 @@ def loading_rows(quick: bool, repeats: int) -> Iterator[Row]:
     )
     for name, maximum in {"ours": 1.05, "transformers": None}.items():
         peak_bytes = [
-            run.memory_bytes for run in runs.get(name, []) if run.memory_bytes is not None
+            run.memory_bytes
+            for run in runs.get(name, [])
+            if run.memory_bytes is not None
         ]
         if peak_bytes:
             yield timing.cost_ratio_row(
@@ -85,7 +93,11 @@ def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], i
     if gigabytes:
         config = dataclasses.replace(
             density_training.trunk_config(
-                vocab_size=32000, hidden_size=2048, num_layers=1, num_heads=32, mlp_size=5632
+                vocab_size=32000,
+                hidden_size=2048,
+                num_layers=1,
+                num_heads=32,
+                mlp_size=5632,
             ),
             num_layers=max(1, round((gigabytes * 1e9 / 2 - 65.5e6) / 51.4e6)),
         )
@@ -93,10 +105,13 @@ def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], i
         config = density_training.trunk_config(
             vocab_size=64, hidden_size=32, num_layers=2, num_heads=4
         )
-    random_block = np.random.default_rng(0).standard_normal(100_003).astype(ml_dtypes.bfloat16)
+    random_block = (
+        np.random.default_rng(0).standard_normal(100_003).astype(ml_dtypes.bfloat16)
+    )
     parameter_specs = parameter_declarations(config)
     flat_params = {
-        path: np.resize(random_block, box.value.shape) for path, box in parameter_specs.items()
+        path: np.resize(random_block, box.value.shape)
+        for path, box in parameter_specs.items()
     }
     lm = clm.LanguageModel(config, traverse_util.unflatten_dict(flat_params, sep="/"))
     num_bytes = sum(array.nbytes for array in flat_params.values())
@@ -108,7 +123,9 @@ def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], i
     return write_checkpoint
 
 
-def prepare_load(small_folder: pathlib.Path, large_folder: pathlib.Path) -> Callable[[], Any]:
+def prepare_load(
+    small_folder: pathlib.Path, large_folder: pathlib.Path
+) -> Callable[[], Any]:
     """For `timing.measure_in_process`: ours."""
     jax.block_until_ready(clm.load(small_folder).params)
     return lambda: jax.block_until_ready(clm.load(large_folder)).params
@@ -126,7 +143,9 @@ def prepare_transformers_load(
     page_size = os.sysconf("SC_PAGE_SIZE")
 
     def load_and_touch(folder: pathlib.Path) -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16
+        )
         for parameter in model.parameters():
             parameter.detach().view(torch.uint8).flatten()[::page_size].sum().item()
         return model
@@ -135,7 +154,9 @@ def prepare_transformers_load(
     return functools.partial(load_and_touch, large_folder)
 
 
-def prepare_plain_read(small_folder: pathlib.Path, large_folder: pathlib.Path) -> Callable[[], Any]:
+def prepare_plain_read(
+    small_folder: pathlib.Path, large_folder: pathlib.Path
+) -> Callable[[], Any]:
     """For `timing.measure_in_process`: the files' bytes into new memory, by one thread."""
     del small_folder
     paths = sorted(large_folder.glob("*.safetensors"))
@@ -145,9 +166,8 @@ def prepare_plain_read(small_folder: pathlib.Path, large_folder: pathlib.Path) -
 def import_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """`import continuous_lm` over importing jax and flax, in fresh interpreters."""
     del quick
-    script = (
-        "import time; begin = time.perf_counter(); import {}; print(time.perf_counter() - begin)"
-    )
+    script = "import time; begin = time.perf_counter(); import {};"
+    script += " print(time.perf_counter() - begin)"
     times_by_modules: dict[str, list[float]] = {"continuous_lm": [], "jax, flax": []}
     for _ in range(repeats + 1):
         for modules, import_times in times_by_modules.items():

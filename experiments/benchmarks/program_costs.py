@@ -49,7 +49,9 @@ class ProgramCost(NamedTuple):
     """What a program does, on each device."""
 
     operations: float
-    bytes_accessed: float  # read and written by all its steps, none of which finds them in a cache
+    bytes_accessed: (
+        float  # read and written by all its steps, none of which finds them in a cache
+    )
 
 
 # --- The program --------------------------------------------------------------------------------
@@ -79,7 +81,9 @@ def program_arguments(
 ) -> ProgramArguments:
     """The arguments of `next_token_probabilities`, the model's in `dtype`."""
 
-    def place_array(shape: tuple[int, ...], kind: DTypeLike, letters: str) -> jax.ShapeDtypeStruct:
+    def place_array(
+        shape: tuple[int, ...], kind: DTypeLike, letters: str
+    ) -> jax.ShapeDtypeStruct:
         sharding = axes.sharding(mesh, axes.split(letters), shape)
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
@@ -94,13 +98,16 @@ def program_arguments(
     )
     axis_letters: Any = kv_cache.CACHE_AXES
     cache_arrays: Any = [
-        place_array(x.shape, x.dtype, a) for x, a in zip(empty_cache, axis_letters, strict=True)
+        place_array(x.shape, x.dtype, a)
+        for x, a in zip(empty_cache, axis_letters, strict=True)
     ]
     num_later_tokens = sweep_batch.tokens - sweep_batch.shared_tokens
     return ProgramArguments(
         params=traverse_util.unflatten_dict(targets, sep="/"),
         tokens=place_array((num_later_tokens,), jnp.int32, "T"),
-        durations=place_array((sweep_batch.points, num_later_tokens), jnp.float32, "P T"),
+        durations=place_array(
+            (sweep_batch.points, num_later_tokens), jnp.float32, "P T"
+        ),
         prefix=kv_cache.KVCache(*cache_arrays),
     )
 
@@ -116,10 +123,14 @@ def compile_sweep(
     """`next_token_probabilities`, for devices that need not be there."""
     model = Transformer(config, implementation=implementation)
     abstract_arguments = program_arguments(config, mesh, sweep_batch, dtype)
-    lowered = jax.jit(functools.partial(next_token_probabilities, model)).lower(*abstract_arguments)
+    lowered = jax.jit(functools.partial(next_token_probabilities, model)).lower(
+        *abstract_arguments
+    )
     # Of machine code, which does not run.
     compiler_options: Any = {"xla_backend_optimization_level": 0}
-    return lowered.compile(compiler_options if mesh.devices.flat[0].platform == "cpu" else None)
+    return lowered.compile(
+        compiler_options if mesh.devices.flat[0].platform == "cpu" else None
+    )
 
 
 # --- What it costs ------------------------------------------------------------------------------
@@ -129,11 +140,15 @@ def compile_sweep(
 def unrolled_layers() -> Iterator[None]:
     """In it, layers are compiled one after another and not as a loop."""
     scan = jax.lax.scan
-    with mock.patch.object(jax.lax, "scan", lambda *a, **k: scan(*a, **k | {"unroll": True})):
+    with mock.patch.object(
+        jax.lax, "scan", lambda *a, **k: scan(*a, **k | {"unroll": True})
+    ):
         yield
 
 
-def count_cost(config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch) -> ProgramCost:
+def count_cost(
+    config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch
+) -> ProgramCost:
     """What XLA counts in the program of all layers, unrolled."""
     with unrolled_layers():
         cost_analysis: Any = compile_sweep(
@@ -142,14 +157,20 @@ def count_cost(config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch) -
     return ProgramCost(cost_analysis["flops"], cost_analysis["bytes accessed"])
 
 
-def extrapolate_cost(config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch) -> ProgramCost:
+def extrapolate_cost(
+    config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch
+) -> ProgramCost:
     """`count_cost` for any number of layers, from three and four of them."""
     three_layers, four_layers = (
-        count_cost(dataclasses.replace(config, num_layers=n), mesh, sweep_batch) for n in (3, 4)
+        count_cost(dataclasses.replace(config, num_layers=n), mesh, sweep_batch)
+        for n in (3, 4)
     )
     num_more_layers = config.num_layers - 3
     return ProgramCost(
-        *(a + num_more_layers * (b - a) for a, b in zip(three_layers, four_layers, strict=True))
+        *(
+            a + num_more_layers * (b - a)
+            for a, b in zip(three_layers, four_layers, strict=True)
+        )
     )
 
 
@@ -162,19 +183,30 @@ def count_product_flops(config: TransformerConfig, sweep_batch: SweepBatch) -> f
     queries, keys and values once for all points, unless positions were added to the embeddings
     before. (Rows of devices on the axis "data" each make them; here they are counted once.)
     """
-    sizes, num_later_tokens = config.sizes, sweep_batch.tokens - sweep_batch.shared_tokens
+    sizes, num_later_tokens = (
+        config.sizes,
+        sweep_batch.tokens - sweep_batch.shared_tokens,
+    )
     key_value_weights = 2 * sizes["K"] * sizes["H"] * sizes["D"]
     query_weights = sizes["N"] * sizes["H"] * sizes["D"]
     other_weights = 2 * query_weights + (2 + config.gated) * sizes["D"] * sizes["F"]
     score_products = 2 * sizes["N"] * sizes["H"] * sweep_batch.tokens
-    layer_products = num_later_tokens * (key_value_weights + other_weights + score_products)
-    last_layer_products = num_later_tokens * key_value_weights + other_weights + score_products
+    layer_products = num_later_tokens * (
+        key_value_weights + other_weights + score_products
+    )
+    last_layer_products = (
+        num_later_tokens * key_value_weights + other_weights + score_products
+    )
     total_products = sweep_batch.points * (
-        (sizes["L"] - 1) * layer_products + last_layer_products + sizes["D"] * sizes["V"]
+        (sizes["L"] - 1) * layer_products
+        + last_layer_products
+        + sizes["D"] * sizes["V"]
     )
     if sizes["L"] > 1 and config.max_positions is None:
         total_products -= (
-            (sweep_batch.points - 1) * num_later_tokens * (query_weights + key_value_weights)
+            (sweep_batch.points - 1)
+            * num_later_tokens
+            * (query_weights + key_value_weights)
         )
     return 2 * total_products
 
@@ -192,7 +224,10 @@ class MemoryUse(NamedTuple):
 
 @functools.cache
 def memory_use(
-    config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch, dtype: DTypeLike = jnp.bfloat16
+    config: TransformerConfig,
+    mesh: Mesh,
+    sweep_batch: SweepBatch,
+    dtype: DTypeLike = jnp.bfloat16,
 ) -> MemoryUse:
     """Arguments in `dtype`, by their shardings; temporaries as compiled in float32."""
     abstract_arguments = program_arguments(config, mesh, sweep_batch, dtype)

@@ -13,7 +13,11 @@ from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 
 MIN_PRODUCT_SHARE = 0.85  # of the matrix product's speed, at least
-MIN_SPEEDUPS = {1: 1.2, 64: 1.4, 1024: 1.5}  # times as fast as faiss, at least, by batch
+MIN_SPEEDUPS = {
+    1: 1.2,
+    64: 1.4,
+    1024: 1.5,
+}  # times as fast as faiss, at least, by batch
 ROUNDS_PER_REPEAT = {1: 6, 64: 3, 1024: 1}  # more of them where each is short
 
 CODEBOOK_DECAY, REVIVAL_THRESHOLD = 0.95, 1.0  # of codebooks
@@ -33,7 +37,10 @@ def nearest_code_rows(quick: bool, repeats: int) -> Iterator[Row]:
         vectors = rng.standard_normal((num_codes, width), np.float32)
         codes = jnp.asarray(vectors)
         norms = q.squared_norms(codes)
-        faiss_index, missing_reason = None, baselines.why_missing("faiss") if with_faiss else ""
+        faiss_index, missing_reason = (
+            None,
+            baselines.why_missing("faiss") if with_faiss else "",
+        )
         if with_faiss and not missing_reason:
             faiss_index = baselines.import_baseline("faiss").IndexFlatL2(width)
             faiss_index.add(vectors)
@@ -47,11 +54,16 @@ def nearest_code_rows(quick: bool, repeats: int) -> Iterator[Row]:
             if faiss_index is not None:
                 callables["faiss"] = functools.partial(faiss_index.search, x, 1)
                 is_same_code = (
-                    np.asarray(callables["ours"]().indices) == callables["faiss"]()[1][:, 0]
+                    np.asarray(callables["ours"]().indices)
+                    == callables["faiss"]()[1][:, 0]
                 )
                 if is_same_code.mean() < 0.99:  # but for ties
-                    raise AssertionError(f"only {is_same_code.mean():.1%} of the codes are faiss's")
-            seconds = timing.time_in_turns(callables, repeats * ROUNDS_PER_REPEAT[batch_size])
+                    raise AssertionError(
+                        f"only {is_same_code.mean():.1%} of the codes are faiss's"
+                    )
+            seconds = timing.time_in_turns(
+                callables, repeats * ROUNDS_PER_REPEAT[batch_size]
+            )
             label = f"{num_codes} x {width}, batch {batch_size}"
             if faiss_index is not None:
                 yield timing.speedup_row(
@@ -81,7 +93,11 @@ def vector_quantizer_rows(quick: bool, repeats: int) -> Iterator[Row]:
     key, device_x = jax.random.key(0), jnp.asarray(x)
     missing_reason = baselines.why_missing("torch", "vector_quantize_pytorch")
     for num_stages in (0, 4):
-        label = f"{num_stages} x {num_codes} residual codes" if num_stages else f"{num_codes} codes"
+        label = (
+            f"{num_stages} x {num_codes} residual codes"
+            if num_stages
+            else f"{num_codes} codes"
+        )
         label = f"{label} of {width}, batch {batch_size}: times as fast as vector-quantize-pytorch"
         if missing_reason:
             yield Row(label, note=missing_reason)
@@ -120,7 +136,9 @@ def _make_our_step(
     return run_step
 
 
-def _make_their_step(x: np.ndarray, num_codes: int, num_stages: int) -> Callable[[], Any]:
+def _make_their_step(
+    x: np.ndarray, num_codes: int, num_stages: int
+) -> Callable[[], Any]:
     torch, library = (
         baselines.import_baseline("torch"),
         baselines.import_baseline("vector_quantize_pytorch"),

@@ -37,11 +37,19 @@ class Sizes:
     hidden_size: int = 512
     num_layers: int = 8
     num_deep_layers: int = 32  # layers of the model that takes longer to compile
-    batch_sizes: tuple[int, ...] = (5, 10, 25, 50)  # of PyTorch, to choose the best from
+    batch_sizes: tuple[int, ...] = (
+        5,
+        10,
+        25,
+        50,
+    )  # of PyTorch, to choose the best from
 
 
 QUICK_SIZES = Sizes(6, (8, 12), 64, 32, 2, 4, (3, 6))
-MIN_PAPER_SPEEDUPS = {40: 12.0, 256: 20.0}  # times as fast as the paper's procedure, by tokens
+MIN_PAPER_SPEEDUPS = {
+    40: 12.0,
+    256: 20.0,
+}  # times as fast as the paper's procedure, by tokens
 
 
 def random_lm(sizes: Sizes, num_layers: int | None = None) -> clm.LanguageModel:
@@ -52,7 +60,9 @@ def random_lm(sizes: Sizes, num_layers: int | None = None) -> clm.LanguageModel:
         num_layers=num_layers or sizes.num_layers,
         num_heads=8,
     )
-    variables = jax.jit(clm.Transformer(config).init)(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    variables = jax.jit(clm.Transformer(config).init)(
+        jax.random.key(0), jnp.zeros(1, jnp.int32)
+    )
     return clm.LanguageModel(config, nn.unbox(variables["params"]))
 
 
@@ -65,9 +75,13 @@ def random_sweep_inputs(sizes: Sizes, length: int) -> tuple[np.ndarray, np.ndarr
     return tokens, durations
 
 
-def run_our_sweep(lm: clm.LanguageModel, tokens: np.ndarray, durations: np.ndarray) -> np.ndarray:
+def run_our_sweep(
+    lm: clm.LanguageModel, tokens: np.ndarray, durations: np.ndarray
+) -> np.ndarray:
     """Probabilities [P, 10]."""
-    return clm.sweep.probabilities(lm, ANSWER_GROUPS, tokens=tokens, durations=durations)
+    return clm.sweep.probabilities(
+        lm, ANSWER_GROUPS, tokens=tokens, durations=durations
+    )
 
 
 # --- Warm ---------------------------------------------------------------------------------------
@@ -91,9 +105,14 @@ def warm_sweep_rows(is_long: bool, quick: bool, repeats: int) -> Iterator[Row]:
     matrix_product, product_flops = _make_matrix_product(64 if quick else 2048)
     missing_reason = baselines.why_missing("torch", "transformers")
     baseline_sweeps = (
-        {} if missing_reason else _make_baseline_sweeps(sizes, lm, tokens, durations, our_sweep())
+        {}
+        if missing_reason
+        else _make_baseline_sweeps(sizes, lm, tokens, durations, our_sweep())
     )
-    callables: dict[str, Callable[[], Any]] = {"ours": our_sweep, "product": matrix_product}
+    callables: dict[str, Callable[[], Any]] = {
+        "ours": our_sweep,
+        "product": matrix_product,
+    }
     callables |= {
         baseline_name: baseline_sweep.run
         for baseline_name, baseline_sweep in baseline_sweeps.items()
@@ -139,7 +158,9 @@ def _make_baseline_sweeps(
         sizes.num_points / len(timed_points),
         f"theirs: {len(timed_points)} points' time, scaled",
     )
-    paper_sweep = functools.partial(baselines.paper_sweep, model, tokens, durations[timed_points])
+    paper_sweep = functools.partial(
+        baselines.paper_sweep, model, tokens, durations[timed_points]
+    )
     timing.require_close(
         "the paper's procedure", expected[timed_points], paper_sweep()[:, :10], 1e-4
     )
@@ -158,14 +179,21 @@ def _make_baseline_sweeps(
         batched_llama = baselines.BatchedLlama(model, dtype)
         for prefix_length, minimum in {0: 2.0, len(tokens) // 4: 1.5}.items():
             name = f"PyTorch {dtype}{' with prefix KV' if prefix_length else ''}"
-            run_batched = functools.partial(batched_llama.sweep, tokens, prefix=prefix_length)
+            run_batched = functools.partial(
+                batched_llama.sweep, tokens, prefix=prefix_length
+            )
             probabilities = run_batched(durations, batch_size=sizes.batch_sizes[-1])
             timing.require_close(name, expected, probabilities[:, :10], tolerance)
             batch_size = _fastest_batch_size(run_batched, durations, sizes.batch_sizes)
-            best_sweep = functools.partial(run_batched, durations, batch_size=batch_size)
+            best_sweep = functools.partial(
+                run_batched, durations, batch_size=batch_size
+            )
             float32_minimum = minimum if dtype == "float32" else None
             baseline_sweeps[name] = BaselineSweep(
-                best_sweep, 1.0, float32_minimum, f"its best: {batch_size} points at once"
+                best_sweep,
+                1.0,
+                float32_minimum,
+                f"its best: {batch_size} points at once",
             )
     return baseline_sweeps
 
@@ -188,7 +216,9 @@ def _make_matrix_product(size: int) -> tuple[Callable[[], jax.Array], float]:
     return functools.partial(product.lower(a, b).compile(), a, b), 2.0 * size**3
 
 
-def count_sweep_flops(config: clm.TransformerConfig, num_points: int, length: int) -> float:
+def count_sweep_flops(
+    config: clm.TransformerConfig, num_points: int, length: int
+) -> float:
     """Of the products with weights and the attention that a sweep cannot do without.
 
     The first quarter is computed once, all later tokens at every point but for the first layer's
@@ -200,10 +230,13 @@ def count_sweep_flops(config: clm.TransformerConfig, num_points: int, length: in
         config.num_heads * config.head_dim,
         config.num_kv_heads * config.head_dim,
     )
-    query_output_mlp_weights = 2 * hidden_size * query_width + 3 * hidden_size * config.mlp_size
+    query_output_mlp_weights = (
+        2 * hidden_size * query_width + 3 * hidden_size * config.mlp_size
+    )
     prefix_length, num_later_tokens = length // 4, num_points * (length - length // 4)
     token_products = (prefix_length + num_later_tokens) * (
-        num_layers * 2 * hidden_size * key_width + (num_layers - 1) * query_output_mlp_weights
+        num_layers * 2 * hidden_size * key_width
+        + (num_layers - 1) * query_output_mlp_weights
     )
     if num_layers > 1:
         token_products -= (
@@ -213,7 +246,9 @@ def count_sweep_flops(config: clm.TransformerConfig, num_points: int, length: in
             * (query_width + 2 * key_width)
         )
     num_pairs = prefix_length**2 / 2 + num_points * (length**2 - prefix_length**2) / 2
-    attention_products = 2 * query_width * (num_pairs * (num_layers - 1) + num_points * length)
+    attention_products = (
+        2 * query_width * (num_pairs * (num_layers - 1) + num_points * length)
+    )
     return 2 * (
         token_products
         + attention_products
@@ -226,13 +261,17 @@ def count_sweep_flops(config: clm.TransformerConfig, num_points: int, length: in
 
 def prepare_our_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
     """For `timing.measure_in_process`."""
-    return functools.partial(run_our_sweep, clm.load(folder), *random_sweep_inputs(sizes, length))
+    return functools.partial(
+        run_our_sweep, clm.load(folder), *random_sweep_inputs(sizes, length)
+    )
 
 
 def prepare_paper_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
     """For `timing.measure_in_process`."""
     model = baselines.load_causal_lm(folder)
-    return functools.partial(baselines.paper_sweep, model, *random_sweep_inputs(sizes, length))
+    return functools.partial(
+        baselines.paper_sweep, model, *random_sweep_inputs(sizes, length)
+    )
 
 
 def prepare_batched_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
@@ -241,7 +280,11 @@ def prepare_batched_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[]
     tokens, durations = random_sweep_inputs(sizes, length)
     batch_size = sizes.batch_sizes[len(sizes.batch_sizes) // 2]
     return functools.partial(
-        batched_llama.sweep, tokens, durations, batch_size=batch_size, prefix=length // 4
+        batched_llama.sweep,
+        tokens,
+        durations,
+        batch_size=batch_size,
+        prefix=length // 4,
     )
 
 
@@ -252,14 +295,24 @@ def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
     prepare_by_method = {"ours": prepare_our_sweep}
     missing_reason = baselines.why_missing("torch", "transformers")
     if not missing_reason:
-        prepare_by_method |= {"paper": prepare_paper_sweep, "batched": prepare_batched_sweep}
-    runs: dict[str, list[timing.ProcessCost]] = {method: [] for method in prepare_by_method}
+        prepare_by_method |= {
+            "paper": prepare_paper_sweep,
+            "batched": prepare_batched_sweep,
+        }
+    runs: dict[str, list[timing.ProcessCost]] = {
+        method: [] for method in prepare_by_method
+    }
     with tempfile.TemporaryDirectory() as folder:
         clm.save(folder, random_lm(sizes))
         for _ in range(min(repeats, 3)):
             for method, prepare_sweep in prepare_by_method.items():
-                runs[method].append(timing.measure_in_process(prepare_sweep, folder, sizes, length))
-    seconds = {method: [run.seconds for run in method_runs] for method, method_runs in runs.items()}
+                runs[method].append(
+                    timing.measure_in_process(prepare_sweep, folder, sizes, length)
+                )
+    seconds = {
+        method: [run.seconds for run in method_runs]
+        for method, method_runs in runs.items()
+    }
     label = f"{length} tokens, the first sweep of a process: times as fast as"
     if missing_reason:
         median = statistics.median(seconds["ours"])
@@ -273,11 +326,15 @@ def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
             "compilation included, without a cache",
         )
         yield timing.speedup_row(
-            f"{label} PyTorch float32 with prefix KV", seconds["ours"], seconds["batched"]
+            f"{label} PyTorch float32 with prefix KV",
+            seconds["ours"],
+            seconds["batched"],
         )
     for method, method_runs in runs.items():
         peak_megabytes = [
-            run.memory_bytes / 1e6 for run in method_runs if run.memory_bytes is not None
+            run.memory_bytes / 1e6
+            for run in method_runs
+            if run.memory_bytes is not None
         ]
         if peak_megabytes:
             yield timing.median_row(
@@ -297,11 +354,16 @@ def prepare_compile_time(sizes: Sizes, num_layers: int) -> Callable[[], float]:
 def compile_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """What a deeper model takes to compile."""
     sizes = QUICK_SIZES if quick else Sizes()
-    times_by_depth: dict[int, list[float]] = {sizes.num_layers: [], sizes.num_deep_layers: []}
+    times_by_depth: dict[int, list[float]] = {
+        sizes.num_layers: [],
+        sizes.num_deep_layers: [],
+    }
     for _ in range(min(repeats, 3)):
         for num_layers, compile_times in times_by_depth.items():
             compile_times.append(
-                timing.measure_in_process(prepare_compile_time, sizes, num_layers).result
+                timing.measure_in_process(
+                    prepare_compile_time, sizes, num_layers
+                ).result
             )
     shallow_times, deep_times = times_by_depth.values()
     yield timing.cost_ratio_row(

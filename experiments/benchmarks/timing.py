@@ -41,7 +41,11 @@ class Target:
         return is_above_minimum and (self.maximum is None or value <= self.maximum)
 
     def __str__(self) -> str:
-        return f">= {self.minimum:.3g}" if self.maximum is None else f"<= {self.maximum:.3g}"
+        return (
+            f">= {self.minimum:.3g}"
+            if self.maximum is None
+            else f"<= {self.maximum:.3g}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +101,12 @@ def speedup_row(
 ) -> Row:
     """The row of theirs / ours, of seconds: how many times as fast ours is, at least `minimum`."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    medians = dict(ours=statistics.median(ours), theirs=statistics.median(theirs), unit="s")
-    return median_row(label, ratios, target=minimum and Target(minimum), note=note, **medians)
+    medians = dict(
+        ours=statistics.median(ours), theirs=statistics.median(theirs), unit="s"
+    )
+    return median_row(
+        label, ratios, target=minimum and Target(minimum), note=note, **medians
+    )
 
 
 def cost_ratio_row(
@@ -111,7 +119,9 @@ def cost_ratio_row(
 ) -> Row:
     """The row of ours / theirs, of seconds or bytes: how much more ours takes, at `maximum`."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    medians = dict(ours=statistics.median(ours), theirs=statistics.median(theirs), unit=unit)
+    medians = dict(
+        ours=statistics.median(ours), theirs=statistics.median(theirs), unit=unit
+    )
     return median_row(
         label, ratios, target=maximum and Target(maximum=maximum), note=note, **medians
     )
@@ -119,13 +129,23 @@ def cost_ratio_row(
 
 def rows_table(name: str, caption: str, rows: Sequence[Row]) -> tables.Table:
     """The rows, for people."""
-    titles = ("figure", "value", "least to most", "target", "met", "ours", "theirs", "note")
+    titles = (
+        "figure",
+        "value",
+        "least to most",
+        "target",
+        "met",
+        "ours",
+        "theirs",
+        "note",
+    )
 
     def cells(row: Row) -> list[tables.Cell]:
         met_text = {None: None, True: "yes", False: "MISSED"}[row.is_met]
         spread_text = None if row.low is None else f"{row.low:.3g} to {row.high:.3g}"
         side_texts = [
-            x if x is None else format_quantity(x, row.unit) for x in (row.ours, row.theirs)
+            x if x is None else format_quantity(x, row.unit)
+            for x in (row.ours, row.theirs)
         ]
         value_text = None if row.value is None else f"{row.value:.3g}"
         target_text = None if row.target is None else str(row.target)
@@ -140,7 +160,10 @@ def rows_table(name: str, caption: str, rows: Sequence[Row]) -> tables.Table:
         ]
 
     return tables.Table(
-        name, caption, [tables.Column(title) for title in titles], list(map(cells, rows))
+        name,
+        caption,
+        [tables.Column(title) for title in titles],
+        list(map(cells, rows)),
     )
 
 
@@ -179,7 +202,10 @@ def time_in_turns(
         for name in reversed(list(callables)) if i % 2 else callables:
             time.sleep(PAUSE_SECONDS)
             seconds_by_name[name].append(time_call(callables[name]))
-    return {name: measured_seconds[-repeats:] for name, measured_seconds in seconds_by_name.items()}
+    return {
+        name: measured_seconds[-repeats:]
+        for name, measured_seconds in seconds_by_name.items()
+    }
 
 
 def require_close(label: str, ours: Any, theirs: Any, tolerance: float) -> None:
@@ -189,7 +215,9 @@ def require_close(label: str, ours: Any, theirs: Any, tolerance: float) -> None:
     """
     error = float(abs(ours - theirs).max() / abs(theirs).max())
     if not error <= tolerance:
-        raise InputError(f"{label}: the results differ by {error:.2g} of the largest number")
+        raise InputError(
+            f"{label}: the results differ by {error:.2g} of the largest number"
+        )
 
 
 # --- In a process of its own --------------------------------------------------------------------
@@ -199,11 +227,15 @@ class ProcessCost(NamedTuple):
     """What a call cost a fresh process."""
 
     seconds: float
-    memory_bytes: int | None  # bytes: the peak of anonymous memory above its level before the call
+    memory_bytes: (
+        int | None
+    )  # bytes: the peak of anonymous memory above its level before the call
     result: Any
 
 
-def measure_in_process(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> ProcessCost:
+def measure_in_process(
+    prepare: Callable[..., Callable[[], Any]], *arguments: Any
+) -> ProcessCost:
     """Measures the call that `prepare(*arguments)` returns, in a new process.
 
     What `prepare` does (imports, reading weights) is not measured. The process has no persistent
@@ -218,7 +250,9 @@ def measure_in_process(prepare: Callable[..., Callable[[], Any]], *arguments: An
     """
     context = multiprocessing.get_context("spawn")
     parent_pipe, child_pipe = context.Pipe()
-    process = context.Process(target=_run_in_child, args=(child_pipe, prepare, arguments))
+    process = context.Process(
+        target=_run_in_child, args=(child_pipe, prepare, arguments)
+    )
     process.start()
     child_pipe.close()
     try:
@@ -231,11 +265,15 @@ def measure_in_process(prepare: Callable[..., Callable[[], Any]], *arguments: An
         peak_memory = max(peak_memory, anonymous_memory(process.pid))
         parent_pipe.send(None)
     except EOFError:
-        raise InputError(f"the process that measures {prepare.__name__} failed") from None
+        raise InputError(
+            f"the process that measures {prepare.__name__} failed"
+        ) from None
     finally:
         parent_pipe.close()  # which ends a process that waits
         process.join()
-    return ProcessCost(elapsed, peak_memory - initial_memory if initial_memory else None, result)
+    return ProcessCost(
+        elapsed, peak_memory - initial_memory if initial_memory else None, result
+    )
 
 
 def _run_in_child(
@@ -260,10 +298,16 @@ def _run_in_child(
 def anonymous_memory(process_id: int | None) -> int:
     """Bytes of memory of a process that are no file's; 0 where no one says it."""
     status_file = pathlib.Path(f"/proc/{process_id}/status")
-    size_match = status_file.exists() and re.search(r"RssAnon:\s+(\d+) kB", status_file.read_text())
+    size_match = status_file.exists() and re.search(
+        r"RssAnon:\s+(\d+) kB", status_file.read_text()
+    )
     return 1024 * int(size_match[1]) if size_match else 0
 
 
 def num_cores() -> int:
     """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (
+        len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1
+    )

@@ -32,12 +32,16 @@ _WIDTH = flags.DEFINE_integer("width", 16, "Of the vectors.")
 _COMPONENTS = flags.DEFINE_integer("components", 64, "Of the mixture.")
 _CODES = flags.DEFINE_integer("codes", 256, "Of a codebook.")
 _STAGES = flags.DEFINE_integer("stages", 4, "Of the residual quantizer.")
-_LEVELS = flags.DEFINE_list("levels", ["8", "5", "5", "5"], "Of finite scalar quantization.")
+_LEVELS = flags.DEFINE_list(
+    "levels", ["8", "5", "5", "5"], "Of finite scalar quantization."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1024, "Vectors a step.")
 _STEPS = flags.DEFINE_integer("steps", 200, "Batches.")
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of each.")
 _DECAY = flags.DEFINE_float("decay", 0.95, "Of the moving averages.")
-_KMEANS_STEPS = flags.DEFINE_integer("kmeans_steps", 10, "Steps of k-means at the start.")
+_KMEANS_STEPS = flags.DEFINE_integer(
+    "kmeans_steps", 10, "Steps of k-means at the start."
+)
 _REVIVAL_THRESHOLD = flags.DEFINE_float(
     "revival_threshold", 2.0, "Codes with a smaller count are replaced."
 )
@@ -52,11 +56,17 @@ def draw_vectors(seed: int) -> tuple[np.ndarray, np.ndarray]:
     factors = 0.3 * rng.normal(size=(components, width, width)) / np.sqrt(width)
     component_weights = rng.dirichlet(np.full(components, 2.0))
     steps, batch_size = _STEPS.value, _BATCH_SIZE.value
-    component_indices = rng.choice(components, p=component_weights, size=(steps + 4) * batch_size)
+    component_indices = rng.choice(
+        components, p=component_weights, size=(steps + 4) * batch_size
+    )
     noise = rng.normal(size=(len(component_indices), width))
-    x = means[component_indices] + np.einsum("bw,bwW->bW", noise, factors[component_indices])
+    x = means[component_indices] + np.einsum(
+        "bw,bwW->bW", noise, factors[component_indices]
+    )
     x = (x / x.std()).astype(np.float32)
-    return x[: steps * batch_size].reshape(steps, batch_size, width), x[steps * batch_size :]
+    return x[: steps * batch_size].reshape(steps, batch_size, width), x[
+        steps * batch_size :
+    ]
 
 
 def error_and_perplexity(x, vectors, indices, num_codes: int) -> tuple[float, float]:
@@ -69,20 +79,30 @@ def error_and_perplexity(x, vectors, indices, num_codes: int) -> tuple[float, fl
 
 
 @functools.partial(jax.jit, static_argnames=("stages", "num_codes", "kmeans_steps"))
-def train_codebook(key, batches, stages: int, num_codes: int, kmeans_steps: int, decay, threshold):
+def train_codebook(
+    key, batches, stages: int, num_codes: int, kmeans_steps: int, decay, threshold
+):
     """A codebook after all batches; residual ones if there are stages."""
     quantize_vectors: Callable[..., Any] = q.quantize_residual if stages else q.quantize
-    update_codebook: Callable[..., Any] = q.update_residual_ema if stages else q.update_ema
+    update_codebook: Callable[..., Any] = (
+        q.update_residual_ema if stages else q.update_ema
+    )
     revive_codes: Callable[..., Any] = q.revive_residual if stages else q.revive
     if stages:
-        codebook = q.init_residual(key, batches[0], stages, num_codes, steps=kmeans_steps)
+        codebook = q.init_residual(
+            key, batches[0], stages, num_codes, steps=kmeans_steps
+        )
     else:
         codebook = q.init(key, batches[0], num_codes, steps=kmeans_steps)
 
     def step(codebook, inputs):
         i, x = inputs
-        codebook = update_codebook(codebook, x, quantize_vectors(codebook, x).indices, decay=decay)
-        return revive_codes(jax.random.fold_in(key, i), codebook, x, threshold=threshold), None
+        codebook = update_codebook(
+            codebook, x, quantize_vectors(codebook, x).indices, decay=decay
+        )
+        return revive_codes(
+            jax.random.fold_in(key, i), codebook, x, threshold=threshold
+        ), None
 
     return jax.lax.scan(step, codebook, (jnp.arange(len(batches)), batches))[0]
 
@@ -118,16 +138,19 @@ def run_our_fsq(seed, batches, unseen):
     def encode_and_decode(params, x):
         x = x @ params["project_in.weight"].T + params["project_in.bias"]
         quantized = q.quantize_finite(x, levels)
-        output = quantized.vectors @ params["project_out.weight"].T + params["project_out.bias"]
+        output = (
+            quantized.vectors @ params["project_out.weight"].T
+            + params["project_out.bias"]
+        )
         return output, quantized.indices
 
     @jax.jit
     def fit(params):
         def step(carry, x):
             params, optimizer_state = carry
-            gradient = jax.grad(lambda p: jnp.mean(jnp.square(encode_and_decode(p, x)[0] - x)))(
-                params
-            )
+            gradient = jax.grad(
+                lambda p: jnp.mean(jnp.square(encode_and_decode(p, x)[0] - x))
+            )(params)
             updates, optimizer_state = optimizer.update(gradient, optimizer_state)
             return (optax.apply_updates(params, updates), optimizer_state), None
 
@@ -220,7 +243,10 @@ def main() -> None:
     with write_atomically(folder) as staging_folder:
         results_by_side = {
             name: {
-                side: [dict(zip(("error", "perplexity"), run, strict=True)) for run in side_runs]
+                side: [
+                    dict(zip(("error", "perplexity"), run, strict=True))
+                    for run in side_runs
+                ]
                 for side, side_runs in zip(("ours", "theirs"), sides, strict=True)
             }
             for name, sides in runs.items()

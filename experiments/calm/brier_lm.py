@@ -62,13 +62,18 @@ def brier_lm_from_samples(
       InputError: if shapes do not fit.
     """
     token_arrays = {"first": first, "second": second, "reference": reference}
-    tokens = [_check_continuations(name, values) for name, values in token_arrays.items()]
+    tokens = [
+        _check_continuations(name, values) for name, values in token_arrays.items()
+    ]
     if len({len(array) for array in tokens}) > 1:
         row_counts = ", ".join(
-            f"{len(array)} of {name}" for name, array in zip(token_arrays, tokens, strict=True)
+            f"{len(array)} of {name}"
+            for name, array in zip(token_arrays, tokens, strict=True)
         )
         raise InputError(f"rows are {row_counts}; they must be as many")
-    scores = [brier_n(*(array[:, :n] for array in tokens), n=n)[:, 0] for n in NGRAM_LENGTHS]
+    scores = [
+        brier_n(*(array[:, :n] for array in tokens), n=n)[:, 0] for n in NGRAM_LENGTHS
+    ]
     return _summarize_scores(np.stack(scores, axis=-1), groups, seed, resamples)
 
 
@@ -98,7 +103,10 @@ def brier_lm_from_probabilities(
     """
     log_probs = np.asarray(reference_log_probs, np.float64)
     collision = np.asarray(collision, np.float64)
-    for name, values in {"reference_log_probs": log_probs, "collision": collision}.items():
+    for name, values in {
+        "reference_log_probs": log_probs,
+        "collision": collision,
+    }.items():
         if (
             values.ndim != 2
             or values.shape[1] != CONTINUATION_LENGTH
@@ -111,7 +119,9 @@ def brier_lm_from_probabilities(
             )
     tolerance = 1e-3  # rounding of float32
     if not (log_probs <= tolerance).all():
-        raise InputError("reference_log_probs has entries above 0, or that are no numbers")
+        raise InputError(
+            "reference_log_probs has entries above 0, or that are no numbers"
+        )
     if not ((collision >= 0) & (collision <= 1 + tolerance)).all():
         raise InputError("collision has entries that are not from 0 to 1")
     return _summarize_scores(
@@ -121,7 +131,11 @@ def brier_lm_from_probabilities(
 
 def _check_continuations(name: str, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[1] != CONTINUATION_LENGTH or tokens.dtype.kind not in "iu":
+    if (
+        tokens.ndim != 2
+        or tokens.shape[1] != CONTINUATION_LENGTH
+        or tokens.dtype.kind not in "iu"
+    ):
         raise InputError(
             f"{name} is {tokens.dtype} {list(tokens.shape)}; it must be int [n,"
             f" {CONTINUATION_LENGTH}]"
@@ -145,7 +159,10 @@ def _summarize_scores(
         group_indices = np.unique(groups, return_inverse=True)[1]
     # Each group's sums and size: a resample's mean is that of positions, not of groups.
     group_sizes = np.bincount(group_indices).astype(np.float64)
-    group_sums = [np.bincount(group_indices, column) for column in np.asarray(scores, np.float64).T]
+    group_sums = [
+        np.bincount(group_indices, column)
+        for column in np.asarray(scores, np.float64).T
+    ]
     resampled_means = _bootstrap_means(
         np.stack([*group_sums, group_sizes], axis=-1), seed, resamples
     )
@@ -158,10 +175,14 @@ def _summarize_scores(
     summary: dict[str, Any] = {"positions": len(scores)}
     for i, n in enumerate(NGRAM_LENGTHS):
         summary[f"brier_{n}"] = interval(means[i], resampled_means[:, i])
-    return summary | {"brier_lm": interval(_brier_lm(means), _brier_lm(resampled_means))}
+    return summary | {
+        "brier_lm": interval(_brier_lm(means), _brier_lm(resampled_means))
+    }
 
 
-def _bootstrap_means(sums_and_sizes: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def _bootstrap_means(
+    sums_and_sizes: np.ndarray, seed: int, resamples: int
+) -> np.ndarray:
     """Means [resamples, 4] over groups that are drawn with replacement, from sums and sizes."""
     rng, num_groups = np.random.default_rng(seed), len(sums_and_sizes)
     resampled_sums = np.empty((resamples, sums_and_sizes.shape[1]))
@@ -209,7 +230,9 @@ def ngram_probabilities(
         )
     for _ in range(n - 1):
         next_tokens = np.tile(np.arange(vocab_size), len(contexts))[:, None]
-        contexts = np.concatenate([np.repeat(contexts, vocab_size, axis=0), next_tokens], axis=1)
+        contexts = np.concatenate(
+            [np.repeat(contexts, vocab_size, axis=0), next_tokens], axis=1
+        )
         p = p.reshape(-1, 1) * np.asarray(next_probs(contexts), np.float64)
     return p.reshape(num_contexts, *[vocab_size] * n)
 
@@ -309,7 +332,9 @@ def brier_lm_from_model(
     model = lm.model.clone(config=config)
     continuations = np.stack([*draws, reference]).astype(np.int32)
     reference_batches, collision_batches = [], []
-    for _, batch_indices in _padded_batches(len(contexts), min(batch_size, len(contexts))):
+    for _, batch_indices in _padded_batches(
+        len(contexts), min(batch_size, len(contexts))
+    ):
         batch_log_probs, first_collision = _score_continuations(
             model, lm.params, contexts[batch_indices], continuations[:, batch_indices]
         )
@@ -320,7 +345,8 @@ def brier_lm_from_model(
         reference_batches.append(np.asarray(batch_log_probs[2]))
         collision_batches.append(collision_estimates)
     values = (
-        np.concatenate(parts)[: len(contexts)] for parts in (reference_batches, collision_batches)
+        np.concatenate(parts)[: len(contexts)]
+        for parts in (reference_batches, collision_batches)
     )
     return brier_lm_from_probabilities(*values, **bootstrap)
 
@@ -329,8 +355,15 @@ def _check_contexts(
     lm: LanguageModel, contexts: np.ndarray, reference: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both as int32, if they fit the model and each other."""
-    contexts, reference = np.asarray(contexts), _check_continuations("reference", reference)
-    if contexts.ndim != 2 or contexts.dtype.kind not in "iu" or len(contexts) != len(reference):
+    contexts, reference = (
+        np.asarray(contexts),
+        _check_continuations("reference", reference),
+    )
+    if (
+        contexts.ndim != 2
+        or contexts.dtype.kind not in "iu"
+        or len(contexts) != len(reference)
+    ):
         raise InputError(
             f"contexts are {contexts.dtype} {list(contexts.shape)}; they must be int"
             f" [{len(reference)}, T], one for each reference"
@@ -342,7 +375,9 @@ def _check_contexts(
     return contexts.astype(np.int32), reference.astype(np.int32)
 
 
-def _padded_batches(num_contexts: int, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
+def _padded_batches(
+    num_contexts: int, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
     """Beginnings and indices of pieces; the last is filled up, so that there is one program."""
     for i in range(0, num_contexts, batch_size):
         yield i, np.minimum(np.arange(i, i + batch_size), num_contexts - 1)
@@ -372,7 +407,9 @@ def _score_continuations(
         model.config, cache_length, contexts.shape[:1], params["embedding"].dtype
     )
     variables: Any = {"params": params}
-    first_logits, cache = cast(Any, model.apply(variables, contexts, cache=cache, position=-1))
+    first_logits, cache = cast(
+        Any, model.apply(variables, contexts, cache=cache, position=-1)
+    )
 
     def continuation_log_probs(tokens: jax.Array) -> jax.Array:
         later_logits, _ = cast(Any, model.apply(variables, tokens[:, :-1], cache=cache))

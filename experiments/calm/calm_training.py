@@ -74,7 +74,9 @@ def train_codec(
 
     held_out_chunks = _held_out_windows(held_out, length).reshape(-1, chunk_size)
     held_out_share: Callable = jax.jit(
-        lambda params: _reconstructed_share(model, params, held_out_chunks, jax.random.key(0), 1.0)
+        lambda params: _reconstructed_share(
+            model, params, held_out_chunks, jax.random.key(0), 1.0
+        )
     )
     params = fit.fit(
         loss,
@@ -141,14 +143,20 @@ def train(
         variables: Any = {"params": params}
         hidden: Any = model.apply(variables, chunks, method="context_states")
         key = jax.random.key(0)
-        return model.apply(variables, key, hidden, 2, method="sample_chunks"), chunks[:, 1:]
+        return model.apply(variables, key, hidden, 2, method="sample_chunks"), chunks[
+            :, 1:
+        ]
 
     def evaluate(params):
         (first, second), reference = draws_and_reference(params)
         orders = [n for n in brier_lm.NGRAM_LENGTHS if n <= chunk_size]
         scores = {
             f"brier_{n}": float(
-                jnp.mean(losses.brier_n(first[..., :n], second[..., :n], reference[..., :n], n=n))
+                jnp.mean(
+                    losses.brier_n(
+                        first[..., :n], second[..., :n], reference[..., :n], n=n
+                    )
+                )
             )
             for n in orders
         }
@@ -171,35 +179,53 @@ def train(
     return dataclasses.replace(lm, params=params)
 
 
-def _held_out_windows(tokens: np.ndarray, length: int, limit: int = NUM_LOSS_WINDOWS) -> np.ndarray:
+def _held_out_windows(
+    tokens: np.ndarray, length: int, limit: int = NUM_LOSS_WINDOWS
+) -> np.ndarray:
     """Held-out windows of so many tokens, [k, length]."""
-    return window_batches.consecutive_windows(tokens, length=length - 1, max_windows=limit)
+    return window_batches.consecutive_windows(
+        tokens, length=length - 1, max_windows=limit
+    )
 
 
 def _reconstructed_share(model, params, chunks, key, noise_factor) -> jax.Array:
     """Share of tokens recovered from latents with `noise_factor` times the posterior's noise."""
     variables = {"params": params}
     mean, log_scale = model.apply(variables, chunks, method="encode")
-    z = mean + noise_factor * jnp.exp(log_scale) * jax.random.normal(key, mean.shape, mean.dtype)
+    z = mean + noise_factor * jnp.exp(log_scale) * jax.random.normal(
+        key, mean.shape, mean.dtype
+    )
     return jnp.mean(model.apply(variables, z, method="decode_tokens") == chunks)
 
 
-def reconstruction_shares(codec: Codec, tokens: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+def reconstruction_shares(
+    codec: Codec, tokens: np.ndarray, *, seed: int = 0
+) -> dict[str, float]:
     """Shares of the tokens [n] that come back: from the mean, from a draw, and with noise again.
 
     "noisy" is a draw to which noise of the posterior's own scale is added once more.
     """
     chunk_size = codec.config.chunk_size
     window_batches.check_length(tokens, chunk_size - 1, "the held-out data")
-    chunks = np.asarray(tokens[: len(tokens) // chunk_size * chunk_size]).reshape(-1, chunk_size)
+    chunks = np.asarray(tokens[: len(tokens) // chunk_size * chunk_size]).reshape(
+        -1, chunk_size
+    )
     jitted_share = jax.jit(_reconstructed_share, static_argnums=0)
     shares: dict[str, list[float]] = {"mean": [], "sampled": [], "noisy": []}
     chunk_batches = np.array_split(chunks, -(-len(chunks) // 4096))
     for i, chunk_batch in enumerate(chunk_batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
-        for name, noise_factor in {"mean": 0.0, "sampled": 1.0, "noisy": 2**0.5}.items():
+        for name, noise_factor in {
+            "mean": 0.0,
+            "sampled": 1.0,
+            "noisy": 2**0.5,
+        }.items():
             shares[name].append(
-                float(jitted_share(codec.model, codec.params, chunk_batch, key, noise_factor))
+                float(
+                    jitted_share(
+                        codec.model, codec.params, chunk_batch, key, noise_factor
+                    )
+                )
             )
     batch_sizes = [len(chunk_batch) for chunk_batch in chunk_batches]
     return {
@@ -235,7 +261,11 @@ def evaluation_positions(
 
 
 def draw_continuations(
-    lm: NextVectorLM | DensityLM, contexts: np.ndarray, key: jax.Array, *, batch_size: int = 256
+    lm: NextVectorLM | DensityLM,
+    contexts: np.ndarray,
+    key: jax.Array,
+    *,
+    batch_size: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Two independent continuations of 4 tokens of each context, int [n, 4] each.
 
@@ -244,7 +274,9 @@ def draw_continuations(
     token_batches = []
     batch_size = min(batch_size, len(contexts))
     for i in range(0, len(contexts), batch_size):
-        batch_contexts = contexts[np.minimum(np.arange(i, i + batch_size), len(contexts) - 1)]
+        batch_contexts = contexts[
+            np.minimum(np.arange(i, i + batch_size), len(contexts) - 1)
+        ]
         repeated_contexts, batch_key = (
             np.concatenate([batch_contexts, batch_contexts]),
             jax.random.fold_in(key, i),
@@ -300,13 +332,19 @@ def evaluate_brier_lm(
     )
     key = jax.random.key(seed)
     first, second = draw_continuations(lm, contexts, key)
-    shuffled_order = np.roll(np.arange(len(first)), 1)  # positions come in an order of chance
+    shuffled_order = np.roll(
+        np.arange(len(first)), 1
+    )  # positions come in an order of chance
     results = {
         "sampled": brier_lm.brier_lm_from_samples(
             first, second, reference, groups=groups, seed=seed
         ),
         "shuffled": brier_lm.brier_lm_from_samples(
-            first[shuffled_order], second[shuffled_order], reference, groups=groups, seed=seed
+            first[shuffled_order],
+            second[shuffled_order],
+            reference,
+            groups=groups,
+            seed=seed,
         ),
     }
     if (
@@ -314,9 +352,16 @@ def evaluate_brier_lm(
         and lm.model.predicts_tokens
         and getattr(lm.model.head, "tied", False)
     ):
-        language_model = LanguageModel(lm.config, lm.params["trunk"], lm.tokenizer, lm.hf_fields)
+        language_model = LanguageModel(
+            lm.config, lm.params["trunk"], lm.tokenizer, lm.hf_fields
+        )
         results["closed"] = brier_lm.brier_lm_from_model(
-            language_model, contexts, (first, second), reference, groups=groups, seed=seed
+            language_model,
+            contexts,
+            (first, second),
+            reference,
+            groups=groups,
+            seed=seed,
         )
     return results
 
@@ -348,7 +393,9 @@ def interpolate_texts(
     chunk_size = codec.config.chunk_size
     num_tokens = min(len(first), len(second)) // chunk_size * chunk_size
     if not num_tokens:
-        raise InputError(f"a text to go between has less than the {chunk_size} tokens of a chunk")
+        raise InputError(
+            f"a text to go between has less than the {chunk_size} tokens of a chunk"
+        )
     end_latents = [
         codec.encode(np.reshape(tokens[:num_tokens], (-1, chunk_size)))[0]
         for tokens in (first, second)
@@ -356,7 +403,8 @@ def interpolate_texts(
     fractions = jnp.linspace(0.0, 1.0, num_points)[:, None, None]
     logits = codec.decode((1 - fractions) * end_latents[0] + fractions * end_latents[1])
     return [
-        row.tolist() for row in np.asarray(jnp.argmax(logits, -1)).reshape(num_points, num_tokens)
+        row.tolist()
+        for row in np.asarray(jnp.argmax(logits, -1)).reshape(num_points, num_tokens)
     ]
 
 
@@ -370,10 +418,13 @@ def plot_learning_curves(folders: Mapping[str, str | os.PathLike]) -> Figure | N
     for label, folder in folders.items():
         run_folder_path = absolute_path(folder) / "run"
         log_paths = [
-            run_folder_path / name for name in (run_folder.METRICS_FILE, run_folder.SPEED_FILE)
+            run_folder_path / name
+            for name in (run_folder.METRICS_FILE, run_folder.SPEED_FILE)
         ]
         if all(log.is_file() for log in log_paths):
-            metrics, speed = ([json.loads(line) for line in log.open()] for log in log_paths)
+            metrics, speed = (
+                [json.loads(line) for line in log.open()] for log in log_paths
+            )
             seconds = dict(
                 zip(
                     [speed_record["step"] for speed_record in speed],
@@ -393,10 +444,13 @@ def plot_learning_curves(folders: Mapping[str, str | os.PathLike]) -> Figure | N
     with plt.rc_context(plots.MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 2.9), layout="constrained")
         axes.axhline(0, color="0.75", lw=0.7, zorder=0)
-        for (label, (x, y)), color in zip(curve_by_label.items(), itertools.cycle(plots.COLOURS)):
+        for (label, (x, y)), color in zip(
+            curve_by_label.items(), itertools.cycle(plots.COLOURS)
+        ):
             axes.plot(x, y, color=color, marker="o", ms=2.5, label=label)
         axes.set(
-            xlabel="seconds of training (autoencoders aside)", ylabel="Brier-1 of held-out text"
+            xlabel="seconds of training (autoencoders aside)",
+            ylabel="Brier-1 of held-out text",
         )
         axes.legend(frameon=False, fontsize=8)
     return figure
@@ -419,10 +473,15 @@ def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
     rows: list[list[Any]] = []
     for model, metrics in results.items():
         for draw_kind in [
-            draw_kind for draw_kind in draw_kinds if draw_kind in metrics.get("brier", {})
+            draw_kind
+            for draw_kind in draw_kinds
+            if draw_kind in metrics.get("brier", {})
         ]:
             brier_scores = metrics["brier"][draw_kind]
-            scores = [format_interval(brier_scores[f"brier_{n}"]) for n in brier_lm.NGRAM_LENGTHS]
+            scores = [
+                format_interval(brier_scores[f"brier_{n}"])
+                for n in brier_lm.NGRAM_LENGTHS
+            ]
             chunk_size = metrics.get("chunk_size", 1)
             rows.append(
                 [
@@ -449,7 +508,9 @@ def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
         rows,
     )
     models_with_codec = [
-        (model, metrics) for model, metrics in results.items() if "reconstruction" in metrics
+        (model, metrics)
+        for model, metrics in results.items()
+        if "reconstruction" in metrics
     ]
     reconstruction_table = tables.Table(
         "reconstruction",
@@ -458,14 +519,19 @@ def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
             tables.Column("model"),
             tables.Column("K", format="d"),
             tables.Column("width", format="d"),
-            *[tables.Column(name, format=".2%") for name in ("mean", "sampled", "noisy")],
+            *[
+                tables.Column(name, format=".2%")
+                for name in ("mean", "sampled", "noisy")
+            ],
         ],
         [
             [model, n["chunk_size"], n["latent_size"], *n["reconstruction"].values()]
             for model, n in models_with_codec
         ],
     )
-    return ([brier_table] if rows else []) + ([reconstruction_table] if models_with_codec else [])
+    return ([brier_table] if rows else []) + (
+        [reconstruction_table] if models_with_codec else []
+    )
 
 
 def create_codec(
@@ -495,5 +561,9 @@ def create_codec(
         "decoder_layers": 2,
         "mlp_size": -(-8 * hidden_size // 96) * 32,
     }
-    hf_fields = {} if tokenizer is None else {"eos_token_id": text.end_of_text_id(tokenizer)}
-    return autoencoder.create(key, AutoencoderConfig(**(settings | sizes)), tokenizer, hf_fields)
+    hf_fields = (
+        {} if tokenizer is None else {"eos_token_id": text.end_of_text_id(tokenizer)}
+    )
+    return autoencoder.create(
+        key, AutoencoderConfig(**(settings | sizes)), tokenizer, hf_fields
+    )

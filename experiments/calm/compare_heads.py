@@ -18,17 +18,29 @@ from continuous_lm.experiments.common import plots, program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 
-_HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 32, "D of the blocks.", lower_bound=1)
+_HIDDEN_SIZE = flags.DEFINE_integer(
+    "hidden_size", 32, "D of the blocks.", lower_bound=1
+)
 _DEPTH = flags.DEFINE_integer("depth", 2, "Blocks.", lower_bound=0)
 _NUM_SAMPLES = flags.DEFINE_integer(
     "num_samples", 8, "Draws of noise for each target in a loss.", lower_bound=2
 )
-_STEPS = flags.DEFINE_integer("steps", 1000, "Optimiser steps of each head.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 128, "Targets in a step.", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "At its peak.", lower_bound=0.0)
-_CONDITIONS = flags.DEFINE_integer("conditions", 96, "Angles to judge at.", lower_bound=2)
+_STEPS = flags.DEFINE_integer(
+    "steps", 1000, "Optimiser steps of each head.", lower_bound=1
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 128, "Targets in a step.", lower_bound=1
+)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 3e-3, "At its peak.", lower_bound=0.0
+)
+_CONDITIONS = flags.DEFINE_integer(
+    "conditions", 96, "Angles to judge at.", lower_bound=2
+)
 _SAMPLES = flags.DEFINE_integer("samples", 200, "At each of them.", lower_bound=2)
-_SEED = flags.DEFINE_integer("seed", 0, "Of data, parameters and samples.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of data, parameters and samples.", lower_bound=0
+)
 
 
 def main() -> None:
@@ -55,11 +67,14 @@ def main() -> None:
     )
     with write_atomically(folder) as staging_folder:
         write_json(
-            staging_folder / "compare_heads.json", {"run": program.record(), "heads": metrics}
+            staging_folder / "compare_heads.json",
+            {"run": program.record(), "heads": metrics},
         )
         metrics_table.write(staging_folder)
         plots.save(figure, staging_folder, "compare_heads")
-    print(f"{metrics_table.as_text()}\n\n{folder}: compare_heads.json, .csv, .md, .tex, .png, .pdf")
+    print(
+        f"{metrics_table.as_text()}\n\n{folder}: compare_heads.json, .csv, .md, .tex, .png, .pdf"
+    )
 
 
 if __name__ == "__main__":

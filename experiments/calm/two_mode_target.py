@@ -26,9 +26,16 @@ from continuous_lm.experiments.common import plots, tables
 from continuous_lm.models.calm import implicit_heads
 from continuous_lm.models.density import heads
 
-TARGET_WIDTH, MODE_RADIUS, MODE_DEVIATION, LIKELIER_MODE_SHARE = 2, math.sqrt(2.0), 0.15, 0.7
+TARGET_WIDTH, MODE_RADIUS, MODE_DEVIATION, LIKELIER_MODE_SHARE = (
+    2,
+    math.sqrt(2.0),
+    0.15,
+    0.7,
+)
 NUM_HARMONICS = 4  # sines and cosines of so many multiples of the angle
-MAX_MODE_DEVIATIONS = 3.0  # deviations from a mode m; exp(-m^2 / 2) of the data lie farther away
+MAX_MODE_DEVIATIONS = (
+    3.0  # deviations from a mode m; exp(-m^2 / 2) of the data lie farther away
+)
 SAMPLES_PER_CALL = 4096  # samples at once where time is taken
 NUM_REPEATS = 5
 
@@ -52,9 +59,9 @@ def draw_target(key: jax.Array, hidden: jax.Array) -> jax.Array:
     """Targets [..., 2] of hidden states."""
     mode_key, noise_key = jax.random.split(key)
     leading_shape = hidden.shape[:-1]
-    sign = jnp.where(jax.random.bernoulli(mode_key, LIKELIER_MODE_SHARE, leading_shape), 1.0, -1.0)[
-        ..., None
-    ]
+    sign = jnp.where(
+        jax.random.bernoulli(mode_key, LIKELIER_MODE_SHARE, leading_shape), 1.0, -1.0
+    )[..., None]
     return sign * likelier_mode(hidden) + MODE_DEVIATION * jax.random.normal(
         noise_key, (*leading_shape, TARGET_WIDTH)
     )
@@ -74,7 +81,9 @@ def draw_best_gaussian(key: jax.Array, hidden: jax.Array) -> jax.Array:
         * math.sqrt(LIKELIER_MODE_SHARE * (1.0 - LIKELIER_MODE_SHARE))
         * jax.random.normal(mode_key, (*leading_shape, 1))
     )
-    noise = MODE_DEVIATION * jax.random.normal(noise_key, (*leading_shape, TARGET_WIDTH))
+    noise = MODE_DEVIATION * jax.random.normal(
+        noise_key, (*leading_shape, TARGET_WIDTH)
+    )
     return ((2.0 * LIKELIER_MODE_SHARE - 1.0) + along_mode) * mode + noise
 
 
@@ -96,9 +105,13 @@ def make_heads(hidden_size: int, depth: int, num_samples: int) -> dict[str, head
         "mixture of 4": heads.MixtureHead(components=4, **density_settings),
         "energy": implicit_heads.EnergyHead(noise_size=16, **implicit_settings),
         "flow, Euler": implicit_heads.FlowHead(solver="euler", **implicit_settings),
-        "flow, midpoint": implicit_heads.FlowHead(solver="midpoint", **implicit_settings),
+        "flow, midpoint": implicit_heads.FlowHead(
+            solver="midpoint", **implicit_settings
+        ),
         "diffusion": implicit_heads.DiffusionHead(**implicit_settings),
-        "diffusion, ancestral": implicit_heads.DiffusionHead(ancestral=True, **implicit_settings),
+        "diffusion, ancestral": implicit_heads.DiffusionHead(
+            ancestral=True, **implicit_settings
+        ),
     }
 
 
@@ -117,7 +130,12 @@ def with_default_sampling(head: heads.Head) -> heads.Head:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "batch_size"))
 def fit_head(
-    head: heads.Head, key: jax.Array, *, steps: int, batch_size: int, learning_rate: float
+    head: heads.Head,
+    key: jax.Array,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
 ) -> tuple[Any, jax.Array]:
     """Adam on fresh data in each step, its rate going down to 0: parameters and losses [steps]."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -126,12 +144,18 @@ def fit_head(
     def step(carry, key):
         params, optimizer_state = carry
         angle_key, target_key, noise_key = jax.random.split(key, 3)
-        hidden = hidden_states(jax.random.uniform(angle_key, (batch_size,), maxval=2 * math.pi))
+        hidden = hidden_states(
+            jax.random.uniform(angle_key, (batch_size,), maxval=2 * math.pi)
+        )
         target = draw_target(target_key, hidden)
-        key_argument = (noise_key,) if isinstance(head, implicit_heads.ImplicitHead) else ()
+        key_argument = (
+            (noise_key,) if isinstance(head, implicit_heads.ImplicitHead) else ()
+        )
 
         def loss(params):
-            losses = head.apply({"params": params}, hidden, target, *key_argument, method="loss")
+            losses = head.apply(
+                {"params": params}, hidden, target, *key_argument, method="loss"
+            )
             return jnp.mean(cast(jax.Array, losses))
 
         mean_loss, gradient = jax.value_and_grad(loss)(params)
@@ -152,7 +176,9 @@ def make_sampler(head: heads.Head, params: Any) -> Sampler:
 
     def draw_samples(key, hidden):
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])
-        padded = jnp.pad(flat_hidden, ((0, -len(flat_hidden) % SAMPLES_PER_CALL), (0, 0)))
+        padded = jnp.pad(
+            flat_hidden, ((0, -len(flat_hidden) % SAMPLES_PER_CALL), (0, 0))
+        )
         hidden_batches = padded.reshape(-1, SAMPLES_PER_CALL, padded.shape[-1])
         keys = jax.random.split(key, len(hidden_batches))
         sample_batches = [
@@ -180,7 +206,9 @@ def energy_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
 
     def mean_distance(a, b, pairs):
-        return np.linalg.norm(a[:, :, None] - b[:, None], axis=-1).sum(axis=(1, 2)) / pairs
+        return (
+            np.linalg.norm(a[:, :, None] - b[:, None], axis=-1).sum(axis=(1, 2)) / pairs
+        )
 
     num_samples = x.shape[1]
     num_distinct_pairs = num_samples * (num_samples - 1)
@@ -214,9 +242,14 @@ def evaluate_samples(
 ) -> SampleScores:
     """Against fresh data: the same conditions and data for the same key."""
     angle_key, data_key, sample_key = jax.random.split(key, 3)
-    hidden = hidden_states(jax.random.uniform(angle_key, (conditions, 1), maxval=2 * math.pi))
+    hidden = hidden_states(
+        jax.random.uniform(angle_key, (conditions, 1), maxval=2 * math.pi)
+    )
     hidden = jnp.broadcast_to(hidden, (conditions, samples, hidden.shape[-1]))
-    x, y = np.asarray(draw_samples(sample_key, hidden)), np.asarray(draw_target(data_key, hidden))
+    x, y = (
+        np.asarray(draw_samples(sample_key, hidden)),
+        np.asarray(draw_target(data_key, hidden)),
+    )
     modes = np.asarray(likelier_mode(hidden))
     is_near_mode = [
         np.linalg.norm(x - mode_center, axis=-1) < MAX_MODE_DEVIATIONS * MODE_DEVIATION
@@ -228,7 +261,8 @@ def evaluate_samples(
         interval=audio_models.bootstrap_interval(distances),
         in_modes=float(np.mean(is_near_mode[0] | is_near_mode[1])),
         likelier=float(
-            is_near_mode[0].sum() / max(1, is_near_mode[0].sum() + is_near_mode[1].sum())
+            is_near_mode[0].sum()
+            / max(1, is_near_mode[0].sum() + is_near_mode[1].sum())
         ),
     )
 
@@ -260,9 +294,16 @@ def compare_heads(
     evaluate = functools.partial(
         evaluate_samples, key=evaluation_key, conditions=conditions, samples=samples
     )
-    samplers: dict[str, Sampler] = {"data": draw_target, "best Gaussian": draw_best_gaussian}
+    samplers: dict[str, Sampler] = {
+        "data": draw_target,
+        "best Gaussian": draw_best_gaussian,
+    }
     metrics = {
-        name: {"parameters": None, "evaluations": None, **evaluate(draw_samples)._asdict()}
+        name: {
+            "parameters": None,
+            "evaluations": None,
+            **evaluate(draw_samples)._asdict(),
+        }
         for name, draw_samples in samplers.items()
     }
     params_and_seconds: dict[heads.Head, tuple[Any, float]] = {}
@@ -332,12 +373,16 @@ def make_table(metrics: Mapping[str, Mapping[str, Any]]) -> tables.Table:
 
 
 def plot_samples(
-    samplers: Mapping[str, Sampler], metrics: Mapping[str, Mapping[str, Any]], key: jax.Array
+    samplers: Mapping[str, Sampler],
+    metrics: Mapping[str, Mapping[str, Any]],
+    key: jax.Array,
 ) -> Figure:
     """Samples of each way for three angles, in a panel each, with rings around the modes."""
     angles = jnp.array([0.4, 0.4 + math.pi / 3, 0.4 + 2 * math.pi / 3])
     num_samples = 300
-    hidden = hidden_states(jnp.broadcast_to(angles[:, None], (len(angles), num_samples)))
+    hidden = hidden_states(
+        jnp.broadcast_to(angles[:, None], (len(angles), num_samples))
+    )
     num_columns = -(-len(samplers) // 2)
     with plt.rc_context(plots.MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(
@@ -355,7 +400,9 @@ def plot_samples(
             x = np.asarray(draw_samples(key, hidden))
             modes = np.asarray(likelier_mode(hidden[:, 0]))
             for i, color in enumerate(np.array(plots.COLOURS)[[3, 4, 2]]):
-                ax.plot(*x[i].T, ".", ms=1.6, mew=0, alpha=0.7, color=color, rasterized=True)
+                ax.plot(
+                    *x[i].T, ".", ms=1.6, mew=0, alpha=0.7, color=color, rasterized=True
+                )
                 for mode in (modes[i], -modes[i]):
                     ring = Circle(
                         tuple(mode),
@@ -365,7 +412,11 @@ def plot_samples(
                         color="0.6",
                     )
                     ax.add_patch(ring)
-            ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal", xticks=[-2, 0, 2])
+            ax.set(
+                xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), aspect="equal", xticks=[-2, 0, 2]
+            )
             ax.set_yticks([-2, 0, 2])
-            ax.set_title(f"{name}\n{metrics[name]['in_modes']:.1%} in the modes", fontsize=8)
+            ax.set_title(
+                f"{name}\n{metrics[name]['in_modes']:.1%} in the modes", fontsize=8
+            )
     return figure

@@ -42,7 +42,8 @@ def find_answer_tokens(
         tokenizer, tuple(dict.fromkeys(itertools.chain(*spellings.values())))
     )
     answer_tokens = {
-        a: [i for text in texts for i in tokens_by_text[text]] for a, texts in spellings.items()
+        a: [i for text in texts for i in tokens_by_text[text]]
+        for a, texts in spellings.items()
     }
     missing = [answer for answer, tokens in answer_tokens.items() if not tokens]
     if missing:
@@ -81,14 +82,20 @@ class Curves:
     def ranges(self) -> list[AnswerRange]:
         """The most probable answer along the sweep, in stretches."""
         most_probable = self.probabilities.argmax(axis=1)
-        boundaries = [0, *(np.flatnonzero(np.diff(most_probable)) + 1), len(most_probable)]
+        boundaries = [
+            0,
+            *(np.flatnonzero(np.diff(most_probable)) + 1),
+            len(most_probable),
+        ]
         return [
             AnswerRange(
                 first=float(self.points[range_begin]),
                 last=float(self.points[range_end - 1]),
                 answer=self.answers[most_probable[range_begin]],
                 peak=float(
-                    self.probabilities[range_begin:range_end, most_probable[range_begin]].max()
+                    self.probabilities[
+                        range_begin:range_end, most_probable[range_begin]
+                    ].max()
                 ),
             )
             for range_begin, range_end in itertools.pairwise(boundaries)
@@ -98,7 +105,9 @@ class Curves:
         """Every number, for the results file."""
         return {
             "points": self.points.tolist(),
-            "probabilities": dict(zip(self.answers, self.probabilities.T.tolist(), strict=True)),
+            "probabilities": dict(
+                zip(self.answers, self.probabilities.T.tolist(), strict=True)
+            ),
             "other": self.other_probabilities.tolist(),
             "ranges": [dataclasses.asdict(r) for r in self.ranges],
         }
@@ -106,7 +115,8 @@ class Curves:
     def as_table(self, point_name: str) -> str:
         """The ranges, for the terminal."""
         rows = [
-            f"{r.first:6.3f} - {r.last:5.3f}   {r.answer:<8} {r.peak:8.4f}" for r in self.ranges
+            f"{r.first:6.3f} - {r.last:5.3f}   {r.answer:<8} {r.peak:8.4f}"
+            for r in self.ranges
         ]
         header = f"{point_name:<16} answer    highest probability"
         return "\n".join([header, "-" * len(header), *rows])

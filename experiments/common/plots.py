@@ -38,7 +38,9 @@ ANSWER_NAME_TEXT: dict[str, Any] = {"fontweight": "bold", "parse_math": False}
 _MIN_DRAWN_PROBABILITY = 0.05
 
 
-def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, float]) -> Figure:
+def answer_curves(
+    curves: Curves, *, xlabel: str, title: str, marks: dict[str, float]
+) -> Figure:
     """Probability against the sweep's points, each answer named where it leads.
 
     Where names would lie over each other, a legend names them.
@@ -54,9 +56,13 @@ def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, f
         for label, point in marks.items():
             axes.axvline(point, color="0.75", lw=0.7, ls=(0, (4, 3)), zorder=0)
             axis_transform = axes.get_xaxis_transform()
-            axes.text(point, 1.02, label, transform=axis_transform, ha="center", **FAINT_TEXT)
+            axes.text(
+                point, 1.02, label, transform=axis_transform, ha="center", **FAINT_TEXT
+            )
         is_drawn = curves.probabilities.max(axis=0) >= _MIN_DRAWN_PROBABILITY
-        remaining = curves.other_probabilities + curves.probabilities[:, ~is_drawn].sum(axis=1)
+        remaining = curves.other_probabilities + curves.probabilities[:, ~is_drawn].sum(
+            axis=1
+        )
         highest = max(curves.probabilities.max(), remaining.max())
         y_limit = 1.0 if highest > 0.4 else highest
         positions_by_answer = _label_positions(curves, is_drawn)
@@ -65,9 +71,16 @@ def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, f
         for i, (label_point, label_height) in positions_by_answer.items():
             colour = COLOURS[i % len(COLOURS)]
             legend_label = None if labels_fit else _escape_label(curves.answers[i])
-            axes.plot(curves.points, curves.probabilities[:, i], color=colour, label=legend_label)
+            axes.plot(
+                curves.points,
+                curves.probabilities[:, i],
+                color=colour,
+                label=legend_label,
+            )
             if labels_fit:
-                relative_position = (label_point - curves.points[0]) / np.ptp(curves.points)
+                relative_position = (label_point - curves.points[0]) / np.ptp(
+                    curves.points
+                )
                 alignment = (
                     "left"
                     if relative_position < 0.03
@@ -84,21 +97,35 @@ def answer_curves(curves: Curves, *, xlabel: str, title: str, marks: dict[str, f
                     ha=alignment,
                     **ANSWER_NAME_TEXT,
                 )
-        axes.plot(curves.points, remaining, color="0.45", lw=1.0, ls=":", label="everything else")
+        axes.plot(
+            curves.points,
+            remaining,
+            color="0.45",
+            lw=1.0,
+            ls=":",
+            label="everything else",
+        )
         axes.set(xlim=curves.points[[0, -1]], ylim=(0, 1.1 * y_limit), xlabel=xlabel)
         axes.set(ylabel="probability")
         if y_limit == 1.0:
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         wrapped_title = "\n".join(textwrap.wrap(title, 88))
-        axes.set_title(wrapped_title, pad=16, fontsize=8, style="italic", parse_math=False)
-        legend_position: dict[str, Any] = {"loc": "upper right", "bbox_to_anchor": (1.0, -0.13)}
+        axes.set_title(
+            wrapped_title, pad=16, fontsize=8, style="italic", parse_math=False
+        )
+        legend_position: dict[str, Any] = {
+            "loc": "upper right",
+            "bbox_to_anchor": (1.0, -0.13),
+        }
         if not labels_fit:
             legend_position = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
         axes.legend(frameon=False, fontsize=8, borderpad=0.0, **legend_position)
     return figure
 
 
-def _label_positions(curves: Curves, is_drawn: np.ndarray) -> dict[int, tuple[float, float]]:
+def _label_positions(
+    curves: Curves, is_drawn: np.ndarray
+) -> dict[int, tuple[float, float]]:
     """Where the names of the answers that are drawn would stand: point and probability."""
     positions_by_answer = {}
     for i in np.flatnonzero(is_drawn):
@@ -127,7 +154,10 @@ def save(figure: Figure, folder: pathlib.Path, name: str) -> None:
 
 
 def threshold_curves(
-    thresholds: np.ndarray, model_curves: dict[str, tuple[np.ndarray, np.ndarray]], *, ylabel: str
+    thresholds: np.ndarray,
+    model_curves: dict[str, tuple[np.ndarray, np.ndarray]],
+    *,
+    ylabel: str,
 ) -> Figure:
     """What reaches each threshold along a sweep (solid) and in the ordinary sentence (dashed).
 
@@ -139,13 +169,20 @@ def threshold_curves(
     with plt.rc_context(MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
         for i, (model, (observed, counterfactual)) in enumerate(model_curves.items()):
-            colour = COLOURS[(i + 3) % len(COLOURS)]  # the first three are faint on their own
+            colour = COLOURS[
+                (i + 3) % len(COLOURS)
+            ]  # the first three are faint on their own
             axes.plot(thresholds, observed, color=colour, label=_escape_label(model))
             axes.plot(thresholds, counterfactual, color=colour, lw=1.1, ls=(0, (4, 2)))
         axes.plot([], [], color="0.35", label="observed, along the sweep")
         label = "counterfactual, ordinary sentence"
         axes.plot([], [], color="0.35", lw=1.1, ls=(0, (4, 2)), label=label)
-        axes.set(xlim=(0, 1), ylim=(0, 1.03), xlabel="threshold of probability", ylabel=ylabel)
+        axes.set(
+            xlim=(0, 1),
+            ylim=(0, 1.03),
+            xlabel="threshold of probability",
+            ylabel=ylabel,
+        )
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
@@ -166,16 +203,27 @@ def histograms(
         figure, axes = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
         axes.axvline(bound, color="0.6", lw=0.7, ls=(0, (4, 3)), zorder=0)
         axis_transform = axes.get_xaxis_transform()
-        axes.text(bound, 1.01, f"{bound:g}", transform=axis_transform, ha="center", **FAINT_TEXT)
+        axes.text(
+            bound,
+            1.01,
+            f"{bound:g}",
+            transform=axis_transform,
+            ha="center",
+            **FAINT_TEXT,
+        )
         for i, (model, bin_counts) in enumerate(model_counts.items()):
             colour = COLOURS[(i + 3) % len(COLOURS)]
             shares = np.asarray(bin_counts) / np.sum(bin_counts)
             axes.stairs(shares, edges, color=colour, lw=1.4, label=_escape_label(model))
             if len(model_counts) == 1:
                 axes.stairs(shares, edges, color=colour, alpha=0.15, fill=True)
-        last_bin = max(np.flatnonzero(bin_counts).max() for bin_counts in model_counts.values())
+        last_bin = max(
+            np.flatnonzero(bin_counts).max() for bin_counts in model_counts.values()
+        )
         right_edge = edges[
-            max(last_bin + 2, np.searchsorted(edges, 2 * bound)).clip(max=len(edges) - 1)
+            max(last_bin + 2, np.searchsorted(edges, 2 * bound)).clip(
+                max=len(edges) - 1
+            )
         ]
         axes.set(xlim=(0, right_edge), xlabel=xlabel, ylabel="share of records")
         figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
@@ -210,7 +258,12 @@ def curve_grid(cells: dict[tuple[str, str], Curves], *, xlabel: str) -> Figure:
             subplot = axes[rows.index(row), columns.index(column)]
             for i, answer in enumerate(curves.answers):
                 colour = COLOURS[i % len(COLOURS)]
-                subplot.plot(curves.points, curves.probabilities[:, i], color=colour, label=answer)
+                subplot.plot(
+                    curves.points,
+                    curves.probabilities[:, i],
+                    color=colour,
+                    label=answer,
+                )
             subplot.set(xlim=curves.points[[0, -1]], ylim=(0, 1.03), yticks=[0, 0.5, 1])
         for subplot, column in zip(axes[0], columns, strict=True):
             subplot.set_title(column, fontsize=9, parse_math=False)
@@ -220,7 +273,12 @@ def curve_grid(cells: dict[tuple[str, str], Curves], *, xlabel: str) -> Figure:
             )
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(
-            handles, labels, loc="outside lower right", frameon=False, fontsize=8, ncols=len(labels)
+            handles,
+            labels,
+            loc="outside lower right",
+            frameon=False,
+            fontsize=8,
+            ncols=len(labels),
         )
         figure.supxlabel(xlabel, fontsize=9)
     return figure
@@ -242,7 +300,9 @@ def heat_maps(
       title: above them.
     """
     with plt.rc_context(MATPLOTLIB_STYLE):
-        figure, axes, positions, num_lines = _text_axes(token_texts, separators, rows, title)
+        figure, axes, positions, num_lines = _text_axes(
+            token_texts, separators, rows, title
+        )
         for i, values in enumerate(rows.values()):
             max_value = max(float(np.abs(values).max()), 1e-9)
             for token_text, (line, column), value in zip(
@@ -250,10 +310,18 @@ def heat_maps(
             ):
                 x, y = column, i * (num_lines + 1.5) + line
                 colour = COLOURS[4] if value >= 0 else COLOURS[3]
-                rectangle = (x - 0.3, y - 0.42), len(_fit_to_line(token_text)) + 0.6, 0.84
+                rectangle = (
+                    (x - 0.3, y - 0.42),
+                    len(_fit_to_line(token_text)) + 0.6,
+                    0.84,
+                )
                 opacity = min(abs(float(value)) / max_value, 1.0)
-                axes.add_patch(Rectangle(*rectangle, color=colour, alpha=0.85 * opacity, lw=0))
-                _draw_token(axes, x, y, token_text, "white" if opacity > 0.75 else "black")
+                axes.add_patch(
+                    Rectangle(*rectangle, color=colour, alpha=0.85 * opacity, lw=0)
+                )
+                _draw_token(
+                    axes, x, y, token_text, "white" if opacity > 0.75 else "black"
+                )
     return figure
 
 
@@ -286,11 +354,20 @@ def durations_over_text(
                 x, y = column, i * (2.1 * num_lines + 1.5) + 2.1 * line
                 width = len(_fit_to_line(token_text))
                 colour = (
-                    COLOURS[4] if duration < 0.999 else COLOURS[3] if duration > 1.001 else "0.6"
+                    COLOURS[4]
+                    if duration < 0.999
+                    else COLOURS[3]
+                    if duration > 1.001
+                    else "0.6"
                 )
                 rectangle = (x, y - 0.45), width, -1.1 * float(duration) / max_duration
                 axes.add_patch(Rectangle(*rectangle, color=colour, alpha=0.8, lw=0))
-                axes.plot([x, x + width], [y - 0.45 - 1.1 / max_duration] * 2, color="0.75", lw=0.5)
+                axes.plot(
+                    [x, x + width],
+                    [y - 0.45 - 1.1 / max_duration] * 2,
+                    color="0.75",
+                    lw=0.5,
+                )
                 _draw_token(axes, x, y, token_text, "black" if duration > 0 else "0.75")
     return figure
 
@@ -332,13 +409,18 @@ def _text_axes(token_texts, separators, rows, title, line_height=1.0):
     height = (num_lines * line_height + 1.5) * len(rows)
     figure = plt.figure(figsize=(0.0677 * (_TEXT_COLUMNS + 2), 0.2 * (height + 1.5)))
     axes = figure.add_axes((0.0, 0.0, 1.0, height / (height + 1.5)))
-    axes.set(xlim=(-1, _TEXT_COLUMNS + 1), ylim=(height - line_height - 0.2, -line_height - 0.9))
+    axes.set(
+        xlim=(-1, _TEXT_COLUMNS + 1),
+        ylim=(height - line_height - 0.2, -line_height - 0.9),
+    )
     axes.set_axis_off()
     for i, name in enumerate(rows):
         y = i * (num_lines * line_height + 1.5) - line_height
         axes.text(0, y, name, fontsize=8, style="italic", va="center", parse_math=False)
     wrapped_title = "\n".join(textwrap.wrap(title, 88))
-    figure.suptitle(wrapped_title, fontsize=9, x=0.012, y=0.995, ha="left", parse_math=False)
+    figure.suptitle(
+        wrapped_title, fontsize=9, x=0.012, y=0.995, ha="left", parse_math=False
+    )
     return figure, axes, positions, num_lines
 
 
@@ -348,5 +430,9 @@ def _fit_to_line(token_text: str) -> str:
 
 
 def _draw_token(axes, x: float, y: float, token_text: str, colour: str) -> None:
-    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": 8, "parse_math": False}
+    font: dict[str, Any] = {
+        "family": "DejaVu Sans Mono",
+        "fontsize": 8,
+        "parse_math": False,
+    }
     axes.text(x, y, _fit_to_line(token_text), va="center", color=colour, **font)

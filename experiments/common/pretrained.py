@@ -21,10 +21,14 @@ _DTYPE = flags.DEFINE_enum(
     "Of the parameters and the computation. auto: as stored on an accelerator, float32 on a CPU.",
 )
 _CACHE_DIR = flags.DEFINE_string(
-    "cache_dir", None, "Folder that keeps converted parameters for the next run.  [default: none]"
+    "cache_dir",
+    None,
+    "Folder that keeps converted parameters for the next run.  [default: none]",
 )
 _IGNORED_CONFIG_FIELDS = flags.DEFINE_list(
-    "ignore_config_fields", [], "Fields of config.json known not to change what the model computes."
+    "ignore_config_fields",
+    [],
+    "Fields of config.json known not to change what the model computes.",
 )
 
 

@@ -24,7 +24,9 @@ from continuous_lm.parallel import processes
 from continuous_lm.parallel.mesh import make_mesh
 
 _OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Folder for the results.  [default: results/ and the program's name]"
+    "output_dir",
+    None,
+    "Folder for the results.  [default: results/ and the program's name]",
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -38,7 +40,9 @@ _MESH = flags.DEFINE_string(
     "How many devices share points or rows, and the model: data=2,model=4."
     "  [default: one device; all on data, with several processes]",
 )
-_PMAP = flags.DEFINE_bool("pmap", False, "Spread points or rows over all devices by jax.pmap.")
+_PMAP = flags.DEFINE_bool(
+    "pmap", False, "Spread points or rows over all devices by jax.pmap."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -46,21 +50,33 @@ _COORDINATOR = flags.DEFINE_string(
     " be free. auto: as Slurm, Open MPI or a TPU slice say.  [default: JAX_COORDINATOR_ADDRESS]",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many they are.  [default: JAX_NUM_PROCESSES]", lower_bound=1
+    "num_processes",
+    None,
+    "How many they are.  [default: JAX_NUM_PROCESSES]",
+    lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "The number of this one, from 0.  [default: JAX_PROCESS_ID]", lower_bound=0
+    "process_id",
+    None,
+    "The number of this one, from 0.  [default: JAX_PROCESS_ID]",
+    lower_bound=0,
 )
 _STARTUP_TIMEOUT = flags.DEFINE_integer(
     "startup_timeout", 300, "Seconds until all processes must have come.", lower_bound=1
 )
 _HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, "Seconds without a sign of life that end a run.", lower_bound=1
+    "heartbeat_timeout",
+    100,
+    "Seconds without a sign of life that end a run.",
+    lower_bound=1,
 )
 
 
 def run(
-    main: Callable[[], None], *, supports_mesh: bool = False, supports_pmap: bool = False
+    main: Callable[[], None],
+    *,
+    supports_mesh: bool = False,
+    supports_pmap: bool = False,
 ) -> None:
     """Runs `main` as an absl program; an `InputError` ends it with one line and exit status 1.
 
@@ -73,10 +89,14 @@ def run(
 
     def run_and_report_errors(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # at absl's INFO libraries are chatty
+            logging.set_verbosity(
+                logging.WARNING
+            )  # at absl's INFO libraries are chatty
         try:
             if len(argv) > 1:
-                raise InputError(f"{argv[1]!r} is not a flag; flags begin with --, see --help")
+                raise InputError(
+                    f"{argv[1]!r} is not a flag; flags begin with --, see --help"
+                )
             _refuse_unused_flags(supports_mesh, supports_pmap)
             _enable_compilation_cache()
             if _coordinator_address() is not None:
@@ -109,13 +129,22 @@ def _refuse_unused_flags(supports_mesh: bool, supports_pmap: bool) -> None:
             if flags.FLAGS[name].present:
                 raise InputError(f"--{name}: {why}; leave it out")
 
-    process_flags = ("num_processes", "process_id", "startup_timeout", "heartbeat_timeout")
+    process_flags = (
+        "num_processes",
+        "process_id",
+        "startup_timeout",
+        "heartbeat_timeout",
+    )
     if not supports_mesh:
-        refuse(("mesh", "coordinator", *process_flags), "this program runs on one device")
+        refuse(
+            ("mesh", "coordinator", *process_flags), "this program runs on one device"
+        )
     if not supports_pmap:
         refuse(("pmap",), "this program has nothing that it could spread so")
     if _coordinator_address() is None:
-        refuse(process_flags, "it is of several processes, and there is no --coordinator")
+        refuse(
+            process_flags, "it is of several processes, and there is no --coordinator"
+        )
     elif _PMAP.value:
         raise InputError("--pmap is for one process; several share a --mesh")
     if _PMAP.value and _MESH.value is not None:
@@ -139,7 +168,9 @@ def _enable_compilation_cache() -> None:
         check_writable(folder)
     except (OSError, InputError):
         if requested_folder is not None:
-            raise InputError(f"--compilation_cache: {folder} cannot be written") from None
+            raise InputError(
+                f"--compilation_cache: {folder} cannot be written"
+            ) from None
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -184,7 +215,10 @@ def settings() -> dict[str, Any]:
     }
     return {
         "flags": dict(sorted(ours.items())),
-        "versions": {"continuous_lm": clm.__version__, "python": platform.python_version()}
+        "versions": {
+            "continuous_lm": clm.__version__,
+            "python": platform.python_version(),
+        }
         | {name: importlib.metadata.version(name) for name in packages},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

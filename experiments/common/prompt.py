@@ -12,7 +12,9 @@ from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.common import answer_curves
 
 # The paper's, with four apples (Marro et al., arXiv:2504.03933, section 4.1).
-DEFAULT_PROMPT = prompts.counting_prompt("fruit", "apple", [" "] * 3, wording="times").text
+DEFAULT_PROMPT = prompts.counting_prompt(
+    "fruit", "apple", [" "] * 3, wording="times"
+).text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,10 @@ class AnsweredPrompt:
 
 
 def encode_prompt(
-    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, text: str, answer: str | None
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    text: str,
+    answer: str | None,
 ) -> AnsweredPrompt:
     """Encodes a prompt, and finds the tokens of an answer: the most probable one if it is None.
 
@@ -49,14 +54,18 @@ def encode_prompt(
     encoding = clm.tokenization.encode(tokenizer, text)
     tokens = jnp.array(encoding.ids)
     token_texts, separators, previous_end = [], [], 0
-    for token, (token_begin, token_end) in zip(encoding.tokens, encoding.offsets, strict=True):
+    for token, (token_begin, token_end) in zip(
+        encoding.tokens, encoding.offsets, strict=True
+    ):
         token_texts.append(text[token_begin:token_end].strip() or token)
         text_begin = (
             token_begin
             + len(text[token_begin:token_end])
             - len(text[token_begin:token_end].lstrip())
         )
-        separators.append(text[previous_end:text_begin] if token_end > token_begin else "")
+        separators.append(
+            text[previous_end:text_begin] if token_end > token_begin else ""
+        )
         previous_end = max(previous_end, token_end)
     if answer is None:
         best_token = int(np.asarray(lm(tokens, position=-1)).argmax())
@@ -64,7 +73,14 @@ def encode_prompt(
         answer_tokens = clm.tokenization.tokens_spelling(tokenizer, (answer,))[answer]
         answer_tokens = answer_tokens if best_token in answer_tokens else [best_token]
     else:
-        answer_tokens = answer_curves.find_answer_tokens(tokenizer, [answer], "exact")[answer]
+        answer_tokens = answer_curves.find_answer_tokens(tokenizer, [answer], "exact")[
+            answer
+        ]
     return AnsweredPrompt(
-        text, tokens, tuple(token_texts), tuple(separators), answer, tuple(answer_tokens)
+        text,
+        tokens,
+        tuple(token_texts),
+        tuple(separators),
+        answer,
+        tuple(answer_tokens),
     )

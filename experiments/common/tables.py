@@ -58,7 +58,10 @@ class Table:
     def cells(self) -> list[list[str]]:
         """Every cell as text, heads first; "" where there is no number."""
         body = [
-            [_format_cell(cell, column) for cell, column in zip(row, self.columns, strict=True)]
+            [
+                _format_cell(cell, column)
+                for cell, column in zip(row, self.columns, strict=True)
+            ]
             for row in self.rows
         ]
         titles = [c.title + " (%)" * c.format.endswith("%") for c in self.columns]
@@ -83,15 +86,23 @@ class Table:
 
     def as_markdown(self) -> str:
         """A table of GitHub's Markdown."""
-        escaped = [[c.replace("\\", "\\\\").replace("|", "\\|") for c in r] for r in self.cells]
-        header, *lines = (f"| {' | '.join(row)} |" for row in _dash_empty_cells(escaped))
+        escaped = [
+            [c.replace("\\", "\\\\").replace("|", "\\|") for c in r] for r in self.cells
+        ]
+        header, *lines = (
+            f"| {' | '.join(row)} |" for row in _dash_empty_cells(escaped)
+        )
         separator = "|---|" + "---:|" * (len(self.columns) - 1)
         return "\n".join([self.caption, "", header, separator, *lines]) + "\n"
 
     def as_latex(self) -> str:
         """A table for a paper that uses the package booktabs."""
-        escaped = [[cell.translate(_LATEX_ESCAPES) for cell in row] for row in self.cells]
-        header, *lines = (" & ".join(row) + r" \\" for row in _dash_empty_cells(escaped))
+        escaped = [
+            [cell.translate(_LATEX_ESCAPES) for cell in row] for row in self.cells
+        ]
+        header, *lines = (
+            " & ".join(row) + r" \\" for row in _dash_empty_cells(escaped)
+        )
         if self.has_summary_row:
             lines.insert(-1, r"\midrule")
         return "\n".join(
@@ -115,9 +126,15 @@ class Table:
 
     def write(self, folder: pathlib.Path) -> None:
         """The three files of the table."""
-        text_by_suffix = {"csv": self.as_csv(), "md": self.as_markdown(), "tex": self.as_latex()}
+        text_by_suffix = {
+            "csv": self.as_csv(),
+            "md": self.as_markdown(),
+            "tex": self.as_latex(),
+        }
         for suffix, text in text_by_suffix.items():
-            (folder / f"{self.name}.{suffix}").write_text(text, encoding="utf-8", newline="\n")
+            (folder / f"{self.name}.{suffix}").write_text(
+                text, encoding="utf-8", newline="\n"
+            )
 
 
 def _format_cell(cell: Cell, column: Column) -> str:

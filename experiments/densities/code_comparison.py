@@ -26,7 +26,9 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 
 NUM_REPEATS = 5
-FSQ_GROUP_SIZE = 4  # dimensions whose levels make one code of finite scalar quantization
+FSQ_GROUP_SIZE = (
+    4  # dimensions whose levels make one code of finite scalar quantization
+)
 
 Quantizer = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
 
@@ -79,7 +81,9 @@ def fit_coders(
 ) -> dict[str, Callable[[jax.Array], jax.Array]]:
     """Name -> from vectors [..., W] to the vectors of their codes, fitted to standardised rows."""
     codebook = quantize.init(key, rows, codes)
-    residual_codebooks = quantize.init_residual(key, rows, stages, max(codes // stages, 2))
+    residual_codebooks = quantize.init_residual(
+        key, rows, stages, max(codes // stages, 2)
+    )
 
     def round_to_levels(x):
         # A level a third of a standard deviation and more: tanh is nearly straight there.
@@ -99,7 +103,13 @@ def fit_coders(
 
 
 def compare_quantizers(
-    lm: DensityLM, held_out: np.ndarray, *, length: int, windows: int, seed: int, **settings: int
+    lm: DensityLM,
+    held_out: np.ndarray,
+    *,
+    length: int,
+    windows: int,
+    seed: int,
+    **settings: int,
 ) -> list[dict[str, Any]]:
     """Each way's numbers: see the top of the module.
 
@@ -113,7 +123,9 @@ def compare_quantizers(
     """
     if lm.model.predicts_tokens:
         raise InputError("a token head draws tokens, no vectors; give a density model")
-    tokens = window_batches.consecutive_windows(held_out, length=length, max_windows=windows)
+    tokens = window_batches.consecutive_windows(
+        held_out, length=length, max_windows=windows
+    )
     variables = {"params": lm.params}
     key, draw_key = jax.random.split(jax.random.key(seed))
 
@@ -135,14 +147,18 @@ def compare_quantizers(
         row_indices = jnp.arange(len(rows))
         share_kept = None
         if name not in ("nearest", "cosine", "re-ranked"):
-            share_kept = float(jnp.mean(quantizer(rows, first_density)[1] == row_indices))
+            share_kept = float(
+                jnp.mean(quantizer(rows, first_density)[1] == row_indices)
+            )
         results.append(
             {
                 "way": name,
                 "accuracy": float(np.mean(np.asarray(decoded_tokens) == targets)),
                 "noise": float(jnp.mean((vectors - x) ** 2)),
                 "kept": share_kept,
-                "microseconds": 1e6 * median_seconds(jitted_quantizer, x, density) / len(targets),
+                "microseconds": 1e6
+                * median_seconds(jitted_quantizer, x, density)
+                / len(targets),
             }
         )
     return results
@@ -184,16 +200,20 @@ def compare_latent_quantizers(
             f"latents of width {latent_size} do not fall into groups of {FSQ_GROUP_SIZE}"
         )
     if length < 2 * chunk_size:
-        raise InputError(f"--length={length} is less than two chunks of {chunk_size} tokens")
+        raise InputError(
+            f"--length={length} is less than two chunks of {chunk_size} tokens"
+        )
     tokens = window_batches.consecutive_windows(
         held_out, length=length // chunk_size * chunk_size - 1, max_windows=windows
     )
     chunks = tokens.reshape(len(tokens), -1, chunk_size)
     targets = chunks[:, 1:].reshape(-1, chunk_size)
-    train_chunks = np.asarray(train_tokens[: len(train_tokens) // chunk_size * chunk_size]).reshape(
-        -1, chunk_size
-    )
-    train_chunks = train_chunks[:: max(1, len(train_chunks) // max_train_chunks)][:max_train_chunks]
+    train_chunks = np.asarray(
+        train_tokens[: len(train_tokens) // chunk_size * chunk_size]
+    ).reshape(-1, chunk_size)
+    train_chunks = train_chunks[:: max(1, len(train_chunks) // max_train_chunks)][
+        :max_train_chunks
+    ]
     key, noise_key = jax.random.split(jax.random.key(seed))
     variables: Any = {"params": lm.params}
 
@@ -207,22 +227,32 @@ def compare_latent_quantizers(
     x, target_latents = draw_next_latents(chunks), lm.codec.encode(targets)[0]
     latents = lm.codec.encode(train_chunks)[0]
     if codes > len(latents):
-        raise InputError(f"--codes={codes}, but there are {len(latents)} training chunks")
+        raise InputError(
+            f"--codes={codes}, but there are {len(latents)} training chunks"
+        )
     latent_mean, latent_deviation = jnp.mean(latents, axis=0), jnp.std(latents, axis=0)
     coder_by_name = {
         "decoder": lambda z: z,
         f"nearest of {len(latents)}": nearest_row_coder(latents),
     }
     fitted_coders = fit_coders(
-        key, (latents - latent_mean) / latent_deviation, codes=codes, stages=stages, levels=levels
+        key,
+        (latents - latent_mean) / latent_deviation,
+        codes=codes,
+        stages=stages,
+        levels=levels,
     )
 
     def coder_in_latent_units(
         code: Callable[[jax.Array], jax.Array],
     ) -> Callable[[jax.Array], jax.Array]:
-        return lambda z: latent_mean + latent_deviation * code((z - latent_mean) / latent_deviation)
+        return lambda z: (
+            latent_mean + latent_deviation * code((z - latent_mean) / latent_deviation)
+        )
 
-    coder_by_name |= {name: coder_in_latent_units(coder) for name, coder in fitted_coders.items()}
+    coder_by_name |= {
+        name: coder_in_latent_units(coder) for name, coder in fitted_coders.items()
+    }
 
     results = []
     for name, coder in coder_by_name.items():
@@ -239,7 +269,9 @@ def compare_latent_quantizers(
                 "way": name,
                 "accuracy": float(np.mean(np.asarray(decoded_tokens) == targets)),
                 "noise": float(jnp.mean((vectors - x) ** 2)),
-                "kept": float(np.mean(np.asarray(jitted_decoder(target_latents)[1]) == targets)),
+                "kept": float(
+                    np.mean(np.asarray(jitted_decoder(target_latents)[1]) == targets)
+                ),
                 "microseconds": 1e6 * median_seconds(jitted_decoder, x) / targets.size,
             }
         )
@@ -265,7 +297,11 @@ def median_seconds(function: Callable[..., Any], *arguments: Any) -> float:
 def make_table(results: list[dict[str, Any]]) -> tables.Table:
     """The table of `compare_quantizers`."""
     columns = [
-        *([tables.Column("model"), tables.Column("K", format="d")] if "K" in results[0] else []),
+        *(
+            [tables.Column("model"), tables.Column("K", format="d")]
+            if "K" in results[0]
+            else []
+        ),
         tables.Column("way"),
         tables.Column("accuracy", format=".2%"),
         tables.Column("noise", format=".4f"),

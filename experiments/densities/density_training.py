@@ -103,13 +103,17 @@ def train(
     model, input_kind = lm.model, lm.model.input_kind
 
     def loss(params, batch, key):
-        token_losses: Any = model.apply({"params": params}, **{input_kind: batch}, method="loss")
+        token_losses: Any = model.apply(
+            {"params": params}, **{input_kind: batch}, method="loss"
+        )
         return jnp.mean(token_losses), {}
 
     loss_windows = window_batches.consecutive_windows(
         held_out, length=length, max_windows=NUM_LOSS_WINDOWS
     )
-    held_out_loss: Callable = jax.jit(lambda params: loss(params, loss_windows, None)[0])
+    held_out_loss: Callable = jax.jit(
+        lambda params: loss(params, loss_windows, None)[0]
+    )
     score_windows = window_batches.consecutive_windows(
         held_out, length=length, max_windows=NUM_SCORE_WINDOWS
     )
@@ -135,7 +139,9 @@ def train(
             train_data, length=length, batch_size=batch_size, seed=seed
         ),
         folder=folder,
-        is_frozen=lambda path: path == "table" or (trunk_is_frozen and path.startswith("trunk/")),
+        is_frozen=lambda path: (
+            path == "table" or (trunk_is_frozen and path.startswith("trunk/"))
+        ),
         settings={"length": length, "batch_size": batch_size, **(settings or {})},
         evaluate=evaluate,
         tokens_per_step=length * batch_size,
@@ -151,9 +157,13 @@ def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
     match lm:
         case DensityLM():
             example_inputs = density.example_inputs(lm.model)
-            abstract_variables = jax.eval_shape(lambda: lm.model.init(key, **example_inputs))
+            abstract_variables = jax.eval_shape(
+                lambda: lm.model.init(key, **example_inputs)
+            )
         case NextVectorLM():
-            abstract_variables = jax.eval_shape(lm.model.init, key, calm.example_inputs(lm.model))
+            abstract_variables = jax.eval_shape(
+                lm.model.init, key, calm.example_inputs(lm.model)
+            )
         case _:
             chunk = np.zeros(lm.config.chunk_size, np.int32)
             abstract_variables = jax.eval_shape(lm.model.init, key, chunk)
@@ -188,7 +198,9 @@ def load_text_model(
         raise InputError(f"{folder} is not a folder that the program train wrote")
     fields = read_json(path / "config.json")
     if autoencoder.is_config(fields):
-        raise InputError(f"{folder} holds an autoencoder; give a model that is trained on it")
+        raise InputError(
+            f"{folder} holds an autoencoder; give a model that is trained on it"
+        )
     if not next_vector.is_config(fields):
         if codec is not None:
             raise InputError(f"--codec: {folder} is a density model; leave it out")
@@ -219,5 +231,7 @@ def load_density_model(
 def num_learned_parameters(lm: DensityLM | NextVectorLM) -> int:
     """How many numbers are learned: a frozen table or autoencoder is not among them."""
     frozen_parts = ("table", "autoencoder")
-    learned_parts = {name: leaf for name, leaf in lm.params.items() if name not in frozen_parts}
+    learned_parts = {
+        name: leaf for name, leaf in lm.params.items() if name not in frozen_parts
+    }
     return sum(leaf.size for leaf in jax.tree.leaves(learned_parts))

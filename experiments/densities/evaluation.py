@@ -61,7 +61,9 @@ def evaluate_density(
     batch_size = min(WINDOWS_PER_BATCH, len(tokens))
     for i in range(0, len(tokens) - batch_size + 1, batch_size):  # a rest is left out
         key = jax.random.fold_in(jax.random.key(seed), i)
-        batch_metrics = _batch_metrics(lm.model, lm.params, table, tokens[i : i + batch_size], key)
+        batch_metrics = _batch_metrics(
+            lm.model, lm.params, table, tokens[i : i + batch_size], key
+        )
         for name, values in batch_metrics.items():
             metric_batches.setdefault(name, []).append(np.asarray(values))
     metrics = {name: np.concatenate(values) for name, values in metric_batches.items()}
@@ -71,11 +73,15 @@ def evaluate_density(
 
     def interval(values, of=lambda x: x):
         means = values.reshape(len(values), -1).mean(axis=1)
-        resampled_means = means[rng.integers(len(means), size=(NUM_RESAMPLES, len(means)))].mean(
-            axis=1
-        )
+        resampled_means = means[
+            rng.integers(len(means), size=(NUM_RESAMPLES, len(means)))
+        ].mean(axis=1)
         estimates = {"value": means.mean()} | dict(
-            zip(("low", "high"), np.quantile(resampled_means, [0.025, 0.975]), strict=True)
+            zip(
+                ("low", "high"),
+                np.quantile(resampled_means, [0.025, 0.975]),
+                strict=True,
+            )
         )
         with np.errstate(over="ignore"):  # more than a float holds is no number
             transformed = {name: float(of(x)) for name, x in estimates.items()}
@@ -89,21 +95,38 @@ def evaluate_density(
         "unigram": interval(unigram, np.exp),
         "context_nats": interval(metrics["shuffled"] - metrics["nats"]),
     }
-    optional_metrics = ("nll", "accuracy_mean", "accuracy_draw", "noise", "margin", "at_bound")
-    result |= {name: interval(metrics[name]) for name in optional_metrics if name in metrics}
+    optional_metrics = (
+        "nll",
+        "accuracy_mean",
+        "accuracy_draw",
+        "noise",
+        "margin",
+        "at_bound",
+    )
+    result |= {
+        name: interval(metrics[name]) for name in optional_metrics if name in metrics
+    }
     if table is not None:
         row_spread = quantize.spread(table["rows"])
         result["width"] = lm.model.head.width
         result["effective_rank"] = float(row_spread.effective_rank)
         result["least_variance"] = float(jnp.min(row_spread.variances))
-    if "weights" in metrics:  # exp of the entropy of the mean weights: X if all are used alike
-        weights = metrics["weights"].reshape(-1, metrics["weights"].shape[-1]).mean(axis=0)
-        result["use"] = float(np.exp(-np.sum(weights * np.log(np.maximum(weights, 1e-30)))))
+    if (
+        "weights" in metrics
+    ):  # exp of the entropy of the mean weights: X if all are used alike
+        weights = (
+            metrics["weights"].reshape(-1, metrics["weights"].shape[-1]).mean(axis=0)
+        )
+        result["use"] = float(
+            np.exp(-np.sum(weights * np.log(np.maximum(weights, 1e-30))))
+        )
     return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_metrics(model: DensityModel, params: Any, table: Any, tokens: jax.Array, key: jax.Array):
+def _batch_metrics(
+    model: DensityModel, params: Any, table: Any, tokens: jax.Array, key: jax.Array
+):
     """Numbers of each target, [B, T] each, of windows int [B, T + 1]."""
 
     def apply_method(method, *arguments):
@@ -127,21 +150,31 @@ def _batch_metrics(model: DensityModel, params: Any, table: Any, tokens: jax.Arr
         metrics["accuracy_mean"] = jnp.argmax(logits, axis=-1) == targets
         return metrics | {"accuracy_draw": density.sample(key) == targets}
     drawn_vectors = density.sample(key)
-    nearest_two = quantize.k_nearest(drawn_vectors, table["rows"], 2, norms=table["norms"])
-    nearest_to_mean = quantize.nearest(density.mean, table["rows"], norms=table["norms"]).indices
+    nearest_two = quantize.k_nearest(
+        drawn_vectors, table["rows"], 2, norms=table["norms"]
+    )
+    nearest_to_mean = quantize.nearest(
+        density.mean, table["rows"], norms=table["norms"]
+    ).indices
     metrics |= {
         "nll": -density.log_prob(table["rows"][targets]),
         "accuracy_mean": nearest_to_mean == targets,
         "accuracy_draw": nearest_two.indices[..., 0] == targets,
         "noise": nearest_two.distances[..., 0],
         "margin": nearest_two.distances[..., 1] - nearest_two.distances[..., 0],
-        "at_bound": jnp.mean(_bounded_scales(density) < 1.1 * model.head.min_scale, axis=-1),  # type: ignore[attr-defined]
+        "at_bound": jnp.mean(
+            _bounded_scales(density) < 1.1 * model.head.min_scale, axis=-1
+        ),  # type: ignore[attr-defined]
     }
     if isinstance(density, distributions.Mixture):
         metrics["weights"] = density.weights
         if isinstance(model.head, ExpertsHead):
-            expert_one_hot = jax.nn.one_hot(apply_method("route", hidden)[1], model.head.experts)
-            metrics["weights"] = jnp.einsum("...x,...xX->...X", density.weights, expert_one_hot)
+            expert_one_hot = jax.nn.one_hot(
+                apply_method("route", hidden)[1], model.head.experts
+            )
+            metrics["weights"] = jnp.einsum(
+                "...x,...xX->...X", density.weights, expert_one_hot
+            )
     return metrics
 
 

@@ -25,7 +25,9 @@ from continuous_lm.parallel import processes
 
 _PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
 _ANSWER = flags.DEFINE_string(
-    "answer", None, "What is explained, one token.  [default: the model's most probable answer]"
+    "answer",
+    None,
+    "What is explained, one token.  [default: the model's most probable answer]",
 )
 _NUM_NODES = flags.DEFINE_integer(
     "nodes",
@@ -35,7 +37,9 @@ _NUM_NODES = flags.DEFINE_integer(
 )
 
 
-def as_html(answered_prompt: prompt.AnsweredPrompt, contributions: dict[str, np.ndarray]) -> str:
+def as_html(
+    answered_prompt: prompt.AnsweredPrompt, contributions: dict[str, np.ndarray]
+) -> str:
     """A page of its own: the text once for each method, coloured by what tokens contribute."""
     html_blocks = []
     for method, values in contributions.items():
@@ -49,7 +53,9 @@ def as_html(answered_prompt: prompt.AnsweredPrompt, contributions: dict[str, np.
                 f'{html.escape(separator)}<span title="{value:+.4f} nats" style="background:'
                 f'rgba({colour}, {abs(value) / max_value:.3f})">{html.escape(token_text)}</span>'
             )
-        html_blocks.append(f"<h2>{html.escape(method)}</h2>\n<p>{''.join(token_spans)}</p>")
+        html_blocks.append(
+            f"<h2>{html.escape(method)}</h2>\n<p>{''.join(token_spans)}</p>"
+        )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n<title>Attribution</title>'
         "<style>body { font: 16px/1.9 serif; max-width: 46em; margin: 3em auto; }"
@@ -65,7 +71,9 @@ def main() -> None:
     """Three methods, their deletion curves, table, files."""
     folder = program.output_dir("attribution")
     if _NUM_NODES.value % attribution.NODES_PER_PANEL:
-        raise clm.InputError(f"--nodes is {_NUM_NODES.value}; it must be a multiple of 4")
+        raise clm.InputError(
+            f"--nodes is {_NUM_NODES.value}; it must be a multiple of 4"
+        )
     lm, tokenizer = pretrained.load()
     answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
     objective = attribution.log_probability(
@@ -91,9 +99,14 @@ def main() -> None:
     values = f"{integrated.baseline_value:.2f} to {integrated.end_value:.2f}"
     title = f"{answered_prompt.answer!r}: log probability {values}"
     heat_map = plots.heat_maps(
-        answered_prompt.token_texts, answered_prompt.separators, token_contributions, title=title
+        answered_prompt.token_texts,
+        answered_prompt.separators,
+        token_contributions,
+        title=title,
     )
-    deletion_figure = plots.deletion_curves({method: d.values for method, d in deletions.items()})
+    deletion_figure = plots.deletion_curves(
+        {method: d.values for method, d in deletions.items()}
+    )
     if not processes.is_first_process():
         return
     with write_atomically(folder) as staging_folder:
@@ -108,7 +121,10 @@ def main() -> None:
                 "prompt": answered_prompt.text,
                 "pieces": list(answered_prompt.token_texts),
                 "answer": answered_prompt.answer,
-                "group": [tokenizer.id_to_token(token) for token in answered_prompt.answer_tokens],
+                "group": [
+                    tokenizer.id_to_token(token)
+                    for token in answered_prompt.answer_tokens
+                ],
                 "log_probability": {
                     "whole": integrated.end_value,
                     "first token alone": integrated.baseline_value,

@@ -18,9 +18,8 @@ from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 OPERATORS = ("AND", "OR", "NAND", "NOR", "XOR")
-TEMPLATE = (
-    "Question: What is the truth value of the following statement?\n{a} [] {b}\nAnswer (0 or 1): "
-)
+TEMPLATE = "Question: What is the truth value of the following statement?\n"
+TEMPLATE += "{a} [] {b}\nAnswer (0 or 1): "
 
 
 def make_operator_sweeps(
@@ -63,16 +62,20 @@ def main() -> None:
             for pair, inputs in [cell]
         ]
         write_json(
-            staging_folder / "boolean.json", {"sweeps": sweep_records, "run": program.record()}
+            staging_folder / "boolean.json",
+            {"sweeps": sweep_records, "run": program.record()},
         )
-    print("answers from the first operator to the second, for inputs 0 0, 0 1, 1 0, 1 1\n")
+    print(
+        "answers from the first operator to the second, for inputs 0 0, 0 1, 1 0, 1 1\n"
+    )
     for pair, pair_results in itertools.groupby(
         curves_by_cell.items(), key=lambda item: item[0][0]
     ):
         print(
             f"{pair:<12} "
             + "   ".join(
-                f"{_answer_sequence(answer_curves):<8}" for _, answer_curves in pair_results
+                f"{_answer_sequence(answer_curves):<8}"
+                for _, answer_curves in pair_results
             )
         )
     print(f"\n{folder}/boolean.json, .png, .pdf")

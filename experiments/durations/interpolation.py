@@ -34,7 +34,9 @@ def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("interpolation")
     if len(_WORDS.value) != 2:
-        raise clm.InputError(f"--words is {','.join(_WORDS.value)}; give two, as apples,bananas")
+        raise clm.InputError(
+            f"--words is {','.join(_WORDS.value)}; give two, as apples,bananas"
+        )
     lm, tokenizer = pretrained.load()
     first, second = _WORDS.value
     template, sweep_points = _TEMPLATE.value, single_prompt.sweep_points(0.0)
@@ -46,7 +48,9 @@ def main() -> None:
     elif "(yes/no)" in template:
         answer_tokens = single_prompt.find_answer_tokens(tokenizer, YES_NO_SPELLINGS)
     else:
-        answer_tokens = single_prompt.find_tokens_above_threshold(lm, tokenizer, prompt_sweep)
+        answer_tokens = single_prompt.find_tokens_above_threshold(
+            lm, tokenizer, prompt_sweep
+        )
     single_prompt.write_results(
         folder,
         "interpolation",

@@ -22,7 +22,9 @@ from continuous_lm.parallel import processes
 _PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
 _ANSWER = flags.DEFINE_string("answer", "3", "What the model is to say, one token.")
 _SPAN = flags.DEFINE_string(
-    "span", None, "A piece of the prompt whose tokens may change.  [default: all but the first]"
+    "span",
+    None,
+    "A piece of the prompt whose tokens may change.  [default: all but the first]",
 )
 _MARGIN = flags.DEFINE_float(
     "margin", 0.1, "Lead in log-odds over every other token.", lower_bound=0.0
@@ -43,7 +45,9 @@ def main() -> None:
     ordinary_durations = jnp.ones(len(answered_prompt.tokens))
     answer_tokens = jnp.array(answered_prompt.answer_tokens)
     constraint = duration_search.Margin(
-        next_token_logits(lm, tokens=answered_prompt.tokens), answer_tokens, _MARGIN.value
+        next_token_logits(lm, tokens=answered_prompt.tokens),
+        answer_tokens,
+        _MARGIN.value,
     )
     by_gradients = duration_search.find_durations(
         constraint, ordinary_durations, span=token_span, steps=_STEPS.value
@@ -72,7 +76,9 @@ def main() -> None:
             "evaluations": result.evaluations,
         }
         if top_token in answered_prompt.answer_tokens:
-            drawn_durations[f"{method}: total change {result.total:.3f}"] = result.durations
+            drawn_durations[f"{method}: total change {result.total:.3f}"] = (
+                result.durations
+            )
     title = f"durations that make it say {answered_prompt.answer!r}"
     figure = plots.durations_over_text(
         answered_prompt.token_texts,
@@ -109,9 +115,13 @@ def main() -> None:
     for j, token_text in enumerate(answered_prompt.token_texts):
         token_durations = np.array([result.durations[j] for result in results.values()])
         if (np.abs(token_durations - 1.0) > 1e-3).any():
-            print(f"{token_text:<14} " + " ".join(f"{d:10.3f}" for d in token_durations))
+            print(
+                f"{token_text:<14} " + " ".join(f"{d:10.3f}" for d in token_durations)
+            )
     if not result_records["gradients"]["holds"]:
-        print("\nNo durations were found that make it say so; allow more steps or another piece.")
+        print(
+            "\nNo durations were found that make it say so; allow more steps or another piece."
+        )
     print(f"\n{folder}/inverse.json, .png, .pdf")
 
 

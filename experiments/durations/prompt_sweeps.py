@@ -38,7 +38,11 @@ class PromptSweep:
     sweep: Sweep
 
     def as_json(self) -> dict[str, Any]:
-        return {"prompt": self.prompt, "tokens": self.token_names, "span": list(self.token_span)}
+        return {
+            "prompt": self.prompt,
+            "tokens": self.token_names,
+            "span": list(self.token_span),
+        }
 
 
 def shrink_span(
@@ -54,29 +58,46 @@ def shrink_span(
     num_tokens = len(encoding.ids)
 
     def make_arguments():
-        durations = clm.durations.scale(np.ones(num_tokens, np.float32), factors, token_span)
-        return {"tokens": np.array(encoding.ids), **clm.sweep.change_durations(durations, change)}
+        durations = clm.durations.scale(
+            np.ones(num_tokens, np.float32), factors, token_span
+        )
+        return {
+            "tokens": np.array(encoding.ids),
+            **clm.sweep.change_durations(durations, change),
+        }
 
     sweep = Sweep(len(factors), num_tokens, make_arguments)
     return PromptSweep(prompt, encoding.tokens, token_span, factors, sweep)
 
 
-def shift_prompt(tokenizer: tokenizers.Tokenizer, prompt: str, shifts: np.ndarray) -> PromptSweep:
+def shift_prompt(
+    tokenizer: tokenizers.Tokenizer, prompt: str, shifts: np.ndarray
+) -> PromptSweep:
     """The whole prompt begins at the times `shifts` [P] instead of 0."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
     token_ids = np.array(encoding.ids)
-    sweep = Sweep(len(shifts), len(token_ids), lambda: {"tokens": token_ids, "start": shifts})
+    sweep = Sweep(
+        len(shifts), len(token_ids), lambda: {"tokens": token_ids, "start": shifts}
+    )
     return PromptSweep(prompt, encoding.tokens, (0, len(token_ids)), shifts, sweep)
 
 
 def stretch_prompt(
-    tokenizer: tokenizers.Tokenizer, prompt: str, factors: np.ndarray, change: str = "both"
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    factors: np.ndarray,
+    change: str = "both",
 ) -> PromptSweep:
     """Every token of the prompt lasts `factors` [P]."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
     num_tokens = len(encoding.ids)
-    durations = np.asarray(factors, np.float32)[:, None] * np.ones(num_tokens, np.float32)
-    arguments = {"tokens": np.array(encoding.ids), **clm.sweep.change_durations(durations, change)}
+    durations = np.asarray(factors, np.float32)[:, None] * np.ones(
+        num_tokens, np.float32
+    )
+    arguments = {
+        "tokens": np.array(encoding.ids),
+        **clm.sweep.change_durations(durations, change),
+    }
     sweep = Sweep(len(factors), num_tokens, lambda: arguments)
     return PromptSweep(prompt, encoding.tokens, (0, num_tokens), factors, sweep)
 
@@ -104,7 +125,9 @@ def interpolate_phrases(
     if template.count(SLOT) != 1:
         raise clm.InputError(f"the template {template!r} must hold {SLOT} once")
     if not all(phrase.strip() for phrase in phrases):
-        raise clm.InputError(f"of {phrases[0]!r} and {phrases[1]!r} one is empty; give two words")
+        raise clm.InputError(
+            f"of {phrases[0]!r} and {phrases[1]!r} one is empty; give two words"
+        )
     slot_begin = template.index(SLOT)
     suffix_length = len(template) - slot_begin - len(SLOT)
     texts = [template.replace(SLOT, phrase) for phrase in phrases]
@@ -118,7 +141,9 @@ def interpolate_phrases(
         [np.split(row, span)[part] for row, span in zip(token_ids, spans, strict=True)]
         for part in (0, 2)
     )
-    if not all(np.array_equal(first, second) for first, second in (prefix_ids, suffix_ids)):
+    if not all(
+        np.array_equal(first, second) for first, second in (prefix_ids, suffix_ids)
+    ):
         raise clm.InputError(
             f"{phrases[0]!r} and {phrases[1]!r} cannot be aligned: the prompt around them is not"
             " split into the same tokens; choose other words"
@@ -137,16 +162,23 @@ def interpolate_phrases(
         )
         interpolated = interpolate_vectors(first, second, points, path)
         prefix_embeddings, suffix_embeddings = (
-            np.repeat(embed(x[0])[None], len(points), axis=0) for x in (prefix_ids, suffix_ids)
+            np.repeat(embed(x[0])[None], len(points), axis=0)
+            for x in (prefix_ids, suffix_ids)
         )
-        embeddings = np.concatenate([prefix_embeddings, interpolated, suffix_embeddings], axis=1)
+        embeddings = np.concatenate(
+            [prefix_embeddings, interpolated, suffix_embeddings], axis=1
+        )
         return {
             "embeddings": embeddings,
-            **alignment.durations_and_times(points, len(prefix_ids[0]), len(suffix_ids[0])),
+            **alignment.durations_and_times(
+                points, len(prefix_ids[0]), len(suffix_ids[0])
+            ),
         }
 
     begin, end = spans[0]
-    phrase_tokens = [np.array(e.tokens)[slice(*s)] for e, s in zip(encodings, spans, strict=True)]
+    phrase_tokens = [
+        np.array(e.tokens)[slice(*s)] for e, s in zip(encodings, spans, strict=True)
+    ]
     first_prompt_tokens = encodings[0].tokens
     token_names = [
         *first_prompt_tokens[:begin],
@@ -155,7 +187,11 @@ def interpolate_phrases(
     ]
     span = (begin, begin + len(alignment.end_shares))
     return PromptSweep(
-        template, token_names, span, points, Sweep(len(points), num_tokens, make_arguments)
+        template,
+        token_names,
+        span,
+        points,
+        Sweep(len(points), num_tokens, make_arguments),
     )
 
 
@@ -184,19 +220,27 @@ class Alignment:
         span_length = sample_durations.sum(axis=1, keepdims=True)
         ones = np.ones((len(points), 1))
         durations = np.concatenate(
-            [ones * np.ones(num_before), sample_durations, ones * np.ones(num_after)], axis=1
+            [ones * np.ones(num_before), sample_durations, ones * np.ones(num_after)],
+            axis=1,
         )
-        times = [ones * np.arange(1, num_before + 1), num_before + span_length * self.end_shares]
+        times = [
+            ones * np.arange(1, num_before + 1),
+            num_before + span_length * self.end_shares,
+        ]
         times.append(num_before + span_length + np.arange(1, num_after + 1))
         return {
             "durations": durations.astype(np.float32),
             "times": np.concatenate(times, axis=1).astype(np.float32),
         }
 
-    def sample_names(self, first_tokens: np.ndarray, second_tokens: np.ndarray) -> list[str]:
+    def sample_names(
+        self, first_tokens: np.ndarray, second_tokens: np.ndarray
+    ) -> list[str]:
         """The samples, named by the tokens of both phrases."""
         pairs = zip(
-            first_tokens[self.token_indices[0]], second_tokens[self.token_indices[1]], strict=True
+            first_tokens[self.token_indices[0]],
+            second_tokens[self.token_indices[1]],
+            strict=True,
         )
         return [f"{a}|{b}" for a, b in pairs]
 
@@ -205,7 +249,8 @@ def align_phrases(num_first: int, num_second: int) -> Alignment:
     """The alignment of phrases of so many tokens."""
     # In parts of the span, of which there are num_first times num_second.
     ticks = np.union1d(
-        num_second * np.arange(1, num_first + 1), num_first * np.arange(1, num_second + 1)
+        num_second * np.arange(1, num_first + 1),
+        num_first * np.arange(1, num_second + 1),
     )
     token_indices = (-(-ticks // num_second) - 1, -(-ticks // num_first) - 1)
     sample_durations = ((ticks % num_second == 0) * 1.0, (ticks % num_first == 0) * 1.0)
@@ -224,13 +269,21 @@ def interpolate_vectors(
     if path == "linear":
         return (1 - fraction) * first + fraction * second
     if path != "spherical":
-        raise clm.InputError(f"interpolation is {path!r}; it must be 'linear' or 'spherical'")
+        raise clm.InputError(
+            f"interpolation is {path!r}; it must be 'linear' or 'spherical'"
+        )
     norm_products = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    cosine = np.clip(np.sum(first * second, axis=-1) / np.maximum(norm_products, 1e-30), -1, 1)
+    cosine = np.clip(
+        np.sum(first * second, axis=-1) / np.maximum(norm_products, 1e-30), -1, 1
+    )
     angle = np.arccos(cosine)[:, None]
     sine = np.sin(angle)
     is_parallel = sine < 1e-4
     safe_sine = np.where(is_parallel, 1.0, sine)
-    first_weight = np.where(is_parallel, 1 - fraction, np.sin((1 - fraction) * angle) / safe_sine)
-    second_weight = np.where(is_parallel, fraction, np.sin(fraction * angle) / safe_sine)
+    first_weight = np.where(
+        is_parallel, 1 - fraction, np.sin((1 - fraction) * angle) / safe_sine
+    )
+    second_weight = np.where(
+        is_parallel, fraction, np.sin(fraction * angle) / safe_sine
+    )
     return (first_weight * first + second_weight * second).astype(np.float32)

@@ -21,7 +21,9 @@ from continuous_lm.parallel import processes
 
 _PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
 _ANSWER = flags.DEFINE_string(
-    "answer", None, "What is kept, one token.  [default: the model's most probable answer]"
+    "answer",
+    None,
+    "What is kept, one token.  [default: the model's most probable answer]",
 )
 _TOLERANCE = flags.DEFINE_float(
     "tolerance", 0.1, "What its log probability may lose, in nats.", lower_bound=1e-3
@@ -34,9 +36,13 @@ def main() -> None:
     folder = program.output_dir("pruning")
     lm, tokenizer = pretrained.load()
     answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
-    objective = log_probability(lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens)
+    objective = log_probability(
+        lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
+    )
     ordinary_durations = np.ones(len(answered_prompt.tokens), np.float32)
-    pruned = prune(objective, ordinary_durations, tolerance=_TOLERANCE.value, steps=_STEPS.value)
+    pruned = prune(
+        objective, ordinary_durations, tolerance=_TOLERANCE.value, steps=_STEPS.value
+    )
     pruned_durations = pruned.durations
     remaining_tokens = np.flatnonzero(pruned_durations > 0)
 
@@ -51,7 +57,9 @@ def main() -> None:
         position=-1,
     )
     log_prob_after = float(
-        jax.nn.logsumexp(jax.nn.log_softmax(logits)[jnp.array(answered_prompt.answer_tokens)])
+        jax.nn.logsumexp(
+            jax.nn.log_softmax(logits)[jnp.array(answered_prompt.answer_tokens)]
+        )
     )
     top_token = tokenizer.id_to_token(int(np.asarray(logits).argmax()))
 

@@ -14,11 +14,14 @@ from absl import flags
 from continuous_lm.experiments.common import pretrained, program
 from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
-PROMPTS = ("The capital of France is", "The Great Gatsby is my favourite")  # the paper's
+PROMPTS = (
+    "The capital of France is",
+    "The Great Gatsby is my favourite",
+)  # the paper's
 BUNDLED_PROMPT = (
-    'Question: How many fruits are listed in the sentence "apple apple apple"? Reply with a'
+    'Question: How many fruits are listed in the sentence "apple apple apple"?'
 )
-BUNDLED_PROMPT += " single-digit number\nAnswer: "
+BUNDLED_PROMPT += " Reply with a single-digit number\nAnswer: "
 
 _TRANSFORM = flags.DEFINE_enum(
     "transform", "translation", ["translation", "scaling"], "Of all times."
@@ -29,7 +32,9 @@ def main() -> None:
     """Sweep, table, files."""
     folder = program.output_dir("shifting")
     lm, tokenizer = pretrained.load()
-    prompt = single_prompt.prompt() or (BUNDLED_PROMPT if pretrained.is_bundled() else PROMPTS[0])
+    prompt = single_prompt.prompt() or (
+        BUNDLED_PROMPT if pretrained.is_bundled() else PROMPTS[0]
+    )
     if _TRANSFORM.value == "translation":
         prompt_sweep = prompt_sweeps.shift_prompt(
             tokenizer, prompt, single_prompt.sweep_points(0.0, 10.0)
@@ -43,8 +48,12 @@ def main() -> None:
             single_prompt.duration_change(),
         )
         xlabel = "duration of every token"
-    answer_tokens = single_prompt.find_tokens_above_threshold(lm, tokenizer, prompt_sweep)
-    answer_curves = single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, _TRANSFORM.value)
+    answer_tokens = single_prompt.find_tokens_above_threshold(
+        lm, tokenizer, prompt_sweep
+    )
+    answer_curves = single_prompt.run_sweep(
+        lm, prompt_sweep, answer_tokens, _TRANSFORM.value
+    )
     single_prompt.write_results(
         folder,
         "shifting",
@@ -55,8 +64,12 @@ def main() -> None:
         xlabel=xlabel,
         point_name=xlabel,
     )
-    largest_change = np.abs(answer_curves.probabilities - answer_curves.probabilities[:1]).max()
-    print(f"largest change of a tracked probability along the sweep: {largest_change:.2g}")
+    largest_change = np.abs(
+        answer_curves.probabilities - answer_curves.probabilities[:1]
+    ).max()
+    print(
+        f"largest change of a tracked probability along the sweep: {largest_change:.2g}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from continuous_lm.parallel import processes
 
 MAX_TRACKED_TOKENS = 20  # tokens that are tracked because they reach a threshold
 
-_PROMPT = flags.DEFINE_string("prompt", None, "A prompt of your own, instead of the paper's.")
+_PROMPT = flags.DEFINE_string(
+    "prompt", None, "A prompt of your own, instead of the paper's."
+)
 _PATH = flags.DEFINE_enum(
     "path", "linear", ["linear", "spherical"], "Of an interpolation between embeddings."
 )
@@ -46,12 +48,16 @@ _ANSWER_TOKENS = flags.DEFINE_enum(
     list(answer_curves.ANSWER_TOKEN_RULES),
     "Tokens of an answer: its spellings, or all that contain it.",
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Points computed at once.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 32, "Points computed at once.", lower_bound=1
+)
 
 
 def sweep_points(start: float | None = None, stop: float = 1.0) -> np.ndarray:
     """What the sweep runs over; from --min_factor if `start` is left out."""
-    return np.linspace(_MIN_FACTOR.value if start is None else start, stop, _POINTS.value)
+    return np.linspace(
+        _MIN_FACTOR.value if start is None else start, stop, _POINTS.value
+    )
 
 
 def prompt() -> str | None:
@@ -75,10 +81,13 @@ def batch_size() -> int:
 
 
 def find_answer_tokens(
-    tokenizer: tokenizers.Tokenizer, answer_texts: Sequence[str] | Mapping[str, Sequence[str]]
+    tokenizer: tokenizers.Tokenizer,
+    answer_texts: Sequence[str] | Mapping[str, Sequence[str]],
 ) -> dict[str, list[int]]:
     """Answer -> the tokens that count for it, as --answer_tokens says."""
-    return answer_curves.find_answer_tokens(tokenizer, answer_texts, _ANSWER_TOKENS.value)
+    return answer_curves.find_answer_tokens(
+        tokenizer, answer_texts, _ANSWER_TOKENS.value
+    )
 
 
 def find_tokens_above_threshold(
@@ -91,10 +100,15 @@ def find_tokens_above_threshold(
     """
     threshold = _THRESHOLD.value
     tokens = clm.sweep.tokens_above(
-        lm, threshold, batch_size=_BATCH_SIZE.value, **prompt_sweep.sweep.make_arguments()
+        lm,
+        threshold,
+        batch_size=_BATCH_SIZE.value,
+        **prompt_sweep.sweep.make_arguments(),
     )
     if not tokens:
-        raise clm.InputError(f"no token reaches a probability of {threshold:g}; lower --threshold")
+        raise clm.InputError(
+            f"no token reaches a probability of {threshold:g}; lower --threshold"
+        )
     tokens_by_text: dict[str, list[int]] = {}
     for token in tokens[:MAX_TRACKED_TOKENS]:
         text = tokenizer.decode([token], skip_special_tokens=False).strip()
@@ -112,8 +126,12 @@ def _token_name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
 
 def transition_points(count: int, factors: np.ndarray) -> dict[str, float]:
     """Where a count of mass would change its answer, (k + 1/2) / count, if the sweep gets there."""
-    points_by_label = {f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)}
-    return {label: point for label, point in points_by_label.items() if point >= factors[0]}
+    points_by_label = {
+        f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)
+    }
+    return {
+        label: point for label, point in points_by_label.items() if point >= factors[0]
+    }
 
 
 def run_sweep(
@@ -125,7 +143,9 @@ def run_sweep(
     """The sweep of one prompt, with a progress bar if it has a label."""
     groups = list(answer_tokens.values())
     if program.uses_pmap():
-        probabilities = pmap_sweep(lm, groups, devices=None, **prompt_sweep.sweep.make_arguments())
+        probabilities = pmap_sweep(
+            lm, groups, devices=None, **prompt_sweep.sweep.make_arguments()
+        )
     else:
         probabilities = clm.sweep.probabilities(
             lm,
@@ -134,7 +154,9 @@ def run_sweep(
             progress=progress_label if processes.is_first_process() else None,
             **prompt_sweep.sweep.make_arguments(),
         )
-    return answer_curves.Curves(prompt_sweep.points, tuple(answer_tokens), probabilities)
+    return answer_curves.Curves(
+        prompt_sweep.points, tuple(answer_tokens), probabilities
+    )
 
 
 def run_group(
@@ -146,7 +168,10 @@ def run_group(
 ) -> list[np.ndarray]:
     """The probabilities of a set of sweeps that `clm.sweep.group_by_program` has put together."""
     if use_pmap:
-        return [pmap_sweep(lm, groups, devices=None, **sweep.make_arguments()) for sweep in sweeps]
+        return [
+            pmap_sweep(lm, groups, devices=None, **sweep.make_arguments())
+            for sweep in sweeps
+        ]
     return clm.sweep.run_group(lm, groups, sweeps, batch_size)
 
 
@@ -164,7 +189,11 @@ def run_sweeps(
     ):
         group_sweeps = [sweeps[i] for i in indices]
         rows = run_group(
-            lm, list(answer_tokens.values()), group_sweeps, _BATCH_SIZE.value, program.uses_pmap()
+            lm,
+            list(answer_tokens.values()),
+            group_sweeps,
+            _BATCH_SIZE.value,
+            program.uses_pmap(),
         )
         probabilities_by_index |= zip(indices, rows, strict=True)
     answer_texts = tuple(answer_tokens)
@@ -194,7 +223,9 @@ def write_results(
     figure = plots.answer_curves(
         answer_curves, xlabel=xlabel, title=prompt_sweep.prompt, marks=dict(marks or {})
     )
-    token_names = {a: [_token_name(tokenizer, t) for t in ids] for a, ids in answer_tokens.items()}
+    token_names = {
+        a: [_token_name(tokenizer, t) for t in ids] for a, ids in answer_tokens.items()
+    }
     with write_atomically(folder) as staging_folder:
         plots.save(figure, staging_folder, name)
         write_json(
@@ -208,5 +239,7 @@ def write_results(
         )
     print(f"{prompt_sweep.prompt}\n\n{answer_curves.as_table(point_name)}\n")
     if answer_curves.probabilities.sum(axis=1).max() < 0.5:
-        print("What is tracked never gets half of the probability: this model answers otherwise.\n")
+        print(
+            "What is tracked never gets half of the probability: this model answers otherwise.\n"
+        )
     print(f"{folder}/{name}.json, .png, .pdf")

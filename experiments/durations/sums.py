@@ -42,10 +42,16 @@ def main() -> None:
     is_bundled = pretrained.is_bundled()
     numbers = _NUMBERS.value or (["4", "3"] if is_bundled else ["24", "13"])
     if len(numbers) != 2 or not all(n.isdecimal() and n.isascii() for n in numbers):
-        raise clm.InputError(f"--numbers is {','.join(numbers)}; give two whole numbers, as 24,13")
+        raise clm.InputError(
+            f"--numbers is {','.join(numbers)}; give two whole numbers, as 24,13"
+        )
     first, second = numbers
-    prompt, character_span = prompt_and_span((first, second), int(_SHRINK.value), _SPACED.value)
-    possible_sums = [str(i) for i in range(19)] if is_bundled else clm.tokenization.DIGITS
+    prompt, character_span = prompt_and_span(
+        (first, second), int(_SHRINK.value), _SPACED.value
+    )
+    possible_sums = (
+        [str(i) for i in range(19)] if is_bundled else clm.tokenization.DIGITS
+    )
     factors, answer_tokens = (
         single_prompt.sweep_points(),
         single_prompt.find_answer_tokens(tokenizer, possible_sums),

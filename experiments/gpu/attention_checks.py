@@ -22,7 +22,9 @@ from continuous_lm.experiments.gpu.isolated_checks import Check
 
 # Of the largest number of y, or of a gradient. In float32 products are made at full precision.
 TOLERANCES: Mapping[str, float] = {"float32": 2e-5, "bfloat16": 2e-2}
-MAX_CASE_SECONDS = 100  # after which no more cases are begun, so that times are measured too
+MAX_CASE_SECONDS = (
+    100  # after which no more cases are begun, so that times are measured too
+)
 ARRAY_NAMES = ("y", "q", "k", "v", "durations")
 
 
@@ -62,16 +64,23 @@ CASES: Mapping[str, AttentionCase] = {
 
 def attention_section(tiny: bool) -> Iterator[Check]:
     """All rows."""
-    size, deadline = (TINY_SIZES if tiny else Sizes()), time.monotonic() + MAX_CASE_SECONDS
+    size, deadline = (
+        (TINY_SIZES if tiny else Sizes()),
+        time.monotonic() + MAX_CASE_SECONDS,
+    )
     pairs = list(itertools.product(CASES, TOLERANCES))
     for name, dtype in pairs[-2:-1] if tiny else pairs:
         if time.monotonic() > deadline:
-            yield Check(f"{name}, {dtype}", isolated_checks.NOT_RUN, note="no time was left")
+            yield Check(
+                f"{name}, {dtype}", isolated_checks.NOT_RUN, note="no time was left"
+            )
             continue
         yield from check_case(name, CASES[name], dtype, size, forms_of_case(name))
     for form in ("pallas", "cudnn", "blocked"):
         for gradients in (False, True):
-            what = f"{form}, {size.long} tokens, " + ("backward too" if gradients else "forward")
+            what = f"{form}, {size.long} tokens, " + (
+                "backward too" if gradients else "forward"
+            )
             yield from isolated_checks.run_guarded(
                 what, functools.partial(time_form, what, form, gradients, size)
             )
@@ -89,7 +98,10 @@ def check_case(
 ) -> Iterator[Check]:
     """A row of each form, and one of how far they are from each other."""
     arrays = random_inputs(case, dtype, size)
-    options: dict[str, Any] = {"softcap": case.softcap, "window": window_in_tokens(case, size)}
+    options: dict[str, Any] = {
+        "softcap": case.softcap,
+        "window": window_in_tokens(case, size),
+    }
     exact = float64_reference(*(np.asarray(x, np.float64) for x in arrays), **options)
     tolerance, results = Target(maximum=TOLERANCES[dtype]), {}
 
@@ -98,17 +110,22 @@ def check_case(
             yield Check(what, isolated_checks.UNSUPPORTED, note=reason)
             return
         results[what] = [
-            np.asarray(x, np.float64) for x in value_and_gradients(attend, options)(*arrays)
+            np.asarray(x, np.float64)
+            for x in value_and_gradients(attend, options)(*arrays)
         ]
         array_errors = relative_errors(results[what], exact)
-        note = ", ".join(f"{n} {e:.1e}" for n, e in zip(ARRAY_NAMES, array_errors, strict=True))
+        note = ", ".join(
+            f"{n} {e:.1e}" for n, e in zip(ARRAY_NAMES, array_errors, strict=True)
+        )
         yield isolated_checks.check_against_target(
             what, _max_or_nan(array_errors), tolerance, note=note
         )
 
     for form, attend in forms.items():
         what = f"{form}: {name}, {dtype}"
-        yield from isolated_checks.run_guarded(what, functools.partial(compared, what, attend))
+        yield from isolated_checks.run_guarded(
+            what, functools.partial(compared, what, attend)
+        )
     pairs = {
         pair: _max_or_nan(relative_errors(*(results[form] for form in pair)))
         for pair in itertools.combinations(results, 2)
@@ -122,7 +139,9 @@ def check_case(
         )
 
 
-def random_inputs(case: AttentionCase, dtype: str, size: Sizes) -> tuple[jax.Array, ...]:
+def random_inputs(
+    case: AttentionCase, dtype: str, size: Sizes
+) -> tuple[jax.Array, ...]:
     """q, k, v in the dtype, durations in float32, and a cotangent for y."""
     rng = np.random.default_rng(0)
     kv_heads = size.heads // 2 if case.grouped else size.heads
@@ -163,7 +182,10 @@ def float64_reference(
     e /= np.sum(d[:, None, None, :] * e, axis=-1, keepdims=True)
     p = d[:, None, None, :] * e
     y = np.einsum("bnts,bsnh->btnh", p, v)
-    g = np.einsum("btnh,bsnh->bnts", dy, v) - np.einsum("btnh,btnh->bnt", dy, y)[..., None]
+    g = (
+        np.einsum("btnh,bsnh->bnts", dy, v)
+        - np.einsum("btnh,btnh->bnt", dy, y)[..., None]
+    )
     ds = scale * p * g * (1.0 if softcap is None else 1.0 - np.square(s / softcap))
 
     def sum_groups(x: np.ndarray) -> np.ndarray:
@@ -207,7 +229,9 @@ def _max_or_nan(values: list[float]) -> float:
 def attend_by_key_channels(q, k, v, d, *, softcap, window) -> jax.Array:
     """Plain causal attention, the durations carried by channels of the keys."""
     if softcap is not None or window is not None:
-        raise InputError("it is not possible: channels of the keys know no soft-capping, no window")
+        raise InputError(
+            "it is not possible: channels of the keys know no soft-capping, no window"
+        )
     scale, width = (
         1.0 / math.sqrt(q.shape[-1]),
         key_channels.round_up(q.shape[-1], key_channels.NUM_WEIGHT_CHANNELS, 8),
@@ -224,14 +248,21 @@ def attend_by_value_channels(q, k, v, d, *, softcap, window) -> jax.Array:
     """Plain causal attention, the durations carried by a channel of the values."""
     if window is not None:
         raise InputError("it is not possible: channels of the values know no window")
-    scale, width = 1.0 / math.sqrt(q.shape[-1]), key_channels.round_up(q.shape[-1], 1, 8)
+    scale, width = (
+        1.0 / math.sqrt(q.shape[-1]),
+        key_channels.round_up(q.shape[-1], 1, 8),
+    )
     pad = [(0, 0)] * 3 + [(0, width - q.shape[-1])]
     padded_queries_and_keys, v = (
         (jnp.pad(q, pad), jnp.pad(k, pad)),
         key_channels.scale_and_append_weights(v, d, padded_width=width),
     )
     y = attention.attend(
-        *padded_queries_and_keys, v, scale=scale, softcap=softcap, implementation="dense"
+        *padded_queries_and_keys,
+        v,
+        scale=scale,
+        softcap=softcap,
+        implementation="dense",
     )
     return key_channels.divide_by_weight_sum(y, q.shape[-1]).astype(q.dtype)
 
@@ -256,7 +287,11 @@ FORMS: Mapping[str, Callable[..., jax.Array]] = {
 
 def forms_of_case(case: str) -> dict[str, Callable[..., jax.Array]]:
     """Those that a case is for: "auto", which takes one of the others, is tried once."""
-    return {name: f for name, f in FORMS.items() if name != "auto" or case == "grouped, zeros"}
+    return {
+        name: f
+        for name, f in FORMS.items()
+        if name != "auto" or case == "grouped, zeros"
+    }
 
 
 def why_unsupported(
@@ -277,7 +312,9 @@ def why_unsupported(
 
 def time_form(what: str, form: str, gradients: bool, size: Sizes) -> Iterator[Check]:
     """Milliseconds of one call, in bfloat16."""
-    arrays = gpu_cases.random_inputs(gpu_cases.Sizes(num_heads=16, head_dim=128), size.long)
+    arrays = gpu_cases.random_inputs(
+        gpu_cases.Sizes(num_heads=16, head_dim=128), size.long
+    )
     if size is TINY_SIZES:
         arrays = tuple(x[..., :2, :16] if x.ndim == 4 else x for x in arrays)
     attend = FORMS[form]
@@ -289,5 +326,9 @@ def time_form(what: str, form: str, gradients: bool, size: Sizes) -> Iterator[Ch
     value = 1e3 * float(np.median(seconds)) / gpu_cases.NUM_CALLS
     note = "16 heads of 128, bfloat16"
     yield Check(
-        what, isolated_checks.MEASURED, value, "ms", note="" if size is TINY_SIZES else note
+        what,
+        isolated_checks.MEASURED,
+        value,
+        "ms",
+        note="" if size is TINY_SIZES else note,
     )

@@ -27,12 +27,18 @@ from absl import flags
 
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import program, tables
-from continuous_lm.experiments.gpu import attention_checks, isolated_checks, model_checks
+from continuous_lm.experiments.gpu import (
+    attention_checks,
+    isolated_checks,
+    model_checks,
+)
 from continuous_lm.experiments.gpu.isolated_checks import Check
 from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import write_json
 
-_ALLOW_CPU = flags.DEFINE_bool("allow_cpu", False, "Without a GPU, run everything tiny on the CPU.")
+_ALLOW_CPU = flags.DEFINE_bool(
+    "allow_cpu", False, "Without a GPU, run everything tiny on the CPU."
+)
 
 
 class Section(NamedTuple):
@@ -62,7 +68,9 @@ def select_sections(names: Sequence[str]) -> dict[str, Section]:
     for name in names:
         if name not in SECTIONS:
             known = ", ".join(SECTIONS)
-            raise InputError(f"--sections: {name!r:.60} is not known; known are {known}")
+            raise InputError(
+                f"--sections: {name!r:.60} is not known; known are {known}"
+            )
     return {name: SECTIONS[name] for name in names}
 
 
@@ -90,7 +98,9 @@ def find_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
         isolated_checks.run_in_process(describe_device, False, DEVICE_SECONDS, log)
     )
     if isinstance(device_record, Check):
-        raise InputError(f"JAX finds no device: {device_record.note}; what it printed is in {log}")
+        raise InputError(
+            f"JAX finds no device: {device_record.note}; what it printed is in {log}"
+        )
     if device_record["platform"] == "cpu" and not allow_cpu:
         raise InputError(
             f"no GPU: JAX {jax.__version__} of {sys.executable} finds the CPU alone; install"
@@ -108,14 +118,21 @@ def run_sections(
     deadline = time.monotonic()
     for name, section in sections.items():
         deadline += section.seconds
-        seconds_left, log = deadline - time.monotonic(), absolute_path(folder) / f"{name}.log"
+        seconds_left, log = (
+            deadline - time.monotonic(),
+            absolute_path(folder) / f"{name}.log",
+        )
         rows[name] = []
-        for check in isolated_checks.run_in_process(section.run, tiny, seconds_left, log):
+        for check in isolated_checks.run_in_process(
+            section.run, tiny, seconds_left, log
+        ):
             rows[name].append(check)
             cells = [cell for cell in table_cells(name, check, device) if cell]
             print(" | ".join(map(str, cells)), flush=True)
         if not rows[name]:
-            rows[name].append(Check("all of it", isolated_checks.NOT_RUN, note="it has no rows"))
+            rows[name].append(
+                Check("all of it", isolated_checks.NOT_RUN, note="it has no rows")
+            )
     return rows
 
 
@@ -126,13 +143,34 @@ def table_cells(section: str, check: Check, device: str) -> list[tables.Cell]:
     """A row of the table."""
     value = None if check.value is None else f"{check.value:.3g}"
     words = check.unit or None, check.target or None
-    return [section, check.what, value, *words, check.verdict, device, check.note or None]
+    return [
+        section,
+        check.what,
+        value,
+        *words,
+        check.verdict,
+        device,
+        check.note or None,
+    ]
 
 
 def make_table(rows: Mapping[str, Sequence[Check]], device: str) -> tables.Table:
     """All rows, for people."""
-    heads = ("section", "what", "value", "unit", "tolerance or target", "verdict", "card", "note")
-    cells = [table_cells(name, check, device) for name, checks in rows.items() for check in checks]
+    heads = (
+        "section",
+        "what",
+        "value",
+        "unit",
+        "tolerance or target",
+        "verdict",
+        "card",
+        "note",
+    )
+    cells = [
+        table_cells(name, check, device)
+        for name, checks in rows.items()
+        for check in checks
+    ]
     caption = f"Checks on {device}"
     return tables.Table("gpu", caption, [tables.Column(head) for head in heads], cells)
 
@@ -152,7 +190,9 @@ def summarize(rows: Mapping[str, Sequence[Check]]) -> str:
         "only measured": isolated_checks.MEASURED,
         "below target": isolated_checks.MISSED,
     }
-    return " / ".join(f"{words} {count[verdict]}" for words, verdict in verdicts.items())
+    return " / ".join(
+        f"{words} {count[verdict]}" for words, verdict in verdicts.items()
+    )
 
 
 def main() -> None:
@@ -168,12 +208,16 @@ def main() -> None:
     device_record = find_device(folder, _ALLOW_CPU.value)
     tiny = device_record["platform"] == "cpu"
     device = "cpu" if tiny else device_record["device"]
-    print("cpu: figures mean nothing\n" if tiny else f"{device}, JAX {jax.__version__}\n")
+    print(
+        "cpu: figures mean nothing\n" if tiny else f"{device}, JAX {jax.__version__}\n"
+    )
     rows = run_sections(sections, tiny, folder, device)
     summary_line, table_text = summarize(rows), make_table(rows, device).as_text()
     seconds = time.monotonic() - begin
     with write_atomically(folder) as staging_folder:
-        section_rows = {name: [dataclasses.asdict(check) for check in rows[name]] for name in rows}
+        section_rows = {
+            name: [dataclasses.asdict(check) for check in rows[name]] for name in rows
+        }
         run = program.settings() | device_record | {"seconds": seconds}
         write_json(
             staging_folder / "gpu.json",
@@ -186,7 +230,11 @@ def main() -> None:
         f"\n{table_text}\n\n{folder}: gpu.json, gpu.txt, and a log of each section; {seconds:.0f} s"
     )
     print("cpu: figures mean nothing\n" * tiny + summary_line, flush=True)
-    if any(check.verdict == isolated_checks.FAILED for checks in rows.values() for check in checks):
+    if any(
+        check.verdict == isolated_checks.FAILED
+        for checks in rows.values()
+        for check in checks
+    ):
         sys.exit(1)
 
 

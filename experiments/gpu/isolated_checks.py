@@ -51,8 +51,12 @@ def check_against_target(
 ) -> Check:
     """The row of a number that must meet its target; one that is not finite never does."""
     if not math.isfinite(value):
-        return Check(what, FAILED, None, unit, str(target), f"it is {value}; {note}".rstrip("; "))
-    return Check(what, OK if target.is_met(value) else FAILED, value, unit, str(target), note)
+        return Check(
+            what, FAILED, None, unit, str(target), f"it is {value}; {note}".rstrip("; ")
+        )
+    return Check(
+        what, OK if target.is_met(value) else FAILED, value, unit, str(target), note
+    )
 
 
 def check_from_row(row: Row) -> Check:
@@ -88,7 +92,10 @@ def one_line(error: BaseException) -> str:
 
 
 def run_in_process(
-    section: Callable[[bool], Iterable[Any]], tiny: bool, seconds: float, log: pathlib.Path
+    section: Callable[[bool], Iterable[Any]],
+    tiny: bool,
+    seconds: float,
+    log: pathlib.Path,
 ) -> Iterator[Any]:
     """What `section(tiny)` gives, item by item, made in a new process.
 
@@ -104,7 +111,9 @@ def run_in_process(
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    process = context.Process(target=_run_in_child, args=(sender, section, tiny, log, cache))
+    process = context.Process(
+        target=_run_in_child, args=(sender, section, tiny, log, cache)
+    )
     process.start()
     sender.close()
     grace = 5.0  # in which a process may end by itself
@@ -119,7 +128,11 @@ def run_in_process(
         yield Check("all of it", FAILED, note=why)
     except EOFError:
         process.join(grace)
-        yield Check("all of it", FAILED, note=f"{_describe_exit(process.exitcode)}; see {log.name}")
+        yield Check(
+            "all of it",
+            FAILED,
+            note=f"{_describe_exit(process.exitcode)}; see {log.name}",
+        )
     finally:
         receiver.close()
         process.join(grace)

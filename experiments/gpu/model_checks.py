@@ -44,8 +44,12 @@ TINY_CONFIG = clm.TransformerConfig(
 
 def sweep_section(tiny: bool) -> Iterator[Check]:
     """Four apples as they shrink; and how long a sweep of a large model takes."""
-    factors = np.array([*ANSWERS, *np.linspace(0.1, 1.0, 12 if tiny else 100)], np.float32)
-    yield from isolated_checks.run_guarded("apples, float32", lambda: check_apples_float32(factors))
+    factors = np.array(
+        [*ANSWERS, *np.linspace(0.1, 1.0, 12 if tiny else 100)], np.float32
+    )
+    yield from isolated_checks.run_guarded(
+        "apples, float32", lambda: check_apples_float32(factors)
+    )
     yield from isolated_checks.run_guarded(
         "apples, as stored", lambda: check_apples_bfloat16(factors)
     )
@@ -76,7 +80,9 @@ def check_apples_bfloat16(factors: np.ndarray) -> Iterator[Check]:
     """In bfloat16, at the default precision of products."""
     lm = clm.load("apples")
     probabilities = next_token_probabilities(lm, factors)
-    yield check_answers("apples, bfloat16: right answers at 1, 3/4, 1/2, 1/4", lm, probabilities)
+    yield check_answers(
+        "apples, bfloat16: right answers at 1, 3/4, 1/2, 1/4", lm, probabilities
+    )
     exact = next_token_probabilities(clm.load("apples", dtype=jnp.float32), factors)
     difference = float(np.abs(probabilities - exact).max())
     yield Check(
@@ -94,13 +100,18 @@ def next_token_probabilities(lm: clm.LanguageModel, factors: np.ndarray) -> np.n
     durations = np.ones((len(factors), len(encoding.ids)), np.float32)
     durations[:, slice(*span)] = factors[:, None]
     groups = [[token] for token in range(lm.config.vocab_size)]
-    return clm.sweep.probabilities(lm, groups, tokens=np.array(encoding.ids), durations=durations)
+    return clm.sweep.probabilities(
+        lm, groups, tokens=np.array(encoding.ids), durations=durations
+    )
 
 
 def check_answers(what: str, lm: clm.LanguageModel, probabilities: np.ndarray) -> Check:
     """How many of the first rows have the answers that are known."""
     tokenizer: Any = lm.tokenizer
-    answers = [tokenizer.id_to_token(int(row.argmax())) for row in probabilities[: len(ANSWERS)]]
+    answers = [
+        tokenizer.id_to_token(int(row.argmax()))
+        for row in probabilities[: len(ANSWERS)]
+    ]
     num_right = sum(a == b for a, b in zip(answers, ANSWERS.values(), strict=True))
     return isolated_checks.check_against_target(
         what, num_right, Target(minimum=len(ANSWERS)), note=f"{answers}"
@@ -118,7 +129,9 @@ def time_large_sweep(tiny: bool) -> Iterator[Check]:
             row if is_full_model else dataclasses.replace(row, target=None)
         )  # which is of all its layers
         note = f"Llama 3's shape, {setting.model_config.num_layers} layers"
-        yield dataclasses.replace(isolated_checks.check_from_row(row), unit="s", note=note)
+        yield dataclasses.replace(
+            isolated_checks.check_from_row(row), unit="s", note=note
+        )
 
 
 # --- Generation -----------------------------------------------------------------------------------
@@ -127,7 +140,9 @@ def time_large_sweep(tiny: bool) -> Iterator[Check]:
 def generation_section(tiny: bool) -> Iterator[Check]:
     """Greedy tokens against the CPU's; and how fast they come from a large model."""
     yield from isolated_checks.run_guarded("apples, greedy tokens", check_greedy_tokens)
-    yield from isolated_checks.run_guarded("text of a large model", lambda: time_generation(tiny))
+    yield from isolated_checks.run_guarded(
+        "text of a large model", lambda: time_generation(tiny)
+    )
 
 
 def check_greedy_tokens() -> Iterator[Check]:
@@ -170,11 +185,15 @@ def time_generation(tiny: bool) -> Iterator[Check]:
 
 def training_section(tiny: bool) -> Iterator[Check]:
     """The embedded model anew: one step against the CPU's, and a falling loss."""
-    yield from isolated_checks.run_guarded("one step of training", lambda: check_one_step(tiny))
+    yield from isolated_checks.run_guarded(
+        "one step of training", lambda: check_one_step(tiny)
+    )
     yield from isolated_checks.run_guarded("training", lambda: check_falling_loss(tiny))
 
 
-def prepare_training(steps: int, tiny: bool) -> tuple[clm.LanguageModel, Any, jax.Array]:
+def prepare_training(
+    steps: int, tiny: bool
+) -> tuple[clm.LanguageModel, Any, jax.Array]:
     """A new model, batches for so many steps, and the tokens of the digits."""
     from continuous_lm.experiments.apples import (
         prompts,
@@ -185,11 +204,15 @@ def prepare_training(steps: int, tiny: bool) -> tuple[clm.LanguageModel, Any, ja
     config = train_apples.apples_config(tokenizer.get_vocab_size())
     if tiny:
         config = dataclasses.replace(config, hidden_size=32, mlp_size=64)
-    params = nn.unbox(clm.Transformer(config).init(jax.random.key(0), jnp.zeros(1, jnp.int32)))
+    params = nn.unbox(
+        clm.Transformer(config).init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    )
     size = 8 if tiny else PROMPTS_PER_STEP
     groups = train_apples.draw_batches(np.random.default_rng(0), tokenizer, steps, size)
     groups = groups[:1]  # the shorter prompts alone: each group is compiled apart
-    digits = jnp.array([tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS])
+    digits = jnp.array(
+        [tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS]
+    )
     return clm.LanguageModel(config, params["params"], tokenizer), groups, digits
 
 
@@ -212,7 +235,9 @@ def check_one_step(tiny: bool) -> Iterator[Check]:
             model=lm.model,
             optimizer=optimizer,
         )
-        changes = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after, lm.params)
+        changes = jax.tree.map(
+            lambda a, b: np.asarray(a) - np.asarray(b), after, lm.params
+        )
         return jax.tree.leaves(changes), {name: float(x) for name, x in metrics.items()}
 
     (ours, our_loss), (theirs, their_loss) = run_on_device_and_cpu(lm, change)
@@ -220,12 +245,18 @@ def check_one_step(tiny: bool) -> Iterator[Check]:
         abs(our_loss[name] / their_loss[name] - 1) for name in ("answer", "next")
     )
     yield isolated_checks.check_against_target(
-        "one step: relative difference of the loss", relative_difference, Target(maximum=1e-5)
+        "one step: relative difference of the loss",
+        relative_difference,
+        Target(maximum=1e-5),
     )
     pairs = zip(ours, theirs, strict=True)
-    relative_difference = float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
+    relative_difference = float(
+        np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs])
+    )
     what = "one step: largest difference of a gradient, as a share of the parameter's largest"
-    yield isolated_checks.check_against_target(what, relative_difference, Target(maximum=1e-3))
+    yield isolated_checks.check_against_target(
+        what, relative_difference, Target(maximum=1e-3)
+    )
 
 
 def check_falling_loss(tiny: bool) -> Iterator[Check]:
@@ -244,12 +275,16 @@ def check_falling_loss(tiny: bool) -> Iterator[Check]:
     half_losses, seconds = [], 0.0
     for half in (slice(0, steps), slice(steps, 2 * steps)):
         half_groups = [(tokens[half], lengths[half]) for tokens, lengths in groups]
-        seconds, results = time_and_result(functools.partial(train, params, state, half_groups))
+        seconds, results = time_and_result(
+            functools.partial(train, params, state, half_groups)
+        )
         params, state, metrics = results
         half_losses.append(
             float(metrics["answer"] + train_apples.NEXT_TOKEN_WEIGHT * metrics["next"])
         )
-    what = f"training: loss of steps {steps + 1} to {2 * steps}, over that of those before"
+    what = (
+        f"training: loss of steps {steps + 1} to {2 * steps}, over that of those before"
+    )
     note = f"{half_losses[0]:.3f}, then {half_losses[1]:.3f} nats"
     yield isolated_checks.check_against_target(
         what, half_losses[1] / half_losses[0], Target(maximum=0.95), note=note
@@ -297,7 +332,9 @@ def benchmark_section(tiny: bool) -> Iterator[Check]:
         for check in isolated_checks.run_guarded(
             what, functools.partial(attention_checks_of, n, True)
         ):
-            if check.verdict == isolated_checks.FAILED:  # the peer's failure is not ours
+            if (
+                check.verdict == isolated_checks.FAILED
+            ):  # the peer's failure is not ours
                 check = dataclasses.replace(check, verdict=isolated_checks.NOT_RUN)
             yield check
 

@@ -28,7 +28,12 @@ _STUDIES = flags.DEFINE_list("studies", None, "Folders with a study.json each.")
 
 DIGITS = tuple("0123456789")
 YES_NO = ("Yes", "No")
-QUESTION_KIND_GROUPS = {"neither": "neither", "first": "one", "second": "one", "both": "both"}
+QUESTION_KIND_GROUPS = {
+    "neither": "neither",
+    "first": "one",
+    "second": "one",
+    "both": "both",
+}
 GLOBAL_ROW = "Global"
 
 MetricValues = dict[str, Any]  # of one model, or of all: what analysis.json holds
@@ -78,27 +83,38 @@ def read_study(folder: str | pathlib.Path) -> Study:
     path = pathlib.Path(folder) / "study.json"
     stored_study = read_json(path)
     with about(str(path)):
-        name, model = _get_field(stored_study, "study", str), _get_field(stored_study, "model", str)
+        name, model = (
+            _get_field(stored_study, "study", str),
+            _get_field(stored_study, "model", str),
+        )
         if name not in STUDY_SPECS:
             raise InputError(f"study is {name!r}; known are {', '.join(STUDY_SPECS)}")
         if not model.strip() or model == GLOBAL_ROW:
             raise InputError(f"model is {model!r}; give it a name of its own")
         records: dict[int, Record] = {}
         failed: dict[int, str] = {}
-        for position, stored_record in enumerate(_get_field(stored_study, "records", list)):
+        for position, stored_record in enumerate(
+            _get_field(stored_study, "records", list)
+        ):
             if not isinstance(stored_record, dict):
-                raise InputError(f"records[{position}] must be an object; run the study again")
+                raise InputError(
+                    f"records[{position}] must be an object; run the study again"
+                )
             with about(f"records[{position}]"):
                 index = _get_field(stored_record, "index", int)
             with about(f"record {index}"):
                 if index in records or index in failed:
-                    raise InputError("its index occurs twice; keep one of the two records")
+                    raise InputError(
+                        "its index occurs twice; keep one of the two records"
+                    )
                 if "failed" in stored_record:
                     failed[index] = _get_field(stored_record, "failed", str)
                 else:
                     records[index] = _parse_record(stored_record, STUDY_SPECS[name])
         if not records:
-            reason = f", the first since {next(iter(failed.values()))}" if failed else ""
+            reason = (
+                f", the first since {next(iter(failed.values()))}" if failed else ""
+            )
             raise InputError(
                 f"no record could be analysed: {len(failed)} of {len(failed)} failed{reason};"
                 " run the study on prompts that this model can read"
@@ -131,8 +147,12 @@ def _parse_record(stored_record: Mapping[str, Any], study_spec: "StudySpec") -> 
     with about("curves"):
         points = _as_float_array(_get_field(stored_curves, "points", list), "points")
         if len(points) < 2 or not (np.diff(points) > 0).all():
-            raise InputError("points must be two or more that ascend; run the study again")
-        if abs(points[-1] - 1) > 1e-6 or (study_spec.starts_at_zero and abs(points[0]) > 1e-6):
+            raise InputError(
+                "points must be two or more that ascend; run the study again"
+            )
+        if abs(points[-1] - 1) > 1e-6 or (
+            study_spec.starts_at_zero and abs(points[0]) > 1e-6
+        ):
             raise InputError(
                 f"points go from {points[0]:g} to {points[-1]:g}, not"
                 f" {'from 0 ' if study_spec.starts_at_zero else ''}to 1; run the study on a"
@@ -145,7 +165,8 @@ def _parse_record(stored_record: Mapping[str, Any], study_spec: "StudySpec") -> 
                 *(a for a in probability_lists if a not in study_spec.answers),
             ]
             curves = {
-                a: _as_float_array(_get_field(probability_lists, a, list), a) for a in answers
+                a: _as_float_array(_get_field(probability_lists, a, list), a)
+                for a in answers
             }
             for answer, curve in curves.items():
                 if len(curve) != len(points):
@@ -170,8 +191,12 @@ def _get_field(stored_object: Mapping[str, Any], name: str, expected_type: type)
     if name not in stored_object:
         raise InputError(f"{name} is missing; run the study again or add it")
     value = stored_object[name]
-    if not isinstance(value, expected_type) or (expected_type is int and isinstance(value, bool)):
-        raise InputError(f"{name} must be {type_names[expected_type]}, not {value!r:.40}")
+    if not isinstance(value, expected_type) or (
+        expected_type is int and isinstance(value, bool)
+    ):
+        raise InputError(
+            f"{name} must be {type_names[expected_type]}, not {value!r:.40}"
+        )
     return value
 
 
@@ -182,7 +207,9 @@ def _as_float_array(values: list, name: str) -> np.ndarray:
     except ValueError:  # lists of different lengths
         array = np.array(None)
     if array.ndim != 1 or array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        raise InputError(f"{name} must be a list of finite numbers; run the study again")
+        raise InputError(
+            f"{name} must be a list of finite numbers; run the study again"
+        )
     return array.astype(float)
 
 
@@ -196,32 +223,48 @@ def sum_metrics(records: Sequence[Record]) -> MetricValues:
     ten first digits. Ambiguous: the unshrunk answer is also a shrunk one.
     """
     tier_counts = Counter(map(_sum_success_tier, records))
-    excluded_counts = {tier: tier_counts.pop(tier, 0) for tier in ("not defined", "ambiguous")}
+    excluded_counts = {
+        tier: tier_counts.pop(tier, 0) for tier in ("not defined", "ambiguous")
+    }
     return excluded_counts | metrics.tier_shares(tier_counts)
 
 
 def _sum_success_tier(record: Record) -> str:
     numbers = record.fields["item_1"], record.fields["item_2"]
-    shrunk_number, other_number = numbers if record.fields["shrink_1"] else numbers[::-1]
+    shrunk_number, other_number = (
+        numbers if record.fields["shrink_1"] else numbers[::-1]
+    )
     sum_answers = metrics.sum_answers(shrunk_number, other_number)
     if sum_answers is None or set(record.curves) != set(DIGITS):
         return "not defined"
-    return metrics.success_tier(record.curves, **dataclasses.asdict(sum_answers)) or "ambiguous"
+    return (
+        metrics.success_tier(record.curves, **dataclasses.asdict(sum_answers))
+        or "ambiguous"
+    )
 
 
 def word_metrics(records: Sequence[Record]) -> MetricValues:
     """Words, by `QUESTION_KIND_GROUPS` of question."""
     kinds = [QUESTION_KIND_GROUPS[record.fields["kind"]] for record in records]
-    curves = [{answer: record.curves[answer] for answer in YES_NO} for record in records]
-    return metrics.interpolation_metrics([record.points for record in records], curves, kinds)
+    curves = [
+        {answer: record.curves[answer] for answer in YES_NO} for record in records
+    ]
+    return metrics.interpolation_metrics(
+        [record.points for record in records], curves, kinds
+    )
 
 
 # --- Studies ----------------------------------------------------------------------------------
 
 
-def make_threshold_figures(metrics_by_model: Mapping[str, MetricValues]) -> dict[str, Figure]:
+def make_threshold_figures(
+    metrics_by_model: Mapping[str, MetricValues],
+) -> dict[str, Figure]:
     """Time sensitivity and intersection over union, observed and counterfactual."""
-    axis_labels = {"sensitivity": "share of expected peaks found", "iou": "intersection over union"}
+    axis_labels = {
+        "sensitivity": "share of expected peaks found",
+        "iou": "intersection over union",
+    }
     return {
         metric_name: plots.threshold_curves(
             metrics.THRESHOLDS,
@@ -235,20 +278,31 @@ def make_threshold_figures(metrics_by_model: Mapping[str, MetricValues]) -> dict
     }
 
 
-def make_variation_figure(metrics_by_model: Mapping[str, MetricValues]) -> dict[str, Figure]:
+def make_variation_figure(
+    metrics_by_model: Mapping[str, MetricValues],
+) -> dict[str, Figure]:
     """The histogram of variation."""
-    counts = {model: numbers["variation"]["counts"] for model, numbers in metrics_by_model.items()}
+    counts = {
+        model: numbers["variation"]["counts"]
+        for model, numbers in metrics_by_model.items()
+    }
     label = "variation beyond the two end points"
     bound = metrics.LARGE_VARIATION
     return {
-        "variation": plots.histograms(metrics.VARIATION_BINS, counts, xlabel=label, bound=bound)
+        "variation": plots.histograms(
+            metrics.VARIATION_BINS, counts, xlabel=label, bound=bound
+        )
     }
 
 
-def _integer_check(name: str, minimum: int, maximum: int) -> Callable[[Mapping[str, Any]], None]:
+def _integer_check(
+    name: str, minimum: int, maximum: int
+) -> Callable[[Mapping[str, Any]], None]:
     def check_fields(fields: Mapping[str, Any]) -> None:
         if not minimum <= _get_field(fields, name, int) <= maximum:
-            raise InputError(f"{name} is {fields[name]}; it must be from {minimum} to {maximum}")
+            raise InputError(
+                f"{name} is {fields[name]}; it must be from {minimum} to {maximum}"
+            )
 
     return check_fields
 
@@ -261,7 +315,9 @@ def _check_sum(fields: Mapping[str, Any]) -> None:
 
 def _check_words(fields: Mapping[str, Any]) -> None:
     if _get_field(fields, "kind", str) not in QUESTION_KIND_GROUPS:
-        raise InputError(f"kind is {fields['kind']!r}; known are {', '.join(QUESTION_KIND_GROUPS)}")
+        raise InputError(
+            f"kind is {fields['kind']!r}; known are {', '.join(QUESTION_KIND_GROUPS)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +335,9 @@ class StudySpec:
     answers: tuple[str, ...]
     check_fields: Callable[[Mapping[str, Any]], None]
     compute_metrics: Callable[[Sequence[Record]], MetricValues]
-    make_figures: Callable[[Mapping[str, MetricValues]], dict[str, Figure]] = lambda models: {}
+    make_figures: Callable[[Mapping[str, MetricValues]], dict[str, Figure]] = (
+        lambda models: {}
+    )
     starts_at_zero: bool = False
 
 
@@ -291,7 +349,9 @@ def _counting_spec(field: str) -> StudySpec:
         )
         return metrics.counting_metrics(digit_curves, counts)
 
-    return StudySpec(DIGITS, _integer_check(field, 1, 9), compute_metrics, make_threshold_figures)
+    return StudySpec(
+        DIGITS, _integer_check(field, 1, 9), compute_metrics, make_threshold_figures
+    )
 
 
 STUDY_SPECS = {
@@ -325,7 +385,9 @@ def compute_model_metrics(studies: Sequence[Study]) -> dict[str, MetricValues]:
         } | study_spec.compute_metrics(records)
 
     metrics_by_model = {study.model: group_metrics([study]) for study in studies}
-    return metrics_by_model | ({GLOBAL_ROW: group_metrics(studies)} if len(studies) > 1 else {})
+    return metrics_by_model | (
+        {GLOBAL_ROW: group_metrics(studies)} if len(studies) > 1 else {}
+    )
 
 
 def main() -> None:
@@ -340,12 +402,16 @@ def main() -> None:
     }
     run_record = program.record()
     # No model's.
-    run_record["flags"] = {name: run_record["flags"][name] for name in ("studies", "output_dir")}
+    run_record["flags"] = {
+        name: run_record["flags"][name] for name in ("studies", "output_dir")
+    }
     table_texts: list[str] = []
     with write_atomically(folder, stale_pattern=_OUTPUT_FILES) as staging_folder:
         for study_name, metrics_by_model in metrics_by_study.items():
             for table in tables.study_tables(
-                study_name, metrics_by_model, has_summary_row=GLOBAL_ROW in metrics_by_model
+                study_name,
+                metrics_by_model,
+                has_summary_row=GLOBAL_ROW in metrics_by_model,
             ):
                 table.write(staging_folder)
                 table_texts.append(table.as_text())

@@ -102,16 +102,24 @@ def make_tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
         case "counting":
             words = " ".join([record["word"]] * record["repetitions"])
             prefix = 'Question: In the sentence "'
-            suffix = f'", how many times is {record["category_with_article"]} mentioned?'
+            suffix = (
+                f'", how many times is {record["category_with_article"]} mentioned?'
+            )
             suffix += " Reply with a single-digit number\nAnswer: "
             kept_fields = {name: record[name] for name in _RECORD_FIELDS[study]}
             return [
-                Task(prefix + words + suffix, kept_fields, (len(prefix), len(prefix) + len(words)))
+                Task(
+                    prefix + words + suffix,
+                    kept_fields,
+                    (len(prefix), len(prefix) + len(words)),
+                )
             ]
         case "tutorials":
             text = record["sentence"]
             begin, end = _find_steps(text)
-            return [Task(text, {"num_sentences": record["num_sentences"]}, (begin, end))]
+            return [
+                Task(text, {"num_sentences": record["num_sentences"]}, (begin, end))
+            ]
         case "sums":
             return [_make_sum_task(record)]
     return [
@@ -133,9 +141,13 @@ def _find_steps(text: str) -> tuple[int, int]:
 def _make_sum_task(record: Mapping[str, Any]) -> Task:
     fields = {name: str(value) for name, value in record["fields"].items()}
     shrinking_field = "item_1" if record["shrink_1"] else "item_2"
-    template_parts = re.split(r"\{(\w+)\}", record["template"])  # text, field, text, ..., text
+    template_parts = re.split(
+        r"\{(\w+)\}", record["template"]
+    )  # text, field, text, ..., text
     text, character_span = "", (0, 0)
-    for template_part, field in itertools.zip_longest(template_parts[::2], template_parts[1::2]):
+    for template_part, field in itertools.zip_longest(
+        template_parts[::2], template_parts[1::2]
+    ):
         text += template_part
         if field == shrinking_field:
             character_span = len(text), len(text) + len(fields[field])
@@ -158,11 +170,15 @@ def _check_record(study: str, record: Any) -> None:
     fields = record.get("fields", {})
     match study:
         case "counting" if not 1 <= record["repetitions"] <= 9:
-            raise clm.InputError(f"field repetitions is {record['repetitions']}; only 1 to 9")
+            raise clm.InputError(
+                f"field repetitions is {record['repetitions']}; only 1 to 9"
+            )
         case "counting" if not record["word"].strip():
             raise clm.InputError("field word is empty")
         case "tutorials" if not 1 <= record["num_sentences"] <= 9:
-            raise clm.InputError(f"field num_sentences is {record['num_sentences']}; only 1 to 9")
+            raise clm.InputError(
+                f"field num_sentences is {record['num_sentences']}; only 1 to 9"
+            )
         case "tutorials" if _find_steps(record["sentence"]) == (0, 0):
             raise clm.InputError('field sentence has no "- " steps before its question')
         case "sums":
@@ -182,7 +198,9 @@ def _check_record(study: str, record: Any) -> None:
         case "words":
             options, questions = record["options"], record["questions"]
             if len(options) != 2 or not all(isinstance(o, str) and o for o in options):
-                raise clm.InputError(f"field options is {options!r:.60}; it must be two words")
+                raise clm.InputError(
+                    f"field options is {options!r:.60}; it must be two words"
+                )
             if not questions:
                 raise clm.InputError("field questions is empty")
             for kind, question in questions.items():
@@ -220,24 +238,36 @@ def _generate_tutorials(num_records: int) -> Iterator[dict[str, Any]]:
     rng, scene = np.random.default_rng(1), SCENES["tutorial"]
     for _ in range(num_records):
         num_steps = int(rng.integers(2, 8))
-        steps = [str(step) for step in rng.choice(scene.objects, num_steps, replace=False)]
-        prompt = prompts.events_prompt("tutorial", str(rng.choice(scene.subjects)), steps)
+        steps = [
+            str(step) for step in rng.choice(scene.objects, num_steps, replace=False)
+        ]
+        prompt = prompts.events_prompt(
+            "tutorial", str(rng.choice(scene.subjects)), steps
+        )
         yield {"sentence": prompt.text, "num_sentences": num_steps}
 
 
 def _generate_sums(num_records: int) -> Iterator[dict[str, Any]]:
     """One-digit sums: the small language has no other."""
     rng = np.random.default_rng(2)
-    templates = [t.replace("{a}", "{item_1}").replace("{b}", "{item_2}") for t in SUM_TEMPLATES]
+    templates = [
+        t.replace("{a}", "{item_1}").replace("{b}", "{item_2}") for t in SUM_TEMPLATES
+    ]
     plurals = [PLURALS[word] for words in WORDS.values() for word in words]
     for _ in range(num_records):
         template = str(rng.choice(templates))
         nouns, others = (str(noun) for noun in rng.choice(plurals, 2, replace=False))
         values = {"name": str(rng.choice(PEOPLE)), "nouns": nouns, "others": others}
-        fields: dict[str, Any] = {k: v for k, v in values.items() if f"{{{k}}}" in template}
+        fields: dict[str, Any] = {
+            k: v for k, v in values.items() if f"{{{k}}}" in template
+        }
         first, second = (int(number) for number in rng.integers(1, 10, 2))
         fields |= {"item_1": first, "item_2": second}
-        yield {"template": template, "fields": fields, "shrink_1": bool(rng.random() < 0.5)}
+        yield {
+            "template": template,
+            "fields": fields,
+            "shrink_1": bool(rng.random() < 0.5),
+        }
 
 
 def _generate_words(num_records: int) -> Iterator[dict[str, Any]]:
@@ -257,7 +287,8 @@ def _generate_words(num_records: int) -> Iterator[dict[str, Any]]:
             kind: [
                 q
                 for q, true_plurals in plurals_by_question.items()
-                if ((first in true_plurals), (second in true_plurals)) == required_truths
+                if ((first in true_plurals), (second in true_plurals))
+                == required_truths
             ]
             for kind, required_truths in truths_by_kind.items()
         }

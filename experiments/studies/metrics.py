@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 
-THRESHOLDS = np.linspace(0.0, 1.0, 101)  # of probability, at which a peak counts as found
+THRESHOLDS = np.linspace(
+    0.0, 1.0, 101
+)  # of probability, at which a peak counts as found
 TIERS = ("invalid", "valid", "successful", "strongly", "completely")  # from low to high
 LARGE_VARIATION = 0.05  # the paper's
 VARIATION_BINS = np.linspace(0.0, 1.0, 41)  # of variation; LARGE_VARIATION is an edge
 # Probability that a curve may go back in all and still be called monotone.
 MONOTONE_TOLERANCE = 1e-3
-_CONSTANT_TOLERANCE = 1e-6  # of the largest value: a range of this size is rounding of float32
+_CONSTANT_TOLERANCE = (
+    1e-6  # of the largest value: a range of this size is rounding of float32
+)
 
 
 # --- Time sensitivity -------------------------------------------------------------------------
@@ -41,7 +45,9 @@ def intersection_over_union(values: np.ndarray, expected: np.ndarray) -> np.ndar
     """Of the answers that reach each of `THRESHOLDS` with those expected; as `sensitivity`."""
     is_reached = _reaches_thresholds(values)
     is_expected = np.isin(np.arange(len(values)), expected)
-    return (is_reached & is_expected).sum(axis=1) / (is_reached | is_expected).sum(axis=1)
+    return (is_reached & is_expected).sum(axis=1) / (is_reached | is_expected).sum(
+        axis=1
+    )
 
 
 def area_under_curve(heights: np.ndarray) -> float:
@@ -187,7 +193,9 @@ def success_tier(
         return None
     unshrunk_curve = curves[unshrunk]
     shrunk_total = np.sum([curves[a] for a in sorted(shrunk)], axis=0)
-    strongest_other = np.max([np.zeros_like(unshrunk_curve), *(curves[a] for a in others)], axis=0)
+    strongest_other = np.max(
+        [np.zeros_like(unshrunk_curve), *(curves[a] for a in others)], axis=0
+    )
     if not unshrunk_curve[-1] > max(shrunk_total[-1], strongest_other[-1]):
         return "invalid"
     is_shrunk_ahead = shrunk_total > unshrunk_curve
@@ -196,7 +204,9 @@ def success_tier(
     if not (is_shrunk_ahead & (shrunk_total > strongest_other)).any():
         return "successful"
     return (
-        "strongly" if (is_shrunk_ahead & (shrunk_total < strongest_other)).any() else "completely"
+        "strongly"
+        if (is_shrunk_ahead & (shrunk_total < strongest_other)).any()
+        else "completely"
     )
 
 
@@ -211,7 +221,10 @@ def lipschitz(points: np.ndarray, values: np.ndarray) -> float | None:
     """
     if _is_constant(values):
         return None
-    left_indices, right_indices = np.arange(-1, len(points) - 1), np.arange(1, len(points) + 1)
+    left_indices, right_indices = (
+        np.arange(-1, len(points) - 1),
+        np.arange(1, len(points) + 1),
+    )
     left_indices[0], right_indices[-1] = 0, len(points) - 1
     slopes = (values[right_indices] - values[left_indices]) / (
         points[right_indices] - points[left_indices]
@@ -227,7 +240,9 @@ def variation(values: np.ndarray) -> float:
 
 def _is_constant(values: np.ndarray) -> bool:
     """Whether there are no two values apart by more than rounding."""
-    return len(values) < 2 or bool(np.ptp(values) <= _CONSTANT_TOLERANCE * np.abs(values).max())
+    return len(values) < 2 or bool(
+        np.ptp(values) <= _CONSTANT_TOLERANCE * np.abs(values).max()
+    )
 
 
 # --- Over the records of a study ----------------------------------------------------------------
@@ -239,7 +254,9 @@ def mean_of_present(values: Iterable[float | None]) -> float | None:
     return float(np.mean(present_values)) if present_values else None
 
 
-def counting_metrics(digits: Sequence[np.ndarray], counts: Sequence[int]) -> dict[str, Any]:
+def counting_metrics(
+    digits: Sequence[np.ndarray], counts: Sequence[int]
+) -> dict[str, Any]:
     """Time sensitivity, peaks and their order, in the mean over records, ready for JSON.
 
     Args:
@@ -249,9 +266,12 @@ def counting_metrics(digits: Sequence[np.ndarray], counts: Sequence[int]) -> dic
     expected = [np.arange(1, n + 1) for n in counts]
     pairs = list(zip(digits, expected, strict=True))
 
-    def over_thresholds(share: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> dict[str, Any]:
+    def over_thresholds(
+        share: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> dict[str, Any]:
         observed = np.mean(
-            [share(p.max(axis=0), expected_digits) for p, expected_digits in pairs], axis=0
+            [share(p.max(axis=0), expected_digits) for p, expected_digits in pairs],
+            axis=0,
         )
         counterfactual = np.mean(
             [share(p[-1], expected_digits) for p, expected_digits in pairs], axis=0
@@ -274,16 +294,19 @@ def counting_metrics(digits: Sequence[np.ndarray], counts: Sequence[int]) -> dic
             ),
             "pure": mean_of_present(record_rates.pure for record_rates in rates),
             "pure improvement": mean_of_present(
-                record_rates.pure / record_rates.counterfactual for record_rates in rates
+                record_rates.pure / record_rates.counterfactual
+                for record_rates in rates
             ),
             "impure": mean_of_present(record_rates.impure for record_rates in rates),
             "impure improvement": mean_of_present(
-                record_rates.impure / record_rates.counterfactual for record_rates in rates
+                record_rates.impure / record_rates.counterfactual
+                for record_rates in rates
             ),
         },
         "order": {
             "in order": mean_of_present(
-                leading_digits(p) == expected_digits.tolist() for p, expected_digits in pairs
+                leading_digits(p) == expected_digits.tolist()
+                for p, expected_digits in pairs
             ),
             "never falls": mean_of_present(is_never_falling(p) for p in digits),
             "digits": mean_of_present(len(peaks(p)) for p in digits),
@@ -307,13 +330,16 @@ def tier_shares(tier_counts: Mapping[str, int]) -> dict[str, Any]:
     defined = counts.pop("invalid")
     denominators = dict.fromkeys(counts, counts["valid"]) | {"valid": defined}
     shares = {
-        tier: counts[tier] / denominators[tier] if denominators[tier] else None for tier in counts
+        tier: counts[tier] / denominators[tier] if denominators[tier] else None
+        for tier in counts
     }
     return {"defined": defined, "counts": counts, "shares": shares}
 
 
 def interpolation_metrics(
-    points: Sequence[np.ndarray], curves: Sequence[Mapping[str, np.ndarray]], kinds: Sequence[str]
+    points: Sequence[np.ndarray],
+    curves: Sequence[Mapping[str, np.ndarray]],
+    kinds: Sequence[str],
 ) -> dict[str, Any]:
     """Lipschitz estimates, variation and monotonicity over records, ready for JSON.
 
@@ -324,7 +350,9 @@ def interpolation_metrics(
     """
     records = list(zip(points, curves, kinds, strict=True))
     estimates = [(k, a, lipschitz(x, y)) for x, ys, k in records for a, y in ys.items()]
-    nonconstant_curves = [y for ys in curves for y in ys.values() if not _is_constant(y)]
+    nonconstant_curves = [
+        y for ys in curves for y in ys.values() if not _is_constant(y)
+    ]
     variations = [max(map(variation, ys.values())) for ys in curves]
     return {
         "lipschitz": {

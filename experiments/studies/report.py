@@ -60,14 +60,17 @@ def sweep_section(
 ) -> report_page.Section:
     """The section of one sweep."""
     if answer_tokens is None:
-        answer_tokens = single_prompt.find_tokens_above_threshold(lm, tokenizer, prompt_sweep)
+        answer_tokens = single_prompt.find_tokens_above_threshold(
+            lm, tokenizer, prompt_sweep
+        )
     answer_curves = single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, None)
     marks = single_prompt.transition_points(num_repetitions, prompt_sweep.points)
     figure = plots.answer_curves(
         answer_curves, xlabel=xlabel, title=prompt_sweep.prompt, marks=marks
     )
     rows: list[list[tables.Cell]] = [
-        [f"{r.first:.3f} to {r.last:.3f}", r.answer, r.peak] for r in answer_curves.ranges
+        [f"{r.first:.3f} to {r.last:.3f}", r.answer, r.peak]
+        for r in answer_curves.ranges
     ]
     columns = (
         tables.Column(xlabel),
@@ -75,14 +78,20 @@ def sweep_section(
         tables.Column("at most", format=".3f"),
     )
     table = tables.Table(
-        report_page.slug(title), "The most probable of the tracked answers", columns, rows
+        report_page.slug(title),
+        "The most probable of the tracked answers",
+        columns,
+        rows,
     )
-    largest_change = np.abs(answer_curves.probabilities - answer_curves.probabilities[-1:]).max()
+    largest_change = np.abs(
+        answer_curves.probabilities - answer_curves.probabilities[-1:]
+    ).max()
     answer_sequence = " > ".join(r.answer for r in answer_curves.ranges)
-    text = (
-        f"Shown: {answer_sequence}. The tracked probabilities move by at most {largest_change:.2g}."
+    text = f"Shown: {answer_sequence}. The tracked probabilities move by at most"
+    text += f" {largest_change:.2g}."
+    return report_page.Section(
+        title, claim, text, [table], {report_page.slug(title): figure}
     )
-    return report_page.Section(title, claim, text, [table], {report_page.slug(title): figure})
 
 
 def counting_section(lm, tokenizer) -> report_page.Section:
@@ -112,10 +121,19 @@ def events_section(lm, tokenizer) -> report_page.Section:
         tokenizer, prompt, character_span, single_prompt.sweep_points()
     )
     answer_tokens = single_prompt.find_answer_tokens(tokenizer, clm.tokenization.DIGITS)
-    claim = "Events are counted in the same way, although no word is repeated four times."
+    claim = (
+        "Events are counted in the same way, although no word is repeated four times."
+    )
     label = "duration of each token of the events"
     return sweep_section(
-        lm, tokenizer, "Events", claim, prompt_sweep, answer_tokens, label, events.NUM_EVENTS
+        lm,
+        tokenizer,
+        "Events",
+        claim,
+        prompt_sweep,
+        answer_tokens,
+        label,
+        events.NUM_EVENTS,
     )
 
 
@@ -131,23 +149,36 @@ def sums_section(lm, tokenizer) -> report_page.Section:
     claim = "A number that lasts less is read as one of its digits. (The embedded model knows"
     claim += " one-digit numbers alone, to which this does not apply.)"
     label = f"duration of each token of {numbers[1]}"
-    return sweep_section(lm, tokenizer, "Sums", claim, prompt_sweep, answer_tokens, label)
+    return sweep_section(
+        lm, tokenizer, "Sums", claim, prompt_sweep, answer_tokens, label
+    )
 
 
 def make_interpolation_section(path: str) -> SectionWriter:
     """Apples to bananas."""
 
     def write_section(lm, tokenizer) -> report_page.Section:
-        template, points = interpolation.TEMPLATES["question"], single_prompt.sweep_points(0.0)
+        template, points = (
+            interpolation.TEMPLATES["question"],
+            single_prompt.sweep_points(0.0),
+        )
         words = ("apples", "bananas")
         prompt_sweep = prompt_sweeps.interpolate_phrases(
             lm, tokenizer, template, words, points, path
         )
-        answer_tokens = single_prompt.find_answer_tokens(tokenizer, interpolation.YES_NO_SPELLINGS)
+        answer_tokens = single_prompt.find_answer_tokens(
+            tokenizer, interpolation.YES_NO_SPELLINGS
+        )
         claim = "Between two words lie others, of which the model says what is true of either end."
         label = "from apples (0) to bananas (1)"
         return sweep_section(
-            lm, tokenizer, f"Interpolation, {path}", claim, prompt_sweep, answer_tokens, label
+            lm,
+            tokenizer,
+            f"Interpolation, {path}",
+            claim,
+            prompt_sweep,
+            answer_tokens,
+            label,
         )
 
     return write_section
@@ -176,15 +207,30 @@ def boolean_section(lm, tokenizer) -> report_page.Section:
     figure = plots.curve_grid(
         curves_by_cell, xlabel="from the first operator (0) to the second (1)"
     )
-    columns = [tables.Column("operators"), *(tables.Column(f"{a} {b}") for a, b in _BOOLEAN_INPUTS)]
-    rows = [
-        [pair, *(" > ".join(r.answer for r in answer_curves.ranges) for _, answer_curves in group)]
-        for pair, group in itertools.groupby(curves_by_cell.items(), key=lambda item: item[0][0])
+    columns = [
+        tables.Column("operators"),
+        *(tables.Column(f"{a} {b}") for a, b in _BOOLEAN_INPUTS),
     ]
-    table = tables.Table("boolean", "Answers from the first operator to the second", columns, rows)
+    rows = [
+        [
+            pair,
+            *(
+                " > ".join(r.answer for r in answer_curves.ranges)
+                for _, answer_curves in group
+            ),
+        ]
+        for pair, group in itertools.groupby(
+            curves_by_cell.items(), key=lambda item: item[0][0]
+        )
+    ]
+    table = tables.Table(
+        "boolean", "Answers from the first operator to the second", columns, rows
+    )
     claim = "Between two operators the answer goes from one truth table to the other, and at times"
     claim += " through neither."
-    return report_page.Section("Boolean operators", claim, "", [table], {"boolean": figure})
+    return report_page.Section(
+        "Boolean operators", claim, "", [table], {"boolean": figure}
+    )
 
 
 _BOOLEAN_INPUTS = tuple(itertools.product("01", repeat=2))
@@ -194,7 +240,9 @@ def make_shifting_section(transform: str) -> SectionWriter:
     """Later, or slower."""
 
     def write_section(lm, tokenizer) -> report_page.Section:
-        prompt = shifting.BUNDLED_PROMPT if pretrained.is_bundled() else shifting.PROMPTS[0]
+        prompt = (
+            shifting.BUNDLED_PROMPT if pretrained.is_bundled() else shifting.PROMPTS[0]
+        )
         if transform == "translation":
             prompt_sweep = prompt_sweeps.shift_prompt(
                 tokenizer, prompt, single_prompt.sweep_points(0.0, 10.0)
@@ -222,8 +270,12 @@ def attribution_section(lm, tokenizer) -> report_page.Section:
     )
     ordinary_durations = jnp.ones(len(answered_prompt.tokens))
     methods = {
-        "integrated gradients": attribution.integrated_gradients(objective, ordinary_durations),
-        "gradient times input": attribution.gradient_times_input(objective, ordinary_durations),
+        "integrated gradients": attribution.integrated_gradients(
+            objective, ordinary_durations
+        ),
+        "gradient times input": attribution.gradient_times_input(
+            objective, ordinary_durations
+        ),
         "leave one out": attribution.leave_one_out(objective, ordinary_durations),
     }
     deletions = {
@@ -235,7 +287,8 @@ def attribution_section(lm, tokenizer) -> report_page.Section:
     title = f"{answered_prompt.answer!r}: log probability {values}"
     columns = [tables.Column("method"), tables.Column("sum", format=".3f")]
     columns += [
-        tables.Column(h, format=".3f") for h in ("residual", "area of deletion (lower: better)")
+        tables.Column(h, format=".3f")
+        for h in ("residual", "area of deletion (lower: better)")
     ]
     rows: list[list[tables.Cell]] = [
         [
@@ -247,21 +300,32 @@ def attribution_section(lm, tokenizer) -> report_page.Section:
         for name, method_result in methods.items()
     ]
     text = f"The answer is {answered_prompt.answer!r}. Integrated gradients along the durations,"
-    text += " from absent to present, add up to the change of its log probability within"
+    text += (
+        " from absent to present, add up to the change of its log probability within"
+    )
     text += f" {integrated.relative_residual():.2%}."
     return report_page.Section(
         "Duration attribution",
         "",
         text,
-        [tables.Table("attribution", "Contributions to the answer, in nats", columns, rows)],
+        [
+            tables.Table(
+                "attribution", "Contributions to the answer, in nats", columns, rows
+            )
+        ],
         {
             "attribution": plots.heat_maps(
                 answered_prompt.token_texts,
                 answered_prompt.separators,
-                {n: method_result.contributions for n, method_result in methods.items()},
+                {
+                    n: method_result.contributions
+                    for n, method_result in methods.items()
+                },
                 title=title,
             ),
-            "deletion": plots.deletion_curves({n: d.values for n, d in deletions.items()}),
+            "deletion": plots.deletion_curves(
+                {n: d.values for n, d in deletions.items()}
+            ),
         },
     )
 
@@ -269,11 +333,19 @@ def attribution_section(lm, tokenizer) -> report_page.Section:
 def inverse_section(lm, tokenizer) -> report_page.Section:
     """Durations that make the model give other answers."""
     ordinary_durations, drawn_durations = None, {}
-    columns = [tables.Column("answer"), tables.Column("holds"), tables.Column("tokens changed")]
-    columns += [tables.Column(h, format=".3f") for h in ("total change", "by random search")]
+    columns = [
+        tables.Column("answer"),
+        tables.Column("holds"),
+        tables.Column("tokens changed"),
+    ]
+    columns += [
+        tables.Column(h, format=".3f") for h in ("total change", "by random search")
+    ]
     rows: list[list[tables.Cell]] = []
     for answer in TARGET_ANSWERS:
-        answered_prompt = prompt.encode_prompt(lm, tokenizer, prompt.DEFAULT_PROMPT, answer)
+        answered_prompt = prompt.encode_prompt(
+            lm, tokenizer, prompt.DEFAULT_PROMPT, answer
+        )
         ordinary_durations = jnp.ones(len(answered_prompt.tokens))
         logits = next_token_logits(lm, tokens=answered_prompt.tokens)
         constraint = duration_search.Margin(
@@ -285,12 +357,18 @@ def inverse_section(lm, tokenizer) -> report_page.Section:
         )
         top_token = int(
             np.asarray(
-                lm(answered_prompt.tokens, durations=by_gradients.durations, position=-1)
+                lm(
+                    answered_prompt.tokens,
+                    durations=by_gradients.durations,
+                    position=-1,
+                )
             ).argmax()
         )
         is_target = top_token in answered_prompt.answer_tokens
         num_changed = int((np.abs(by_gradients.durations - 1.0) > 1e-3).sum())
-        random_search_change = by_random_search.total if by_random_search.slack >= 0 else None
+        random_search_change = (
+            by_random_search.total if by_random_search.slack >= 0 else None
+        )
         rows.append(
             [
                 answer,
@@ -329,7 +407,9 @@ def pruning_section(lm, tokenizer) -> report_page.Section:
         lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
     )
     ordinary_durations = np.ones(len(answered_prompt.tokens), np.float32)
-    pruned_durations = prune(objective, ordinary_durations, tolerance=LOG_PROB_TOLERANCE).durations
+    pruned_durations = prune(
+        objective, ordinary_durations, tolerance=LOG_PROB_TOLERANCE
+    ).durations
     log_prob_before, log_prob_after = (
         float(objective(jnp.asarray(x))) for x in (ordinary_durations, pruned_durations)
     )
@@ -373,7 +453,10 @@ STUDY_CLAIMS = {
 
 
 def study_section(
-    name: str, folder: pathlib.Path, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+    name: str,
+    folder: pathlib.Path,
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
 ) -> report_page.Section:
     """A study with its tables and figures, as `study` and `analysis` make them."""
     tasks = datasets.generate_tasks(name)[: _PROMPTS_PER_STUDY.value]
@@ -427,14 +510,18 @@ def generate_sections(folder: pathlib.Path) -> Iterator[report_page.Section]:
         try:
             yield write_section(lm, tokenizer)
         except clm.InputError as error:
-            yield report_page.Section(title, "", f"Not run: {error}", [], {}, failed=True)
+            yield report_page.Section(
+                title, "", f"Not run: {error}", [], {}, failed=True
+            )
 
 
 def main() -> None:
     """Sections, pages, figures, tables."""
     for name in REFUSED_FLAGS:
         if flags.FLAGS[name].present:
-            raise clm.InputError(f"--{name}: the report has its own; run an experiment's program")
+            raise clm.InputError(
+                f"--{name}: the report has its own; run an experiment's program"
+            )
     folder = program.output_dir("report")
     report_sections = list(generate_sections(folder / "studies"))
     run_record = program.record()

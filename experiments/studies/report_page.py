@@ -63,17 +63,23 @@ def write_report(
 
 
 def _run_summary(run_record: Mapping, sections: Sequence[Section]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in run_record["versions"].items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in run_record["versions"].items()
+    )
     num_failed = sum(section.failed for section in sections)
     place = f"{run_record['date']}, {run_record['device']}; {versions}"
     return f"{len(sections)} sections, {num_failed} not run. {place}."
 
 
 def _format_flags(run_record: Mapping) -> str:
-    return " ".join(f"--{k}={v}" for k, v in run_record["flags"].items() if v not in (None, []))
+    return " ".join(
+        f"--{k}={v}" for k, v in run_record["flags"].items() if v not in (None, [])
+    )
 
 
-def _render_markdown(title: str, sections: Sequence[Section], run_record: Mapping) -> str:
+def _render_markdown(
+    title: str, sections: Sequence[Section], run_record: Mapping
+) -> str:
     parts = [f"# {title}", _run_summary(run_record, sections)]
     for section in sections:
         parts += [f"## {section.title}"]
@@ -132,15 +138,22 @@ def _render_html(
             class_attribute = ' class="failed"' if section.failed else ""
             body.append(f"<p{class_attribute}>{escape(section.text)}</p>")
         for name in section.figures:
-            encoded_image = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+            encoded_image = base64.b64encode(
+                (folder / f"{name}.png").read_bytes()
+            ).decode()
             alt_text = escape(f"{section.title}: {name}")
-            body.append(f'<img alt="{alt_text}" src="data:image/png;base64,{encoded_image}">')
+            body.append(
+                f'<img alt="{alt_text}" src="data:image/png;base64,{encoded_image}">'
+            )
         body += map(_render_html_table, section.tables)
-    body.append(f'<h2>Flags</h2><p class="flags">{escape(_format_flags(run_record))}</p>')
-    meta_tags = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head_element = (
-        f"<head>{meta_tags}<title>{escape(title)}</title><style>{_STYLESHEET}</style></head>"
+    body.append(
+        f'<h2>Flags</h2><p class="flags">{escape(_format_flags(run_record))}</p>'
     )
+    meta_tags = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    )
+    head_tags = f"{meta_tags}<title>{escape(title)}</title><style>{_STYLESHEET}</style>"
+    head_element = f"<head>{head_tags}</head>"
     body_html = "\n".join(body)
     return f'<!doctype html>\n<html lang="en">{head_element}\n<body>\n{body_html}\n</body></html>\n'
 
@@ -148,7 +161,9 @@ def _render_html(
 def _render_html_table(table: Table) -> str:
     titles, *rows = ([html.escape(cell or "-") for cell in row] for row in table.cells)
     header = "".join(f"<th>{cell}</th>" for cell in titles)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows
+    )
     return (
         f'<div class="scroll"><table><caption>{html.escape(table.caption)}</caption>'
         f"<thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -30,7 +30,11 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import answer_curves, pretrained, program
-from continuous_lm.experiments.durations import interpolation, prompt_sweeps, single_prompt
+from continuous_lm.experiments.durations import (
+    interpolation,
+    prompt_sweeps,
+    single_prompt,
+)
 from continuous_lm.experiments.studies import datasets
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
@@ -39,7 +43,9 @@ from continuous_lm.parallel import processes
 PARTIAL_RESULTS_FILE = "records.jsonl"
 
 _STUDY = flags.DEFINE_enum("study", "counting", list(datasets.STUDIES), "Which one.")
-_DATA = flags.DEFINE_string("data", None, "A data file.  [default: made of the small language]")
+_DATA = flags.DEFINE_string(
+    "data", None, "A data file.  [default: made of the small language]"
+)
 _LIMIT = flags.DEFINE_integer("limit", 200, "At most so many prompts.", lower_bound=1)
 
 
@@ -48,7 +54,9 @@ def study_answer_tokens(
 ) -> dict[str, list[int]]:
     """What a study tracks; the embedded model gives whole sums, others their first digit."""
     if study == "words":
-        return single_prompt.find_answer_tokens(tokenizer, interpolation.YES_NO_SPELLINGS)
+        return single_prompt.find_answer_tokens(
+            tokenizer, interpolation.YES_NO_SPELLINGS
+        )
     is_whole_sum = study == "sums" and is_bundled
     return single_prompt.find_answer_tokens(
         tokenizer, [str(i) for i in range(19 if is_whole_sum else 10)]
@@ -69,7 +77,9 @@ def make_prompt_sweep(
             lm, tokenizer, task.prompt, task.phrases, points, path
         )
     assert task.character_span is not None
-    return prompt_sweeps.shrink_span(tokenizer, task.prompt, task.character_span, points, change)
+    return prompt_sweeps.shrink_span(
+        tokenizer, task.prompt, task.character_span, points, change
+    )
 
 
 def run_study(
@@ -94,17 +104,25 @@ def run_study(
     sweeps_or_errors: list[prompt_sweeps.PromptSweep | str] = []
     for task in tasks:
         try:
-            sweeps_or_errors.append(make_prompt_sweep(lm, tokenizer, task, points, change, path))
+            sweeps_or_errors.append(
+                make_prompt_sweep(lm, tokenizer, task, points, change, path)
+            )
         except InputError as error:
             sweeps_or_errors.append(str(error))
     runnable_tasks = [
-        i for i, item in enumerate(sweeps_or_errors) if isinstance(item, prompt_sweeps.PromptSweep)
+        i
+        for i, item in enumerate(sweeps_or_errors)
+        if isinstance(item, prompt_sweeps.PromptSweep)
     ]
     runnable_sweeps = [
         t.sweep for t in sweeps_or_errors if isinstance(t, prompt_sweeps.PromptSweep)
     ]
-    tokens_or_errors = [t if isinstance(t, str) else t.token_names for t in sweeps_or_errors]
-    task_fields = [[t.prompt, dict(t.fields), t.character_span, t.phrases] for t in tasks]
+    tokens_or_errors = [
+        t if isinstance(t, str) else t.token_names for t in sweeps_or_errors
+    ]
+    task_fields = [
+        [t.prompt, dict(t.fields), t.character_span, t.phrases] for t in tasks
+    ]
     fingerprint = _study_fingerprint(
         lm,
         [
@@ -137,7 +155,9 @@ def run_study(
             lm, list(answer_tokens.values()), group_sweeps, batch_size, use_pmap
         )
         new_curves = {
-            task_index: answer_curves.Curves(points, tuple(answer_tokens), rows).as_json()
+            task_index: answer_curves.Curves(
+                points, tuple(answer_tokens), rows
+            ).as_json()
             for task_index, rows in zip(task_indices, probabilities, strict=True)
         }
         if processes.is_first_process():
@@ -153,18 +173,31 @@ def run_study(
             if isinstance(sweep_or_error, str)
             else {"curves": curves_by_task[i]}
         )
-        for i, (task, sweep_or_error) in enumerate(zip(tasks, sweeps_or_errors, strict=True))
+        for i, (task, sweep_or_error) in enumerate(
+            zip(tasks, sweeps_or_errors, strict=True)
+        )
     ]
 
 
 def _study_fingerprint(lm: clm.LanguageModel, sweep_settings: list) -> str:
     """What must be the same for results to belong together: data, sweeps, device, and the model."""
-    run_settings = [sweep_settings, repr(lm.config), jax.__version__, jax.devices()[0].device_kind]
+    run_settings = [
+        sweep_settings,
+        repr(lm.config),
+        jax.__version__,
+        jax.devices()[0].device_kind,
+    ]
     parameter_prefixes = [
-        (p.shape, str(p.dtype), processes.gather_to_hosts(p.reshape(-1)[:4096]).tobytes().hex())
+        (
+            p.shape,
+            str(p.dtype),
+            processes.gather_to_hosts(p.reshape(-1)[:4096]).tobytes().hex(),
+        )
         for p in jax.tree.leaves(lm.params)
     ]
-    return hashlib.sha256(json.dumps([run_settings, parameter_prefixes]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([run_settings, parameter_prefixes]).encode()
+    ).hexdigest()
 
 
 def _read_partial_results(
@@ -225,13 +258,17 @@ def _explain_write_errors(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def write_study(folder: pathlib.Path, study: str, model: str, records: Sequence[Mapping]) -> None:
+def write_study(
+    folder: pathlib.Path, study: str, model: str, records: Sequence[Mapping]
+) -> None:
     """study.json, whole; the partial ones go. Process 0 alone writes."""
     if not processes.is_first_process():
         return
     with write_atomically(folder) as staging_folder:
         study_results = {"study": study, "model": model, "records": list(records)}
-        write_json(staging_folder / "study.json", study_results | {"run": program.record()})
+        write_json(
+            staging_folder / "study.json", study_results | {"run": program.record()}
+        )
     (folder / PARTIAL_RESULTS_FILE).unlink(missing_ok=True)
 
 

@@ -36,10 +36,14 @@ _CODEC = flags.DEFINE_string(
 )
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
 _MAX_WINDOWS = flags.DEFINE_integer("windows", 16, "Sequences, at most.", lower_bound=1)
-_CODES = flags.DEFINE_integer("codes", 512, "Codes of the vector quantizer.", lower_bound=2)
+_CODES = flags.DEFINE_integer(
+    "codes", 512, "Codes of the vector quantizer.", lower_bound=2
+)
 _STAGES = flags.DEFINE_integer("stages", 4, "Of the residual quantizer.", lower_bound=1)
 _CANDIDATES = flags.DEFINE_integer("candidates", 16, "Rows to re-rank.", lower_bound=1)
-_LEVELS = flags.DEFINE_integer("levels", 5, "Of each dimension, finite scalar.", lower_bound=2)
+_LEVELS = flags.DEFINE_integer(
+    "levels", 5, "Of each dimension, finite scalar.", lower_bound=2
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of draws and codebooks.", lower_bound=0)
 
 
@@ -60,7 +64,9 @@ def main() -> None:
         data = tokenized_text.read_corpus(lm.tokenizer)
         if isinstance(lm, NextVectorLM):
             if flags.FLAGS["candidates"].present:
-                raise InputError("--candidates: a next-vector model has no rows; leave it out")
+                raise InputError(
+                    "--candidates: a next-vector model has no rows; leave it out"
+                )
             label = pathlib.PurePath(name).name
             chunk_results = code_comparison.compare_latent_quantizers(
                 lm, data.train, data.held_out, **settings

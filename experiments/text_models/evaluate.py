@@ -24,19 +24,31 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.parallel import processes
 
-_MODELS = flags.DEFINE_list("models", None, "Folders that the program train wrote.", required=True)
+_MODELS = flags.DEFINE_list(
+    "models", None, "Folders that the program train wrote.", required=True
+)
 _CODEC = flags.DEFINE_string(
     "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
 )
 _LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
-_MAX_WINDOWS = flags.DEFINE_integer("windows", 256, "Sequences, at most.", lower_bound=1)
-_MAX_POSITIONS = flags.DEFINE_integer("positions", 512, "Of BrierLM, at most.", lower_bound=1)
-_CONTEXT_LENGTH = flags.DEFINE_integer("context", 64, "Tokens before each of them.", lower_bound=1)
-_STRIDE = flags.DEFINE_integer("stride", 16, "From one of them to the next.", lower_bound=1)
+_MAX_WINDOWS = flags.DEFINE_integer(
+    "windows", 256, "Sequences, at most.", lower_bound=1
+)
+_MAX_POSITIONS = flags.DEFINE_integer(
+    "positions", 512, "Of BrierLM, at most.", lower_bound=1
+)
+_CONTEXT_LENGTH = flags.DEFINE_integer(
+    "context", 64, "Tokens before each of them.", lower_bound=1
+)
+_STRIDE = flags.DEFINE_integer(
+    "stride", 16, "From one of them to the next.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of draws and intervals.", lower_bound=0)
 
 
-def evaluate_model(lm: DensityLM | NextVectorLM, data: tokenized_text.Corpus) -> dict[str, Any]:
+def evaluate_model(
+    lm: DensityLM | NextVectorLM, data: tokenized_text.Corpus
+) -> dict[str, Any]:
     """The numbers of one model's own kind."""
     if isinstance(lm, NextVectorLM):
         return calm_training.evaluate_autoencoder(lm, data.held_out, seed=_SEED.value)
@@ -48,7 +60,9 @@ def evaluate_model(lm: DensityLM | NextVectorLM, data: tokenized_text.Corpus) ->
         windows=_MAX_WINDOWS.value,
         seed=_SEED.value,
     )
-    return metrics | {"bits_per_byte": evaluation.bits_per_byte(metrics, data.bytes_per_token)}
+    return metrics | {
+        "bits_per_byte": evaluation.bits_per_byte(metrics, data.bytes_per_token)
+    }
 
 
 def main() -> None:
@@ -63,9 +77,13 @@ def main() -> None:
         lm = density_training.load_text_model(name, _CODEC.value, program.mesh())
         with about(name):
             data = tokenized_text.read_corpus(lm.tokenizer)
-            held_out_tokens = data.held_out if held_out_tokens is None else held_out_tokens
+            held_out_tokens = (
+                data.held_out if held_out_tokens is None else held_out_tokens
+            )
             if not np.array_equal(data.held_out, held_out_tokens):
-                raise InputError("it has another tokenizer than the models before; judge it apart")
+                raise InputError(
+                    "it has another tokenizer than the models before; judge it apart"
+                )
             results[label] = {
                 "parameters": density_training.num_learned_parameters(lm),
                 "data": data.source,
@@ -79,18 +97,26 @@ def main() -> None:
                 limit=_MAX_POSITIONS.value,
                 seed=_SEED.value,
             )
-    density_results = {label: metrics for label, metrics in results.items() if "nats" in metrics}
+    density_results = {
+        label: metrics for label, metrics in results.items() if "nats" in metrics
+    }
     result_tables = evaluation.make_tables(density_results) if density_results else []
     result_tables += calm_training.make_tables(results)
     learning_figure = calm_training.plot_learning_curves(
-        {pathlib.PurePath(folder_name).name: folder_name for folder_name in _MODELS.value}
+        {
+            pathlib.PurePath(folder_name).name: folder_name
+            for folder_name in _MODELS.value
+        }
     )
     if not processes.is_first_process():
         return
     with write_atomically(folder) as staging_folder:
         if learning_figure is not None:
             plots.save(learning_figure, staging_folder, "curves")
-        write_json(staging_folder / "evaluate.json", {"run": program.record(), "models": results})
+        write_json(
+            staging_folder / "evaluate.json",
+            {"run": program.record(), "models": results},
+        )
         for table in result_tables:
             table.write(staging_folder)
     print("\n\n".join(table.as_text() for table in result_tables))

@@ -36,12 +36,18 @@ from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.parallel import processes
 
-_MODEL = flags.DEFINE_string("model", None, "Folder that the program train wrote.", required=True)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Folder that the program train wrote.", required=True
+)
 _CODEC = flags.DEFINE_string(
     "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
 )
-_PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from.  [default: the end of a text]")
-_SAMPLES = flags.DEFINE_integer("samples", 4, "How many texts, of each strength.", lower_bound=1)
+_PROMPT = flags.DEFINE_string(
+    "prompt", "", "Text to go on from.  [default: the end of a text]"
+)
+_SAMPLES = flags.DEFINE_integer(
+    "samples", 4, "How many texts, of each strength.", lower_bound=1
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Of each.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
@@ -55,13 +61,24 @@ _QUANTIZE = flags.DEFINE_enum(
 _TOWARDS = flags.DEFINE_list("towards", [], "Words to steer towards.")
 _AWAY = flags.DEFINE_list("away", [], "Words to steer away from.")
 _STRENGTHS = flags.DEFINE_list("strengths", ["0"], "Of steering, in units of the rows.")
-_NEAR_K = flags.DEFINE_integer("near_k", 16, "Rows that are near a word.", lower_bound=1)
-_METHOD = flags.DEFINE_enum(
-    "method", "batch", list(calm.SAMPLING_METHODS), "How next vectors are drawn at a temperature."
+_NEAR_K = flags.DEFINE_integer(
+    "near_k", 16, "Rows that are near a word.", lower_bound=1
 )
-_CANDIDATES = flags.DEFINE_integer("candidates", 128, "Of --method=batch.", lower_bound=1)
-_MAX_ROUNDS = flags.DEFINE_integer("max_rounds", 10_000, "Of --method=exact.", lower_bound=1)
-_BETWEEN = flags.DEFINE_multi_string("between", [], "Twice: two texts, and what lies between.")
+_METHOD = flags.DEFINE_enum(
+    "method",
+    "batch",
+    list(calm.SAMPLING_METHODS),
+    "How next vectors are drawn at a temperature.",
+)
+_CANDIDATES = flags.DEFINE_integer(
+    "candidates", 128, "Of --method=batch.", lower_bound=1
+)
+_MAX_ROUNDS = flags.DEFINE_integer(
+    "max_rounds", 10_000, "Of --method=exact.", lower_bound=1
+)
+_BETWEEN = flags.DEFINE_multi_string(
+    "between", [], "Twice: two texts, and what lies between."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 _DENSITY_FLAGS = ("quantize", "towards", "away", "strengths", "near_k")
@@ -73,7 +90,9 @@ def read_strengths() -> list[float]:
     try:
         values = [float(value) for value in _STRENGTHS.value]
     except ValueError:
-        raise InputError(f"--strengths: {_STRENGTHS.value} are not all numbers") from None
+        raise InputError(
+            f"--strengths: {_STRENGTHS.value} are not all numbers"
+        ) from None
     if not values or not np.isfinite(values).all():
         raise InputError("--strengths: give at least one finite number")
     return values
@@ -139,15 +158,20 @@ def sample_steered(
     rng, results = np.random.default_rng(seed), []
     for strength in strength_values:
         generated: Any = density.sample(
-            lm, prompts, key=jax.random.key(seed), direction=direction, strength=strength, **options
+            lm,
+            prompts,
+            key=jax.random.key(seed),
+            direction=direction,
+            strength=strength,
+            **options,
         )
         token_rows = generated.token_lists()
         num_listed = np.array([np.isin(row, listed_tokens).sum() for row in token_rows])
         num_tokens = np.array([len(row) for row in token_rows])
         resampled_indices = rng.integers(len(token_rows), size=(1000, len(token_rows)))
-        shares = num_listed[resampled_indices].sum(axis=1) / num_tokens[resampled_indices].sum(
-            axis=1
-        )
+        shares = num_listed[resampled_indices].sum(axis=1) / num_tokens[
+            resampled_indices
+        ].sum(axis=1)
         low, high = np.quantile(shares, [0.025, 0.975])
         share = {
             "value": float(num_listed.sum() / num_tokens.sum()),
@@ -162,11 +186,14 @@ def plot_steering(results: list[dict[str, Any]], xlabel: str) -> Figure:
     """The share of words near the list against the strength."""
     strength_values = [result["strength"] for result in results]
     low, estimate, high = (
-        np.array([result["share"][name] for result in results]) for name in ("low", "value", "high")
+        np.array([result["share"][name] for result in results])
+        for name in ("low", "value", "high")
     )
     with plt.rc_context(plots.MATPLOTLIB_STYLE):
         steering_figure, axes = plt.subplots(figsize=(4.2, 2.8), layout="constrained")
-        axes.fill_between(strength_values, low, high, color=plots.COLOURS[3], alpha=0.2, lw=0)
+        axes.fill_between(
+            strength_values, low, high, color=plots.COLOURS[3], alpha=0.2, lw=0
+        )
         axes.plot(strength_values, estimate, color=plots.COLOURS[3], marker="o", ms=3.5)
         axes.set(xlabel=xlabel, ylabel="share of tokens near the list", ylim=(0, None))
     return steering_figure
@@ -176,7 +203,8 @@ def sample_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
     """Texts from a next-vector model, and between two."""
     tokenizer: Any = lm.tokenizer
     end_tokens = [
-        tokenizer.encode(end_text, add_special_tokens=False).ids for end_text in _BETWEEN.value
+        tokenizer.encode(end_text, add_special_tokens=False).ids
+        for end_text in _BETWEEN.value
     ]
     if len(end_tokens) not in (0, 2):
         raise InputError(
@@ -184,7 +212,9 @@ def sample_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
         )
     unused_flag = "candidates" if _METHOD.value == "exact" else "max_rounds"
     if flags.FLAGS[unused_flag].present:
-        raise InputError(f"--{unused_flag} is not of --method={_METHOD.value}; leave it out")
+        raise InputError(
+            f"--{unused_flag} is not of --method={_METHOD.value}; leave it out"
+        )
     prompt = tokenizer.encode(_PROMPT.value, add_special_tokens=False).ids
     end_token = text.end_of_text_id(tokenizer)
     generated = calm.sample(
@@ -199,7 +229,9 @@ def sample_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
         stop=None if "eos_token_id" in lm.hf_fields else end_token,
         key=jax.random.key(_SEED.value),
     )
-    results: dict[str, Any] = {"texts": [tokenizer.decode(row) for row in generated.token_lists()]}
+    results: dict[str, Any] = {
+        "texts": [tokenizer.decode(row) for row in generated.token_lists()]
+    }
     for sample_text in results["texts"]:
         print(f"---\n{_PROMPT.value}{sample_text}")
     if end_tokens:
@@ -217,7 +249,9 @@ def main() -> None:
     folder = program.output_dir("sample")
     strength_values = read_strengths()
     lm = density_training.load_text_model(_MODEL.value, _CODEC.value, program.mesh())
-    excluded_flags = _DENSITY_FLAGS if isinstance(lm, NextVectorLM) else _NEXT_VECTOR_FLAGS
+    excluded_flags = (
+        _DENSITY_FLAGS if isinstance(lm, NextVectorLM) else _NEXT_VECTOR_FLAGS
+    )
     for name in excluded_flags:
         if flags.FLAGS[name].present:
             kind = "next-vector" if isinstance(lm, NextVectorLM) else "density"
@@ -228,7 +262,8 @@ def main() -> None:
             return
         with write_atomically(folder) as staging_folder:
             write_json(
-                staging_folder / "sample.json", {"run": program.record(), **next_vector_results}
+                staging_folder / "sample.json",
+                {"run": program.record(), **next_vector_results},
             )
         print(f"\n{folder}/sample.json")
         return
@@ -238,7 +273,9 @@ def main() -> None:
         for words, name in ((_TOWARDS.value, "towards"), (_AWAY.value, "away"))
     )
     if not towards and (away or strength_values != [0.0]):
-        raise InputError("--away and --strengths need --towards, the words to steer towards")
+        raise InputError(
+            "--away and --strengths need --towards, the words to steer towards"
+        )
     prompt = tokenizer.encode(_PROMPT.value, add_special_tokens=False).ids
     results = sample_steered(
         lm,
@@ -264,7 +301,10 @@ def main() -> None:
         for sample_text in result["texts"]:
             print(f"---{strength_label}\n{_PROMPT.value}{sample_text}")
     with write_atomically(folder) as staging_folder:
-        write_json(staging_folder / "sample.json", {"run": program.record(), "samples": results})
+        write_json(
+            staging_folder / "sample.json",
+            {"run": program.record(), "samples": results},
+        )
         if towards:
             steering_figure = plot_steering(
                 results, f"strength towards {', '.join(_TOWARDS.value)}"
@@ -279,7 +319,9 @@ def main() -> None:
                 tables.Column(column_name, format=".1%")
                 for column_name in ("share near", "low", "high")
             ]
-            table = tables.Table("steering", "Share of new tokens near the list", columns, rows)
+            table = tables.Table(
+                "steering", "Share of new tokens near the list", columns, rows
+            )
             table.write(staging_folder)
             print(f"\n{table.as_text()}")
     print(f"\n{folder}/sample.json")

@@ -50,10 +50,14 @@ _HEAD = flags.DEFINE_enum(
     "What predicts.  [default: gaussian; token for a baseline, energy for calm]",
 )
 _HEAD_SETTINGS = flags.DEFINE_list(
-    "head_settings", [], "Settings of the head as name=value: covariance=full,min_scale=0.1"
+    "head_settings",
+    [],
+    "Settings of the head as name=value: covariance=full,min_scale=0.1",
 )
 _TRUNK = flags.DEFINE_string(
-    "trunk", None, "Checkpoint folder or bundled model to put the head on.  [default: a new trunk]"
+    "trunk",
+    None,
+    "Checkpoint folder or bundled model to put the head on.  [default: a new trunk]",
 )
 _TABLE_FROM = flags.DEFINE_string(
     "table_from",
@@ -66,30 +70,47 @@ _TOKEN_LOSS_WEIGHT = flags.DEFINE_float(
     "Weight of the tokens' cross-entropy under the density, against the nats of a dimension.",
     lower_bound=0.0,
 )
-_CODEC = flags.DEFINE_string("codec", None, "Folder of the autoencoder, which stays as it is.")
-_CHUNK_SIZE = flags.DEFINE_integer("chunk_size", 4, "Tokens in a vector.", lower_bound=1)
+_CODEC = flags.DEFINE_string(
+    "codec", None, "Folder of the autoencoder, which stays as it is."
+)
+_CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size", 4, "Tokens in a vector.", lower_bound=1
+)
 _LATENT_SIZE = flags.DEFINE_integer("latent_size", 64, "Of the vector.", lower_bound=1)
 _CODEC_SETTINGS = flags.DEFINE_list(
-    "codec_settings", [], "Settings of the autoencoder as name=value: kl_weight=0.01,dropout=0.1"
+    "codec_settings",
+    [],
+    "Settings of the autoencoder as name=value: kl_weight=0.01,dropout=0.1",
 )
-_HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 128, "Of what is new.", lower_bound=2)
+_HIDDEN_SIZE = flags.DEFINE_integer(
+    "hidden_size", 128, "Of what is new.", lower_bound=2
+)
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", 4, "Of a new trunk.", lower_bound=1)
 _NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Of a new trunk.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 128, "Tokens (calm: chunks) in a sequence.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer(
+    "length", 128, "Tokens (calm: chunks) in a sequence.", lower_bound=1
+)
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 32, "Sequences (autoencoder: of 64 tokens) in a step.", lower_bound=1
 )
 _ACCUMULATE = flags.DEFINE_integer("accumulate", 1, "Parts of a batch.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1000, "Optimiser steps.", lower_bound=1)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "At its peak.", lower_bound=0.0)
+_LEARNING_RATE = flags.DEFINE_float(
+    "learning_rate", 2e-3, "At its peak.", lower_bound=0.0
+)
 _WARM_UP = flags.DEFINE_integer("warm_up", 100, "Steps to the peak.", lower_bound=0)
 _MAX_GRADIENT_NORM = flags.DEFINE_float(
     "clip", 1.0, "The largest norm of a gradient.", lower_bound=0.0
 )
 _COMPUTE_DTYPE = flags.DEFINE_enum(
-    "compute_dtype", "float32", ["float32", "bfloat16"], "Parameters are kept in float32."
+    "compute_dtype",
+    "float32",
+    ["float32", "bfloat16"],
+    "Parameters are kept in float32.",
 )
-_SAVE_EVERY = flags.DEFINE_integer("save_every", 200, "Steps to a checkpoint.", lower_bound=1)
+_SAVE_EVERY = flags.DEFINE_integer(
+    "save_every", 200, "Steps to a checkpoint.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of parameters and data.", lower_bound=0)
 
 # What is chosen, why that leaves flags without a meaning, and which.
@@ -100,8 +121,14 @@ _EXCLUDED_FLAGS = {
         ("table_from", "hidden_size", "num_layers", "num_heads"),
     ),
     "token": ("tokens have no rows", ("table_from", "token_loss_weight")),
-    "density": ("only an autoencoder and a model on it have chunks", (*_CODEC_FLAGS, "codec")),
-    "baseline": ("only an autoencoder and a model on it have chunks", (*_CODEC_FLAGS, "codec")),
+    "density": (
+        "only an autoencoder and a model on it have chunks",
+        (*_CODEC_FLAGS, "codec"),
+    ),
+    "baseline": (
+        "only an autoencoder and a model on it have chunks",
+        (*_CODEC_FLAGS, "codec"),
+    ),
     "autoencoder": (
         "an autoencoder has none",
         (
@@ -144,7 +171,9 @@ def check_flags() -> None:
             if flags.FLAGS[flag_name].present:
                 raise InputError(f"--{flag_name}: {reason}; leave it out")
     if _STAGE.value == "calm" and _CODEC.value is None:
-        raise InputError("--codec is missing: the folder that --stage=autoencoder wrote")
+        raise InputError(
+            "--codec is missing: the folder that --stage=autoencoder wrote"
+        )
 
 
 def new_trunk_config(vocab_size: int) -> clm.TransformerConfig:
@@ -168,7 +197,9 @@ def create_density_model(
     predicts_tokens = kind == "token"
     token_loss_weight = 0.0 if predicts_tokens else _TOKEN_LOSS_WEIGHT.value
     if predicts_tokens and _TRUNK.value is None:
-        settings = {"tied": True} | settings  # so that the folder is an ordinary language model too
+        settings = {
+            "tied": True
+        } | settings  # so that the folder is an ordinary language model too
     if _TRUNK.value is not None:
         lm = clm.load(_TRUNK.value, dtype="float32", mesh=program.mesh())
         if lm.tokenizer is None:
@@ -176,7 +207,9 @@ def create_density_model(
         data = tokenized_text.read_corpus(lm.tokenizer)
         width = lm.config.vocab_size if predicts_tokens else lm.config.hidden_size
         head = heads.from_dict({"width": width} | settings)
-        return density.add_head(lm, head, key=key, token_loss_weight=token_loss_weight), data
+        return density.add_head(
+            lm, head, key=key, token_loss_weight=token_loss_weight
+        ), data
     table = None
     if _TABLE_FROM.value is None:
         data = tokenized_text.read_corpus()
@@ -221,7 +254,11 @@ def train_density(
         data.held_out,
         length=_LENGTH.value,
         trunk_is_frozen=_TRUNK.value is not None,
-        settings={"data": data.source, "head": heads.to_dict(lm.model.head), "model": model},
+        settings={
+            "data": data.source,
+            "head": heads.to_dict(lm.model.head),
+            "model": model,
+        },
         label=kind,
         **fit_options,
     )
@@ -237,7 +274,9 @@ def train_autoencoder(
     settings = density_training.parse_settings(_CODEC_SETTINGS.value, "codec_settings")
     reserved = "chunk_size hidden_size key latent_size tokenizer vocab_size".split()
     for name in sorted(set(reserved) & set(settings)):
-        raise InputError(f"--codec_settings: {name} is set by other flags; leave it out")
+        raise InputError(
+            f"--codec_settings: {name} is set by other flags; leave it out"
+        )
     with about("--codec_settings"):
         codec = calm_training.create_codec(
             key,
@@ -260,7 +299,9 @@ def train_autoencoder(
     return data.source
 
 
-def train_calm(folder: pathlib.Path, key: jax.Array, fit_options: dict[str, Any]) -> dict[str, Any]:
+def train_calm(
+    folder: pathlib.Path, key: jax.Array, fit_options: dict[str, Any]
+) -> dict[str, Any]:
     """Trains and writes a next-vector model; returns where the text is from."""
     with about("--codec"):
         codec = autoencoder.load(str(_CODEC.value), dtype="float32")
@@ -268,9 +309,13 @@ def train_calm(folder: pathlib.Path, key: jax.Array, fit_options: dict[str, Any]
             raise InputError(f"{_CODEC.value} has no tokenizer.json")
     data = tokenized_text.read_corpus(codec.tokenizer)
     settings = {"kind": read_head_kind(), "width": codec.config.latent_size, "depth": 2}
-    head_settings = density_training.parse_settings(_HEAD_SETTINGS.value, "head_settings")
+    head_settings = density_training.parse_settings(
+        _HEAD_SETTINGS.value, "head_settings"
+    )
     for name in sorted({"kind", "width"} & set(head_settings)):
-        raise InputError(f"--head_settings: {name} follows from --head and --codec; leave it out")
+        raise InputError(
+            f"--head_settings: {name} follows from --head and --codec; leave it out"
+        )
     settings |= head_settings
     head: Any = heads.from_dict(settings, registry=IMPLICIT_HEADS)
     lm = calm_models.create(
@@ -306,7 +351,9 @@ def main() -> None:
         "learning_rate": _LEARNING_RATE.value,
         "warm_up": _WARM_UP.value,
         "clip": _MAX_GRADIENT_NORM.value,
-        "compute_dtype": None if _COMPUTE_DTYPE.value == "float32" else _COMPUTE_DTYPE.value,
+        "compute_dtype": None
+        if _COMPUTE_DTYPE.value == "float32"
+        else _COMPUTE_DTYPE.value,
         "save_every": _SAVE_EVERY.value,
         "seed": _SEED.value,
         "pmap": program.uses_pmap(),
@@ -317,7 +364,10 @@ def main() -> None:
     if not processes.is_first_process():
         return
     with write_atomically(folder) as staging_folder:
-        write_json(staging_folder / "train.json", {"run": program.record(), "data": text_source})
+        write_json(
+            staging_folder / "train.json",
+            {"run": program.record(), "data": text_source},
+        )
     print(f"{folder}: for sample, evaluate, compare_quantizers")
 
 

@@ -118,7 +118,9 @@ def fit(
     }
     # Copies, as they are donated.
     trained_params = {
-        name: jnp.array(leaf) for name, leaf in named_params.items() if name not in frozen_params
+        name: jnp.array(leaf)
+        for name, leaf in named_params.items()
+        if name not in frozen_params
     }
     if not trained_params:
         raise InputError("all parameters are frozen")
@@ -143,7 +145,8 @@ def fit(
         compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
         seed=seed,
         parameters={
-            name: run_folder.dtype_and_shape(leaf) for name, leaf in trained_params.items()
+            name: run_folder.dtype_and_shape(leaf)
+            for name, leaf in trained_params.items()
         },
         frozen=run_folder.checksum(frozen_params),
         settings=dict(settings or {}),
@@ -158,7 +161,10 @@ def fit(
             b1=b1,
             b2=b2,
             weight_decay=weight_decay,
-            mask={name: has_weight_decay(name, leaf) for name, leaf in trained_params.items()},
+            mask={
+                name: has_weight_decay(name, leaf)
+                for name, leaf in trained_params.items()
+            },
         ),
     )
     optimizer_state = jax.tree.map(
@@ -178,17 +184,24 @@ def fit(
     def draw_batches(step):
         num_batches = min(steps_per_dispatch - step % steps_per_dispatch, steps - step)
         return _place_batches(
-            mesh, _stack_batches([next(batch_iterator) for _ in range(num_batches)], accumulate)
+            mesh,
+            _stack_batches(
+                [next(batch_iterator) for _ in range(num_batches)], accumulate
+            ),
         )
 
     merge = functools.partial(run_folder.replace_leaves, params)
     shardings = None
     if mesh is not None:
         shardings = (
-            *jax.tree.map(lambda leaf: leaf.sharding, (trained_params, optimizer_state)),
+            *jax.tree.map(
+                lambda leaf: leaf.sharding, (trained_params, optimizer_state)
+            ),
             None,
         )
-    train_steps = _make_train_steps(loss_function, optimizer, merge, compute_dtype, shardings, pmap)
+    train_steps = _make_train_steps(
+        loss_function, optimizer, merge, compute_dtype, shardings, pmap
+    )
     key = jax.random.key(seed)
     with (
         run_folder.catch_stop_signals() as stop_signals,
@@ -212,26 +225,37 @@ def fit(
             )
             data_position = batch_iterator.get_state()
             step += num_steps
-            batches = draw_batches(step) if step < steps else None  # while the device computes
+            batches = (
+                draw_batches(step) if step < steps else None
+            )  # while the device computes
             step_metrics = {
                 name: processes.gather_to_hosts(step_metrics[name])
                 for name in ("loss", *step_metrics)
             }
             _check_finite(folder, step_metrics, step - num_steps)
             mean_metrics = {
-                name: float(np.mean(x, dtype=np.float64)) for name, x in step_metrics.items()
+                name: float(np.mean(x, dtype=np.float64))
+                for name, x in step_metrics.items()
             }
             seconds = time.perf_counter() - start_time
             speed = {"seconds": seconds, "steps_per_second": num_steps / seconds}
             if tokens_per_step is not None:
                 speed["tokens_per_second"] = num_steps * tokens_per_step / seconds
-            checkpoint_due = step == steps or step // save_every > (step - num_steps) // save_every
+            checkpoint_due = (
+                step == steps or step // save_every > (step - num_steps) // save_every
+            )
             if checkpoint_due and evaluate is not None:
                 mean_metrics |= {
                     name: float(x)
-                    for name, x in evaluate(merge(trained_params | frozen_params)).items()
+                    for name, x in evaluate(
+                        merge(trained_params | frozen_params)
+                    ).items()
                 }
-            log.write(step, mean_metrics | {"learning_rate": float(rate_schedule(step - 1))}, speed)
+            log.write(
+                step,
+                mean_metrics | {"learning_rate": float(rate_schedule(step - 1))},
+                speed,
+            )
             is_stopped = processes.any_process(bool(stop_signals))
             if checkpoint_due or is_stopped:
                 run_folder.save_checkpoint(
@@ -253,7 +277,11 @@ def make_schedule(
 ) -> optax.Schedule:
     """From 0 over `warm_up` steps (half of all at most), then a cosine to final_share x peak."""
     return optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, min(warm_up, steps // 2), steps, end_value=final_share * learning_rate
+        0.0,
+        learning_rate,
+        min(warm_up, steps // 2),
+        steps,
+        end_value=final_share * learning_rate,
     )
 
 
@@ -264,7 +292,9 @@ def has_weight_decay(name: str, array: jax.Array) -> bool:
     """
     *parent_names, leaf_name = name.split("/")
     num_axes = array.ndim - ("layers" in parent_names)
-    return num_axes >= 2 and not {"bias", "scale", "norm"}.intersection(leaf_name.split("_"))
+    return num_axes >= 2 and not {"bias", "scale", "norm"}.intersection(
+        leaf_name.split("_")
+    )
 
 
 def _stack_batches(batches: list[Any], accumulate: int) -> Any:
@@ -273,7 +303,9 @@ def _stack_batches(batches: list[Any], accumulate: int) -> Any:
     def stack(*leaves):
         rows = leaves[0].shape[0]
         if rows % accumulate:
-            raise InputError(f"a batch of {rows} rows cannot be cut into {accumulate} equal parts")
+            raise InputError(
+                f"a batch of {rows} rows cannot be cut into {accumulate} equal parts"
+            )
         array = np.stack(leaves)
         return array.reshape(len(leaves), accumulate, -1, *array.shape[2:])
 
@@ -282,7 +314,9 @@ def _stack_batches(batches: list[Any], accumulate: int) -> Any:
 
 def _place_batches(mesh: Mesh | None, batches: Any) -> Any:
     """What `_stack_batches` makes, its rows over the mesh's data axis."""
-    return jax.tree.map(lambda x: axes_lib.place(mesh, x, "- - B" + " -" * (x.ndim - 3)), batches)
+    return jax.tree.map(
+        lambda x: axes_lib.place(mesh, x, "- - B" + " -" * (x.ndim - 3)), batches
+    )
 
 
 def _make_train_steps(
@@ -302,7 +336,9 @@ def _make_train_steps(
     axis_name = "devices" if pmap else None
 
     def cast_floating(leaf):
-        is_floating = compute_dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        is_floating = compute_dtype is not None and jnp.issubdtype(
+            leaf.dtype, jnp.floating
+        )
         return leaf.astype(compute_dtype) if is_floating else leaf
 
     def train_steps(trained, state, fixed, batches, before, key):
@@ -312,7 +348,9 @@ def _make_train_steps(
             part_indices += num_micro_batches * jax.lax.axis_index(axis_name)
 
         def objective(trained, batch, key):
-            return loss_function(jax.tree.map(cast_floating, merge(trained | fixed)), batch, key)
+            return loss_function(
+                jax.tree.map(cast_floating, merge(trained | fixed)), batch, key
+            )
 
         def step(carry, item):
             trained_params, optimizer_state = carry
@@ -323,42 +361,62 @@ def _make_train_steps(
                 micro_batch_key = jax.random.fold_in(
                     jax.random.fold_in(key, step_index), part_index
                 )
-                (loss_value, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
-                    trained_params, batch, micro_batch_key
-                )
-                return jax.tree.map(jnp.add, total, gradients), {**metrics, "loss": loss_value}
+                (loss_value, metrics), gradients = jax.value_and_grad(
+                    objective, has_aux=True
+                )(trained_params, batch, micro_batch_key)
+                return jax.tree.map(jnp.add, total, gradients), {
+                    **metrics,
+                    "loss": loss_value,
+                }
 
             zeros = jax.tree.map(jnp.zeros_like, trained_params)
-            gradient_sum, metrics = jax.lax.scan(add_gradients, zeros, (part_indices, batch))
-            gradients = jax.tree.map(lambda leaf: leaf / num_micro_batches, gradient_sum)
+            gradient_sum, metrics = jax.lax.scan(
+                add_gradients, zeros, (part_indices, batch)
+            )
+            gradients = jax.tree.map(
+                lambda leaf: leaf / num_micro_batches, gradient_sum
+            )
             metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
             if axis_name is not None:
                 gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
             metrics["gradient_norm"] = jnp.sqrt(
                 sum(jnp.sum(jnp.square(x)) for x in gradients.values())
             )
-            updates, optimizer_state = optimizer.update(gradients, optimizer_state, trained_params)
-            return (optax.apply_updates(trained_params, updates), optimizer_state), metrics
+            updates, optimizer_state = optimizer.update(
+                gradients, optimizer_state, trained_params
+            )
+            return (
+                optax.apply_updates(trained_params, updates),
+                optimizer_state,
+            ), metrics
 
         step_indices = before + jnp.arange(num_steps)
-        (trained, state), metrics = jax.lax.scan(step, (trained, state), (step_indices, batches))
+        (trained, state), metrics = jax.lax.scan(
+            step, (trained, state), (step_indices, batches)
+        )
         return trained, state, metrics
 
     if axis_name is None:
         return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=shardings)
     in_axes = (None, None, None, 0, None, None)
-    pmapped_steps = jax.pmap(train_steps, axis_name=axis_name, in_axes=in_axes, out_axes=None)
+    pmapped_steps = jax.pmap(
+        train_steps, axis_name=axis_name, in_axes=in_axes, out_axes=None
+    )
 
     def split_over_devices(trained, state, fixed, batches, before, key):
         """Each device's micro-batches in front."""
         num_devices = jax.local_device_count()
-        device_batches = jax.tree.map(lambda x: np.stack(np.split(x, num_devices, axis=1)), batches)
+        device_batches = jax.tree.map(
+            lambda x: np.stack(np.split(x, num_devices, axis=1)), batches
+        )
         return pmapped_steps(trained, state, fixed, device_batches, before, key)
 
     return split_over_devices
 
 
-def _check_finite(folder: pathlib.Path, metrics: Mapping[str, np.ndarray], steps_done: int) -> None:
+def _check_finite(
+    folder: pathlib.Path, metrics: Mapping[str, np.ndarray], steps_done: int
+) -> None:
     """Refuses to go on, and so to write a checkpoint, after a step that went wrong."""
     is_not_finite = ~np.isfinite([metrics["loss"], metrics["gradient_norm"]])
     if is_not_finite.any():

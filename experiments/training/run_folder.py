@@ -31,14 +31,20 @@ from absl import logging
 from flax import traverse_util
 
 from continuous_lm.errors import InputError
-from continuous_lm.io.atomic_files import absolute_path, replace_atomically, write_atomically
+from continuous_lm.io.atomic_files import (
+    absolute_path,
+    replace_atomically,
+    write_atomically,
+)
 from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.parallel import processes
 
 SETTINGS_FILE, STATE_FILE = "settings.json", "state.json"
 METRICS_FILE, SPEED_FILE = "metrics.jsonl", "speed.jsonl"
 CHECKPOINTS_FOLDER = "checkpoints"
-_NUM_KEPT_CHECKPOINTS = 2  # should the last be torn, by a loss of power, there is one before it
+_NUM_KEPT_CHECKPOINTS = (
+    2  # should the last be torn, by a loss of power, there is one before it
+)
 _TEMPORARY_PREFIX = ".writing-"  # of what is not whole, or going
 
 
@@ -100,7 +106,10 @@ def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
         return
     old, new = (
         traverse_util.flatten_dict(values, sep="/", keep_empty_nodes=False)
-        for values in (read_json(folder / SETTINGS_FILE), json.loads(json.dumps(settings)))
+        for values in (
+            read_json(folder / SETTINGS_FILE),
+            json.loads(json.dumps(settings)),
+        )
     )
     missing = "nothing"
     differing = [
@@ -143,14 +152,20 @@ def restore_params(folder: str | os.PathLike, params: Any) -> tuple[Any, int]:
     if not steps_and_paths:
         raise InputError(f"{folder} has no checkpoint")
     step, path = steps_and_paths[-1]
-    params_by_path = {name: jnp.asarray(leaf) for name, leaf in leaves_by_path(params).items()}
+    params_by_path = {
+        name: jnp.asarray(leaf) for name, leaf in leaves_by_path(params).items()
+    }
     stored_kinds = read_json(folder / SETTINGS_FILE)["parameters"]
     for name, stored_kind in stored_kinds.items():
         model_kind = (
-            dtype_and_shape(params_by_path[name]) if name in params_by_path else "without it"
+            dtype_and_shape(params_by_path[name])
+            if name in params_by_path
+            else "without it"
         )
         if model_kind != stored_kind:
-            raise InputError(f"{path} has {name} as {stored_kind}, the model is {model_kind}")
+            raise InputError(
+                f"{path} has {name} as {stored_kind}, the model is {model_kind}"
+            )
     return replace_leaves(
         params,
         params_by_path
@@ -159,7 +174,11 @@ def restore_params(folder: str | os.PathLike, params: Any) -> tuple[Any, int]:
 
 
 def save_checkpoint(
-    folder: pathlib.Path, step: int, data_position: Any, trained_params: Any, optimizer_state: Any
+    folder: pathlib.Path,
+    step: int,
+    data_position: Any,
+    trained_params: Any,
+    optimizer_state: Any,
 ) -> None:
     """Writes a checkpoint, whole or not at all, and removes those before the last two."""
     with _explain_write_errors(folder), _silence_orbax():
@@ -176,7 +195,10 @@ def save_checkpoint(
                         temporary_folder / name, _import_orbax().args.PyTreeSave(tree)
                     )
             if processes.is_first_process():
-                write_json(temporary_folder / STATE_FILE, {"step": step, "position": data_position})
+                write_json(
+                    temporary_folder / STATE_FILE,
+                    {"step": step, "position": data_position},
+                )
         old_checkpoints = (
             list_checkpoints(folder)[:-_NUM_KEPT_CHECKPOINTS]
             if processes.is_first_process()
@@ -191,7 +213,10 @@ def save_checkpoint(
 
 
 def resume_run(
-    folder: pathlib.Path, trained_params: Any, optimizer_state: Any, batch_iterator: BatchIterator
+    folder: pathlib.Path,
+    trained_params: Any,
+    optimizer_state: Any,
+    batch_iterator: BatchIterator,
 ) -> Any:
     """Steps made, parameters and optimiser state of the last good checkpoint, or of the start."""
     leftovers = [
@@ -209,11 +234,15 @@ def resume_run(
         try:
             data_position = read_json(path / STATE_FILE)["position"]
             restored_params = _read_arrays(path / "params", trained_params)
-            optimizer_leaves = _read_arrays(path / "optimizer", _leaves_by_number(optimizer_state))
+            optimizer_leaves = _read_arrays(
+                path / "optimizer", _leaves_by_number(optimizer_state)
+            )
         except Exception as error:  # whatever Orbax makes of torn files
             error_line = " ".join(str(error).split())
         if processes.any_process(error_line is not None):
-            logging.warning("%s cannot be read and is passed over: %.200s", path, error_line)
+            logging.warning(
+                "%s cannot be read and is passed over: %.200s", path, error_line
+            )
             continue
         batch_iterator.set_state(data_position)
         return (
@@ -224,7 +253,9 @@ def resume_run(
             ),
         )
     if steps_and_names:
-        raise InputError(f"none of the checkpoints in {folder} can be read; choose another folder")
+        raise InputError(
+            f"none of the checkpoints in {folder} can be read; choose another folder"
+        )
     return 0, trained_params, optimizer_state
 
 
@@ -246,7 +277,9 @@ def _leaves_by_number(tree: Any) -> dict[str, jax.Array]:
     return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _read_arrays(folder: pathlib.Path, templates: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def _read_arrays(
+    folder: pathlib.Path, templates: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
     """Arrays of the names, shapes, dtypes and places of `templates`, in its order."""
     orbax = _import_orbax()
     restore_arguments = {
@@ -261,7 +294,8 @@ def _read_arrays(folder: pathlib.Path, templates: Mapping[str, jax.Array]) -> di
     stored_arrays = traverse_util.flatten_dict(tree, sep="/")
     arrays = {name: stored_arrays.pop(name) for name in templates}
     if stored_arrays or any(
-        arrays[n].shape != x.shape or arrays[n].dtype != x.dtype for n, x in templates.items()
+        arrays[n].shape != x.shape or arrays[n].dtype != x.dtype
+        for n, x in templates.items()
     ):
         raise ValueError("other arrays than the run's")
     return arrays
@@ -292,9 +326,14 @@ def _explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
     """Says what could not be written, and that the last good checkpoint is."""
     try:
         yield
-    except (OSError, ValueError) as error:  # TensorStore reports a full disk as a ValueError
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # TensorStore reports a full disk as a ValueError
         cause = error.__cause__ if isinstance(error, InputError) else error
-        message = getattr(cause, "strerror", None) or " ".join(str(cause or error).split())
+        message = getattr(cause, "strerror", None) or " ".join(
+            str(cause or error).split()
+        )
         raise InputError(
             f"cannot write to {folder}: {message:.200}; {describe_last_checkpoint(folder)}."
             " Make room and start again"
@@ -339,7 +378,9 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self.tensorboard.close()
 
-    def write(self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
+    def write(
+        self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]
+    ) -> None:
         """Adds what a dispatch gave."""
         if not processes.is_first_process():
             return
@@ -365,7 +406,11 @@ def _truncate_log(path: pathlib.Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n") or not isinstance(record, dict) or record["step"] > step:
+        if (
+            not line.endswith(b"\n")
+            or not isinstance(record, dict)
+            or record["step"] > step
+        ):
             break
         kept_lines.append(line)
     with write_atomically(path.parent) as staging_folder:
@@ -383,9 +428,13 @@ class _TensorBoard:
     def create(cls, folder: pathlib.Path, step: int) -> "_TensorBoard | None":
         """A file of its own for each start, or None without tensorboardX."""
         try:
-            writer = importlib.import_module("tensorboardX.event_file_writer").EventsWriter
+            writer = importlib.import_module(
+                "tensorboardX.event_file_writer"
+            ).EventsWriter
         except ImportError:
-            logging.warning("tensorboardX is not installed: nothing is written for TensorBoard")
+            logging.warning(
+                "tensorboardX is not installed: nothing is written for TensorBoard"
+            )
             return None
         folder.mkdir(parents=True, exist_ok=True)
         return cls(writer(str(folder / "events"), f".{os.getpid()}.{step}"), step)
@@ -395,7 +444,9 @@ class _TensorBoard:
         self.event_protos = importlib.import_module("tensorboardX.proto.event_pb2")
         self.scalar_summary = importlib.import_module("tensorboardX.summary").scalar
         if step:  # TensorBoard forgets what an earlier start said of later steps
-            start = self.event_protos.SessionLog(status=self.event_protos.SessionLog.START)
+            start = self.event_protos.SessionLog(
+                status=self.event_protos.SessionLog.START
+            )
             self._write_event(step + 1, session_log=start)
 
     def _write_event(self, step: int, **contents: Any) -> None:
@@ -420,11 +471,15 @@ def catch_stop_signals() -> Iterator[list[int]]:
 
     def record_signal(number, _):
         stop_signals.append(number)
-        signal.signal(number, previous_handlers[number])  # a second one takes effect at once
+        signal.signal(
+            number, previous_handlers[number]
+        )  # a second one takes effect at once
 
     if threading.current_thread() is threading.main_thread():
         for stop_signal in (signal.SIGINT, signal.SIGTERM):
-            previous_handlers[stop_signal] = signal.getsignal(stop_signal) or signal.SIG_DFL
+            previous_handlers[stop_signal] = (
+                signal.getsignal(stop_signal) or signal.SIG_DFL
+            )
             signal.signal(stop_signal, record_signal)
     try:
         yield stop_signals

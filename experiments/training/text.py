@@ -28,7 +28,15 @@ from continuous_lm.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 # What other tokenizers call it, and the beginning that some have instead.
-_END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<bos>", "<s>")
+_END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "<bos>",
+    "<s>",
+)
 # Not English (tables, code to be translated), not documentation, or not Python's own.
 _SKIPPED_FOLDERS = frozenset(
     "__pycache__ dist-packages encodings ensurepip idlelib idle_test lib2to3 pydoc_data"
@@ -50,8 +58,12 @@ class SourceText(NamedTuple):
 
 def _make_source_text(documents: Sequence[str], source: str) -> SourceText:
     encoded = [document.encode() for document in documents]
-    digest = hashlib.sha256(b"".join(encoded_document + b"\0" for encoded_document in encoded))
-    return SourceText(tuple(documents), source, sum(map(len, encoded)), digest.hexdigest())
+    digest = hashlib.sha256(
+        b"".join(encoded_document + b"\0" for encoded_document in encoded)
+    )
+    return SourceText(
+        tuple(documents), source, sum(map(len, encoded)), digest.hexdigest()
+    )
 
 
 # --- What every Python carries --------------------------------------------------------------------
@@ -76,7 +88,12 @@ def default_text(library_folder: pathlib.Path | None = None) -> SourceText:
     module_paths.sort(key=lambda path: path.relative_to(library_folder).parts)
     seen_passages: set[str] = set()
     documents = [
-        *([topic] for topic in (_read_help_topics(topics_path) if topics_path.is_file() else ())),
+        *(
+            [topic]
+            for topic in (
+                _read_help_topics(topics_path) if topics_path.is_file() else ()
+            )
+        ),
         *map(_read_docstrings, module_paths),
     ]
     # dict.fromkeys: what one document says twice, such as the docstrings of overloads.
@@ -85,7 +102,9 @@ def default_text(library_folder: pathlib.Path | None = None) -> SourceText:
         cleaned = dict.fromkeys(
             inspect.cleandoc(passage).replace("\r\n", "\n") for passage in passages
         )
-        new_passages = [passage for passage in cleaned if passage and passage not in seen_passages]
+        new_passages = [
+            passage for passage in cleaned if passage and passage not in seen_passages
+        ]
         seen_passages.update(new_passages)
         if new_passages:
             unique_documents.append("\n\n".join(new_passages) + "\n")
@@ -120,11 +139,17 @@ def _read_help_topics(path: pathlib.Path) -> list[str]:
 def _read_docstrings(path: pathlib.Path) -> list[str]:
     """The docstrings of a module, its classes and its functions, in their order in the file."""
     node_types = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(_parse_source(path)) if isinstance(node, node_types)]
+    nodes = [
+        node for node in ast.walk(_parse_source(path)) if isinstance(node, node_types)
+    ]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     docstrings = (ast.get_docstring(node, clean=False) for node in nodes)
     # A lone surrogate can stand in a string, and not in a text.
-    return [docstring.encode(errors="ignore").decode() for docstring in docstrings if docstring]
+    return [
+        docstring.encode(errors="ignore").decode()
+        for docstring in docstrings
+        if docstring
+    ]
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -139,7 +164,9 @@ def read_text_files(paths: Sequence[str]) -> SourceText:
     if not paths:
         raise InputError("no text files are given")
     documents = [_read_file(pathlib.Path(path)) for path in paths]
-    return _make_source_text(documents, ", ".join(pathlib.Path(path).name for path in paths))
+    return _make_source_text(
+        documents, ", ".join(pathlib.Path(path).name for path in paths)
+    )
 
 
 def _read_file(path: pathlib.Path) -> str:
@@ -175,7 +202,10 @@ def _read_file(path: pathlib.Path) -> str:
 
 
 def split_held_out(
-    documents: Sequence[str], *, held_out_every: int = 20, block_characters: int = 10_000
+    documents: Sequence[str],
+    *,
+    held_out_every: int = 20,
+    block_characters: int = 10_000,
 ) -> tuple[list[str], list[str]]:
     """Documents to train on, and those held out: every so many-th block of contiguous text.
 
@@ -219,7 +249,11 @@ def _split_blocks(document: str, block_characters: int) -> Iterator[str]:
     while len(document) - start >= 2 * block_characters:
         index = bisect.bisect_left(line_ends, start + block_characters)
         line_end = line_ends[index] if index < len(line_ends) else len(document)
-        end = line_end if line_end < start + 2 * block_characters else start + block_characters
+        end = (
+            line_end
+            if line_end < start + 2 * block_characters
+            else start + block_characters
+        )
         yield document[start:end]
         start = end
     if start < len(document):
@@ -260,7 +294,9 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> tokenizers.Tok
     return tokenizer
 
 
-def check_tokenizer(tokenizer: tokenizers.Tokenizer, vocab_size: int, model_name: str) -> None:
+def check_tokenizer(
+    tokenizer: tokenizers.Tokenizer, vocab_size: int, model_name: str
+) -> None:
     """Refuses a tokenizer with tokens that a model of `vocab_size` rows does not know.
 
     Args:
@@ -293,7 +329,9 @@ def end_of_text_id(tokenizer: tokenizers.Tokenizer) -> int:
     )
 
 
-def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) -> np.ndarray:
+def encode_documents(
+    tokenizer: tokenizers.Tokenizer, documents: Sequence[str]
+) -> np.ndarray:
     """The tokens of the documents, an end-of-text token after each: int32 [n].
 
     Text that looks like a special token is spelled out, as any other.
@@ -308,11 +346,17 @@ def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[str]) 
     try:
         for start in range(0, len(documents), _DOCUMENTS_PER_BATCH):
             batch = list(documents[start : start + _DOCUMENTS_PER_BATCH])
-            for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            for encoding in tokenizer.encode_batch_fast(
+                batch, add_special_tokens=False
+            ):
                 id_lists += [encoding.ids, end_ids]
     except Exception as error:  # the library raises bare Exception
         message = " ".join(str(error).split())
-        raise InputError(f"the tokenizer cannot encode the text ({message:.200})") from None
+        raise InputError(
+            f"the tokenizer cannot encode the text ({message:.200})"
+        ) from None
     finally:
         tokenizer.encode_special_tokens = previous_setting
-    return np.concatenate([np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for ids in id_lists)])
+    return np.concatenate(
+        [np.zeros(0, np.int32), *(np.asarray(ids, np.int32) for ids in id_lists)]
+    )

@@ -13,7 +13,9 @@ from continuous_lm.experiments.training import text
 from continuous_lm.io.atomic_files import absolute_path
 
 _DATA = flags.DEFINE_list(
-    "data", [], "UTF-8 text files.  [default: the documentation that this Python carries]"
+    "data",
+    [],
+    "UTF-8 text files.  [default: the documentation that this Python carries]",
 )
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer",
@@ -52,8 +54,12 @@ def read_corpus(tokenizer: tokenizers.Tokenizer | None = None) -> Corpus:
     """
     for flag_name in ("tokenizer", "vocab_size"):
         if tokenizer is not None and flags.FLAGS[flag_name].present:
-            raise InputError(f"--{flag_name}: the model brings its own tokenizer; leave it out")
-    source_text = text.read_text_files(_DATA.value) if _DATA.value else text.default_text()
+            raise InputError(
+                f"--{flag_name}: the model brings its own tokenizer; leave it out"
+            )
+    source_text = (
+        text.read_text_files(_DATA.value) if _DATA.value else text.default_text()
+    )
     train, held_out = text.split_held_out(source_text.documents)
     if tokenizer is None and _TOKENIZER.value is not None:
         tokenizer = tokenization.load(absolute_path(_TOKENIZER.value))

@@ -36,7 +36,9 @@ class _WindowAtIndex:
 
     def _draw_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.default_rng([self.seed, epoch])
-        return _Epoch(int(rng.integers(self.max_offset + 1)), rng.permutation(self.num_windows))
+        return _Epoch(
+            int(rng.integers(self.max_offset + 1)), rng.permutation(self.num_windows)
+        )
 
     def __call__(self, index: int) -> np.ndarray:
         epoch_number, place_in_epoch = divmod(int(index), self.num_windows)
@@ -56,7 +58,9 @@ def check_length(array: np.ndarray, length: int, name: str = "the data") -> None
         )
 
 
-def shuffled_windows(array: np.ndarray, *, length: int, batch_size: int, seed: int) -> Any:
+def shuffled_windows(
+    array: np.ndarray, *, length: int, batch_size: int, seed: int
+) -> Any:
     """An endless iterator of batches of windows, a Grain `DatasetIterator`.
 
     Its `get_state()` is a small dict that JSON can hold; `set_state` of another iterator over the

@@ -5,7 +5,13 @@ new = calm.sample(lm, tokens, max_new_tokens=64, temperature=0.5, key=key)
 """
 
 from continuous_lm.models.calm import autoencoder, implicit_heads, repeated_draws
-from continuous_lm.models.calm.checkpoint import is_config, load, read_config, save, write_config
+from continuous_lm.models.calm.checkpoint import (
+    is_config,
+    load,
+    read_config,
+    save,
+    write_config,
+)
 from continuous_lm.models.calm.model import (
     NextVectorLM,
     NextVectorModel,

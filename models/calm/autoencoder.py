@@ -30,7 +30,11 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
 from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
-from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS, MAX_LAYERS, ConfigFields
+from continuous_lm.models.checkpoints.config_fields import (
+    INERT_FIELDS,
+    MAX_LAYERS,
+    ConfigFields,
+)
 from continuous_lm.models.checkpoints.parameter_layout import (
     ParameterLayout,
     are_equal,
@@ -40,7 +44,10 @@ from continuous_lm.models.checkpoints.parameter_layout import (
 from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.config import ACTIVATIONS
 from continuous_lm.models.families.family import Family
-from continuous_lm.models.families.shared_fields import read_activation, write_activation
+from continuous_lm.models.families.shared_fields import (
+    read_activation,
+    write_activation,
+)
 from continuous_lm.models.language_model import parameter_dtype, read_tokenizer
 from continuous_lm.models.transformer import ConfigModule, rms_norm
 
@@ -49,7 +56,10 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "Autoencoder"
 _MAX_LOGITS_AT_ONCE = 2**24  # so many are made at once when latents are decoded
-_TABLE_TENSOR, _TABLE_COPY_TENSOR = "encoder.embed_tokens.weight", "decoder.lm_head_weight"
+_TABLE_TENSOR, _TABLE_COPY_TENSOR = (
+    "encoder.embed_tokens.weight",
+    "decoder.lm_head_weight",
+)
 # Fields of the trunk's kind that a model without attention has no use for.
 _UNUSED_FIELDS = frozenset(
     """attention_bias head_dim num_attention_heads num_hidden_layers num_key_value_heads
@@ -71,7 +81,9 @@ class AutoencoderConfig:
     norm_eps: float = 1e-6
     activation: str = "silu"
     # Of training alone:
-    dropout: float = 0.15  # the share of tokens that the encoder does not see, and of W dropped
+    dropout: float = (
+        0.15  # the share of tokens that the encoder does not see, and of W dropped
+    )
     kl_weight: float = 0.001
     kl_floor: float = 0.5  # nats of each dimension of the latent that cost nothing
 
@@ -81,16 +93,22 @@ class AutoencoderConfig:
             if type(value) is not expected_type and not (
                 expected_type is float and type(value) is int
             ):
-                raise InputError(f"{name} is {value!r:.60}; it must be {expected_type.__name__}")
+                raise InputError(
+                    f"{name} is {value!r:.60}; it must be {expected_type.__name__}"
+                )
             if expected_type is int and value < 1:
                 field_name = f"num_{name}" if name.endswith("_layers") else name
-                raise InputError(f"{field_name} is {value}; it must be an integer from 1")
+                raise InputError(
+                    f"{field_name} is {value}; it must be an integer from 1"
+                )
         if self.activation not in ACTIVATIONS:
             raise InputError(
                 f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}"
             )
         if not 0 < self.norm_eps < 1:
-            raise InputError(f"norm_eps is {self.norm_eps}; it must be above 0, and below 1")
+            raise InputError(
+                f"norm_eps is {self.norm_eps}; it must be above 0, and below 1"
+            )
         for name in ("encoder_layers", "decoder_layers"):
             if getattr(self, name) % 2:
                 raise InputError(
@@ -98,10 +116,14 @@ class AutoencoderConfig:
                     " side of the change between tokens and chunks"
                 )
         if not 0 <= self.dropout < 1:
-            raise InputError(f"ae_dropout is {self.dropout}; it must be at least 0, and below 1")
+            raise InputError(
+                f"ae_dropout is {self.dropout}; it must be at least 0, and below 1"
+            )
         for name in ("kl_weight", "kl_floor"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0, finite")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be at least 0, finite"
+                )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -127,7 +149,9 @@ class Autoencoder(ConfigModule):
 
     def setup(self):
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        fan_in_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", -1, -2)
+        fan_in_init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "truncated_normal", -1, -2
+        )
 
         def layer_weights(name: str, letter: str) -> dict[str, jax.Array]:
             return {
@@ -178,7 +202,9 @@ class Autoencoder(ConfigModule):
         x = self._run_layers(x, self.encoder_layers, slice(num_before_squeeze, None))
         x = rms_norm(x, self.encoder_norm, self.config.norm_eps)
         mean = jnp.einsum("...d,wd->...w", x, self.mean_kernel) + self.mean_bias
-        log_scale = jnp.einsum("...d,wd->...w", x, self.log_scale_kernel) + self.log_scale_bias
+        log_scale = (
+            jnp.einsum("...d,wd->...w", x, self.log_scale_kernel) + self.log_scale_bias
+        )
         return as_float(mean), as_float(log_scale)
 
     def decode(self, latents: ArrayLike) -> jax.Array:
@@ -190,13 +216,18 @@ class Autoencoder(ConfigModule):
             )
         latent_vectors = jnp.asarray(latents, self.latent_kernel.dtype)
         num_before_expand = self.config.decoder_layers // 2
-        x = jnp.einsum("...w,dw->...d", latent_vectors, self.latent_kernel) + self.latent_bias
+        x = (
+            jnp.einsum("...w,dw->...d", latent_vectors, self.latent_kernel)
+            + self.latent_bias
+        )
         x = self._run_layers(x, self.decoder_layers, slice(num_before_expand))
         x = jnp.einsum("...D,cdD->...cd", x, self.expand_kernel) + self.expand_bias
         x = self._run_layers(x, self.decoder_layers, slice(num_before_expand, None))
         x = rms_norm(x, self.decoder_norm, self.config.norm_eps)
         logits_dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", x, self.embedding, preferred_element_type=logits_dtype)
+        return jnp.einsum(
+            "...d,vd->...v", x, self.embedding, preferred_element_type=logits_dtype
+        )
 
     def decode_tokens(self, latents: ArrayLike) -> jax.Array:
         """The likeliest tokens int32 [..., C] of latents [..., W], decoded a few at a time.
@@ -214,9 +245,9 @@ class Autoencoder(ConfigModule):
         flat_latents = latent_vectors.reshape(-1, latent_vectors.shape[-1])
         if len(flat_latents) <= decode_batch_size:
             return likeliest_tokens(latent_vectors)
-        return jax.lax.map(likeliest_tokens, flat_latents, batch_size=decode_batch_size).reshape(
-            *latent_vectors.shape[:-1], -1
-        )
+        return jax.lax.map(
+            likeliest_tokens, flat_latents, batch_size=decode_batch_size
+        ).reshape(*latent_vectors.shape[:-1], -1)
 
     def loss(self, chunks: ArrayLike, key: jax.Array) -> jax.Array:
         """The training loss of each chunk, in nats: [...].
@@ -231,12 +262,21 @@ class Autoencoder(ConfigModule):
         )
         chunks = jnp.asarray(chunks)
         mean, log_scale = self.encode(
-            chunks, token_mask=jax.random.bernoulli(token_key, 1.0 - dropout_rate, chunks.shape)
+            chunks,
+            token_mask=jax.random.bernoulli(
+                token_key, 1.0 - dropout_rate, chunks.shape
+            ),
         )
         scale = jnp.exp(log_scale)
-        latent_sample = mean + scale * jax.random.normal(noise_key, mean.shape, mean.dtype)
-        is_kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, latent_sample.shape)
-        logits = self.decode(jnp.where(is_kept, latent_sample / (1.0 - dropout_rate), 0.0))
+        latent_sample = mean + scale * jax.random.normal(
+            noise_key, mean.shape, mean.dtype
+        )
+        is_kept = jax.random.bernoulli(
+            dropout_key, 1.0 - dropout_rate, latent_sample.shape
+        )
+        logits = self.decode(
+            jnp.where(is_kept, latent_sample / (1.0 - dropout_rate), 0.0)
+        )
         nats = jnp.sum(losses.cross_entropy(logits, chunks), axis=-1)
         divergence = losses.gaussian_kl(mean, scale, floor=self.config.kl_floor)
         return nats + self.config.kl_weight * divergence
@@ -262,11 +302,15 @@ class Autoencoder(ConfigModule):
             gated = gate * jnp.einsum("...d,fd->...f", normalized, p["up"])
             return x + jnp.einsum("...f,df->...d", gated, p["down"]), None
 
-        return jax.lax.scan(run_layer, x, jax.tree.map(lambda stack: stack[layer_range], layers))[0]
+        return jax.lax.scan(
+            run_layer, x, jax.tree.map(lambda stack: stack[layer_range], layers)
+        )[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_jitted(model: Autoencoder, method: str, params: Any, inputs: jax.Array) -> Any:
+def _apply_jitted(
+    model: Autoencoder, method: str, params: Any, inputs: jax.Array
+) -> Any:
     return model.apply({"params": params}, inputs, method=method)
 
 
@@ -294,11 +338,15 @@ class Codec:
     def encode(self, chunks: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """`Autoencoder.encode`, jitted; values are checked as long as they are known."""
         self.model.check(chunks)
-        return cast(Any, _apply_jitted(self.model, "encode", self.params, jnp.asarray(chunks)))
+        return cast(
+            Any, _apply_jitted(self.model, "encode", self.params, jnp.asarray(chunks))
+        )
 
     def decode(self, latents: ArrayLike) -> jax.Array:
         """`Autoencoder.decode`, jitted."""
-        return cast(Any, _apply_jitted(self.model, "decode", self.params, jnp.asarray(latents)))
+        return cast(
+            Any, _apply_jitted(self.model, "decode", self.params, jnp.asarray(latents))
+        )
 
 
 def create(
@@ -351,7 +399,9 @@ def is_config(fields: Mapping[str, Any]) -> bool:
     return {"num_encoder_layers", "num_decoder_layers", "latent_size"} <= set(fields)
 
 
-def read_config(fields: Mapping[str, Any], ignore_fields: Sequence[str] = ()) -> AutoencoderConfig:
+def read_config(
+    fields: Mapping[str, Any], ignore_fields: Sequence[str] = ()
+) -> AutoencoderConfig:
     """The configuration that a config.json describes."""
     if not is_config(fields):
         raise InputError(
@@ -374,7 +424,11 @@ def read_config(fields: Mapping[str, Any], ignore_fields: Sequence[str] = ()) ->
         norm_eps=float(config_fields.number("rms_norm_eps", 1e-6)),
         activation=read_activation(config_fields),
         **{
-            name: float(_read_nonnegative(config_fields, field, getattr(AutoencoderConfig, name)))
+            name: float(
+                _read_nonnegative(
+                    config_fields, field, getattr(AutoencoderConfig, name)
+                )
+            )
             for name, field in _TRAINING_FIELDS.items()
         },
     )
@@ -382,14 +436,20 @@ def read_config(fields: Mapping[str, Any], ignore_fields: Sequence[str] = ()) ->
     return config
 
 
-_TRAINING_FIELDS = {"dropout": "ae_dropout", "kl_weight": "kl_weight", "kl_floor": "kl_clamp"}
+_TRAINING_FIELDS = {
+    "dropout": "ae_dropout",
+    "kl_weight": "kl_weight",
+    "kl_floor": "kl_clamp",
+}
 
 
 def _read_nonnegative(reader: ConfigFields, name: str, default: float) -> float:
     """A number that may be 0, which `ConfigFields.number` refuses."""
     value = reader.get(name, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-        raise InputError(f"field {name} is {value!r:.60}; it must be a number, at least 0")
+        raise InputError(
+            f"field {name} is {value!r:.60}; it must be a number, at least 0"
+        )
     return value
 
 
@@ -415,7 +475,9 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
 def checkpoint_layout(config: AutoencoderConfig, prefix: str = "") -> ParameterLayout:
     """Where the parameters lie in a checkpoint, whose tensors' names begin with `prefix`."""
     declarations = jax.eval_shape(
-        Autoencoder(config).init, jax.random.key(0), np.zeros(config.chunk_size, np.int32)
+        Autoencoder(config).init,
+        jax.random.key(0),
+        np.zeros(config.chunk_size, np.int32),
     )["params"]
     stored_tensors = {
         path: dataclasses.replace(stored, name=prefix + stored.name)
@@ -423,7 +485,9 @@ def checkpoint_layout(config: AutoencoderConfig, prefix: str = "") -> ParameterL
     }
     read: Any = read_config  # of an autoencoder, where a family's is of a trunk
     write: Any = write_config
-    family = Family(read, write, stored_tensors, architecture=ARCHITECTURE, tensor_prefix="")
+    family = Family(
+        read, write, stored_tensors, architecture=ARCHITECTURE, tensor_prefix=""
+    )
     return ParameterLayout(config, family, declarations)
 
 
@@ -443,7 +507,9 @@ def check_unused_tensors(
         if name != copy_name:
             raise unused_tensor_error(tensors, name)
         if not are_equal(tensors[name], tensors[table_name]):
-            raise InputError(f"tensor {name} is not the table {table_name}, as it must be")
+            raise InputError(
+                f"tensor {name} is not the table {table_name}, as it must be"
+            )
 
 
 def load(
@@ -475,9 +541,13 @@ def load(
         alias_table_copy(tensors)
         checkpoint_names = layout.checkpoint_names(tensors)
         check_unused_tensors(tensors, set(checkpoint_names))
-        flat_params = layout.build(tensors, checkpoint_names, layout.parameter_specs(dtype, mesh))
+        flat_params = layout.build(
+            tensors, checkpoint_names, layout.parameter_specs(dtype, mesh)
+        )
     hf_fields = {name: value for name, value in fields.items() if name in INERT_FIELDS}
-    return Codec(config, traverse_util.unflatten_dict(flat_params, sep="/"), tokenizer, hf_fields)
+    return Codec(
+        config, traverse_util.unflatten_dict(flat_params, sep="/"), tokenizer, hf_fields
+    )
 
 
 def save(folder: str | os.PathLike, codec: Codec) -> None:
@@ -489,9 +559,15 @@ def save(folder: str | os.PathLike, codec: Codec) -> None:
     with write_atomically(
         folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
     ) as staging_folder:
-        fields = {**codec.hf_fields, **write_config(codec.config), "torch_dtype": dtype.name}
+        fields = {
+            **codec.hf_fields,
+            **write_config(codec.config),
+            "torch_dtype": dtype.name,
+        }
         fields.pop("dtype", None)
         write_json(pathlib.Path(staging_folder) / "config.json", fields)
-        layout.write(staging_folder, flat_params, dtype, safetensors_files.MAX_SHARD_BYTES)
+        layout.write(
+            staging_folder, flat_params, dtype, safetensors_files.MAX_SHARD_BYTES
+        )
         if codec.tokenizer is not None:
             codec.tokenizer.save(str(staging_folder / "tokenizer.json"))

@@ -26,7 +26,11 @@ from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models import language_model
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import AutoencoderConfig
-from continuous_lm.models.calm.implicit_heads import IMPLICIT_HEADS, EnergyHead, ImplicitHead
+from continuous_lm.models.calm.implicit_heads import (
+    IMPLICIT_HEADS,
+    EnergyHead,
+    ImplicitHead,
+)
 from continuous_lm.models.calm.model import (
     NextVectorLM,
     NextVectorModel,
@@ -34,7 +38,11 @@ from continuous_lm.models.calm.model import (
     example_inputs,
     split_into_chunks,
 )
-from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS, MAX_LAYERS, ConfigFields
+from continuous_lm.models.checkpoints.config_fields import (
+    INERT_FIELDS,
+    MAX_LAYERS,
+    ConfigFields,
+)
 from continuous_lm.models.checkpoints.parameter_layout import (
     ParameterLayout,
     are_equal,
@@ -66,7 +74,11 @@ _ARCHITECTURE_PREFIXES = {
     "flow": "Flow",
     "diffusion": "Diffusion",
 }  # in architectures
-_CODEC_PREFIX, _HEAD_PREFIX, _HEAD_COPY_PREFIX = "ae_model.", "mlp_generator.", "generative_head."
+_CODEC_PREFIX, _HEAD_PREFIX, _HEAD_COPY_PREFIX = (
+    "ae_model.",
+    "mlp_generator.",
+    "generative_head.",
+)
 _COMPRESSION_TENSORS = {
     "read_inner": StoredTensor("embed_proj.0.weight", "F (C D)"),
     "read_inner_bias": StoredTensor("embed_proj.0.bias", "F"),
@@ -115,9 +127,13 @@ class _AxisSizes:
 
 def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
     """Where the parameters lie, part by part; those of the autoencoder are under ae_model."""
-    declared_tree = jax.eval_shape(model.init, jax.random.key(0), example_inputs(model))["params"]
+    declared_tree = jax.eval_shape(
+        model.init, jax.random.key(0), example_inputs(model)
+    )["params"]
     declarations = traverse_util.flatten_dict(
-        declared_tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
+        declared_tree,
+        sep="/",
+        is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned),
     )
 
     def part_declarations(prefix: str) -> dict[str, nn.LogicallyPartitioned]:
@@ -136,7 +152,9 @@ def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
         return ParameterLayout(_AxisSizes(sizes), family, part_declarations(prefix))
 
     trunk_tensors = {
-        path: dataclasses.replace(stored, name=stored.name.replace("model.", "transformer.", 1))
+        path: dataclasses.replace(
+            stored, name=stored.name.replace("model.", "transformer.", 1)
+        )
         for path, stored in llama.TENSORS.items()
     }
     inner_size = declarations["read_inner"].value.shape[0]
@@ -150,7 +168,9 @@ def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
         head_tensors[path] = _UnslicedTensor(
             name,
             "",
-            stored_shape=declaration.value.shape[1:] if is_stacked else declaration.value.shape,
+            stored_shape=declaration.value.shape[1:]
+            if is_stacked
+            else declaration.value.shape,
         )
     compression_layout = make_layout(compression_sizes, _COMPRESSION_TENSORS, "read_")
     compression_layout = dataclasses.replace(
@@ -164,7 +184,9 @@ def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
         "trunk": make_layout(model.config.sizes, trunk_tensors, "trunk/"),
         "": compression_layout,
         "head": make_layout({"J": model.head.depth}, head_tensors, "head/"),
-        "autoencoder": autoencoder.checkpoint_layout(model.autoencoder_config, _CODEC_PREFIX),
+        "autoencoder": autoencoder.checkpoint_layout(
+            model.autoencoder_config, _CODEC_PREFIX
+        ),
     }
 
 
@@ -207,7 +229,9 @@ def read_config(
         if not isinstance(head_settings, dict):
             raise InputError("field head must be an object of settings")
         with about("field head"):
-            head = heads.from_dict({"width": latent_size} | head_settings, registry=IMPLICIT_HEADS)
+            head = heads.from_dict(
+                {"width": latent_size} | head_settings, registry=IMPLICIT_HEADS
+            )
     else:
         head = EnergyHead(
             width=latent_size,
@@ -293,10 +317,16 @@ def load(
         inner_tensor = "embed_proj.0.weight"
         if inner_tensor in tensors.names and tensors.shape(inner_tensor):
             inner_size = tensors.shape(inner_tensor)[0]
-            settings["inner_size"] = None if inner_size == 2 * trunk.hidden_size else inner_size
+            settings["inner_size"] = (
+                None if inner_size == 2 * trunk.hidden_size else inner_size
+            )
         model = NextVectorModel(trunk, codec_config, head, **settings)
         flat_params = _read_params(
-            model, tensors, dtype, mesh, codec and absolute_path(cast(Any, autoencoder_folder))
+            model,
+            tensors,
+            dtype,
+            mesh,
+            codec and absolute_path(cast(Any, autoencoder_folder)),
         )
     tokenizer = language_model.read_tokenizer(folder, trunk.vocab_size)
     if codec is not None:
@@ -312,12 +342,18 @@ def load(
 
 
 def _read_params(
-    model: NextVectorModel, tensors: safetensors_files.Tensors, dtype, mesh, codec_folder: Any
+    model: NextVectorModel,
+    tensors: safetensors_files.Tensors,
+    dtype,
+    mesh,
+    codec_folder: Any,
 ) -> dict[str, jax.Array]:
     """The parameters by their paths, without the autoencoder's if that lies in `codec_folder`."""
     stored_names = set(tensors.names)
     for name in sorted(
-        stored_name for stored_name in stored_names if stored_name.startswith(_HEAD_COPY_PREFIX)
+        stored_name
+        for stored_name in stored_names
+        if stored_name.startswith(_HEAD_COPY_PREFIX)
     ):
         head_name = _HEAD_PREFIX + name.removeprefix(_HEAD_COPY_PREFIX)
         if head_name not in stored_names:
@@ -326,8 +362,12 @@ def _read_params(
             raise InputError(f"tensor {name} is not {head_name} again, as it must be")
     layouts = _part_layouts(model)
     codec_layout = layouts.pop("autoencoder")
-    checkpoint_names = {part: layout.checkpoint_names(tensors) for part, layout in layouts.items()}
-    if codec_folder is None or any(name.startswith(_CODEC_PREFIX) for name in stored_names):
+    checkpoint_names = {
+        part: layout.checkpoint_names(tensors) for part, layout in layouts.items()
+    }
+    if codec_folder is None or any(
+        name.startswith(_CODEC_PREFIX) for name in stored_names
+    ):
         checkpoint_names["autoencoder"] = codec_layout.checkpoint_names(tensors)
     if codec_folder is None:
         layouts["autoencoder"] = codec_layout
@@ -335,9 +375,15 @@ def _read_params(
         codec_tensors = safetensors_files.open_tensors(codec_folder)
         autoencoder.alias_table_copy(codec_tensors)
         for name in checkpoint_names["autoencoder"]:
-            if not are_equal(tensors[name], codec_tensors[name.removeprefix(_CODEC_PREFIX)]):
-                raise InputError(f"tensor {name} is not that of the autoencoder in {codec_folder}")
-    used_names = {name for names in checkpoint_names.values() for name in names.values()}
+            if not are_equal(
+                tensors[name], codec_tensors[name.removeprefix(_CODEC_PREFIX)]
+            ):
+                raise InputError(
+                    f"tensor {name} is not that of the autoencoder in {codec_folder}"
+                )
+    used_names = {
+        name for names in checkpoint_names.values() for name in names.values()
+    }
     copy_names = {name for name in stored_names if name.startswith(_HEAD_COPY_PREFIX)}
     copy_names = {
         name
@@ -356,7 +402,8 @@ def _read_params(
             tensors, checkpoint_names[part], layout.parameter_specs(dtype, mesh)
         )
         flat_params |= {
-            f"{part}/{path}" if part else path: array for path, array in part_params.items()
+            f"{part}/{path}" if part else path: array
+            for path, array in part_params.items()
         }
     return flat_params
 
@@ -437,7 +484,9 @@ def save(
     flat_params = traverse_util.flatten_dict(lm.params, sep="/")
     params_by_part: dict[str, dict[str, Any]] = {part: {} for part in layouts}
     for path, array in flat_params.items():
-        part, _, part_path = path.rpartition("/") if "/" not in path else path.partition("/")
+        part, _, part_path = (
+            path.rpartition("/") if "/" not in path else path.partition("/")
+        )
         params_by_part.setdefault(part, {})[part_path] = array
     for part in params_by_part.keys() - layouts.keys():
         raise InputError(f"parameter {part} is left over: it has no place")
@@ -448,7 +497,9 @@ def save(
     part_by_tensor = {
         name: part for part, layout in layouts.items() for name in layout.tensor_shapes
     }
-    shapes = {name: layouts[part].tensor_shapes[name] for name, part in part_by_tensor.items()}
+    shapes = {
+        name: layouts[part].tensor_shapes[name] for name, part in part_by_tensor.items()
+    }
 
     def make_tensor(name: str) -> np.ndarray:
         part = part_by_tensor[name]
@@ -466,6 +517,8 @@ def save(
             staging_folder / "config.json",
             {**hf_fields, **write_config(lm.model), "torch_dtype": dtype.name},
         )
-        safetensors_files.save_tensors(staging_folder, shapes, dtype, make_tensor, shard_size)
+        safetensors_files.save_tensors(
+            staging_folder, shapes, dtype, make_tensor, shard_size
+        )
         if lm.tokenizer is not None:
             lm.tokenizer.save(str(staging_folder / "tokenizer.json"))

@@ -13,7 +13,9 @@ from continuous_lm.errors import InputError
 SOLVERS = ("euler", "midpoint")
 
 
-MIN_SIGNAL_VARIANCE = 1e-3  # of the variance that is left of the target where diffusion begins
+MIN_SIGNAL_VARIANCE = (
+    1e-3  # of the variance that is left of the target where diffusion begins
+)
 
 
 def integrate(
@@ -85,7 +87,9 @@ def denoise(
         time, next_time, fresh_noise = inputs
         variance, next_variance = signal_variance(time), signal_variance(next_time)
         predicted_noise = predict(x, time)
-        predicted_target = (x - jnp.sqrt(1 - variance) * predicted_noise) / jnp.sqrt(variance)
+        predicted_target = (x - jnp.sqrt(1 - variance) * predicted_noise) / jnp.sqrt(
+            variance
+        )
         # The variance of x at `next_time`, given the target and x at `time`.
         fresh_variance = (
             0.0
@@ -94,18 +98,23 @@ def denoise(
         )
         x = (
             jnp.sqrt(next_variance) * predicted_target
-            + jnp.sqrt(jnp.maximum(1 - next_variance - fresh_variance, 0.0)) * predicted_noise
+            + jnp.sqrt(jnp.maximum(1 - next_variance - fresh_variance, 0.0))
+            * predicted_noise
         )
-        return (x if fresh_noise is None else x + jnp.sqrt(fresh_variance) * fresh_noise).astype(
-            initial_noise.dtype
-        ), None
+        return (
+            x if fresh_noise is None else x + jnp.sqrt(fresh_variance) * fresh_noise
+        ).astype(initial_noise.dtype), None
 
-    return jax.lax.scan(denoise_step, initial_noise, (times[:-1], times[1:], step_noise))[0]
+    return jax.lax.scan(
+        denoise_step, initial_noise, (times[:-1], times[1:], step_noise)
+    )[0]
 
 
 def _check_solver(solver: str) -> None:
     if solver not in SOLVERS:
-        raise InputError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
+        raise InputError(
+            f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}"
+        )
 
 
 def _check_steps(steps: int) -> None:

@@ -104,11 +104,15 @@ class ImplicitHead(Head):
         """Samples [..., W] from noise [..., U] and hidden [..., D]: a deterministic map."""
         raise NotImplementedError
 
-    def noise(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def noise(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         """Noise [*shape, U] that `transform` turns into samples; of a standard normal density."""
         return jax.random.normal(key, (*shape, self.noise_width), dtype)
 
-    def sample(self, key: jax.Array, hidden: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
+    def sample(
+        self, key: jax.Array, hidden: jax.Array, temperature: ArrayLike = 1.0
+    ) -> jax.Array:
         """Samples [..., W] from the noise of `key`, times `temperature`: see the module."""
         hidden = as_float(hidden)
         noise = self.noise(key, hidden.shape[:-1], hidden.dtype)
@@ -126,7 +130,9 @@ class ImplicitHead(Head):
         )
 
     @nn.compact
-    def weights(self, hidden_width: int, input_width: int, time_width: int = 0) -> Weights:
+    def weights(
+        self, hidden_width: int, input_width: int, time_width: int = 0
+    ) -> Weights:
         """All parameters by name, at least float32.
 
         Kernels are [out, in]; those of the blocks have an axis J before.
@@ -158,7 +164,10 @@ class ImplicitHead(Head):
             ("last_norm", False),
         ]
         params = {}
-        for name, (output_size, output_axis), (input_size, input_axis), is_stacked in kernels:
+        for name, (output_size, output_axis), (
+            input_size,
+            input_axis,
+        ), is_stacked in kernels:
             stack_shape, axis_letters = ((depth,), "J ") if is_stacked else ((), "")
             initializer = _ZEROS_INIT if name == "last" else kernel_init
             params[name] = self.parameter(
@@ -169,11 +178,17 @@ class ImplicitHead(Head):
             )
             bias_name = f"{name}_bias"
             params[bias_name] = self.parameter(
-                bias_name, (*stack_shape, output_size), f"{axis_letters}{output_axis}", _ZEROS_INIT
+                bias_name,
+                (*stack_shape, output_size),
+                f"{axis_letters}{output_axis}",
+                _ZEROS_INIT,
             )
         for name, is_stacked in norms:
             stack_shape, axis_letters = ((depth,), "J D") if is_stacked else ((), "D")
-            for param_name, initializer in ((name, _ONES_INIT), (f"{name}_bias", _ZEROS_INIT)):
+            for param_name, initializer in (
+                (name, _ONES_INIT),
+                (f"{name}_bias", _ZEROS_INIT),
+            ):
                 params[param_name] = self.parameter(
                     param_name, (*stack_shape, block_width), axis_letters, initializer
                 )
@@ -197,7 +212,9 @@ class ImplicitHead(Head):
                 " it must be"
                 f" {[*batch_shape, self.width]}, or that with an axis of draws before"
             )
-        target_draws = target_draws if target_draws.ndim > hidden.ndim else target_draws[None]
+        target_draws = (
+            target_draws if target_draws.ndim > hidden.ndim else target_draws[None]
+        )
         try:
             jnp.broadcast_shapes(batch_shape, target_draws.shape[1:-1])
         except ValueError:
@@ -238,7 +255,9 @@ class EnergyHead(ImplicitHead):
     def noise_width(self) -> int:
         return self.noise_size
 
-    def noise(self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    def noise(
+        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+    ) -> jax.Array:
         """Noise [*shape, U], uniform in [-0.5, 0.5)."""
         return jax.random.uniform(key, (*shape, self.noise_width), dtype, -0.5, 0.5)
 
@@ -247,7 +266,9 @@ class EnergyHead(ImplicitHead):
         hidden = as_float(hidden)
         targets = self.as_target_draws(hidden, target)
         noise = self.noise(key, (self.num_samples, *hidden.shape[:-1]), hidden.dtype)
-        return losses.energy_score(self.transform(noise, hidden), targets, beta=self.beta)
+        return losses.energy_score(
+            self.transform(noise, hidden), targets, beta=self.beta
+        )
 
     def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
         noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
@@ -270,13 +291,17 @@ class TimeConditionedHead(ImplicitHead):
 
     steps: int = 16
 
-    def make_predictor(self, hidden: jax.Array) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def make_predictor(
+        self, hidden: jax.Array
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """x [..., W], time [...] -> [..., W]: the blocks, for hidden states [..., D]."""
         weights = self.weights(hidden.shape[-1], self.width, 2 * _NUM_TIME_FREQUENCIES)
         hidden_embedding = _apply_linear(weights, "hidden", hidden)
 
         def predict(x: jax.Array, time: jax.Array) -> jax.Array:
-            embedding = hidden_embedding + _apply_linear(weights, "time", time_features(time))
+            embedding = hidden_embedding + _apply_linear(
+                weights, "time", time_features(time)
+            )
             return run_noise_network(weights, x, condition(weights, embedding))
 
         return predict
@@ -290,10 +315,15 @@ class TimeConditionedHead(ImplicitHead):
         targets = targets[jnp.arange(num_samples) % len(targets)].astype(dtype)
         batch_shape = jnp.broadcast_shapes(hidden.shape[:-1], targets.shape[1:-1])
         noise_key, time_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, (num_samples, *batch_shape, self.width), dtype)
-        interval_index = jnp.arange(num_samples, dtype=dtype).reshape(-1, *(1,) * len(batch_shape))
+        noise = jax.random.normal(
+            noise_key, (num_samples, *batch_shape, self.width), dtype
+        )
+        interval_index = jnp.arange(num_samples, dtype=dtype).reshape(
+            -1, *(1,) * len(batch_shape)
+        )
         times = (
-            interval_index + jax.random.uniform(time_key, (num_samples, *batch_shape), dtype)
+            interval_index
+            + jax.random.uniform(time_key, (num_samples, *batch_shape), dtype)
         ) / num_samples
         return targets, noise, times
 
@@ -324,12 +354,18 @@ class FlowHead(TimeConditionedHead):
         hidden = as_float(hidden)
         targets, noise, times = self.noised_targets(hidden, target, key)
         time = times[..., None]
-        predicted_velocity = self.make_predictor(hidden)((1 - time) * noise + time * targets, times)
-        return jnp.mean(jnp.square(predicted_velocity - (targets - noise)), axis=(0, -1))
+        predicted_velocity = self.make_predictor(hidden)(
+            (1 - time) * noise + time * targets, times
+        )
+        return jnp.mean(
+            jnp.square(predicted_velocity - (targets - noise)), axis=(0, -1)
+        )
 
     def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
         noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
-        return integrate(self.make_predictor(hidden), noise, steps=self.steps, solver=self.solver)
+        return integrate(
+            self.make_predictor(hidden), noise, steps=self.steps, solver=self.solver
+        )
 
 
 class DiffusionHead(TimeConditionedHead):
@@ -368,11 +404,17 @@ class DiffusionHead(TimeConditionedHead):
         noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
         initial_noise, step_noise = noise[..., : self.width], None
         if self.ancestral:
-            step_noise = jnp.roll(noise, -self.width, axis=-1)  # the last step's is not read
+            step_noise = jnp.roll(
+                noise, -self.width, axis=-1
+            )  # the last step's is not read
             step_noise = jnp.moveaxis(
-                step_noise.reshape(*initial_noise.shape[:-1], self.steps, self.width), -2, 0
+                step_noise.reshape(*initial_noise.shape[:-1], self.steps, self.width),
+                -2,
+                0,
             )
-        return denoise(self.make_predictor(hidden), initial_noise, step_noise, steps=self.steps)
+        return denoise(
+            self.make_predictor(hidden), initial_noise, step_noise, steps=self.steps
+        )
 
 
 IMPLICIT_HEADS: dict[str, type[ImplicitHead]] = {
@@ -391,12 +433,14 @@ def _broadcast_inputs(
     if noise_float.ndim < 1 or noise_float.shape[-1] != width:
         raise InputError(message)
     try:
-        batch_shape = jnp.broadcast_shapes(noise_float.shape[:-1], hidden_float.shape[:-1])
+        batch_shape = jnp.broadcast_shapes(
+            noise_float.shape[:-1], hidden_float.shape[:-1]
+        )
     except ValueError:
         raise InputError(
             f"{message} with leading axes that fit those of hidden, {list(hidden_float.shape)}"
         ) from None
     dtype = jnp.result_type(noise_float, hidden_float)
-    return jnp.broadcast_to(noise_float, (*batch_shape, width)).astype(dtype), hidden_float.astype(
+    return jnp.broadcast_to(noise_float, (*batch_shape, width)).astype(
         dtype
-    )
+    ), hidden_float.astype(dtype)

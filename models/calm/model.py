@@ -74,7 +74,9 @@ class NextVectorModel(nn.Module):
         if self.head.depth < 1:
             raise InputError("depth of the head is 0; it must be at least 1")
         if self.num_targets < 1:
-            raise InputError(f"num_targets is {self.num_targets}; it must be at least 1")
+            raise InputError(
+                f"num_targets is {self.num_targets}; it must be at least 1"
+            )
 
     @property
     def chunk_size(self) -> int:
@@ -82,10 +84,17 @@ class NextVectorModel(nn.Module):
         return self.autoencoder_config.chunk_size
 
     def setup(self):
-        config = dataclasses.replace(self.config, tie_embeddings=True)  # no head of its own
-        self.trunk = Transformer(config, implementation=self.implementation, remat=self.remat)
+        config = dataclasses.replace(
+            self.config, tie_embeddings=True
+        )  # no head of its own
+        self.trunk = Transformer(
+            config, implementation=self.implementation, remat=self.remat
+        )
         self.codec = Autoencoder(self.autoencoder_config, name="autoencoder")
-        width, inner_size = config.hidden_size, self.inner_size or 2 * config.hidden_size
+        width, inner_size = (
+            config.hidden_size,
+            self.inner_size or 2 * config.hidden_size,
+        )
         fan_in_init = functools.partial(
             nn.initializers.variance_scaling, 1.0, "fan_in", "truncated_normal"
         )
@@ -101,7 +110,10 @@ class NextVectorModel(nn.Module):
         )
         self.inner_bias = parameter("read_inner_bias", "F", (inner_size,), zeros)
         self.outer_kernel = parameter(
-            "read_outer", "D F", (width, inner_size), fan_in_init(in_axis=-1, out_axis=0)
+            "read_outer",
+            "D F",
+            (width, inner_size),
+            fan_in_init(in_axis=-1, out_axis=0),
         )
         self.outer_bias = parameter("read_outer_bias", "D", (width,), zeros)
         self.norm_scale = parameter("read_norm", "D", (width,), ones)
@@ -116,7 +128,9 @@ class NextVectorModel(nn.Module):
                 " tokens of a chunk last: see calm.split_into_chunks"
             )
         check_integers("chunks", chunks, 0, self.config.vocab_size)
-        transformer.check_inputs(self.config, np.zeros(shape[:-1], np.int32), **arguments)
+        transformer.check_inputs(
+            self.config, np.zeros(shape[:-1], np.int32), **arguments
+        )
 
     def __call__(self, chunks: ArrayLike, **arguments) -> Any:
         """Hidden states, which the head reads.
@@ -135,10 +149,17 @@ class NextVectorModel(nn.Module):
         embedding_table: Any = nn.unbox(self.trunk.variables["params"]["embedding"])
         # D as a capital, since sums run over it before c: einsum sorts the letters.
         x = (
-            jnp.einsum("...cD,fcD->...f", embedding_table[jnp.asarray(chunks)], self.inner_kernel)
+            jnp.einsum(
+                "...cD,fcD->...f",
+                embedding_table[jnp.asarray(chunks)],
+                self.inner_kernel,
+            )
             + self.inner_bias
         )
-        x = jnp.einsum("...f,df->...d", jax.nn.silu(x), self.outer_kernel) + self.outer_bias
+        x = (
+            jnp.einsum("...f,df->...d", jax.nn.silu(x), self.outer_kernel)
+            + self.outer_bias
+        )
         x = layer_norm(x, self.norm_scale, self.norm_bias, _LAYER_NORM_EPS)
         hidden_states = self.trunk(embeddings=x, return_hidden=True, **arguments)
         if self.is_initializing():
@@ -146,7 +167,9 @@ class NextVectorModel(nn.Module):
             self.codec(chunks)
         return hidden_states
 
-    def context_states(self, chunks, *, durations=None, start=None, times=None) -> jax.Array:
+    def context_states(
+        self, chunks, *, durations=None, start=None, times=None
+    ) -> jax.Array:
         """The hidden states [..., T - 1, D] from which all chunks but the first are predicted."""
         timing_arguments = {"durations": durations, "times": times}
         context_arguments = {
@@ -155,7 +178,8 @@ class NextVectorModel(nn.Module):
             if array is not None
         }
         return cast(
-            jax.Array, self(jnp.asarray(chunks)[..., :-1, :], start=start, **context_arguments)
+            jax.Array,
+            self(jnp.asarray(chunks)[..., :-1, :], start=start, **context_arguments),
         )
 
     def loss(self, chunks, key: jax.Array, **arguments) -> jax.Array:
@@ -166,9 +190,15 @@ class NextVectorModel(nn.Module):
         """
         hidden = self.context_states(chunks, **arguments)
         target_key, head_key = jax.random.split(key)
-        mean, log_scale = jax.lax.stop_gradient(self.encode(jnp.asarray(chunks)[..., 1:, :]))
-        target_noise = jax.random.normal(target_key, (self.num_targets, *mean.shape), mean.dtype)
-        return self.head.loss(hidden, mean + jnp.exp(log_scale) * target_noise, head_key)
+        mean, log_scale = jax.lax.stop_gradient(
+            self.encode(jnp.asarray(chunks)[..., 1:, :])
+        )
+        target_noise = jax.random.normal(
+            target_key, (self.num_targets, *mean.shape), mean.dtype
+        )
+        return self.head.loss(
+            hidden, mean + jnp.exp(log_scale) * target_noise, head_key
+        )
 
     def encode(self, chunks) -> tuple[jax.Array, jax.Array]:
         """Mean and log standard deviation [..., W] of the latents of chunks int [..., C]."""
@@ -182,7 +212,9 @@ class NextVectorModel(nn.Module):
         """The head's vectors [..., W] from noise [..., U] and hidden states [..., D]."""
         return self.head.transform(noise, hidden)
 
-    def sample_chunks(self, key: jax.Array, hidden: jax.Array, num_samples: int) -> jax.Array:
+    def sample_chunks(
+        self, key: jax.Array, hidden: jax.Array, num_samples: int
+    ) -> jax.Array:
         """Chunks of tokens int32 [Z, ..., C], drawn and decoded, for hidden states [..., D]."""
         noise = self.head.noise(key, (num_samples, *hidden.shape[:-1]))
         return self.decode_tokens(self.transform(noise, hidden))
@@ -227,12 +259,16 @@ class NextVectorLM:
     def codec(self) -> Codec:
         """Its autoencoder."""
         params = self.params["autoencoder"]
-        return Codec(self.model.autoencoder_config, params, self.tokenizer, self.hf_fields)
+        return Codec(
+            self.model.autoencoder_config, params, self.tokenizer, self.hf_fields
+        )
 
     def hidden_states(self, chunks: ArrayLike, **arguments) -> jax.Array:
         """`NextVectorModel.__call__`, jitted; values are checked as long as they are known."""
         inputs = {
-            name: jnp.asarray(value) for name, value in arguments.items() if value is not None
+            name: jnp.asarray(value)
+            for name, value in arguments.items()
+            if value is not None
         }
         self.model.check(chunks, **inputs)
         hidden_states = _apply_jitted(
@@ -252,18 +288,26 @@ class NextVectorLM:
         """`NextVectorModel.loss`, jitted."""
         arguments = {"durations": durations, "start": start, "times": times}
         inputs = {
-            name: jnp.asarray(value) for name, value in arguments.items() if value is not None
+            name: jnp.asarray(value)
+            for name, value in arguments.items()
+            if value is not None
         }
         self.model.check(chunks, **inputs)
         if np.shape(chunks)[-2] < 2:
-            raise InputError("a single chunk is predicted from nothing; give at least two")
-        losses = _apply_jitted(self.model, "loss", self.params, jnp.asarray(chunks), key, **inputs)
+            raise InputError(
+                "a single chunk is predicted from nothing; give at least two"
+            )
+        losses = _apply_jitted(
+            self.model, "loss", self.params, jnp.asarray(chunks), key, **inputs
+        )
         return cast(jax.Array, losses)
 
     def transform(self, noise: ArrayLike, hidden: ArrayLike) -> jax.Array:
         """`NextVectorModel.transform`, jitted."""
         inputs = jnp.asarray(noise), jnp.asarray(hidden)
-        return cast(jax.Array, _apply_jitted(self.model, "transform", self.params, *inputs))
+        return cast(
+            jax.Array, _apply_jitted(self.model, "transform", self.params, *inputs)
+        )
 
 
 def create(
@@ -301,7 +345,11 @@ def split_into_chunks(
         out, that is refused.
     """
     tokens = np.asarray(tokens)
-    if not np.issubdtype(tokens.dtype, np.integer) or not tokens.ndim or not tokens.shape[-1]:
+    if (
+        not np.issubdtype(tokens.dtype, np.integer)
+        or not tokens.ndim
+        or not tokens.shape[-1]
+    ):
         raise InputError(
             f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be integers [..., n]"
         )

@@ -11,14 +11,16 @@ LAYER_NORM_EPS = 1e-6  # of the layer norms, as in CALM
 
 
 _NUM_TIME_FREQUENCIES = (
-    32  # sines and cosines of a time; more than a function of [0, 1] that is smooth asks for
+    32  # of sines and cosines, enough for smooth functions of [0, 1]
 )
 
 
 Weights = Mapping[str, jax.Array]
 
 
-def run_noise_network(weights: Weights, noise: jax.Array, conditions: jax.Array) -> jax.Array:
+def run_noise_network(
+    weights: Weights, noise: jax.Array, conditions: jax.Array
+) -> jax.Array:
     """The blocks and their ends: [..., W] from noise [..., U] and conditions y [..., D]."""
     x = layer_norm(
         _apply_linear(weights, "noise", noise),
@@ -29,23 +31,36 @@ def run_noise_network(weights: Weights, noise: jax.Array, conditions: jax.Array)
         x, (*jnp.broadcast_shapes(x.shape[:-1], conditions.shape[:-1]), x.shape[-1])
     )
     block_width = x.shape[-1]
-    blocks = {name: array for name, array in weights.items() if name.startswith("blocks_")}
+    blocks = {
+        name: array for name, array in weights.items() if name.startswith("blocks_")
+    }
     inner_kernel = blocks.pop("blocks_inner")
 
     def run_block(x, stacked):
         block_weights, x_kernel, condition_kernel = stacked
-        normalized = layer_norm(x, *_scale_and_bias(block_weights, "blocks_norm"), LAYER_NORM_EPS)
+        normalized = layer_norm(
+            x, *_scale_and_bias(block_weights, "blocks_norm"), LAYER_NORM_EPS
+        )
         # The map of both, [LN(x), y]; y's part is the same for all noise.
         activations = _apply_kernel(normalized, x_kernel) + (
-            _apply_kernel(conditions, condition_kernel) + block_weights["blocks_inner_bias"]
+            _apply_kernel(conditions, condition_kernel)
+            + block_weights["blocks_inner_bias"]
         )
-        activations = _apply_linear(block_weights, "blocks_middle", jax.nn.silu(activations))
-        activations = _apply_linear(block_weights, "blocks_outer", jax.nn.silu(activations))
+        activations = _apply_linear(
+            block_weights, "blocks_middle", jax.nn.silu(activations)
+        )
+        activations = _apply_linear(
+            block_weights, "blocks_outer", jax.nn.silu(activations)
+        )
         gate, up = jnp.split(activations, 2, axis=-1)
-        return x + _apply_linear(block_weights, "blocks_down", jax.nn.silu(gate) * up), None
+        return x + _apply_linear(
+            block_weights, "blocks_down", jax.nn.silu(gate) * up
+        ), None
 
     x, _ = jax.lax.scan(
-        run_block, x, (blocks, inner_kernel[..., :block_width], inner_kernel[..., block_width:])
+        run_block,
+        x,
+        (blocks, inner_kernel[..., :block_width], inner_kernel[..., block_width:]),
     )
     normalized = layer_norm(x, *_scale_and_bias(weights, "last_norm"), LAYER_NORM_EPS)
     return _apply_linear(
@@ -55,7 +70,9 @@ def run_noise_network(weights: Weights, noise: jax.Array, conditions: jax.Array)
 
 def condition(weights: Weights, embedding: jax.Array) -> jax.Array:
     """What the blocks are given besides the noise, y [..., D], from its embedding [..., D]."""
-    return layer_norm(embedding, *_scale_and_bias(weights, "hidden_norm"), LAYER_NORM_EPS)
+    return layer_norm(
+        embedding, *_scale_and_bias(weights, "hidden_norm"), LAYER_NORM_EPS
+    )
 
 
 def time_features(time: jax.Array) -> jax.Array:

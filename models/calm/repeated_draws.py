@@ -39,7 +39,9 @@ class _RejectionState(NamedTuple):
     first_draw: jax.Array  # int [B, C], the attempt's first draw, which must come again
     last_draw: jax.Array  # int [B, C]
     num_matches: jax.Array  # float [B], how often it has come; 0 before an attempt
-    num_misses: jax.Array  # float [B], of the last stage, where 1 / temperature is no integer
+    num_misses: (
+        jax.Array
+    )  # float [B], of the last stage, where 1 / temperature is no integer
     is_done: jax.Array  # bool [B]
     num_rounds: jax.Array  # int32 [B]
 
@@ -102,7 +104,9 @@ def rejection_sample(
         )
     exponent = 1 / as_float(temperature)
     nearest_integer = jnp.round(exponent)
-    is_integer = jnp.abs(exponent - nearest_integer) <= _INTEGER_TOLERANCE * nearest_integer
+    is_integer = (
+        jnp.abs(exponent - nearest_integer) <= _INTEGER_TOLERANCE * nearest_integer
+    )
     n = jnp.where(is_integer, nearest_integer, jnp.floor(exponent))
     a = jnp.where(is_integer, 0.0, exponent - n)
     num_required = n + (a > 0)
@@ -111,7 +115,9 @@ def rejection_sample(
         i, row_state = state
         return (i < max_rounds) & ~jnp.all(row_state.is_done)
 
-    def draw_round(state: tuple[jax.Array, _RejectionState]) -> tuple[jax.Array, _RejectionState]:
+    def draw_round(
+        state: tuple[jax.Array, _RejectionState],
+    ) -> tuple[jax.Array, _RejectionState]:
         i, row_state = state
         draw_key, chance_key = jax.random.split(jax.random.fold_in(key, i))
         new_items = draw(draw_key)
@@ -136,18 +142,24 @@ def rejection_sample(
 
         def keep_done_rows(previous, updated):
             return jnp.where(
-                row_state.is_done.reshape(-1, *[1] * (updated.ndim - 1)), previous, updated
+                row_state.is_done.reshape(-1, *[1] * (updated.ndim - 1)),
+                previous,
+                updated,
             )
 
         return i + 1, jax.tree.map(keep_done_rows, row_state, next_state)
 
     no_items = jnp.zeros(item_struct.shape, item_struct.dtype)
     zeros = jnp.zeros(num_rows, exponent.dtype)
-    initially_done = jnp.zeros(num_rows, bool) if is_done is None else jnp.asarray(is_done)
+    initially_done = (
+        jnp.zeros(num_rows, bool) if is_done is None else jnp.asarray(is_done)
+    )
     initial_state = _RejectionState(
         no_items, no_items, zeros, zeros, initially_done, jnp.zeros(num_rows, jnp.int32)
     )
-    _, row_state = lax.while_loop(is_unfinished, draw_round, (jnp.int32(0), initial_state))
+    _, row_state = lax.while_loop(
+        is_unfinished, draw_round, (jnp.int32(0), initial_state)
+    )
     return RejectionSamples(
         row_state.last_draw, row_state.is_done, row_state.num_rounds
     )  # what is accepted is the last draw, always
@@ -201,7 +213,9 @@ def repetition_weights(candidates: ArrayLike, *, n: int) -> tuple[jax.Array, jax
     check_positive_integer("n", n)
     candidates = jnp.asarray(candidates)
     if not jnp.issubdtype(candidates.dtype, jnp.integer):
-        raise InputError(f"candidates have dtype {candidates.dtype}; they must hold integers")
+        raise InputError(
+            f"candidates have dtype {candidates.dtype}; they must hold integers"
+        )
     if candidates.ndim < 2 or 0 in (candidates.shape[0], candidates.shape[-1]):
         raise InputError(
             f"candidates have shape {list(candidates.shape)}; they must be [Z, ..., C], with Z and"
@@ -215,7 +229,8 @@ def _repetition_weights(candidates: jax.Array, n: int) -> tuple[jax.Array, jax.A
     num_candidates, chunk_size = candidates.shape[0], candidates.shape[-1]
     token_columns = [candidates[..., i] for i in range(chunk_size)]
     items = jnp.stack(
-        lax.sort(token_columns, dimension=0, num_keys=chunk_size, is_stable=False), axis=-1
+        lax.sort(token_columns, dimension=0, num_keys=chunk_size, is_stable=False),
+        axis=-1,
     )
     differs_from_previous = jnp.any(items[1:] != items[:-1], axis=-1)
     true_row = jnp.ones((1, *differs_from_previous.shape[1:]), bool)
@@ -227,12 +242,20 @@ def _repetition_weights(candidates: jax.Array, n: int) -> tuple[jax.Array, jax.A
     run_ends = jnp.where(
         jnp.concatenate([differs_from_previous, true_row]), indices + 1, num_candidates
     )
-    run_lengths = lax.cummin(run_ends, axis=0, reverse=True) - indices  # right where a run begins
-    repeat_order = jnp.minimum(n, jnp.max(jnp.where(is_run_start, run_lengths, 0), axis=0))
+    run_lengths = (
+        lax.cummin(run_ends, axis=0, reverse=True) - indices
+    )  # right where a run begins
+    repeat_order = jnp.minimum(
+        n, jnp.max(jnp.where(is_run_start, run_lengths, 0), axis=0)
+    )
     j = jnp.arange(n).reshape(-1, *[1] * run_lengths.ndim)
     # Where repeat_order < n, all that are kept have the same count, and so the same weight.
-    log_weights = jnp.sum(jnp.log(jnp.maximum(run_lengths - j, 1).astype(jnp.float32)), axis=0)
-    return items, jnp.where(is_run_start & (run_lengths >= repeat_order), log_weights, -jnp.inf)
+    log_weights = jnp.sum(
+        jnp.log(jnp.maximum(run_lengths - j, 1).astype(jnp.float32)), axis=0
+    )
+    return items, jnp.where(
+        is_run_start & (run_lengths >= repeat_order), log_weights, -jnp.inf
+    )
 
 
 def inverse_temperature(temperature: float) -> int:

@@ -24,7 +24,11 @@ from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import check_integers, check_positive_integer
 from continuous_lm.errors import InputError, about
 from continuous_lm.models.calm import repeated_draws
-from continuous_lm.models.calm.checkpoint import NextVectorLM, NextVectorModel, split_into_chunks
+from continuous_lm.models.calm.checkpoint import (
+    NextVectorLM,
+    NextVectorModel,
+    split_into_chunks,
+)
 from continuous_lm.models.generation import (
     DecodeSpec,
     GeneratedTokens,
@@ -94,11 +98,15 @@ def sample(
             f"method is {method!r:.60}; it must be one of {', '.join(SAMPLING_METHODS)}"
         )
     if method == "exact" and not 0 < temperature <= 1:
-        raise InputError(f"temperature is {temperature}; exact needs one above 0, and at most 1")
+        raise InputError(
+            f"temperature is {temperature}; exact needs one above 0, and at most 1"
+        )
     inverse_temperature = 0
     if method == "batch":
         inverse_temperature = (
-            num_candidates if temperature == 0 else repeated_draws.inverse_temperature(temperature)
+            num_candidates
+            if temperature == 0
+            else repeated_draws.inverse_temperature(temperature)
         )
         if inverse_temperature > num_candidates:
             raise InputError(
@@ -109,13 +117,17 @@ def sample(
     chunk_size = lm.chunk_size
     prompts: Any = list(cast(Any, tokens)) if np.iterable(tokens) else []
     if not prompts:
-        raise InputError("tokens must be one prompt's [n], or a list of prompts; give at least one")
+        raise InputError(
+            "tokens must be one prompt's [n], or a list of prompts; give at least one"
+        )
     chunked_prompts = []
     for i, row in enumerate([tokens] if np.ndim(prompts[0]) == 0 else prompts):
         with about(f"prompt {i}"):
             check_integers("tokens", row, 0, lm.config.vocab_size)
             chunked_prompts.append(
-                split_into_chunks(cast(Any, row), chunk_size, _resolve_pad_token(lm, pad_token))
+                split_into_chunks(
+                    cast(Any, row), chunk_size, _resolve_pad_token(lm, pad_token)
+                )
             )
     prompt_list, duration_list = split_prompts(
         lm.model, "chunks", chunked_prompts, durations, np.dtype(np.int32)
@@ -157,7 +169,10 @@ def sample(
                 f" {lengths[i] - 1}; raise max_rounds or the temperature, or take method='batch'"
             )
     return _truncate_at_stop(
-        new_chunks.reshape(len(new_chunks), -1), lengths * chunk_size, stop_ids, max_new_tokens
+        new_chunks.reshape(len(new_chunks), -1),
+        lengths * chunk_size,
+        stop_ids,
+        max_new_tokens,
     )
 
 
@@ -174,7 +189,9 @@ class _ChunkSampler:
     def __call__(self, params, options, key, hidden, is_done):
         def sample_chunks(key, count):
             variables: Any = {"params": params}
-            return self.model.apply(variables, key, hidden, count, method="sample_chunks")
+            return self.model.apply(
+                variables, key, hidden, count, method="sample_chunks"
+            )
 
         if self.method == "exact":
             samples = repeated_draws.rejection_sample(
@@ -189,7 +206,9 @@ class _ChunkSampler:
             return sample_chunks(key, 1)[0]
         sample_key, choice_key = jax.random.split(key)
         return repeated_draws.repetition_sample(
-            choice_key, sample_chunks(sample_key, self.num_candidates), n=self.inverse_temperature
+            choice_key,
+            sample_chunks(sample_key, self.num_candidates),
+            n=self.inverse_temperature,
         )
 
 

@@ -49,9 +49,15 @@ class ConfigFields:
         """Whether it is written down, even as null."""
         return name in self._values
 
-    def integer(self, name: str, default: Any = REQUIRED, maximum: int = 2**31 - 1) -> int:
+    def integer(
+        self, name: str, default: Any = REQUIRED, maximum: int = 2**31 - 1
+    ) -> int:
         return self._get_typed(
-            name, default, int, f"an integer from 1 to {maximum}", lambda v: 0 < v <= maximum
+            name,
+            default,
+            int,
+            f"an integer from 1 to {maximum}",
+            lambda v: 0 < v <= maximum,
         )
 
     def number(self, name: str, default: Any = REQUIRED) -> Any:
@@ -71,7 +77,9 @@ class ConfigFields:
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of positive numbers."""
-        values = self._get_typed(name, REQUIRED, list, "a list of positive numbers", _are_positive)
+        values = self._get_typed(
+            name, REQUIRED, list, "a list of positive numbers", _are_positive
+        )
         return tuple(map(float, values))
 
     def nested(self, name: str) -> "ConfigFields | None":
@@ -91,7 +99,9 @@ class ConfigFields:
                 f" only {', '.join(map(repr, allowed))}"
             )
 
-    def check_equal(self, name: str, value: Any, other_name: str, other_value: Any) -> None:
+    def check_equal(
+        self, name: str, value: Any, other_name: str, other_value: Any
+    ) -> None:
         """Refuses two fields that say the same thing and differ; None says nothing."""
         if value is not None and other_value is not None and value != other_value:
             raise InputError(
@@ -102,7 +112,10 @@ class ConfigFields:
     def check_all_read(self, ignore: tuple[str, ...] = ()) -> None:
         """Refuses the first field that nobody has read and that may change what is computed."""
         for name, value in self._values.items():
-            if name not in self._read_names | INERT_FIELDS | set(ignore) and value is not None:
+            if (
+                name not in self._read_names | INERT_FIELDS | set(ignore)
+                and value is not None
+            ):
                 raise InputError(
                     f"field {self._prefix}{_printable_name(name)} ({value!r:.60}) is not"
                     " handled and may"
@@ -118,7 +131,9 @@ class ConfigFields:
             or (isinstance(value, bool) and types is not bool)
             or not is_valid(value)
         ):
-            raise InputError(f"field {self._prefix}{name} is {value!r:.60}; it must be {expected}")
+            raise InputError(
+                f"field {self._prefix}{name} is {value!r:.60}; it must be {expected}"
+            )
         return value
 
 
@@ -130,7 +145,9 @@ def _is_positive(value: int | float) -> bool:
 
 def _are_positive(values: list) -> bool:
     return all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and _is_positive(value)
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and _is_positive(value)
         for value in values
     )
 

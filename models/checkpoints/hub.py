@@ -8,7 +8,12 @@ from continuous_lm.errors import InputError
 MODEL_NAME = re.compile(
     r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII
 )  # org/name, org/name@revision
-_DOWNLOAD_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_DOWNLOAD_PATTERNS = [
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+]
 _IGNORE_PATTERNS = [
     "*/*",
     "consolidated*",
@@ -59,10 +64,14 @@ def download(name: str) -> pathlib.Path:
             " the hub cannot be reached: go online once (without HF_HUB_OFFLINE), or check the name"
         ) from None
     except errors.HFValidationError:
-        raise InputError(f"{repo!r} is neither a folder nor a name of the hub") from None
+        raise InputError(
+            f"{repo!r} is neither a folder nor a name of the hub"
+        ) from None
     except Exception as error:  # of the network or the disk, in many classes
         message = " ".join(str(error).split())
-        raise InputError(f"{name} cannot be downloaded, try again: {message:.200}") from error
+        raise InputError(
+            f"{name} cannot be downloaded, try again: {message:.200}"
+        ) from error
     path = pathlib.Path(folder)
     if not any(path.glob("*.safetensors")):
         raise InputError(

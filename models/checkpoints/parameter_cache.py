@@ -45,9 +45,13 @@ def load_or_build(
       InputError: if the cache has to be written and cannot be.
     """
     if jax.process_count() > 1:
-        raise InputError("cache_dir serves a single process; leave it out when there are several")
+        raise InputError(
+            "cache_dir serves a single process; leave it out when there are several"
+        )
     source_state = _describe_source(source, specs)
-    folder = pathlib.Path(cache_dir).absolute() / _cache_name(source, source_state["dtype"])
+    folder = pathlib.Path(cache_dir).absolute() / _cache_name(
+        source, source_state["dtype"]
+    )
     if os.path.exists(folder):
         cached_params = _restore_if_valid(folder, source_state, specs)
         if cached_params is not None:
@@ -61,14 +65,20 @@ def load_or_build(
 def _cache_name(source: pathlib.Path, dtype: str) -> str:
     """The name of the source's folder, and what sets it apart from others of that name."""
     source_path = source.resolve()
-    digest = hashlib.sha256(f"{source_path}\0{dtype}".encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256(
+        f"{source_path}\0{dtype}".encode(errors="surrogateescape")
+    ).hexdigest()
     return f"{source_path.name[:100]}-{digest[:12]}"
 
 
 def _describe_source(source: pathlib.Path, specs: ParameterSpecs) -> dict[str, Any]:
     """What must not have changed for a cache to be good."""
     config_path = source / "config.json"
-    paths = {config_path, source / safetensors_files.INDEX_FILE, *source.glob("*.safetensors")}
+    paths = {
+        config_path,
+        source / safetensors_files.INDEX_FILE,
+        *source.glob("*.safetensors"),
+    }
     file_stats = {path.name: path.stat() for path in sorted(paths) if path.exists()}
     (dtype,) = {spec.dtype.name for spec in specs.values()}
     return {
@@ -99,18 +109,24 @@ def _restore_if_valid(
     try:
         fingerprint = read_json(folder / FINGERPRINT_FILE)
         if fingerprint.get("origin") != source_state:
-            logging.info("%s is of an older state of its source and is made again", folder)
+            logging.info(
+                "%s is of an older state of its source and is made again", folder
+            )
             return None
         if fingerprint.get("contents") != _file_sizes(folder):
             raise ValueError("files are missing or not of their size")
         return _restore_params(folder / _PARAMS_FOLDER, specs)
-    except Exception as error:  # whatever Orbax makes of torn files, the source still has it all
+    except (
+        Exception
+    ) as error:  # whatever Orbax makes of torn files, the source still has it all
         message = " ".join(str(error).split())
         logging.warning("%s cannot be used and is made again: %.200s", folder, message)
         return None
 
 
-def _restore_params(folder: pathlib.Path, specs: ParameterSpecs) -> dict[str, jax.Array]:
+def _restore_params(
+    folder: pathlib.Path, specs: ParameterSpecs
+) -> dict[str, jax.Array]:
     ocp = _import_orbax()
 
     def restore_args(target):
@@ -119,17 +135,28 @@ def _restore_params(folder: pathlib.Path, specs: ParameterSpecs) -> dict[str, ja
         return ocp.ArrayRestoreArgs(sharding=target.sharding, global_shape=target.shape)
 
     restore_args_tree = traverse_util.unflatten_dict(
-        {param_path: restore_args(param_spec) for param_path, param_spec in specs.items()}, sep="/"
+        {
+            param_path: restore_args(param_spec)
+            for param_path, param_spec in specs.items()
+        },
+        sep="/",
     )
     with _make_checkpointer(ocp) as checkpointer:
-        tree = checkpointer.restore(folder, ocp.args.PyTreeRestore(restore_args=restore_args_tree))
+        tree = checkpointer.restore(
+            folder, ocp.args.PyTreeRestore(restore_args=restore_args_tree)
+        )
     params = traverse_util.flatten_dict(tree, sep="/")
     del tree
     for path, spec in specs.items():
-        if spec.sharding is None:  # waits for each, so that its NumPy array goes at once
+        if (
+            spec.sharding is None
+        ):  # waits for each, so that its NumPy array goes at once
             params[path] = jax.block_until_ready(jax.device_put(params[path]))
-    if {param_path: (array.shape, array.dtype) for param_path, array in params.items()} != {
-        param_path: (param_spec.shape, param_spec.dtype) for param_path, param_spec in specs.items()
+    if {
+        param_path: (array.shape, array.dtype) for param_path, array in params.items()
+    } != {
+        param_path: (param_spec.shape, param_spec.dtype)
+        for param_path, param_spec in specs.items()
     }:
         raise ValueError("other parameters than the model's")
     return params
@@ -143,8 +170,13 @@ def _store(
         with replace_atomically(folder) as staging_folder:
             with _make_checkpointer(ocp) as checkpointer:
                 tree = traverse_util.unflatten_dict(params, sep="/")
-                checkpointer.save(staging_folder / _PARAMS_FOLDER, ocp.args.PyTreeSave(tree))
-            fingerprint = {"origin": source_state, "contents": _file_sizes(staging_folder)}
+                checkpointer.save(
+                    staging_folder / _PARAMS_FOLDER, ocp.args.PyTreeSave(tree)
+                )
+            fingerprint = {
+                "origin": source_state,
+                "contents": _file_sizes(staging_folder),
+            }
             write_json(staging_folder / FINGERPRINT_FILE, fingerprint)
     except ValueError as error:  # as which TensorStore reports a full disk
         if isinstance(error, InputError):

@@ -28,7 +28,11 @@ from continuous_lm.models.families.family import Family
 Slices = tuple[slice, ...]
 ParameterSpecs = Mapping[str, jax.ShapeDtypeStruct]
 BYTES_PER_COPY = 2**24  # bytes that a thread copies at a time, about
-STACKED_AXES = ("L", "J", "I")  # axes that are one tensor for each index in a checkpoint
+STACKED_AXES = (
+    "L",
+    "J",
+    "I",
+)  # axes that are one tensor for each index in a checkpoint
 
 
 class SizedConfig(Protocol):
@@ -75,7 +79,9 @@ class ParameterLayout:
         def parameter_spec(path: str) -> jax.ShapeDtypeStruct:
             shape = self.declarations[path].value.shape
             array_sharding = (
-                None if mesh is None else axes_lib.sharding(mesh, self._parameter_axes(path), shape)
+                None
+                if mesh is None
+                else axes_lib.sharding(mesh, self._parameter_axes(path), shape)
             )
             return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding)
 
@@ -107,19 +113,29 @@ class ParameterLayout:
         return {
             path: _make_array(
                 spec,
-                functools.partial(self._read_part, tensors, checkpoint_names, path, spec.dtype),
+                functools.partial(
+                    self._read_part, tensors, checkpoint_names, path, spec.dtype
+                ),
             )
             for path, spec in specs.items()
         }
 
     def write(
-        self, folder: pathlib.Path, params: Mapping[str, Any], dtype: np.dtype, shard_size: int
+        self,
+        folder: pathlib.Path,
+        params: Mapping[str, Any],
+        dtype: np.dtype,
+        shard_size: int,
     ) -> None:
         """Writes the parameters as safetensors files, one tensor in memory at a time."""
         make_tensor = functools.partial(self.stored_tensor, params, dtype)
-        safetensors_files.save_tensors(folder, self.tensor_shapes, dtype, make_tensor, shard_size)
+        safetensors_files.save_tensors(
+            folder, self.tensor_shapes, dtype, make_tensor, shard_size
+        )
 
-    def stored_tensor(self, params: Mapping[str, Any], dtype: np.dtype, name: str) -> np.ndarray:
+    def stored_tensor(
+        self, params: Mapping[str, Any], dtype: np.dtype, name: str
+    ) -> np.ndarray:
         """The stored tensor of this name, filled from the parameters."""
         layer, paths = self.tensor_contents[name]
         values = np.empty(self.tensor_shapes[name], dtype)
@@ -158,7 +174,9 @@ class ParameterLayout:
     def _tensor_names(self, path: str) -> list[str]:
         """The stored names of a parameter's layers; one that is not of a layer counts as one."""
         layers = range(
-            self.config.sizes[self._parameter_axes(path)[0]] if self._is_stacked(path) else 1
+            self.config.sizes[self._parameter_axes(path)[0]]
+            if self._is_stacked(path)
+            else 1
         )
         return [self.family.tensors[path].name.format(layer=layer) for layer in layers]
 
@@ -196,10 +214,15 @@ class ParameterLayout:
     ) -> None:
         """Refuses what is left over."""
         head_name = self.family.tensors["head"].name
-        is_unprefixed = any(full_name != name for full_name, name in checkpoint_names.items())
+        is_unprefixed = any(
+            full_name != name for full_name, name in checkpoint_names.items()
+        )
         for name in sorted(tensors.names - set(checkpoint_names.values())):
             full_name = self.family.tensor_prefix + name if is_unprefixed else name
-            if any(re.fullmatch(pattern, full_name) for pattern in self.family.ignored_tensors):
+            if any(
+                re.fullmatch(pattern, full_name)
+                for pattern in self.family.ignored_tensors
+            ):
                 continue
             if name == head_name and "head" not in self.declarations:
                 # Some exporters write the tied table twice.
@@ -237,7 +260,9 @@ def check_parameters(
             )
 
 
-def _make_array(spec: jax.ShapeDtypeStruct, read_part: Callable[[Slices], np.ndarray]) -> jax.Array:
+def _make_array(
+    spec: jax.ShapeDtypeStruct, read_part: Callable[[Slices], np.ndarray]
+) -> jax.Array:
     """The array whose parts `read_part` gives; a part that several devices hold is read once."""
     if spec.sharding is None:  # not bound to its device, as jnp.array's results are not
         return jax.device_put(read_part((slice(None),) * spec.ndim))
@@ -250,7 +275,9 @@ def _make_array(spec: jax.ShapeDtypeStruct, read_part: Callable[[Slices], np.nda
             parts_by_index[index_key] = read_part(index)
         return parts_by_index[index_key]
 
-    return jax.make_array_from_callback(spec.shape, spec.sharding, read_once, dtype=spec.dtype)
+    return jax.make_array_from_callback(
+        spec.shape, spec.sharding, read_once, dtype=spec.dtype
+    )
 
 
 def _copy_parts(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
@@ -259,7 +286,10 @@ def _copy_parts(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
     NumPy lets other threads run while it copies, and each of them waits for pages of its own.
     """
     pieces = [
-        (destination[first_row : first_row + num_rows], part[first_row : first_row + num_rows])
+        (
+            destination[first_row : first_row + num_rows],
+            part[first_row : first_row + num_rows],
+        )
         for destination, part in zip(stack, parts, strict=True)
         for num_rows in [max(1, BYTES_PER_COPY * len(part) // part.nbytes)]
         for first_row in range(0, len(part), num_rows)
@@ -271,7 +301,9 @@ def _copy_parts(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
 
 def unused_tensor_error(tensors: safetensors_files.Tensors, name: str) -> InputError:
     """What is to be said of a tensor that no parameter reads."""
-    return InputError(f"tensor {name} in {tensors.path(name).name} is left over: it has no place")
+    return InputError(
+        f"tensor {name} in {tensors.path(name).name} is left over: it has no place"
+    )
 
 
 def are_equal(first: np.ndarray, second: np.ndarray) -> bool:

@@ -25,13 +25,22 @@ def read_rope(
         fields.must_be("partial_rotary_factor", 1.0)
     else:
         fraction = fields.number("partial_rotary_factor", fraction)
-    scaling, parameters = fields.nested("rope_scaling"), fields.nested("rope_parameters")
+    scaling, parameters = (
+        fields.nested("rope_scaling"),
+        fields.nested("rope_parameters"),
+    )
     if scaling is not None and parameters is not None:
-        raise InputError("fields rope_scaling and rope_parameters are both given; keep one")
+        raise InputError(
+            "fields rope_scaling and rope_parameters are both given; keep one"
+        )
     rope_fields = parameters or scaling or ConfigFields({})
     name = "partial_rotary_factor"
-    rope_fields.check_equal(name, rope_fields.get(name, None), name, fields.get(name, None))
-    return read_rope_parameters(rope_fields, fields, outer_theta, default_theta, fraction)
+    rope_fields.check_equal(
+        name, rope_fields.get(name, None), name, fields.get(name, None)
+    )
+    return read_rope_parameters(
+        rope_fields, fields, outer_theta, default_theta, fraction
+    )
 
 
 def read_rope_parameters(
@@ -54,16 +63,22 @@ def read_rope_parameters(
         fraction = rope_fields.number("partial_rotary_factor", fraction)
     rope_types = [rope_fields.text(name, None) for name in ("rope_type", "type")]
     scaling_readers = [
-        _get_scaling_reader(rope_type) for rope_type in rope_types if rope_type is not None
+        _get_scaling_reader(rope_type)
+        for rope_type in rope_types
+        if rope_type is not None
     ]
     if len(set(scaling_readers)) > 1:
         rope_fields.check_equal("type", rope_types[1], "rope_type", rope_types[0])
     scaling = scaling_readers[0](rope_fields, fields) if scaling_readers else None
     rope_fields.check_all_read()
-    return Rope(theta=float(rope_theta), scaling=scaling, fraction=float(fraction or 1.0))
+    return Rope(
+        theta=float(rope_theta), scaling=scaling, fraction=float(fraction or 1.0)
+    )
 
 
-def _get_scaling_reader(rope_type: str) -> "Callable[[ConfigFields, ConfigFields], Any]":
+def _get_scaling_reader(
+    rope_type: str,
+) -> "Callable[[ConfigFields, ConfigFields], Any]":
     if rope_type not in _SCALING_READERS:
         raise InputError(
             f"rope scaling {rope_type!r:.60} is not handled; only {', '.join(_SCALING_READERS)}"
@@ -79,7 +94,9 @@ def _read_llama3(rope_fields: ConfigFields, fields: ConfigFields) -> Llama3Scali
         original_length=float(rope_fields.number("original_max_position_embeddings")),
     )
     if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise InputError("the rope scaling's high_freq_factor must be above its low_freq_factor")
+        raise InputError(
+            "the rope scaling's high_freq_factor must be above its low_freq_factor"
+        )
     return scaling
 
 
@@ -87,10 +104,14 @@ def _read_longrope(rope_fields: ConfigFields, fields: ConfigFields) -> LongRope:
     """Phi-3's; the attention factor is sqrt(1 + log(length / original) / log(original))."""
     name = "original_max_position_embeddings"
     outer_length = fields.integer(name, None)
-    original_length = rope_fields.integer(name, REQUIRED if outer_length is None else outer_length)
+    original_length = rope_fields.integer(
+        name, REQUIRED if outer_length is None else outer_length
+    )
     rope_fields.check_equal(name, original_length, name, outer_length)
     if original_length == 1:
-        raise InputError(f"field {name} is 1; it must be more, its logarithm is divided by")
+        raise InputError(
+            f"field {name} is 1; it must be more, its logarithm is divided by"
+        )
     max_length = fields.integer("max_position_embeddings", original_length)
     length_ratio = rope_fields.number("factor", max_length / original_length)
     default_factor = (

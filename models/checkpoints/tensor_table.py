@@ -45,11 +45,14 @@ class StoredTensor:
                 _axes_size(group, sizes) for group in self.group_axes[: self.part_index]
             )
             tensor = tensor[
-                first_row : first_row + _axes_size(self.group_axes[self.part_index], sizes)
+                first_row : first_row
+                + _axes_size(self.group_axes[self.part_index], sizes)
             ]
         letters = axes_lib.split(self.axes.replace("(", "").replace(")", ""))
         tensor = tensor.reshape([_axes_size(a, sizes) for a in letters])
-        tensor = tensor[tuple(self.part_index if a.isdigit() else slice(None) for a in letters)]
+        tensor = tensor[
+            tuple(self.part_index if a.isdigit() else slice(None) for a in letters)
+        ]
         remaining = [a for a in letters if not a.isdigit()]
         order = []
         for a in axes:  # a letter that stands twice keeps its order

@@ -41,7 +41,9 @@ def save(folder: str | os.PathLike, lm: DensityLM) -> None:
       InputError: if the folder cannot be written, or its config.json cannot express the trunk.
     """
     model, params = lm.model, dict(lm.params)
-    trunk_lm = LanguageModel(model.config, params.pop(_TRUNK_KEY), lm.tokenizer, lm.hf_fields)
+    trunk_lm = LanguageModel(
+        model.config, params.pop(_TRUNK_KEY), lm.tokenizer, lm.hf_fields
+    )
     params_above_trunk = traverse_util.flatten_dict(params, sep="/")
     check_parameters(params_above_trunk, _declarations_above_trunk(model))
     settings = {
@@ -59,16 +61,24 @@ def save(folder: str | os.PathLike, lm: DensityLM) -> None:
             write_json(staging_folder / _SETTINGS_FILE, settings)
         safetensors_files.save_file(
             staging_folder / _WEIGHTS_FILE,
-            {path: tuple(np.shape(value)) for path, value in params_above_trunk.items()},
+            {
+                path: tuple(np.shape(value))
+                for path, value in params_above_trunk.items()
+            },
             np.dtype(
-                jnp.result_type(*params_above_trunk.values()) if params_above_trunk else np.float32
+                jnp.result_type(*params_above_trunk.values())
+                if params_above_trunk
+                else np.float32
             ),
             lambda path: np.asarray(params_above_trunk[path]),
         )
 
 
 def load(
-    folder: str | os.PathLike, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+    folder: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
 ) -> DensityLM:
     """Reads what `save` wrote.
 
@@ -93,12 +103,18 @@ def load(
         if not isinstance(settings["head"], dict):
             raise InputError("head must be an object of settings")
         if settings["reads"] not in INPUT_KINDS:
-            raise InputError(f"reads is {settings['reads']!r:.60}, not {' or '.join(INPUT_KINDS)}")
+            raise InputError(
+                f"reads is {settings['reads']!r:.60}, not {' or '.join(INPUT_KINDS)}"
+            )
         contrast = settings["contrast"]
         if type(contrast) not in (int, float) or not 0.0 <= contrast < float("inf"):
-            raise InputError(f"contrast is {contrast!r:.60}; it must be a number, at least 0")
+            raise InputError(
+                f"contrast is {contrast!r:.60}; it must be a number, at least 0"
+            )
         head = heads.from_dict(settings.pop("head"))
-        if contrast and (settings["reads"] == "vectors" or isinstance(head, heads.TokenHead)):
+        if contrast and (
+            settings["reads"] == "vectors" or isinstance(head, heads.TokenHead)
+        ):
             raise InputError("contrast is for densities over a table of tokens")
     trunk_lm = language_model.load(folder, dtype=dtype, mesh=mesh)
     with about(str(folder / _SETTINGS_FILE)):
@@ -109,20 +125,26 @@ def load(
             table=settings["table"],
             token_loss_weight=settings["contrast"],
         )
-    declarations, tensors = _declarations_above_trunk(model), safetensors_files.Tensors()
+    declarations, tensors = (
+        _declarations_above_trunk(model),
+        safetensors_files.Tensors(),
+    )
     if not (folder / _WEIGHTS_FILE).is_file():
         raise InputError(f"{folder / _WEIGHTS_FILE} is missing")
     tensors.add(folder / _WEIGHTS_FILE)
     with about(str(folder / _WEIGHTS_FILE)):
         check_parameters(
-            {path: _shape_struct(tensors.shape(path)) for path in tensors.names}, declarations
+            {path: _shape_struct(tensors.shape(path)) for path in tensors.names},
+            declarations,
         )
     params_above_trunk: dict[str, Any] = {}
     for path, declaration in declarations.items():
         array_sharding = mesh and axes_lib.sharding(
             mesh, cast(Any, declaration.names), declaration.value.shape
         )
-        params_above_trunk[path] = jax.device_put(np.array(tensors[path]), array_sharding)
+        params_above_trunk[path] = jax.device_put(
+            np.array(tensors[path]), array_sharding
+        )
     params = {
         _TRUNK_KEY: trunk_lm.params,
         **traverse_util.unflatten_dict(params_above_trunk, sep="/"),

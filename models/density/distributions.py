@@ -48,11 +48,15 @@ class Categorical(NamedTuple):
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Tokens int32 [...]."""
-        sampled_tokens = jax.random.categorical(key, temper_logits(self.logits, temperature))
-        greedy_tokens = jnp.argmax(self.logits, axis=-1)  # the first among equals, whatever the key
-        return jnp.where(jnp.asarray(temperature) > 0, sampled_tokens, greedy_tokens).astype(
-            jnp.int32
+        sampled_tokens = jax.random.categorical(
+            key, temper_logits(self.logits, temperature)
         )
+        greedy_tokens = jnp.argmax(
+            self.logits, axis=-1
+        )  # the first among equals, whatever the key
+        return jnp.where(
+            jnp.asarray(temperature) > 0, sampled_tokens, greedy_tokens
+        ).astype(jnp.int32)
 
 
 class Gaussian(NamedTuple):
@@ -77,7 +81,9 @@ class Gaussian(NamedTuple):
         cross_terms = jnp.einsum(
             "...w,vw->...v", precision * mean, rows, precision=_HIGHEST_PRECISION
         )
-        log_prob_at_center = -losses.gaussian_nll(jnp.zeros_like(mean), mean, self.scale)
+        log_prob_at_center = -losses.gaussian_nll(
+            jnp.zeros_like(mean), mean, self.scale
+        )
         return log_prob_at_center[..., None] + cross_terms - 0.5 * squared_terms
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
@@ -110,7 +116,9 @@ class LowRankGaussian(NamedTuple):
         capacitance_cholesky = cholesky_of_gram(scaled_factor)
         projection = scaled_factor / self.scale[..., None]
         rows = as_float(table)
-        coordinates = jnp.einsum("...wr,vw->...rv", projection, rows, precision=_HIGHEST_PRECISION)
+        coordinates = jnp.einsum(
+            "...wr,vw->...rv", projection, rows, precision=_HIGHEST_PRECISION
+        )
         coordinates -= jnp.einsum(
             "...wr,...w->...r", projection, self.mean, precision=_HIGHEST_PRECISION
         )[..., None]
@@ -120,7 +128,9 @@ class LowRankGaussian(NamedTuple):
         )
         diagonal_log_probs = Gaussian(self.mean, self.scale).log_probs(rows)
         return (
-            diagonal_log_probs + 0.5 * jnp.sum(coordinates**2, axis=-2) - log_determinant[..., None]
+            diagonal_log_probs
+            + 0.5 * jnp.sum(coordinates**2, axis=-2)
+            - log_determinant[..., None]
         )
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
@@ -151,7 +161,9 @@ class FullGaussian(NamedTuple):
         rows = as_float(table)
         center = jnp.mean(rows, axis=0)
         rows, mean = rows - center, self.mean - center
-        identity = jnp.broadcast_to(jnp.eye(mean.shape[-1], dtype=mean.dtype), self.cholesky.shape)
+        identity = jnp.broadcast_to(
+            jnp.eye(mean.shape[-1], dtype=mean.dtype), self.cholesky.shape
+        )
         precision = cho_solve((self.cholesky, True), identity)
         rows_times_precision = jnp.einsum(
             "...wW,vw->...vW", precision, rows, precision=_HIGHEST_PRECISION
@@ -162,13 +174,17 @@ class FullGaussian(NamedTuple):
         cross_terms = jnp.einsum(
             "...vW,...W->...v", rows_times_precision, mean, precision=_HIGHEST_PRECISION
         )
-        log_prob_at_center = -losses.full_gaussian_nll(jnp.zeros_like(mean), mean, self.cholesky)
+        log_prob_at_center = -losses.full_gaussian_nll(
+            jnp.zeros_like(mean), mean, self.cholesky
+        )
         return log_prob_at_center[..., None] + cross_terms - 0.5 * squared_terms
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Vectors [..., W]."""
         lower_triangle = jnp.tril(self.cholesky)
-        deviation = jnp.einsum("...wW,...W->...w", lower_triangle, _standard_normal(key, self.mean))
+        deviation = jnp.einsum(
+            "...wW,...W->...w", lower_triangle, _standard_normal(key, self.mean)
+        )
         return self.mean + _sqrt_temperature(temperature, self.mean) * deviation
 
     def shifted(self, offset: ArrayLike) -> "FullGaussian":
@@ -209,7 +225,9 @@ class Mixture(NamedTuple):
 
         def add_component(total, component):
             log_weight, mean, scale = component
-            component_log_probs = log_weight[..., None] + Gaussian(mean, scale).log_probs(rows)
+            component_log_probs = log_weight[..., None] + Gaussian(
+                mean, scale
+            ).log_probs(rows)
             return jnp.logaddexp(total, component_log_probs), None
 
         components = (

@@ -47,7 +47,9 @@ _NORM_EPS = 1e-6
 
 def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Kernels whose outputs vary as their inputs, the last axis, do."""
-    truncated = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796  # of deviation 1
+    truncated = (
+        jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796
+    )  # of deviation 1
     return truncated * shape[-1] ** -0.5
 
 
@@ -68,7 +70,9 @@ class Head(nn.Module):
             default = type(self).__dataclass_fields__[name].default
             if isinstance(default, bool):
                 if not isinstance(value, bool):
-                    raise InputError(f"{name} is {value!r:.60}; it must be true or false")
+                    raise InputError(
+                        f"{name} is {value!r:.60}; it must be true or false"
+                    )
                 continue
             if isinstance(default, float) and type(value) not in (int, float):
                 raise InputError(f"{name} is {value!r:.60}; it must be a number")
@@ -93,8 +97,12 @@ class Head(nn.Module):
         self, name: str, shape: tuple[int, ...], axes: str, initializer: Any
     ) -> jax.Array:
         """A parameter, sharded by the letters of its axes."""
-        partitioned_init = nn.with_logical_partitioning(initializer, axes_lib.split(axes))
-        return cast(jax.Array, self.param(name, partitioned_init, shape, self.param_dtype))
+        partitioned_init = nn.with_logical_partitioning(
+            initializer, axes_lib.split(axes)
+        )
+        return cast(
+            jax.Array, self.param(name, partitioned_init, shape, self.param_dtype)
+        )
 
     def linear(
         self,
@@ -109,9 +117,14 @@ class Head(nn.Module):
     ) -> jax.Array:
         """x [..., axis] through a kernel [*shape, axis] and a bias [*shape]: [..., *shape]."""
         kernel = self.parameter(
-            name, (*output_shape, x.shape[-1]), f"{output_axes} {input_axis}", kernel_initializer
+            name,
+            (*output_shape, x.shape[-1]),
+            f"{output_axes} {input_axis}",
+            kernel_initializer,
         )
-        bias_values = self.parameter(f"{name}_bias", output_shape, output_axes, bias_initializer)
+        bias_values = self.parameter(
+            f"{name}_bias", output_shape, output_axes, bias_initializer
+        )
         return jnp.tensordot(x, kernel, axes=(-1, -1)) + bias_values
 
 
@@ -149,17 +162,23 @@ class DistributionHead(Head):
     def mean(self, hidden: jax.Array) -> jax.Array:
         return cast(jax.Array, self(hidden).mean)
 
-    def sample(self, key: jax.Array, hidden: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
+    def sample(
+        self, key: jax.Array, hidden: jax.Array, temperature: ArrayLike = 1.0
+    ) -> jax.Array:
         return cast(jax.Array, self(hidden).sample(key, temperature))
 
     def features(self, x: jax.Array) -> jax.Array:
         """The hidden state [..., D] after the head's own MLP blocks, gated and pre-normed."""
         width, inner_size = x.shape[-1], self.mlp_size or 4 * x.shape[-1]
-        for i in range(self.depth):  # one or two, and not of a trunk's size: not worth a scan
+        for i in range(
+            self.depth
+        ):  # one or two, and not of a trunk's size: not worth a scan
             normalized = rms_norm(
                 x, self.parameter(f"norm_{i}", (width,), "D", _ONES_INIT), _NORM_EPS
             )
-            gate = jax.nn.silu(self.linear(f"gate_{i}", normalized, "D", (inner_size,), "F"))
+            gate = jax.nn.silu(
+                self.linear(f"gate_{i}", normalized, "D", (inner_size,), "F")
+            )
             gated = gate * self.linear(f"up_{i}", normalized, "D", (inner_size,), "F")
             x = x + self.linear(
                 f"down_{i}", gated, "F", (width,), "D", kernel_initializer=_ZEROS_INIT
@@ -169,7 +188,9 @@ class DistributionHead(Head):
     def bounded_scale(self, raw: jax.Array) -> jax.Array:
         """Standard deviations from any reals; 1 at 0, never below `min_scale`."""
         min_scale: float = self.min_scale  # type: ignore[attr-defined]
-        return min_scale + jax.nn.softplus(as_float(raw) + math.log(math.expm1(1.0 - min_scale)))
+        return min_scale + jax.nn.softplus(
+            as_float(raw) + math.log(math.expm1(1.0 - min_scale))
+        )
 
 
 class TokenHead(DistributionHead):
@@ -183,13 +204,20 @@ class TokenHead(DistributionHead):
     tied: bool = False
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, table: jax.Array | None = None) -> Categorical:
+    def __call__(
+        self, hidden: jax.Array, table: jax.Array | None = None
+    ) -> Categorical:
         if self.tied != (table is not None):
             raise InputError("a token head needs a table if it is tied, and only then")
         hidden = self.features(hidden)
         if table is None:
             logits = self.linear(
-                "logits", hidden, "D", (self.width,), "V", kernel_initializer=_SMALL_INIT
+                "logits",
+                hidden,
+                "D",
+                (self.width,),
+                "V",
+                kernel_initializer=_SMALL_INIT,
             )
         else:
             logits = jnp.einsum("...d,vd->...v", hidden, table)
@@ -217,12 +245,19 @@ class GaussianHead(DistributionHead):
         hidden, width = self.features(hidden), self.width
         mean = as_float(self.linear("mean", hidden, "D", (width,), "W"))
         scale = self.bounded_scale(
-            self.linear("scale", hidden, "D", (width,), "W", kernel_initializer=_ZEROS_INIT)
+            self.linear(
+                "scale", hidden, "D", (width,), "W", kernel_initializer=_ZEROS_INIT
+            )
         )
         match self.covariance:
             case "low_rank":
                 factor = self.linear(
-                    "factor", hidden, "D", (width, self.rank), "W R", kernel_initializer=_SMALL_INIT
+                    "factor",
+                    hidden,
+                    "D",
+                    (width, self.rank),
+                    "W R",
+                    kernel_initializer=_SMALL_INIT,
                 )
                 return LowRankGaussian(mean, scale, as_float(factor))
             case "full":
@@ -236,9 +271,13 @@ class GaussianHead(DistributionHead):
                 )
                 rows, columns = jnp.tril_indices(width, -1)
                 lower_triangle = jnp.zeros((*mean.shape, width), mean.dtype)
-                lower_triangle = lower_triangle.at[..., rows, columns].set(as_float(lower_entries))
+                lower_triangle = lower_triangle.at[..., rows, columns].set(
+                    as_float(lower_entries)
+                )
                 return FullGaussian(
-                    mean, lower_triangle + scale[..., None] * jnp.eye(width, dtype=scale.dtype)
+                    mean,
+                    lower_triangle
+                    + scale[..., None] * jnp.eye(width, dtype=scale.dtype),
                 )
         return Gaussian(mean, scale)
 
@@ -262,9 +301,13 @@ class MixtureHead(DistributionHead):
         )
         # Different from the start, or all components would learn the same.
         spread_init = nn.initializers.normal(0.5)
-        means = self.linear("mean", hidden, "D", means_shape, "X W", bias_initializer=spread_init)
+        means = self.linear(
+            "mean", hidden, "D", means_shape, "X W", bias_initializer=spread_init
+        )
         scales = self.bounded_scale(
-            self.linear("scale", hidden, "D", means_shape, "X W", kernel_initializer=_ZEROS_INIT)
+            self.linear(
+                "scale", hidden, "D", means_shape, "X W", kernel_initializer=_ZEROS_INIT
+            )
         )
         return Mixture(as_float(logits), as_float(means), scales)
 
@@ -296,16 +339,24 @@ class ExpertsHead(DistributionHead):
     def __post_init__(self):
         super().__post_init__()
         if self.top_k > self.experts:
-            raise InputError(f"top_k is {self.top_k}, but there are {self.experts} experts")
+            raise InputError(
+                f"top_k is {self.top_k}, but there are {self.experts} experts"
+            )
         if not 0.0 <= self.balance < math.inf:
-            raise InputError(f"balance is {self.balance!r}; it must be at least 0, and finite")
+            raise InputError(
+                f"balance is {self.balance!r}; it must be at least 0, and finite"
+            )
 
     def loss(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
         router_logits, expert_indices, density = self.route(hidden)
         probabilities = jax.nn.softmax(router_logits, axis=-1).reshape(-1, self.experts)
-        is_selected = jax.nn.one_hot(expert_indices, self.experts, dtype=router_logits.dtype)
+        is_selected = jax.nn.one_hot(
+            expert_indices, self.experts, dtype=router_logits.dtype
+        )
         expert_shares = jnp.mean(is_selected.reshape(-1, self.experts), axis=0)
-        balance_loss = self.experts * jnp.sum(expert_shares * jnp.mean(probabilities, axis=0))
+        balance_loss = self.experts * jnp.sum(
+            expert_shares * jnp.mean(probabilities, axis=0)
+        )
         return -density.log_prob(target) + self.balance * self.width * balance_loss
 
     def __call__(self, hidden: jax.Array) -> Mixture:
@@ -316,7 +367,14 @@ class ExpertsHead(DistributionHead):
         """The router's logits [..., X], the experts chosen int [..., top_k], and their mixture."""
         hidden, inner_size = self.features(hidden), self.expert_size or hidden.shape[-1]
         router_logits = as_float(
-            self.linear("router", hidden, "D", (self.experts,), "X", kernel_initializer=_SMALL_INIT)
+            self.linear(
+                "router",
+                hidden,
+                "D",
+                (self.experts,),
+                "X",
+                kernel_initializer=_SMALL_INIT,
+            )
         )
         selected_logits, expert_indices = jax.lax.top_k(router_logits, self.top_k)
         # All experts, of whom the chosen ones' answers are kept: at these sizes one product over
@@ -326,10 +384,18 @@ class ExpertsHead(DistributionHead):
         )
 
         def expert_outputs(name, init, bias):
-            kernel = self.parameter(name, (self.experts, self.width, inner_size), "X W F", init)
-            bias_values = self.parameter(f"{name}_bias", (self.experts, self.width), "X W", bias)
-            all_outputs = jnp.einsum("...xf,xwf->...xw", activations, kernel) + bias_values
-            return as_float(jnp.take_along_axis(all_outputs, expert_indices[..., None], axis=-2))
+            kernel = self.parameter(
+                name, (self.experts, self.width, inner_size), "X W F", init
+            )
+            bias_values = self.parameter(
+                f"{name}_bias", (self.experts, self.width), "X W", bias
+            )
+            all_outputs = (
+                jnp.einsum("...xf,xwf->...xw", activations, kernel) + bias_values
+            )
+            return as_float(
+                jnp.take_along_axis(all_outputs, expert_indices[..., None], axis=-2)
+            )
 
         means = expert_outputs("mean", kernel_init, nn.initializers.normal(0.5))
         scales = self.bounded_scale(expert_outputs("scale", _ZEROS_INIT, _ZEROS_INIT))
@@ -367,7 +433,9 @@ def from_dict(
     settings = dict(settings)
     kind = settings.pop("kind", None)
     if not isinstance(kind, str) or kind not in registry:
-        raise InputError(f"kind of head is {kind!r:.60}; it must be one of {', '.join(registry)}")
+        raise InputError(
+            f"kind of head is {kind!r:.60}; it must be one of {', '.join(registry)}"
+        )
     default_settings = registry[kind](width=1).settings()
     if "width" not in settings:
         raise InputError(f"a {kind} head needs its width")
@@ -377,12 +445,16 @@ def from_dict(
                 f"a {kind} head has no setting {name!r:.60}; it has {', '.join(default_settings)}"
             )
         default = default_settings[name]
-        allowed_types: tuple[type, ...] = (int, type(None)) if default is None else (type(default),)
+        allowed_types: tuple[type, ...] = (
+            (int, type(None)) if default is None else (type(default),)
+        )
         allowed_types = (int, float) if allowed_types == (float,) else allowed_types
         if not isinstance(value, allowed_types) or (
             isinstance(value, bool) and allowed_types != (bool,)
         ):
-            type_names = " or ".join(allowed_type.__name__ for allowed_type in allowed_types)
+            type_names = " or ".join(
+                allowed_type.__name__ for allowed_type in allowed_types
+            )
             raise InputError(
                 f"setting {name} of a {kind} head is {value!r:.60}; it must be {type_names}"
             )

@@ -70,9 +70,14 @@ class DensityModel(nn.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in {"input_kind": INPUT_KINDS, "table": TABLE_SOURCES}.items():
+        for name, allowed in {
+            "input_kind": INPUT_KINDS,
+            "table": TABLE_SOURCES,
+        }.items():
             if getattr(self, name) not in allowed:
-                raise InputError(f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)!r}, not {' or '.join(allowed)}"
+                )
         if not 0.0 <= self.token_loss_weight < float("inf"):
             raise InputError(
                 f"token_loss_weight is {self.token_loss_weight!r}; it must be at least 0, and"
@@ -88,8 +93,12 @@ class DensityModel(nn.Module):
             raise InputError(
                 f"the head's width is {width}, but the trunk's {size_name} is {expected_width}"
             )
-        if self.token_loss_weight and (self.input_kind == "vectors" or self.predicts_tokens):
-            raise InputError("token_loss_weight is for densities over a table of tokens")
+        if self.token_loss_weight and (
+            self.input_kind == "vectors" or self.predicts_tokens
+        ):
+            raise InputError(
+                "token_loss_weight is for densities over a table of tokens"
+            )
 
     @property
     def predicts_tokens(self) -> bool:
@@ -97,17 +106,25 @@ class DensityModel(nn.Module):
         return isinstance(self.head, heads.TokenHead)
 
     def setup(self):
-        self.trunk = Transformer(self.config, implementation=self.implementation, remat=self.remat)
+        self.trunk = Transformer(
+            self.config, implementation=self.implementation, remat=self.remat
+        )
         if self.input_kind == "vectors":
             shape = (self.config.hidden_size, self.head.width)
             partitioned_init = nn.with_logical_partitioning(
                 nn.initializers.normal(0.02), ("D", "W")
             )
-            self.input_kernel: Any = self.param("read", partitioned_init, shape, jnp.float32)
+            self.input_kernel: Any = self.param(
+                "read", partitioned_init, shape, jnp.float32
+            )
         elif self.table == "frozen" and not self.predicts_tokens:
             shape = (self.config.vocab_size, self.head.width)
-            partitioned_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("V", "W"))
-            self.frozen_table: Any = self.param("table", partitioned_init, shape, jnp.float32)
+            partitioned_init = nn.with_logical_partitioning(
+                nn.initializers.normal(1.0), ("V", "W")
+            )
+            self.frozen_table: Any = self.param(
+                "table", partitioned_init, shape, jnp.float32
+            )
 
     def check(self, tokens=None, *, vectors=None, **arguments) -> None:
         """Refuses arguments that do not fit; values only where they are known."""
@@ -124,10 +141,16 @@ class DensityModel(nn.Module):
                 f"vectors have shape {list(shape)}; it must be [..., T, {self.head.width}]"
             )
         check_numbers("vectors", vectors)
-        transformer.check_inputs(self.config, np.zeros(shape[:-1], np.int32), **arguments)
+        transformer.check_inputs(
+            self.config, np.zeros(shape[:-1], np.int32), **arguments
+        )
 
     def __call__(
-        self, tokens: ArrayLike | None = None, *, vectors: ArrayLike | None = None, **arguments
+        self,
+        tokens: ArrayLike | None = None,
+        *,
+        vectors: ArrayLike | None = None,
+        **arguments,
     ) -> Any:
         """Hidden states, which the head reads.
 
@@ -142,9 +165,13 @@ class DensityModel(nn.Module):
         self.check(tokens, vectors=vectors, **arguments)
         if vectors is not None:
             embedded_vectors = jnp.einsum(
-                "...w,dw->...d", jnp.asarray(vectors, self.input_kernel.dtype), self.input_kernel
+                "...w,dw->...d",
+                jnp.asarray(vectors, self.input_kernel.dtype),
+                self.input_kernel,
             )
-            hidden_states = self.trunk(embeddings=embedded_vectors, return_hidden=True, **arguments)
+            hidden_states = self.trunk(
+                embeddings=embedded_vectors, return_hidden=True, **arguments
+            )
         else:
             hidden_states = self.trunk(tokens, return_hidden=True, **arguments)
         if self.is_initializing():
@@ -165,7 +192,9 @@ class DensityModel(nn.Module):
         if vectors is not None:
             return as_float(vectors)
         return (
-            jnp.asarray(tokens) if self.predicts_tokens else self.token_table()[jnp.asarray(tokens)]
+            jnp.asarray(tokens)
+            if self.predicts_tokens
+            else self.token_table()[jnp.asarray(tokens)]
         )
 
     def context_states(
@@ -182,7 +211,9 @@ class DensityModel(nn.Module):
             vectors = jnp.asarray(vectors)[..., :-1, :]
         else:
             tokens = jnp.asarray(tokens)[..., :-1]
-        return cast(jax.Array, self(tokens, vectors=vectors, start=start, **context_arguments))
+        return cast(
+            jax.Array, self(tokens, vectors=vectors, start=start, **context_arguments)
+        )
 
     def log_prob(self, tokens=None, *, vectors=None, **arguments) -> jax.Array:
         """Log-density of each vector after the first, given those before, in nats: [..., T - 1].
@@ -200,7 +231,9 @@ class DensityModel(nn.Module):
             return -self._target_log_prob(hidden, target)
         nats = self.head.loss(hidden, target)
         if self.token_loss_weight:
-            token_distribution = Categorical(self.head(hidden).log_probs(self.token_table()))
+            token_distribution = Categorical(
+                self.head(hidden).log_probs(self.token_table())
+            )
             token_log_prob = token_distribution.log_prob(jnp.asarray(tokens)[..., 1:])
             nats = nats - self.token_loss_weight * self.head.width * token_log_prob
         return nats
@@ -210,14 +243,18 @@ class DensityModel(nn.Module):
 
         Their softmax is the density renormalised over the table.
         """
-        return self.logits_from_hidden(self.context_states(tokens, vectors=vectors, **arguments))
+        return self.logits_from_hidden(
+            self.context_states(tokens, vectors=vectors, **arguments)
+        )
 
     def logits_from_hidden(self, hidden: jax.Array) -> jax.Array:
         """Logits of tokens [..., V] from hidden states [..., D]."""
         density = self.distribution(hidden)
         return cast(
             jax.Array,
-            density.logits if self.predicts_tokens else density.log_probs(self.token_table()),
+            density.logits
+            if self.predicts_tokens
+            else density.log_probs(self.token_table()),
         )
 
     def distribution(self, hidden: jax.Array) -> Any:
@@ -250,7 +287,9 @@ def standardize_table(table: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply_jitted(model: DensityModel, method: str, params: Any, arguments: dict[str, Any]) -> Any:
+def _apply_jitted(
+    model: DensityModel, method: str, params: Any, arguments: dict[str, Any]
+) -> Any:
     return model.apply({"params": params}, **arguments, method=method)
 
 
@@ -288,13 +327,21 @@ class DensityLM:
 
     def _apply_checked(self, method: str, tokens, arguments: dict[str, Any]) -> Any:
         inputs = {"tokens": tokens} | arguments
-        inputs = {name: jnp.asarray(value) for name, value in inputs.items() if value is not None}
+        inputs = {
+            name: jnp.asarray(value)
+            for name, value in inputs.items()
+            if value is not None
+        }
         self.model.check(**inputs)
         length = (
-            np.shape(inputs["tokens"])[-1] if tokens is not None else inputs["vectors"].shape[-2]
+            np.shape(inputs["tokens"])[-1]
+            if tokens is not None
+            else inputs["vectors"].shape[-2]
         )
         if length < 2:
-            raise InputError("a single vector is predicted from nothing; give at least two")
+            raise InputError(
+                "a single vector is predicted from nothing; give at least two"
+            )
         return _apply_jitted(self.model, method, self.params, inputs)
 
 
@@ -318,12 +365,16 @@ def create(
       tokenizer: kept with the model.
       **settings: further attributes of `DensityModel`.
     """
-    model = DensityModel(config, head, table="embedding" if table is None else "frozen", **settings)
+    model = DensityModel(
+        config, head, table="embedding" if table is None else "frozen", **settings
+    )
     frozen_table = None
     if table is not None:
         check_numbers("table", table)
         if model.input_kind == "vectors":
-            raise InputError("a model that reads vectors has no table of tokens; leave out table")
+            raise InputError(
+                "a model that reads vectors has no table of tokens; leave out table"
+            )
         expected_shape = (config.vocab_size, head.width)
         if not model.predicts_tokens:
             if np.shape(table) != expected_shape:
@@ -338,7 +389,11 @@ def create(
 
 
 def add_head(
-    lm: LanguageModel, head: heads.Head, *, key: jax.Array, token_loss_weight: float = 0.0
+    lm: LanguageModel,
+    head: heads.Head,
+    *,
+    key: jax.Array,
+    token_loss_weight: float = 0.0,
 ) -> DensityLM:
     """A new density head on a pretrained trunk, over the rows of that trunk's embedding table.
 
@@ -359,9 +414,13 @@ def add_head(
         remat=lm.remat,
     )
     if isinstance(head, heads.TokenHead) and head.tied and not head.depth:
-        raise InputError("a tied token head on a pretrained trunk is that model's own; load it")
+        raise InputError(
+            "a tied token head on a pretrained trunk is that model's own; load it"
+        )
     hidden = jnp.zeros((1, lm.config.hidden_size), lm.params["embedding"].dtype)
-    table_argument = {"table": lm.params["embedding"]} if getattr(head, "tied", False) else {}
+    table_argument = (
+        {"table": lm.params["embedding"]} if getattr(head, "tied", False) else {}
+    )
     params = {
         "trunk": lm.params,
         "head": nn.unbox(head.init(key, hidden, **table_argument)["params"]),
@@ -380,11 +439,13 @@ def example_inputs(model: DensityModel) -> dict[str, Any]:
     return {"vectors": np.zeros((2, model.head.width), np.float32)}
 
 
-def _declarations_above_trunk(model: DensityModel) -> dict[str, nn.LogicallyPartitioned]:
+def _declarations_above_trunk(
+    model: DensityModel,
+) -> dict[str, nn.LogicallyPartitioned]:
     """Path -> shape and axes of the parameters above the trunk."""
-    param_tree = jax.eval_shape(lambda: model.init(jax.random.key(0), **example_inputs(model)))[
-        "params"
-    ]
+    param_tree = jax.eval_shape(
+        lambda: model.init(jax.random.key(0), **example_inputs(model))
+    )["params"]
     flat_params = traverse_util.flatten_dict(
         param_tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
     )

@@ -20,7 +20,11 @@ from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
 from continuous_lm import quantize as quantize_lib
-from continuous_lm.arguments import check_integers, check_numbers, check_positive_integer
+from continuous_lm.arguments import (
+    check_integers,
+    check_numbers,
+    check_positive_integer,
+)
 from continuous_lm.errors import InputError
 from continuous_lm.models.density.distributions import Categorical
 from continuous_lm.models.density.model import DensityLM, DensityModel
@@ -98,7 +102,9 @@ def sample(
         )
     check_numbers("strength", strength)
     if np.ndim(strength):
-        raise InputError(f"strength has shape {list(np.shape(strength))}; it must be a scalar")
+        raise InputError(
+            f"strength has shape {list(np.shape(strength))}; it must be a scalar"
+        )
     model, trunk = lm.model, lm.params["trunk"]
     prompt_argument, prompts, other_prompts = "tokens", tokens, vectors
     if model.input_kind == "vectors":
@@ -152,12 +158,18 @@ def sample(
         new_durations=new_durations,
         options=options,
         stop=stop_tokens(
-            () if prompt_argument == "vectors" else stop, lm.hf_fields, lm.config.vocab_size
+            () if prompt_argument == "vectors" else stop,
+            lm.hf_fields,
+            lm.config.vocab_size,
         ),
         key=jax.random.key(0) if key is None or temperature == 0 else key,
         dtype=trunk["embedding"].dtype,
     )
-    return new_items if prompt_argument == "vectors" else GeneratedTokens(new_items, lengths)
+    return (
+        new_items
+        if prompt_argument == "vectors"
+        else GeneratedTokens(new_items, lengths)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +189,18 @@ class _VectorSampler:
         if "shift" in options:
             density = density.shifted(options["shift"])
         if self.model.input_kind == "tokens" and self.quantize_method == "renormalised":
-            return Categorical(density.log_probs(options["rows"])).sample(key, temperature)
+            return Categorical(density.log_probs(options["rows"])).sample(
+                key, temperature
+            )
         x = density.sample(key, temperature)
         if self.model.input_kind == "vectors":
             return x
         return quantize_to_tokens(
-            self.quantize_method, density, x, options, num_candidates=self.num_candidates
+            self.quantize_method,
+            density,
+            x,
+            options,
+            num_candidates=self.num_candidates,
         )
 
 
@@ -205,7 +223,9 @@ def quantize_to_tokens(
     """
     rows, norms = table["rows"], table["norms"]
     if quantize_method == "rerank":
-        candidate_tokens = quantize_lib.k_nearest(x, rows, num_candidates, norms=norms).indices
+        candidate_tokens = quantize_lib.k_nearest(
+            x, rows, num_candidates, norms=norms
+        ).indices
         candidate_log_probs = jax.vmap(density.log_prob, in_axes=-2, out_axes=-1)(
             rows[candidate_tokens]
         )
@@ -230,12 +250,16 @@ def steering_direction(
       away: tokens; if there are none, the mean of all.
     """
     if lm.model.input_kind != "tokens" or lm.model.predicts_tokens:
-        raise InputError("only a density over a table of tokens can be steered by tokens")
+        raise InputError(
+            "only a density over a table of tokens can be steered by tokens"
+        )
     token_table = get_token_table(lm)
     for name, tokens in {"towards": towards, "away": away}.items():
         if not len(tokens) and name == "towards":
             raise InputError("towards is empty; name at least one token")
         if len(tokens):
             check_integers(name, np.asarray(tokens), 0, len(token_table))
-    away_mean = jnp.mean(token_table[np.asarray(away, int)] if len(away) else token_table, axis=0)
+    away_mean = jnp.mean(
+        token_table[np.asarray(away, int)] if len(away) else token_table, axis=0
+    )
     return jnp.mean(token_table[np.asarray(towards, int)], axis=0) - away_mean

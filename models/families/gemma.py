@@ -37,7 +37,9 @@ def read_gemma_fields(fields: ConfigFields) -> dict[str, Any]:
 
 def read_config(fields: ConfigFields) -> TransformerConfig:
     """From the fields of config.json."""
-    return TransformerConfig(family="gemma", **read_gemma_fields(fields), rope=read_rope(fields))
+    return TransformerConfig(
+        family="gemma", **read_gemma_fields(fields), rope=read_rope(fields)
+    )
 
 
 FAMILY = dataclasses.replace(

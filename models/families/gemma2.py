@@ -21,12 +21,16 @@ from continuous_lm.models.families.shared_fields import (
 def read_config(fields: ConfigFields) -> TransformerConfig:
     """From the fields of config.json; every other layer has the window, the first one too."""
     common_fields = read_gemma_fields(fields)
-    fields.must_be("sliding_window_size", None, fields.get("sliding_window", None))  # its old name
+    fields.must_be(
+        "sliding_window_size", None, fields.get("sliding_window", None)
+    )  # its old name
     return TransformerConfig(
         family="gemma2",
         **common_fields,
         **read_scale_and_softcaps(fields),
-        **read_windows(fields, common_fields["num_layers"], lambda layer: layer % 2 == 0),
+        **read_windows(
+            fields, common_fields["num_layers"], lambda layer: layer % 2 == 0
+        ),
         rope=read_rope(fields),
         post_norms=True,
     )
@@ -34,9 +38,15 @@ def read_config(fields: ConfigFields) -> TransformerConfig:
 
 def read_scale_and_softcaps(fields: ConfigFields) -> dict[str, Any]:
     """The scale of the scores, and the bounds of scores and logits."""
-    names = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+    names = (
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    )
     require_fields(fields, "sliding_window", *names)
-    query_width, attention_softcap, logits_softcap = (fields.number(name, None) for name in names)
+    query_width, attention_softcap, logits_softcap = (
+        fields.number(name, None) for name in names
+    )
     return {
         "query_width": query_width,
         "attention_softcap": attention_softcap,
@@ -64,7 +74,9 @@ NORM_TENSORS = {
     "layers/attention_post_norm/scale": StoredTensor(
         _LAYER_PREFIX + "post_attention_layernorm.weight", "D"
     ),
-    "layers/mlp_norm/scale": StoredTensor(_LAYER_PREFIX + "pre_feedforward_layernorm.weight", "D"),
+    "layers/mlp_norm/scale": StoredTensor(
+        _LAYER_PREFIX + "pre_feedforward_layernorm.weight", "D"
+    ),
     "layers/mlp_post_norm/scale": StoredTensor(
         _LAYER_PREFIX + "post_feedforward_layernorm.weight", "D"
     ),

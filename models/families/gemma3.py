@@ -5,7 +5,11 @@ from typing import Any
 
 from continuous_lm.errors import InputError
 from continuous_lm.models.checkpoints.config_fields import ConfigFields
-from continuous_lm.models.checkpoints.rope_fields import read_rope, read_rope_parameters, write_rope
+from continuous_lm.models.checkpoints.rope_fields import (
+    read_rope,
+    read_rope_parameters,
+    write_rope,
+)
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families import gemma2, llama, qwen3
 from continuous_lm.models.families.gemma import read_gemma_fields
@@ -48,7 +52,9 @@ def _read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
     if parameters is None:
         local_rope = Rope(theta=float(fields.number("rope_local_base_freq", 10_000.0)))
         return read_rope(fields, default_theta=1e6), local_rope
-    rope_objects = [parameters.nested(name) for name in ("full_attention", "sliding_attention")]
+    rope_objects = [
+        parameters.nested(name) for name in ("full_attention", "sliding_attention")
+    ]
     parameters.check_all_read()
     ropes = [
         read_rope_parameters(rope_fields, fields, None, theta)
@@ -56,14 +62,18 @@ def _read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
         if rope_fields is not None
     ]
     if len(ropes) != 2:
-        raise InputError("field rope_parameters needs full_attention and sliding_attention")
+        raise InputError(
+            "field rope_parameters needs full_attention and sliding_attention"
+        )
     return ropes[0], ropes[1]
 
 
 def write_config(config: TransformerConfig) -> dict[str, Any]:
     """The inverse of `read_config`."""
     ropes = {"full_attention": config.rope, "sliding_attention": config.local_rope}
-    rope_parameters = {name: write_rope(rope)["rope_parameters"] for name, rope in ropes.items()}
+    rope_parameters = {
+        name: write_rope(rope)["rope_parameters"] for name, rope in ropes.items()
+    }
     return gemma2.write_config(config) | {"rope_parameters": rope_parameters}
 
 

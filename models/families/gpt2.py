@@ -69,12 +69,24 @@ TENSORS = {
     "positions": StoredTensor("transformer.wpe.weight", "M D"),
     "layers/attention_norm/scale": StoredTensor(_LAYER_PREFIX + "ln_1.weight", "D"),
     "layers/attention_norm/bias": StoredTensor(_LAYER_PREFIX + "ln_1.bias", "D"),
-    "layers/attention/q": StoredTensor(_LAYER_PREFIX + "attn.c_attn.weight", "D (3 N H)", 0),
-    "layers/attention/k": StoredTensor(_LAYER_PREFIX + "attn.c_attn.weight", "D (3 K H)", 1),
-    "layers/attention/v": StoredTensor(_LAYER_PREFIX + "attn.c_attn.weight", "D (3 K H)", 2),
-    "layers/attention/q_bias": StoredTensor(_LAYER_PREFIX + "attn.c_attn.bias", "(3 N H)", 0),
-    "layers/attention/k_bias": StoredTensor(_LAYER_PREFIX + "attn.c_attn.bias", "(3 K H)", 1),
-    "layers/attention/v_bias": StoredTensor(_LAYER_PREFIX + "attn.c_attn.bias", "(3 K H)", 2),
+    "layers/attention/q": StoredTensor(
+        _LAYER_PREFIX + "attn.c_attn.weight", "D (3 N H)", 0
+    ),
+    "layers/attention/k": StoredTensor(
+        _LAYER_PREFIX + "attn.c_attn.weight", "D (3 K H)", 1
+    ),
+    "layers/attention/v": StoredTensor(
+        _LAYER_PREFIX + "attn.c_attn.weight", "D (3 K H)", 2
+    ),
+    "layers/attention/q_bias": StoredTensor(
+        _LAYER_PREFIX + "attn.c_attn.bias", "(3 N H)", 0
+    ),
+    "layers/attention/k_bias": StoredTensor(
+        _LAYER_PREFIX + "attn.c_attn.bias", "(3 K H)", 1
+    ),
+    "layers/attention/v_bias": StoredTensor(
+        _LAYER_PREFIX + "attn.c_attn.bias", "(3 K H)", 2
+    ),
     "layers/attention/o": StoredTensor(_LAYER_PREFIX + "attn.c_proj.weight", "(N H) D"),
     "layers/attention/o_bias": StoredTensor(_LAYER_PREFIX + "attn.c_proj.bias", "D"),
     "layers/mlp_norm/scale": StoredTensor(_LAYER_PREFIX + "ln_2.weight", "D"),

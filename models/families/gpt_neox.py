@@ -16,9 +16,14 @@ from continuous_lm.models.families.shared_fields import (
 
 def read_config(fields: ConfigFields) -> TransformerConfig:
     """From the fields of config.json."""
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden_size, num_heads = (
+        fields.integer("hidden_size"),
+        fields.integer("num_attention_heads"),
+    )
     attention_bias = fields.flag("attention_bias", True)
-    head_dim = default_head_dim(hidden_size, num_heads, "hidden_size", "num_attention_heads")
+    head_dim = default_head_dim(
+        hidden_size, num_heads, "hidden_size", "num_attention_heads"
+    )
     legacy_theta, legacy_fraction = (
         fields.number("rotary_emb_base", None),
         fields.number("rotary_pct", None),
@@ -27,7 +32,9 @@ def read_config(fields: ConfigFields) -> TransformerConfig:
         fields, default_theta=legacy_theta or 10_000.0, fraction=legacy_fraction or 0.25
     )
     fields.check_equal("rope_theta", rope.theta, "rotary_emb_base", legacy_theta)
-    fields.check_equal("partial_rotary_factor", rope.fraction, "rotary_pct", legacy_fraction)
+    fields.check_equal(
+        "partial_rotary_factor", rope.fraction, "rotary_pct", legacy_fraction
+    )
     return TransformerConfig(
         family="gpt_neox",
         vocab_size=fields.integer("vocab_size"),
@@ -72,18 +79,30 @@ _QKV_PREFIX = _LAYER_PREFIX + "attention.query_key_value."
 
 TENSORS = {
     "embedding": StoredTensor("gpt_neox.embed_in.weight", "V D"),
-    "layers/attention_norm/scale": StoredTensor(_LAYER_PREFIX + "input_layernorm.weight", "D"),
-    "layers/attention_norm/bias": StoredTensor(_LAYER_PREFIX + "input_layernorm.bias", "D"),
+    "layers/attention_norm/scale": StoredTensor(
+        _LAYER_PREFIX + "input_layernorm.weight", "D"
+    ),
+    "layers/attention_norm/bias": StoredTensor(
+        _LAYER_PREFIX + "input_layernorm.bias", "D"
+    ),
     "layers/attention/q": StoredTensor(_QKV_PREFIX + "weight", "(N 3 H) D", 0),
     "layers/attention/k": StoredTensor(_QKV_PREFIX + "weight", "(K 3 H) D", 1),
     "layers/attention/v": StoredTensor(_QKV_PREFIX + "weight", "(K 3 H) D", 2),
     "layers/attention/q_bias": StoredTensor(_QKV_PREFIX + "bias", "(N 3 H)", 0),
     "layers/attention/k_bias": StoredTensor(_QKV_PREFIX + "bias", "(K 3 H)", 1),
     "layers/attention/v_bias": StoredTensor(_QKV_PREFIX + "bias", "(K 3 H)", 2),
-    "layers/attention/o": StoredTensor(_LAYER_PREFIX + "attention.dense.weight", "D (N H)"),
-    "layers/attention/o_bias": StoredTensor(_LAYER_PREFIX + "attention.dense.bias", "D"),
-    "layers/mlp_norm/scale": StoredTensor(_LAYER_PREFIX + "post_attention_layernorm.weight", "D"),
-    "layers/mlp_norm/bias": StoredTensor(_LAYER_PREFIX + "post_attention_layernorm.bias", "D"),
+    "layers/attention/o": StoredTensor(
+        _LAYER_PREFIX + "attention.dense.weight", "D (N H)"
+    ),
+    "layers/attention/o_bias": StoredTensor(
+        _LAYER_PREFIX + "attention.dense.bias", "D"
+    ),
+    "layers/mlp_norm/scale": StoredTensor(
+        _LAYER_PREFIX + "post_attention_layernorm.weight", "D"
+    ),
+    "layers/mlp_norm/bias": StoredTensor(
+        _LAYER_PREFIX + "post_attention_layernorm.bias", "D"
+    ),
     "layers/mlp/up": StoredTensor(_LAYER_PREFIX + "mlp.dense_h_to_4h.weight", "F D"),
     "layers/mlp/up_bias": StoredTensor(_LAYER_PREFIX + "mlp.dense_h_to_4h.bias", "F"),
     "layers/mlp/down": StoredTensor(_LAYER_PREFIX + "mlp.dense_4h_to_h.weight", "D F"),
@@ -99,5 +118,7 @@ FAMILY = Family(
     TENSORS,
     architecture="GPTNeoXForCausalLM",
     tensor_prefix="gpt_neox.",
-    ignored_tensors=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+    ignored_tensors=(
+        r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+    ),
 )

@@ -7,7 +7,10 @@ from continuous_lm.models.checkpoints.rope_fields import read_rope
 from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.families.family import Family
-from continuous_lm.models.families.shared_fields import read_common_fields, write_common_fields
+from continuous_lm.models.families.shared_fields import (
+    read_common_fields,
+    write_common_fields,
+)
 
 
 def read_config(fields: ConfigFields) -> TransformerConfig:
@@ -33,16 +36,36 @@ _LAYER_PREFIX = "model.layers.{layer}."
 
 TENSORS = {
     "embedding": StoredTensor("model.embed_tokens.weight", "V D"),
-    "layers/attention_norm/scale": StoredTensor(_LAYER_PREFIX + "input_layernorm.weight", "D"),
-    "layers/attention/q": StoredTensor(_LAYER_PREFIX + "self_attn.q_proj.weight", "(N H) D"),
-    "layers/attention/k": StoredTensor(_LAYER_PREFIX + "self_attn.k_proj.weight", "(K H) D"),
-    "layers/attention/v": StoredTensor(_LAYER_PREFIX + "self_attn.v_proj.weight", "(K H) D"),
-    "layers/attention/o": StoredTensor(_LAYER_PREFIX + "self_attn.o_proj.weight", "D (N H)"),
-    "layers/attention/q_bias": StoredTensor(_LAYER_PREFIX + "self_attn.q_proj.bias", "(N H)"),
-    "layers/attention/k_bias": StoredTensor(_LAYER_PREFIX + "self_attn.k_proj.bias", "(K H)"),
-    "layers/attention/v_bias": StoredTensor(_LAYER_PREFIX + "self_attn.v_proj.bias", "(K H)"),
-    "layers/attention/o_bias": StoredTensor(_LAYER_PREFIX + "self_attn.o_proj.bias", "D"),
-    "layers/mlp_norm/scale": StoredTensor(_LAYER_PREFIX + "post_attention_layernorm.weight", "D"),
+    "layers/attention_norm/scale": StoredTensor(
+        _LAYER_PREFIX + "input_layernorm.weight", "D"
+    ),
+    "layers/attention/q": StoredTensor(
+        _LAYER_PREFIX + "self_attn.q_proj.weight", "(N H) D"
+    ),
+    "layers/attention/k": StoredTensor(
+        _LAYER_PREFIX + "self_attn.k_proj.weight", "(K H) D"
+    ),
+    "layers/attention/v": StoredTensor(
+        _LAYER_PREFIX + "self_attn.v_proj.weight", "(K H) D"
+    ),
+    "layers/attention/o": StoredTensor(
+        _LAYER_PREFIX + "self_attn.o_proj.weight", "D (N H)"
+    ),
+    "layers/attention/q_bias": StoredTensor(
+        _LAYER_PREFIX + "self_attn.q_proj.bias", "(N H)"
+    ),
+    "layers/attention/k_bias": StoredTensor(
+        _LAYER_PREFIX + "self_attn.k_proj.bias", "(K H)"
+    ),
+    "layers/attention/v_bias": StoredTensor(
+        _LAYER_PREFIX + "self_attn.v_proj.bias", "(K H)"
+    ),
+    "layers/attention/o_bias": StoredTensor(
+        _LAYER_PREFIX + "self_attn.o_proj.bias", "D"
+    ),
+    "layers/mlp_norm/scale": StoredTensor(
+        _LAYER_PREFIX + "post_attention_layernorm.weight", "D"
+    ),
     "layers/mlp/gate": StoredTensor(_LAYER_PREFIX + "mlp.gate_proj.weight", "F D"),
     "layers/mlp/up": StoredTensor(_LAYER_PREFIX + "mlp.up_proj.weight", "F D"),
     "layers/mlp/down": StoredTensor(_LAYER_PREFIX + "mlp.down_proj.weight", "D F"),

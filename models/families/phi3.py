@@ -21,7 +21,9 @@ def read_config(fields: ConfigFields) -> TransformerConfig:
     require_fields(fields, "sliding_window")
     for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
         fields.must_be(name, False)
-    fields.integer("original_max_position_embeddings", None)  # LongRoPE's, if there is one
+    fields.integer(
+        "original_max_position_embeddings", None
+    )  # LongRoPE's, if there is one
     window = fields.number("sliding_window", None)
     return TransformerConfig(
         family="phi3",

@@ -34,7 +34,9 @@ def read_qwen_windows(fields: ConfigFields, num_layers: int) -> dict[str, Any]:
         fields, num_layers, lambda layer: has_windows and layer >= first_windowed
     )
     if not has_windows and any(windows.get("window_pattern", ())):
-        raise InputError("field layer_types has windows, but use_sliding_window is false")
+        raise InputError(
+            "field layer_types has windows, but use_sliding_window is false"
+        )
     return windows if has_windows else {}
 
 

@@ -19,7 +19,10 @@ from continuous_lm.models.families.shared_fields import (
 def read_config(fields: ConfigFields) -> TransformerConfig:
     """From the fields of config.json."""
     require_fields(fields, "num_key_value_heads", "head_dim")
-    common_fields, attention_bias = read_common_fields(fields), fields.flag("attention_bias", False)
+    common_fields, attention_bias = (
+        read_common_fields(fields),
+        fields.flag("attention_bias", False),
+    )
     return TransformerConfig(
         family="qwen3",
         **common_fields,

@@ -19,7 +19,9 @@ _ACTIVATION_NAMES = {
 }
 
 
-def read_activation(fields: ConfigFields, name: str = "hidden_act", default: str = "silu") -> str:
+def read_activation(
+    fields: ConfigFields, name: str = "hidden_act", default: str = "silu"
+) -> str:
     """The activation's name here."""
     value = fields.text(name, default)
     if value not in _ACTIVATION_NAMES:
@@ -40,7 +42,10 @@ def read_common_fields(
       default_tied: tie_word_embeddings if it is not given.
       default_eps: rms_norm_eps if it is not given.
     """
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    hidden_size, num_heads = (
+        fields.integer("hidden_size"),
+        fields.integer("num_attention_heads"),
+    )
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden_size,
@@ -49,7 +54,9 @@ def read_common_fields(
         "num_heads": num_heads,
         "num_kv_heads": fields.integer("num_key_value_heads", num_heads),
         "head_dim": fields.integer("head_dim", None)
-        or default_head_dim(hidden_size, num_heads, "hidden_size", "num_attention_heads"),
+        or default_head_dim(
+            hidden_size, num_heads, "hidden_size", "num_attention_heads"
+        ),
         "norm_eps": float(fields.number("rms_norm_eps", default_eps)),
         "activation": read_activation(fields),
         "tie_embeddings": fields.flag("tie_word_embeddings", default_tied),
@@ -120,8 +127,12 @@ def read_windows(
             )
         pattern = tuple(window_by_type[layer_type] for layer_type in layer_types)
         if window is None and any(pattern):
-            raise InputError("field layer_types has windows, but sliding_window says none")
-    return {} if window is None else {"window": float(window), "window_pattern": pattern}
+            raise InputError(
+                "field layer_types has windows, but sliding_window says none"
+            )
+    return (
+        {} if window is None else {"window": float(window), "window_pattern": pattern}
+    )
 
 
 def write_windows(config: TransformerConfig) -> dict[str, Any]:
@@ -129,7 +140,9 @@ def write_windows(config: TransformerConfig) -> dict[str, Any]:
     type_by_window = {True: "sliding_attention", False: "full_attention"}
     return {
         "sliding_window": None if config.window is None else int(config.window),
-        "layer_types": [type_by_window[has_window] for has_window in config.windowed_layers],
+        "layer_types": [
+            type_by_window[has_window] for has_window in config.windowed_layers
+        ],
     }
 
 

@@ -20,7 +20,9 @@ FOLDERS = ("continuous_lm", "losses", "quantize", "models", "experiments")
 _WORD = r"\*?(?:\d+\s+)?[\w-]+"
 _SIZE = rf"(?:\.\.\.|{_WORD}(?:\s+(?:[-+*/]|or)\s+{_WORD})*)"
 # The lookbehinds leave out subscripts, and lists that are assigned.
-_SHAPE = re.compile(rf"(?<![\w)\]])(?<!= )\[(?:\(\w+,\)\s+)?({_SIZE}(?:,\s+{_SIZE})*)\]")
+_SHAPE = re.compile(
+    rf"(?<![\w)\]])(?<!= )\[(?:\(\w+,\)\s+)?({_SIZE}(?:,\s+{_SIZE})*)\]"
+)
 _LETTER = re.compile(r"(?<![\w-])[A-Z](?![\w-])")
 # "N H D", "(N 3 H) D", "Z ... W", "- B T"; words have an underscore, which no prose has.
 _AXIS = r"(?:\.\.\.|-|\d+|[A-Z]|[a-z]*_[a-z_]*)"
@@ -104,8 +106,13 @@ def unlisted_letters(root: Path, folders: Iterable[str] = FOLDERS) -> list[str]:
             for path in (Path(parent, name) for name in names if name.endswith(".py")):
                 if not path.is_symlink():
                     letters = used_letters(path.read_text(encoding="utf-8"))
-                    found |= {(path, *use) for use in letters if use[1] not in axes.LETTERS}
-    return [f"{path.relative_to(root)}:{line}: {letter}" for path, line, letter in sorted(found)]
+                    found |= {
+                        (path, *use) for use in letters if use[1] not in axes.LETTERS
+                    }
+    return [
+        f"{path.relative_to(root)}:{line}: {letter}"
+        for path, line, letter in sorted(found)
+    ]
 
 
 def test_sources_use_letters_that_are_listed():
@@ -116,7 +123,9 @@ def test_sources_use_every_letter_that_is_listed():
     paths = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
     unused = set(axes.LETTERS)
     for path in paths:
-        unused -= {letter for _, letter in used_letters(path.read_text(encoding="utf-8"))}
+        unused -= {
+            letter for _, letter in used_letters(path.read_text(encoding="utf-8"))
+        }
         if not unused:
             break
     assert not unused
@@ -138,7 +147,10 @@ def found_in(source: str) -> list[tuple[int, str]]:
     [
         ('"""Draws [Y, B]."""', 1),
         ('def f(x):\n    """Of x [..., T,\n    Y].\n    """', 3),
-        ('def f(x):\n    """Of x.\n\n    Args:\n      x: float32 [P or 1, Y].\n    """', 5),
+        (
+            'def f(x):\n    """Of x.\n\n    Args:\n      x: float32 [P or 1, Y].\n    """',
+            5,
+        ),
         ("x = 1  # int [Y], of each row", 1),
         ("x = 1\n# A long comment on [B, T,\n# Y], the draws.\ny = 2", 3),
         ("x: int  # [Y + 1]", 1),

@@ -12,19 +12,25 @@ from continuous_lm.attention.visibility import elapsed_times, exact_end_times
 from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.durations import durations_from_times, end_times, scale, translate
 
-positive = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(0.125, 8, width=32))
+positive = hnp.arrays(
+    np.float32, st.integers(1, 40), elements=st.floats(0.125, 8, width=32)
+)
 
 
 @given(positive, st.floats(-100, 100, width=32))
 def test_times_and_durations_go_round(d, start):
     times = end_times(d, start)
-    np.testing.assert_allclose(times, start + np.cumsum(d.astype(np.float64)), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        times, start + np.cumsum(d.astype(np.float64)), rtol=1e-5, atol=1e-4
+    )
     np.testing.assert_allclose(durations_from_times(times, start), d, atol=2e-4)
 
 
 def test_ordinary_sentence_ends_at_the_integers():
     np.testing.assert_array_equal(end_times(np.ones(4)), [1, 2, 3, 4])
-    np.testing.assert_array_equal(end_times(np.ones(3), start=[0, 10]), [[1, 2, 3], [11, 12, 13]])
+    np.testing.assert_array_equal(
+        end_times(np.ones(3), start=[0, 10]), [[1, 2, 3], [11, 12, 13]]
+    )
 
 
 def test_scale_shrinks_the_span_alone_for_every_factor():
@@ -69,18 +75,26 @@ def test_check_says_which_and_where(values, message):
 
 
 def test_check_is_pure_inside_jit():
-    assert jax.jit(lambda d: check_durations(d, 2) or d.sum())(jnp.array([-1.0, 2.0])) == 1.0
+    assert (
+        jax.jit(lambda d: check_durations(d, 2) or d.sum())(jnp.array([-1.0, 2.0]))
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 3e7])
 def test_distances_in_time_stay_exact(scale):
-    d = (scale * np.random.default_rng(0).uniform(1e-4, 2.0, (2, 5000))).astype(np.float32)
+    d = (scale * np.random.default_rng(0).uniform(1e-4, 2.0, (2, 5000))).astype(
+        np.float32
+    )
     d[1, 7] = 0.0
     ends = np.cumsum(d.astype(np.float64), axis=-1)
     later, earlier = np.array([4999, 4000]), np.array([4995, 3990])
     exact = ends[:, later, None] - ends[:, None, earlier]
     plain = np.cumsum(d, axis=-1)
-    assert np.abs(plain[:, later, None] - plain[:, None, earlier] - exact).max() > 1e-4 * scale
+    assert (
+        np.abs(plain[:, later, None] - plain[:, None, earlier] - exact).max()
+        > 1e-4 * scale
+    )
     clock = jax.jit(exact_end_times)(jnp.asarray(d))
     np.testing.assert_allclose(
         elapsed_times(clock, later, earlier), exact, rtol=3e-7, atol=1e-8 * scale
@@ -89,7 +103,13 @@ def test_distances_in_time_stay_exact(scale):
 
 @pytest.mark.parametrize(
     "steps",
-    [[0, 100, -100, 3], [3e38, 1e38, 0, 0], [1e-30, 2e-30, 0, 1e-31], [0, 0, 0, 0], [-5, -1, 7, 2]],
+    [
+        [0, 100, -100, 3],
+        [3e38, 1e38, 0, 0],
+        [1e-30, 2e-30, 0, 1e-31],
+        [0, 0, 0, 0],
+        [-5, -1, 7, 2],
+    ],
 )
 def test_a_clock_of_any_steps(steps):
     """Times that go back, and steps at the ends of what float32 holds."""
@@ -102,7 +122,9 @@ def test_a_clock_of_any_steps(steps):
 
 def test_a_clock_of_float16_is_one_of_float32():
     passed = elapsed_times(
-        exact_end_times(jnp.full(3000, 0.1, jnp.float16)), np.array([2999]), np.array([0])
+        exact_end_times(jnp.full(3000, 0.1, jnp.float16)),
+        np.array([2999]),
+        np.array([0]),
     )
     np.testing.assert_allclose(passed, 2999 * float(np.float16(0.1)), rtol=1e-6)
 
@@ -115,5 +137,7 @@ def test_a_clock_of_float64_is_as_exact():
 
 
 def test_integers_are_checked_before_they_are_cut_to_32_bits():
-    with pytest.raises(clm.InputError, match=r"tokens\[1\] is 4294967298; every entry must be"):
+    with pytest.raises(
+        clm.InputError, match=r"tokens\[1\] is 4294967298; every entry must be"
+    ):
         check_integers("tokens", [1, 2**32 + 2], 0, 10)

@@ -5,9 +5,8 @@ import sys
 
 from tests.fixtures.programs import ENVIRONMENT
 
-LATE = (
-    "optax tokenizers grain orbax matplotlib scipy torch transformers faiss huggingface_hub".split()
-)
+LATE = "optax tokenizers grain orbax matplotlib scipy torch transformers faiss".split()
+LATE += ["huggingface_hub"]
 
 
 def test_heavy_packages_wait_until_they_are_used():

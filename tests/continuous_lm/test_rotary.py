@@ -28,7 +28,9 @@ def test_rotation_depends_on_differences_of_times_alone():
 def test_pairs_are_two_halves():
     x = jnp.zeros((1, 1, 4)).at[0, 0, 0].set(1.0)
     angle = rotary.angles(jnp.array([0.5]), Rope(), 4)
-    np.testing.assert_allclose(rotate(x, angle)[0, 0], [np.cos(0.5), 0, np.sin(0.5), 0], atol=1e-6)
+    np.testing.assert_allclose(
+        rotate(x, angle)[0, 0], [np.cos(0.5), 0, np.sin(0.5), 0], atol=1e-6
+    )
 
 
 def test_llama3_frequencies_equal_transformers():

@@ -16,7 +16,12 @@ from continuous_lm.attention import attend
 from tests.models.test_transformer import CONFIG, LM, draw, random_lm
 
 JUMP = ("constant", "trapezoid")
-PAIRS = [(k, r) for k in signals.SIGNAL_KINDS for r in signals.QUADRATURE_RULES if (k, r) != JUMP]
+PAIRS = [
+    (k, r)
+    for k in signals.SIGNAL_KINDS
+    for r in signals.QUADRATURE_RULES
+    if (k, r) != JUMP
+]
 
 
 def apply(lm, samples, **arguments):
@@ -47,7 +52,9 @@ def test_so_are_its_gradients():
         return LM.model.apply({"params": LM.params}, position=-1, **arguments).max()
 
     def ordinary(d):
-        return LM.model.apply({"params": LM.params}, tokens, durations=d, position=-1).max()
+        return LM.model.apply(
+            {"params": LM.params}, tokens, durations=d, position=-1
+        ).max()
 
     np.testing.assert_allclose(
         jax.jit(jax.grad(sampled))(d), jax.jit(jax.grad(ordinary))(d), atol=1e-5
@@ -81,12 +88,20 @@ def test_samples_are_in_order_and_weigh_what_the_signal_lasts(pair, points, d, s
 
 @pytest.mark.parametrize(
     ("rule", "points", "degree"),
-    [("rectangle", 3, 0), ("trapezoid", 1, 1), ("gauss", 1, 1), ("gauss", 2, 3), ("gauss", 3, 5)],
+    [
+        ("rectangle", 3, 0),
+        ("trapezoid", 1, 1),
+        ("gauss", 1, 1),
+        ("gauss", 2, 3),
+        ("gauss", 3, 5),
+    ],
 )
 def test_rules_are_exact_up_to_their_degree(rule, points, degree):
     with jax.enable_x64(True):
         d = np.array([0.5, 1.5, 0.25, 1.0])
-        _, times, weights = signals.sample(np.ones((4, 1)), d, start=1.0, rule=rule, points=points)
+        _, times, weights = signals.sample(
+            np.ones((4, 1)), d, start=1.0, rule=rule, points=points
+        )
         for power in range(degree + 2):
             exact = (4.25 ** (power + 1) - 1.0) / (power + 1)
             error = abs(float(weights @ times**power) - exact)
@@ -136,7 +151,11 @@ def test_attention_converges_as_its_rule(rule, points, order):
         def attended(intervals, rule, points):
             knots = np.linspace(0.0, 2.0, intervals + 1)
             s = signals.sample(
-                knots[1:, None], np.diff(knots), initial=knots[:1], rule=rule, points=points
+                knots[1:, None],
+                np.diff(knots),
+                initial=knots[:1],
+                rule=rule,
+                points=points,
             )
             t = s.embeddings  # the signal is time itself
             q = jnp.array([[[1.0, -0.5]]])
@@ -150,7 +169,9 @@ def test_attention_converges_as_its_rule(rule, points, order):
         np.testing.assert_allclose(orders(errors)[-1], order, atol=0.15)
 
 
-@pytest.mark.parametrize("kind", ["linear", pytest.param("cubic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["linear", pytest.param("cubic", marks=pytest.mark.slow)]
+)
 def test_a_whole_model_converges(kind):
     """At order 1 for every rule, so that two refinements extrapolate to more."""
     with jax.enable_x64(True):
@@ -159,7 +180,9 @@ def test_a_whole_model_converges(kind):
         rows = lm.params["embedding"][tokens]
 
         def logits(points, rule="rectangle"):
-            s = signals.sample(rows, np.asarray(d, np.float64), kind=kind, rule=rule, points=points)
+            s = signals.sample(
+                rows, np.asarray(d, np.float64), kind=kind, rule=rule, points=points
+            )
             return np.asarray(apply(lm, s, position=-1))
 
         plain = [logits(n) for n in (32, 64, 128, 256)]
@@ -180,7 +203,9 @@ BAD = {
     "kind is 'quartic'": lambda: signals.sample(E2, [1, 1], kind="quartic"),
     "points is 0": lambda: signals.sample(E2, [1, 1], points=0),
     "points is 1.5": lambda: signals.sample(E2, [1, 1], points=1.5),
-    "jumps at its knots": lambda: signals.sample(E2, [1, 1], kind="constant", rule="trapezoid"),
+    "jumps at its knots": lambda: signals.sample(
+        E2, [1, 1], kind="constant", rule="trapezoid"
+    ),
     "durations hold a 0": lambda: signals.sample(E2, [1, 0], kind="cubic"),
     r"durations\[0\] is -1": lambda: signals.sample(E2, [-1, 1]),
     r"durations has shape \[3\]": lambda: signals.sample(E2, [1, 1, 1]),

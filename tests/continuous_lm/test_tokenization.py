@@ -35,11 +35,27 @@ def word_level(vocabulary, decoder=None):
 
 def hand_made():
     """Names as SentencePiece, byte fallback and GPT-2 write them, and look-alikes."""
-    names = ["<unk>", "4", "▁4", "▁▁4", "<0x34>", "10", "44", "▁14", "x4", "four", "4.", "0", "IV"]
+    names = [
+        "<unk>",
+        "4",
+        "▁4",
+        "▁▁4",
+        "<0x34>",
+        "10",
+        "44",
+        "▁14",
+        "x4",
+        "four",
+        "4.",
+        "0",
+        "IV",
+    ]
     decoders = lib.decoders
     return word_level(
         {name: i for i, name in enumerate(names)},
-        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        ),
     )
 
 
@@ -63,7 +79,9 @@ def test_span_of_words(words, first, last, covered):
     a, b = tokenization.span(encoding, SENTENCE, first, last)
     assert encoding.tokens[0] == "<bos>"
     assert a >= 1
-    assert encoding.tokens[a:b] == [t for t in words.encode(covered).tokens if t != "<bos>"]
+    assert encoding.tokens[a:b] == [
+        t for t in words.encode(covered).tokens if t != "<bos>"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +118,9 @@ def test_span_of_many_tokens_a_word(stories, text, piece, tokens):
 )
 def test_span_that_is_not_there(words, first, last, message):
     encoding = tokenization.encode(words, SENTENCE)
-    if message is None:  # white space alone, between words: the words between are covered
+    if (
+        message is None
+    ):  # white space alone, between words: the words between are covered
         a, b = tokenization.span(encoding, SENTENCE, first, last)
         assert (a, b) == (2, len(encoding) - 1)
         return
@@ -146,7 +166,10 @@ def test_text_without_tokens():
 
 def test_spellings_are_the_answer_and_nothing_else():
     tokenizer = hand_made()
-    names = [tokenizer.id_to_token(i) for i in tokenization.tokens_spelling(tokenizer, DIGITS)["4"]]
+    names = [
+        tokenizer.id_to_token(i)
+        for i in tokenization.tokens_spelling(tokenizer, DIGITS)["4"]
+    ]
     assert names == ["4", "▁4", "▁▁4", "<0x34>"]
     assert tokenization.tokens_spelling(tokenizer, DIGITS)["1"] == []
 
@@ -166,7 +189,10 @@ def test_containing_is_whatever_has_it_in_its_name():
 
 def test_containing_ignores_case():
     tokenizer = word_level({"<unk>": 0, "Yes": 1, "yesterday": 2, "no": 3})
-    assert tokenization.tokens_containing(tokenizer, ("yes", "No")) == {"yes": [1, 2], "No": [3]}
+    assert tokenization.tokens_containing(tokenizer, ("yes", "No")) == {
+        "yes": [1, 2],
+        "No": [3],
+    }
 
 
 def test_byte_level_names_count_after_a_space():
@@ -206,7 +232,9 @@ def test_padding_and_truncation_of_the_file_are_switched_off(tmp_path, words):
     assert loaded.encode(SENTENCE).ids == words.encode(SENTENCE).ids
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"model": 3}', '{"model": {"type": "WordLevel"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", '{"model": 3}', '{"model": {"type": "WordLevel"}']
+)
 def test_broken_tokenizer_is_refused_by_name(tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(clm.InputError, match=r"tokenizer\.json is not a tokenizer"):

@@ -68,7 +68,9 @@ def test_shapes_that_do_not_fit_are_refused(function, args):
     for i, array in enumerate(args):
         any_rank = function is losses.low_rank_gaussian_nll and i == 3
         cut = array[..., :-1, :] if any_rank else array[..., :-1]
-        other = np.repeat(array, 3, axis=-array.ndim + (function is losses.energy_score))
+        other = np.repeat(
+            array, 3, axis=-array.ndim + (function is losses.energy_score)
+        )
         for wrong in (cut, other, 1.0):
             given = [*args[:i], wrong, *args[i + 1 :]]
             with pytest.raises(clm.InputError, match=r"it must be|do not broadcast"):
@@ -103,7 +105,8 @@ def test_scales_not_above_zero_are_refused(function, i, wrong):
 
 
 @pytest.mark.parametrize(
-    ("function", "rows"), [(losses.cross_entropy, np.zeros((2, V))), (losses.brier, EVEN)]
+    ("function", "rows"),
+    [(losses.cross_entropy, np.zeros((2, V))), (losses.brier, EVEN)],
 )
 def test_labels_that_do_not_fit_are_refused(function, rows):
     for labels, message in [
@@ -118,12 +121,17 @@ def test_labels_that_do_not_fit_are_refused(function, rows):
 
 
 def test_probabilities_that_are_none_are_refused():
-    for wrong, message in [(2 * EVEN, "adding up to 1"), (EVEN - [1, -1, 0, 0], "is -0.75")]:
+    for wrong, message in [
+        (2 * EVEN, "adding up to 1"),
+        (EVEN - [1, -1, 0, 0], "is -0.75"),
+    ]:
         with pytest.raises(clm.InputError, match=message):
             losses.brier(wrong, np.zeros(2, int))
         with pytest.raises(clm.InputError, match=message):
             losses.code_entropy(probabilities=wrong)
-    assert losses.brier(jnp.full((2, 3), 1 / 3, jnp.bfloat16), np.zeros(2, int)).shape == (2,)
+    assert losses.brier(
+        jnp.full((2, 3), 1 / 3, jnp.bfloat16), np.zeros(2, int)
+    ).shape == (2,)
 
 
 def test_tokens_that_do_not_fit_are_refused():

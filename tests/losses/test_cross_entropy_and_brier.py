@@ -35,7 +35,9 @@ class CrossEntropy(chex.TestCase):
 def test_cross_entropy_gradients_match_finite_differences():
     logits, labels = draw()
     with jax.enable_x64(True):
-        check_gradient(lambda z: losses.cross_entropy(z, labels, smoothing=0.1), logits, rtol=1e-6)
+        check_gradient(
+            lambda z: losses.cross_entropy(z, labels, smoothing=0.1), logits, rtol=1e-6
+        )
 
 
 def test_a_masked_logit_costs_nothing_without_smoothing():
@@ -76,7 +78,9 @@ def test_brier_is_proper():
 
     for p in others:
         excess = expected(p) - expected(truth)
-        np.testing.assert_allclose(excess, ((p - truth) ** 2).sum(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            excess, ((p - truth) ** 2).sum(), rtol=1e-4, atol=1e-6
+        )
 
 
 def all_pairs(p, num_tokens):
@@ -107,12 +111,20 @@ def test_brier_n_is_proper():
     def expected(p):
         grams, first, second, weights = all_pairs(p, 2)
         references = np.broadcast_to(grams[:, None], (9, *first.shape))
-        pairs = (np.broadcast_to(sample, references.shape) for sample in (first, second))
-        return truth @ np.asarray(losses.brier_n(*pairs, references, n=2))[..., 0] @ weights
+        pairs = (
+            np.broadcast_to(sample, references.shape) for sample in (first, second)
+        )
+        return (
+            truth
+            @ np.asarray(losses.brier_n(*pairs, references, n=2))[..., 0]
+            @ weights
+        )
 
     for p in others:
         difference = expected(truth) - expected(p)
-        np.testing.assert_allclose(difference, ((p - truth) ** 2).sum(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            difference, ((p - truth) ** 2).sum(), rtol=1e-4, atol=1e-6
+        )
 
 
 class BrierN(chex.TestCase):

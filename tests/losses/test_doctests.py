@@ -9,7 +9,10 @@ import pytest
 
 from continuous_lm import losses
 
-MODULES = [f"{losses.__name__}.{module.name}" for module in pkgutil.iter_modules(losses.__path__)]
+MODULES = [
+    f"{losses.__name__}.{module.name}"
+    for module in pkgutil.iter_modules(losses.__path__)
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -18,7 +18,10 @@ from tests.fixtures.differences import check_gradient
 energy_score = jax.jit(losses.energy_score, static_argnames="beta")
 
 # Each is compiled anew.
-BETAS = (1.0, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.3, 1.7, 1.95)))
+BETAS = (
+    1.0,
+    *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.3, 1.7, 1.95)),
+)
 
 
 def draw(seed=0, samples=4, targets=3, width=2, batch=(5,)):
@@ -50,14 +53,20 @@ def test_leading_axes_broadcast():
     score = losses.energy_score(x, y)
     assert score.shape == (2, 3)
     for i, k in itertools.product(range(2), range(3)):
-        np.testing.assert_allclose(score[i, k], reference(x[:, i, 0], y[:, k], 1.0), rtol=1e-5)
-    np.testing.assert_allclose(losses.energy_score(y, x)[1, 2], reference(y[:, 2], x[:, 1, 0], 1.0))
+        np.testing.assert_allclose(
+            score[i, k], reference(x[:, i, 0], y[:, k], 1.0), rtol=1e-5
+        )
+    np.testing.assert_allclose(
+        losses.energy_score(y, x)[1, 2], reference(y[:, 2], x[:, 1, 0], 1.0)
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradients_match_finite_differences(beta):
     with jax.enable_x64(True):
-        check_gradient(functools.partial(losses.energy_score, beta=beta), *draw(), rtol=1e-6)
+        check_gradient(
+            functools.partial(losses.energy_score, beta=beta), *draw(), rtol=1e-6
+        )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -66,7 +75,9 @@ def test_points_that_coincide_have_a_gradient(beta):
     x = x.at[1].set(x[0])
     y = y.at[2].set(x[3])
     gradient = jax.jit(
-        jax.grad(lambda x, y: losses.energy_score(x, y, beta=beta).sum(), argnums=(0, 1))
+        jax.grad(
+            lambda x, y: losses.energy_score(x, y, beta=beta).sum(), argnums=(0, 1)
+        )
     )
     for g in gradient(x, y):
         assert jnp.isfinite(g).all()
@@ -88,7 +99,9 @@ def test_unbiased(beta, num_samples):
         scores = energy_score(x, y, beta=beta)  # [draws, pairs]
         mean = p[draws].prod(axis=1) @ scores @ q[pairs].prod(axis=1)
         distances = cdist(points, points) ** beta
-        np.testing.assert_allclose(mean, 2 * p @ distances @ q - p @ distances @ p, rtol=1e-10)
+        np.testing.assert_allclose(
+            mean, 2 * p @ distances @ q - p @ distances @ p, rtol=1e-10
+        )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -134,7 +147,9 @@ def test_truth_beats_others_in_samples(mean, scale):
 
 def test_memory_does_not_grow_with_pairs():
     x, y = jnp.zeros((16, 64, 32)), jnp.zeros((32, 64, 32))
-    gradient = jax.jit(jax.grad(lambda x, y: losses.energy_score(x, y).sum(), argnums=(0, 1)))
+    gradient = jax.jit(
+        jax.grad(lambda x, y: losses.energy_score(x, y).sum(), argnums=(0, 1))
+    )
     used = gradient.lower(x, y).compile().memory_analysis().temp_size_in_bytes
     assert used < 16 * 32 * 64 * 32 * 4 / 3
 
@@ -145,7 +160,9 @@ def test_improper_exponents_are_refused(beta):
         losses.energy_score(*draw(), beta=beta)
 
 
-@pytest.mark.parametrize(("samples", "targets", "culprit"), [(1, 3, "samples"), (4, 0, "targets")])
+@pytest.mark.parametrize(
+    ("samples", "targets", "culprit"), [(1, 3, "samples"), (4, 0, "targets")]
+)
 def test_too_few_are_refused(samples, targets, culprit):
     with pytest.raises(clm.InputError, match=f"{culprit} are"):
         losses.energy_score(*draw(samples=samples, targets=targets))

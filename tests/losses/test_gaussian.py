@@ -65,7 +65,9 @@ class AgainstScipy(chex.TestCase):
                 -multivariate_normal(m, c).logpdf(v)
                 for v, m, c in zip(x, mean, covariances(*rest)[kind], strict=True)
             ]
-            actual = self.variant(functools.partial(nll, kind))(*map(jnp.float32, drawn))
+            actual = self.variant(functools.partial(nll, kind))(
+                *map(jnp.float32, drawn)
+            )
             np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -87,11 +89,17 @@ diagonal_nll = jax.jit(losses.gaussian_nll)
 @given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
 def test_diagonal_equals_the_sum_of_normals(seed, unit, shift):
     x, mean, scale, *_ = draw(seed)
-    x, mean, scale = np.float32(x * unit + shift), np.float32(mean * unit + shift), scale * unit
+    x, mean, scale = (
+        np.float32(x * unit + shift),
+        np.float32(mean * unit + shift),
+        scale * unit,
+    )
     scale = np.float32(scale)
     args = (v.astype(np.float64) for v in (x, mean, scale))
     expected = -norm.logpdf(*args).sum(axis=-1)
-    np.testing.assert_allclose(diagonal_nll(x, mean, scale), expected, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        diagonal_nll(x, mean, scale), expected, rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,9 @@ def test_proper(kind):
         np.testing.assert_allclose(more - least, divergence, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("diagonal", 1), *((kind, 2) for kind in KINDS)])
+@pytest.mark.parametrize(
+    ("kind", "width"), [("diagonal", 1), *((kind, 2) for kind in KINDS)]
+)
 def test_integrates_to_one(kind, width):
     model = draw(3, width, 1, batch=())[1:]
     axis = np.linspace(-16, 16, 321)
@@ -186,7 +196,9 @@ def test_long_units_add_their_logarithm():
 def test_above_the_diagonal_is_not_read():
     x, mean, *_, cholesky = map(jnp.float32, draw())
     other = cholesky + 1e6 * jnp.triu(jnp.ones((5, 5)), 1)
-    function = jax.jit(jax.value_and_grad(lambda c: losses.full_gaussian_nll(x, mean, c).sum()))
+    function = jax.jit(
+        jax.value_and_grad(lambda c: losses.full_gaussian_nll(x, mean, c).sum())
+    )
     value, gradient = function(other)
     assert value == function(cholesky)[0]
     np.testing.assert_array_equal(jnp.triu(gradient, 1), 0.0)
@@ -208,9 +220,15 @@ def test_low_rank_makes_no_square_matrix():
     x, mean, scale, factor, cholesky = draw(width=37, rank=3, batch=(1,))
     for function, args, squares in [
         (losses.low_rank_gaussian_nll, (x, mean, scale, factor), False),
-        (losses.full_gaussian_nll, (x, mean, cholesky), True),  # that the test sees them
+        (
+            losses.full_gaussian_nll,
+            (x, mean, cholesky),
+            True,
+        ),  # that the test sees them
     ]:
-        gradient = jax.grad(lambda *a, f=function: f(*a).sum(), argnums=range(len(args)))
+        gradient = jax.grad(
+            lambda *a, f=function: f(*a).sum(), argnums=range(len(args))
+        )
         shapes = list(_shapes(jax.make_jaxpr(gradient)(*map(jnp.float32, args)).jaxpr))
         assert any(shape.count(37) > 1 for shape in shapes) == squares
 
@@ -234,7 +252,9 @@ def test_parallel_columns_give_numbers(length, exact):
     rng = np.random.default_rng(0)
     x, mean, scale = rng.normal(size=8), np.zeros(8), np.ones(8)
     factor = np.repeat(rng.normal(size=(8, 1)), 4, axis=1) * length
-    value, gradient = low_rank_with_gradient(*map(jnp.float32, (x, mean, scale, factor)))
+    value, gradient = low_rank_with_gradient(
+        *map(jnp.float32, (x, mean, scale, factor))
+    )
     assert all(jnp.isfinite(g).all() for g in gradient)
     root = np.linalg.cholesky(factor @ factor.T + np.eye(8))
     distance = np.sum(np.linalg.solve(root, x) ** 2)

@@ -28,7 +28,9 @@ def draw(seed=0, components=4, width=3, batch=(5,)):
 
 
 def reference(x, logits, mean, scale):
-    x, logits, mean, scale = (np.asarray(a, np.float64) for a in (x, logits, mean, scale))
+    x, logits, mean, scale = (
+        np.asarray(a, np.float64) for a in (x, logits, mean, scale)
+    )
     log_weights = logits - logsumexp(logits, axis=-1, keepdims=True)
     parts = norm.logpdf(x[..., None, :], mean, scale).sum(axis=-1)
     return -logsumexp(log_weights + parts, axis=-1)
@@ -47,7 +49,10 @@ class AgainstScipy(chex.TestCase):
 def test_order_and_common_logits_do_not_count(seed, shift, order):
     x, logits, mean, scale = draw(seed)
     y = gaussian_mixture_nll(
-        x, np.float32(logits + shift)[..., order], mean[..., order, :], scale[..., order, :]
+        x,
+        np.float32(logits + shift)[..., order],
+        mean[..., order, :],
+        scale[..., order, :],
     )
     expected = reference(x, np.float32(logits + shift), mean, scale)
     np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
@@ -56,7 +61,10 @@ def test_order_and_common_logits_do_not_count(seed, shift, order):
 def test_leading_axes_broadcast():
     x, logits, mean, scale = draw(batch=(2, 3))
     y = gaussian_mixture_nll(x[:, :1], logits[0], mean[1, 2], scale)
-    full = [np.broadcast_to(a, (2, 3, *a.shape[-k:])) for a, k in ((x[:, :1], 1), (logits[0], 1))]
+    full = [
+        np.broadcast_to(a, (2, 3, *a.shape[-k:]))
+        for a, k in ((x[:, :1], 1), (logits[0], 1))
+    ]
     expected = reference(*full, np.broadcast_to(mean[1, 2], mean.shape), scale)
     np.testing.assert_allclose(y, expected, rtol=1e-5)
 
@@ -80,7 +88,9 @@ def test_a_far_component_counts_nothing(distance):
     weight = jax.nn.log_softmax(logits)[:, 1]
     expected = gaussian_mixture_nll(x, jnp.delete(logits, 1, axis=1), *left)
     y = gaussian_mixture_nll(x, logits, far, scale)
-    np.testing.assert_allclose(y, expected - jnp.log1p(-jnp.exp(weight)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        y, expected - jnp.log1p(-jnp.exp(weight)), rtol=1e-5, atol=1e-5
+    )
     for gradient in gradients(x, logits, far, scale):
         assert jnp.isfinite(gradient).all()
     np.testing.assert_array_equal(gradients(x, logits, far, scale)[2][:, 1], 0.0)
@@ -100,7 +110,9 @@ def test_far_from_all_components():
 def test_a_component_without_weight_is_not_there():
     x, logits, mean, scale = map(jnp.float32, draw())
     masked = logits.at[:, 2].set(-jnp.inf)
-    expected = gaussian_mixture_nll(x, *(jnp.delete(a, 2, axis=1) for a in (logits, mean, scale)))
+    expected = gaussian_mixture_nll(
+        x, *(jnp.delete(a, 2, axis=1) for a in (logits, mean, scale))
+    )
     y = gaussian_mixture_nll(x, masked, mean, scale)
     np.testing.assert_allclose(y, expected, rtol=1e-6)
     for gradient in gradients(x, masked, mean, scale):

@@ -38,7 +38,9 @@ class GaussianKL(chex.TestCase):
             expected = np.maximum(each, floor).sum(axis=-1)
             assert (each < 0.5).any()
             assert (each > 0.5).any()
-            np.testing.assert_allclose(self.variant(function)(mean, scale), expected, rtol=1e-5)
+            np.testing.assert_allclose(
+                self.variant(function)(mean, scale), expected, rtol=1e-5
+            )
 
 
 def test_kl_gradients_match_finite_differences():
@@ -49,7 +51,9 @@ def test_kl_gradients_match_finite_differences():
 
 
 def test_a_dimension_below_the_floor_gets_no_gradient():
-    gradient = jax.grad(functools.partial(losses.gaussian_kl, floor=0.5), argnums=(0, 1))
+    gradient = jax.grad(
+        functools.partial(losses.gaussian_kl, floor=0.5), argnums=(0, 1)
+    )
     mean, scale = gradient(jnp.array([0.1, 3.0]), jnp.array([0.9, 2.0]))
     np.testing.assert_allclose(mean, [0.0, 3.0], rtol=1e-6)
     np.testing.assert_allclose(scale, [0.0, 1.5], rtol=1e-6)
@@ -59,7 +63,9 @@ def test_kl_keeps_its_digits_near_the_prior():
     scale = np.float32(1 + np.array([[1e-3], [-1e-3], [1e-2], [-1e-2]]))
     wide = scale.astype(np.float64)
     expected = ((wide**2 - 1) / 2 - np.log(wide))[:, 0]
-    np.testing.assert_allclose(losses.gaussian_kl(np.zeros((4, 1)), scale), expected, rtol=1e-3)
+    np.testing.assert_allclose(
+        losses.gaussian_kl(np.zeros((4, 1)), scale), expected, rtol=1e-3
+    )
     assert losses.gaussian_kl(np.zeros(3), np.ones(3)) == 0
 
 
@@ -74,7 +80,10 @@ def test_codebook_and_commitment_are_one_distance_with_two_gradients():
     x, code = map(jnp.float32, rng.normal(size=(2, 5, 3)))
     expected = ((x - code) ** 2).sum(axis=-1)
     moved = 2 * (x - code)
-    for loss, signs in ((losses.codebook_loss, (0, -1)), (losses.commitment_loss, (1, 0))):
+    for loss, signs in (
+        (losses.codebook_loss, (0, -1)),
+        (losses.commitment_loss, (1, 0)),
+    ):
         np.testing.assert_allclose(loss(x, code), expected, rtol=1e-6)
         gradients = jax.grad(lambda *a, f=loss: f(*a).sum(), argnums=(0, 1))(x, code)
         for gradient, sign in zip(gradients, signs, strict=True):
@@ -89,7 +98,9 @@ class Entropies(chex.TestCase):
         p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         each, mean = entropy(p, axis=-1).mean(), entropy(p.mean(axis=(0, 1)))
         for name, given in (("logits", logits), ("probabilities", p)):
-            actual = self.variant(lambda a, k=name: losses.code_entropy(**{k: a}))(given)
+            actual = self.variant(lambda a, k=name: losses.code_entropy(**{k: a}))(
+                given
+            )
             np.testing.assert_allclose(actual, [each, mean], rtol=1e-5)
             np.testing.assert_allclose(actual.loss(2.0), each - 2 * mean, rtol=1e-5)
 
@@ -110,7 +121,9 @@ def test_entropy_is_least_where_assignments_are_sure_and_even():
     best = losses.code_entropy(probabilities=jnp.eye(4))
     np.testing.assert_allclose(best, [0.0, np.log(4)], atol=1e-6)
     for worse in (jnp.full((4, 4), 0.25), jnp.eye(4)[jnp.zeros(4, int)]):
-        np.testing.assert_allclose(losses.code_entropy(probabilities=worse).loss(), 0, atol=1e-6)
+        np.testing.assert_allclose(
+            losses.code_entropy(probabilities=worse).loss(), 0, atol=1e-6
+        )
 
 
 def test_entropy_takes_one_of_two():

@@ -42,8 +42,14 @@ CASES = {
     "gemma2, window 20": ("gemma2", UNTIED | {"sliding_window": 20}),
     "gemma3, window 3": ("gemma3_text", UNTIED),
     "phi3": ("phi3", {}),
-    "phi3, longrope, long": ("phi3", LONGROPE | {"original_max_position_embeddings": 2}),
-    "phi3, longrope, short": ("phi3", LONGROPE | {"original_max_position_embeddings": 200}),
+    "phi3, longrope, long": (
+        "phi3",
+        LONGROPE | {"original_max_position_embeddings": 2},
+    ),
+    "phi3, longrope, short": (
+        "phi3",
+        LONGROPE | {"original_max_position_embeddings": 200},
+    ),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "gpt_neox": ("gpt_neox", {"seed": 3}),
@@ -57,8 +63,12 @@ def theirs(reference, rows, num_new) -> list[list[int]]:
 
     width = max(map(len, rows))
     pad = [width - len(row) for row in rows]
-    mask = torch.tensor([[0] * p + [1] * len(row) for p, row in zip(pad, rows, strict=True)])
-    tokens = torch.tensor([[0] * p + list(row) for p, row in zip(pad, rows, strict=True)])
+    mask = torch.tensor(
+        [[0] * p + [1] * len(row) for p, row in zip(pad, rows, strict=True)]
+    )
+    tokens = torch.tensor(
+        [[0] * p + list(row) for p, row in zip(pad, rows, strict=True)]
+    )
     reference.generation_config.eos_token_id = None
     reference.generation_config.pad_token_id = 0
     out = reference.generate(
@@ -70,7 +80,9 @@ def theirs(reference, rows, num_new) -> list[list[int]]:
         return_dict_in_generate=True,
     )
     best = torch.stack(out.scores).topk(2, dim=-1).values
-    assert (best[..., 0] - best[..., 1]).min() > 2e-5  # no tie, which rounding could turn
+    assert (
+        best[..., 0] - best[..., 1]
+    ).min() > 2e-5  # no tie, which rounding could turn
     return out.sequences[:, width:].tolist()
 
 
@@ -79,7 +91,9 @@ slow = pytest.mark.slow
 
 
 def named(name):
-    return pytest.param(name, id=name.replace(", ", "-"), marks=() if name in QUICK else slow)
+    return pytest.param(
+        name, id=name.replace(", ", "-"), marks=() if name in QUICK else slow
+    )
 
 
 @pytest.fixture(scope="module", params=map(named, CASES))
@@ -115,14 +129,22 @@ def stories():
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     if not STORIES.exists():
-        pytest.skip(f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}")
+        pytest.skip(
+            f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}"
+        )
     kind = transformers.AutoModelForCausalLM
-    return kind.from_pretrained(STORIES, attn_implementation="eager").eval(), clm.load(STORIES)
+    return kind.from_pretrained(STORIES, attn_implementation="eager").eval(), clm.load(
+        STORIES
+    )
 
 
 def test_real_weights_tell_the_stories_of_transformers(stories):
     reference, lm = stories
-    texts = ["Once upon a time, there was a little girl named", "The dog", "One day, Tom saw a big"]
+    texts = [
+        "Once upon a time, there was a little girl named",
+        "The dog",
+        "One day, Tom saw a big",
+    ]
     rows = [clm.tokenization.encode(lm.tokenizer, text).ids for text in texts]
     expected = theirs(reference, rows, 100)
     assert min(len(set(row)) for row in expected) > 30  # stories, not loops
@@ -150,7 +172,9 @@ def naive(lm, row, new_d, d=None, start=0.0, name="tokens"):
     vectors[:n] = table[row] if name == "tokens" else row
     times[:n] = 1.0 if d is None else d
     for duration in new_d:
-        logits = lm(embeddings=vectors, durations=times, start=np.float32(start), position=n - 1)
+        logits = lm(
+            embeddings=vectors, durations=times, start=np.float32(start), position=n - 1
+        )
         made.append(int(jnp.argmax(logits)))
         vectors[n], times[n] = table[made[-1]], duration
         n += 1
@@ -180,14 +204,19 @@ def test_any_durations_equal_a_loop_of_forward_passes(lm, timing):
     new_d = np.broadcast_to(timing.get("new_durations", 1.0), (3, NEW))
     start = np.broadcast_to(timing.get("start", 0.0), 3)
     d = timing.get("durations", [None] * 3)
-    expected = [naive(lm, *each) for each in zip(prompts(), new_d, d, start, strict=True)]
+    expected = [
+        naive(lm, *each) for each in zip(prompts(), new_d, d, start, strict=True)
+    ]
     assert made == expected
     assert min(len(set(row)) for row in made) >= 5
 
 
 def test_durations_matter(lm):
     """Else the test above would show nothing."""
-    made = [generate(lm, prompts(), max_new_tokens=NEW, **timing) for timing in TIMES.values()]
+    made = [
+        generate(lm, prompts(), max_new_tokens=NEW, **timing)
+        for timing in TIMES.values()
+    ]
     made = [row.tokens.tobytes() for row in made]
     assert len(set(made[:5])) == 5
 
@@ -195,7 +224,9 @@ def test_durations_matter(lm):
 def test_the_last_duration_is_of_a_token_that_nothing_follows(lm):
     d = uniform(NEW)
     made = [
-        generate(lm, prompts(), max_new_tokens=NEW, new_durations=np.r_[d[:-1], last]).tokens
+        generate(
+            lm, prompts(), max_new_tokens=NEW, new_durations=np.r_[d[:-1], last]
+        ).tokens
         for last in (0.1, 9.0)
     ]
     np.testing.assert_array_equal(*made)
@@ -204,18 +235,26 @@ def test_the_last_duration_is_of_a_token_that_nothing_follows(lm):
 def test_learned_positions_at_real_times():
     """Also from a start, which models that know distances alone cannot tell."""
     lm = random_lm("gpt2")
-    made = generate(lm, prompts(), max_new_tokens=NEW, new_durations=0.7, start=0.25, stop=())
-    assert made.tokens.tolist() == [naive(lm, row, [0.7] * NEW, start=0.25) for row in prompts()]
+    made = generate(
+        lm, prompts(), max_new_tokens=NEW, new_durations=0.7, start=0.25, stop=()
+    )
+    assert made.tokens.tolist() == [
+        naive(lm, row, [0.7] * NEW, start=0.25) for row in prompts()
+    ]
 
 
 def test_embeddings_in_place_of_tokens(lm):
     table = np.asarray(lm.params["embedding"])
     vectors = [table[row] for row in prompts()]
     made = generate(lm, embeddings=vectors, max_new_tokens=NEW)
-    np.testing.assert_array_equal(made.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens)
+    np.testing.assert_array_equal(
+        made.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens
+    )
     between = [row + 0.1 * uniform(*row.shape) for row in vectors]
     made = generate(lm, embeddings=between, max_new_tokens=NEW)
-    assert made.tokens.tolist() == [naive(lm, r, [1.0] * NEW, name="rows") for r in between]
+    assert made.tokens.tolist() == [
+        naive(lm, r, [1.0] * NEW, name="rows") for r in between
+    ]
 
 
 def test_neighbours_in_a_batch_change_nothing(lm):
@@ -231,18 +270,30 @@ def test_prompts_come_as_lists_arrays_or_alone(lm):
     expected = generate(lm, row, **new).tokens
     assert expected.shape == (1, 4)
     array, numbers = jnp.asarray(row), row.tolist()
-    for way in (numbers, array, [row], [numbers], (array,), row[None], row.astype(np.uint8)):
+    for way in (
+        numbers,
+        array,
+        [row],
+        [numbers],
+        (array,),
+        row[None],
+        row.astype(np.uint8),
+    ):
         np.testing.assert_array_equal(generate(lm, way, **new).tokens, expected)
     d = uniform(9).tolist()
     expected = generate(lm, row, durations=[d], **new).tokens
-    np.testing.assert_array_equal(generate(lm, [row], durations=d, **new).tokens, expected)
+    np.testing.assert_array_equal(
+        generate(lm, [row], durations=d, **new).tokens, expected
+    )
 
 
 @slow
 def test_bfloat16_parameters_make_tokens():
     lm = random_lm("llama", jnp.bfloat16)
     made = generate(lm, prompts(), max_new_tokens=8, stop=())
-    whole = [np.append(row, new) for row, new in zip(prompts(), made.tokens, strict=True)]
+    whole = [
+        np.append(row, new) for row, new in zip(prompts(), made.tokens, strict=True)
+    ]
     for row, n in zip(whole, LENGTHS, strict=True):
         logits = np.asarray(lm(row))[n - 1 : -1]
         likeliest = logits.max(axis=-1)
@@ -258,7 +309,9 @@ def test_bfloat16_parameters_make_tokens():
 def test_prompts_in_pieces(lm, chunk):
     rows = prompts(lengths=(70, 2, 66))
     d = [uniform(len(row)) for row in rows]
-    made = generate(lm, rows, durations=d, max_new_tokens=8, max_prefill_length=chunk).tokens
+    made = generate(
+        lm, rows, durations=d, max_new_tokens=8, max_prefill_length=chunk
+    ).tokens
     expected = generate(lm, rows, durations=d, max_new_tokens=8).tokens
     np.testing.assert_array_equal(made, expected)
 
@@ -361,7 +414,9 @@ def test_rows_end_with_their_stop_tokens(lm):
     ends = [next((i + 1 for i, t in enumerate(row) if t in stop), NEW) for row in free]
     assert len(set(ends)) > 1
     assert made.lengths.tolist() == ends
-    assert made.token_lists() == [row[:end].tolist() for row, end in zip(free, ends, strict=True)]
+    assert made.token_lists() == [
+        row[:end].tolist() for row, end in zip(free, ends, strict=True)
+    ]
     after = np.arange(NEW) >= np.array(ends)[:, None]
     assert (made.tokens[after] == 0).all()
 
@@ -435,7 +490,9 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
         return
     # Which of tied tokens are cut is transformers' own order: the kept values are compared.
     np.testing.assert_allclose(
-        np.sort(ours[np.isfinite(ours)]), np.sort(expected[np.isfinite(expected)]), rtol=1e-5
+        np.sort(ours[np.isfinite(ours)]),
+        np.sort(expected[np.isfinite(expected)]),
+        rtol=1e-5,
     )
     if len(set(logits)) == len(logits):
         np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(expected))
@@ -492,12 +549,16 @@ def test_cold_draws_are_the_likeliest(temperature):
     drawn = sample_token(KEY, logits, temperature=temperature)
     np.testing.assert_array_equal(drawn, logits.argmax(-1))
     np.testing.assert_array_equal(sample_token(KEY, logits, top_k=1), logits.argmax(-1))
-    np.testing.assert_array_equal(sample_token(KEY, logits, top_p=1e-6), logits.argmax(-1))
+    np.testing.assert_array_equal(
+        sample_token(KEY, logits, top_p=1e-6), logits.argmax(-1)
+    )
 
 
 def test_temperatures_and_cuts_of_each_row():
     logits = jnp.tile(jnp.arange(4.0), (2000, 1))
-    drawn = sample_token(KEY, logits, temperature=jnp.tile(jnp.array([0.0, 50.0]), 1000))
+    drawn = sample_token(
+        KEY, logits, temperature=jnp.tile(jnp.array([0.0, 50.0]), 1000)
+    )
     assert set(drawn[::2].tolist()) == {3}
     assert set(drawn[1::2].tolist()) == {0, 1, 2, 3}
     drawn = sample_token(KEY, logits, top_p=jnp.tile(jnp.array([0.7, 1.0]), 1000))
@@ -519,14 +580,21 @@ def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
     np.testing.assert_array_equal(a, draw(jax.random.key(0)))
     np.testing.assert_array_equal(a, draw(jax.random.PRNGKey(0)))
     assert_drawn(np.bincount(a.ravel(), minlength=64), np.ones(64))
-    for x, y in [(a, b), (a[:, 1:], a[:, :-1]), (a[1:], a[:-1]), (a[1:, 1:], a[:-1, :-1])]:
+    for x, y in [
+        (a, b),
+        (a[:, 1:], a[:, :-1]),
+        (a[1:], a[:-1]),
+        (a[1:, 1:], a[:-1, :-1]),
+    ]:
         assert (x == y).mean() < 4 / 64  # 1 / 64 in the mean
 
 
 @slow
 def test_sampled_tokens_have_the_models_probabilities(lm):
     row = prompts()[1]
-    made = generate(lm, [row] * 512, max_new_tokens=2, temperature=3, top_k=6, key=KEY).tokens
+    made = generate(
+        lm, [row] * 512, max_new_tokens=2, temperature=3, top_k=6, key=KEY
+    ).tokens
     common = np.bincount(made[:, 0]).argmax()
     after = made[made[:, 0] == common]
     for before, counted in (([], made[:, 0]), ([common], after[:, 1])):
@@ -538,7 +606,9 @@ def test_sampled_tokens_have_the_models_probabilities(lm):
 @slow
 def test_a_low_temperature_is_greedy(lm):
     cold = generate(lm, prompts(), max_new_tokens=NEW, temperature=1e-4, key=KEY)
-    np.testing.assert_array_equal(cold.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens)
+    np.testing.assert_array_equal(
+        cold.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens
+    )
 
 
 # --- Many devices ----------------------------------------------------------------------------
@@ -594,7 +664,10 @@ def test_a_mesh_gives_the_same_tokens_and_holds_the_cache_in_parts(tmp_path, sam
 ROW = [1, 2, 3]
 BAD = [
     ({}, "give either tokens or embeddings"),
-    ({"tokens": ROW, "embeddings": np.ones((3, 48))}, "give either tokens or embeddings"),
+    (
+        {"tokens": ROW, "embeddings": np.ones((3, 48))},
+        "give either tokens or embeddings",
+    ),
     ({"tokens": [1, 64]}, r"prompt 0: tokens\[1\] is 64"),
     ({"tokens": [ROW, [-1]]}, r"prompt 1: tokens\[0\] is -1"),
     ({"tokens": [1.0, 2.0]}, "tokens has dtype float64"),
@@ -616,19 +689,43 @@ BAD = [
     ({"embeddings": np.ones(48)}, "embeddings have shape"),
     ({"embeddings": np.full((3, 48), np.nan)}, r"prompt 0: embeddings\[0, 0\] is nan"),
     ({"tokens": ROW, "durations": [1.0, 2.0]}, r"prompt 0: durations has shape \[2\]"),
-    ({"tokens": [ROW, [1]], "durations": [[1.0] * 3, [1.0] * 2]}, "prompt 1: durations has shape"),
-    ({"tokens": [ROW, [1]], "durations": [[1.0] * 3]}, "durations are given for 1 prompts"),
-    ({"tokens": [ROW, ROW], "durations": [1.0] * 3}, "durations are given for 1 prompts"),
-    ({"tokens": ROW, "durations": [1.0, np.nan, 1.0]}, r"prompt 0: durations\[1\] is nan"),
+    (
+        {"tokens": [ROW, [1]], "durations": [[1.0] * 3, [1.0] * 2]},
+        "prompt 1: durations has shape",
+    ),
+    (
+        {"tokens": [ROW, [1]], "durations": [[1.0] * 3]},
+        "durations are given for 1 prompts",
+    ),
+    (
+        {"tokens": [ROW, ROW], "durations": [1.0] * 3},
+        "durations are given for 1 prompts",
+    ),
+    (
+        {"tokens": ROW, "durations": [1.0, np.nan, 1.0]},
+        r"prompt 0: durations\[1\] is nan",
+    ),
     ({"tokens": ROW, "durations": [1.0, -1.0, 1.0]}, r"prompt 0: durations\[1\] is -1"),
-    ({"tokens": ROW, "durations": [0.0, 1.0, 1.0]}, "prompt 0: durations: the first token"),
+    (
+        {"tokens": ROW, "durations": [0.0, 1.0, 1.0]},
+        "prompt 0: durations: the first token",
+    ),
     ({"tokens": ROW, "durations": 2.0}, "durations must be"),
     ({"tokens": ROW, "start": np.nan}, "start is nan"),
     ({"tokens": ROW, "start": [0.0, 1.0]}, r"start has shape \[2\]"),
     ({"tokens": ROW, "new_durations": -0.5}, "new_durations is -0.5"),
-    ({"tokens": ROW, "new_durations": [1.0, np.inf, 1, 1]}, r"new_durations\[1\] is inf"),
-    ({"tokens": ROW, "new_durations": [1.0, 2.0]}, r"new_durations has shape \[2\].*\[1, 4\]"),
-    ({"tokens": ROW, "new_durations": np.ones((2, 4))}, r"new_durations has shape \[2, 4\]"),
+    (
+        {"tokens": ROW, "new_durations": [1.0, np.inf, 1, 1]},
+        r"new_durations\[1\] is inf",
+    ),
+    (
+        {"tokens": ROW, "new_durations": [1.0, 2.0]},
+        r"new_durations has shape \[2\].*\[1, 4\]",
+    ),
+    (
+        {"tokens": ROW, "new_durations": np.ones((2, 4))},
+        r"new_durations has shape \[2, 4\]",
+    ),
     ({"tokens": ROW, "new_durations": "long"}, "new_durations has dtype"),
     ({"tokens": ROW, "top_k": 0}, "top_k is 0"),
     ({"tokens": ROW, "top_k": 2.0}, "top_k is 2.0"),
@@ -644,7 +741,10 @@ BAD = [
     ({"tokens": ROW, "temperature": None}, "temperature"),
     ({"tokens": ROW, "temperature": 1.0}, "needs a key"),
     ({"tokens": ROW, "temperature": 1.0, "key": 0}, "key is not a single PRNG key"),
-    ({"tokens": ROW, "temperature": 1.0, "key": jax.random.split(KEY)}, "key is not a single"),
+    (
+        {"tokens": ROW, "temperature": 1.0, "key": jax.random.split(KEY)},
+        "key is not a single",
+    ),
     ({"tokens": ROW, "max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"tokens": ROW, "max_new_tokens": -1}, "max_new_tokens is -1"),
     ({"tokens": ROW, "max_new_tokens": True}, "max_new_tokens is True"),

@@ -14,7 +14,10 @@ from tests.fixtures import tiny
 
 N = 13
 PIECES = (6, 1, 6)
-LONGROPE = {"rope_parameters": tiny.longrope_scaling(), "original_max_position_embeddings": 8}
+LONGROPE = {
+    "rope_parameters": tiny.longrope_scaling(),
+    "original_max_position_embeddings": 8,
+}
 
 
 def random_lm(family, dtype=jnp.float32, seed=0, **fields):
@@ -45,7 +48,9 @@ def in_pieces(lm, tokens, sizes, *, start=None, cache=None, **timing):
     """Logits [..., T, V] of calls one after another, and the cache behind them."""
     if cache is None:
         dtype = lm.params["embedding"].dtype
-        cache = kv_cache.empty(lm.config, tokens.shape[-1] + 3, tokens.shape[:-1], dtype)
+        cache = kv_cache.empty(
+            lm.config, tokens.shape[-1] + 3, tokens.shape[:-1], dtype
+        )
     if start is not None:
         start = jnp.asarray(start, jnp.float32)
         cache = cache._replace(end_time=jnp.broadcast_to(start, cache.end_time.shape))
@@ -58,7 +63,9 @@ def in_pieces(lm, tokens, sizes, *, start=None, cache=None, **timing):
 
 
 def assert_close(ours, theirs, tolerance=1e-5):
-    np.testing.assert_allclose(ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0)
+    np.testing.assert_allclose(
+        ours, theirs, atol=tolerance * np.abs(theirs).max(), rtol=0
+    )
 
 
 FAMILIES = [
@@ -76,7 +83,11 @@ FAMILIES = [
                 ("phi3", {}),
                 (
                     "qwen2",
-                    {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
+                    {
+                        "use_sliding_window": True,
+                        "sliding_window": 3,
+                        "max_window_layers": 1,
+                    },
                 ),
                 ("qwen3", {}),
                 ("gpt_neox", {}),
@@ -208,7 +219,12 @@ def test_bfloat16_stays():
     ("length", "batch", "tokens", "message"),
     [
         (4, (), np.zeros(5, int), "room for 4: 5 more do not fit"),
-        (8, (2,), np.zeros((3, 5), int), r"leading axes do not broadcast.*\[3\] of tokens"),
+        (
+            8,
+            (2,),
+            np.zeros((3, 5), int),
+            r"leading axes do not broadcast.*\[3\] of tokens",
+        ),
         (8, (), np.zeros((3, 5), int), r"the cache is for leading axes \[\]"),
         (8, (1,), np.zeros((3, 5), int), r"the cache is for leading axes \[1\]"),
     ],
@@ -222,14 +238,18 @@ def test_caches_that_do_not_fit_are_refused(lm, length, batch, tokens, message):
 def test_a_full_cache_is_refused(lm):
     tokens, _ = draw(lm, 5)
     _, cache = in_pieces(lm, tokens, (5,), cache=kv_cache.empty(lm.config, 6))
-    with pytest.raises(clm.InputError, match="holds 5 tokens and has room for 6: 2 more"):
+    with pytest.raises(
+        clm.InputError, match="holds 5 tokens and has room for 6: 2 more"
+    ):
         lm.model.apply({"params": lm.params}, tokens[:2], cache=cache)
 
 
 def test_a_cache_of_another_model_is_refused(lm):
     other = random_lm("llama", num_hidden_layers=2)
     with pytest.raises(clm.InputError, match="the cache's keys have shape"):
-        lm.model.apply({"params": lm.params}, [1], cache=kv_cache.empty(other.config, 4))
+        lm.model.apply(
+            {"params": lm.params}, [1], cache=kv_cache.empty(other.config, 4)
+        )
 
 
 @pytest.mark.parametrize("length", [0, -3, True, 2.5])
@@ -259,11 +279,16 @@ def after_prefix(model, params, tokens, d, cut, at, of):
     return model.apply({"params": params}, prefix=prefix, position=at, **rest)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt2"])  # windows and caps; learned positions
+@pytest.mark.parametrize(
+    "family", ["gemma2", "gpt2"]
+)  # windows and caps; learned positions
 def test_what_follows_a_prefix_is_as_in_one_call(family):
     lm = random_lm(family)
     tokens, d = draw(lm, N)
-    for of in ({"start": jnp.array(1.5)}, {"times": clm.durations.end_times(1.3 * d, 0.4)}):
+    for of in (
+        {"start": jnp.array(1.5)},
+        {"times": clm.durations.end_times(1.3 * d, 0.4)},
+    ):
         whole = lm(tokens, durations=d, **of)
         for at in (N - 1, 8):
             found = after_prefix(lm.model, lm.params, tokens, d, 6, at - 6, of)
@@ -289,7 +314,9 @@ def test_points_after_a_prefix_are_as_each_alone(family, fields):
     prefill = functools.partial(lm.model.apply, {"params": lm.params}, method="prefill")
     prefix = prefill(tokens[:6], durations=d[:6])
     at = jnp.array([N - 1, 8, N - 1])
-    found = apply(tokens[6:], durations=(factors * d)[:, 6:], prefix=prefix, position=at - 6)
+    found = apply(
+        tokens[6:], durations=(factors * d)[:, 6:], prefix=prefix, position=at - 6
+    )
     for row, factor, i in zip(found, factors, at, strict=True):
         assert_close(row, lm(tokens, durations=factor * d)[i])
 
@@ -316,14 +343,20 @@ def test_gradients_reach_through_a_prefix(remat):
 
         def points(d):
             given = {"params": lm.params}, tokens[6:]
-            return model.apply(*given, durations=factors * d[6:], prefix=prefix, position=-1)
+            return model.apply(
+                *given, durations=factors * d[6:], prefix=prefix, position=-1
+            )
 
         def alone(d):
             return apply(
-                tokens, durations=jnp.where(jnp.arange(N) < 6, d, factors * d), position=-1
+                tokens,
+                durations=jnp.where(jnp.arange(N) < 6, d, factors * d),
+                position=-1,
             )
 
-        np.testing.assert_allclose(grad(points)[6:], grad(alone)[6:], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            grad(points)[6:], grad(alone)[6:], rtol=1e-9, atol=1e-12
+        )
 
 
 def test_a_prefix_that_does_not_fit_is_refused(lm):
@@ -333,10 +366,16 @@ def test_a_prefix_that_does_not_fit_is_refused(lm):
     with pytest.raises(clm.InputError, match="a prefix needs `position`"):
         apply(tokens[6:], prefix=prefix)
     with pytest.raises(clm.InputError, match="and no cache"):
-        apply(tokens[6:], prefix=prefix, position=-1, cache=kv_cache.empty(lm.config, 9))
+        apply(
+            tokens[6:], prefix=prefix, position=-1, cache=kv_cache.empty(lm.config, 9)
+        )
     other = random_lm("llama", num_hidden_layers=2)
     with pytest.raises(clm.InputError, match="the prefix's keys have shape"):
-        other.model.apply({"params": other.params}, tokens[6:], prefix=prefix, position=-1)
+        other.model.apply(
+            {"params": other.params}, tokens[6:], prefix=prefix, position=-1
+        )
     two = jax.tree.map(lambda x: jnp.stack([x, x], 1 if x.ndim > 1 else 0), prefix)
-    with pytest.raises(clm.InputError, match=r"do not broadcast: \[3\] of durations, .*prefix"):
+    with pytest.raises(
+        clm.InputError, match=r"do not broadcast: \[3\] of durations, .*prefix"
+    ):
         apply(tokens[6:], durations=jnp.ones((3, 7)), prefix=two, position=-1)

@@ -48,8 +48,12 @@ def parts(folder):
 def changed(tmp_path, folder, *drop, weights=(), **fields):
     """A copy of `folder` with other fields, without those in `drop`, with other tensors."""
     old_fields, old_weights = parts(folder)
-    kept = {name: value for name, value in old_fields.items() if name not in drop} | fields
-    kept_weights = {name: w for name, w in (old_weights | dict(weights)).items() if w is not None}
+    kept = {
+        name: value for name, value in old_fields.items() if name not in drop
+    } | fields
+    kept_weights = {
+        name: w for name, w in (old_weights | dict(weights)).items() if w is not None
+    }
     tiny.write_checkpoint(tmp_path / "changed", kept, kept_weights)
     return tmp_path / "changed"
 
@@ -92,9 +96,13 @@ def test_each_tensor_lands_in_its_place(folder):
     _, weights = parts(folder)
     lm = clm.load(folder)
     params, layers = lm.params, lm.params["layers"]
-    np.testing.assert_array_equal(params["embedding"], weights["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        params["embedding"], weights["model.embed_tokens.weight"]
+    )
     np.testing.assert_array_equal(params["head"], weights["lm_head.weight"])
-    np.testing.assert_array_equal(params["final_norm"]["scale"], weights["model.norm.weight"])
+    np.testing.assert_array_equal(
+        params["final_norm"]["scale"], weights["model.norm.weight"]
+    )
     for i in range(lm.config.num_layers):
         for path, name in {
             "attention_norm/scale": "input_layernorm",
@@ -110,7 +118,9 @@ def test_each_tensor_lands_in_its_place(folder):
             module, leaf = path.split("/")
             stored = weights[f"model.layers.{i}.{name}.weight"]
             found = np.asarray(layers[module][leaf][i])
-            np.testing.assert_array_equal(found.reshape(stored.shape), stored, err_msg=name)
+            np.testing.assert_array_equal(
+                found.reshape(stored.shape), stored, err_msg=name
+            )
 
 
 STYLES = {  # the same model, as older and newer exporters write it
@@ -119,7 +129,10 @@ STYLES = {  # the same model, as older and newer exporters write it
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         {"rope_parameters": {"rope_theta": 5e5}},
         {"rope_theta": 5e5, "rope_scaling": None},
-        {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {
+            "rope_theta": 5e5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
         {"rope_theta": 500_000, "rope_scaling": {"type": "default"}},
     ],
     "llama3": [
@@ -174,7 +187,9 @@ def test_tied_head_is_the_embedding_table(tmp_path, tied):
     lm = clm.load(tied)
     assert "head" not in lm.params
     table = parts(tied)[1]["model.embed_tokens.weight"]
-    untied = changed(tmp_path, tied, weights={"lm_head.weight": table}, tie_word_embeddings=False)
+    untied = changed(
+        tmp_path, tied, weights={"lm_head.weight": table}, tie_word_embeddings=False
+    )
     other = clm.load(untied)
     assert "head" in other.params
     np.testing.assert_allclose(lm(TOKENS), other(TOKENS), rtol=0, atol=1e-6)
@@ -262,7 +277,9 @@ def test_transformers_loads_what_is_saved(tmp_path, shape):
     assert parts(tmp_path / "b")[0]["architectures"] == [type(model).__name__]
     with torch.no_grad():
         wanted = model(torch.tensor(TOKENS)[None]).logits[0].numpy()
-    np.testing.assert_allclose(lm(TOKENS), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        lm(TOKENS), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max()
+    )
 
 
 def test_bfloat16_goes_through_transformers_bit_for_bit(tmp_path):
@@ -342,7 +359,8 @@ def test_tokenizer_that_is_larger_than_the_model(tmp_path):
 def test_frequencies_that_older_exporters_store_are_passed_over(tmp_path, folder, name):
     extra = {f"model.{name}.inv_freq": np.zeros(6, np.float32)}
     assert_same_params(
-        clm.load(changed(tmp_path, folder, weights=extra)).params, clm.load(folder).params
+        clm.load(changed(tmp_path, folder, weights=extra)).params,
+        clm.load(folder).params,
     )
 
 
@@ -351,14 +369,19 @@ def test_frequencies_that_older_exporters_store_are_passed_over(tmp_path, folder
     [
         ("lm_head.bias", 64),
         ("model.layers.3.mlp.up_proj.weight", (80, 48)),  # one layer too many
-        ("model.layers.0.self_attn.q_proj.bias", 48),  # attention_bias says there is none
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            48,
+        ),  # attention_bias says there is none
         ("model.layers.0.self_attn.q_norm.weight", 12),
         ("model.layers.0.mlp.up_proj.weight_scale", 1),
         ("x.inv_freq", 6),
     ],
 )
 def test_tensor_left_over(tmp_path, folder, name, value):
-    message = refusal(changed(tmp_path, folder, weights={name: np.ones(value, np.float32)}))
+    message = refusal(
+        changed(tmp_path, folder, weights={name: np.ones(value, np.float32)})
+    )
     assert f"tensor {name} in model.safetensors is left over" in message
 
 
@@ -374,16 +397,22 @@ def test_every_tensor_of_another_shape_is_refused(tmp_path, folder):
     weights = parts(folder)[1]
     for name in names_once(weights):
         shape = list(weights[name].shape)
-        for wrong in {(shape[0] - 1, *shape[1:]), tuple(shape[::-1]), (1, *shape)} - {tuple(shape)}:
+        for wrong in {(shape[0] - 1, *shape[1:]), tuple(shape[::-1]), (1, *shape)} - {
+            tuple(shape)
+        }:
             replaced = {name: np.ones(wrong, np.float32)}
             message = refusal(changed(tmp_path, folder, weights=replaced))
-            assert f"tensor {name} in model.safetensors has shape {list(wrong)}" in message
+            assert (
+                f"tensor {name} in model.safetensors has shape {list(wrong)}" in message
+            )
             assert f"asks for {shape}" in message
 
 
 def test_quantized_tensor_is_named(tmp_path, folder):
     name = "model.layers.1.mlp.up_proj.weight"
-    message = refusal(changed(tmp_path, folder, weights={name: np.ones((80, 48), np.int8)}))
+    message = refusal(
+        changed(tmp_path, folder, weights={name: np.ones((80, 48), np.int8)})
+    )
     assert f"tensor {name} is stored as I8" in message
 
 
@@ -392,11 +421,23 @@ UNHANDLED = [
     ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("rope_scaling", {"rope_type": "default", "mscale": 2.0}, "rope_scaling.mscale"),
-    ("rope_scaling", {"partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor"),
-    ("rope_scaling", {k: v for k, v in LLAMA3.items() if k != "factor"}, "rope_scaling.factor"),
+    (
+        "rope_scaling",
+        {"partial_rotary_factor": 0.5},
+        "rope_scaling.partial_rotary_factor",
+    ),
+    (
+        "rope_scaling",
+        {k: v for k, v in LLAMA3.items() if k != "factor"},
+        "rope_scaling.factor",
+    ),
     ("rope_scaling", LLAMA3 | {"factor": "8"}, "rope_scaling.factor"),
     ("rope_scaling", LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor"),
-    ("rope_parameters", {"full_attention": {"rope_theta": 1e4}}, "rope_parameters.full_attention"),
+    (
+        "rope_parameters",
+        {"full_attention": {"rope_theta": 1e4}},
+        "rope_parameters.full_attention",
+    ),
     ("rope_scaling", "yarn", "rope_scaling"),
     ("quantization_config", {"quant_method": "gptq"}, "quantization_config"),
     ("attn_logit_softcapping", 50.0, "attn_logit_softcapping"),
@@ -429,7 +470,9 @@ def test_mistral_defaults_are_not_guessed(tmp_path, field):
 @pytest.mark.parametrize("field", ["attention_bias", "mlp_bias"])
 def test_mistral_has_no_biases(tmp_path, field):
     folder = tiny.save(tmp_path / "x", "mistral")
-    assert f"field {field} is True" in refusal(changed(tmp_path, folder, **{field: True}))
+    assert f"field {field} is True" in refusal(
+        changed(tmp_path, folder, **{field: True})
+    )
 
 
 def test_ignored_fields_are_those_that_are_named(tmp_path, folder):
@@ -441,9 +484,15 @@ def test_ignored_fields_are_those_that_are_named(tmp_path, folder):
 
 
 def test_theta_that_is_given_twice_must_agree(tmp_path, folder):
-    twice = changed(tmp_path, folder, rope_theta=1e4, rope_parameters={"rope_theta": 5e5})
-    assert "rope_theta (10000.0) and rope_parameters.rope_theta (500000.0)" in refusal(twice)
-    both = changed(tmp_path, folder, rope_scaling=LLAMA3, rope_parameters={"rope_theta": 1e4})
+    twice = changed(
+        tmp_path, folder, rope_theta=1e4, rope_parameters={"rope_theta": 5e5}
+    )
+    assert "rope_theta (10000.0) and rope_parameters.rope_theta (500000.0)" in refusal(
+        twice
+    )
+    both = changed(
+        tmp_path, folder, rope_scaling=LLAMA3, rope_parameters={"rope_theta": 1e4}
+    )
     assert "rope_scaling and rope_parameters" in refusal(both)
 
 
@@ -470,8 +519,27 @@ def test_folder_without_a_config(tmp_path):
 FREE = ("rope_theta", "rms_norm_eps")  # any positive number is a model
 INERT = ("initializer_range", "max_position_embeddings")
 FIELDS = sorted({*tiny.llama_config(), *FREE, "model_type", "torch_dtype"} - {*INERT})
-ODD = [None, -1, 0, 10**9, 10**400, 1e9, 1e300, "x", "", [], [1], {}, {"a": 1}, True, False, 2.5]
-NAMED = re.compile("|".join(["tensor (model|lm_head)", "num_kv_heads", "dtype", *FIELDS]))
+ODD = [
+    None,
+    -1,
+    0,
+    10**9,
+    10**400,
+    1e9,
+    1e300,
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    True,
+    False,
+    2.5,
+]
+NAMED = re.compile(
+    "|".join(["tensor (model|lm_head)", "num_kv_heads", "dtype", *FIELDS])
+)
 
 
 @contextlib.contextmanager
@@ -527,7 +595,10 @@ def test_a_changed_field_is_refused_or_changes_nothing(tmp_path, folder, field):
 @pytest.mark.parametrize("field", INERT)
 @pytest.mark.parametrize("value", [0, "x"])
 def test_a_field_that_changes_nothing_may_hold_anything(tmp_path, folder, field, value):
-    assert clm.load(changed(tmp_path, folder, **{field: value})).config == clm.load(folder).config
+    assert (
+        clm.load(changed(tmp_path, folder, **{field: value})).config
+        == clm.load(folder).config
+    )
 
 
 json_values = st.recursive(
@@ -539,7 +610,9 @@ json_values = st.recursive(
     | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(max_size=8) | st.sampled_from(list(LLAMA3)), inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=8) | st.sampled_from(list(LLAMA3)), inner, max_size=4
+        )
     ),
     max_leaves=6,
 )
@@ -650,7 +723,9 @@ for folder in sys.argv[2:]:  # the first is tiny: everything is imported and war
 
 def quickly(folder, model_type, dtype, **fields):
     """Saves a large checkpoint in shards; its tensors are made of one block of random numbers."""
-    fields = {"model_type": model_type, "dtype": dtype} | tiny.CONFIG_MAKERS[model_type](**fields)
+    fields = {"model_type": model_type, "dtype": dtype} | tiny.CONFIG_MAKERS[
+        model_type
+    ](**fields)
     config, dtype = language_model.read_config(fields), np.dtype(dtype)
     block = np.random.default_rng(0).standard_normal(100_003).astype(dtype)
     shapes = ParameterLayout(
@@ -659,7 +734,11 @@ def quickly(folder, model_type, dtype, **fields):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     safetensors_files.save_tensors(
-        folder, shapes, dtype, lambda name: np.resize(block, shapes[name]), shard_size=500_000_000
+        folder,
+        shapes,
+        dtype,
+        lambda name: np.resize(block, shapes[name]),
+        shard_size=500_000_000,
     )
     return folder
 

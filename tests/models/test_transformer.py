@@ -41,7 +41,9 @@ both = pytest.mark.parametrize("lm", [LM, LM_WINDOWED], ids=["plain", "windowed"
 
 def draw(seed=0, n=N):
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.integers(0, 40, n)), jnp.asarray(rng.uniform(0.1, 2, n), jnp.float32)
+    return jnp.asarray(rng.integers(0, 40, n)), jnp.asarray(
+        rng.uniform(0.1, 2, n), jnp.float32
+    )
 
 
 @both
@@ -73,9 +75,13 @@ def test_a_token_of_duration_zero_is_as_if_not_there(lm, gone):
     tokens, d = draw()
     kept = np.setdiff1d(np.arange(N), gone)
     apply = jax.jit(lm.model.apply)
-    with_gone = apply({"params": lm.params}, tokens, durations=d.at[jnp.array(gone)].set(0.0))
+    with_gone = apply(
+        {"params": lm.params}, tokens, durations=d.at[jnp.array(gone)].set(0.0)
+    )
     without = apply({"params": lm.params}, tokens[kept], durations=d[kept])
-    np.testing.assert_allclose(with_gone[kept], without, atol=1e-5 * np.abs(without).max())
+    np.testing.assert_allclose(
+        with_gone[kept], without, atol=1e-5 * np.abs(without).max()
+    )
 
 
 @both
@@ -98,7 +104,9 @@ def test_gradients_match_finite_differences(lm):
 
         @jax.jit
         def loss(params, rows, d, start):
-            logits = lm.model.apply({"params": params}, embeddings=rows, durations=d, start=start)
+            logits = lm.model.apply(
+                {"params": params}, embeddings=rows, durations=d, start=start
+            )
             assert logits.dtype == jnp.float64
             return jnp.sum(jnp.sin(logits))
 
@@ -108,10 +116,17 @@ def test_gradients_match_finite_differences(lm):
         for i, x in enumerate(point):
             # Steps forward alone from d = 0, where durations end; fourth order.
             # Nothing curves along start, so that its step can drown the rounding.
-            direction, h = jnp.asarray(rng.uniform(0.1, 1, x.shape)), (1e-4, 1e-4, 1e-2)[i]
-            moved = [(*point[:i], x + k * h * direction, *point[i + 1 :]) for k in range(5)]
+            direction, h = (
+                jnp.asarray(rng.uniform(0.1, 1, x.shape)),
+                (1e-4, 1e-4, 1e-2)[i],
+            )
+            moved = [
+                (*point[:i], x + k * h * direction, *point[i + 1 :]) for k in range(5)
+            ]
             f = [loss(lm.params, *arguments) for arguments in moved]
-            numeric = (-25 * f[0] + 48 * f[1] - 36 * f[2] + 16 * f[3] - 3 * f[4]) / (12 * h)
+            numeric = (-25 * f[0] + 48 * f[1] - 36 * f[2] + 16 * f[3] - 3 * f[4]) / (
+                12 * h
+            )
             exact = jnp.vdot(grads[i], direction)
             scale = jnp.abs(grads[i] * direction).sum() + 1e-3  # start's gradient is 0
             np.testing.assert_allclose(exact, numeric, atol=1e-6 * scale)
@@ -121,7 +136,9 @@ def test_gradients_match_finite_differences(lm):
 def test_gradients_are_finite_in_float32_at_duration_zero():
     tokens, d = draw()
     d = d.at[3:7].set(0.0)
-    grads = jax.jit(jax.grad(lambda d: LM_WINDOWED(tokens, durations=d, position=-1).max()))(d)
+    grads = jax.jit(
+        jax.grad(lambda d: LM_WINDOWED(tokens, durations=d, position=-1).max())
+    )(d)
     assert jnp.isfinite(grads).all()
     assert (grads[3:7] != 0).any()
 
@@ -140,9 +157,13 @@ def test_at_is_that_position_of_all():
     tokens, d = draw()
     batch = jnp.stack([tokens, tokens[::-1]])
     full = LM(batch, durations=d)
-    np.testing.assert_allclose(LM(batch, durations=d, position=-1), full[:, -1], atol=1e-5)
     np.testing.assert_allclose(
-        LM(batch, durations=d, position=jnp.array([2, 5])), full[[0, 1], [2, 5]], atol=1e-5
+        LM(batch, durations=d, position=-1), full[:, -1], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        LM(batch, durations=d, position=jnp.array([2, 5])),
+        full[[0, 1], [2, 5]],
+        atol=1e-5,
     )
 
 
@@ -160,7 +181,9 @@ def test_a_token_with_nothing_in_its_window_is_refused():
     d, times = jnp.ones(5).at[4].set(0.0), jnp.array([1.0, 2.0, 3.0, 4.0, 1000.0])
     with pytest.raises(clm.InputError, match="token 4 has nothing to attend to"):
         LM_WINDOWED(tokens, durations=d, times=times)
-    assert jnp.isfinite(LM_WINDOWED(tokens, durations=d, times=times.at[4].set(4.5))).all()
+    assert jnp.isfinite(
+        LM_WINDOWED(tokens, durations=d, times=times.at[4].set(4.5))
+    ).all()
     assert jnp.isfinite(LM(tokens, durations=d, times=times)).all()
 
 
@@ -170,17 +193,21 @@ def test_positions_between_rows_are_linear_and_clamped():
     np.testing.assert_allclose(
         transformer.interpolate_positions(table, at)[:, 0], [0, 0, 0.25, 1, 2.5, 4, 4]
     )
-    slopes = jax.vmap(jax.grad(lambda p: transformer.interpolate_positions(table, p[None])[0, 0]))(
-        at
-    )
-    np.testing.assert_allclose(slopes, [0, 1, 1, 3, 3, 3, 0])  # at a row, that to its right
+    slopes = jax.vmap(
+        jax.grad(lambda p: transformer.interpolate_positions(table, p[None])[0, 0])
+    )(at)
+    np.testing.assert_allclose(
+        slopes, [0, 1, 1, 3, 3, 3, 0]
+    )  # at a row, that to its right
 
 
 def test_the_head_is_computed_at_that_position_alone():
     """No [T, V] array is left in the compiled program."""
     big = clm.TransformerConfig(**{**CONFIG.__dict__, "vocab_size": 5000})
     lm = random_lm(big)
-    apply = jax.jit(lambda params, t: lm.model.apply({"params": params}, t, position=-1))
+    apply = jax.jit(
+        lambda params, t: lm.model.apply({"params": params}, t, position=-1)
+    )
     text = apply.lower(lm.params, jnp.zeros(N, int)).as_text()
     assert "x5000" in text or "5000x" in text
     assert f"{N}x5000" not in text
@@ -193,7 +220,9 @@ def test_layers_are_scanned():
         config = clm.TransformerConfig(**{**CONFIG.__dict__, "num_layers": layers})
         model = clm.Transformer(config)
         params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(N, int))
-        return len(jax.jit(model.apply).lower(nn.unbox(params), jnp.zeros(N, int)).as_text())
+        return len(
+            jax.jit(model.apply).lower(nn.unbox(params), jnp.zeros(N, int)).as_text()
+        )
 
     assert size(40) < 1.05 * size(2)
 
@@ -219,7 +248,10 @@ def test_bfloat16_parameters_give_float32_logits_close_by():
     ("arguments", "message"),
     [
         ({}, "either tokens or embeddings"),
-        ({"tokens": [1], "embeddings": np.ones((1, 32))}, "either tokens or embeddings"),
+        (
+            {"tokens": [1], "embeddings": np.ones((1, 32))},
+            "either tokens or embeddings",
+        ),
         ({"tokens": [1, 40]}, r"tokens\[1\] is 40; every entry must be from 0 to 39"),
         ({"tokens": [1, -1]}, r"tokens\[1\] is -1"),
         ({"tokens": np.ones(3)}, "dtype float"),
@@ -228,7 +260,10 @@ def test_bfloat16_parameters_give_float32_logits_close_by():
         ({"embeddings": np.ones((3, 31))}, "31 wide"),
         ({"embeddings": np.ones(32)}, "no tokens"),
         ({"embeddings": np.full((3, 32), np.nan)}, r"embeddings\[0, 0\] is nan"),
-        ({"tokens": [1, 2], "durations": [1.0]}, r"durations has shape \[1\].*2 tokens"),
+        (
+            {"tokens": [1, 2], "durations": [1.0]},
+            r"durations has shape \[1\].*2 tokens",
+        ),
         ({"tokens": [1, 2], "durations": [1.0, np.nan]}, r"durations\[1\] is nan"),
         ({"tokens": [1, 2], "durations": [1.0, -1.0]}, r"durations\[1\] is -1"),
         ({"tokens": [1, 2], "durations": [0.0, 1.0]}, "first token has duration 0"),
@@ -236,8 +271,14 @@ def test_bfloat16_parameters_give_float32_logits_close_by():
         ({"tokens": [1, 2], "times": [0.0, 1.0], "start": 1.0}, "leave out start"),
         ({"tokens": [1, 2], "start": np.nan}, "start is nan"),
         ({"tokens": [1, 2], "durations": [1e-39, 1.0]}, "first token has duration 0"),
-        ({"tokens": [[1, 2]] * 2, "durations": np.ones((3, 2))}, r"\[2\] of tokens, \[3\] of dur"),
-        ({"tokens": [[1, 2]] * 2, "start": np.ones(3)}, r"\[2\] of tokens, \[3\] of start"),
+        (
+            {"tokens": [[1, 2]] * 2, "durations": np.ones((3, 2))},
+            r"\[2\] of tokens, \[3\] of dur",
+        ),
+        (
+            {"tokens": [[1, 2]] * 2, "start": np.ones(3)},
+            r"\[2\] of tokens, \[3\] of start",
+        ),
         ({"tokens": [1, 2], "position": 2}, "position is 2"),
         ({"tokens": [1, 2], "position": 0.5}, "position has dtype"),
     ],
@@ -289,7 +330,11 @@ def test_rms_norm_is_its_formula():
 # --- What changes how it is computed, and not what -------------------------------------------
 
 CAPPED = clm.TransformerConfig(
-    **{**WINDOWED.__dict__, "attention_softcap": 2.0, "window_pattern": (True, False, True)}
+    **{
+        **WINDOWED.__dict__,
+        "attention_softcap": 2.0,
+        "window_pattern": (True, False, True),
+    }
 )
 
 
@@ -298,7 +343,9 @@ CAPPED = clm.TransformerConfig(
     [CONFIG, pytest.param(CAPPED, marks=pytest.mark.slow)],
     ids=["plain", "windows and caps"],
 )
-@pytest.mark.parametrize("options", [{"implementation": "blocked"}, {"remat": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"implementation": "blocked"}, {"remat": True}], ids=str
+)
 def test_options_change_neither_logits_nor_gradients(config, options):
     lm = random_lm(config)
     tokens, d = draw(n=37)
@@ -308,7 +355,9 @@ def test_options_change_neither_logits_nor_gradients(config, options):
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
     results = [
-        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(lm.params, d, model)
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(
+            lm.params, d, model
+        )
         for model in (lm.model.clone(implementation="dense"), lm.model.clone(**options))
     ]
     for x, y in zip(*map(jax.tree.leaves, results), strict=True):
@@ -324,7 +373,9 @@ def test_remat_keeps_the_input_of_each_layer_alone():
         model = clm.Transformer(config, remat=remat)
 
         def loss(params, d):
-            logits = model.apply({"params": params}, jnp.zeros(256, jnp.int32), durations=d)
+            logits = model.apply(
+                {"params": params}, jnp.zeros(256, jnp.int32), durations=d
+            )
             return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
         shapes = (

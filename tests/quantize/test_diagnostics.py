@@ -46,7 +46,9 @@ def test_spread():
     values = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
     found = quantize.spread(x)
     np.testing.assert_allclose(found.variances, rows.var(0), rtol=1e-5)
-    np.testing.assert_allclose(found.effective_rank, np.exp(stats.entropy(values)), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.effective_rank, np.exp(stats.entropy(values)), rtol=1e-5
+    )
 
 
 def test_spread_sees_collapse():
@@ -62,7 +64,9 @@ def test_spread_sees_collapse():
 def test_works_inside_of_jit():
     x = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     np.testing.assert_allclose(
-        jax.jit(quantize.spread)(x).effective_rank, quantize.spread(x).effective_rank, rtol=1e-5
+        jax.jit(quantize.spread)(x).effective_rank,
+        quantize.spread(x).effective_rank,
+        rtol=1e-5,
     )
 
 
@@ -73,7 +77,10 @@ def test_works_inside_of_jit():
         (lambda: quantize.code_use([0.5], 8), "must hold integers"),
         (lambda: quantize.code_use([0], 0), "num_codes is 0"),
         (lambda: quantize.code_use(np.zeros(0, int), 8), "indices are empty"),
-        (lambda: quantize.quantization_noise(np.ones(3), np.ones((1, 3))), "only 1 codes"),
+        (
+            lambda: quantize.quantization_noise(np.ones(3), np.ones((1, 3))),
+            "only 1 codes",
+        ),
         (lambda: quantize.spread(np.ones((0, 3))), "x has shape [0, 3]"),
         (lambda: quantize.spread([[1.0, np.nan]]), "x[0, 1] is nan"),
     ],

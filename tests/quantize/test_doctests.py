@@ -15,7 +15,9 @@ MODULES = [
 ]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2]
+)
 def test_examples(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -23,7 +25,11 @@ def test_examples(module):
 
 
 def test_every_public_function_has_an_example():
-    functions = [f for name in quantize.__all__ if inspect.isfunction(f := getattr(quantize, name))]
+    functions = [
+        f
+        for name in quantize.__all__
+        if inspect.isfunction(f := getattr(quantize, name))
+    ]
     assert len(functions) > 20
     for function in functions:
         assert ">>> " in inspect.getdoc(function), function.__name__

@@ -40,7 +40,9 @@ def test_every_code_is_reached(levels):
     some = slice(0, 1000)
     vectors = quantize.finite_vectors(found.indices[some], levels)
     np.testing.assert_array_equal(found.vectors[some], vectors)
-    far = quantize.quantize_finite([[-50.0] * len(levels), [50.0] * len(levels)], levels)
+    far = quantize.quantize_finite(
+        [[-50.0] * len(levels), [50.0] * len(levels)], levels
+    )
     np.testing.assert_array_equal(far.indices, [0, np.prod(levels) - 1])
 
 
@@ -56,13 +58,19 @@ def test_rounds_the_bound_of_the_paper(seed):
     found = quantize.quantize_finite(x, levels)
     clear = (np.abs(bounded - np.floor(bounded) - 0.5) > 1e-4).all(axis=1)
     expected = np.round(bounded) / np.array([2, 2, 4])
-    np.testing.assert_array_equal(found.vectors[clear], expected[clear].astype(np.float32))
+    np.testing.assert_array_equal(
+        found.vectors[clear], expected[clear].astype(np.float32)
+    )
 
 
 def test_gradient_is_that_of_the_bound():
     levels, x = (4, 5), jnp.array([[0.3, -0.2], [2.0, -1.0]])
-    gradient = jax.grad(lambda x: jnp.sum(quantize.quantize_finite(x, levels).vectors))(x)
-    bound = jax.grad(lambda x: jnp.sum(quantize.finite_bound(x, levels) / jnp.array([2, 2])))(x)
+    gradient = jax.grad(lambda x: jnp.sum(quantize.quantize_finite(x, levels).vectors))(
+        x
+    )
+    bound = jax.grad(
+        lambda x: jnp.sum(quantize.finite_bound(x, levels) / jnp.array([2, 2]))
+    )(x)
     np.testing.assert_allclose(gradient, bound, rtol=1e-6)
     assert (np.asarray(gradient) > 0).all()
 
@@ -81,7 +89,10 @@ def test_agrees_with_the_peer():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: quantize.quantize_finite(np.ones((2, 3)), (4, 4)), "2 levels for vectors [2, 3]"),
+        (
+            lambda: quantize.quantize_finite(np.ones((2, 3)), (4, 4)),
+            "2 levels for vectors [2, 3]",
+        ),
         (lambda: quantize.quantize_finite(np.ones(2), (4, 1)), "levels are (4, 1)"),
         (lambda: quantize.finite_vectors(0, ()), "levels are ()"),
         (lambda: quantize.finite_indices(np.ones(2), (4, 2.5)), "levels are (4, 2.5)"),

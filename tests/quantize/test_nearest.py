@@ -20,7 +20,9 @@ METRICS = quantize.METRICS
 
 def draw(num_vectors=60, num_codes=333, width=24, seed=0):
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((n, width), np.float32) for n in (num_vectors, num_codes))
+    return (
+        rng.standard_normal((n, width), np.float32) for n in (num_vectors, num_codes)
+    )
 
 
 def all_distances(x, codes, metric):
@@ -30,7 +32,9 @@ def all_distances(x, codes, metric):
         return (x**2).sum(1)[:, None] - 2 * x @ codes.T + (codes**2).sum(1)
     if metric == "cosine":
         lengths = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(codes, axis=1)
-        cosine = np.divide(x @ codes.T, lengths, out=np.zeros(lengths.shape), where=lengths > 0)
+        cosine = np.divide(
+            x @ codes.T, lengths, out=np.zeros(lengths.shape), where=lengths > 0
+        )
         return 1 - cosine
     return -x @ codes.T
 
@@ -48,10 +52,16 @@ def faiss_search(x, codes, k, metric):
     if metric == "cosine":
         faiss.normalize_L2(x)
         faiss.normalize_L2(codes)
-    index = (faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP)(x.shape[1])
+    index = (faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP)(
+        x.shape[1]
+    )
     index.add(codes)
     distances, indices = index.search(x, k)
-    return indices, {"euclidean": distances, "cosine": 1 - distances, "dot": -distances}[metric]
+    return indices, {
+        "euclidean": distances,
+        "cosine": 1 - distances,
+        "dot": -distances,
+    }[metric]
 
 
 @pytest.mark.parametrize(
@@ -100,12 +110,19 @@ def test_ties_go_to_the_lowest_index(seed, metric, k, block):
     distances = all_distances(x, codes, metric)
     expected = np.argsort(distances, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(found.indices, expected)
-    np.testing.assert_array_equal(found.distances, np.take_along_axis(distances, expected, 1))
+    np.testing.assert_array_equal(
+        found.distances, np.take_along_axis(distances, expected, 1)
+    )
 
 
 @pytest.mark.parametrize(
     ("metric", "num_codes", "width", "k"),
-    [("euclidean", 37, 5, 1), ("cosine", 37, 5, 1), ("dot", 37, 5, 1), ("cosine", 333, 67, 20)],
+    [
+        ("euclidean", 37, 5, 1),
+        ("cosine", 37, 5, 1),
+        ("dot", 37, 5, 1),
+        ("cosine", 333, 67, 20),
+    ],
 )
 def test_doubles_tie_exactly(metric, num_codes, width, k):
     """Any numbers: a double must get the same score wherever it stands in a block."""
@@ -129,7 +146,9 @@ def test_equal_codes_score_the_same_beside_full_tiles(num_vectors, num_codes):
     for _ in range(10):
         codes = np.repeat(rng.standard_normal((1, 67), np.float32), num_codes, axis=0)
         x = rng.standard_normal((num_vectors, 67), np.float32)
-        np.testing.assert_array_equal(quantize.nearest(x, codes, metric="dot").indices, 0)
+        np.testing.assert_array_equal(
+            quantize.nearest(x, codes, metric="dot").indices, 0
+        )
 
 
 def test_one_code_is_k_nearest_without_the_axis():
@@ -161,7 +180,9 @@ def test_distances_have_no_cancellation():
 def test_half_precision_is_searched_in_float32():
     x, codes = (jnp.asarray(a, jnp.bfloat16) for a in draw())
     found = quantize.k_nearest(x, codes, 3, block_size=64)
-    wide = quantize.k_nearest(x.astype(jnp.float32), codes.astype(jnp.float32), 3, block_size=64)
+    wide = quantize.k_nearest(
+        x.astype(jnp.float32), codes.astype(jnp.float32), 3, block_size=64
+    )
     jax.tree.map(np.testing.assert_array_equal, found, wide)
 
 
@@ -181,7 +202,9 @@ def test_gradients_of_distances(metric):
 
     def total(x, codes):
         weights = jnp.arange(1.0, 4.0)
-        return jnp.sum(weights * quantize.k_nearest(x, codes, 3, metric=metric).distances)
+        return jnp.sum(
+            weights * quantize.k_nearest(x, codes, 3, metric=metric).distances
+        )
 
     with jax.enable_x64(True):
         x, codes = x.astype(np.float64), codes.astype(np.float64)
@@ -191,7 +214,10 @@ def test_gradients_of_distances(metric):
         for _ in range(3):
             dx, dc = rng.normal(size=x.shape), rng.normal(size=codes.shape)
             h = 1e-6
-            change = both(x + h * dx, codes + h * dc)[0] - both(x - h * dx, codes - h * dc)[0]
+            change = (
+                both(x + h * dx, codes + h * dc)[0]
+                - both(x - h * dx, codes - h * dc)[0]
+            )
             slope = np.sum(gradients[0] * dx) + np.sum(gradients[1] * dc)
             np.testing.assert_allclose(slope, change / (2 * h), rtol=1e-6)
 
@@ -213,8 +239,12 @@ def test_memory_where_no_block_is_given():
     def temporary(num_vectors, num_codes, width):
         x, codes = draw(num_vectors=num_vectors, num_codes=num_codes, width=width)
         norms = quantize.squared_norms(codes)
-        search = jax.jit(lambda x, codes, norms: quantize.nearest(x, codes, norms=norms))
-        return search.lower(x, codes, norms).compile().memory_analysis().temp_size_in_bytes
+        search = jax.jit(
+            lambda x, codes, norms: quantize.nearest(x, codes, norms=norms)
+        )
+        return (
+            search.lower(x, codes, norms).compile().memory_analysis().temp_size_in_bytes
+        )
 
     for num_codes in (16384, 16391):  # full tiles or not
         assert temporary(2, num_codes, 64) < 4 * num_codes * 64 / 4
@@ -224,18 +254,30 @@ def test_memory_where_no_block_is_given():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.ones((2, 3)), np.ones((4, 5)), 1), "are 3 wide, but the codes, [4, 5], are 5 wide"),
+        (
+            (np.ones((2, 3)), np.ones((4, 5)), 1),
+            "are 3 wide, but the codes, [4, 5], are 5 wide",
+        ),
         ((np.float32(1), np.ones((4, 5)), 1), "have no width"),
         ((np.ones((2, 5)), np.ones((4, 5)), 5), "k is 5, but there are only 4 codes"),
-        ((np.ones((2, 5)), np.ones((4, 5)), 0), "k is 0; it must be a positive integer"),
-        ((np.ones((2, 5)), np.ones((4, 5)), 2.0), "k is 2.0; it must be a positive integer"),
+        (
+            (np.ones((2, 5)), np.ones((4, 5)), 0),
+            "k is 0; it must be a positive integer",
+        ),
+        (
+            (np.ones((2, 5)), np.ones((4, 5)), 2.0),
+            "k is 2.0; it must be a positive integer",
+        ),
         ((np.ones((2, 5)), np.ones((0, 5)), 1), "codes have shape [0, 5]"),
         ((np.ones((2, 5)), np.ones(5), 1), "codes have shape [5]"),
         ((np.ones((2, 5)) * 1j, np.ones((4, 5)), 1), "x has dtype complex64"),
         (([[1.0], [np.nan]], np.ones((4, 1)), 1), "x[1] is not finite"),
         (([np.inf], np.ones((4, 1)), 1), "x is not finite"),
         (([[1.0]], [[1.0], [2.0], [np.nan]], 1), "codes[2] is not finite"),
-        (([[1.0]], [[1.0], [1e30]], 1), "codes[1] is not finite, or too large for its square"),
+        (
+            ([[1.0]], [[1.0], [1e30]], 1),
+            "codes[1] is not finite, or too large for its square",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):
@@ -252,7 +294,10 @@ def test_what_does_not_fit_is_refused(arguments, message):
             "metric is 'manhattan'; it must be one of euclidean, cosine, dot",
         ),
         ({"block_size": 0}, "block_size is 0; it must be a positive integer"),
-        ({"norms": jnp.ones(3)}, "norms have shape [3]; there are 4 codes, so they must be [4]"),
+        (
+            {"norms": jnp.ones(3)},
+            "norms have shape [3]; there are 4 codes, so they must be [4]",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):

@@ -68,7 +68,9 @@ def test_no_rotation_no_nan():
     np.testing.assert_array_equal(y, codes)
     (gradient,) = back(g)
     np.testing.assert_allclose(gradient[:3], g[:3], rtol=1e-6)  # straight through
-    np.testing.assert_allclose(np.linalg.norm(gradient[3]), np.linalg.norm(g[3]), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.linalg.norm(gradient[3]), np.linalg.norm(g[3]), rtol=1e-6
+    )
 
 
 def test_what_does_not_fit_is_refused():

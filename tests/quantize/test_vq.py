@@ -43,14 +43,18 @@ def test_kmeans_finds_clusters():
 def test_lloyds_steps_are_those_of_numpy():
     x = np.random.default_rng(0).standard_normal((300, 3)).astype(np.float32)
     codes = np.array(quantize.kmeans(KEY, x, 10, steps=0).centres)
-    assert all((x == code).all(1).any() for code in codes)  # the start is drawn from the vectors
+    assert all(
+        (x == code).all(1).any() for code in codes
+    )  # the start is drawn from the vectors
     assert len(np.unique(codes, axis=0)) == 10
     for _ in range(5):
         which = nearest(x, codes)
         codes = np.array([x[which == i].mean(0) for i in range(10)])
     found = quantize.kmeans(KEY, x, 10, steps=5)
     np.testing.assert_allclose(found.centres, codes, atol=1e-5)
-    np.testing.assert_array_equal(found.counts, np.bincount(nearest(x, codes), minlength=10))
+    np.testing.assert_array_equal(
+        found.counts, np.bincount(nearest(x, codes), minlength=10)
+    )
 
 
 def test_kmeans_of_few_different_vectors():
@@ -70,7 +74,9 @@ def test_quantize_gives_codes_and_losses():
     coded = quantize.quantize(codebook, x)
     indices = nearest(x.reshape(-1, 3), codes).reshape(2, 7)
     np.testing.assert_array_equal(coded.indices, indices)
-    np.testing.assert_array_equal(coded.vectors, quantize.lookup(codebook.codes, indices))
+    np.testing.assert_array_equal(
+        coded.vectors, quantize.lookup(codebook.codes, indices)
+    )
     squared = ((x - codes[indices]) ** 2).sum(-1)
     np.testing.assert_allclose(coded.codebook_loss, squared, rtol=1e-5)
     np.testing.assert_allclose(coded.commitment_loss, squared, rtol=1e-5)
@@ -83,14 +89,23 @@ def test_each_loss_moves_its_own_side(gradient):
     g = rng.standard_normal((5, 3)).astype(np.float32)
 
     def parts(x, codes):
-        coded = quantize.quantize(quantize.Codebook(codes, None, None), x, gradient=gradient)
+        coded = quantize.quantize(
+            quantize.Codebook(codes, None, None), x, gradient=gradient
+        )
         return jnp.stack(
-            [jnp.sum(g * coded.vectors), coded.codebook_loss.sum(), coded.commitment_loss.sum()]
+            [
+                jnp.sum(g * coded.vectors),
+                coded.codebook_loss.sum(),
+                coded.commitment_loss.sum(),
+            ]
         )
 
     to_x, to_codes = jax.jit(jax.jacobian(parts, argnums=(0, 1)))(x, codes)
     indices = nearest(np.asarray(x), np.asarray(codes))
-    trick = {"rotation": quantize.rotation_trick, "straight_through": quantize.straight_through}
+    trick = {
+        "rotation": quantize.rotation_trick,
+        "straight_through": quantize.straight_through,
+    }
     through = jax.grad(lambda x: jnp.sum(g * trick[gradient](x, codes[indices])))(x)
     np.testing.assert_allclose(to_x[0], through, rtol=1e-5)
     np.testing.assert_array_equal(to_codes[0], 0)
@@ -111,7 +126,9 @@ def numpy_ema(codes, counts, sums, x, decay, epsilon):
         sums[i] = decay * sums[i] + (1 - decay) * mine.sum(0)
     total = counts.sum()
     for i in range(len(codes)):
-        codes[i] = sums[i] / ((counts[i] + epsilon) / (total + len(codes) * epsilon) * total)
+        codes[i] = sums[i] / (
+            (counts[i] + epsilon) / (total + len(codes) * epsilon) * total
+        )
     return which
 
 
@@ -130,7 +147,9 @@ def test_moving_averages_are_those_of_numpy():
     np.testing.assert_allclose(sums, codes * counts[:, None], rtol=1e-6)
     for x in batches:
         codebook, indices = ema_step(codebook, x)
-        np.testing.assert_array_equal(indices, numpy_ema(codes, counts, sums, x, 0.8, 1e-2))
+        np.testing.assert_array_equal(
+            indices, numpy_ema(codes, counts, sums, x, 0.8, 1e-2)
+        )
         for ours, theirs in zip(codebook, (codes, counts, sums), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -180,7 +199,9 @@ def test_a_gradient_codebook_learns_the_clusters():
             coded = quantize.quantize(quantize.Codebook(codes, None, None), x)
             return jnp.mean(coded.codebook_loss)
 
-        return jax.lax.fori_loop(0, 60, lambda _, codes: codes - 2.0 * jax.grad(loss)(codes), codes)
+        return jax.lax.fori_loop(
+            0, 60, lambda _, codes: codes - 2.0 * jax.grad(loss)(codes), codes
+        )
 
     np.testing.assert_allclose(fit(start), points, atol=0.05)
 
@@ -198,7 +219,9 @@ def test_stages_quantize_what_is_left_over():
         which = nearest(rest, codes)
         np.testing.assert_array_equal(coded.indices[:, stage], which)
         rest, total = rest - codes[which], total + codes[which]
-        np.testing.assert_allclose(coded.commitment_loss[:, stage], (rest**2).sum(1), atol=1e-5)
+        np.testing.assert_allclose(
+            coded.commitment_loss[:, stage], (rest**2).sum(1), atol=1e-5
+        )
     np.testing.assert_allclose(coded.vectors, total, atol=1e-6)
     found = quantize.lookup_residual(codebooks.codes, coded.indices)
     np.testing.assert_allclose(found, total, atol=1e-6)
@@ -229,7 +252,9 @@ def test_stages_are_revived_with_what_is_left_over():
     dead = codebooks._replace(counts=codebooks.counts.at[1, 2].set(0.0))
     after = quantize.revive_residual(KEY, dead, x)
     np.testing.assert_array_equal(after.codes[0], codebooks.codes[0])
-    rest = x - np.asarray(codebooks.codes)[0][nearest(x, np.asarray(codebooks.codes)[0])]
+    rest = (
+        x - np.asarray(codebooks.codes)[0][nearest(x, np.asarray(codebooks.codes)[0])]
+    )
     assert np.abs(rest - np.asarray(after.codes)[1, 2]).max(1).min() < 1e-6
     np.testing.assert_array_equal(after.codes[1, 3:], codebooks.codes[1, 3:])
 
@@ -269,16 +294,37 @@ BOOKS = jax.tree.map(lambda a: a[None], BOOK)
             lambda: quantize.quantize(BOOK, np.ones((2, 5))),
             "are 5 wide, but the codes, [4, 3], are",
         ),
-        (lambda: quantize.quantize(BOOK, np.ones(3), gradient="none"), "gradient is 'none'"),
+        (
+            lambda: quantize.quantize(BOOK, np.ones(3), gradient="none"),
+            "gradient is 'none'",
+        ),
         (lambda: quantize.lookup(BOOK.codes, 4), "indices is 4"),
         (lambda: quantize.lookup(BOOKS.codes, 0), "codes have shape [1, 4, 3]"),
-        (lambda: quantize.update_ema(BOOK, np.ones((2, 5)), [0, 0]), "is 5 wide, but the codes"),
-        (lambda: quantize.update_ema(BOOK, np.ones((2, 3)), [0]), "indices have shape [1]"),
-        (lambda: quantize.revive(KEY, BOOK, np.ones((2, 5))), "is 5 wide, but the codes are 3"),
+        (
+            lambda: quantize.update_ema(BOOK, np.ones((2, 5)), [0, 0]),
+            "is 5 wide, but the codes",
+        ),
+        (
+            lambda: quantize.update_ema(BOOK, np.ones((2, 3)), [0]),
+            "indices have shape [1]",
+        ),
+        (
+            lambda: quantize.revive(KEY, BOOK, np.ones((2, 5))),
+            "is 5 wide, but the codes are 3",
+        ),
         (lambda: quantize.init_residual(KEY, np.ones((2, 3)), 0, 2), "num_stages is 0"),
-        (lambda: quantize.quantize_residual(BOOK, np.ones((2, 3))), "they must be [Q, E, W]"),
-        (lambda: quantize.quantize_residual(BOOKS, np.ones((2, 4))), "is 4 wide, but the codes"),
-        (lambda: quantize.lookup_residual(BOOKS.codes, [[0, 0]]), "indices [1, 2] do not fit"),
+        (
+            lambda: quantize.quantize_residual(BOOK, np.ones((2, 3))),
+            "they must be [Q, E, W]",
+        ),
+        (
+            lambda: quantize.quantize_residual(BOOKS, np.ones((2, 4))),
+            "is 4 wide, but the codes",
+        ),
+        (
+            lambda: quantize.lookup_residual(BOOKS.codes, [[0, 0]]),
+            "indices [1, 2] do not fit",
+        ),
         (
             lambda: quantize.update_residual_ema(BOOKS, np.ones((2, 3)), [0, 0]),
             "indices have shape [2]; for vectors [2, 3] and 1 stages it must be [2, 1]",

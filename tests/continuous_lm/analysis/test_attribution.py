@@ -48,7 +48,9 @@ def test_softmax_has_a_known_integral(steep):
     n_over_z2 = n1 * inverse_z / z1 + (n0 - n1 * z0 / z1) * (1 / (z0 * (z0 + z1)))
     expected = mass * (v * inverse_z - n_over_z2)
     expected[0] = 0.0
-    np.testing.assert_allclose(found.contributions, expected, atol=3e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        found.contributions, expected, atol=3e-3 * np.abs(expected).max()
+    )
 
 
 def cliff(w, middle, width, height, d):
@@ -99,7 +101,9 @@ def test_log_probability_is_that_of_a_group():
     p = jax.nn.softmax(LM(tokens, durations=d, position=5))
     np.testing.assert_allclose(once(value, d), jnp.log(p[3] + p[7]), rtol=1e-5)
     rows = LM.params["embedding"][tokens]
-    same = attribution.log_probability(LM, [3, 7], embeddings=rows, start=2.0, position=5)
+    same = attribution.log_probability(
+        LM, [3, 7], embeddings=rows, start=2.0, position=5
+    )
     np.testing.assert_allclose(once(same, d), once(value, d), rtol=1e-5)
 
 
@@ -118,7 +122,9 @@ def test_completeness_from_any_durations_to_any():
     assert found.relative_residual() < 1e-3
     assert found.end_value == pytest.approx(once(value, d), rel=1e-5)
     assert found.baseline_value == pytest.approx(once(value, jnp.roll(d, 1)), rel=1e-5)
-    assert (found.contributions[9:] == 0).all()  # what follows the answer's place has no part in it
+    assert (
+        found.contributions[9:] == 0
+    ).all()  # what follows the answer's place has no part in it
     assert (found.contributions[1:9] != 0).all()
 
 
@@ -154,7 +160,19 @@ def test_deletion_takes_the_most_important_first():
     value, d = model_value()
     importance = np.array([9.0, 1, 5, 5, -2, 0, 3, 4, 2, 8, -1, 7])
     found = deletion_curve(value, d, importance)
-    assert list(found.order) == [9, 11, 2, 3, 7, 6, 8, 1, 5, 10, 4]  # the first one stays
+    assert list(found.order) == [
+        9,
+        11,
+        2,
+        3,
+        7,
+        6,
+        8,
+        1,
+        5,
+        10,
+        4,
+    ]  # the first one stays
     for k in (0, 1, 4, 11):
         gone = d.at[found.order[:k]].set(0.0)
         np.testing.assert_allclose(found.values[k], once(value, gone), atol=1e-5)
@@ -182,7 +200,9 @@ def asked(task, number, seed=5):
 def residual(lm, tokens, position):
     best = int(lm(tokens, position=position).argmax())
     value = attribution.log_probability(lm, [best], tokens=tokens, position=position)
-    return attribution.integrated_gradients(value, np.ones(len(tokens))).relative_residual()
+    return attribution.integrated_gradients(
+        value, np.ones(len(tokens))
+    ).relative_residual()
 
 
 @pytest.mark.parametrize("task", ["sum"])
@@ -202,18 +222,36 @@ def square(d):
 
 BAD = {
     "nodes": lambda: attribution.integrated_gradients(square, [1, 1], nodes=6),
-    "batch_size": lambda: attribution.integrated_gradients(square, [1, 1], batch_size=0),
-    r"durations have shape \[1, 2\]": lambda: attribution.integrated_gradients(square, [[1, 1]]),
-    r"durations\[1\] is nan": lambda: attribution.integrated_gradients(square, [1, float("nan")]),
-    r"baseline has shape \[3\]": lambda: attribution.leave_one_out(square, [1, 1], [1, 0, 0]),
-    r"baseline\[0\] is -1": lambda: attribution.gradient_times_input(square, [1, 1], [-1, 0]),
-    "not finite": lambda: attribution.integrated_gradients(lambda d: jnp.log(d[1]), [1, 1]),
+    "batch_size": lambda: attribution.integrated_gradients(
+        square, [1, 1], batch_size=0
+    ),
+    r"durations have shape \[1, 2\]": lambda: attribution.integrated_gradients(
+        square, [[1, 1]]
+    ),
+    r"durations\[1\] is nan": lambda: attribution.integrated_gradients(
+        square, [1, float("nan")]
+    ),
+    r"baseline has shape \[3\]": lambda: attribution.leave_one_out(
+        square, [1, 1], [1, 0, 0]
+    ),
+    r"baseline\[0\] is -1": lambda: attribution.gradient_times_input(
+        square, [1, 1], [-1, 0]
+    ),
+    "not finite": lambda: attribution.integrated_gradients(
+        lambda d: jnp.log(d[1]), [1, 1]
+    ),
     r"attribution has shape \[1\]": lambda: deletion_curve(square, [1, 1], [1]),
     "answer has no tokens": lambda: attribution.log_probability(LM, [], tokens=[1, 2]),
     "answer.* is 40": lambda: attribution.log_probability(LM, [40], tokens=[1, 2]),
-    "times is no argument": lambda: attribution.next_token_logits(LM, tokens=[1, 2], times=[1, 2]),
-    r"tokens has shape \[1, 2\]": lambda: attribution.next_token_logits(LM, tokens=[[1, 2]]),
-    "position is 2": lambda: attribution.next_token_logits(LM, tokens=[1, 2], position=2),
+    "times is no argument": lambda: attribution.next_token_logits(
+        LM, tokens=[1, 2], times=[1, 2]
+    ),
+    r"tokens has shape \[1, 2\]": lambda: attribution.next_token_logits(
+        LM, tokens=[[1, 2]]
+    ),
+    "position is 2": lambda: attribution.next_token_logits(
+        LM, tokens=[1, 2], position=2
+    ),
 }
 
 

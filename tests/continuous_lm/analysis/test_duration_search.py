@@ -32,7 +32,10 @@ def test_lead_is_the_log_odds_against_the_best_other():
     found = duration_search.answer_lead(logits, jnp.array([0, 1]))
     expected = jnp.log((p[:, 0] + p[:, 1]) / jnp.array([p[0, 2], p[1, 3]]))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert (duration_search.answer_lead(logits, jnp.array([0])) > 0).tolist() == [False, True]
+    assert (duration_search.answer_lead(logits, jnp.array([0])) > 0).tolist() == [
+        False,
+        True,
+    ]
 
 
 @settings(max_examples=4)
@@ -66,7 +69,9 @@ def test_other_durations_than_one_and_absent_tokens():
 
 
 def test_what_can_not_be_reached_comes_as_close_as_it_can():
-    found = duration_search.find_durations(lambda d: -1.0 - (d[1] - 1.5) ** 2, ONES, steps=60)
+    found = duration_search.find_durations(
+        lambda d: -1.0 - (d[1] - 1.5) ** 2, ONES, steps=60
+    )
     assert -1.05 < found.slack < 0
     chance = duration_search.random_search(line(100.0), ONES, evaluations=50)
     np.testing.assert_array_equal(chance.durations, ONES)
@@ -81,7 +86,9 @@ def test_probes_are_stretches_of_free_tokens():
     masks = {tuple(row) for row in (rows != np.asarray(d)).tolist()}
     assert {(False, True, False, False), (False, True, True, True)} <= masks
     factors = np.where(rows != np.asarray(d), rows / np.asarray(d), np.nan)
-    assert set(np.unique(factors[np.isfinite(factors)])) == set(duration_search.PROBE_FACTORS)
+    assert set(np.unique(factors[np.isfinite(factors)])) == set(
+        duration_search.PROBE_FACTORS
+    )
 
 
 def test_random_search_finds_and_is_reproducible():
@@ -122,7 +129,9 @@ def test_evaluations_are_counted():
 
 @settings(max_examples=4)
 @given(st.lists(st.floats(0, 3, width=32), min_size=4, max_size=4), st.floats(0.05, 2))
-@example([0.0, 1.0, 2.0, 0.5], 1.5)  # Adam alone, and pulling in any order, were 0.11 off
+@example(
+    [0.0, 1.0, 2.0, 0.5], 1.5
+)  # Adam alone, and pulling in any order, were 0.11 off
 def test_pruning_a_line_is_a_knapsack(w, tolerance):
     """What weighs least goes, whole; the best total is that of the fractional knapsack."""
     weights = np.array([1.0, *w], np.float32)
@@ -160,7 +169,9 @@ def paper(answer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("answer", "most"), [("3", 0.6), ("2", 1.6), ("1", 2.7), ("5", 0.6)])
+@pytest.mark.parametrize(
+    ("answer", "most"), [("3", 0.6), ("2", 1.6), ("1", 2.7), ("5", 0.6)]
+)
 def test_four_apples_become_another_number(answer, most):
     lm, read, slack = paper(answer)
     plain = np.ones(len(read.tokens))
@@ -174,7 +185,9 @@ def test_four_apples_become_another_number(answer, most):
 
 
 BAD = {
-    r"span \(3, 3\)": lambda: duration_search.find_durations(line(1), ONES, span=(3, 3)),
+    r"span \(3, 3\)": lambda: duration_search.find_durations(
+        line(1), ONES, span=(3, 3)
+    ),
     r"span \(1, 6\)": lambda: duration_search.random_search(
         line(1), ONES, span=(1, 6), evaluations=9
     ),
@@ -185,11 +198,17 @@ BAD = {
     "learning_rate is -1": lambda: prune(line(1), ONES, learning_rate=-1),
     "tolerance is 0": lambda: prune(line(1), ONES, tolerance=0),
     "tolerance is nan": lambda: prune(line(1), ONES, tolerance=float("nan")),
-    "evaluations is 0": lambda: duration_search.random_search(line(1), ONES, evaluations=0),
+    "evaluations is 0": lambda: duration_search.random_search(
+        line(1), ONES, evaluations=0
+    ),
     "durations have shape": lambda: duration_search.find_durations(line(1), [ONES]),
     r"durations\[1\] is -1": lambda: prune(line(1), [1, -1, 1, 1, 1]),
-    r"target has shape \[2\]": lambda: duration_search.shrink_towards(line(1), ONES, [1, 1]),
-    "rounds is 0": lambda: duration_search.shrink_towards(line(1), ONES, ONES, rounds=0),
+    r"target has shape \[2\]": lambda: duration_search.shrink_towards(
+        line(1), ONES, [1, 1]
+    ),
+    "rounds is 0": lambda: duration_search.shrink_towards(
+        line(1), ONES, ONES, rounds=0
+    ),
 }
 
 

@@ -25,7 +25,9 @@ def test_every_point_equals_a_call_of_its_own(batch_size):
     )
     assert swept.shape == (7, 3)
     for row, point in zip(swept, grid, strict=True):
-        np.testing.assert_allclose(row, direct(tokens=tokens, durations=point), atol=1e-6)
+        np.testing.assert_allclose(
+            row, direct(tokens=tokens, durations=point), atol=1e-6
+        )
 
 
 def test_embeddings_starts_and_times_can_vary():
@@ -38,7 +40,9 @@ def test_embeddings_starts_and_times_can_vary():
         swept[2], direct(embeddings=rows[2], times=times[2], durations=d), atol=1e-6
     )
     learned = random_lm(dataclasses.replace(CONFIG, rope=None, max_positions=20))
-    moved = clm.sweep.probabilities(learned, GROUPS, tokens=tokens, start=np.arange(3.0))
+    moved = clm.sweep.probabilities(
+        learned, GROUPS, tokens=tokens, start=np.arange(3.0)
+    )
     for row, start in zip(moved, range(3), strict=True):
         np.testing.assert_allclose(
             row, direct(learned, tokens=tokens, start=float(start)), atol=1e-6
@@ -73,7 +77,10 @@ def test_vary_separates_mass_from_times():
     [
         ({}, "number of points"),
         ({"durations": np.ones((0, N))}, "number of points"),
-        ({"durations": np.ones((2, N)), "start": np.ones(3)}, r"number of points.*\[2, 3\]"),
+        (
+            {"durations": np.ones((2, N)), "start": np.ones(3)},
+            r"number of points.*\[2, 3\]",
+        ),
         ({"durations": np.ones((2, 2, N))}, "durations has shape"),
         ({"durations": np.ones((2, N + 1))}, "durations has shape"),
         ({"durations": np.full((2, N), np.nan)}, r"durations\[0, 0\] is nan"),
@@ -88,7 +95,9 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
 
 def test_groups_outside_of_the_vocabulary_are_named():
     with pytest.raises(clm.InputError, match=r"group 1\[0\] is 40"):
-        clm.sweep.probabilities(LM, [[1], [40]], tokens=draw()[0], durations=np.ones((2, N)))
+        clm.sweep.probabilities(
+            LM, [[1], [40]], tokens=draw()[0], durations=np.ones((2, N))
+        )
 
 
 # --- What the points share ---------------------------------------------------------------------
@@ -133,7 +142,9 @@ def test_a_prefix_changes_nothing(monkeypatch, variant, what):
     together = clm.sweep.probabilities(lm, GROUPS, batch_size=3, **arguments)
     assert made == [16]  # eleven tokens, or twelve, filled up
     for row, i in zip(together, range(5), strict=True):
-        point = {n: np.asarray(x)[i] if np.ndim(x) == 2 else x for n, x in arguments.items()}
+        point = {
+            n: np.asarray(x)[i] if np.ndim(x) == 2 else x for n, x in arguments.items()
+        }
         np.testing.assert_allclose(row, direct(lm, **point), atol=2e-6)
 
 
@@ -144,15 +155,21 @@ def test_a_prefix_ends_where_points_differ_or_the_answer_stands(monkeypatch):
     grid = np.tile(d, (3, 1))
     grid[1, 20] = 9.0
     at = np.array([9, 21, 23])
-    found = clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid, position=at)
+    found = clm.sweep.probabilities(
+        LM, GROUPS, tokens=tokens, durations=grid, position=at
+    )
     assert made == [16]  # nine tokens
     for row, place, point in zip(found, at, grid, strict=True):
         alone = direct(tokens=tokens[: place + 1], durations=point[: place + 1])
         np.testing.assert_allclose(row, alone, atol=2e-6)
     grid[:, 0] = [1.0, 2.0, 3.0]
     clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid)
-    clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=d, start=np.arange(3.0))
-    assert made == [16]  # no more: they differ from the first token on, or begin at other times
+    clm.sweep.probabilities(
+        LM, GROUPS, tokens=tokens, durations=d, start=np.arange(3.0)
+    )
+    assert made == [
+        16
+    ]  # no more: they differ from the first token on, or begin at other times
 
 
 @pytest.mark.usefixtures("eager")
@@ -199,14 +216,18 @@ def several(count=9, seed=0):
     return made
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 100])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 100]
+)
 def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
     kinds = {}
     for swept in several():  # what is computed together has the same arguments
         kinds.setdefault(tuple(sorted(swept.make_arguments())), []).append(swept)
     for sweeps in kinds.values():
         sets = clm.sweep.group_by_program(LM, sweeps, batch_size)
-        assert sorted(i for indices in sets for i in indices) == list(range(len(sweeps)))
+        assert sorted(i for indices in sets for i in indices) == list(
+            range(len(sweeps))
+        )
         for indices in sets:
             chosen = [sweeps[i] for i in indices]
             assert len(indices) == 1 or sum(s.num_points for s in chosen) <= batch_size
@@ -219,20 +240,29 @@ def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
 def test_many_prompts_run_few_programs():
     rng, sweeps = np.random.default_rng(0), []
     for n in rng.integers(3, 33, 40):  # two widths
-        arguments = {"tokens": np.zeros(n, int), "durations": np.ones((5, n), np.float32)}
+        arguments = {
+            "tokens": np.zeros(n, int),
+            "durations": np.ones((5, n), np.float32),
+        }
         sweeps.append(clm.sweep.Sweep(5, int(n), lambda arguments=arguments: arguments))
     before = clm.sweep._group_probabilities._cache_size()
     for indices in clm.sweep.group_by_program(LM, sweeps, 10):
         clm.sweep.run_group(LM, GROUPS, [sweeps[i] for i in indices], 10)
-    assert clm.sweep._group_probabilities._cache_size() - before <= 4  # and two numbers of sweeps
+    assert (
+        clm.sweep._group_probabilities._cache_size() - before <= 4
+    )  # and two numbers of sweeps
 
 
 def test_tokens_that_reach_a_threshold_are_found():
     tokens, d = draw()
     grid = clm.durations.scale(d, np.linspace(0, 1, 7), (3, 8))
-    each = clm.sweep.probabilities(LM, [[i] for i in range(40)], tokens=tokens, durations=grid)
+    each = clm.sweep.probabilities(
+        LM, [[i] for i in range(40)], tokens=tokens, durations=grid
+    )
     for threshold in (0.02, 0.05, 0.9):
-        found = clm.sweep.tokens_above(LM, threshold, tokens=tokens, durations=grid, batch_size=3)
+        found = clm.sweep.tokens_above(
+            LM, threshold, tokens=tokens, durations=grid, batch_size=3
+        )
         assert set(found) == set(np.flatnonzero(each.max(axis=0) >= threshold))
         peaks = each.max(axis=0)[found]
         assert (np.diff(peaks) <= 0).all()

@@ -16,7 +16,9 @@ from continuous_lm import attention
 STATIC = ("scale", "softcap", "implementation", "block_size")
 FORMS = {  # blocks so small that nine tokens are several, the last of them cut
     form: functools.partial(
-        jax.jit(attention.attend, static_argnames=STATIC), implementation=form, block_size=4
+        jax.jit(attention.attend, static_argnames=STATIC),
+        implementation=form,
+        block_size=4,
     )
     for form in ("dense", "blocked")
 }
@@ -49,7 +51,13 @@ def reference(q, k, v, d, scale=None, softcap=None, window=None, intervals=None)
 
 
 def draw(
-    seed=0, num_queries=9, num_keys=9, num_heads=4, num_kv_heads=2, width=8, dtype=jnp.float32
+    seed=0,
+    num_queries=9,
+    num_keys=9,
+    num_heads=4,
+    num_kv_heads=2,
+    width=8,
+    dtype=jnp.float32,
 ):
     rng = np.random.default_rng(seed)
     q = rng.normal(size=(num_queries, num_heads, width))
@@ -104,14 +112,18 @@ def test_a_key_of_weight_zero_is_not_there(attend):
     q, k, v, d = draw()
     left = [jnp.delete(x, 3, axis=0) for x in (q, k, v, d)]
     y = attend(q, k.at[3].mul(30.0), v.at[3].set(1e6), d.at[3].set(0.0), window=4.0)
-    np.testing.assert_allclose(jnp.delete(y, 3, axis=0), attend(*left, window=4.0), atol=1e-6)
+    np.testing.assert_allclose(
+        jnp.delete(y, 3, axis=0), attend(*left, window=4.0), atol=1e-6
+    )
 
 
 @settings(max_examples=25)
 @given(st.integers(0, 2**31), st.floats(2.0**-20, 2.0**13, width=32))
 def test_a_common_factor_of_the_weights_cancels(attend, seed, factor):
     q, k, v, d = draw(seed)
-    np.testing.assert_allclose(attend(q, k, v, factor * d), attend(q, k, v, d), atol=2e-6)
+    np.testing.assert_allclose(
+        attend(q, k, v, factor * d), attend(q, k, v, d), atol=2e-6
+    )
 
 
 def test_the_future_never_leaks(attend):
@@ -150,7 +162,9 @@ def test_intervals_move_the_window_apart_from_the_weights(attend):
     q, k, v, d = draw()
     intervals = d[::-1]
     y = attend(q, k, v, d, window=2.5, intervals=intervals)
-    np.testing.assert_allclose(y, reference(q, k, v, d, window=2.5, intervals=intervals), atol=2e-6)
+    np.testing.assert_allclose(
+        y, reference(q, k, v, d, window=2.5, intervals=intervals), atol=2e-6
+    )
 
 
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (1.5, 2.5)])
@@ -161,7 +175,9 @@ def test_gradients_match_finite_differences(attend, softcap, window):
         target = jnp.asarray(np.random.default_rng(2).normal(size=q.shape))
 
         def loss(q, k, v, d):
-            y = attend(q, k, v, d, softcap=softcap, window=window, intervals=jnp.ones(9))
+            y = attend(
+                q, k, v, d, softcap=softcap, window=window, intervals=jnp.ones(9)
+            )
             assert y.dtype == jnp.float64
             return jnp.sum(target * y)
 
@@ -169,11 +185,16 @@ def test_gradients_match_finite_differences(attend, softcap, window):
         grads = jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, d)
         for i, h in itertools.product(range(4), [1e-5]):
             shifted = [
-                [x + sign * h * direction[i] if i == j else x for j, x in enumerate((q, k, v, d))]
+                [
+                    x + sign * h * direction[i] if i == j else x
+                    for j, x in enumerate((q, k, v, d))
+                ]
                 for sign in (1, -1)
             ]
             numeric = (loss(*shifted[0]) - loss(*shifted[1])) / (2 * h)
-            np.testing.assert_allclose(jnp.vdot(grads[i], direction[i]), numeric, rtol=1e-8)
+            np.testing.assert_allclose(
+                jnp.vdot(grads[i], direction[i]), numeric, rtol=1e-8
+            )
 
 
 def test_gradient_at_weight_zero_is_the_one_sided_difference(attend):
@@ -185,7 +206,9 @@ def test_gradient_at_weight_zero_is_the_one_sided_difference(attend):
         for j in (3, 8):
             h = 1e-6
             a, b, c = loss(d), loss(d.at[j].add(h)), loss(d.at[j].add(2 * h))
-            np.testing.assert_allclose(grads[j], (-3 * a + 4 * b - c) / (2 * h), rtol=1e-5)
+            np.testing.assert_allclose(
+                grads[j], (-3 * a + 4 * b - c) / (2 * h), rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-8])
@@ -201,7 +224,10 @@ def test_gradients_are_finite_down_to_nothing(attend, size, loud):
 def test_an_empty_row_spoils_nothing(attend):
     q, k, v, d = draw()
     d = d.at[:2].set(0.0)
-    y, grads = attend(q, k, v, d), jax.grad(lambda d: jnp.sum(attend(q, k, v, d) ** 2))(d)
+    y, grads = (
+        attend(q, k, v, d),
+        jax.grad(lambda d: jnp.sum(attend(q, k, v, d) ** 2))(d),
+    )
     np.testing.assert_array_equal(y[:2], 0.0)
     np.testing.assert_allclose(y[2:], reference(q[2:], k, v, d), atol=2e-6)
     assert jnp.isfinite(grads).all()
@@ -211,7 +237,9 @@ def test_low_precision_accumulates_in_float32(attend):
     """4096 equal keys: a bfloat16 sum would stop growing at 256."""
     n = 4096
     k = v = jnp.ones((n, 1, 2), jnp.bfloat16)
-    y = attend(jnp.zeros((1, 1, 2), jnp.bfloat16), k, v.at[: n // 2].set(0), jnp.ones(n))
+    y = attend(
+        jnp.zeros((1, 1, 2), jnp.bfloat16), k, v.at[: n // 2].set(0), jnp.ones(n)
+    )
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y, 0.5, atol=2e-3)
 
@@ -223,7 +251,10 @@ def test_low_precision_accumulates_in_float32(attend):
         (((3, 4, 8), (3, 2, 8), (3, 2, 6), (3,)), "do not fit"),
         (((4, 4, 8), (3, 2, 8), (3, 2, 8), (3,)), "4 queries for 3 keys"),
         (((3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)), r"key_weights has shape \[4\]"),
-        (((3, 4, 8), (2, 3, 2, 8), (5, 3, 2, 8), (3,)), r"broadcast: \[2\] of k, \[5\] of v"),
+        (
+            ((3, 4, 8), (2, 3, 2, 8), (5, 3, 2, 8), (3,)),
+            r"broadcast: \[2\] of k, \[5\] of v",
+        ),
         (
             ((3, 4, 8), (2, 3, 2, 8), (3, 2, 8), (5, 3)),
             r"broadcast: \[2\] of k, \[5\] of key_weights",

@@ -39,7 +39,9 @@ def assert_close(blocked, dense, tolerance):
     for x, reference in zip(blocked, dense, strict=True):
         assert x.dtype == reference.dtype
         x, reference = (np.asarray(a, np.float64) for a in (x, reference))
-        size = max(1.0, np.abs(reference).max())  # a gradient that cancels to 0 leaves rounding
+        size = max(
+            1.0, np.abs(reference).max()
+        )  # a gradient that cancels to 0 leaves rounding
         np.testing.assert_allclose(x, reference, rtol=0.0, atol=tolerance * size)
 
 
@@ -48,9 +50,25 @@ CASES = {  # batch, queries, keys, heads, kv_heads, block, options
     "odd length, grouped": ((2,), 53, 53, 4, 2, 16, {}),
     "multi-query, capped": ((), 37, 37, 3, 1, 8, {"softcap": 1.5}),
     "window": ((), 70, 70, 2, 1, 16, {"window": 9.5}),
-    "window, capped, grouped, batched": ((3,), 41, 41, 4, 2, 12, {"window": 7.0, "softcap": 2.0}),
+    "window, capped, grouped, batched": (
+        (3,),
+        41,
+        41,
+        4,
+        2,
+        12,
+        {"window": 7.0, "softcap": 2.0},
+    ),
     "last queries": ((), 5, 60, 2, 2, 16, {"window": 20.0}),
-    "queries amid the keys": ((2,), 21, 60, 2, 1, 16, {"query_offset": 17, "scale": 0.2}),
+    "queries amid the keys": (
+        (2,),
+        21,
+        60,
+        2,
+        1,
+        16,
+        {"query_offset": 17, "scale": 0.2},
+    ),
     "one query": ((), 1, 33, 2, 2, 16, {}),
     "one block": ((), 9, 9, 2, 2, 64, {}),
 }
@@ -67,7 +85,9 @@ def test_equals_the_dense_form(case):
     assert_close(blocked, dense, 1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float64, 1e-13)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float64, 1e-13)]
+)
 def test_keeps_its_precision(dtype, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
         arguments = draw(1, (), 40, 40, 2, 1, dtype=dtype)
@@ -95,7 +115,14 @@ def test_equals_the_dense_form_at_extremes(seed, size, loud, window):
     """
     with jax.enable_x64(True):
         q, k, v, d, steps, y = draw(seed, (), 30, 30, 2, 1, dtype=jnp.float64)
-        arguments = loud * q, k, v, d.at[7:15].set(size), jnp.where(steps > 0, steps, 0.0), y
+        arguments = (
+            loud * q,
+            k,
+            v,
+            d.at[7:15].set(size),
+            jnp.where(steps > 0, steps, 0.0),
+            y,
+        )
         dense = values_and_gradients(*arguments, implementation="dense", window=window)
         blocked = values_and_gradients(
             *arguments, implementation="blocked", block_size=8, window=window
@@ -103,7 +130,9 @@ def test_equals_the_dense_form_at_extremes(seed, size, loud, window):
     assert all(np.isfinite(x).all() for x in blocked)
     d = np.asarray(arguments[3])
     unit = np.where(d > 0, d, 1.0)
-    blocked, dense = ((*found[:-1], unit * np.asarray(found[-1])) for found in (blocked, dense))
+    blocked, dense = (
+        (*found[:-1], unit * np.asarray(found[-1])) for found in (blocked, dense)
+    )
     assert_close(blocked, dense, 1e-11)
 
 
@@ -113,10 +142,13 @@ def test_leading_axes_broadcast():
     d = d * jnp.array([0.5, 1.0, 2.0])[:, None]
 
     def loss(d, form):
-        return jnp.sum(attention.attend(q, k, v, d, implementation=form, block_size=8) ** 2)
+        return jnp.sum(
+            attention.attend(q, k, v, d, implementation=form, block_size=8) ** 2
+        )
 
     grads = [
-        jax.jit(jax.grad(functools.partial(loss, form=form)))(d) for form in ("blocked", "dense")
+        jax.jit(jax.grad(functools.partial(loss, form=form)))(d)
+        for form in ("blocked", "dense")
     ]
     assert_close(grads[:1], grads[1:], 1e-5)
 
@@ -127,7 +159,9 @@ def test_vmap_and_scan_go_through():
     together = attend(q, k, v, d, window=4.0)
     apart = jax.jit(jax.vmap(lambda *x: attend(*x, window=4.0)))(q, k, v, d)
     windows = jnp.array([4.0, 4.0])
-    scanned = jax.lax.scan(lambda c, w: (c, attend(q, k, v, d, window=w)), 0, windows)[1]
+    scanned = jax.lax.scan(lambda c, w: (c, attend(q, k, v, d, window=w)), 0, windows)[
+        1
+    ]
     np.testing.assert_allclose(apart, together, atol=1e-6)
     np.testing.assert_allclose(scanned[1], together, atol=1e-6)
 
@@ -137,7 +171,9 @@ def test_blocks_out_of_sight_are_not_computed(gradient):
     """What is NaN would spread through 0 * NaN if it were touched."""
     q, k, v, d, _, y = draw(0, (), 128, 128, 2, 1)
     d = jnp.ones(128)
-    k, v = (x.at[:32].set(jnp.nan) for x in (k, v))  # further back than the window of the last
+    k, v = (
+        x.at[:32].set(jnp.nan) for x in (k, v)
+    )  # further back than the window of the last
 
     def late(q, k, v, d):
         return attention.attend(
@@ -187,4 +223,6 @@ def test_what_the_form_cannot_do_is_said():
     with pytest.raises(clm.InputError, match="block_size is 0"):
         attention.attend(q, k, v, d, implementation="blocked", block_size=0)
     with pytest.raises(clm.InputError, match="softcap is traced"):
-        jax.jit(lambda c: attention.attend(q, k, v, d, softcap=c, implementation="blocked"))(1.0)
+        jax.jit(
+            lambda c: attention.attend(q, k, v, d, softcap=c, implementation="blocked")
+        )(1.0)

@@ -72,7 +72,9 @@ def installed(monkeypatch):
 
 
 @pytest.mark.usefixtures("through_xla")
-@pytest.mark.parametrize(("shape", "batch"), [((24, 4, 2, 16), ()), ((9, 3, 1, 13), (2, 3))])
+@pytest.mark.parametrize(
+    ("shape", "batch"), [((24, 4, 2, 16), ()), ((9, 3, 1, 13), (2, 3))]
+)
 def test_equals_the_dense_form(shape, batch):
     q, k, v, d, dy = draw(shape, batch)
     d = d.at[..., 4].set(0.0).at[..., 7].set(1e-38)
@@ -81,7 +83,9 @@ def test_equals_the_dense_form(shape, batch):
     for i in (0, 1, 2, 3, 5):
         size = np.abs(expected[i]).max()
         np.testing.assert_allclose(found[i], expected[i], rtol=0.0, atol=2e-6 * size)
-    np.testing.assert_allclose(found[4][..., [4, 7]], expected[4][..., [4, 7]], rtol=1e-4)
+    np.testing.assert_allclose(
+        found[4][..., [4, 7]], expected[4][..., [4, 7]], rtol=1e-4
+    )
 
 
 @pytest.mark.usefixtures("through_xla")
@@ -174,7 +178,8 @@ def test_vmap_over_some_arguments_goes_through(batched):
     *arrays, _ = draw(dtype=jnp.bfloat16)
     axes = [0 if i in batched else None for i in range(4)]
     arrays = [
-        x if axis is None else jnp.stack([x] * 3) for x, axis in zip(arrays, axes, strict=True)
+        x if axis is None else jnp.stack([x] * 3)
+        for x, axis in zip(arrays, axes, strict=True)
     ]
     attend = functools.partial(attention.attend, implementation="cudnn")
     loss = lambda *x: jnp.sum(attend(*x).astype(jnp.float32))  # noqa: E731

@@ -40,7 +40,9 @@ def test_equals_the_dense_form(case):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float64, 1e-13)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.bfloat16, 2e-2), (jnp.float64, 1e-13)]
+)
 def test_keeps_its_precision(dtype, tolerance):
     with jax.enable_x64(dtype == jnp.float64):
         arguments = draw(1, (), 40, 40, 2, 1, dtype=dtype)
@@ -102,24 +104,37 @@ def gpu():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options"), [(jnp.bfloat16, {"softcap": 30.0, "window": 50.0}), (jnp.float32, {})]
+    ("dtype", "options"),
+    [(jnp.bfloat16, {"softcap": 30.0, "window": 50.0}), (jnp.float32, {})],
 )
-@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")])
+@pytest.mark.parametrize(
+    ("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton")]
+)
 def test_compiles_for_tpus_and_gpus(platform, call, dtype, options):
     q, k, v, d, steps, _ = draw(0, (2,), 300, 300, 4, 2, 80, dtype)
 
     def loss(*arrays):
-        y = attention.attend(*arrays, intervals=steps, implementation="pallas", **options)
+        y = attention.attend(
+            *arrays, intervals=steps, implementation="pallas", **options
+        )
         return jnp.sum(y.astype(jnp.float32))
 
     with gpu() if platform == "cuda" else contextlib.nullcontext():
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(q, k, v, d)
         program = traced.lower(lowering_platforms=(platform,)).as_text()
-    calls = [line for line in program.splitlines() if "custom_call @" in line and call in line]
+    calls = [
+        line
+        for line in program.splitlines()
+        if "custom_call @" in line and call in line
+    ]
     assert len(calls) == 3  # forward, gradients for queries, those for keys
 
 
 def test_what_it_does_not_take_is_said():
     q, k, v, d, _, _ = draw(0, (), 8, 8, 2, 1)
-    with pytest.raises(clm.InputError, match="'pallas' is not possible: softcap is an array"):
-        jax.jit(lambda c: attention.attend(q, k, v, d, softcap=c, implementation="pallas"))(1.0)
+    with pytest.raises(
+        clm.InputError, match="'pallas' is not possible: softcap is an array"
+    ):
+        jax.jit(
+            lambda c: attention.attend(q, k, v, d, softcap=c, implementation="pallas")
+        )(1.0)

@@ -13,7 +13,9 @@ from continuous_lm import attention
 from continuous_lm.attention import splash
 
 
-def draw(num_queries, num_keys, num_heads=2, num_kv_heads=1, width=8, dtype=jnp.float32):
+def draw(
+    num_queries, num_keys, num_heads=2, num_kv_heads=1, width=8, dtype=jnp.float32
+):
     """q, k, v, weights from 1e-4 to 1e3, one of them 0, and a cotangent."""
     rng = np.random.default_rng(0)
     q, y = rng.normal(size=(2, num_queries, num_heads, width))
@@ -61,7 +63,9 @@ def lowered(platform, implementation="auto", dtype=jnp.bfloat16, **options):
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [(jnp.bfloat16, None), (jnp.float32, 30.0)])
+@pytest.mark.parametrize(
+    ("dtype", "softcap"), [(jnp.bfloat16, None), (jnp.float32, 30.0)]
+)
 def test_compiles_for_tpus(dtype, softcap):
     program = lowered("tpu", "splash", dtype, softcap=softcap)
     assert program.count("@tpu_custom_call(") == 3  # forward, dq, dk with dv

@@ -33,7 +33,9 @@ def test_new_folder_appears_with_all_its_files_at_once(tmp_path, name):
     with atomic_files.write_atomically(tmp_path / name) as aside:
         (aside / "a").write_text("new a")
         assert not (tmp_path / name).exists()
-        assert aside.stat().st_dev == tmp_path.stat().st_dev  # so that a rename can do it
+        assert (
+            aside.stat().st_dev == tmp_path.stat().st_dev
+        )  # so that a rename can do it
     assert tree(tmp_path / name) == {"a": "new a"}
     assert [p.name for p in tmp_path.iterdir()] == [name.split("/")[0]]
 
@@ -74,7 +76,9 @@ def test_a_disk_that_fills_up_is_one_clear_error(tmp_path):
             (aside / "a").write_text("half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(clm.InputError, match=r"cannot write to .*results: No space left"):
+    with pytest.raises(
+        clm.InputError, match=r"cannot write to .*results: No space left"
+    ):
         fail()
     assert tree(tmp_path) == {}
 
@@ -91,7 +95,9 @@ def test_a_folder_in_the_place_of_a_file_changes_nothing(tmp_path):
 def test_what_the_new_files_stand_in_for_is_removed(tmp_path):
     for name in ("part-1", "part-2", "my-part-1", "other"):
         (tmp_path / name).write_text("old")
-    with atomic_files.write_atomically(tmp_path, stale_pattern=re.compile(r"part-\d|all")) as aside:
+    with atomic_files.write_atomically(
+        tmp_path, stale_pattern=re.compile(r"part-\d|all")
+    ) as aside:
         (aside / "part-1").write_text("new")
         assert (tmp_path / "part-2").exists()  # not sooner
     assert tree(tmp_path) == {"part-1": "new", "my-part-1": "old", "other": "old"}
@@ -103,7 +109,9 @@ def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
     before = tree(tmp_path)
 
     def fail():
-        with atomic_files.write_atomically(tmp_path, stale_pattern=re.compile(r"part-\d")) as aside:
+        with atomic_files.write_atomically(
+            tmp_path, stale_pattern=re.compile(r"part-\d")
+        ) as aside:
             (aside / "part-1").write_text("new")
 
     with pytest.raises(clm.InputError, match="part-2 is a folder there"):
@@ -111,7 +119,9 @@ def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_relative_folder_stays_where_it_was_when_the_working_folder_changes(tmp_path, monkeypatch):
+def test_relative_folder_stays_where_it_was_when_the_working_folder_changes(
+    tmp_path, monkeypatch
+):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     with atomic_files.write_atomically("results") as aside:
@@ -193,7 +203,9 @@ def test_an_exception_replaces_nothing(tmp_path, error):
 # --- Folders that cannot be written ----------------------------------------------------------
 
 
-@pytest.fixture(params=["below a file", "a file", "/proc", "too long a name", "a broken link"])
+@pytest.fixture(
+    params=["below a file", "a file", "/proc", "too long a name", "a broken link"]
+)
 def unwritable(request, tmp_path):
     (tmp_path / "file").write_text("mine")
     match request.param:
@@ -224,7 +236,9 @@ def test_unwritable_folder_is_refused_before_and_during(tmp_path, unwritable):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write it all")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write it all"
+)
 def test_folder_without_permission_is_refused(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()
@@ -299,4 +313,6 @@ def test_files_that_their_writer_kept_to_itself_are_shared(tmp_path):
         (aside / "weights").write_bytes(b"1")
         (aside / "weights").chmod(0o600)
     (tmp_path / "plain").touch()
-    assert (tmp_path / "new" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "new" / "weights").stat().st_mode == (
+        tmp_path / "plain"
+    ).stat().st_mode

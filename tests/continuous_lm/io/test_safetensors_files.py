@@ -100,7 +100,9 @@ def test_file_without_tensors(tmp_path):
 
 # --- Written files ---------------------------------------------------------------------------
 
-MANY = {f"t{i}": np.full((i + 1, 3), i, np.float32) for i in range(4)}  # 12, 24, 36, 48 bytes
+MANY = {
+    f"t{i}": np.full((i + 1, 3), i, np.float32) for i in range(4)
+}  # 12, 24, 36, 48 bytes
 MANY["scalar"] = np.array(7, np.float32)
 
 
@@ -118,13 +120,17 @@ def save(folder, tensors, **arguments):
     return asked
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
+)
 def test_written_file_is_read_by_others_as_pytorch_s(tmp_path, dtype):
     tensors = {name: value.T.astype(dtype) for name, value in MANY.items()}
     assert save(tmp_path, tensors) == list(tensors)
     path = tmp_path / safetensors_files.WEIGHTS_FILE
     with safetensors.safe_open(path, framework="numpy") as file:
-        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+        assert file.metadata() == {
+            "format": "pt"
+        }  # transformers refuses a file without it
     for found in (safetensors.numpy.load_file(path), read_all(tmp_path)):
         assert found.keys() == tensors.keys()
         for name, value in tensors.items():
@@ -162,7 +168,9 @@ def test_shards_are_no_larger_than_they_may(tmp_path, shard_size, shards):
     index = json.loads((tmp_path / safetensors_files.INDEX_FILE).read_text())
     assert index["metadata"] == {"total_size": 124}
     assert index["weight_map"] == {
-        name: file for file, names in zip(files, shards, strict=True) for name in names.split()
+        name: file
+        for file, names in zip(files, shards, strict=True)
+        for name in names.split()
     }
 
 
@@ -201,7 +209,9 @@ def test_nothing_there(tmp_path):
 # --- Files that are not what they should be --------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "consolidated.00.pth", "model.ckpt"]
+)
 def test_pickles_are_named_and_not_opened(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     message = refusal(tmp_path)
@@ -211,7 +221,9 @@ def test_pickles_are_named_and_not_opened(tmp_path, name):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_pickle_under_another_name(tmp_path, protocol):
-    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(pickle.dumps(Bomb(), protocol=protocol))
+    (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(
+        pickle.dumps(Bomb(), protocol=protocol)
+    )
     assert "model.safetensors is a pickle" in refusal(tmp_path)
 
 
@@ -272,9 +284,13 @@ def test_header_that_lies(tmp_path, header):
     assert "model.safetensors is not a whole safetensors file" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8, np.bool_, ml_dtypes.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.int64, np.uint8, np.bool_, ml_dtypes.float8_e4m3fn]
+)
 def test_quantized_tensor(tmp_path, dtype):
-    safetensors.numpy.save_file({"a": np.ones(2, dtype)}, tmp_path / safetensors_files.WEIGHTS_FILE)
+    safetensors.numpy.save_file(
+        {"a": np.ones(2, dtype)}, tmp_path / safetensors_files.WEIGHTS_FILE
+    )
     message = refusal(tmp_path)
     assert "tensor a is stored as" in message
     assert "BF16" in message
@@ -290,17 +306,35 @@ def test_weights_that_are_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     "place",
-    ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..\\x", ".", "..", "", None, 3, []],
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..\\x",
+        ".",
+        "..",
+        "",
+        None,
+        3,
+        [],
+    ],
 )
 def test_shard_outside_of_the_folder(sharded, place):
     (sharded / "sub").mkdir()
-    for outside in (sharded.parent / "x.safetensors", sharded / "sub" / "x.safetensors"):
+    for outside in (
+        sharded.parent / "x.safetensors",
+        sharded / "sub" / "x.safetensors",
+    ):
         safetensors.numpy.save_file(WEIGHTS, outside)
     set_index(sharded, a=place)
-    assert f"puts tensor a into {place!r}, not a file of this folder" in refusal(sharded)
+    assert f"puts tensor a into {place!r}, not a file of this folder" in refusal(
+        sharded
+    )
 
 
-@pytest.mark.parametrize("place", ["nothing.safetensors", "x" * 300, "nul\0byte", "\ud800"])
+@pytest.mark.parametrize(
+    "place", ["nothing.safetensors", "x" * 300, "nul\0byte", "\ud800"]
+)
 def test_shard_that_is_not_there(sharded, place):
     set_index(sharded, a=place)
     message = refusal(sharded)
@@ -321,7 +355,9 @@ def test_shard_that_is_cut(sharded):
 
 def test_tensor_that_the_index_promises(sharded):
     set_index(sharded, e="model-00001-of-00002.safetensors")
-    assert "tensor e is in model-00001-of-00002.safetensors, but it is not" in refusal(sharded)
+    assert "tensor e is in model-00001-of-00002.safetensors, but it is not" in refusal(
+        sharded
+    )
 
 
 def test_tensor_in_two_shards(sharded):
@@ -332,7 +368,9 @@ def test_tensor_in_two_shards(sharded):
     assert "model-00002-of-00002.safetensors" in message
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}']
+)
 def test_index_without_a_map(tmp_path, text):
     (tmp_path / safetensors_files.INDEX_FILE).write_text(text)
     assert safetensors_files.INDEX_FILE in refusal(tmp_path)

@@ -19,7 +19,16 @@ def test_one_device_is_a_mesh():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "data", "data=0", "data=-1", "data=1,data=1", "rows=2", "data=1.5", "data=1;model=1"],
+    [
+        "",
+        "data",
+        "data=0",
+        "data=-1",
+        "data=1,data=1",
+        "rows=2",
+        "data=1.5",
+        "data=1;model=1",
+    ],
 )
 def test_what_is_no_mesh_is_refused(text):
     with pytest.raises(clm.InputError, match="data=2,model=4"):
@@ -157,7 +166,9 @@ def test_the_environment_says_it_too(monkeypatch):
 
 def test_processes_that_do_not_come():
     address = f"localhost:{many_devices.find_free_port()}"
-    with pytest.raises(clm.InputError, match=r"of 3 processes these have not come: \[1, 2\]"):
+    with pytest.raises(
+        clm.InputError, match=r"of 3 processes these have not come: \[1, 2\]"
+    ):
         processes.initialize(address, 3, 0, startup_timeout=1)
     with pytest.raises(clm.InputError, match="process 0 does not answer"):
         processes.initialize(address, 3, 1, startup_timeout=1)
@@ -199,7 +210,9 @@ time.sleep(4.0 if how == "well" else 60.0)
 )
 def test_one_lost_process_ends_the_other(how, why):
     port = str(many_devices.find_free_port())
-    with many_devices.run_processes([("-c", WATCHED, str(i), port, how) for i in (0, 1)], 1) as (
+    with many_devices.run_processes(
+        [("-c", WATCHED, str(i), port, how) for i in (0, 1)], 1
+    ) as (
         first,
         second,
     ):

@@ -86,7 +86,9 @@ def test_reads_a_perfect_counter():
     ],
 )
 def test_reads_a_bad_counter(parts):
-    result = evaluate_apples.CountingSweep("unseen words", 3, "the prompt", answers(*parts))
+    result = evaluate_apples.CountingSweep(
+        "unseen words", 3, "the prompt", answers(*parts)
+    )
     assert not result.meets_bar
     (line,) = evaluate_apples.describe_failures({}, [result])
     assert "unseen words, n = 3" in line
@@ -115,14 +117,20 @@ def test_batches_hold_each_prompt_and_its_answer():
     rows = [
         row[: length + 1].tolist()
         for tokens, lengths in groups
-        for row, length in zip(tokens.reshape(-1, tokens.shape[-1]), lengths.ravel(), strict=True)
+        for row, length in zip(
+            tokens.reshape(-1, tokens.shape[-1]), lengths.ravel(), strict=True
+        )
     ]
-    texts = [[*tokenizer.encode(p.text).ids, tokenizer.token_to_id(p.answer)] for p in drawn]
+    texts = [
+        [*tokenizer.encode(p.text).ids, tokenizer.token_to_id(p.answer)] for p in drawn
+    ]
     assert sorted(rows) == sorted(texts)
 
 
 def test_batches_are_mostly_prompts():
-    groups = train_apples.draw_batches(np.random.default_rng(0), prompts.make_tokenizer(), 50, 24)
+    groups = train_apples.draw_batches(
+        np.random.default_rng(0), prompts.make_tokenizer(), 50, 24
+    )
     used = sum(np.sum(lengths + 1) for _, lengths in groups)
     assert used > 0.6 * sum(tokens.size for tokens, _ in groups)
 
@@ -130,13 +138,18 @@ def test_batches_are_mostly_prompts():
 def test_the_loss_does_not_depend_on_padding_or_grouping():
     tokenizer = prompts.make_tokenizer()
     shape = train_apples.apples_config(tokenizer.get_vocab_size())
-    model, params = Transformer(shape), train_apples.init_params(jax.random.key(0), shape)
+    model, params = (
+        Transformer(shape),
+        train_apples.init_params(jax.random.key(0), shape),
+    )
     groups = train_apples.draw_batches(
         np.random.default_rng(0), tokenizer, steps=1, prompts_per_step=12
     )
     groups = [(tokens[0], lengths[0]) for tokens, lengths in groups]
     width = 3 + max(tokens.shape[-1] for tokens, _ in groups)
-    padded = np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[-1]))) for t, _ in groups])
+    padded = np.concatenate(
+        [np.pad(t, ((0, 0), (0, width - t.shape[-1]))) for t, _ in groups]
+    )
     together = [(padded, np.concatenate([lengths for _, lengths in groups]))]
     digits = jnp.array([tokenizer.token_to_id(digit) for digit in "0123456789"])
     loss = jax.jit(train_apples.step_loss, static_argnums=1)
@@ -159,7 +172,9 @@ def test_the_loss_does_not_depend_on_padding_or_grouping():
 
 @pytest.mark.slow
 def test_training_is_reproducible():
-    one, two = (train_apples.train(seed=3, steps=4, prompts_per_step=8) for _ in range(2))
+    one, two = (
+        train_apples.train(seed=3, steps=4, prompts_per_step=8) for _ in range(2)
+    )
     other = train_apples.train(seed=4, steps=4, prompts_per_step=8)
     jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
     assert not np.array_equal(one.params["embedding"], other.params["embedding"])

@@ -55,7 +55,9 @@ def recount(prompt: prompts.Prompt) -> str:
         (found,) = filter(None, (re.search(pattern, text) for pattern in patterns))
         return str(int(found[1]) + int(found[2]))
     if prompt.task == "boolean":
-        a, operator, b = re.search(r"([01]) (AND|OR|NAND|NOR|XOR) ([01])", text).groups()
+        a, operator, b = re.search(
+            r"([01]) (AND|OR|NAND|NOR|XOR) ([01])", text
+        ).groups()
         ones = (a + b).count("1")
         true = {"AND": [2], "OR": [1, 2], "NAND": [0, 1], "NOR": [0], "XOR": [1]}
         return str(int(ones in true[operator]))
@@ -126,15 +128,24 @@ def test_each_fact_keeps_a_wording_for_training():
     facts = [
         *((task, (a, b)) for task in ["sum"] for a in range(10) for b in range(10)),
         *(("boolean", (a, o, b)) for o in OPERATORS for a in (0, 1) for b in (0, 1)),
-        *(("attribute", (q, p)) for q in ATTRIBUTE_QUESTIONS for p in prompts.true_plurals(q)),
+        *(
+            ("attribute", (q, p))
+            for q in ATTRIBUTE_QUESTIONS
+            for p in prompts.true_plurals(q)
+        ),
     ]
     for task, fact in facts:
-        assert sum(prompts.is_held_out(task, (*fact, wording)) for wording in range(4)) <= 1
+        assert (
+            sum(prompts.is_held_out(task, (*fact, wording)) for wording in range(4))
+            <= 1
+        )
 
 
 def test_the_split_does_not_depend_on_the_process():
     """Python's own hash of strings changes from run to run; training would then see the test."""
-    kept = [n for n in range(1, 10) if prompts.is_held_out("counting", ("apple", n, "none"))]
+    kept = [
+        n for n in range(1, 10) if prompts.is_held_out("counting", ("apple", n, "none"))
+    ]
     assert kept == [1, 5]
 
 
@@ -171,7 +182,9 @@ def test_the_wording_is_the_papers():
         'Question: In the sentence "apple apple apple apple", how many times is a fruit mentioned? '
         "Reply with a single-digit number\nAnswer: "
     )
-    assert prompts.counting_prompt("fruit", "apple", [" "] * 3, wording="listed").text == (
+    assert prompts.counting_prompt(
+        "fruit", "apple", [" "] * 3, wording="listed"
+    ).text == (
         'Question: How many fruits are listed in the sentence "apple apple apple apple"? '
         "Reply with a single-digit number\nAnswer: "
     )
@@ -195,13 +208,18 @@ def test_the_language_has_fifty_pairs_with_four_kinds_of_questions():
     plurals = [PLURALS[w] for words in WORDS.values() for w in words]
     kinds = lambda a, b: {(a in true, b in true) for true in truths.values()}  # noqa: E731
     pairs = [
-        (a, b) for i, a in enumerate(plurals) for b in plurals[i + 1 :] if len(kinds(a, b)) == 4
+        (a, b)
+        for i, a in enumerate(plurals)
+        for b in plurals[i + 1 :]
+        if len(kinds(a, b)) == 4
     ]
     assert len(pairs) >= 50
 
 
 def test_offsets_are_those_of_the_words(tokenizer):
-    text = 'Question: In the sentence "apple; apple", how many times is a fruit mentioned?'
+    text = (
+        'Question: In the sentence "apple; apple", how many times is a fruit mentioned?'
+    )
     encoding = tokenizer.encode(text)
     assert encoding.tokens[0] == "<bos>"
     assert [text[a:b] for a, b in encoding.offsets[1:]] == encoding.tokens[1:]

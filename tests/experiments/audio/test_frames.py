@@ -27,7 +27,9 @@ TINY = (
 
 
 def some_frames(count, seed=0):
-    return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+    return (
+        np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +51,14 @@ def created(head, vocab_size, **settings):
     )
     rng = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda s: rng.normal(0.0, 0.4, s.shape).astype(np.float32) + (len(s.shape) == 1), shapes
+        lambda s: (
+            rng.normal(0.0, 0.4, s.shape).astype(np.float32) + (len(s.shape) == 1)
+        ),
+        shapes,
     )
-    return density.DensityLM(density.DensityModel(trunk(vocab_size), head, **settings), params)
+    return density.DensityLM(
+        density.DensityModel(trunk(vocab_size), head, **settings), params
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,9 @@ def listeners(codes):
     head = heads.MixtureHead(WIDTH, components=2, min_scale=audio_models.MIN_SCALE)
     return {
         "mixture": audio_models.AudioModel(created(head, 1, input_kind="vectors")),
-        "tokens": audio_models.AudioModel(created(heads.TokenHead(width=CODES), CODES), codes),
+        "tokens": audio_models.AudioModel(
+            created(heads.TokenHead(width=CODES), CODES), codes
+        ),
     }
 
 
@@ -101,10 +110,15 @@ def test_the_mixtures_score_is_its_log_prob_and_mean(listeners):
     for duration in (1.0, 0.7):
         found = listeners["mixture"].score(windows, duration)
         lm = listeners["mixture"].lm
-        wanted = lm.log_prob(vectors=windows, durations=np.full((2, 15), duration, np.float32))
+        wanted = lm.log_prob(
+            vectors=windows, durations=np.full((2, 15), duration, np.float32)
+        )
         np.testing.assert_allclose(found.log_prob, wanted, rtol=0, atol=1e-4)
     assert found.mean.shape == (2, 14, WIDTH)
-    assert np.abs(found.log_prob - listeners["mixture"].score(windows).log_prob).max() > 1e-6
+    assert (
+        np.abs(found.log_prob - listeners["mixture"].score(windows).log_prob).max()
+        > 1e-6
+    )
 
 
 def test_the_tokens_score_is_the_sum_over_codes(listeners, codes):
@@ -126,7 +140,9 @@ def test_both_densities_integrate_to_one(listeners):
     past, count = some_frames(3), 20_000
     last = 3.0 * rng.standard_normal((count, WIDTH))
     proposal = scipy_stats.norm(0, 3).logpdf(last).sum(axis=-1)
-    windows = np.concatenate([np.broadcast_to(past, (count, 3, WIDTH)), last[:, None]], axis=1)
+    windows = np.concatenate(
+        [np.broadcast_to(past, (count, 3, WIDTH)), last[:, None]], axis=1
+    )
     for listener in listeners.values():
         read = listener.model_inputs(windows.astype(np.float32))
         score = jax.vmap(
@@ -144,14 +160,23 @@ def test_both_densities_integrate_to_one(listeners):
 
 
 def test_references_are_their_formulas(codes):
-    data, windows = some_frames(200, seed=2), some_frames(30, seed=3).reshape(2, 15, WIDTH)
+    data, windows = (
+        some_frames(200, seed=2),
+        some_frames(30, seed=3).reshape(2, 15, WIDTH),
+    )
     found = audio_models.unigram_baseline(codes, windows)
-    wanted = np.log(np.exp(codes.log_shares + code_densities(codes, windows[0, 1:])).sum(axis=-1))
+    wanted = np.log(
+        np.exp(codes.log_shares + code_densities(codes, windows[0, 1:])).sum(axis=-1)
+    )
     np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4)
+    np.testing.assert_allclose(
+        found.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4
+    )
     found = audio_models.previous_frame_baseline(data, windows)
     scale = np.sqrt((np.diff(data, axis=0) ** 2).mean(axis=0))
-    wanted = scipy_stats.norm(windows[:, :-1], scale).logpdf(windows[:, 1:]).sum(axis=-1)
+    wanted = (
+        scipy_stats.norm(windows[:, :-1], scale).logpdf(windows[:, 1:]).sum(axis=-1)
+    )
     np.testing.assert_allclose(found.log_prob, wanted, rtol=1e-4)
     np.testing.assert_array_equal(found.mean, windows[:, :-1])
 
@@ -170,7 +195,8 @@ def test_the_programs_models_are_of_equal_size():
             vocab_size=vocab_size, hidden_size=96, num_layers=2, num_heads=4
         )
         shapes = jax.eval_shape(
-            lambda key: density.create(key, sizes, head, **settings).params, jax.random.key(0)
+            lambda key: density.create(key, sizes, head, **settings).params,
+            jax.random.key(0),
         )
         return sum(s.size for s in jax.tree.leaves(shapes))
 
@@ -187,7 +213,9 @@ def test_the_programs_models_are_of_equal_size():
 def test_samples_are_the_same_for_a_key_and_of_the_codes(listeners, codes):
     prompts = some_frames(8, seed=5).reshape(2, 4, WIDTH)
     for name, listener in listeners.items():
-        first, again = (listener.sample(jax.random.key(2), prompts, 6, 1.0) for _ in range(2))
+        first, again = (
+            listener.sample(jax.random.key(2), prompts, 6, 1.0) for _ in range(2)
+        )
         other = listener.sample(jax.random.key(3), prompts, 6, 1.0)
         assert first.shape == (2, 6, WIDTH)
         np.testing.assert_array_equal(first, again)
@@ -235,7 +263,9 @@ def test_sweeps_find_the_duration_that_was_asked(listeners):
     for name, listener in listeners.items():
         for hop, window in windows.items():
             wanted = [listener.score(window, d).log_prob.mean() for d in points]
-            np.testing.assert_allclose(found["nats_per_frame"][name][f"{hop:g}"], wanted, 1e-5)
+            np.testing.assert_allclose(
+                found["nats_per_frame"][name][f"{hop:g}"], wanted, 1e-5
+            )
             assert found["best_duration"][name][f"{hop:g}"] == points[np.argmax(wanted)]
 
 
@@ -290,14 +320,20 @@ def test_the_program_writes_what_it_says(tmp_path):
         assert len(samples) > 2 * 23 * 100
     # What was saved is what was judged.
     arrays = np.load(folder / "codes.npz")
-    codes = audio_models.CodeDensities(arrays["vectors"], arrays["scales"], arrays["log_shares"])
+    codes = audio_models.CodeDensities(
+        arrays["vectors"], arrays["scales"], arrays["log_shares"]
+    )
     units = sound.BandStatistics(arrays["mean"], arrays["deviation"])
     analysis = sound.MelConfig(bands=12)
     heard = sound.log_mel(synthesize_tones(4.0, seed=1, rate=8000), analysis)
     heard = units.standardize(heard).astype(np.float32)
-    windows = np.stack([heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)])
+    windows = np.stack(
+        [heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)]
+    )
     for name, book in (("mixture", None), ("tokens", codes)):
-        found = audio_models.AudioModel(density.load(folder / name), book).score(windows)
+        found = audio_models.AudioModel(density.load(folder / name), book).score(
+            windows
+        )
         said = values["models"][name]["likelihood"]["nats_per_frame"]
         assert found.log_prob.mean() == pytest.approx(said, abs=1e-3)
 
@@ -316,7 +352,10 @@ def test_the_program_writes_what_it_says(tmp_path):
     [
         (["--sound=speech"], "apt install espeak-ng"),
         (["--seconds=0.2"], "--seconds: the sound is too short"),
-        (["--held_out_seconds=0.2"], "--held_out_seconds: the held-out sound is too short"),
+        (
+            ["--held_out_seconds=0.2"],
+            "--held_out_seconds: the held-out sound is too short",
+        ),
         (["--seconds=0.01"], "too short: a window has 400 samples"),
         (["--seconds=0"], "seconds of sound are too short"),
         (["--prompt=24"], "--prompt=24 leaves nothing"),

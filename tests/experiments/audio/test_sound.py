@@ -36,7 +36,9 @@ def noise(count, seed=0):
 
 
 def sine(frequency, seconds=0.5, amplitude=1.0):
-    return amplitude * np.sin(2 * np.pi * frequency * np.arange(int(seconds * RATE)) / RATE)
+    return amplitude * np.sin(
+        2 * np.pi * frequency * np.arange(int(seconds * RATE)) / RATE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,9 @@ def test_stft_agrees_with_scipy():
     samples = noise(2000)
     found = sound.stft(samples, window=400, hop=100)
     other = signal.ShortTimeFFT(sound.hann_window(400), hop=100, fs=1, phase_shift=None)
-    np.testing.assert_allclose(found, other.stft(samples, p0=0, p1=21).T, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        found, other.stft(samples, p0=0, p1=21).T, rtol=0, atol=1e-9
+    )
 
 
 @given(st.integers(400, 3000), st.sampled_from([100, 80, 133]), st.integers(0, 5))
@@ -94,7 +98,9 @@ def test_istft_undoes_stft(count, sizes):
     samples = noise(count)
     spectra = sound.stft(samples, window=window, hop=hop)
     found = sound.istft(spectra, window=window, hop=hop, length=count)
-    covered = (len(spectra) - 1) * hop + 1  # what follows lies where the last window fades
+    covered = (
+        len(spectra) - 1
+    ) * hop + 1  # what follows lies where the last window fades
     np.testing.assert_allclose(found[:covered], samples[:covered], rtol=0, atol=1e-9)
 
 
@@ -130,7 +136,9 @@ def test_mel_is_the_scale_of_its_formula():
         1000.0, abs=0.02
     )  # as the scale is meant
     hertz = np.linspace(0.0, 8000.0, 50)
-    np.testing.assert_allclose(sound.mel_to_hertz(sound.hertz_to_mel(hertz)), hertz, atol=1e-8)
+    np.testing.assert_allclose(
+        sound.mel_to_hertz(sound.hertz_to_mel(hertz)), hertz, atol=1e-8
+    )
 
 
 def test_filters_are_triangles_that_share_every_bin():
@@ -183,7 +191,9 @@ def test_magnitudes_give_their_frames_back_where_spectra_are_smooth():
 
 def test_magnitudes_of_sound_have_nearly_its_frames(speechlike):
     frames = sound.log_mel(speechlike, ANALYSIS)
-    power = (sound.magnitudes_from_log_mel(frames, ANALYSIS) / sound.hann_window(400).sum()) ** 2
+    power = (
+        sound.magnitudes_from_log_mel(frames, ANALYSIS) / sound.hann_window(400).sum()
+    ) ** 2
     assert (power >= 0).all()
     again = np.log(power @ ANALYSIS.filters.T + ANALYSIS.floor)
     assert np.sqrt(np.mean((again - frames) ** 2)) < 0.6
@@ -232,7 +242,9 @@ def test_griffin_lim_never_gets_worse_and_momentum_gets_closer(speechlike):
     wanted = np.abs(sound.stft(speechlike[:8000], **WINDOWS))
 
     def error(iterations, momentum):
-        found = sound.griffin_lim(wanted, **WINDOWS, iterations=iterations, momentum=momentum)
+        found = sound.griffin_lim(
+            wanted, **WINDOWS, iterations=iterations, momentum=momentum
+        )
         return sound.spectral_convergence(found, wanted, **WINDOWS)
 
     plain = [error(i, 0.0) for i in (0, 1, 4, 16, 40)]
@@ -242,7 +254,9 @@ def test_griffin_lim_never_gets_worse_and_momentum_gets_closer(speechlike):
 
 def test_griffin_lim_is_the_same_for_the_same_seed():
     wanted = np.abs(sound.stft(noise(2000), **WINDOWS))
-    first, again = (sound.griffin_lim(wanted, **WINDOWS, iterations=3) for _ in range(2))
+    first, again = (
+        sound.griffin_lim(wanted, **WINDOWS, iterations=3) for _ in range(2)
+    )
     other = sound.griffin_lim(wanted, **WINDOWS, iterations=3, seed=1)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01
@@ -292,18 +306,22 @@ def test_tones_are_the_same_for_the_same_seed():
 
 
 def test_tones_have_pauses_and_sound(speechlike):
-    level = np.sqrt(np.mean(speechlike[: len(speechlike) // 100 * 100].reshape(-1, 100) ** 2, 1))
+    level = np.sqrt(
+        np.mean(speechlike[: len(speechlike) // 100 * 100].reshape(-1, 100) ** 2, 1)
+    )
     assert (level < 3 * BACKGROUND_NOISE).mean() > 0.05
     assert (level > 0.03).mean() > 0.4
-    assert level.min() > 0.5 * BACKGROUND_NOISE  # noise, and not a silence that is the same
+    assert (
+        level.min() > 0.5 * BACKGROUND_NOISE
+    )  # noise, and not a silence that is the same
 
 
 def test_a_vowel_has_its_pitch_and_its_formants():
     segments = [SoundSegment(1.0, 1.0, (730.0, 1090.0, 2440.0))]
     rng = np.random.default_rng(0)
-    samples = synthesize_segments(segments, rate=RATE, pitch=100.0, formant_factor=1.0, rng=rng)[
-        2000:6000
-    ]
+    samples = synthesize_segments(
+        segments, rate=RATE, pitch=100.0, formant_factor=1.0, rng=rng
+    )[2000:6000]
     power = np.abs(np.fft.rfft(samples * np.hanning(4000))) ** 2
     bins = np.fft.rfftfreq(4000, 1 / RATE)
 
@@ -320,9 +338,13 @@ def test_a_vowel_has_its_pitch_and_its_formants():
 
 
 def test_noise_lies_where_it_was_put():
-    segments = [SoundSegment(0.5, noise_level=0.3, noise_center=2400.0, noise_width=200.0)]
+    segments = [
+        SoundSegment(0.5, noise_level=0.3, noise_center=2400.0, noise_width=200.0)
+    ]
     rng = np.random.default_rng(0)
-    samples = synthesize_segments(segments, rate=RATE, pitch=100.0, formant_factor=1.0, rng=rng)
+    samples = synthesize_segments(
+        segments, rate=RATE, pitch=100.0, formant_factor=1.0, rng=rng
+    )
     power = np.abs(np.fft.rfft(samples)) ** 2
     bins = np.fft.rfftfreq(len(samples), 1 / RATE)
     assert (bins * power).sum() / power.sum() == pytest.approx(2400.0, abs=60.0)
@@ -401,7 +423,9 @@ def test_speech_says_what_to_install(monkeypatch, tmp_path):
         synthesize_speech(["a"], 1.0, seed=0, rate=RATE)
 
 
-@pytest.mark.skipif(shutil.which(ESPEAK_COMMAND) is None, reason="espeak-ng is not installed")
+@pytest.mark.skipif(
+    shutil.which(ESPEAK_COMMAND) is None, reason="espeak-ng is not installed"
+)
 def test_espeak_speaks():
     found = synthesize_speech(
         ["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE
@@ -411,7 +435,9 @@ def test_espeak_speaks():
     assert frames.std() > 1.0
     np.testing.assert_array_equal(
         found,
-        synthesize_speech(["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE),
+        synthesize_speech(
+            ["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE
+        ),
     )
 
 
@@ -428,7 +454,10 @@ def test_resampling_keeps_a_sine(wanted):
 # --- Files ------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(-1.0, 0.9999), min_size=1, max_size=50), st.sampled_from([8000, 22050]))
+@given(
+    st.lists(st.floats(-1.0, 0.9999), min_size=1, max_size=50),
+    st.sampled_from([8000, 22050]),
+)
 def test_wav_files_keep_sound_to_half_a_step(tmp_path_factory, values, rate):
     path = tmp_path_factory.mktemp("wav") / "a.wav"
     write_wav(path, np.array(values), rate)

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from continuous_lm.experiments.benchmarks import baselines, benchmark, sweep_cases, timing
+from continuous_lm.experiments.benchmarks import (
+    baselines,
+    benchmark,
+    sweep_cases,
+    timing,
+)
 from continuous_lm.experiments.benchmarks.timing import Row, Target
 from continuous_lm.experiments.densities import density_training
 from tests.fixtures import tiny
@@ -46,7 +51,9 @@ def test_the_first_round_warms_up(clock):
 
 
 def test_warm_ways_are_measured_at_once(clock):
-    assert timing.time_in_turns({"a": clock.way(1.0, 2.0)}, 2, is_warm=True) == {"a": [1.0, 2.0]}
+    assert timing.time_in_turns({"a": clock.way(1.0, 2.0)}, 2, is_warm=True) == {
+        "a": [1.0, 2.0]
+    }
 
 
 def test_ways_take_turns_there_and_back():
@@ -57,23 +64,36 @@ def test_ways_take_turns_there_and_back():
 
 
 def test_ratios_are_those_of_each_round():
-    row = timing.speedup_row("", ours=[1.0, 10.0, 2.0], theirs=[2.0, 50.0, 6.0], minimum=3.0)
+    row = timing.speedup_row(
+        "", ours=[1.0, 10.0, 2.0], theirs=[2.0, 50.0, 6.0], minimum=3.0
+    )
     assert (row.low, row.value, row.high) == (2.0, 3.0, 5.0)
-    assert (row.ours, row.theirs, row.unit) == (2.0, 6.0, "s")  # 6 / 2 would be 3 as well, but
-    row = timing.speedup_row("", ours=[1.0, 10.0, 4.0], theirs=[4.0, 20.0, 4.0], minimum=3.0)
+    assert (row.ours, row.theirs, row.unit) == (
+        2.0,
+        6.0,
+        "s",
+    )  # 6 / 2 would be 3 as well, but
+    row = timing.speedup_row(
+        "", ours=[1.0, 10.0, 4.0], theirs=[4.0, 20.0, 4.0], minimum=3.0
+    )
     assert (row.value, row.ours, row.theirs) == (2.0, 4.0, 4.0)  # not of the medians
     assert row.is_met is False
 
 
 def test_what_ours_takes_more():
-    row = timing.cost_ratio_row("", ours=[3.0, 8.0], theirs=[2.0, 4.0], maximum=1.75, unit="B")
+    row = timing.cost_ratio_row(
+        "", ours=[3.0, 8.0], theirs=[2.0, 4.0], maximum=1.75, unit="B"
+    )
     assert (row.low, row.value, row.high, row.unit) == (1.5, 1.75, 2.0, "B")
     assert row.is_met
 
 
 @pytest.mark.parametrize(
     ("target", "met", "missed", "words"),
-    [(Target(minimum=1.2), 1.2, 1.199, ">= 1.2"), (Target(maximum=0.3), 0.3, 0.301, "<= 0.3")],
+    [
+        (Target(minimum=1.2), 1.2, 1.199, ">= 1.2"),
+        (Target(maximum=0.3), 0.3, 0.301, "<= 0.3"),
+    ],
 )
 def test_targets(target, met, missed, words):
     assert target.is_met(met)
@@ -88,7 +108,8 @@ def test_what_has_no_target_or_value_is_neither_met_nor_missed():
 
 def test_quantities():
     shown = [
-        timing.format_quantity(*q) for q in ((0.0123, "s"), (12.3, "s"), (2.02e8, "B"), (3.0, ""))
+        timing.format_quantity(*q)
+        for q in ((0.0123, "s"), (12.3, "s"), (2.02e8, "B"), (3.0, ""))
     ]
     assert shown == ["12.3 ms", "12.3 s", "202 MB", "3"]
 
@@ -99,7 +120,9 @@ def test_the_table_says_what_is_missed():
         timing.speedup_row("fast", [1.0], [2.0], 1.0, "a note"),
         Row("absent", note="no GPU: not measured"),
     ]
-    head, _, *lines = timing.rows_table("name", "caption", rows).as_text().splitlines()[2:]
+    head, _, *lines = (
+        timing.rows_table("name", "caption", rows).as_text().splitlines()[2:]
+    )
     assert head.split()[:2] == ["figure", "value"]
     assert ["MISSED" in line for line in lines] == [True, False, False]
     assert lines[1].split() == "fast 2 2 to 2 >= 1 yes 1 s 2 s a note".split()
@@ -149,11 +172,17 @@ def test_cases_are_known_by_name():
 
 def test_absent_peers_are_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    assert baselines.why_missing("faiss") == "faiss is not installed: pip install -e '.[peers]'"
+    assert (
+        baselines.why_missing("faiss")
+        == "faiss is not installed: pip install -e '.[peers]'"
+    )
     rows = list(benchmark.CASES["nearest"](True, 1))
     absent = [row for row in rows if "faiss" in row.what]
     assert absent
-    assert all(row.value is None and row.note == baselines.why_missing("faiss") for row in absent)
+    assert all(
+        row.value is None and row.note == baselines.why_missing("faiss")
+        for row in absent
+    )
     assert all(row.value for row in rows if row not in absent)
 
 
@@ -209,11 +238,15 @@ def test_the_papers_mask_is_the_logarithm_of_durations():
 
 
 def test_operations_are_those_of_the_products_that_a_sweep_needs():
-    config = density_training.trunk_config(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4)
+    config = density_training.trunk_config(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4
+    )
     # 4 tokens, the first of them shared by 3 points. Each passes the first projections once; 1 + 3
     # times 3 the rest of the first layer and the keys and values of the second, of which 3 go on.
     query, key_value, rest = 32 * 32, 2 * 32 * 32, 32 * 32 + 3 * 32 * config.mlp_size
-    weights = 4 * (query + key_value) + 10 * (rest + key_value) + 3 * (query + rest + 32 * 64)
+    weights = (
+        4 * (query + key_value) + 10 * (rest + key_value) + 3 * (query + rest + 32 * 64)
+    )
     # Half of the pairs in the first layer, one query each in the second; scores and values.
     attention = 2 * 32 * ((1 + 3 * 15) / 2 + 3 * 4)
     found = sweep_cases.count_sweep_flops(config, num_points=3, length=4)
@@ -260,4 +293,6 @@ def test_the_program_writes_its_figures(tmp_path):
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert list(written["cases"]) == ["import", "attention"]
     assert written["run"]["flags"]["quick"] is True
-    assert all(row["what"] in run.stdout for rows in written["cases"].values() for row in rows)
+    assert all(
+        row["what"] in run.stdout for rows in written["cases"].values() for row in rows
+    )

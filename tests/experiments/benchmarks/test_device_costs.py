@@ -31,9 +31,9 @@ def llama(num_layers):
 
 def test_three_and_four_layers_say_what_six_cost():
     mesh = one_device()
-    assert program_costs.extrapolate_cost(llama(6), mesh, TASK) == program_costs.count_cost(
+    assert program_costs.extrapolate_cost(
         llama(6), mesh, TASK
-    )
+    ) == program_costs.count_cost(llama(6), mesh, TASK)
 
 
 @pytest.mark.slow
@@ -41,7 +41,9 @@ def test_xla_counts_the_body_of_a_loop_once():
     """Otherwise no layer would have to be unrolled, nor anything extrapolated."""
 
     def looped(n):
-        return program_costs.compile_sweep(llama(n), one_device(), TASK).cost_analysis()["flops"]
+        return program_costs.compile_sweep(
+            llama(n), one_device(), TASK
+        ).cost_analysis()["flops"]
 
     assert looped(3) == pytest.approx(looped(6), rel=0.01)
 
@@ -64,9 +66,9 @@ def test_products_against_every_product_of_the_program(config):
     model = program_costs.Transformer(config, implementation="dense")
     given = program_costs.program_arguments(config, one_device(), TASK, jnp.float32)
     with program_costs.unrolled_layers():
-        traced = jax.make_jaxpr(lambda *a: program_costs.next_token_probabilities(model, *a))(
-            *given
-        )
+        traced = jax.make_jaxpr(
+            lambda *a: program_costs.next_token_probabilities(model, *a)
+        )(*given)
 
     def dots(jaxpr, times=1):
         total = 0
@@ -76,7 +78,11 @@ def test_products_against_every_product_of_the_program(config):
                 left = equation.invars[0].aval.shape
                 size = math.prod(left[i] for i in contracted)
                 total += times * 2 * size * math.prod(equation.outvars[0].aval.shape)
-            repeated = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+            repeated = (
+                equation.params.get("length", 1)
+                if equation.primitive.name == "scan"
+                else 1
+            )
             for value in equation.params.values():
                 inner = getattr(value, "jaxpr", value)
                 if hasattr(inner, "eqns"):
@@ -92,13 +98,18 @@ def test_bytes_of_arguments_are_those_that_xla_allocates():
     held = program_costs.bytes_per_device(
         program_costs.program_arguments(config, mesh, TASK, jnp.float32)
     )
-    assert held == pytest.approx(found.argument_size_in_bytes, abs=64)  # scalars not read
+    assert held == pytest.approx(
+        found.argument_size_in_bytes, abs=64
+    )  # scalars not read
     halved = program_costs.memory_use(config, mesh, TASK).arguments
     assert held / 2 < halved < 0.51 * held  # but for times and durations
 
 
 def test_batches_are_even_over_the_rows_of_a_mesh():
-    for case in (*device_costs.make_cases(), device_costs.SweepCase(tokens=4096, points=7, data=4)):
+    for case in (
+        *device_costs.make_cases(),
+        device_costs.SweepCase(tokens=4096, points=7, data=4),
+    ):
         at_once = case.batch.points
         assert at_once % case.data == 0
         batches = math.ceil(case.points / at_once)
@@ -112,7 +123,9 @@ def test_batches_are_even_over_the_rows_of_a_mesh():
 def test_sizes_are_the_published_ones():
     counts = {}
     for name, fields in device_costs.MODEL_FIELDS.items():
-        boxes = language_model.parameter_declarations(language_model.read_config(fields))
+        boxes = language_model.parameter_declarations(
+            language_model.read_config(fields)
+        )
         counts[name] = sum(math.prod(box.value.shape) for box in boxes.values())
     assert counts == {
         "Llama-3-8B": 8_030_261_248,
@@ -188,7 +201,10 @@ def test_four_devices_share_the_work():
 def test_the_program_writes_what_it_prints(tmp_path):
     out = python(PROGRAM, "--shapes=tiny", f"--output_dir={tmp_path}")
     (row,) = json.loads((tmp_path / "device_costs.json").read_text())["growth"]["tiny"]
-    assert (row["at_once"], row["fits"]) == (4, list(device_costs.ACCELERATOR_GIGABYTES))
+    assert (row["at_once"], row["fits"]) == (
+        4,
+        list(device_costs.ACCELERATOR_GIGABYTES),
+    )
     assert row["over_products"] > 1.0
     assert device_costs.growth_table({"tiny": [row]}).as_text() in out
     for name in ("growth", "memory", "fitting"):

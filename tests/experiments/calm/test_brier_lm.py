@@ -55,7 +55,9 @@ def transformer(**fields):
     )
     rng = np.random.default_rng(1)
     flat = {
-        path: np.float32(path.endswith("scale") + 0.7 * rng.normal(size=box.value.shape))
+        path: np.float32(
+            path.endswith("scale") + 0.7 * rng.normal(size=box.value.shape)
+        )
         for path, box in language_model.parameter_declarations(config).items()
     }
     return config, flat
@@ -102,7 +104,9 @@ def test_each_brier_n_is_unbiased():
         variance = 2 * chance + equal - 2 * chance**2 - expected**2
         assert abs(found[name]["value"] - expected) < 4 * np.sqrt(variance / 10_000)
         width = found[name]["high"] - found[name]["low"]
-        np.testing.assert_allclose(width, 2 * 1.96 * np.sqrt(variance / 10_000), rtol=0.15)
+        np.testing.assert_allclose(
+            width, 2 * 1.96 * np.sqrt(variance / 10_000), rtol=0.15
+        )
 
 
 def test_a_deterministic_source_that_is_known_has_100():
@@ -114,7 +118,10 @@ def test_a_deterministic_source_that_is_known_has_100():
         **dict.fromkeys(NAMES, whole),
         "brier_lm": {"value": 100.0, "low": 100.0, "high": 100.0},
     }
-    assert brier_lm.brier_lm_from_probabilities(np.zeros((100, 4)), np.ones((100, 4))) == found
+    assert (
+        brier_lm.brier_lm_from_probabilities(np.zeros((100, 4)), np.ones((100, 4)))
+        == found
+    )
 
 
 def test_a_random_source_that_is_known_gives_its_collision_rates():
@@ -130,7 +137,8 @@ def test_a_random_source_that_is_known_gives_its_collision_rates():
     # What another source draws is worth less.
     other = [going_on(chain(seed=5), contexts, rng) for _ in range(2)]
     assert (
-        values(brier_lm.brier_lm_from_samples(*other, reference), "high") < values(found, "low")
+        values(brier_lm.brier_lm_from_samples(*other, reference), "high")
+        < values(found, "low")
     ).all()
 
 
@@ -138,20 +146,26 @@ def test_values_are_those_of_counting_and_of_the_losses():
     rng = np.random.default_rng(0)
     reference = rng.integers(0, 3, (400, 4))
     first, second = (
-        np.where(rng.uniform(size=(400, 4)) < 0.9, reference, rng.integers(0, 3, (400, 4)))
+        np.where(
+            rng.uniform(size=(400, 4)) < 0.9, reference, rng.integers(0, 3, (400, 4))
+        )
         for _ in range(2)
     )
     found = brier_lm.brier_lm_from_samples(first, second, reference)
     means = []
     for n, name in enumerate(NAMES, start=1):
         scores = [
-            int((a[:n] == r[:n]).all()) + int((b[:n] == r[:n]).all()) - int((a[:n] == b[:n]).all())
+            int((a[:n] == r[:n]).all())
+            + int((b[:n] == r[:n]).all())
+            - int((a[:n] == b[:n]).all())
             for a, b, r in zip(first, second, reference, strict=True)
         ]
         means.append(np.mean(scores))
         assert found[name]["value"] == pytest.approx(means[-1], rel=1e-6)
     assert len(set(means)) == 4
-    assert found["brier_lm"]["value"] == pytest.approx(100 * np.prod(means) ** 0.25, rel=1e-6)
+    assert found["brier_lm"]["value"] == pytest.approx(
+        100 * np.prod(means) ** 0.25, rel=1e-6
+    )
     # The losses' BrierLM takes n-grams from each token on: at n = 4 they are the same.
     theirs = losses.brier_lm(first, second, reference, orders=(4,))
     np.testing.assert_allclose(100 * found["brier_4"]["value"], theirs, rtol=1e-5)
@@ -172,7 +186,10 @@ def test_not_positive_is_0():
     np.testing.assert_allclose(found["brier_lm"]["value"], 100 * 0.06**0.25)
     # Two that are not positive do not make a positive product.
     first[:, 2] = 9
-    assert brier_lm.brier_lm_from_samples(first, first, reference)["brier_lm"]["value"] == 0.0
+    assert (
+        brier_lm.brier_lm_from_samples(first, first, reference)["brier_lm"]["value"]
+        == 0.0
+    )
 
 
 # --- Intervals -------------------------------------------------------------------------------
@@ -204,7 +221,9 @@ def test_a_resample_is_of_whole_groups():
     logs = np.log(np.repeat([[0.9], [0.5]], [9, 1], axis=0)) * np.array([1, 0, 0, 0])
     collision = np.full((10, 4), 0.5)
     groups = np.array([4] * 9 + [2])
-    found = brier_lm.brier_lm_from_probabilities(logs, collision, groups=groups)["brier_1"]
+    found = brier_lm.brier_lm_from_probabilities(logs, collision, groups=groups)[
+        "brier_1"
+    ]
     np.testing.assert_allclose(found["value"], 0.9 * 1.3 + 0.1 * 0.5)
     np.testing.assert_allclose([found["low"], found["high"]], [0.5, 1.3])
     single = brier_lm.brier_lm_from_probabilities(logs[:1], collision[:1])["brier_1"]
@@ -219,7 +238,9 @@ def test_seeds_repeat_and_order_does_not_matter():
     assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3) == found
     assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=4) != found
     order = rng.permutation(400)
-    shuffled = brier_lm.brier_lm_from_samples(*tokens[:, order], groups=groups[order], seed=3)
+    shuffled = brier_lm.brier_lm_from_samples(
+        *tokens[:, order], groups=groups[order], seed=3
+    )
     for name in (*NAMES, "brier_lm"):
         assert shuffled[name] == pytest.approx(found[name])
 
@@ -260,7 +281,9 @@ def probabilities(lm, contexts):
     def next_probs(rows):
         padded = np.zeros(room, np.int32)  # one shape, and so one program
         padded[: len(rows), : rows.shape[1]] = rows
-        logits = np.asarray(lm(padded, position=np.int32(rows.shape[1] - 1)), np.float64)
+        logits = np.asarray(
+            lm(padded, position=np.int32(rows.shape[1] - 1)), np.float64
+        )
         return softmax(logits[: len(rows)], axis=-1)
 
     return brier_lm.ngram_probabilities(next_probs, contexts, 4)
@@ -269,7 +292,10 @@ def probabilities(lm, contexts):
 def log_probs_of(p, reference):
     """Of the references' tokens [n, 4], from probabilities of all 4-grams [n, V, V, V, V]."""
     rows = np.arange(len(p))
-    chances = [p.sum(axis=tuple(range(n + 1, 5)))[(rows, *reference[:, :n].T)] for n in range(1, 5)]
+    chances = [
+        p.sum(axis=tuple(range(n + 1, 5)))[(rows, *reference[:, :n].T)]
+        for n in range(1, 5)
+    ]
     return np.diff(np.log(chances), axis=0, prepend=0.0).T
 
 
@@ -279,12 +305,19 @@ def test_sampled_and_closed_values_of_a_discrete_model_are_those_of_enumeration(
     p = probabilities(lm, few)
     group = np.repeat(np.arange(5), 80)
     # Half of the references are what the model says, so that no score is all collisions.
-    said = np.stack(np.unravel_index(p.reshape(5, -1).argmax(axis=1), p.shape[1:]), axis=1)[group]
+    said = np.stack(
+        np.unravel_index(p.reshape(5, -1).argmax(axis=1), p.shape[1:]), axis=1
+    )[group]
     other = rng.integers(0, V, said.shape)
     reference = np.where(rng.uniform(size=(len(said), 1)) < 0.5, said, other)
-    logs, rates = log_probs_of(p[group], reference), brier_lm.collision_probabilities(p)[group]
+    logs, rates = (
+        log_probs_of(p[group], reference),
+        brier_lm.collision_probabilities(p)[group],
+    )
     exact = brier_lm.brier_lm_from_probabilities(logs, rates)
-    found = brier_lm.evaluate_language_model(lm, few[group], reference, KEY, batch_size=ROWS)
+    found = brier_lm.evaluate_language_model(
+        lm, few[group], reference, KEY, batch_size=ROWS
+    )
     assert len(group) % ROWS  # the last chunk is not full
     assert (np.abs(values(exact)) > 0.01).all()
     errors = {}
@@ -297,7 +330,9 @@ def test_sampled_and_closed_values_of_a_discrete_model_are_those_of_enumeration(
     off = np.abs(values(found["closed"]) - values(exact))
     assert off[0] < 1e-5
     p = p.reshape(5, -1)
-    spread = np.sqrt(np.mean(np.sum(p**3, axis=1) - np.sum(p**2, axis=1) ** 2) / 2 / len(group))
+    spread = np.sqrt(
+        np.mean(np.sum(p**3, axis=1) - np.sum(p**2, axis=1) ** 2) / 2 / len(group)
+    )
     assert off[3] < 4 * spread
 
 
@@ -309,7 +344,9 @@ def test_chunks_have_draws_of_their_own():
         random_lm(), contexts, reference, KEY, groups=groups, batch_size=ROWS
     )
     assert found["sampled"]["brier_1"]["low"] < found["sampled"]["brier_1"]["high"]
-    np.testing.assert_allclose(*(found["closed"]["brier_1"][end] for end in ("low", "high")))
+    np.testing.assert_allclose(
+        *(found["closed"]["brier_1"][end] for end in ("low", "high"))
+    )
 
 
 def test_what_is_forced_is_what_whole_passes_say():
@@ -318,12 +355,17 @@ def test_what_is_forced_is_what_whole_passes_say():
     many = np.arange(ROWS) % 5
     model = lm.model.clone(config=lm.config.at_length(T + 4))
     logs, collision = brier_lm._score_continuations(
-        model, lm.params, contexts[many].astype(np.int32), following[:, many].astype(np.int32)
+        model,
+        lm.params,
+        contexts[many].astype(np.int32),
+        following[:, many].astype(np.int32),
     )
     p = probabilities(lm, contexts)
     for tokens, found in zip(following, logs[:, :5], strict=True):
         np.testing.assert_allclose(found, log_probs_of(p, tokens), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(collision[:5], brier_lm.collision_probabilities(p)[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(
+        collision[:5], brier_lm.collision_probabilities(p)[:, 0], rtol=1e-5
+    )
     # As equal as rows of one batch are: on some versions of JAX the last bit goes by their place.
     np.testing.assert_allclose(logs[:, -5:], logs[:, :5], rtol=1e-6)
 
@@ -335,9 +377,9 @@ def test_a_model_that_is_its_source_gives_its_collision_rates_or_100():
     found = brier_lm.evaluate_language_model(
         chain_lm(transitions), contexts, reference, KEY, batch_size=ROWS
     )
-    rates = brier_lm.collision_probabilities(ngrams(transitions, np.arange(V)[:, None]))[
-        contexts[:, -1]
-    ]
+    rates = brier_lm.collision_probabilities(
+        ngrams(transitions, np.arange(V)[:, None])
+    )[contexts[:, -1]]
     for kind in ("sampled", "closed"):
         error = (values(found[kind], "high") - values(found[kind], "low")) / 3.92
         assert (np.abs(values(found[kind]) - rates.mean(axis=0)) < 4 * error).all()

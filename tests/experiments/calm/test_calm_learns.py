@@ -39,7 +39,13 @@ def codec(tokens, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("codec")
     return calm_training.train_codec(
-        made, train, held_out, folder=folder, batch_size=16, steps=600, learning_rate=2e-3
+        made,
+        train,
+        held_out,
+        folder=folder,
+        batch_size=16,
+        steps=600,
+        learning_rate=2e-3,
     )
 
 
@@ -62,7 +68,11 @@ def test_contexts_tell_what_follows(tokens, codec, tmp_path):
     )
     head = EnergyHead(64, depth=2)
     lm = calm.create(
-        jax.random.key(1), config, codec, head, num_targets=calm_training.NUM_TARGET_DRAWS
+        jax.random.key(1),
+        config,
+        codec,
+        head,
+        num_targets=calm_training.NUM_TARGET_DRAWS,
     )
     lm = calm_training.train(
         lm,
@@ -74,6 +84,8 @@ def test_contexts_tell_what_follows(tokens, codec, tmp_path):
         steps=1000,
         learning_rate=2e-3,
     )
-    scores = calm_training.evaluate_brier_lm(lm, held_out, context=32, stride=8, limit=4096)
+    scores = calm_training.evaluate_brier_lm(
+        lm, held_out, context=32, stride=8, limit=4096
+    )
     for name in ("brier_1", "brier_2"):
         assert scores["sampled"][name]["low"] > scores["shuffled"][name]["high"]

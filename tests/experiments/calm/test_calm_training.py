@@ -48,7 +48,9 @@ slow = pytest.mark.slow
 def test_positions_are_places_of_the_text(length, context, stride, limit, seed):
     """Tokens that are their own indices say where each row is from."""
     options = dict(context=context, stride=stride, limit=limit, seed=seed)
-    contexts, references, groups = calm_training.evaluation_positions(np.arange(length), **options)
+    contexts, references, groups = calm_training.evaluation_positions(
+        np.arange(length), **options
+    )
     begins = contexts[:, 0]
     np.testing.assert_array_equal(contexts, begins[:, None] + np.arange(context))
     np.testing.assert_array_equal(references, begins[:, None] + context + np.arange(4))
@@ -62,7 +64,9 @@ def test_positions_are_places_of_the_text(length, context, stride, limit, seed):
         assert len(np.unique(references)) == references.size  # no token is judged twice
     # Positions in one group are near, and contexts of any that are not neighbours share nothing.
     np.testing.assert_array_equal(groups, begins // (context + 4))
-    for contexts_of, number in ((contexts[groups == g], g) for g in set(groups.tolist())):
+    for contexts_of, number in (
+        (contexts[groups == g], g) for g in set(groups.tolist())
+    ):
         assert np.ptp(contexts_of[:, 0]) < context + 4, number
     again = calm_training.evaluation_positions(np.arange(length), **options)
     for a, b in zip(again, (contexts, references, groups), strict=True):
@@ -73,7 +77,9 @@ def test_positions_come_in_an_order_of_chance():
     """Which seeds change, as they do not change the places."""
     options = dict(context=4, stride=4, limit=50)
     first, second = (
-        calm_training.evaluation_positions(np.arange(400), **options, seed=seed)[0][:, 0]
+        calm_training.evaluation_positions(np.arange(400), **options, seed=seed)[0][
+            :, 0
+        ]
         for seed in (0, 1)
     )
     assert sorted(first) == sorted(second)
@@ -85,7 +91,10 @@ def test_a_text_without_a_position_is_refused():
     options = dict(context=8, stride=1, limit=4)
     with pytest.raises(clm.InputError, match="the held-out data is too short"):
         calm_training.evaluation_positions(np.arange(11), **options)
-    assert calm_training.evaluation_positions(np.arange(12), **options)[0].shape == (1, 8)
+    assert calm_training.evaluation_positions(np.arange(12), **options)[0].shape == (
+        1,
+        8,
+    )
 
 
 # --- The autoencoder -------------------------------------------------------------------------
@@ -98,7 +107,10 @@ def returned(codec, chunks, latents):
 
 def test_reconstruction_is_the_mean_over_all_chunks():
     """Of an untrained autoencoder; the rest of a chunk at the end is left out."""
-    codec, tokens = tiny.next_vector_lm().codec, np.random.default_rng(0).integers(0, V, 602)
+    codec, tokens = (
+        tiny.next_vector_lm().codec,
+        np.random.default_rng(0).integers(0, V, 602),
+    )
     found = calm_training.reconstruction_shares(codec, tokens)
     assert list(found) == ["mean", "sampled", "noisy"]
     assert all(0 <= share <= 1 for share in found.values())
@@ -107,22 +119,32 @@ def test_reconstruction_is_the_mean_over_all_chunks():
     mean, log_scale = codec.encode(chunks)
     assert found["mean"] == pytest.approx(returned(codec, chunks, mean), abs=1e-6)
     # Noise of variance 1 and of variance 2, of the posterior's scale, from the same draws.
-    noise = jnp.exp(log_scale) * jax.random.normal(jax.random.fold_in(KEY, 0), mean.shape)
+    noise = jnp.exp(log_scale) * jax.random.normal(
+        jax.random.fold_in(KEY, 0), mean.shape
+    )
     for name, factor in (("sampled", 1.0), ("noisy", 2**0.5)):
         wanted = returned(codec, chunks, mean + factor * noise)
         assert found[name] == pytest.approx(wanted, abs=2e-3)
-    assert calm_training.reconstruction_shares(codec, tokens, seed=1)["sampled"] != found["sampled"]
+    assert (
+        calm_training.reconstruction_shares(codec, tokens, seed=1)["sampled"]
+        != found["sampled"]
+    )
     assert calm_training.reconstruction_shares(codec, tokens[:600]) == found
 
 
 @slow
 def test_reconstruction_of_many_chunks_counts_each_of_them_once():
     """In parts of unequal sizes."""
-    codec, tokens = tiny.next_vector_lm().codec, np.random.default_rng(0).integers(0, V, 3 * 4101)
+    codec, tokens = (
+        tiny.next_vector_lm().codec,
+        np.random.default_rng(0).integers(0, V, 3 * 4101),
+    )
     tokens[: 3 * 2000] = 0
     chunks = tokens.reshape(-1, 3)
     found = calm_training.reconstruction_shares(codec, tokens)["mean"]
-    assert found == pytest.approx(returned(codec, chunks, codec.encode(chunks)[0]), abs=1e-6)
+    assert found == pytest.approx(
+        returned(codec, chunks, codec.encode(chunks)[0]), abs=1e-6
+    )
 
 
 def test_reconstruction_of_less_than_a_chunk_is_refused():
@@ -140,8 +162,13 @@ def test_between_two_texts():
         decoded = codec.decode(codec.encode(np.reshape(tokens[:6], (2, 3)))[0])
         assert row == np.argmax(decoded, axis=-1).ravel().tolist()
     assert rows[0] != rows[-1]
-    assert calm_training.interpolate_texts(codec, second, first, num_points=7) == rows[::-1]
-    ends = [codec.encode(np.reshape(tokens[:6], (2, 3)))[0] for tokens in (first, second)]
+    assert (
+        calm_training.interpolate_texts(codec, second, first, num_points=7)
+        == rows[::-1]
+    )
+    ends = [
+        codec.encode(np.reshape(tokens[:6], (2, 3)))[0] for tokens in (first, second)
+    ]
     middle = np.argmax(codec.decode((ends[0] + ends[1]) / 2), axis=-1).ravel().tolist()
     assert rows[3] == middle
     with pytest.raises(clm.InputError, match="less than the 3 tokens of a chunk"):
@@ -160,7 +187,10 @@ def test_between_two_texts():
         (dict(activation=1), "activation is 1; it must be str"),
         (dict(latent_size=None), "latent_size is None; it must be int"),
         (dict(mlp_size="wide"), "mlp_size is 'wide'; it must be int"),
-        (dict(encoder_layers=0), "num_encoder_layers is 0; it must be an integer from 1"),
+        (
+            dict(encoder_layers=0),
+            "num_encoder_layers is 0; it must be an integer from 1",
+        ),
         (dict(decoder_layers=-2), "num_decoder_layers is -2"),
         (dict(norm_eps=0.0), "norm_eps is 0.0"),
         (dict(activation="tanh"), "'tanh'"),
@@ -176,7 +206,9 @@ def test_settings_of_an_autoencoder_are_checked(settings, message):
 # --- Continuations ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=slow) for size in (1, 4, 8))])
+@pytest.mark.parametrize(
+    "size", [2, *(pytest.param(size, marks=slow) for size in (1, 4, 8))]
+)
 def test_continuations_have_4_tokens_whatever_a_chunk_has(size):
     """Those of a loop of single batches, the last of which is filled up."""
     lm, rng = tiny.next_vector_lm(chunk_size=size), np.random.default_rng(0)
@@ -206,7 +238,13 @@ def test_continuations_have_4_tokens_whatever_a_chunk_has(size):
 
 DATA = "--data=text.txt"
 TRAINED = ("--hidden_size=16", "--batch_size=4", "--save_every=10")
-CODEC = ("--stage=autoencoder", *TRAINED, "--chunk_size=2", "--latent_size=8", "--steps=300")
+CODEC = (
+    "--stage=autoencoder",
+    *TRAINED,
+    "--chunk_size=2",
+    "--latent_size=8",
+    "--steps=300",
+)
 TRUNK = ("--num_layers=1", "--num_heads=2", "--length=16")
 STAGE = ("--stage=calm", *TRAINED, *TRUNK)
 SHORT = "--steps=22"
@@ -244,7 +282,8 @@ def read(path):
 
 def metrics(folder):
     return [
-        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
+        json.loads(line)
+        for line in (folder / "run" / "metrics.jsonl").read_text().split("\n")[:-1]
     ]
 
 
@@ -327,7 +366,9 @@ def test_evaluation_of_both_kinds_at_the_same_positions(trained):
     )
     assert models["energy"]["parameters"] == learned
     positions = {
-        found["positions"] for numbers in models.values() for found in numbers["brier"].values()
+        found["positions"]
+        for numbers in models.values()
+        for found in numbers["brier"].values()
     }
     assert len(positions) == 1
     table = (trained / "eval" / "brier.csv").read_text().splitlines()
@@ -356,7 +397,9 @@ def test_samples_and_what_lies_between(trained):
     found = {}
     with forked_runner("sample") as sample:
         for name, arguments in runs.items():
-            status, stdout, stderr = sample(trained, *common, *arguments, f"--output_dir=s/{name}")
+            status, stdout, stderr = sample(
+                trained, *common, *arguments, f"--output_dir=s/{name}"
+            )
             assert status == 0, stderr
             found[name] = read(trained / "s" / name / "sample.json")
             assert len(found[name]["texts"]) == 3
@@ -367,14 +410,21 @@ def test_samples_and_what_lies_between(trained):
     lm = calm.load(trained / "energy")
     ends = [lm.tokenizer.encode(text.split("=", 1)[1]).ids for text in runs["between"]]
     assert between == [
-        lm.tokenizer.decode(row) for row in calm_training.interpolate_texts(lm.codec, *ends)
+        lm.tokenizer.decode(row)
+        for row in calm_training.interpolate_texts(lm.codec, *ends)
     ]
     assert len(between) == 5
 
 
 @slow
 def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
-    options = ("--length=8", "--windows=16", "--codes=16", "--stages=2", "--output_dir=ablation")
+    options = (
+        "--length=8",
+        "--windows=16",
+        "--codes=16",
+        "--stages=2",
+        "--output_dir=ablation",
+    )
     status, stdout, stderr = run(
         trained, "compare_quantizers", DATA, "--model=energy,flow", *options
     )
@@ -388,7 +438,10 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
         assert list(named)[:3] == ["decoder", nearest, "VQ, 16"]
         assert named["decoder"]["noise"] == 0
         if size == 2:  # the autoencoder that has learned something
-            assert named["decoder"]["kept"] >= max(way["kept"] for way in named.values()) - 0.02
+            assert (
+                named["decoder"]["kept"]
+                >= max(way["kept"] for way in named.values()) - 0.02
+            )
         # No code is nearer than a latent of the training text, but where it is one of few.
         assert named[nearest]["noise"] <= 1.001 * named["VQ, 16"]["noise"]
         for way in named.values():
@@ -400,7 +453,9 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
         begins = np.arange(16) * ((len(held_out) - 1) // 7) // 16 * 7
         chunks = held_out[begins[:, None] + np.arange(size, 8)].reshape(-1, size)
         own = np.asarray(codec.encode(chunks)[0])
-        assert named["decoder"]["kept"] == pytest.approx(returned(codec, chunks, own), abs=1e-6)
+        assert named["decoder"]["kept"] == pytest.approx(
+            returned(codec, chunks, own), abs=1e-6
+        )
         known = train[: len(train) // size * size].reshape(-1, size)
         latents = np.asarray(codec.encode(known)[0])
         assert nearest == f"nearest of {len(latents)}"
@@ -410,7 +465,15 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
     lm = calm.load(trained / "energy")
     with pytest.raises(clm.InputError, match="--codes=100000, but there are"):
         code_comparison.compare_latent_quantizers(
-            lm, train, held_out, length=4, windows=2, seed=0, codes=100_000, stages=2, levels=5
+            lm,
+            train,
+            held_out,
+            length=4,
+            windows=2,
+            seed=0,
+            codes=100_000,
+            stages=2,
+            levels=5,
         )
 
 
@@ -425,7 +488,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, train, name):
     assert train(trained, *arguments)[0] == 0
     folder = trained / ("stopped_" + name)
     expected = load(folder).params
-    assert_same_trees(load(trained / name).params, expected)  # nothing is left to chance
+    assert_same_trees(
+        load(trained / name).params, expected
+    )  # nothing is left to chance
     steps = [step for step, _ in run_folder.list_checkpoints(folder / "run")]
     assert steps == [20, 22]
     before = (folder / "run" / "metrics.jsonl").read_text()
@@ -514,14 +579,18 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
                 reached.clear()
             else:
                 assert status == -signal.SIGKILL  # and not ended by an error of its own
-                there = [step for step, _ in run_folder.list_checkpoints(killed / "run")]
+                there = [
+                    step for step, _ in run_folder.list_checkpoints(killed / "run")
+                ]
                 reached.append(max(there, default=0))
         assert len(reached) == KILLS - 1
         assert call(killed, None) == 0
         server.stdin.close()
     assert 0 < reached[0] < reached[-1] < steps  # it went on from checkpoints
     assert_same_trees(calm.load(whole).params, calm.load(killed).params)
-    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert (whole / "model.safetensors").read_bytes() == (
+        killed / "model.safetensors"
+    ).read_bytes()
     assert metrics(whole) == metrics(killed)
 
 
@@ -532,43 +601,94 @@ PLAIN = (*CODEC, NEW)
 REFUSED = {
     "no codec": ([*STAGE], "--codec is missing"),
     "codec is nowhere": ([*STAGE, "--codec=nowhere"], "--codec", "nowhere"),
-    "codec is a model": ([*STAGE, "--codec=energy"], "--codec", "this is no autoencoder"),
-    "codec is a baseline": ([*STAGE, "--codec=baseline"], "--codec", "this is no autoencoder"),
+    "codec is a model": (
+        [*STAGE, "--codec=energy"],
+        "--codec",
+        "this is no autoencoder",
+    ),
+    "codec is a baseline": (
+        [*STAGE, "--codec=baseline"],
+        "--codec",
+        "this is no autoencoder",
+    ),
     "codec is a text": ([*STAGE, "--codec=text.txt"], "--codec", "text.txt"),
-    "calm, gaussian": ([*ON, "--head=gaussian"], "--head=gaussian", "energy, flow, diffusion"),
+    "calm, gaussian": (
+        [*ON, "--head=gaussian"],
+        "--head=gaussian",
+        "energy, flow, diffusion",
+    ),
     "calm, token": ([*ON, "--head=token"], "--head=token", "--stage=calm"),
     "calm, trunk": ([*ON, "--trunk=baseline"], "--trunk", "is new"),
     "calm, rows": ([*ON, "--table_from=baseline"], "--table_from", "is new"),
-    "calm, contrast": ([*ON, "--token_loss_weight=0.5"], "--token_loss_weight", "is new"),
+    "calm, contrast": (
+        [*ON, "--token_loss_weight=0.5"],
+        "--token_loss_weight",
+        "is new",
+    ),
     "calm, chunks": ([*ON, "--chunk_size=2"], "--chunk_size", "its autoencoder"),
     "calm, latents": ([*ON, "--latent_size=8"], "--latent_size", "its autoencoder"),
-    "calm, codec's": ([*ON, "--codec_settings=dropout=0"], "--codec_settings", "its autoencoder"),
+    "calm, codec's": (
+        [*ON, "--codec_settings=dropout=0"],
+        "--codec_settings",
+        "its autoencoder",
+    ),
     "calm, tokenizer": ([*ON, "--tokenizer=codec"], "--tokenizer", "its own tokenizer"),
     "calm, vocabulary": ([*ON, NEW], "--vocab_size", "its own tokenizer"),
     "calm, setting": ([*ON, "--head_settings=depths=1"], "no setting 'depths'"),
     "calm, value": ([*ON, "--head_settings=beta=2"], "beta is 2"),
     "calm, samples": ([*ON, "--head_settings=num_samples=1"], "num_samples is 1"),
-    "calm, width": ([*ON, "--head_settings=width=3"], "--head_settings: width follows from"),
+    "calm, width": (
+        [*ON, "--head_settings=width=3"],
+        "--head_settings: width follows from",
+    ),
     "calm, too long": ([*ON, "--length=2000"], "too short"),
     "calm, channels": ([*ON, "--num_heads=3"], "3 heads do not share 16 channels"),
     "codec, head": ([*PLAIN, "--head=gaussian"], "--head", "an autoencoder has none"),
     "codec, implicit head": ([*PLAIN, "--head=energy"], "--head"),
-    "codec, settings of a head": ([*PLAIN, "--head_settings=depth=1"], "--head_settings", "none"),
+    "codec, settings of a head": (
+        [*PLAIN, "--head_settings=depth=1"],
+        "--head_settings",
+        "none",
+    ),
     "codec, trunk": ([*PLAIN, "--trunk=baseline"], "--trunk", "none"),
     "codec, rows": ([*PLAIN, "--table_from=baseline"], "--table_from", "none"),
-    "codec, contrast": ([*PLAIN, "--token_loss_weight=1"], "--token_loss_weight", "none"),
+    "codec, contrast": (
+        [*PLAIN, "--token_loss_weight=1"],
+        "--token_loss_weight",
+        "none",
+    ),
     "codec, layers": ([*PLAIN, "--num_layers=2"], "--num_layers", "none"),
     "codec, heads": ([*PLAIN, "--num_heads=2"], "--num_heads", "none"),
     "codec, length": ([*PLAIN, "--length=2"], "--length", "none"),
     "codec, codec": ([*PLAIN, "--codec=codec"], "--codec", "none"),
     "codec, unknown": ([*PLAIN, "--codec_settings=width=3"], "no setting 'width'"),
-    "codec, no value": ([*PLAIN, "--codec_settings=dropout"], "'dropout' is not name=value"),
-    "codec, a word": ([*PLAIN, "--codec_settings=dropout=much"], "dropout is 'much'", "float"),
-    "codec, a half": ([*PLAIN, "--codec_settings=encoder_layers=2.5"], "encoder_layers is 2.5"),
-    "codec, odd": ([*PLAIN, "--codec_settings=decoder_layers=3"], "num_decoder_layers is 3"),
+    "codec, no value": (
+        [*PLAIN, "--codec_settings=dropout"],
+        "'dropout' is not name=value",
+    ),
+    "codec, a word": (
+        [*PLAIN, "--codec_settings=dropout=much"],
+        "dropout is 'much'",
+        "float",
+    ),
+    "codec, a half": (
+        [*PLAIN, "--codec_settings=encoder_layers=2.5"],
+        "encoder_layers is 2.5",
+    ),
+    "codec, odd": (
+        [*PLAIN, "--codec_settings=decoder_layers=3"],
+        "num_decoder_layers is 3",
+    ),
     "codec, dropout": ([*PLAIN, "--codec_settings=dropout=1"], "dropout is 1"),
-    "codec, activation": ([*PLAIN, "--codec_settings=activation=tanh"], "--codec_settings", "tanh"),
-    "codec, no layers": ([*PLAIN, "--codec_settings=encoder_layers=-2"], "encoder_layers is -2"),
+    "codec, activation": (
+        [*PLAIN, "--codec_settings=activation=tanh"],
+        "--codec_settings",
+        "tanh",
+    ),
+    "codec, no layers": (
+        [*PLAIN, "--codec_settings=encoder_layers=-2"],
+        "encoder_layers is -2",
+    ),
     "codec, eps": ([*PLAIN, "--codec_settings=norm_eps=-1"], "norm_eps is -1"),
     "codec, size twice": ([*PLAIN, "--codec_settings=latent_size=4"], "latent_size"),
     "codec, vocabulary": ([*PLAIN, "--codec_settings=vocab_size=4"], "vocab_size"),
@@ -577,11 +697,27 @@ REFUSED = {
     "codec, too long": ([*PLAIN, "--chunk_size=20000"], "too short"),
     "density, codec": (["--codec=codec", NEW], "--codec", "only an autoencoder"),
     "density, chunks": (["--chunk_size=2", NEW], "--chunk_size", "only an autoencoder"),
-    "density, latents": (["--latent_size=2", NEW], "--latent_size", "only an autoencoder"),
+    "density, latents": (
+        ["--latent_size=2", NEW],
+        "--latent_size",
+        "only an autoencoder",
+    ),
     "density, energy": (["--head=energy", NEW], "--head=energy", "--stage=density"),
-    "baseline, codec": (["--stage=baseline", "--codec=codec"], "--codec", "only an autoencoder"),
-    "baseline, head": (["--stage=baseline", "--head=mixture"], "--head=mixture", "has token"),
-    "baseline, rows": (["--stage=baseline", "--table_from=baseline"], "--table_from", "no rows"),
+    "baseline, codec": (
+        ["--stage=baseline", "--codec=codec"],
+        "--codec",
+        "only an autoencoder",
+    ),
+    "baseline, head": (
+        ["--stage=baseline", "--head=mixture"],
+        "--head=mixture",
+        "has token",
+    ),
+    "baseline, rows": (
+        ["--stage=baseline", "--table_from=baseline"],
+        "--table_from",
+        "no rows",
+    ),
     "baseline, setting": (
         ["--stage=baseline", "--codec_settings=dropout=0"],
         "--codec_settings",
@@ -601,7 +737,8 @@ def test_bad_input_to_training(trained, train, tmp_path, case):
 
 @slow
 @pytest.mark.parametrize(
-    "arguments", [(*PLAIN, "--chunk_size=0"), (*PLAIN, "--latent_size=0"), (*ON, "--stage=flow")]
+    "arguments",
+    [(*PLAIN, "--chunk_size=0"), (*PLAIN, "--latent_size=0"), (*ON, "--stage=flow")],
 )
 def test_flags_out_of_range(trained, train, arguments):
     """Which the flags themselves refuse."""
@@ -617,7 +754,8 @@ def test_bad_input_to_the_others(trained):
     models, other = "--models=codec", ("--model=energy", "--output_dir=refused")
     assert_refused(run(trained, "evaluate", models, DATA), "codec holds an autoencoder")
     assert_refused(
-        run(trained, "evaluate", "--models=energy,energy", DATA), "two folders are called energy"
+        run(trained, "evaluate", "--models=energy,energy", DATA),
+        "two folders are called energy",
     )
     assert_refused(
         run(trained, "evaluate", "--models=energy", DATA, "--context=100000"),
@@ -627,7 +765,10 @@ def test_bad_input_to_the_others(trained):
     with forked_runner("sample") as sample:
         for arguments, *culprits in (
             (["--between=Ann reads"], "--between is given 1 times; give it twice"),
-            (["--between=Ann", "--between=Bob", "--between=Eve"], "--between is given 3 times"),
+            (
+                ["--between=Ann", "--between=Bob", "--between=Eve"],
+                "--between is given 3 times",
+            ),
             (["--between=Ann reads the file.", "--between="], "--between", "a chunk"),
             (["--towards=file"], "--towards is not for a next-vector model"),
             (["--quantize=cosine"], "--quantize is not for a next-vector model"),
@@ -636,8 +777,14 @@ def test_bad_input_to_the_others(trained):
             (["--temperature=2", "--method=exact"], "temperature is 2.0"),
             (["--temperature=0", "--method=exact"], "temperature is 0"),
             (["--temperature=0.25", "--candidates=3"], "at least 4 candidates"),
-            (["--model=baseline", "--method=exact"], "--method is not for a density model"),
-            (["--model=baseline", "--between=Ann"], "--between is not for a density model"),
+            (
+                ["--model=baseline", "--method=exact"],
+                "--method is not for a density model",
+            ),
+            (
+                ["--model=baseline", "--between=Ann"],
+                "--between is not for a density model",
+            ),
             (["--model=codec"], "codec holds an autoencoder"),
         ):
             assert_refused(sample(trained, *other, *arguments), *culprits)

@@ -121,7 +121,9 @@ SWEEPS = {
     "pruning": (("--steps=2",), MESHES),
     "evaluate_apples": (("--held_out_prompts=8",), MESHES[2:]),
     "frames": (FRAMES, MESHES[2:]),
-} | dict.fromkeys(("boolean", "events", "sums", "shifting"), (("--points=5",), (MESHES[2], PMAP)))
+} | dict.fromkeys(
+    ("boolean", "events", "sums", "shifting"), (("--points=5",), (MESHES[2], PMAP))
+)
 
 
 @slow
@@ -147,7 +149,11 @@ TRAIN = (
 
 def stage(*arguments):
     """Flags of `train`; those that a stage does not have are left out."""
-    without = ("--num_layers", "--num_heads", "--length") if "autoencoder" in arguments[0] else ()
+    without = (
+        ("--num_layers", "--num_heads", "--length")
+        if "autoencoder" in arguments[0]
+        else ()
+    )
     if any(a.startswith(("--codec=", "--table_from=")) for a in arguments):
         without += ("--vocab_size",)
     return [a for a in TRAIN if not a.startswith(without or "-----")] + list(arguments)
@@ -194,9 +200,13 @@ def test_training_by_pmap(tmp_path):
     arguments = [*stage("--stage=baseline"), "--accumulate=8"]
     with on_eight(), forked_runner("train") as train:
         for name, ways in {"one": [], "pmap": [PMAP]}.items():
-            status, _, stderr = train(tmp_path, *arguments, *ways, f"--output_dir={name}")
+            status, _, stderr = train(
+                tmp_path, *arguments, *ways, f"--output_dir={name}"
+            )
             assert status == 0, stderr
-    one, other = (read(tmp_path / name / "run/metrics.jsonl") for name in ("one", "pmap"))
+    one, other = (
+        read(tmp_path / name / "run/metrics.jsonl") for name in ("one", "pmap")
+    )
     assert_close(one, other)
 
 
@@ -288,7 +298,10 @@ def together(cwd, name, *arguments):
     address = f"localhost:{many_devices.find_free_port()}"
     said = (f"--coordinator={address}", "--num_processes=2", "--heartbeat_timeout=20")
     return many_devices.run_processes(
-        [("-m", "continuous_lm", name, *arguments, *said, f"--process_id={i}") for i in (0, 1)],
+        [
+            ("-m", "continuous_lm", name, *arguments, *said, f"--process_id={i}")
+            for i in (0, 1)
+        ],
         cwd=cwd,
     )
 
@@ -301,7 +314,9 @@ def assert_all_end(processes):
 
 @slow
 def test_a_sweep_in_two_processes(tmp_path):
-    status, _, stderr = run_program(tmp_path, "counting", "--points=9", "--output_dir=one")
+    status, _, stderr = run_program(
+        tmp_path, "counting", "--points=9", "--output_dir=one"
+    )
     assert status == 0, stderr
     arguments = ("--points=9", "--mesh=data=4,model=2", "--output_dir=two")
     with together(tmp_path, "counting", *arguments) as processes:
@@ -329,13 +344,19 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
         _, told = processes[1 - lost].communicate(timeout=60)
         assert time.monotonic() - began < 20  # --heartbeat_timeout
         assert processes[1 - lost].returncode == 1, told
-        assert told.splitlines()[-1].startswith(f"error: process {lost} has ended early"), told
-    made = [step for step, _ in run_folder.list_checkpoints(tmp_path / "results/train/run")]
+        assert told.splitlines()[-1].startswith(
+            f"error: process {lost} has ended early"
+        ), told
+    made = [
+        step for step, _ in run_folder.list_checkpoints(tmp_path / "results/train/run")
+    ]
     assert made[-1] < 60  # or nothing was left to go on with
 
     with together(tmp_path, "train", *arguments, "--mesh=data=8") as processes:
         assert_all_end(processes)
-    status, _, stderr = run_program(tmp_path, "train", *arguments, "--output_dir=results/one")
+    status, _, stderr = run_program(
+        tmp_path, "train", *arguments, "--output_dir=results/one"
+    )
     assert status == 0, stderr
     one, two = (tmp_path / "results" / name for name in ("one", "train"))
     assert_close(read(one / "run/metrics.jsonl"), read(two / "run/metrics.jsonl"))

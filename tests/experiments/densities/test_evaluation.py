@@ -47,7 +47,9 @@ def test_perplexities_are_those_of_the_logits(kind, text):
     targets = rows[:, 1:]
 
     def perplexity(logits):
-        logs = np.take_along_axis(log_softmax(logits, axis=-1), targets[..., None], axis=-1)
+        logs = np.take_along_axis(
+            log_softmax(logits, axis=-1), targets[..., None], axis=-1
+        )
         return np.exp(-logs.mean())
 
     assert found["tokens"] == targets.size
@@ -67,14 +69,18 @@ def test_vectors_are_those_of_the_table(text):
     held_out, train = text
     lm, rows = made("gaussian"), windows(held_out)
     found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
-    assert found["nll"]["value"] == pytest.approx(-float(np.mean(lm.log_prob(rows))), rel=1e-4)
+    assert found["nll"]["value"] == pytest.approx(
+        -float(np.mean(lm.log_prob(rows))), rel=1e-4
+    )
     assert found["at_bound"]["value"] == pytest.approx(
         np.mean(np.asarray(distribution(lm, rows).scale) < 0.99), abs=1e-6
     )
     table = np.asarray(density.get_token_table(lm))
     mean = np.asarray(distribution(lm, rows).mean)
     nearest = ((mean[..., None, :] - table) ** 2).sum(-1).argmin(-1)
-    assert found["accuracy_mean"]["value"] == pytest.approx(np.mean(nearest == rows[:, 1:]))
+    assert found["accuracy_mean"]["value"] == pytest.approx(
+        np.mean(nearest == rows[:, 1:])
+    )
     np.testing.assert_allclose(table.std(axis=0), 1.0, rtol=1e-5)
     assert found["least_variance"] == pytest.approx(1.0, rel=1e-5)
     assert 1 < found["effective_rank"] <= 8
@@ -86,7 +92,9 @@ def distribution(lm, rows):
     return lm.model.apply(variables, hidden, method="distribution")
 
 
-@pytest.mark.parametrize("kind", ["mixture", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["mixture", pytest.param("experts", marks=pytest.mark.slow)]
+)
 def test_use_is_the_perplexity_of_the_mean_weights(kind, text):
     held_out, train = text
     lm, rows = made(kind), windows(held_out)
@@ -119,7 +127,9 @@ def test_tables_hold_the_numbers_and_say_where_there_are_none():
         "at_bound": {"value": 0.25},
         "effective_rank": 3.0,
     }
-    perplexity, vectors = evaluation.make_tables({"baseline": token, "gaussian": vector})
+    perplexity, vectors = evaluation.make_tables(
+        {"baseline": token, "gaussian": vector}
+    )
     assert perplexity.cells[1][:4] == ["baseline", "1,234", "12.25", "11 to 13.5"]
     assert perplexity.cells[2][2:4] == ["", ""]
     assert vectors.cells[1][:4] == ["gaussian", "4", "2.0000", "50.0"]

@@ -17,7 +17,9 @@ ARGUMENTS = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("attribution", "inverse")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("attribution", "inverse")
+]
 
 
 @pytest.fixture(scope="module", params=["pruning", *SLOW])
@@ -25,7 +27,9 @@ def ran(request, tmp_path_factory):
     """The program's name, its results and what it printed."""
     name, folder = request.param, tmp_path_factory.mktemp("run") / "out"
     with forked_runner(name) as run:
-        status, table, stderr = run(REPOSITORY_ROOT, f"--output_dir={folder}", *ARGUMENTS[name])
+        status, table, stderr = run(
+            REPOSITORY_ROOT, f"--output_dir={folder}", *ARGUMENTS[name]
+        )
     assert status == 0, stderr
     return name, json.loads((folder / f"{name}.json").read_text()), table, folder
 
@@ -34,10 +38,14 @@ def check_attribution(result, table, folder):
     assert result["answer"] == "6"
     assert result["group"] == ["6"]
     assert result["relative_residual"] < 0.05
-    whole, alone = (result["log_probability"][k] for k in ("whole", "first token alone"))
+    whole, alone = (
+        result["log_probability"][k] for k in ("whole", "first token alone")
+    )
     methods = result["methods"]
     exact = methods["integrated gradients"]
-    assert sum(exact["tokens"]) == pytest.approx(whole - alone + exact["residual"], abs=1e-6)
+    assert sum(exact["tokens"]) == pytest.approx(
+        whole - alone + exact["residual"], abs=1e-6
+    )
     for name, method in methods.items():
         assert len(method["tokens"]) == len(result["pieces"])
         assert method["deletion"]["values"][0] == pytest.approx(whole, abs=1e-4)
@@ -89,9 +97,11 @@ def test_results(ran):
         assert len(np.unique(image.reshape(-1, image.shape[-1]), axis=0)) > 20
     files = {p.name for p in folder.iterdir()}
     assert {f"{name}.json", f"{name}.png", f"{name}.pdf"} <= files
-    {"attribution": check_attribution, "inverse": check_inverse, "pruning": check_pruning}[name](
-        result, table, folder
-    )
+    {
+        "attribution": check_attribution,
+        "inverse": check_inverse,
+        "pruning": check_pruning,
+    }[name](result, table, folder)
 
 
 BAD = {

@@ -69,7 +69,9 @@ def weights(**changes):
     def damage(folder):
         path = folder / "model.safetensors"
         held = safetensors.numpy.load_file(path) | changes
-        safetensors.numpy.save_file({k: v for k, v in held.items() if v is not None}, path)
+        safetensors.numpy.save_file(
+            {k: v for k, v in held.items() if v is not None}, path
+        )
 
     return damage
 
@@ -119,7 +121,10 @@ FOLDERS = {
     "unknown model_type": (fields(model_type="mamba"), "model_type is 'mamba'"),
     "no model_type": (fields(model_type=None), "model_type"),
     "model_type of another type": (fields(model_type=["llama"]), "model_type"),
-    "rope scaling": (fields(rope_scaling={"rope_type": "yarn", "factor": 4.0}), "'yarn'"),
+    "rope scaling": (
+        fields(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        "'yarn'",
+    ),
     "quantization": (fields(quantization_config={"bits": 4}), "quantization_config"),
     "soft cap": (fields(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     "made-up field": (fields(made_up=3), "made_up"),
@@ -129,12 +134,24 @@ FOLDERS = {
     "config missing": (without("config.json"), "config.json is missing"),
     "tensor missing": (weights(**{NORM: None}), f"tensor {NORM} [48] is missing"),
     "tensor left over": (weights(extra=np.ones(1, np.float32)), "tensor extra"),
-    "tensor misshapen": (weights(**{NORM: np.ones(47, np.float32)}), f"tensor {NORM} in"),
-    "tensor of integers": (weights(**{NORM: np.ones(48, np.int8)}), f"tensor {NORM} is stored"),
+    "tensor misshapen": (
+        weights(**{NORM: np.ones(47, np.float32)}),
+        f"tensor {NORM} in",
+    ),
+    "tensor of integers": (
+        weights(**{NORM: np.ones(48, np.int8)}),
+        f"tensor {NORM} is stored",
+    ),
     "weights missing": (without("model.safetensors"), "model.safetensors"),
     "weights cut": (cut("model.safetensors"), "model.safetensors is not a whole"),
-    "weights cut at the end": (cut("model.safetensors", 0.9999), "model.safetensors is not"),
-    "weights empty": (cut("model.safetensors", 0.0), "model.safetensors is not a whole"),
+    "weights cut at the end": (
+        cut("model.safetensors", 0.9999),
+        "model.safetensors is not",
+    ),
+    "weights empty": (
+        cut("model.safetensors", 0.0),
+        "model.safetensors is not a whole",
+    ),
     "shard above": (shards("../outside.safetensors"), "'../outside.safetensors'"),
     "shard elsewhere": (shards("/etc/passwd"), "'/etc/passwd'"),
     "shard missing": (shards("none.safetensors"), "none.safetensors is missing"),
@@ -157,7 +174,10 @@ def test_bad_folder(run, tmp_path, folder, case):
 TEXT = "how many apple apple times"
 FLAGS = {
     "no such model": (["--model=nowhere"], ["'nowhere'"]),
-    "model that is a file": (["--model=model/config.json"], ["model/config.json is a file"]),
+    "model that is a file": (
+        ["--model=model/config.json"],
+        ["model/config.json is a file"],
+    ),
     "model of a long name": (["--model=" + "x" * 300], ["xxx"]),
     "unknown words": (["--prompt=how zebra apple pear zebra"], ["'zebra', 'pear'"]),
     "unknown word": (["--word=pear", "--category=fruit"], ["'pear'"]),
@@ -169,7 +189,10 @@ FLAGS = {
     "span without a prompt": (["--span=apple"], ["--span", "--prompt"]),
     "stray argument": (["results"], ["'results'"]),
     "durations that are NaN": (["--min_factor=nan"], ["nan"]),
-    "duration of the first": (["--prompt=apple many", "--span=apple", "--min_factor=nan"], ["nan"]),
+    "duration of the first": (
+        ["--prompt=apple many", "--span=apple", "--min_factor=nan"],
+        ["nan"],
+    ),
 }
 
 
@@ -221,7 +244,9 @@ def test_results_of_an_earlier_run_survive_a_bad_one(run, tmp_path, folder):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "counting.json").write_text("earlier")
     before = tree(tmp_path)
-    assert_refused(run(tmp_path, "--model=model", "--output_dir=out", "--min_factor=nan"), "nan")
+    assert_refused(
+        run(tmp_path, "--model=model", "--output_dir=out", "--min_factor=nan"), "nan"
+    )
     assert tree(tmp_path) == before
 
 
@@ -236,7 +261,9 @@ def test_results_that_cannot_be_replaced(run, tmp_path, folder):
 
 def test_the_forked_program_can_succeed(run, tmp_path, folder):
     """Or the cases above would be refused for another reason than theirs."""
-    status, stdout, stderr = run(tmp_path, "--model=model", "--output_dir=out", "--points=2")
+    status, stdout, stderr = run(
+        tmp_path, "--model=model", "--output_dir=out", "--points=2"
+    )
     assert status == 0, stderr
     assert "error" not in stderr
     assert "out/counting.json" in stdout

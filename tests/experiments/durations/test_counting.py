@@ -57,7 +57,11 @@ def runs(model, tmp_path_factory):
         def get(name):
             if name not in made:
                 folder = tmp_path_factory.mktemp("runs") / "deep" / name
-                shared = [f"--model={model}", f"--output_dir={folder}", f"--points={POINTS}"]
+                shared = [
+                    f"--model={model}",
+                    f"--output_dir={folder}",
+                    f"--points={POINTS}",
+                ]
                 status, table, stderr = run(REPOSITORY_ROOT, *shared, *RUNS[name])
                 assert status == 0, stderr
                 made[name] = folder, table
@@ -86,9 +90,13 @@ def direct(lm, result, name, groups):
         shrunk[first:end] = factor
         durations = np.ones(len(tokens)) if name == "times" else shrunk
         times = np.cumsum(np.ones(len(tokens)) if name == "mass" else shrunk)
-        logits = np.asarray(lm(tokens, durations=durations, times=times)[-1], np.float64)
+        logits = np.asarray(
+            lm(tokens, durations=durations, times=times)[-1], np.float64
+        )
         p = scipy.special.softmax(logits)
-        rows.append([sum(p[lm.tokenizer.token_to_id(t)] for t in group) for group in groups])
+        rows.append(
+            [sum(p[lm.tokenizer.token_to_id(t)] for t in group) for group in groups]
+        )
     return np.array(rows)
 
 
@@ -102,16 +110,24 @@ def test_results_are_what_the_model_says_point_by_point(runs, lm, name):
     groups = PAPER if name == "paper" else EXACT
     assert [sorted(result["tracked"][d]) for d in DIGITS] == [sorted(g) for g in groups]
     found = probabilities(result)
-    np.testing.assert_allclose(found, direct(lm, result, name, groups), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(result["curves"]["other"], 1 - found.sum(axis=1), atol=1e-6)
+    np.testing.assert_allclose(
+        found, direct(lm, result, name, groups), rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        result["curves"]["other"], 1 - found.sum(axis=1), atol=1e-6
+    )
     assert np.ptp(found, axis=0).max() > 1e-3  # the sweep changes something
 
 
 def test_what_varies_makes_the_difference(runs):
-    both, mass, times = (probabilities(read(runs, name)) for name in ("both", "mass", "times"))
+    both, mass, times = (
+        probabilities(read(runs, name)) for name in ("both", "mass", "times")
+    )
     for one, other in ((both, mass), (both, times), (mass, times)):
         assert np.abs(one - other)[0].max() > 1e-3
-        np.testing.assert_allclose(one[-1], other[-1], atol=1e-6)  # factor 1 is factor 1
+        np.testing.assert_allclose(
+            one[-1], other[-1], atol=1e-6
+        )  # factor 1 is factor 1
 
 
 def test_the_paper_s_tracking_counts_more_tokens(runs):
@@ -168,7 +184,9 @@ def test_json_has_the_flags_and_the_versions(runs, model):
     }
     assert {name: run["flags"][name] for name in wanted} == wanted
     assert run["versions"]["continuous_lm"] == clm.__version__
-    assert {"python", "jax", "jaxlib", "flax", "numpy", "tokenizers"} <= run["versions"].keys()
+    assert {"python", "jax", "jaxlib", "flax", "numpy", "tokenizers"} <= run[
+        "versions"
+    ].keys()
     assert run["date"].startswith("20")
 
 
@@ -216,7 +234,9 @@ def test_the_embedded_model_counts(tmp_path):
     """The finding: as four apples shrink, it answers 4, 3, 2, 1."""
     status, table, stderr = run_program(tmp_path, PROGRAM)  # no flag at all
     assert status == 0, stderr
-    result = json.loads((tmp_path / "results" / "counting" / "counting.json").read_text())
+    result = json.loads(
+        (tmp_path / "results" / "counting" / "counting.json").read_text()
+    )
     assert result["run"]["flags"]["model"] == "apples"
     assert len(result["curves"]["points"]) == 100
     ranges = result["curves"]["ranges"]

@@ -34,7 +34,9 @@ def lm(tmp_path_factory):
 
 
 def interpolating(lm, phrases, points=ENDS, template=TEMPLATE, how="linear"):
-    return prompt_sweeps.interpolate_phrases(lm, lm.tokenizer, template, phrases, points, how)
+    return prompt_sweeps.interpolate_phrases(
+        lm, lm.tokenizer, template, phrases, points, how
+    )
 
 
 def embedded(lm, text):
@@ -57,7 +59,9 @@ def test_the_ends_of_an_interpolation_are_the_ordinary_prompts(lm, phrases):
 
 
 def test_phrases_of_one_length_mix_token_by_token(lm):
-    prompt_sweep = interpolating(lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0]))
+    prompt_sweep = interpolating(
+        lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0])
+    )
     given = prompt_sweep.sweep.make_arguments()
     ends = [embedded(lm, TEMPLATE.replace("[]", p)) for p in ("one two", "three four")]
     np.testing.assert_array_equal(given["embeddings"][[0, 2]], ends)
@@ -65,13 +69,18 @@ def test_phrases_of_one_length_mix_token_by_token(lm):
     n = prompt_sweep.sweep.num_tokens
     np.testing.assert_array_equal(given["durations"], np.ones((3, n)))
     np.testing.assert_array_equal(given["times"], np.tile(np.arange(1, n + 1), (3, 1)))
-    assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == ["one|three", "two|four"]
+    assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == [
+        "one|three",
+        "two|four",
+    ]
     assert prompt_sweep.token_names[prompt_sweep.token_span[0] - 1] == "the"
     assert prompt_sweep.token_names[prompt_sweep.token_span[1] :] == ["near", "here"]
 
 
 def test_a_phrase_turns_into_itself_without_a_change(lm):
-    given = interpolating(lm, ("one two", "one two"), np.linspace(0, 1, 5), how="spherical")
+    given = interpolating(
+        lm, ("one two", "one two"), np.linspace(0, 1, 5), how="spherical"
+    )
     rows = given.sweep.make_arguments()["embeddings"]
     np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=1e-6)
 
@@ -85,7 +94,9 @@ def test_slots_may_stand_at_either_end(lm, template):
         kept = given["durations"][i] > 0
         rows = embedded(lm, template.replace("[]", phrase))
         np.testing.assert_array_equal(given["embeddings"][i][kept], rows)
-        np.testing.assert_allclose(given["times"][i][kept], np.arange(1, len(rows) + 1), rtol=1e-6)
+        np.testing.assert_allclose(
+            given["times"][i][kept], np.arange(1, len(rows) + 1), rtol=1e-6
+        )
 
 
 # --- Alignment --------------------------------------------------------------------------------
@@ -138,7 +149,9 @@ def test_an_alignment_the_other_way_round_is_the_same(first, second):
 
 
 @given(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
-def test_durations_and_times_go_from_one_prompt_to_the_other(first, second, before, after, share):
+def test_durations_and_times_go_from_one_prompt_to_the_other(
+    first, second, before, after, share
+):
     found = prompt_sweeps.align_phrases(first, second)
     points = np.array([0.0, share, 1.0])
     given = found.durations_and_times(points, before, after)
@@ -161,7 +174,9 @@ def test_durations_and_times_go_from_one_prompt_to_the_other(first, second, befo
 def unit_vectors(seed, angle):
     """Two unit vectors [1, 8] at an angle, in a random plane."""
     plane, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((8, 2)))
-    return plane[:, 0][None], (np.cos(angle) * plane[:, 0] + np.sin(angle) * plane[:, 1])[None]
+    return plane[:, 0][None], (
+        np.cos(angle) * plane[:, 0] + np.sin(angle) * plane[:, 1]
+    )[None]
 
 
 seeds, angles = st.integers(0, 2**32 - 1), st.floats(0.05, 3.0)
@@ -181,7 +196,9 @@ def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
 
 @given(seeds, st.floats(0, 1))
 def test_a_line_goes_straight(seed, share):
-    first, second = np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
+    first, second = (
+        np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
+    )
     ends = prompt_sweeps.interpolate_vectors(first, second, ENDS, "linear")
     np.testing.assert_array_equal(ends, [first, second])
     (middle,) = prompt_sweeps.interpolate_vectors(first, second, [0.5], "linear")
@@ -192,7 +209,9 @@ def test_a_line_goes_straight(seed, share):
 
 @given(seeds)
 def test_both_ways_begin_and_end_alike(seed):
-    first, second = np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
+    first, second = (
+        np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
+    )
     arcs = prompt_sweeps.interpolate_vectors(first, second, ENDS, "spherical")
     np.testing.assert_allclose(arcs, [first, second], atol=1e-6)
 
@@ -216,7 +235,11 @@ def test_shrinking_touches_the_words_that_the_characters_touch(factors):
     begin = prompt.index("ne two n")  # inside of "one" to inside of "near"
     characters, factors = (begin, begin + len("ne two n")), np.array(factors)
     prompt_sweep = prompt_sweeps.shrink_span(words, prompt, characters, factors)
-    assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == ["one", "two", "near"]
+    assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == [
+        "one",
+        "two",
+        "near",
+    ]
     expected = np.ones((len(factors), 7))
     expected[:, 3:6] = factors[:, None]
     np.testing.assert_allclose(
@@ -229,7 +252,9 @@ def test_moving_and_stretching_take_the_whole_prompt():
     moved = prompt_sweeps.shift_prompt(words, "we saw one", points)
     np.testing.assert_array_equal(moved.sweep.make_arguments()["start"], points)
     slow = prompt_sweeps.stretch_prompt(words, "we saw one", points)
-    np.testing.assert_array_equal(slow.sweep.make_arguments()["durations"], [[0.5] * 4, [2.0] * 4])
+    np.testing.assert_array_equal(
+        slow.sweep.make_arguments()["durations"], [[0.5] * 4, [2.0] * 4]
+    )
     for prompt_sweep in (moved, slow):
         assert prompt_sweep.token_names == ["<bos>", "we", "saw", "one"]
         assert prompt_sweep.as_json() == {
@@ -282,5 +307,7 @@ def test_phrases_that_merge_with_what_is_around_them_cannot_be_aligned(lm):
     assert bpe.encode("xbyz").tokens == ["x", "b", "yz"]
     with pytest.raises(clm.InputError, match="'a' and 'b' cannot be aligned"):
         prompt_sweeps.interpolate_phrases(lm, bpe, "x[]yz", ("a", "b"), ENDS)
-    prompt_sweep = prompt_sweeps.interpolate_phrases(lm, bpe, "x[]yz", ("b", "bb"), ENDS)
+    prompt_sweep = prompt_sweeps.interpolate_phrases(
+        lm, bpe, "x[]yz", ("b", "bb"), ENDS
+    )
     assert prompt_sweep.token_names == ["x", "b|b", "b|b", "yz"]

@@ -44,18 +44,26 @@ def run(call, tmp_path):
     """Function (program, *flags): the result and what was printed, all files looked at."""
 
     def run(program, *arguments):
-        status, printed, stderr = call(program, tmp_path, f"--points={POINTS}", *arguments)
+        status, printed, stderr = call(
+            program, tmp_path, f"--points={POINTS}", *arguments
+        )
         assert status == 0, stderr
         assert_whole(tmp_path / "results" / program, program)
         assert f"{program}.json" in printed
-        return json.loads((tmp_path / "results" / program / f"{program}.json").read_text()), printed
+        return json.loads(
+            (tmp_path / "results" / program / f"{program}.json").read_text()
+        ), printed
 
     return run
 
 
 def assert_whole(folder, name):
     """A result, a picture that is one, and a PDF."""
-    assert {p.name for p in folder.iterdir()} == {f"{name}.json", f"{name}.png", f"{name}.pdf"}
+    assert {p.name for p in folder.iterdir()} == {
+        f"{name}.json",
+        f"{name}.png",
+        f"{name}.pdf",
+    }
     picture = matplotlib.image.imread(folder / f"{name}.png")
     assert min(picture.shape[:2]) > 100
     assert np.ptp(picture) > 0.5
@@ -74,7 +82,9 @@ def assert_says(lm, curves, tracked, **arguments):
     assert list(curves["probabilities"]) == list(tracked)
     for answer, tokens in tracked.items():
         expected = sum(p[i] for i in ids_of(lm, tokens))
-        assert curves["probabilities"][answer][MIDDLE] == pytest.approx(expected, abs=1e-5)
+        assert curves["probabilities"][answer][MIDDLE] == pytest.approx(
+            expected, abs=1e-5
+        )
     rest = 1 - sum(row[MIDDLE] for row in curves["probabilities"].values())
     assert curves["other"][MIDDLE] == pytest.approx(rest, abs=1e-6)
 
@@ -87,11 +97,15 @@ def assert_shrinks(lm, result, shrunk):
     durations = np.ones(len(tokens), np.float32)
     durations[first:end] = result["curves"]["points"][MIDDLE]
     ids = ids_of(lm, tokens)
-    assert_says(lm, result["curves"], result["tracked"], tokens=ids, durations=durations)
+    assert_says(
+        lm, result["curves"], result["tracked"], tokens=ids, durations=durations
+    )
 
 
 def row_of(lm, word):
-    return np.asarray(lm.params["embedding"], np.float32)[lm.tokenizer.token_to_id(word)]
+    return np.asarray(lm.params["embedding"], np.float32)[
+        lm.tokenizer.token_to_id(word)
+    ]
 
 
 # --- Runs -------------------------------------------------------------------------------------
@@ -148,7 +162,11 @@ INTERPOLATIONS = {
 
 
 @pytest.mark.parametrize(
-    "name", [n if n == "arc" else pytest.param(n, marks=pytest.mark.slow) for n in INTERPOLATIONS]
+    "name",
+    [
+        n if n == "arc" else pytest.param(n, marks=pytest.mark.slow)
+        for n in INTERPOLATIONS
+    ],
 )
 def test_interpolation(run, lm, name):
     result, _ = run("interpolation", *INTERPOLATIONS[name])
@@ -179,7 +197,9 @@ def halfway(lm, result, name):
     )
     rows = np.array([*before, *mixed, *after])
     durations, times = np.ones(len(rows)), np.arange(1.0, len(rows) + 1)
-    if name == "lengths":  # of two tokens and one: 1.5, of which the first half weighs 1/2
+    if (
+        name == "lengths"
+    ):  # of two tokens and one: 1.5, of which the first half weighs 1/2
         assert names == [("red", "bananas"), ("apples", "bananas")]
         durations[first] = 0.5
         times = np.cumsum(durations)
@@ -199,7 +219,9 @@ def test_boolean(run, lm):
         p = jax.nn.softmax(lm(np.array(ids), position=-1))
         for answer in "01":
             found = cell["curves"]["probabilities"][answer][point]
-            assert found == pytest.approx(float(p[lm.tokenizer.token_to_id(answer)]), abs=1e-5)
+            assert found == pytest.approx(
+                float(p[lm.tokenizer.token_to_id(answer)]), abs=1e-5
+            )
     for text in ("OR to XOR", "AND to NAND", "0 > 1"):
         assert text in printed
     tracked = {"0": ["0"], "1": ["1"]}
@@ -223,7 +245,9 @@ def test_scaling_changes_the_answer(run, lm):
     tokens, points = ids_of(lm, result["tokens"]), result["curves"]["points"]
     assert points == pytest.approx(np.linspace(0.01, 1.5, POINTS))
     durations = np.full(len(tokens), points[MIDDLE])
-    assert_says(lm, result["curves"], result["tracked"], tokens=tokens, durations=durations)
+    assert_says(
+        lm, result["curves"], result["tracked"], tokens=tokens, durations=durations
+    )
     assert max(np.ptp(row) for row in result["curves"]["probabilities"].values()) > 1e-2
 
 
@@ -258,7 +282,9 @@ REFUSED = {  # program and flags -> what the message names
     ("interpolation", "--words=apples,kumquats"): ["cannot spell", "'kumquats'"],
     ("interpolation", "--answers=yes,kumquat"): ["no single token spells", "'kumquat'"],
     ("interpolation", "--template=Are they red? (yes/no)"): ["template", "[]"],
-    ("interpolation", "--template=We bought two [] at the", "--threshold=1"): ["--threshold"],
+    ("interpolation", "--template=We bought two [] at the", "--threshold=1"): [
+        "--threshold"
+    ],
     ("interpolation", "--path=cubic"): ["path", "cubic"],
     ("shifting", "--prompt=Where is the kumquat"): ["cannot spell", "'kumquat'"],
     ("shifting", "--transform=rotation"): ["transform", "rotation"],
@@ -270,7 +296,9 @@ def refused():
     """Each case; but those of one program are slow, as starting another is."""
     for case in REFUSED:
         fast = case[0] == "interpolation" and "--threshold=1" not in case
-        yield pytest.param(case, marks=[] if fast else pytest.mark.slow, id=" ".join(case))
+        yield pytest.param(
+            case, marks=[] if fast else pytest.mark.slow, id=" ".join(case)
+        )
 
 
 @pytest.mark.parametrize("arguments", list(refused()))
@@ -279,7 +307,9 @@ def test_bad_input_is_refused_in_one_line(call, tmp_path, arguments):
     status, printed, stderr = call(program, tmp_path, *flags)
     assert status != 0
     assert "Traceback" not in stderr
-    if not stderr.startswith("FATAL Flags parsing error"):  # absl's own, with its usage below
+    if not stderr.startswith(
+        "FATAL Flags parsing error"
+    ):  # absl's own, with its usage below
         assert stderr.startswith("error: ")
         assert stderr.count("\n") == 1
     for culprit in REFUSED[arguments]:

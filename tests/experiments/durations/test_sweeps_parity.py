@@ -32,7 +32,9 @@ UNEQUAL = (
     ("we saw the [] near the old house", ("little girl", "very big dog")),
     ("the [] saw the house", ("girl", "very big dog")),
 )
-WORDS = " ".join(f"{template} {' '.join(phrases)}" for template, phrases in (*EQUAL, *UNEQUAL))
+WORDS = " ".join(
+    f"{template} {' '.join(phrases)}" for template, phrases in (*EQUAL, *UNEQUAL)
+)
 
 
 # --- The reference ----------------------------------------------------------------------------
@@ -82,7 +84,9 @@ def between(first, second, share, how):
     """A row between two rows [D]: on the line, or on the arc."""
     if how == "linear":
         return (1 - share) * first + share * second
-    cosine = torch.dot(first, second).double() / (first.double().norm() * second.double().norm())
+    cosine = torch.dot(first, second).double() / (
+        first.double().norm() * second.double().norm()
+    )
     angle = torch.arccos(cosine)
     if torch.sin(angle) < 1e-4:
         return between(first, second, share, "linear")
@@ -129,7 +133,10 @@ def stretching(reference, lm, template, phrases):
     text = template.replace("[]", phrases[0])
     rows = embed(reference, ids_of(lm.tokenizer, text))
     factors = 1.5 * FACTORS
-    points = [(rows, *(f(np.full(len(rows), x)) for f in (np.array, np.cumsum))) for x in factors]
+    points = [
+        (rows, *(f(np.full(len(rows), x)) for f in (np.array, np.cumsum)))
+        for x in factors
+    ]
     return prompt_sweeps.stretch_prompt(lm.tokenizer, text, factors), points
 
 
@@ -138,7 +145,9 @@ def interpolating(how):
         prompt_sweep = prompt_sweeps.interpolate_phrases(
             lm, lm.tokenizer, template, phrases, SHARES, how
         )
-        points = [by_hand(reference, lm.tokenizer, template, phrases, s, how) for s in SHARES]
+        points = [
+            by_hand(reference, lm.tokenizer, template, phrases, s, how) for s in SHARES
+        ]
         return prompt_sweep, points
 
     return made
@@ -149,7 +158,9 @@ def by_hand(reference, tokenizer, template, phrases, share, how):
     encoded = [ids_of(tokenizer, template.replace("[]", phrase)) for phrase in phrases]
     begin = next(i for i, (a, b) in enumerate(zip(*encoded, strict=False)) if a != b)
     after = next(
-        i for i, (a, b) in enumerate(zip(*(e[::-1] for e in encoded), strict=False)) if a != b
+        i
+        for i, (a, b) in enumerate(zip(*(e[::-1] for e in encoded), strict=False))
+        if a != b
     )
     inner = [e[begin : len(e) - after] for e in encoded]
     lengths = [len(ids) for ids in inner]
@@ -158,7 +169,9 @@ def by_hand(reference, tokenizer, template, phrases, share, how):
     rows, d, times = list(embed(reference, encoded[0][:begin])), [1.0] * begin, []
     times += range(1, begin + 1)
     for end in sorted({Fraction(k, n) for n in lengths for k in range(1, n + 1)}):
-        a, b = (-(-end * n // 1) - 1 for n in lengths)  # the tokens that last until then, or longer
+        a, b = (
+            -(-end * n // 1) - 1 for n in lengths
+        )  # the tokens that last until then, or longer
         rows.append(between(first[a], second[b], share, how))
         weights = [float((end * n).denominator == 1) for n in lengths]
         d.append((1 - share) * weights[0] + share * weights[1])
@@ -189,15 +202,23 @@ def assert_equal_point_by_point(reference, lm, kind):
     """One prompt alone, and it with a shorter one in the same batches, against the loop."""
     made, prompts = KINDS[kind]
     both = [made(reference, lm, *prompt) for prompt in prompts]
-    expected = [np.array([next_token(reference, *p) for p in points]) for _, points in both]
+    expected = [
+        np.array([next_token(reference, *p) for p in points]) for _, points in both
+    ]
     groups = [[i] for i in range(lm.config.vocab_size)]
     sweeps = [prompt_sweep.sweep for prompt_sweep, _ in both]
-    alone = clm.sweep.probabilities(lm, groups, batch_size=3, **sweeps[0].make_arguments())
+    alone = clm.sweep.probabilities(
+        lm, groups, batch_size=3, **sweeps[0].make_arguments()
+    )
     np.testing.assert_allclose(alone, expected[0], atol=TOLERANCE, rtol=0)
     assert sweeps[0].num_tokens > sweeps[1].num_tokens
-    for found, theirs in zip(clm.sweep.run_group(lm, groups, sweeps, 4), expected, strict=True):
+    for found, theirs in zip(
+        clm.sweep.run_group(lm, groups, sweeps, 4), expected, strict=True
+    ):
         np.testing.assert_allclose(found, theirs, atol=TOLERANCE, rtol=0)
-    still = kind == "moving" and lm.config.max_positions is None  # rotary models do not mind
+    still = (
+        kind == "moving" and lm.config.max_positions is None
+    )  # rotary models do not mind
     assert (np.ptp(expected[0], axis=0).max() > 1e-3) != still
 
 
@@ -217,7 +238,10 @@ def load(tmp_path_factory):
     return get
 
 
-FAST = {("gemma2", "line, unequal"), ("gemma2", "arc, unequal")}  # one shape, compiled once
+FAST = {
+    ("gemma2", "line, unequal"),
+    ("gemma2", "arc, unequal"),
+}  # one shape, compiled once
 
 
 def cases(fast):
@@ -244,7 +268,9 @@ def test_sweeps_of_real_weights_equal_transformers(stories, kind):
 @pytest.fixture(scope="module")
 def stories():
     if not STORIES.exists():
-        pytest.skip(f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}")
+        pytest.skip(
+            f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}"
+        )
     import transformers
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from continuous_lm.analysis import sweep
-from continuous_lm.experiments.gpu import attention_checks, gpu_check, isolated_checks, model_checks
+from continuous_lm.experiments.gpu import (
+    attention_checks,
+    gpu_check,
+    isolated_checks,
+    model_checks,
+)
 from continuous_lm.experiments.gpu.attention_checks import CASES, FORMS, TINY_SIZES
 from continuous_lm.experiments.gpu.isolated_checks import FAILED, OK, UNSUPPORTED, Check
 from continuous_lm.models import generation
@@ -27,9 +32,17 @@ ROWS = {  # what each section's rows begin with
     "attention": [
         *(f"{form}: " for form in FORMS if form != "auto"),
         "furthest from each other: ",
-        *(f"{form}, 32 tokens, " for form in ("pallas", "cudnn", "blocked") for _ in range(2)),
+        *(
+            f"{form}, 32 tokens, "
+            for form in ("pallas", "cudnn", "blocked")
+            for _ in range(2)
+        ),
     ],
-    "sweep": [*["apples, float32: "] * 3, *["apples, bfloat16: "] * 2, "seconds of 5 points"],
+    "sweep": [
+        *["apples, float32: "] * 3,
+        *["apples, bfloat16: "] * 2,
+        "seconds of 5 points",
+    ],
     "generation": ["apples, float32: ", *["text of a large model"] * 2],
     "training": [*["one step: "] * 2, *["training: "] * 2],
     "benchmark": [
@@ -57,12 +70,18 @@ def test_without_a_gpu_it_ends_in_one_line(run, tmp_path):
 def test_unknown_sections_are_refused(run, tmp_path):
     status, _, err = run(tmp_path, "--sections=atention")
     assert status == 1
-    assert err.startswith("error: --sections: 'atention' is not known; known are attention, ")
+    assert err.startswith(
+        "error: --sections: 'atention' is not known; known are attention, "
+    )
 
 
 @pytest.mark.parametrize("sections", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_every_row_is_there(run, tmp_path, sections):
-    flags = ["--allow_cpu", f"--sections={','.join(sections)}", f"--output_dir={tmp_path}"]
+    flags = [
+        "--allow_cpu",
+        f"--sections={','.join(sections)}",
+        f"--output_dir={tmp_path}",
+    ]
     status, out, err = run(tmp_path, *flags)
     assert status == 0, out + err
     assert out.startswith("cpu: figures mean nothing")
@@ -76,7 +95,9 @@ def test_every_row_is_there(run, tmp_path, sections):
             assert row["what"].startswith(begin)
             assert row["verdict"] != FAILED
             assert row["value"] is not None or row["note"]
-            assert sum(row["what"] in line for line in lines) >= 2  # at once, and in the table
+            assert (
+                sum(row["what"] in line for line in lines) >= 2
+            )  # at once, and in the table
         assert (tmp_path / f"{name}.log").exists()
     assert lines[-1] == written["summary"]
     assert " / FAILED 0 / " in lines[-1]
@@ -134,8 +155,17 @@ def test_a_wrong_form_is_found_and_the_others_go_on():
     def broken(*arrays, **options):
         raise RuntimeError("no such kernel")
 
-    forms = {"dense": FORMS["dense"], "wrong": wrong, "broken": broken, "again": FORMS["dense"]}
-    rows = list(attention_checks.check_case("plain", CASES["plain"], "float32", TINY_SIZES, forms))
+    forms = {
+        "dense": FORMS["dense"],
+        "wrong": wrong,
+        "broken": broken,
+        "again": FORMS["dense"],
+    }
+    rows = list(
+        attention_checks.check_case(
+            "plain", CASES["plain"], "float32", TINY_SIZES, forms
+        )
+    )
     assert [row.verdict for row in rows] == [OK, FAILED, FAILED, OK, FAILED]
     assert rows[1].value > 1e-3
     assert rows[2].note == "RuntimeError: no such kernel"
@@ -167,13 +197,18 @@ def test_the_reference_is_the_dense_form_in_float64(name):
         ]
         found = attention_checks.value_and_gradients(FORMS["dense"], options)(*arrays)
         exact = attention_checks.float64_reference(*map(np.asarray, arrays), **options)
-        assert max(attention_checks.relative_errors([np.asarray(x) for x in found], exact)) < 1e-13
+        assert (
+            max(attention_checks.relative_errors([np.asarray(x) for x in found], exact))
+            < 1e-13
+        )
 
 
 def test_forms_say_what_they_do_not_take():
     name = "grouped, zeros, capped, window"
     forms = {form: FORMS[form] for form in ("splash", "channels of keys", "cudnn")}
-    rows = list(attention_checks.check_case(name, CASES[name], "bfloat16", TINY_SIZES, forms))
+    rows = list(
+        attention_checks.check_case(name, CASES[name], "bfloat16", TINY_SIZES, forms)
+    )
     assert [row.verdict for row in rows] == [UNSUPPORTED] * 3
     assert rows[2].note == "cuDNN has no soft-capping"
 
@@ -186,10 +221,16 @@ def test_forms_say_what_they_do_not_take():
 def test_attention_is_lowered_for_gpus(form, dtype):
     case = CASES["grouped, zeros, capped, window"]
     arrays = attention_checks.random_inputs(case, dtype, attention_checks.Sizes())
-    run = attention_checks.value_and_gradients(FORMS[form], {"softcap": 2.0, "window": 70.0})
+    run = attention_checks.value_and_gradients(
+        FORMS[form], {"softcap": 2.0, "window": 70.0}
+    )
     with gpu():
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-    calls = [line for line in text.splitlines() if "custom_call @" in line and "triton" in line]
+    calls = [
+        line
+        for line in text.splitlines()
+        if "custom_call @" in line and "triton" in line
+    ]
     assert len(calls) == (3 if form == "pallas" else 0)
 
 

@@ -62,19 +62,34 @@ def summed(index, item_1, item_2, shrink_1, leaders, seconds=()):
 def asked(index, kind, yes):
     about = {"options": ["apples", "bananas"], "kind": kind, "question": "Are {} red?"}
     yes = np.array(yes)
-    return record(index, about, np.linspace(0, 1, len(yes)), {"Yes": yes, "No": 0.9 - yes})
+    return record(
+        index, about, np.linspace(0, 1, len(yes)), {"Yes": yes, "No": 0.9 - yes}
+    )
 
 
 def failed(index):
-    return {"index": index, "prompt": "...", "about": {}, "failed": "the word is not in the prompt"}
+    return {
+        "index": index,
+        "prompt": "...",
+        "about": {},
+        "failed": "the word is not in the prompt",
+    }
 
 
 LATE = [1] * 5 + [4] * 5
 # 82 + 38 is 120; 8 + 38 and 2 + 38 begin with 4; other x + 38 with 3.
 ROSES, BETWEEN = [4] * 5 + [1] * 5, [3] * 5 + [1] * 5
 STUDIES = {
-    "counting": [counted(0, "repetitions", 4), counted(1, "repetitions", 4, LATE), failed(2)],
-    "counting_b": [counted(5, "repetitions", 2, [3] * 5 + [2] * 5), failed(1), failed(2)],
+    "counting": [
+        counted(0, "repetitions", 4),
+        counted(1, "repetitions", 4, LATE),
+        failed(2),
+    ],
+    "counting_b": [
+        counted(5, "repetitions", 2, [3] * 5 + [2] * 5),
+        failed(1),
+        failed(2),
+    ],
     "tutorials": [counted(0, "num_sentences", 7)],
     "sums": [
         summed(0, 82, 38, True, ROSES),  # completely
@@ -100,7 +115,12 @@ STUDIES = {
 
 def write(folder, study, model, records, **more):
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"study": study, "model": model, "records": records, "run": {"date": "a day"}} | more
+    values = {
+        "study": study,
+        "model": model,
+        "records": records,
+        "run": {"date": "a day"},
+    } | more
     (folder / "study.json").write_text(json.dumps(values))
     return folder
 
@@ -125,7 +145,9 @@ def analysed(run, cwd, folders, output):
 @pytest.fixture(scope="module")
 def output(run, folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "deep" / "analysis"
-    (folder.parent / "terminal").write_text(analysed(run, REPOSITORY_ROOT, folders, folder))
+    (folder.parent / "terminal").write_text(
+        analysed(run, REPOSITORY_ROOT, folders, folder)
+    )
     return folder
 
 
@@ -140,13 +162,21 @@ def result(output):
 def test_counting(result):
     models = result["studies"]["counting"]
     assert list(models) == ["apples", "org/model_b & 100%", "Global"]
-    assert [(m["records"], m["failed"]) for m in models.values()] == [(3, 1), (3, 2), (6, 3)]
+    assert [(m["records"], m["failed"]) for m in models.values()] == [
+        (3, 1),
+        (3, 2),
+        (6, 3),
+    ]
     ours, other, every = models.values()
     digits = np.stack(list(answering([3] * 5 + [2] * 5).values()), axis=1)
     assert ours["peaks"]["pure"] == pytest.approx((1 + 1 / 2) / 2)
     assert other["peaks"]["pure"] == 0.5
-    assert every["peaks"]["pure"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)  # records, not models
-    assert every["peaks"]["counterfactual"] == pytest.approx((1 / 4 + 1 / 4 + 1 / 2) / 3)
+    assert every["peaks"]["pure"] == pytest.approx(
+        (1 + 1 / 2 + 1 / 2) / 3
+    )  # records, not models
+    assert every["peaks"]["counterfactual"] == pytest.approx(
+        (1 / 4 + 1 / 4 + 1 / 2) / 3
+    )
     assert every["peaks"]["pure improvement"] == pytest.approx((4 + 2 + 1) / 3)
     assert ours["order"]["in order"] == 0.5
     assert ours["order"]["never falls"] == 1.0
@@ -154,7 +184,11 @@ def test_counting(result):
     assert {name: other[name] for name in again} == again
     for model in models.values():
         share = model["sensitivity"]
-        assert len(share["observed"]) == len(share["counterfactual"]) == len(model["thresholds"])
+        assert (
+            len(share["observed"])
+            == len(share["counterfactual"])
+            == len(model["thresholds"])
+        )
         assert share["observed area"] >= share["counterfactual area"]
 
 
@@ -170,7 +204,12 @@ def test_sums(result):
     sums = result["studies"]["sums"]["apples"]
     assert (sums["records"], sums["failed"]) == (11, 1)
     assert (sums["not defined"], sums["ambiguous"], sums["defined"]) == (1, 2, 7)
-    assert sums["counts"] == {"valid": 6, "successful": 3, "strongly": 2, "completely": 1}
+    assert sums["counts"] == {
+        "valid": 6,
+        "successful": 3,
+        "strongly": 2,
+        "completely": 1,
+    }
     assert sums["shares"] == {
         "valid": 6 / 7,
         "successful": 3 / 6,
@@ -212,16 +251,22 @@ def test_whole_sums_of_one_digit_have_no_tiers(run, tmp_path):
     answers = {str(i): [0.01] * 10 for i in range(19)} | {"12": [0.5] * 10}
     about = {"item_1": 5, "item_2": 7, "shrink_1": True}
     records = [record(0, about, SWEEP, answers)]
-    records.append(record(1, about | {"item_1": 15}, SWEEP, answers))  # not first digits
+    records.append(
+        record(1, about | {"item_1": 15}, SWEEP, answers)
+    )  # not first digits
     folder = write(tmp_path / "sums", "sums", "apples", records)
     table = analysed(run, tmp_path, [folder], tmp_path / "out")
-    sums = json.loads((tmp_path / "out" / "analysis.json").read_text())["studies"]["sums"]["apples"]
+    sums = json.loads((tmp_path / "out" / "analysis.json").read_text())["studies"][
+        "sums"
+    ]["apples"]
     assert (sums["not defined"], sums["ambiguous"], sums["defined"]) == (2, 0, 0)
     assert set(sums["shares"].values()) == {None}
     assert re.search(r"apples +2 +0 +2 +0 +0 +- +- +- +-\n", table)
 
 
-def test_the_order_of_records_and_of_folders_does_not_matter(run, folders, result, tmp_path):
+def test_the_order_of_records_and_of_folders_does_not_matter(
+    run, folders, result, tmp_path
+):
     turned = []
     for folder in reversed(folders):
         values = json.loads((folder / "study.json").read_text())
@@ -264,18 +309,27 @@ FIGURES = {
 
 
 def names(of, endings):
-    return [f"{s}_{name}.{e}" for s, all_ in of.items() for name in all_ for e in endings]
+    return [
+        f"{s}_{name}.{e}" for s, all_ in of.items() for name in all_ for e in endings
+    ]
 
 
 def test_files_are_those_and_no_others(output):
     wanted = [*names(TABLES, ("csv", "md", "tex")), *names(FIGURES, ("png", "pdf"))]
-    assert sorted(p.name for p in output.iterdir()) == sorted([*wanted, "analysis.json"])
+    assert sorted(p.name for p in output.iterdir()) == sorted(
+        [*wanted, "analysis.json"]
+    )
 
 
 def latex_cells(text):
     body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
-    rows = [line.removesuffix(r" \\") for line in body.splitlines() if line.endswith(r"\\")]
-    return [[re.sub(r"\\([&%_])", r"\1", c) for c in re.split(r" (?<!\\)& ", row)] for row in rows]
+    rows = [
+        line.removesuffix(r" \\") for line in body.splitlines() if line.endswith(r"\\")
+    ]
+    return [
+        [re.sub(r"\\([&%_])", r"\1", c) for c in re.split(r" (?<!\\)& ", row)]
+        for row in rows
+    ]
 
 
 def markdown_cells(text):
@@ -316,7 +370,9 @@ def test_cells_are_the_numbers_of_the_json(output, result):
                     else:
                         places = len(cell.partition(".")[2])
                         wanted = value * 100**percent
-                        assert float(cell) == pytest.approx(wanted, abs=0.51 * 10**-places)
+                        assert float(cell) == pytest.approx(
+                            wanted, abs=0.51 * 10**-places
+                        )
                     found += 1
     assert found > 50
 
@@ -375,12 +431,16 @@ def test_rows_of_the_tables(output, name):
 
 def test_latex_is_booktabs_and_escaped(output):
     text = (output / "counting_peaks.tex").read_text()
-    assert [text.count(f"\\{rule}") for rule in ("toprule", "midrule", "bottomrule")] == [1, 2, 1]
+    assert [
+        text.count(f"\\{rule}") for rule in ("toprule", "midrule", "bottomrule")
+    ] == [1, 2, 1]
     assert r"org/model\_b \& 100\% & 3 & 2 & 0.5000" in text
     assert text.count("{") == text.count("}")
     assert r"\label{tab:counting-peaks}" in text
     lines = text.splitlines()
-    assert lines[lines.index(r"\midrule", lines.index(r"\midrule") + 1) + 1].startswith("Global &")
+    assert lines[lines.index(r"\midrule", lines.index(r"\midrule") + 1) + 1].startswith(
+        "Global &"
+    )
     assert (output / "sums_tiers.tex").read_text().count(r"\midrule") == 1
 
 
@@ -391,7 +451,9 @@ def test_signs_in_cells():
         r"a\textbackslash{}b\{c\}\$d\#e\_f\textasciicircum{}g\textasciitilde{}h|i j,k \\"
     )
     assert "| a\\\\b{c}$d#e_f^g~h\\|i j,k |" in table.as_markdown()
-    assert next(csv.reader(table.as_csv().splitlines()[1:])) == [signs.replace("\n", " ")]
+    assert next(csv.reader(table.as_csv().splitlines()[1:])) == [
+        signs.replace("\n", " ")
+    ]
 
 
 def latex_row(table):
@@ -413,7 +475,9 @@ def test_again_and_with_fewer_studies(run, folders, output, tmp_path):
     """The same numbers give the same files; those of studies left out go, and only those."""
     out = tmp_path / "out"
     first = analysed(run, tmp_path, folders, out)
-    assert first == (output.parent / "terminal").read_text().replace(str(output), str(out))
+    assert first == (output.parent / "terminal").read_text().replace(
+        str(output), str(out)
+    )
     for path in output.iterdir():
         if path.name != "analysis.json":
             assert (out / path.name).read_bytes() == path.read_bytes()
@@ -446,7 +510,9 @@ def test_models_in_the_legend():
         plots.threshold_curves(
             metrics.THRESHOLDS, {"_a": (half, half), "b": (half, half)}, ylabel=""
         ),
-        plots.histograms(np.linspace(0, 1, 3), {"_a": [1, 2], "b": [3, 0]}, xlabel="", bound=0.1),
+        plots.histograms(
+            np.linspace(0, 1, 3), {"_a": [1, 2], "b": [3, 0]}, xlabel="", bound=0.1
+        ),
     ]
     for figure in figures:
         labels = [text.get_text().strip() for text in figure.legends[0].get_texts()]
@@ -538,7 +604,10 @@ def test_bad_records(run, tmp_path, case):
 
 
 BAD_STUDIES = {
-    "unknown study": ({"study": "colours"}, ["study is 'colours'", "counting, tutorials, sums"]),
+    "unknown study": (
+        {"study": "colours"},
+        ["study is 'colours'", "counting, tutorials, sums"],
+    ),
     "study": ({"study": 3}, ["study must be text, not 3"]),
     "model": ({"model": None}, ["model must be text"]),
     "blank model": ({"model": " "}, ["model is ' '"]),
@@ -565,18 +634,28 @@ def test_bad_folders(run, tmp_path, folders):
     assert_refused(run(tmp_path, "--studies="), "--studies")
     assert_refused(run(tmp_path, "--studies=nowhere"), "nowhere/study.json is missing")
     both = f"--studies={folders[0]},{folders[0]}"
-    assert_refused(run(tmp_path, both), str(folders[0]), "both hold counting with apples")
+    assert_refused(
+        run(tmp_path, both), str(folders[0]), "both hold counting with apples"
+    )
     copy = write(tmp_path / "copy", "counting", "apples", COUNTED)
     both = f"--studies={folders[0]},{copy}"
-    assert_refused(run(tmp_path, both), str(folders[0]), str(copy), "both hold counting")
+    assert_refused(
+        run(tmp_path, both), str(folders[0]), str(copy), "both hold counting"
+    )
     (copy / "study.json").write_text('{"study": "counting", "records": [NaN]}')
-    assert_refused(run(tmp_path, f"--studies={copy}"), "study.json is not valid JSON", "NaN")
+    assert_refused(
+        run(tmp_path, f"--studies={copy}"), "study.json is not valid JSON", "NaN"
+    )
     (copy / "study.json").write_text("{")
     assert_refused(run(tmp_path, f"--studies={copy}"), "study.json is not valid JSON")
     text = json.dumps({"study": "counting", "model": "apples", "records": COUNTED})
-    (copy / "study.json").write_text(text.replace("0.8", "1e999", 1))  # infinity in disguise
+    (copy / "study.json").write_text(
+        text.replace("0.8", "1e999", 1)
+    )  # infinity in disguise
     assert_refused(
-        run(tmp_path, f"--studies={copy}"), "record 0", "points must be a list of finite"
+        run(tmp_path, f"--studies={copy}"),
+        "record 0",
+        "points must be a list of finite",
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
 

@@ -32,7 +32,9 @@ def test_two_hundred_tasks_that_are_always_the_same(made, study):
     tasks = made[study]
     assert len(tasks) == 200
     assert tasks == datasets.generate_tasks(study)
-    assert len({(t.prompt, t.character_span, t.phrases) for t in tasks}) > 150  # sums may be alike
+    assert (
+        len({(t.prompt, t.character_span, t.phrases) for t in tasks}) > 150
+    )  # sums may be alike
 
 
 def texts(task):
@@ -61,17 +63,29 @@ def varied(task):
 
 def test_counted_words(made):
     for task in made["counting"]:
-        word, category, n = (task.fields[k] for k in ("word", "category", "repetitions"))
+        word, category, n = (
+            task.fields[k] for k in ("word", "category", "repetitions")
+        )
         assert varied(task).split() == [word] * n
         assert word in WORDS[category]
-        assert f"many times is {task.fields['category_with_article']} mentioned?" in task.prompt
+        assert (
+            f"many times is {task.fields['category_with_article']} mentioned?"
+            in task.prompt
+        )
     assert {task.fields["repetitions"] for task in made["counting"]} == {2, 3, 4, 5, 6}
 
 
 def test_counted_steps(made):
     for task in made["tutorials"]:
         assert_steps(task)
-    assert {task.fields["num_sentences"] for task in made["tutorials"]} == {2, 3, 4, 5, 6, 7}
+    assert {task.fields["num_sentences"] for task in made["tutorials"]} == {
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    }
 
 
 def assert_steps(task):
@@ -79,7 +93,10 @@ def assert_steps(task):
     steps = varied(task).splitlines()
     assert len(steps) == task.fields["num_sentences"]
     assert all(step.startswith("- ") for step in steps)
-    before, after = task.prompt[: task.character_span[0]], task.prompt[task.character_span[1] :]
+    before, after = (
+        task.prompt[: task.character_span[0]],
+        task.prompt[task.character_span[1] :],
+    )
     assert before.endswith("\n")
     assert after.startswith("\n\nQuestion:")
     assert "\n- " not in before[:-1] + after
@@ -87,9 +104,13 @@ def assert_steps(task):
 
 def assert_number(task):
     """The number that shrinks, and the other beside it, are in the prompt once each."""
-    shrunk, other = ("item_1", "item_2") if task.fields["shrink_1"] else ("item_2", "item_1")
+    shrunk, other = (
+        ("item_1", "item_2") if task.fields["shrink_1"] else ("item_2", "item_1")
+    )
     assert varied(task) == str(task.fields[shrunk])
-    around = task.prompt[: task.character_span[0]] + task.prompt[task.character_span[1] :]
+    around = (
+        task.prompt[: task.character_span[0]] + task.prompt[task.character_span[1] :]
+    )
     assert str(task.fields[other]) in around
     assert "{" not in task.prompt
 
@@ -106,7 +127,9 @@ def test_questions_are_true_of_the_words_that_their_kind_names(made):
     assert kinds == dict.fromkeys(datasets.QUESTION_KINDS, 50)
     holds = {"both": (1, 1), "neither": (0, 0), "first": (1, 0), "second": (0, 1)}
     for task in made["words"]:
-        true = [p in prompts.true_plurals(task.fields["question"]) for p in task.phrases]
+        true = [
+            p in prompts.true_plurals(task.fields["question"]) for p in task.phrases
+        ]
         assert tuple(true) == holds[task.fields["kind"]], task
         assert list(task.phrases) == task.fields["options"]
     assert len({task.phrases for task in made["words"]}) == 50
@@ -152,7 +175,9 @@ def test_pairs_of_the_paper():
     assert len(tasks) == 4 * len(records) >= 200
     for i, task in enumerate(tasks):
         assert list(task.phrases) == records[i // 4]["options"]
-        assert task.fields["question"] == records[i // 4]["questions"][task.fields["kind"]]
+        assert (
+            task.fields["question"] == records[i // 4]["questions"][task.fields["kind"]]
+        )
         assert task.prompt.count(prompt_sweeps.SLOT) == 1
 
 
@@ -283,7 +308,9 @@ def test_record_that_cannot_be_used(tmp_path, study, field, value, named):
     refused(study, store(tmp_path, [GOOD[study], bad]), "record 1", named)
 
 
-@pytest.mark.parametrize(("study", "field"), [(s, name) for s, r in GOOD.items() for name in r])
+@pytest.mark.parametrize(
+    ("study", "field"), [(s, name) for s, r in GOOD.items() for name in r]
+)
 def test_field_that_is_missing_or_of_another_type(tmp_path, study, field):
     less = {name: value for name, value in GOOD[study].items() if name != field}
     refused(study, store(tmp_path, [less]), "record 0", field, "missing")
@@ -311,13 +338,19 @@ def run():
     [
         ("counting", "[{", ["data.json", "not valid JSON"]),
         ("counting", {}, ["data.json", "a JSON list"]),
-        ("counting", [GOOD["counting"] | {"repetitions": 10}], ["record 0", "repetitions"]),
+        (
+            "counting",
+            [GOOD["counting"] | {"repetitions": 10}],
+            ["record 0", "repetitions"],
+        ),
         ("tutorials", [GOOD["tutorials"], {}], ["data.json, record 1", "sentence"]),
         ("sums", [GOOD["counting"]], ["record 0", "template"]),
         ("words", [GOOD["words"], 3], ["record 1", "object"]),
     ],
 )
-def test_the_program_ends_with_one_line_and_writes_nothing(run, tmp_path, study, content, culprits):
+def test_the_program_ends_with_one_line_and_writes_nothing(
+    run, tmp_path, study, content, culprits
+):
     path = store(tmp_path, content)
     status, stdout, stderr = run(
         tmp_path, f"--study={study}", f"--data={path}", "--output_dir=out/deep"

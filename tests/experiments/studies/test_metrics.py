@@ -24,9 +24,13 @@ def expected(n):
 def sweeps(draw):
     """[P, 10] with rows that sum to at most 1, ties among them."""
     rows = draw(
-        arrays.arrays(float, (draw(st.integers(2, 8)), 10), elements=st.integers(0, 9).map(float))
+        arrays.arrays(
+            float, (draw(st.integers(2, 8)), 10), elements=st.integers(0, 9).map(float)
+        )
     )
-    return rows / np.maximum(rows.sum(axis=1, keepdims=True), draw(st.sampled_from([1.0, 20.0])))
+    return rows / np.maximum(
+        rows.sum(axis=1, keepdims=True), draw(st.sampled_from([1.0, 20.0]))
+    )
 
 
 # --- Time sensitivity -------------------------------------------------------------------------
@@ -45,7 +49,10 @@ def test_a_perfect_counter_is_sensitive_up_to_its_peaks():
 def test_the_ordinary_sentence_has_one_peak():
     last = counter([1, 2, 3, 4])[-1]
     assert metrics.sensitivity(last, expected(4)).tolist() == [1.0] + [0.25] * 100
-    assert metrics.intersection_over_union(last, expected(4)).tolist() == [0.4] + [0.25] * 100
+    assert (
+        metrics.intersection_over_union(last, expected(4)).tolist()
+        == [0.4] + [0.25] * 100
+    )
 
 
 def test_iou_counts_what_was_not_expected_against():
@@ -64,7 +71,10 @@ def test_a_value_at_a_threshold_reaches_it():
 @hypothesis.given(sweeps(), st.integers(1, 9))
 def test_bounds_and_observed_over_counterfactual(p, n):
     for share in (metrics.sensitivity, metrics.intersection_over_union):
-        observed, ordinary = share(p.max(axis=0), expected(n)), share(p[-1], expected(n))
+        observed, ordinary = (
+            share(p.max(axis=0), expected(n)),
+            share(p[-1], expected(n)),
+        )
         for values in (observed, ordinary):
             assert values.shape == (101,)
             assert values.min() >= 0
@@ -115,7 +125,10 @@ def test_expected_count():
     half = np.zeros((3, 10))
     half[0, [2, 4]] = 0.25, 0.25  # digits have but half of the probability
     half[2, 9] = 0.1
-    assert metrics.expected_count(half).tolist() == [3.0, 9.0]  # nothing to say in the middle
+    assert metrics.expected_count(half).tolist() == [
+        3.0,
+        9.0,
+    ]  # nothing to say in the middle
     assert metrics.trend(metrics.expected_count(np.zeros((4, 10)))) is None
 
 
@@ -132,7 +145,9 @@ def test_expected_count():
     ],
 )
 def test_trend_and_monotone(values, trend, monotone):
-    assert metrics.trend(np.array(values)) == (trend if trend is None else pytest.approx(trend))
+    assert metrics.trend(np.array(values)) == (
+        trend if trend is None else pytest.approx(trend)
+    )
     assert metrics.is_monotone(np.array(values)) is monotone
 
 
@@ -141,18 +156,28 @@ def test_trend_and_monotone(values, trend, monotone):
 
 def test_answers_of_a_sum():
     # 38 + 82: 120. Shrunk 82: 46 or 40. 38 + x: 38 to 47, of which 4 is a shrunk answer.
-    assert metrics.sum_answers(82, 38) == metrics.SumAnswers("1", frozenset("4"), frozenset("3"))
+    assert metrics.sum_answers(82, 38) == metrics.SumAnswers(
+        "1", frozenset("4"), frozenset("3")
+    )
     # 82 + 38 with 38 shrunk: 85 or 90. 82 + x: 82 to 91.
-    assert metrics.sum_answers(38, 82) == metrics.SumAnswers("1", frozenset("89"), frozenset())
+    assert metrics.sum_answers(38, 82) == metrics.SumAnswers(
+        "1", frozenset("89"), frozenset()
+    )
     # 5 + 10: 15. Shrunk: 6 or 5. 5 + x: 5 to 14, of which 1 is the unshrunk answer.
-    assert metrics.sum_answers(10, 5) == metrics.SumAnswers("1", frozenset("56"), frozenset("789"))
+    assert metrics.sum_answers(10, 5) == metrics.SumAnswers(
+        "1", frozenset("56"), frozenset("789")
+    )
     for shrunk in (0, 9, 100):
         assert metrics.sum_answers(shrunk, 5) is None
 
 
 def tier(unshrunk, shrunk, others=()):
     """The tier of a sweep whose shrunk answers, two, share each probability unequally."""
-    curves = {"1": unshrunk, "8": np.multiply(shrunk, 0.75), "9": np.multiply(shrunk, 0.25)}
+    curves = {
+        "1": unshrunk,
+        "8": np.multiply(shrunk, 0.75),
+        "9": np.multiply(shrunk, 0.25),
+    }
     curves |= {str(i): other for i, other in enumerate(others, start=2)}
     named = {answer: np.array(curve, float) for answer, curve in curves.items()}
     return metrics.success_tier(
@@ -175,7 +200,12 @@ def tier(unshrunk, shrunk, others=()):
         ("successful", [0.2, 0.2, 0.9], [0.3, 0.3, 0.0], [[0.5, 0.5, 0.0]]),
         # It beats the other, but not where it beats the unshrunk answer.
         ("successful", [0.1, 0.6, 0.9], [0.3, 0.3, 0.0], [[0.5, 0.0, 0.0]]),
-        ("valid", [0.5, 0.6, 0.9], [0.5, 0.3, 0.0], [[0.0, 0.0, 0.0]]),  # a tie is no success
+        (
+            "valid",
+            [0.5, 0.6, 0.9],
+            [0.5, 0.3, 0.0],
+            [[0.0, 0.0, 0.0]],
+        ),  # a tie is no success
         ("invalid", [0.1, 0.6, 0.4], [0.9, 0.3, 0.4], []),  # ties at the end
         ("invalid", [0.1, 0.6, 0.3], [0.9, 0.3, 0.1], [[0.0, 0.0, 0.3]]),
         # The shrunk answers count together: 0.3 and 0.1 against 0.35.
@@ -192,15 +222,26 @@ def test_no_tier_where_the_unshrunk_answer_is_a_shrunk_one():
 
 
 def test_tiers_of_whole_sums():
-    curves = {"12": np.array([0.1, 0.9]), "10": np.array([0.8, 0.0]), "11": np.array([0.1, 0.0])}
+    curves = {
+        "12": np.array([0.1, 0.9]),
+        "10": np.array([0.8, 0.0]),
+        "11": np.array([0.1, 0.0]),
+    }
     found = metrics.success_tier(curves, unshrunk="12", shrunk=["10"], others=["11"])
     assert found == "completely"
 
 
 def test_shares_of_tiers():
-    found = metrics.tier_shares({"invalid": 2, "valid": 1, "strongly": 4, "completely": 1})
+    found = metrics.tier_shares(
+        {"invalid": 2, "valid": 1, "strongly": 4, "completely": 1}
+    )
     assert found["defined"] == 8
-    assert found["counts"] == {"valid": 6, "successful": 5, "strongly": 5, "completely": 1}
+    assert found["counts"] == {
+        "valid": 6,
+        "successful": 5,
+        "strongly": 5,
+        "completely": 1,
+    }
     assert found["shares"]["valid"] == 6 / 8
     assert found["shares"]["completely"] == 1 / 6
     assert set(metrics.tier_shares({"invalid": 1})["shares"].values()) == {0.0, None}
@@ -220,8 +261,12 @@ def test_lipschitz_of_a_line_is_one():
 
 
 def test_lipschitz_of_a_step():
-    assert metrics.lipschitz(EVEN, 0.7 * (EVEN > 0.51)) == pytest.approx(20)  # over two intervals
-    assert metrics.lipschitz(EVEN, np.eye(41)[0]) == pytest.approx(40)  # one-sided at the end
+    assert metrics.lipschitz(EVEN, 0.7 * (EVEN > 0.51)) == pytest.approx(
+        20
+    )  # over two intervals
+    assert metrics.lipschitz(EVEN, np.eye(41)[0]) == pytest.approx(
+        40
+    )  # one-sided at the end
     assert metrics.lipschitz(EVEN, np.eye(41)[-1]) == pytest.approx(40)
 
 
@@ -230,7 +275,10 @@ def test_lipschitz_takes_central_differences():
         pytest.approx(1 / 0.9)
     )
     # The largest slope is inside, over the two intervals beside a point.
-    points, values = np.array([0.0, 0.3, 0.4, 0.6, 1.0]), np.array([0.0, 0.0, 0.2, 1.0, 1.0])
+    points, values = (
+        np.array([0.0, 0.3, 0.4, 0.6, 1.0]),
+        np.array([0.0, 0.0, 0.2, 1.0, 1.0]),
+    )
     assert metrics.lipschitz(points, values) == pytest.approx(1.0 / 0.3)
 
 
@@ -238,7 +286,9 @@ def test_a_constant_curve_has_no_lipschitz_estimate():
     assert metrics.lipschitz(EVEN, np.full(41, 0.25)) is None
     assert metrics.lipschitz(EVEN, np.full(41, 0.25) + 1e-8 * (EVEN > 0.5)) is None
     assert metrics.lipschitz(EVEN, np.zeros(41)) is None
-    assert metrics.lipschitz(EVEN, 1e-5 * EVEN) == pytest.approx(1.0)  # small is not constant
+    assert metrics.lipschitz(EVEN, 1e-5 * EVEN) == pytest.approx(
+        1.0
+    )  # small is not constant
 
 
 @pytest.mark.parametrize(
@@ -266,7 +316,9 @@ def test_bounds_of_interpolation(values, scale):
     assert (found is None) == (trend is None)
     if found is not None:
         assert 0 < found <= (len(values) - 1) * (1 + 1e-9)
-        assert metrics.lipschitz(points, scale * values) == pytest.approx(found, rel=1e-6)
+        assert metrics.lipschitz(points, scale * values) == pytest.approx(
+            found, rel=1e-6
+        )
         assert metrics.lipschitz(points, values[::-1]) == pytest.approx(found, rel=1e-6)
         assert abs(trend) <= 1 + 1e-12
         if metrics.variation(values) > metrics.MONOTONE_TOLERANCE:
@@ -290,7 +342,12 @@ def test_counting_is_the_mean_over_records():
         "impure": 0.75,
         "impure improvement": 2.5,
     }
-    assert found["order"] == {"in order": 0.5, "never falls": 1.0, "digits": 2.5, "trend": 1.0}
+    assert found["order"] == {
+        "in order": 0.5,
+        "never falls": 1.0,
+        "digits": 2.5,
+        "trend": 1.0,
+    }
 
 
 def test_the_counterfactual_is_the_last_point():
@@ -306,7 +363,9 @@ def test_the_counterfactual_is_the_last_point():
 )
 def test_the_order_of_records_does_not_matter(records, data):
     shuffled = data.draw(st.permutations(records))
-    one, other = (metrics.counting_metrics(*zip(*r, strict=True)) for r in (records, shuffled))
+    one, other = (
+        metrics.counting_metrics(*zip(*r, strict=True)) for r in (records, shuffled)
+    )
     for group in ("sensitivity", "iou", "peaks", "order"):
         for name, value in one[group].items():
             if value is None:
@@ -316,10 +375,18 @@ def test_the_order_of_records_does_not_matter(records, data):
 
 
 def test_interpolation_over_records():
-    line, bump, flat = EVEN / 2, np.where(abs(EVEN - 0.5) < 0.01, 0.3, 0.0), np.zeros(41)
+    line, bump, flat = (
+        EVEN / 2,
+        np.where(abs(EVEN - 0.5) < 0.01, 0.3, 0.0),
+        np.zeros(41),
+    )
     found = metrics.interpolation_metrics(
         [EVEN] * 3,
-        [{"Yes": line, "No": bump}, {"Yes": flat, "No": line[::-1]}, {"Yes": flat, "No": flat}],
+        [
+            {"Yes": line, "No": bump},
+            {"Yes": flat, "No": line[::-1]},
+            {"Yes": flat, "No": flat},
+        ],
         ["one", "one", "both"],
     )
     assert found["lipschitz"] == {
@@ -331,7 +398,9 @@ def test_interpolation_over_records():
     }
     assert found["constant"] == 3
     variation = found["variation"]
-    assert variation["mean"] == pytest.approx(0.1)  # the bump alone, the larger of Yes and No
+    assert variation["mean"] == pytest.approx(
+        0.1
+    )  # the bump alone, the larger of Yes and No
     assert variation["largest"] == pytest.approx(0.3)
     assert variation["large"] == pytest.approx(1 / 3)
     assert sum(variation["counts"]) == 3
@@ -343,6 +412,8 @@ def test_interpolation_over_records():
 
 def test_the_bound_of_variation_is_an_edge_and_counts_as_large():
     at = np.array([0.0, 0.05, 0.0])
-    found = metrics.interpolation_metrics([np.linspace(0, 1, 3)], [{"Yes": at}], ["one"])
+    found = metrics.interpolation_metrics(
+        [np.linspace(0, 1, 3)], [{"Yes": at}], ["one"]
+    )
     assert found["variation"]["large"] == 1.0
     assert metrics.LARGE_VARIATION in metrics.VARIATION_BINS

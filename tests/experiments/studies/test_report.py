@@ -70,11 +70,18 @@ def assert_whole(folder):
     assert "@import" not in text
     assert "url(" not in text
     for link in found.links:
-        assert link.startswith("data:image/png;base64,") or link.removeprefix("#") in found.ids
+        assert (
+            link.startswith("data:image/png;base64,")
+            or link.removeprefix("#") in found.ids
+        )
     assert len(set(found.ids)) == len(found.ids)
-    assert found.heads[: len(stored["sections"])] == [s["title"] for s in stored["sections"]]
+    assert found.heads[: len(stored["sections"])] == [
+        s["title"] for s in stored["sections"]
+    ]
     expected = [table for s in stored["sections"] for table in s["tables"].values()]
-    assert found.tables == [[[c or "-" for c in row] for row in table] for table in expected]
+    assert found.tables == [
+        [[c or "-" for c in row] for row in table] for table in expected
+    ]
     pictures = [name for s in stored["sections"] for name in s["figures"]]
     assert sum(link.startswith("data:") for link in found.links) == len(pictures)
     assert_markdown(folder, stored, pictures)
@@ -124,7 +131,9 @@ def test_text_of_prompts_and_models_is_no_html(tmp_path):
         report_page.Section(
             "One", NASTY, f"Shown: {NASTY}", [table("one", [NASTY, 0.5])], {"one": None}
         ),
-        report_page.Section(f"Two {NASTY}", "", f"Not run: {NASTY}", [], {}, failed=True),
+        report_page.Section(
+            f"Two {NASTY}", "", f"Not run: {NASTY}", [], {}, failed=True
+        ),
     ]
     written(tmp_path, sections)
     assert_whole(tmp_path)
@@ -179,7 +188,15 @@ program.run(report.main)
 def short(folder, *arguments):
     """Runs it, and gives what it printed."""
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _SHORT, f"--output_dir={folder}", *arguments],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            _SHORT,
+            f"--output_dir={folder}",
+            *arguments,
+        ],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -209,7 +226,9 @@ def assert_analysed(folder):
         found = analysis.read_study(folder / "studies" / name)
         assert len(found.records) + len(found.failed) == 4
         numbers = analysis.compute_model_metrics([found])
-        expected = {table.name: table.cells for table in tables.study_tables(name, numbers)}
+        expected = {
+            table.name: table.cells for table in tables.study_tables(name, numbers)
+        }
         assert sections[f"Study: {name}"]["tables"] == expected
         assert any(any(row) for cells in expected.values() for row in cells[1:])
 
@@ -234,7 +253,10 @@ def assert_reasons(folder, stdout):
     for section in failed:
         assert section["text"].startswith("Not run: ")
         assert not section["tables"]
-    assert f"{len(stored['sections'])} sections, {len(failed)} of which could not" in stdout
+    assert (
+        f"{len(stored['sections'])} sections, {len(failed)} of which could not"
+        in stdout
+    )
     for name in ("report.html", "report.md"):
         about = f"{len(stored['sections'])} sections, {len(failed)} not run"
         assert about in (folder / name).read_text(encoding="utf-8")
@@ -251,7 +273,10 @@ def test_a_model_of_few_words_says_what_it_cannot_read(tmp_path):
     assert "Counting" not in reasons
     assert "cannot spell" in reasons["Events"]
     for title in STUDIES:
-        assert "no record could be analysed: 4 of 4" in reasons[title] or "spells" in reasons[title]
+        assert (
+            "no record could be analysed: 4 of 4" in reasons[title]
+            or "spells" in reasons[title]
+        )
 
 
 @pytest.mark.slow
@@ -279,5 +304,7 @@ def test_flags_of_single_experiments_are_refused(tmp_path):
         for flag in ("--change=mass", "--path=spherical", "--prompt=Hello"):
             status, _, stderr = run(tmp_path, flag, "--output_dir=out")
             assert status != 0
-            assert stderr.startswith(f"error: {flag.partition('=')[0]}: the report has its own")
+            assert stderr.startswith(
+                f"error: {flag.partition('=')[0]}: the report has its own"
+            )
     assert not (tmp_path / "out").exists()

@@ -81,7 +81,9 @@ def test_records_are_what_the_model_says_prompt_by_prompt(tmp_path, lm, name):
         assert record["about"] == task.fields
         assert record["curves"]["points"] == points.tolist()
         stored = np.array(list(record["curves"]["probabilities"].values())).T
-        np.testing.assert_allclose(stored, said(lm, name, task, points), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(
+            stored, said(lm, name, task, points), rtol=0, atol=1e-6
+        )
 
 
 def test_what_is_varied_is_what_was_asked(tmp_path, lm):
@@ -104,7 +106,9 @@ def test_prompts_that_cannot_be_run_are_kept_with_their_reason(tmp_path, lm):
     strange = [
         task
         for word in ("zeppelin", "\ud800")  # a lone surrogate is valid in JSON
-        for task in datasets.make_tasks("counting", dict(good[0].fields) | {"word": word})
+        for task in datasets.make_tasks(
+            "counting", dict(good[0].fields) | {"word": word}
+        )
     ]
     records = studied(tmp_path, lm, tasks=[good[0], *strange, *good[1:]])
     assert [i for i, record in enumerate(records) if "failed" in record] == [1, 2]
@@ -146,7 +150,9 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_bits(tmp_path, lm, whole):
     for cut in cuts(content):
         folder = partial(tmp_path / str(cut), content[:cut])
         assert studied(folder, lm) == records, cut
-        assert studied(folder, lm) == records, cut  # what it wrote is read again as well
+        assert studied(folder, lm) == records, (
+            cut
+        )  # what it wrote is read again as well
 
 
 def test_what_is_there_is_not_computed_again(tmp_path, lm, whole, monkeypatch):
@@ -186,7 +192,9 @@ def test_a_line_that_cannot_be_read_is_computed_again(tmp_path, lm, whole, case)
     assert studied(partial(tmp_path, b"".join(lines)), lm) == records
 
 
-@pytest.mark.parametrize("damage", [b"mine", b"mine\n", b'"mine"\n', b"\0\0", b"{}\n[]\n"])
+@pytest.mark.parametrize(
+    "damage", [b"mine", b"mine\n", b'"mine"\n', b"\0\0", b"{}\n[]\n"]
+)
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path, lm, damage):
     partial(tmp_path, damage)
     with pytest.raises(clm.InputError, match=study.PARTIAL_RESULTS_FILE):
@@ -195,7 +203,9 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path, lm, damage):
 
 
 def retrained(lm, folder):
-    other = tiny.save(folder / "other", seed=1, tokenizer=lm.tokenizer, num_hidden_layers=1)
+    other = tiny.save(
+        folder / "other", seed=1, tokenizer=lm.tokenizer, num_hidden_layers=1
+    )
     return clm.load(other)
 
 
@@ -203,7 +213,10 @@ CHANGES = {
     "study": lambda lm, _: {"lm": lm, "name": "tutorials"},
     "model": lambda lm, folder: {"lm": retrained(lm, folder)},
     "data": lambda lm, _: {"lm": lm, "tasks": datasets.generate_tasks("counting")[1:9]},
-    "number of prompts": lambda lm, _: {"lm": lm, "tasks": datasets.generate_tasks("counting")[:7]},
+    "number of prompts": lambda lm, _: {
+        "lm": lm,
+        "tasks": datasets.generate_tasks("counting")[:7],
+    },
     "points": lambda lm, _: {"lm": lm, "points": np.linspace(0.2, 1.0, 5)},
 }
 
@@ -213,7 +226,8 @@ def test_results_of_something_else_are_refused(tmp_path, lm, whole, case):
     _, content = whole
     partial(tmp_path, content)
     with pytest.raises(
-        clm.InputError, match=f"{tmp_path}/{study.PARTIAL_RESULTS_FILE} is of another study"
+        clm.InputError,
+        match=f"{tmp_path}/{study.PARTIAL_RESULTS_FILE} is of another study",
     ):
         studied(tmp_path, **CHANGES[case](lm, tmp_path))
     assert (tmp_path / study.PARTIAL_RESULTS_FILE).read_bytes() == content
@@ -221,17 +235,23 @@ def test_results_of_something_else_are_refused(tmp_path, lm, whole, case):
 
 def test_partial_results_that_cannot_be_read_or_written(tmp_path, lm):
     (tmp_path / "folder" / study.PARTIAL_RESULTS_FILE).mkdir(parents=True)
-    with pytest.raises(clm.InputError, match=f"cannot write to .*{study.PARTIAL_RESULTS_FILE}"):
+    with pytest.raises(
+        clm.InputError, match=f"cannot write to .*{study.PARTIAL_RESULTS_FILE}"
+    ):
         studied(tmp_path / "folder", lm)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(clm.InputError, match="cannot write to"):
         studied(tmp_path / "file" / "below", lm)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="there is no /dev/full here"
+)
 def test_a_disk_that_is_full(tmp_path, lm):
     (tmp_path / study.PARTIAL_RESULTS_FILE).symlink_to("/dev/full")
-    with pytest.raises(clm.InputError, match=f"cannot write to .*{study.PARTIAL_RESULTS_FILE}"):
+    with pytest.raises(
+        clm.InputError, match=f"cannot write to .*{study.PARTIAL_RESULTS_FILE}"
+    ):
         study._append_lines(tmp_path / study.PARTIAL_RESULTS_FILE, ["key"])
 
 
@@ -285,12 +305,16 @@ def test_the_program_writes_one_file_with_so_many_prompts(run, tmp_path, lm):
     task = datasets.generate_tasks("counting")[0]
     assert values["records"][0]["prompt"] == task.prompt
     found = np.array([curve["probabilities"][digit] for digit in DIGITS]).T
-    np.testing.assert_allclose(found, said(lm, "counting", task, POINTS), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        found, said(lm, "counting", task, POINTS), rtol=0, atol=1e-6
+    )
 
 
 def test_folders_and_flags_that_cannot_be_used(run, tmp_path):
     (tmp_path / "file").write_text("mine")
-    assert_refused(run(tmp_path, "--output_dir=file/out"), "cannot write to", "file/out")
+    assert_refused(
+        run(tmp_path, "--output_dir=file/out"), "cannot write to", "file/out"
+    )
     status, _, stderr = run(tmp_path, "--limit=0", "--output_dir=out")
     assert status != 0
     assert "limit" in stderr
@@ -348,7 +372,12 @@ def killed(folder):
     )
 
     def call(output, seconds):
-        flags = [f"--model={folder}", f"--output_dir={output}", "--limit=8", "--points=100"]
+        flags = [
+            f"--model={folder}",
+            f"--output_dir={output}",
+            "--limit=8",
+            "--points=100",
+        ]
         server.stdin.write(json.dumps([seconds, *flags]) + "\n")
         server.stdin.flush()
         return json.loads(server.stdout.readline())

@@ -39,7 +39,8 @@ def write_text(folder, sentences=600):
         "the file|a path".split("|"),
     )
     drawn = (
-        f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(things)}." for _ in range(sentences)
+        f"{rng.choice(names)} {rng.choice(verbs)} {rng.choice(things)}."
+        for _ in range(sentences)
     )
     (folder / "text.txt").write_text("\n".join(drawn) + "\n")
 
@@ -76,10 +77,14 @@ def assert_refused(outcome, *culprits):
 
 @slow
 def test_what_is_trained_is_whole(trained):
-    baseline, mixture = (density.load(trained / name) for name in ("baseline", "mixture"))
+    baseline, mixture = (
+        density.load(trained / name) for name in ("baseline", "mixture")
+    )
     tokens = np.array([5, 9, 7, 30])
     lm = clm.load(trained / "baseline")  # an ordinary language model too
-    np.testing.assert_allclose(lm(tokens[:-1]), baseline.token_logits(tokens), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        lm(tokens[:-1]), baseline.token_logits(tokens), rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(
         mixture.params["table"],
         density.standardize_table(lm.params["embedding"]),
@@ -97,15 +102,30 @@ def test_what_is_trained_is_whole(trained):
 def test_evaluation_samples_and_ablation(trained):
     data = SMALL[0]
     status, stdout, stderr = run(
-        trained, "evaluate", data, "--length=16", "--models=baseline,mixture", "--output_dir=eval"
+        trained,
+        "evaluate",
+        data,
+        "--length=16",
+        "--models=baseline,mixture",
+        "--output_dir=eval",
     )
     assert status == 0, stderr
     models = json.loads((trained / "eval" / "evaluate.json").read_text())["models"]
     assert f"{models['mixture']['perplexity']['value']:.1f}" in stdout
     assert models["baseline"]["bits_per_byte"] > 0
 
-    steering = ("--towards=file", "--strengths=0,50", "--samples=3", "--max_new_tokens=8")
-    common = ("--model=mixture", "--quantize=euclidean", "--near_k=1", "--output_dir=sample")
+    steering = (
+        "--towards=file",
+        "--strengths=0,50",
+        "--samples=3",
+        "--max_new_tokens=8",
+    )
+    common = (
+        "--model=mixture",
+        "--quantize=euclidean",
+        "--near_k=1",
+        "--output_dir=sample",
+    )
     status, stdout, stderr = run(trained, "sample", *common, *steering)
     assert status == 0, stderr
     samples = json.loads((trained / "sample" / "sample.json").read_text())["samples"]
@@ -113,13 +133,25 @@ def test_evaluation_samples_and_ablation(trained):
     assert samples[0]["share"]["value"] < samples[1]["share"]["value"]
     assert (trained / "sample" / "steering.png").exists()
 
-    options = ("--length=16", "--codes=32", "--stages=2", "--windows=4", "--output_dir=ablation")
-    status, stdout, stderr = run(trained, "compare_quantizers", data, "--model=mixture", *options)
+    options = (
+        "--length=16",
+        "--codes=32",
+        "--stages=2",
+        "--windows=4",
+        "--output_dir=ablation",
+    )
+    status, stdout, stderr = run(
+        trained, "compare_quantizers", data, "--model=mixture", *options
+    )
     assert status == 0, stderr
-    ways = json.loads((trained / "ablation" / "compare_quantizers.json").read_text())["ways"]
+    ways = json.loads((trained / "ablation" / "compare_quantizers.json").read_text())[
+        "ways"
+    ]
     assert [way["way"] for way in ways][:3] == ["nearest", "cosine", "re-ranked"]
     by_name = {way["way"]: way for way in ways}
-    assert by_name["nearest"]["noise"] <= min(by_name[n]["noise"] for n in ("cosine", "re-ranked"))
+    assert by_name["nearest"]["noise"] <= min(
+        by_name[n]["noise"] for n in ("cosine", "re-ranked")
+    )
     for way in ways:
         assert way["way"] in stdout
 
@@ -131,16 +163,22 @@ def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(trained, tmp_p
     with forked_runner("train") as train:
         assert train(tmp_path, *arguments)[0] == 0
         whole = density.load(tmp_path / "out").params
-        steps = [step for step, _ in run_folder.list_checkpoints(tmp_path / "out" / "run")]
+        steps = [
+            step for step, _ in run_folder.list_checkpoints(tmp_path / "out" / "run")
+        ]
         assert steps == [10, 12]
-        shutil.rmtree(tmp_path / "out" / "run" / "checkpoints" / "00000012")  # as if killed before
+        shutil.rmtree(
+            tmp_path / "out" / "run" / "checkpoints" / "00000012"
+        )  # as if killed before
         assert train(tmp_path, *arguments)[0] == 0
         again = density.load(tmp_path / "out").params
         for path, leaf in run_folder.leaves_by_path(whole).items():
             np.testing.assert_array_equal(leaf, run_folder.leaves_by_path(again)[path])
         outcome = train(tmp_path, *arguments, "--batch_size=8")
         assert_refused(outcome, "batch_size = 4, not 8")
-        outcome = train(tmp_path, *arguments, "--learning_rate=1e30", "--output_dir=nan")
+        outcome = train(
+            tmp_path, *arguments, "--learning_rate=1e30", "--output_dir=nan"
+        )
         assert_refused(outcome, "in step", "Lower the learning rate")
         assert not (tmp_path / "nan" / "density.json").exists()
 
@@ -156,10 +194,19 @@ REFUSED = {
     "value": (["--head_settings=min_scale=2"], "min_scale is 2"),
     "channels": (["--num_heads=3"], "3 heads do not share 16 channels"),
     "rows of nothing": (["--table_from=nowhere"], "nowhere"),
-    "rows of another width": (["--table_from=apples"], "--table_from", "[300, 96]", "16"),
+    "rows of another width": (
+        ["--table_from=apples"],
+        "--table_from",
+        "[300, 96]",
+        "16",
+    ),
     "a trunk and rows": (["--trunk=apples", "--table_from=apples"], "--table_from"),
     "a trunk's size": (["--trunk=apples"], "--hidden_size", "has its own"),
-    "a token's rows": (["--head=token", "--table_from=apples"], "--table_from", "have no rows"),
+    "a token's rows": (
+        ["--head=token", "--table_from=apples"],
+        "--table_from",
+        "have no rows",
+    ),
     "a token's contrast": (
         ["--head=token", "--token_loss_weight=1"],
         "--token_loss_weight",
@@ -190,19 +237,27 @@ def train():
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_to_training(texts, train, tmp_path, case):
     arguments, *culprits = REFUSED[case]
-    brought = any(argument.startswith(("--table_from", "--trunk")) for argument in arguments)
+    brought = any(
+        argument.startswith(("--table_from", "--trunk")) for argument in arguments
+    )
     new = () if brought else (NEW,)
     outcome = train(texts, *SMALL, *new, *arguments, f"--output_dir={tmp_path / 'out'}")
     assert_refused(outcome, *culprits)
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
+    assert not (tmp_path / "out").exists() or not list(
+        (tmp_path / "out").glob("*.json")
+    )
 
 
 @slow
 def test_bad_input_to_the_others(trained, texts):
-    assert_refused(run(texts, "evaluate", "--models=nowhere"), "nowhere is not a folder")
+    assert_refused(
+        run(texts, "evaluate", "--models=nowhere"), "nowhere is not a folder"
+    )
     apples = os.path.dirname(importlib.util.find_spec("continuous_lm").origin)
     folder = os.path.join(apples, "models", "bundled", "apples")
-    assert_refused(run(texts, "evaluate", f"--models={folder}"), "density.json is missing")
+    assert_refused(
+        run(texts, "evaluate", f"--models={folder}"), "density.json is missing"
+    )
     with forked_runner("sample") as sample:
         for arguments, *culprits in (
             (["--strengths=0,1"], "need --towards"),
@@ -230,9 +285,15 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
     ]
     limited = f"ulimit -f 40; exec {' '.join(command)}"  # files of at most 20 or 40 kB
     ended = subprocess.run(
-        ["bash", "-c", limited], cwd=texts, env=ENVIRONMENT, capture_output=True, text=True
+        ["bash", "-c", limited],
+        cwd=texts,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
-    assert_refused((ended.returncode, ended.stdout, ended.stderr), "cannot write to", "checkpoint")
+    assert_refused(
+        (ended.returncode, ended.stdout, ended.stderr), "cannot write to", "checkpoint"
+    )
     assert not (tmp_path / "out" / "density.json").exists()
 
 
@@ -248,8 +309,20 @@ def test_values_of_head_settings_are_json_or_words():
 
 def test_the_ablations_table_has_a_row_a_way():
     results = [
-        {"way": "nearest", "accuracy": 0.5, "noise": 1.0, "kept": None, "microseconds": 2.0},
-        {"way": "VQ, 8", "accuracy": 0.25, "noise": 1.5, "kept": 0.75, "microseconds": 3.0},
+        {
+            "way": "nearest",
+            "accuracy": 0.5,
+            "noise": 1.0,
+            "kept": None,
+            "microseconds": 2.0,
+        },
+        {
+            "way": "VQ, 8",
+            "accuracy": 0.25,
+            "noise": 1.5,
+            "kept": 0.75,
+            "microseconds": 3.0,
+        },
     ]
     cells = code_comparison.make_table(results).cells
     assert cells[1] == ["nearest", "50.00", "1.0000", "", "2.00"]

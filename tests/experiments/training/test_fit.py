@@ -42,7 +42,10 @@ def initial():
     keys = jax.random.split(jax.random.key(7), 3)
     return {
         "table": jax.random.normal(keys[0], (32, 16)),
-        "layers": {"mix": jax.random.normal(keys[1], (1, 16, 16)) / 4, "bias": jnp.zeros((1, 16))},
+        "layers": {
+            "mix": jax.random.normal(keys[1], (1, 16, 16)) / 4,
+            "bias": jnp.zeros((1, 16)),
+        },
         "out": jax.random.normal(keys[2], (16, 32)) / 4,
     }
 
@@ -52,7 +55,9 @@ def data():
 
 
 def fitted(folder, loss=loss, params=None, given=None, **changes):
-    options = dict(steps=45, learning_rate=1e-2, warm_up=5, save_every=10, steps_per_dispatch=5)
+    options = dict(
+        steps=45, learning_rate=1e-2, warm_up=5, save_every=10, steps_per_dispatch=5
+    )
     params = initial() if params is None else params
     return fit.fit(loss, params, given or data(), folder=folder, **(options | changes))
 
@@ -126,7 +131,9 @@ def adamw(params, gradients, *, steps, peak, warm_up, final, b2, decay, decayed,
     second = {name: np.zeros_like(x) for name, x in params.items()}
     norms, rates = [], []
     for step in range(steps):
-        grads = {k: np.asarray(g, np.float64) for k, g in gradients(params, step).items()}
+        grads = {
+            k: np.asarray(g, np.float64) for k, g in gradients(params, step).items()
+        }
         norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
         through = (step - warm_up) / (steps - warm_up)
         cosine = final + (1 - final) * (1 + np.cos(np.pi * through)) / 2
@@ -137,7 +144,9 @@ def adamw(params, gradients, *, steps, peak, warm_up, final, b2, decay, decayed,
             second[name] = b2 * second[name] + (1 - b2) * g**2
             mean = first[name] / (1 - 0.9 ** (step + 1))
             square = second[name] / (1 - b2 ** (step + 1))
-            update = mean / (np.sqrt(square) + 1e-8) + decay * decayed[name] * params[name]
+            update = (
+                mean / (np.sqrt(square) + 1e-8) + decay * decayed[name] * params[name]
+            )
             params[name] = params[name] - rate * update
         norms.append(norm)
         rates.append(rate)
@@ -177,7 +186,9 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
             "out": named["out"],
         }
         tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-        return run_folder.leaves_by_path(jax.grad(lambda p: quiet(p, batch, None)[0])(tree))
+        return run_folder.leaves_by_path(
+            jax.grad(lambda p: quiet(p, batch, None)[0])(tree)
+        )
 
     wanted, norms, rates = adamw(
         run_folder.leaves_by_path(initial()),
@@ -201,7 +212,9 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
     for line, begin in zip(written, (0, *ends[:-1]), strict=True):
         norm = np.mean(norms[begin : line["step"]])
         np.testing.assert_allclose(line["gradient_norm"], norm, rtol=1e-4)
-        np.testing.assert_allclose(line["learning_rate"], rates[line["step"] - 1], rtol=1e-5)
+        np.testing.assert_allclose(
+            line["learning_rate"], rates[line["step"] - 1], rtol=1e-5
+        )
 
 
 def test_what_a_run_writes(whole):
@@ -214,7 +227,9 @@ def test_what_a_run_writes(whole):
     assert written[-1]["loss"] < written[0]["loss"] - 0.5  # it learns
     for line in speeds:
         assert line["tokens_per_second"] == pytest.approx(64 * 5 / line["seconds"])
-    restored, step = run_folder.restore_params(folder, jax.tree.map(jnp.zeros_like, params))
+    restored, step = run_folder.restore_params(
+        folder, jax.tree.map(jnp.zeros_like, params)
+    )
     assert step == 45
     assert_same(restored, params)
     assert {path.name for path in folder.iterdir()} <= {
@@ -259,7 +274,9 @@ def test_frozen_parameters(tmp_path):
     assert (found["table"] != params["table"]).any()
     ((_, path),) = run_folder.list_checkpoints(tmp_path)
     # The number of updates for each of AdamW and its schedule, and two means for each parameter.
-    metadata = json.loads((path / "optimizer" / "_METADATA").read_text())["tree_metadata"]
+    metadata = json.loads((path / "optimizer" / "_METADATA").read_text())[
+        "tree_metadata"
+    ]
     assert len(metadata) == 2 + 2 * 2
     restored, _ = run_folder.restore_params(tmp_path, params)
     assert_same(restored, found)
@@ -283,7 +300,9 @@ def test_computing_in_bfloat16(tmp_path, whole):
     ours, others = jax.tree.leaves(found), jax.tree.leaves(whole[1])
     assert {leaf.dtype for leaf in ours} == {jnp.dtype(jnp.float32)}
     assert any((x != y).any() for x, y in zip(ours, others, strict=True))
-    assert lines(tmp_path)[-1]["loss"] == pytest.approx(lines(whole[0])[-1]["loss"], abs=0.05)
+    assert lines(tmp_path)[-1]["loss"] == pytest.approx(
+        lines(whole[0])[-1]["loss"], abs=0.05
+    )
 
 
 def test_arguments_survive_and_keys_differ(tmp_path):
@@ -347,7 +366,9 @@ def test_asked_to_stop_it_saves_first(tmp_path, whole, number):
 
 def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch):
     warned = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: warned.append(text % values)
+    )
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
     with open(folder / run_folder.METRICS_FILE, "a") as file:
@@ -375,7 +396,10 @@ def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch
         (dict(steps=46), "steps = 45, not 46"),
         (dict(compute_dtype="bfloat16"), "compute_dtype = None, not 'bfloat16'"),
         (dict(settings={"data": {"sha256": "a"}}), "data/sha256 = 'nothing', not 'a'"),
-        (dict(params=initial() | {"more": jnp.zeros(2)}), "parameters/more = 'nothing', not 'fl"),
+        (
+            dict(params=initial() | {"more": jnp.zeros(2)}),
+            "parameters/more = 'nothing', not 'fl",
+        ),
     ],
 )
 def test_other_settings_are_refused(whole, changes, message):
@@ -422,7 +446,8 @@ def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()
     (first, step), (second, other) = (
-        run_folder.restore_params(tmp_path / name, initial()) for name in ("whole", "killed")
+        run_folder.restore_params(tmp_path / name, initial())
+        for name in ("whole", "killed")
     )
     assert step == other == 1500
     assert_same(first, second)
@@ -449,7 +474,10 @@ class Poisoned(Interrupted):
     def __next__(self):
         self.left -= 1
         poison = self.act if self.left == 0 else (0.0, 1e-12)
-        return {"tokens": next(self.given), "poison": np.full((8, 2), poison, np.float32)}
+        return {
+            "tokens": next(self.given),
+            "poison": np.full((8, 2), poison, np.float32),
+        }
 
 
 @pytest.mark.parametrize(
@@ -462,11 +490,15 @@ class Poisoned(Interrupted):
 )
 def test_what_is_not_finite_ends_the_run(tmp_path, poison, what):
     """The step is the exact one, and no checkpoint of what came of it is written."""
-    with pytest.raises(clm.InputError, match=f"the {what} in step 30; the .* step 20 is kept"):
+    with pytest.raises(
+        clm.InputError, match=f"the {what} in step 30; the .* step 20 is kept"
+    ):
         fitted(tmp_path, spoilt, given=Poisoned(data(), 30, poison))
     assert kept(tmp_path) == [10, 20]
     assert lines(tmp_path)[-1]["step"] == 25
-    with pytest.raises(clm.InputError, match=f"the {what} in step 2; there is no checkpoint yet"):
+    with pytest.raises(
+        clm.InputError, match=f"the {what} in step 2; there is no checkpoint yet"
+    ):
         fitted(tmp_path / "first", spoilt, given=Poisoned(data(), 2, poison))
 
 
@@ -490,7 +522,9 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, whole
                 full()
             return {}
 
-        with pytest.raises(clm.InputError, match=r"cannot write to .*step 20 is kept\. Make room"):
+        with pytest.raises(
+            clm.InputError, match=r"cannot write to .*step 20 is kept\. Make room"
+        ):
             fitted(tmp_path, evaluate=evaluate)
     assert kept(tmp_path) == [10, 20]
     assert not list(tmp_path.rglob(".writing-*"))
@@ -500,13 +534,21 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, whole
 
 def test_evaluations_are_logged_with_checkpoints(tmp_path):
     fitted(tmp_path, evaluate=lambda params: {"valid": params["out"].sum()})
-    assert [line["step"] for line in lines(tmp_path) if "valid" in line] == [10, 20, 30, 40, 45]
+    assert [line["step"] for line in lines(tmp_path) if "valid" in line] == [
+        10,
+        20,
+        30,
+        40,
+        45,
+    ]
 
 
 def test_batches_that_cannot_be_cut(tmp_path):
     with pytest.raises(clm.InputError, match="8 rows cannot be cut into 3"):
         fitted(tmp_path, accumulate=3)
-    with pytest.raises(clm.InputError, match="steps_per_dispatch must be at least 1, not 0"):
+    with pytest.raises(
+        clm.InputError, match="steps_per_dispatch must be at least 1, not 0"
+    ):
         fitted(tmp_path, steps_per_dispatch=0)
 
 
@@ -533,7 +575,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
         for value in event.summary.value
         if value.tag == "loss"
     ]
-    assert [(step, tag) for step, tag, _ in found] == [(s, "loss") for s in range(5, 50, 5)]
+    assert [(step, tag) for step, tag, _ in found] == [
+        (s, "loss") for s in range(5, 50, 5)
+    ]
     for (_, _, value), line in zip(found, lines(tmp_path), strict=True):
         assert value == pytest.approx(line["loss"])
 
@@ -551,8 +595,12 @@ def test_tensorboard_forgets_what_is_made_again(tmp_path):
 
 def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, whole, monkeypatch):
     warned = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: warned.append(text % values))
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: warned.append(text % values)
+    )
     monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
     assert_same(fitted(tmp_path), whole[1])
-    assert warned == ["tensorboardX is not installed: nothing is written for TensorBoard"]
+    assert warned == [
+        "tensorboardX is not installed: nothing is written for TensorBoard"
+    ]
     assert not (tmp_path / "tensorboard").exists()

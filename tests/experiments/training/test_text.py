@@ -15,9 +15,8 @@ import continuous_lm as clm
 from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.training import text
 
-STORY = (
-    "The cat sat on the mat.\n\n    And then \u2014 it slept, \U0001f431 indeed!\r\n\t<|endoftext|>"
-)
+STORY = "The cat sat on the mat.\n\n    "
+STORY += "And then \u2014 it slept, \U0001f431 indeed!\r\n\t<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
@@ -126,23 +125,32 @@ def test_parts_are_the_text_each_once(documents, every, characters):
             documents, held_out_every=every, block_characters=characters
         )
     except clm.InputError:
-        assert sum(map(len, documents)) < 2 * every * characters + 2 * every * len(documents)
+        assert sum(map(len, documents)) < 2 * every * characters + 2 * every * len(
+            documents
+        )
         return
     left = "".join(documents)
     assert sorted("".join(train + held)) == sorted(left)
-    for part in (train, held):  # each in its order, and nothing between them is left over
+    for part in (
+        train,
+        held,
+    ):  # each in its order, and nothing between them is left over
         rest = iter(left)
         assert all(character in rest for character in "".join(part))
 
 
 def test_held_out_blocks_are_spread_and_end_with_lines():
     lines = [f"{i:04d}\n" for i in range(1000)]
-    train, held = text.split_held_out(["".join(lines)], held_out_every=20, block_characters=48)
+    train, held = text.split_held_out(
+        ["".join(lines)], held_out_every=20, block_characters=48
+    )
     assert not set("".join(train).split()) & set("".join(held).split())
     assert all(part.endswith("\n") for part in train + held)
     assert len("".join(held)) == pytest.approx(5000 / 20, rel=0.1)
     assert len(train) == len(held) + 1  # cut only where something was held out
-    assert text.split_held_out(["".join(lines)], held_out_every=20, block_characters=48) == (
+    assert text.split_held_out(
+        ["".join(lines)], held_out_every=20, block_characters=48
+    ) == (
         train,
         held,
     )
@@ -169,7 +177,9 @@ def test_tokens_give_the_text_back(bpe, documents):
     assert len(ends) == len(documents)  # the one that is spelled out is no end
     begins = [0, *(ends[:-1] + 1)]
     for document, begin, end in zip(documents, begins, ends, strict=True):
-        assert bpe.decode(ids[begin:end].tolist(), skip_special_tokens=False) == document
+        assert (
+            bpe.decode(ids[begin:end].tolist(), skip_special_tokens=False) == document
+        )
 
 
 def test_training_a_tokenizer_is_deterministic(bpe):
@@ -195,19 +205,25 @@ def test_a_vocabulary_has_the_size_that_was_asked(bpe):
     assert len(text.encode_documents(bpe, ["of cats and mats"])) < 10  # merges are used
     with pytest.raises(clm.InputError, match="256 bytes and the end of text take 257"):
         text.train_tokenizer([STORY], 256)
-    with pytest.raises(clm.InputError, match=r"too short for a vocabulary of 5000: it makes one"):
+    with pytest.raises(
+        clm.InputError, match=r"too short for a vocabulary of 5000: it makes one"
+    ):
         text.train_tokenizer([STORY], 5000)
 
 
 def test_a_tokenizer_must_fit_the_vocabulary(bpe):
     text.check_tokenizer(bpe, 300, "model")
     text.check_tokenizer(bpe, 512, "model")  # padded rows
-    with pytest.raises(clm.InputError, match=r"up to id 299.*fit model, which has.* of 299"):
+    with pytest.raises(
+        clm.InputError, match=r"up to id 299.*fit model, which has.* of 299"
+    ):
         text.check_tokenizer(bpe, 299, "model")
 
 
 def test_a_given_tokenizer_needs_an_end():
-    words = prompts.make_tokenizer()  # it has <bos>, which stands in front of each of its texts
+    words = (
+        prompts.make_tokenizer()
+    )  # it has <bos>, which stands in front of each of its texts
     assert text.end_of_text_id(words) == words.token_to_id("<bos>")
     none = type(words).from_str(words.to_str().replace('"<bos>"', '"begin"'))
     with pytest.raises(clm.InputError, match="no token that ends a text"):

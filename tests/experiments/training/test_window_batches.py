@@ -22,13 +22,19 @@ def drawn(array=TOKENS, count=40, **changes):
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
-def test_windows_are_pieces_and_an_epoch_has_each_target_once(size, length, batch_size, seed):
+def test_windows_are_pieces_and_an_epoch_has_each_target_once(
+    size, length, batch_size, seed
+):
     if size <= length:
-        with pytest.raises(clm.InputError, match=f"has {size} tokens.*takes {length + 1}"):
+        with pytest.raises(
+            clm.InputError, match=f"has {size} tokens.*takes {length + 1}"
+        ):
             drawn(TOKENS[:size], length=length)
         return
     count = max(1, (size - length) // length)  # windows in an epoch
-    some = drawn(TOKENS[:size], 3 * count, length=length, batch_size=batch_size, seed=seed)
+    some = drawn(
+        TOKENS[:size], 3 * count, length=length, batch_size=batch_size, seed=seed
+    )
     assert some.shape == (3 * count, batch_size, length + 1)
     assert some.dtype == np.int32
     np.testing.assert_array_equal(np.diff(some), 1)
@@ -60,7 +66,9 @@ def test_seeds_and_positions():
     assert (drawn(seed=1) != whole).any()
     # The order of the next seed does not come an epoch later.
     count = (1000 - 8) // 8
-    first, second = (drawn(count=2 * count, batch_size=1, seed=s)[:, 0, 0] // 8 for s in (0, 1))
+    first, second = (
+        drawn(count=2 * count, batch_size=1, seed=s)[:, 0, 0] // 8 for s in (0, 1)
+    )
     assert (first[count:] != second[:count]).any()
 
     iterator = window_batches.shuffled_windows(TOKENS, length=8, batch_size=5, seed=0)
@@ -92,12 +100,20 @@ def test_consecutive_windows():
     np.testing.assert_array_equal(windows[:, 1:].ravel(), np.arange(1, 100))
     some = window_batches.consecutive_windows(TOKENS[:100], length=9, max_windows=3)
     np.testing.assert_array_equal(some, windows[[0, 3, 7]])
-    assert window_batches.consecutive_windows(np.zeros((20, 2)), length=4).shape == (4, 5, 2)
+    assert window_batches.consecutive_windows(np.zeros((20, 2)), length=4).shape == (
+        4,
+        5,
+        2,
+    )
     with pytest.raises(clm.InputError, match="held-out data is too short"):
         window_batches.consecutive_windows(TOKENS[:9], length=9)
 
 
-@pytest.mark.parametrize(("name", "value"), [("length", 0), ("batch_size", 0), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("length", 0), ("batch_size", 0), ("seed", -1)]
+)
 def test_sizes(name, value):
-    with pytest.raises(clm.InputError, match=f"{name} must be at least {value + 1}, not {value}"):
+    with pytest.raises(
+        clm.InputError, match=f"{name} must be at least {value + 1}, not {value}"
+    ):
         drawn(**{name: value})

@@ -39,7 +39,9 @@ def codec():
     """Its parameters are neither zeros, ones nor small."""
     rng = np.random.default_rng(0)
     params = {
-        name: jnp.asarray(name.endswith("norm") + 0.3 * rng.normal(size=box.value.shape), "float32")
+        name: jnp.asarray(
+            name.endswith("norm") + 0.3 * rng.normal(size=box.value.shape), "float32"
+        )
         for name, box in autoencoder.checkpoint_layout(CONFIG).declarations.items()
     }
     return Codec(CONFIG, params)
@@ -81,7 +83,8 @@ def by_hand(codec, config, key, encode):
     keep = 1 - config.dropout
     mask, noise, kept = map(np.asarray, drawn(key, keep))
     mean, log_scale = (
-        np.asarray(a, np.float64) for a in encode(codec.model, codec.params, CHUNKS, mask)
+        np.asarray(a, np.float64)
+        for a in encode(codec.model, codec.params, CHUNKS, mask)
     )
     z = mean + np.exp(log_scale) * noise
     z = np.where(kept, z / keep, 0)
@@ -116,9 +119,15 @@ def test_the_divergence_is_weighted_and_has_a_floor(codec):
     """Beside the same draws, nothing else changes; far above all of it, the floor counts."""
     configs = [
         dataclasses.replace(CONFIG, dropout=0.0, **changes)
-        for changes in (dict(kl_weight=0.0), dict(kl_weight=2.0), dict(kl_weight=2.0, kl_floor=1e3))
+        for changes in (
+            dict(kl_weight=0.0),
+            dict(kl_weight=2.0),
+            dict(kl_weight=2.0, kl_floor=1e3),
+        )
     ]
-    without, with_it, floored = (loss_of(Autoencoder(c), codec.params, KEY) for c in configs)
+    without, with_it, floored = (
+        loss_of(Autoencoder(c), codec.params, KEY) for c in configs
+    )
     mean, log_scale = codec.encode(CHUNKS)
     divergence = losses.gaussian_kl(mean, jnp.exp(log_scale), floor=CONFIG.kl_floor)
     np.testing.assert_allclose(with_it - without, 2 * divergence, rtol=1e-4, atol=1e-4)
@@ -147,7 +156,9 @@ def test_rows_of_hidden_tokens_get_no_gradient(codec):
     @jax.grad
     def gradient(table):
         params = codec.params | {"embedding": table}
-        mean, _ = codec.model.apply({"params": params}, chunk, token_mask=mask, method="encode")
+        mean, _ = codec.model.apply(
+            {"params": params}, chunk, token_mask=mask, method="encode"
+        )
         return mean.sum()
 
     size = np.abs(gradient(codec.params["embedding"])).sum(axis=-1)
@@ -166,7 +177,11 @@ def looped(x, p, name, layers):
     for i in layers:
         y = normed(x, p[f"{name}_norm"][i])
         gate = y @ p[f"{name}_gate"][i].T
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ p[f"{name}_up"][i].T)) @ p[f"{name}_down"][i].T
+        x = (
+            x
+            + (gate / (1 + np.exp(-gate)) * (y @ p[f"{name}_up"][i].T))
+            @ p[f"{name}_down"][i].T
+        )
     return x
 
 
@@ -200,7 +215,9 @@ def close(found, expected):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     tokenizer = tiny.word_tokenizer("one two three four five six seven eight nine ten")
-    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), codec.params)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), codec.params
+    )
     notes = {"eos_token_id": 3, "initializer_range": 0.5}
     autoencoder.save(tmp_path / "out", Codec(CONFIG, params, tokenizer, notes))
     found = autoencoder.load(tmp_path / "out")
@@ -208,7 +225,9 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     assert found.tokenizer.to_str() == tokenizer.to_str()
     assert notes.items() <= found.hf_fields.items()
     assert jax.tree.structure(found.params) == jax.tree.structure(params)
-    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(params), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(found.params), jax.tree.leaves(params), strict=True
+    ):
         assert a.dtype == b.dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     again = tmp_path / "again"
@@ -216,7 +235,8 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     for name in ("model.safetensors", "tokenizer.json"):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     first, second = (
-        json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", again)
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path / "out", again)
     )
     assert first == second
     assert first["torch_dtype"] == dtype
@@ -225,7 +245,9 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     assert mean.dtype == log_scale.dtype == logits.dtype == jnp.float32
     # The rounding of bfloat16's 8 digits, through ten layers, against values of order 1.
     tolerance = 1e-6 if dtype == "float32" else 0.15
-    np.testing.assert_allclose(mean, codec.encode(CHUNKS)[0], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(
+        mean, codec.encode(CHUNKS)[0], atol=tolerance, rtol=tolerance
+    )
 
 
 def test_parameters_that_do_not_fit_are_not_saved(codec, tmp_path):
@@ -286,7 +308,9 @@ def test_chunks_and_latents_that_do_not_fit(codec):
         with pytest.raises(clm.InputError, match=r"it must be \[..., 5\]"):
             codec.decode(np.zeros(shape, np.float32))
     inside = jax.jit(lambda chunks: codec.model.apply({"params": codec.params}, chunks))
-    with pytest.raises(clm.InputError, match="chunks have shape"):  # shapes are known in jit
+    with pytest.raises(
+        clm.InputError, match="chunks have shape"
+    ):  # shapes are known in jit
         inside(CHUNKS[..., :2])
     assert codec.encode(np.zeros((0, 3), np.int32))[0].shape == (0, 5)
 
@@ -306,7 +330,10 @@ def test_it_reconstructs_a_toy_source_from_sampled_latents():
         latent_size=16,
         chunk_size=2,
     )
-    chunks, made = np.stack(np.divmod(np.arange(144), 12), axis=-1), autoencoder.create(KEY, config)
+    chunks, made = (
+        np.stack(np.divmod(np.arange(144), 12), axis=-1),
+        autoencoder.create(KEY, config),
+    )
     model, optimizer = made.model, optax.adamw(5e-3)
 
     def share(params, key):
@@ -320,7 +347,9 @@ def test_it_reconstructs_a_toy_source_from_sampled_latents():
         def step(carry, key):
             params, state = carry
             nats, grads = jax.value_and_grad(
-                lambda params: model.apply({"params": params}, chunks, key, method="loss").mean()
+                lambda params: model.apply(
+                    {"params": params}, chunks, key, method="loss"
+                ).mean()
             )(params)
             updates, state = optimizer.update(grads, state, params)
             return (optax.apply_updates(params, updates), state), nats

@@ -13,7 +13,9 @@ from continuous_lm import losses
 from tests.fixtures import tiny
 
 torch = pytest.importorskip("torch", reason="the reference is written in PyTorch")
-pytest.importorskip("transformers", reason="the reference's trunk is transformers' Llama")
+pytest.importorskip(
+    "transformers", reason="the reference's trunk is transformers' Llama"
+)
 
 from continuous_lm.models import calm  # noqa: E402
 from continuous_lm.models.calm import autoencoder  # noqa: E402
@@ -59,7 +61,9 @@ def folders(theirs, tmp_path_factory):
     """The published folders: of the energy model, of the autoencoder."""
     folder = tmp_path_factory.mktemp("published")
     ae, energy = map(reference.clone_tensors, theirs)
-    reference.write_checkpoint(folder / "autoencoder", reference.autoencoder_fields(), ae)
+    reference.write_checkpoint(
+        folder / "autoencoder", reference.autoencoder_fields(), ae
+    )
     reference.write_checkpoint(folder / "calm", reference.energy_fields(), energy)
     return folder / "calm", folder / "autoencoder"
 
@@ -124,7 +128,12 @@ def test_hidden_states_of_durations(lm, theirs):
 
 def test_durations_of_1_change_nothing(lm):
     plain = lm.hidden_states(CHUNKS)
-    close(lm.hidden_states(CHUNKS, durations=np.ones(5, np.float32)), plain, rtol=1e-6, atol=1e-6)
+    close(
+        lm.hidden_states(CHUNKS, durations=np.ones(5, np.float32)),
+        plain,
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_samples(lm, theirs, hidden):
@@ -239,7 +248,9 @@ def test_the_head_under_its_other_name(lm, folders, energy, tmp_path):
     rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
     mixed = dict(list(energy.items())[:-9]) | dict(list(again.items())[-9:])
     for i, tensors in enumerate([energy | again, rest | again, mixed]):
-        folder = reference.write_checkpoint(tmp_path / str(i), reference.energy_fields(), tensors)
+        folder = reference.write_checkpoint(
+            tmp_path / str(i), reference.energy_fields(), tensors
+        )
         assert_same(calm.load(folder, folders[1]), lm)
 
 
@@ -284,13 +295,16 @@ def test_another_table(autoencoders, tmp_path):
 def test_the_autoencoder_inside(lm, folders, energy, autoencoders, tmp_path):
     """It may be there beside the autoencoder's own folder."""
     inside = renamed(autoencoders, "", "ae_model.")
-    inside["ae_model.decoder.lm_head_weight"] = autoencoders["encoder.embed_tokens.weight"].clone()
+    inside["ae_model.decoder.lm_head_weight"] = autoencoders[
+        "encoder.embed_tokens.weight"
+    ].clone()
     reference.write_checkpoint(tmp_path, reference.energy_fields(), energy | inside)
     assert_same(calm.load(tmp_path, folders[1]), lm)
 
 
 @pytest.mark.parametrize(
-    "name", ["encoder.embed_tokens.weight", "decoder.decoder_layers.2.mlp.up_proj.weight"]
+    "name",
+    ["encoder.embed_tokens.weight", "decoder.decoder_layers.2.mlp.up_proj.weight"],
 )
 def test_another_autoencoder_inside(folders, energy, autoencoders, tmp_path, name):
     inside = renamed(autoencoders, "", "ae_model.")
@@ -314,10 +328,16 @@ def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
     """
     apart, whole = tmp_path / "autoencoder", tmp_path / "calm"
     eps = reference.energy_fields()["rms_norm_eps"]
-    reference.write_checkpoint(apart, reference.autoencoder_fields(rms_norm_eps=eps), autoencoders)
+    reference.write_checkpoint(
+        apart, reference.autoencoder_fields(rms_norm_eps=eps), autoencoders
+    )
     inside = renamed(autoencoders, "", "ae_model.")
-    inside["ae_model.decoder.lm_head_weight"] = autoencoders["encoder.embed_tokens.weight"].clone()
-    reference.write_checkpoint(whole, reference.energy_fields(), energy | inside, num_shards=shards)
+    inside["ae_model.decoder.lm_head_weight"] = autoencoders[
+        "encoder.embed_tokens.weight"
+    ].clone()
+    reference.write_checkpoint(
+        whole, reference.energy_fields(), energy | inside, num_shards=shards
+    )
     found, wanted = calm.load(whole), autoencoder.load(apart)
     assert_same_tree(found.codec.params, wanted.params)
     sizes = "vocab_size hidden_size mlp_size encoder_layers decoder_layers latent_size chunk_size"
@@ -332,7 +352,9 @@ def test_no_autoencoder_at_all(folders):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_shards(lm, energy, autoencoders, tmp_path, shards):
     calm_folder, folder = tmp_path / "calm", tmp_path / "autoencoder"
-    reference.write_checkpoint(calm_folder, reference.energy_fields(), energy, num_shards=shards)
+    reference.write_checkpoint(
+        calm_folder, reference.energy_fields(), energy, num_shards=shards
+    )
     reference.write_checkpoint(
         folder, reference.autoencoder_fields(), autoencoders, num_shards=shards
     )
@@ -344,7 +366,9 @@ def rounded(energy, autoencoders, tmp_path):
     """Folders whose weights and config.json are of bfloat16."""
     folders = tmp_path / "calm", tmp_path / "autoencoder"
     kinds = reference.energy_fields, reference.autoencoder_fields
-    for folder, fields, tensors in zip(folders, kinds, (energy, autoencoders), strict=True):
+    for folder, fields, tensors in zip(
+        folders, kinds, (energy, autoencoders), strict=True
+    ):
         short = {name: tensor.bfloat16() for name, tensor in tensors.items()}
         reference.write_checkpoint(folder, fields(torch_dtype="bfloat16"), short)
     return folders
@@ -370,7 +394,9 @@ def test_bfloat16_read_as_float32(rounded, theirs):
     assert (wanted - theirs[1].hidden_states(flat(CHUNKS))).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("drop", [("architectures",), ("architectures", "model_type")], ids=str)
+@pytest.mark.parametrize(
+    "drop", [("architectures",), ("architectures", "model_type")], ids=str
+)
 def test_known_by_its_fields(lm, folders, energy, autoencoders, tmp_path, drop):
     places = tmp_path / "calm", tmp_path / "autoencoder"
     for place, folder in zip(places, folders, strict=True):
@@ -389,7 +415,9 @@ def test_known_by_architectures_alone(lm, folders, energy, tmp_path):
 
 
 def energy_without(*names):
-    return {n: value for n, value in reference.energy_fields().items() if n not in names}
+    return {
+        n: value for n, value in reference.energy_fields().items() if n not in names
+    }
 
 
 # --- Folders in the wrong place --------------------------------------------------------------
@@ -442,11 +470,18 @@ def test_save(lm, theirs, tmp_path):
     assert again.codec.config == lm.codec.config
     tensors = stored(tmp_path / "calm")
     inside = {n: t for n, t in tensors.items() if n.startswith("ae_model.")}
-    wanted = {"ae_model." + name: t for name, t in reference.clone_tensors(theirs[0]).items()}
+    wanted = {
+        "ae_model." + name: t for name, t in reference.clone_tensors(theirs[0]).items()
+    }
     assert inside.keys() - {"ae_model.decoder.lm_head_weight"} == wanted.keys()
     for name, tensor in {**wanted, **reference.clone_tensors(theirs[1])}.items():
         assert torch.equal(tensors[name], tensor), name
-    close(again.hidden_states(CHUNKS), np.asarray(lm.hidden_states(CHUNKS)), rtol=0, atol=0)
+    close(
+        again.hidden_states(CHUNKS),
+        np.asarray(lm.hidden_states(CHUNKS)),
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_save_of_the_autoencoder(ae, theirs, tmp_path):
@@ -455,7 +490,11 @@ def test_save_of_the_autoencoder(ae, theirs, tmp_path):
     assert_same_tree(again.params, ae.params)
     assert again.config == ae.config
     reference.Autoencoder(reference.autoencoder_fields()).load_state_dict(
-        {n: t for n, t in stored(tmp_path / "autoencoder").items() if "lm_head" not in n}
+        {
+            n: t
+            for n, t in stored(tmp_path / "autoencoder").items()
+            if "lm_head" not in n
+        }
     )
 
 
@@ -503,9 +542,16 @@ def test_reference_with_chunks_of_one_token_is_llama(hidden):
 def test_reference_reads_chunks_in_order(theirs):
     """By hand: the rows of four tokens end to end, times the first matrix."""
     model, tokens = theirs[1], [7, 3, 39, 0]
-    table, names = model.transformer.embed_tokens.weight.numpy(), dict(model.named_parameters())
-    weight, bias = (names[f"embed_proj.0.{kind}"].numpy() for kind in ("weight", "bias"))
-    x = bias + sum(weight[:, 32 * i : 32 * (i + 1)] @ table[t] for i, t in enumerate(tokens))
+    table, names = (
+        model.transformer.embed_tokens.weight.numpy(),
+        dict(model.named_parameters()),
+    )
+    weight, bias = (
+        names[f"embed_proj.0.{kind}"].numpy() for kind in ("weight", "bias")
+    )
+    x = bias + sum(
+        weight[:, 32 * i : 32 * (i + 1)] @ table[t] for i, t in enumerate(tokens)
+    )
     x = names["embed_proj.2.bias"].numpy() + names["embed_proj.2.weight"].numpy() @ (
         x / (1 + np.exp(-x))
     )
@@ -535,7 +581,9 @@ def test_reference_norm_is_torchs():
 def test_reference_layers_before_the_squeeze_see_one_token(theirs):
     """A token moves its own quarter of what is squeezed, and nothing else of it."""
     encoder, seen = theirs[0].encoder, []
-    hook = encoder.squeeze_layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = encoder.squeeze_layer.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
     for third in (3, 4):
         encoder(torch.tensor([1, 2, third, 5]))
     hook.remove()
@@ -548,7 +596,9 @@ def test_reference_energy_score_by_hand():
     samples, targets = torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [5.0]])
     near = (1.0 + 5.0**1.5 + 2.0**1.5 + 2.0**1.5) / 4
     wanted = 2 * near - 3.0**1.5
-    assert float(reference.energy_score(samples, targets, 1.5)) == pytest.approx(wanted, rel=1e-12)
+    assert float(reference.energy_score(samples, targets, 1.5)) == pytest.approx(
+        wanted, rel=1e-12
+    )
 
 
 def test_the_face_reaches_it():

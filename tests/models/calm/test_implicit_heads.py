@@ -42,7 +42,9 @@ HEADS = {
 
 def most(*quick):
     """All heads, of which those that are not quick are slow tests: each compiles for seconds."""
-    return [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in HEADS]
+    return [
+        pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in HEADS
+    ]
 
 
 @functools.cache
@@ -54,7 +56,9 @@ def far(head, dtype=np.float32):
     """Parameters anywhere but at the start."""
     leaves, tree = jax.tree.flatten(shapes_of(head))
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [rng.normal(size=a.shape).astype(dtype) for a in leaves])
+    return jax.tree.unflatten(
+        tree, [rng.normal(size=a.shape).astype(dtype) for a in leaves]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")
@@ -89,7 +93,9 @@ def test_parameters_are_those_of_axes_and_no_mesh_axis_is_used_twice():
     for name, box in boxed.items():
         assert len(box.names) == box.value.ndim, name
         placed = [
-            axes.SHARDING_RULES[letter] for letter in box.names if letter in axes.SHARDING_RULES
+            axes.SHARDING_RULES[letter]
+            for letter in box.names
+            if letter in axes.SHARDING_RULES
         ]
         assert len(placed) == len(set(placed)), name
     assert {letter for box in boxed.values() for letter in box.names} == set("DUJFW-")
@@ -142,7 +148,9 @@ def torch_head(torch, p):
         x, y = torch.broadcast_tensors(x, y)
         for block in blocks:
             x = block(x, y)
-        return linear("last")(functional.silu(linear("last_inner")(norm("last_norm")(x))))
+        return linear("last")(
+            functional.silu(linear("last_inner")(norm("last_norm")(x)))
+        )
 
     return forward
 
@@ -155,8 +163,13 @@ def test_the_energy_head_is_the_one_of_calm():
     try:
         with jax.enable_x64(True), torch.no_grad():
             p = far(head, np.float64)
-            noise, hidden = some(1, 7, 2, 6).astype(np.float64), some(2, 2, HIDDEN).astype(float)
-            wanted = torch_head(torch, p)(torch.tensor(noise), torch.tensor(hidden)).numpy()
+            noise, hidden = (
+                some(1, 7, 2, 6).astype(np.float64),
+                some(2, 2, HIDDEN).astype(float),
+            )
+            wanted = torch_head(torch, p)(
+                torch.tensor(noise), torch.tensor(hidden)
+            ).numpy()
             found = apply(head, p, noise, hidden, method="transform")
             assert found.dtype == np.float64
     finally:
@@ -222,13 +235,17 @@ def test_a_call_is_the_sample_of_no_noise():
 def test_every_part_of_ancestral_noise_counts():
     head, params = HEADS["ancestral"], far(HEADS["ancestral"])
     noise, hidden = some(0, head.noise_width), some(1, HIDDEN)
-    slopes = jax.jacobian(lambda z: apply(head, params, z, hidden, method="transform"))(noise)
+    slopes = jax.jacobian(lambda z: apply(head, params, z, hidden, method="transform"))(
+        noise
+    )
     assert (np.abs(np.asarray(slopes)).max(axis=0) > 1e-6).all()
 
 
 def test_noise_is_what_it_is_said_to_be():
     for name, deviation in (("energy", 12**-0.5), ("ancestral", 1.0)):
-        noise = np.asarray(jax.jit(lambda key, name=name: HEADS[name].noise(key, (5000,)))(KEY))
+        noise = np.asarray(
+            jax.jit(lambda key, name=name: HEADS[name].noise(key, (5000,)))(KEY)
+        )
         assert noise.mean() == pytest.approx(0.0, abs=0.02)
         assert noise.std() == pytest.approx(deviation, rel=0.02)
         assert (np.abs(noise).max() <= 0.5) == (name == "energy")
@@ -238,13 +255,22 @@ def test_noise_is_what_it_is_said_to_be():
 def test_dtypes(name):
     """float32 at least, and float64 where it is on."""
     head = HEADS[name]
-    for low, wanted in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+    for low, wanted in (
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ):
         with jax.enable_x64(low != "bfloat16"):
             of = lambda *shape, low=low: jax.ShapeDtypeStruct(shape, low)  # noqa: E731
-            params = {n: jax.ShapeDtypeStruct(a.shape, low) for n, a in shapes_of(head).items()}
+            params = {
+                n: jax.ShapeDtypeStruct(a.shape, low)
+                for n, a in shapes_of(head).items()
+            }
             call = lambda method: functools.partial(apply, head, method=method)  # noqa: E731
             found = [
-                jax.eval_shape(call("transform"), params, of(head.noise_width), of(HIDDEN)),
+                jax.eval_shape(
+                    call("transform"), params, of(head.noise_width), of(HIDDEN)
+                ),
                 jax.eval_shape(call("sample"), params, KEY, of(HIDDEN)),
                 jax.eval_shape(call("loss"), params, of(2, HIDDEN), of(2, WIDTH), KEY),
             ]
@@ -291,7 +317,9 @@ def test_the_energy_loss_is_proper():
     head = HEADS["energy"].clone(num_samples=64, parent=None)
     params = far(head)
     hidden = np.tile(some(1, 1, HIDDEN), (64, 1))
-    target = apply(head, params, jax.random.key(5), np.tile(hidden, (64, 1)), method="sample")
+    target = apply(
+        head, params, jax.random.key(5), np.tile(hidden, (64, 1)), method="sample"
+    )
     target = target.reshape(64, 64, WIDTH)
 
     def cost(params):
@@ -306,7 +334,9 @@ def test_the_energy_loss_is_proper():
         assert gap.mean() > 4 * gap.std() / math.sqrt(len(gap))
 
 
-@pytest.mark.parametrize("name", ["flow", pytest.param("diffusion", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["flow", pytest.param("diffusion", marks=pytest.mark.slow)]
+)
 def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
     head, params = HEADS[name], far(HEADS[name])
     hidden, target = some(1, 2, HIDDEN), some(2, 3, 2, WIDTH)
@@ -325,7 +355,9 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
     y, noise, time, by_hand, loss = jax.jit(nn.apply(inside, head))({"params": params})
     np.testing.assert_array_equal(y, target[[0, 1, 2, 0]])  # in turn
     assert noise.shape == y.shape
-    np.testing.assert_array_equal(np.floor(4 * np.asarray(time)), np.arange(4)[:, None] * [1, 1])
+    np.testing.assert_array_equal(
+        np.floor(4 * np.asarray(time)), np.arange(4)[:, None] * [1, 1]
+    )
     np.testing.assert_allclose(loss, by_hand, rtol=1e-4)
 
 
@@ -365,7 +397,9 @@ def test_training_leaves_the_start(name):
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2)])
 def test_solvers_converge_at_their_order(solver, order):
     """dx/dt = A x + t b, whose solution is an exponential of a matrix."""
-    scipy_linalg = pytest.importorskip("scipy.linalg", reason="the closed form is scipy's")
+    scipy_linalg = pytest.importorskip(
+        "scipy.linalg", reason="the closed form is scipy's"
+    )
     a, b = np.array([[0.5, -2.0], [1.0, -0.3]]), np.array([1.0, -1.0])
     whole = np.zeros((4, 4))  # of x, t and 1
     whole[:2, :2], whole[:2, 2], whole[2, 3] = a, b, 1.0
@@ -376,7 +410,9 @@ def test_solvers_converge_at_their_order(solver, order):
         solve = functools.partial(integrate, velocity, solver=solver)
         found = jax.jit(lambda x: [solve(x, steps=n) for n in (32, 64, 128)])(x)
     errors = [np.abs(np.asarray(ends) - wanted).max() for ends in found]
-    assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx([order] * 2, abs=0.08)
+    assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx(
+        [order] * 2, abs=0.08
+    )
     assert errors[-1] < 0.02
 
 
@@ -393,11 +429,15 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
     with jax.enable_x64(True):
         z = np.linspace(-2.0, 2.0, 5)
         least = MIN_SIGNAL_VARIANCE
-        first = (z - math.sqrt(least) * mean) / math.sqrt(least * deviation**2 + 1 - least)
+        first = (z - math.sqrt(least) * mean) / math.sqrt(
+            least * deviation**2 + 1 - least
+        )
         predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
         solve = functools.partial(denoise, predict)
         found = jax.jit(lambda z: [solve(z, steps=n) for n in (64, 128, 256, 512)])(z)
-    errors = [np.abs(np.asarray(ends) - (mean + deviation * first)).max() for ends in found]
+    errors = [
+        np.abs(np.asarray(ends) - (mean + deviation * first)).max() for ends in found
+    ]
     rates = np.log2(np.divide(errors[:-1], errors[1:]))
     assert rates == pytest.approx([1.0] * 3, abs=0.2)
     assert errors[-1] < 0.01
@@ -433,7 +473,10 @@ def test_evaluations_are_counted():
         velocity = mock.Mock(side_effect=lambda x, t: x)
         integrate(velocity, 1.0, steps=3, solver=solver)
         assert 3 * velocity.call_count == wanted  # traced once, run in each step
-    assert (HEADS["energy"].num_evaluations, HEADS["diffusion"].num_evaluations) == (1, 3)
+    assert (HEADS["energy"].num_evaluations, HEADS["diffusion"].num_evaluations) == (
+        1,
+        3,
+    )
 
 
 # --- What is refused -------------------------------------------------------------------------
@@ -465,11 +508,19 @@ def test_targets_that_do_not_fit_are_refused(lead, width):
 
 def test_noise_that_does_not_fit_is_refused():
     head, params = HEADS["energy"], far(HEADS["energy"])
-    for noise, hidden in ((np.zeros((2, 5)), np.zeros(HIDDEN)), (np.zeros(()), np.zeros(HIDDEN))):
+    for noise, hidden in (
+        (np.zeros((2, 5)), np.zeros(HIDDEN)),
+        (np.zeros(()), np.zeros(HIDDEN)),
+    ):
         with pytest.raises(clm.InputError, match=r"noise has shape .* \[\.\.\., 6\]"):
             head.apply({"params": params}, noise, hidden, method="transform")
     with pytest.raises(clm.InputError, match="fit those of hidden"):
-        head.apply({"params": params}, np.zeros((2, 6)), np.zeros((3, HIDDEN)), method="transform")
+        head.apply(
+            {"params": params},
+            np.zeros((2, 6)),
+            np.zeros((3, HIDDEN)),
+            method="transform",
+        )
 
 
 @pytest.mark.parametrize(
@@ -533,7 +584,11 @@ def test_every_setting_is_read(name):
     def outcome(head):
         params, target = far(head), np.zeros((2, head.width), np.float32)
         loss = apply(head, params, hidden, target, KEY, method="loss")
-        return [*jax.tree.leaves(params), loss, apply(head, params, KEY, hidden, method="sample")]
+        return [
+            *jax.tree.leaves(params),
+            loss,
+            apply(head, params, KEY, hidden, method="sample"),
+        ]
 
     for setting in base.settings():
         changed = base.clone(parent=None, **{setting: CHANGED[setting]})
@@ -545,14 +600,22 @@ def test_every_setting_is_read(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["energy", "flow, midpoint", "diffusion", "diffusion, ancestral"])
+@pytest.mark.parametrize(
+    "name", ["energy", "flow, midpoint", "diffusion", "diffusion, ancestral"]
+)
 def test_two_modes_are_recovered_where_one_gaussian_cannot(name):
     """Against the best Gaussian there is; what data is to other data is 0."""
     head = two_mode_target.make_heads(32, 2, 8)[name]
-    params, _ = two_mode_target.fit_head(head, KEY, steps=700, batch_size=128, learning_rate=3e-3)
+    params, _ = two_mode_target.fit_head(
+        head, KEY, steps=700, batch_size=128, learning_rate=3e-3
+    )
     sizes = {"key": jax.random.key(7), "conditions": 48, "samples": 150}
-    found = two_mode_target.evaluate_samples(two_mode_target.make_sampler(head, params), **sizes)
+    found = two_mode_target.evaluate_samples(
+        two_mode_target.make_sampler(head, params), **sizes
+    )
     best = two_mode_target.evaluate_samples(two_mode_target.draw_best_gaussian, **sizes)
     assert found.interval[1] < 0.15 * best.interval[0]
     assert found.in_modes > 0.9 > 3 * best.in_modes
-    assert found.likelier == pytest.approx(two_mode_target.LIKELIER_MODE_SHARE, abs=0.05)
+    assert found.likelier == pytest.approx(
+        two_mode_target.LIKELIER_MODE_SHARE, abs=0.05
+    )

@@ -14,8 +14,12 @@ import pytest
 
 import continuous_lm as clm
 
-pytest.importorskip("torch", reason="the tensors' names and shapes are those of PyTorch modules")
-pytest.importorskip("transformers", reason="the reference's trunk is transformers' Llama")
+pytest.importorskip(
+    "torch", reason="the tensors' names and shapes are those of PyTorch modules"
+)
+pytest.importorskip(
+    "transformers", reason="the reference's trunk is transformers' Llama"
+)
 
 from continuous_lm.models import calm
 from continuous_lm.models.calm import autoencoder
@@ -28,7 +32,9 @@ MODELS = {
     "autoencoder": (reference.autoencoder_fields, reference.random_autoencoder),
 }
 TENSORS = {
-    kind: {name: tensor.numpy() for name, tensor in reference.clone_tensors(make()).items()}
+    kind: {
+        name: tensor.numpy() for name, tensor in reference.clone_tensors(make()).items()
+    }
     for kind, (_, make) in MODELS.items()
 }
 FIELDS = {kind: fields() for kind, (fields, _) in MODELS.items()}
@@ -103,7 +109,9 @@ def test_the_good_ones_load(folder):
 
 def deeper(name):
     """The same of a layer that is not there, for tensors of layers; one with a suffix else."""
-    return re.sub(r"(layers|blocks)\.\d+", r"\1.7", name) if layered(name) else name + ".2"
+    return (
+        re.sub(r"(layers|blocks)\.\d+", r"\1.7", name) if layered(name) else name + ".2"
+    )
 
 
 def layered(name):
@@ -112,7 +120,11 @@ def layered(name):
 
 def turned(values):
     """Turned round where that shows, else a row short."""
-    return values.T if values.ndim == 2 and values.shape[0] != values.shape[1] else values[:-1]
+    return (
+        values.T
+        if values.ndim == 2 and values.shape[0] != values.shape[1]
+        else values[:-1]
+    )
 
 
 def assert_names(message, name, folder, kind):
@@ -172,16 +184,28 @@ def test_alias(folder, case):
         if re.search(r"(layers|blocks)\.[1-9]", name):
             continue  # the first layer stands for all
         rest = {other: tensor for other, tensor in copy.items() if other != name}
-        if case == "the autoencoder":  # a head may be there in part: each tensor has two names
+        if (
+            case == "the autoencoder"
+        ):  # a head may be there in part: each tensor has two names
             put(path, test_malformed_checkpoints.written(TENSORS["calm"] | rest))
             assert_names(refusal(folder), name, folder, "calm")
         put(
             path,
-            test_malformed_checkpoints.written(TENSORS["calm"] | copy | {deeper(name): values}),
+            test_malformed_checkpoints.written(
+                TENSORS["calm"] | copy | {deeper(name): values}
+            ),
         )
         assert_names(refusal(folder), deeper(name), folder, "calm")
-        for wrong in (np.ascontiguousarray(turned(values)), np.nextafter(values, np.inf)):
-            put(path, test_malformed_checkpoints.written(TENSORS["calm"] | rest | {name: wrong}))
+        for wrong in (
+            np.ascontiguousarray(turned(values)),
+            np.nextafter(values, np.inf),
+        ):
+            put(
+                path,
+                test_malformed_checkpoints.written(
+                    TENSORS["calm"] | rest | {name: wrong}
+                ),
+            )
             assert_names(refusal(folder), name, folder, "calm")
 
 
@@ -210,7 +234,9 @@ def test_tensor_of_another_type(folder, kind, dtype):
         test_malformed_checkpoints.SIZES[dtype] * TENSORS[kind][name].size,
     )
     for entry in header.values():
-        entry["data_offsets"] = [offset + size - end for offset in entry["data_offsets"]]
+        entry["data_offsets"] = [
+            offset + size - end for offset in entry["data_offsets"]
+        ]
     header[name] |= {"dtype": dtype, "data_offsets": [0, size]}
     put(
         folder / kind / WEIGHTS,
@@ -281,7 +307,8 @@ SAID = {  # of the trunk's fields in the words of its own checks
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind, fields in OTHERS.items() for name in fields]
+    ("kind", "name"),
+    [(kind, name) for kind, fields in OTHERS.items() for name in fields],
 )
 def test_field_of_another_type_or_value(folder, kind, name):
     for wrong in OTHERS[kind][name]:
@@ -335,12 +362,17 @@ def test_layers_that_cannot_be_halved(folder, name, number):
     assert "even" in message
 
 
-@pytest.mark.parametrize("name", ["num_encoder_layers", "num_decoder_layers", "num_hidden_layers"])
+@pytest.mark.parametrize(
+    "name", ["num_encoder_layers", "num_decoder_layers", "num_hidden_layers"]
+)
 def test_another_number_of_layers(folder, name):
     """Then the first tensor too many or too few is named, not an array in the middle of it."""
     kind = "calm" if name == "num_hidden_layers" else "autoencoder"
     number = FIELDS[kind][name]
-    layer = {"num_encoder_layers": "encoder_layers", "num_decoder_layers": "decoder_layers"}
+    layer = {
+        "num_encoder_layers": "encoder_layers",
+        "num_decoder_layers": "decoder_layers",
+    }
     for other, culprit in ((number + 2, number), (number - 2, number - 2)):
         if other < 1:
             continue
@@ -357,7 +389,8 @@ def remade(folder, kind, **fields):
         (folder / kind / name).unlink()
     make = MODELS[kind][1]
     tensors = {
-        name: tensor.numpy() for name, tensor in reference.clone_tensors(make(**fields)).items()
+        name: tensor.numpy()
+        for name, tensor in reference.clone_tensors(make(**fields)).items()
     }
     files_of(folder / kind, FIELDS[kind] | fields, tensors)
 
@@ -402,7 +435,11 @@ def test_fields_that_tell_another_patch(folder, patch):
     for kind in MODELS:
         with_fields(folder, kind, patch_size=patch)
     message = refusal(folder)
-    names = ("encoder.squeeze_layer.weight", "decoder.expand_layer", "embed_proj.0.weight")
+    names = (
+        "encoder.squeeze_layer.weight",
+        "decoder.expand_layer",
+        "embed_proj.0.weight",
+    )
     assert any(name in message for name in names), message
 
 
@@ -442,7 +479,9 @@ def test_pickle_beside_nothing(folder, kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("case", ["missing", "empty", "a list", "null", "with NaN", "not UTF-8"])
+@pytest.mark.parametrize(
+    "case", ["missing", "empty", "a list", "null", "with NaN", "not UTF-8"]
+)
 def test_config(folder, kind, case):
     path = folder / kind / CONFIG
     path.unlink()
@@ -453,12 +492,16 @@ def test_config(folder, kind, case):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("case", ["a file", "nowhere", "empty", "no name", "with a zero byte"])
+@pytest.mark.parametrize(
+    "case", ["a file", "nowhere", "empty", "no name", "with a zero byte"]
+)
 def test_place(folder, kind, case, monkeypatch):
     (folder / kind / "empty").mkdir()
     monkeypatch.chdir(folder / kind / "empty")
     place = test_malformed_checkpoints.PLACES[case](folder / kind)
-    given = (place, folder / "autoencoder") if kind == "calm" else (folder / "calm", place)
+    given = (
+        (place, folder / "autoencoder") if kind == "calm" else (folder / "calm", place)
+    )
     with pytest.raises(clm.InputError) as refused:
         calm.load(*given)
     assert str(refused.value).isprintable()

@@ -53,7 +53,9 @@ def exact(key, p, t):
     edges = jnp.cumsum(jnp.broadcast_to(p, (ROWS, len(P))), axis=-1)[:, :-1]
 
     def draw(key):
-        return jnp.asarray(ITEMS)[jnp.sum(jax.random.uniform(key, (ROWS, 1)) >= edges, axis=-1)]
+        return jnp.asarray(ITEMS)[
+            jnp.sum(jax.random.uniform(key, (ROWS, 1)) >= edges, axis=-1)
+        ]
 
     return repeated_draws.rejection_sample(
         key, draw, temperature=jnp.broadcast_to(t, ROWS), max_rounds=2000
@@ -66,7 +68,11 @@ jitted_exact = jax.jit(exact)
 def exactly(t, p=P):  # one program for all
     shapes = (ROWS, len(P)), (ROWS,)
     return jitted_exact(
-        KEY, *(np.broadcast_to(np.float32(x), s) for x, s in zip((p, t), shapes, strict=True))
+        KEY,
+        *(
+            np.broadcast_to(np.float32(x), s)
+            for x, s in zip((p, t), shapes, strict=True)
+        ),
     )
 
 
@@ -127,7 +133,9 @@ def test_rounds_are_as_many_as_rejection_takes():
     success = np.sum(P**2)
     rounds = np.asarray(exactly(0.5).num_rounds)
     assert (rounds % 2 == 0).all()
-    error = 2 * np.sqrt(1 - success) / success / np.sqrt(ROWS)  # of a geometric distribution's mean
+    error = (
+        2 * np.sqrt(1 - success) / success / np.sqrt(ROWS)
+    )  # of a geometric distribution's mean
     assert abs(rounds.mean() - 2 / success) < 4 * error
     assert (np.asarray(exactly(1.0).num_rounds) == 1).all()
 
@@ -151,7 +159,9 @@ def test_rows_have_distributions_and_temperatures_of_their_own():
 
 def test_nobody_waits_for_rows_that_are_done():
     def draw(key):
-        first = jax.random.categorical(key, jnp.zeros(100_000), shape=(2, 1))  # never twice
+        first = jax.random.categorical(
+            key, jnp.zeros(100_000), shape=(2, 1)
+        )  # never twice
         return first.at[1].set(7).astype(jnp.int32)
 
     @jax.jit
@@ -202,7 +212,9 @@ def by_weights(candidates, n):
 def gathered(items, logs):
     """The same from what `weights` gives for one row."""
     p, found = softmax(np.asarray(logs, np.float64), axis=0), Counter()
-    for item, weight in zip(map(tuple, np.asarray(items).tolist()), p.tolist(), strict=True):
+    for item, weight in zip(
+        map(tuple, np.asarray(items).tolist()), p.tolist(), strict=True
+    ):
         found[item] += weight
     return {item: weight for item, weight in found.items() if weight}
 
@@ -215,7 +227,9 @@ def gathered(items, logs):
 def test_weights_are_those_of_counting(shape, most, seed):
     num, length, n = shape
     rng = np.random.default_rng(seed)
-    candidates = rng.integers(-most, most, (num, 8, length), endpoint=True).astype(np.int32)
+    candidates = rng.integers(-most, most, (num, 8, length), endpoint=True).astype(
+        np.int32
+    )
     items, logs = repeated_draws.repetition_weights(candidates, n=n)
     for row in range(8):
         expected = by_counting(candidates[:, row], n)
@@ -270,11 +284,15 @@ def test_batch_draws_are_those_of_the_enumeration(n):
     items = batched(KEY, drawn(num, ROWS), n=n)
     assert items.shape == (ROWS, 2)
     if n == 2:
-        plain = repeated_draws.repetition_sample(KEY, drawn(num, ROWS), n=n)  # without jit
+        plain = repeated_draws.repetition_sample(
+            KEY, drawn(num, ROWS), n=n
+        )  # without jit
         np.testing.assert_array_equal(plain, items)
     assert chi_square(items, of_batch(P, num, n)) > 1e-3
     wrong = {
-        "each copy counts for itself": of_batch(P, num, n, lambda c, m: c * combinations(c, m)),
+        "each copy counts for itself": of_batch(
+            P, num, n, lambda c, m: c * combinations(c, m)
+        ),
         "powers": of_batch(P, num, n, lambda c, m: c**n),
         "T too low": of_batch(P, num, n + 1),
         "T too high": of_batch(P, num, n - 1),
@@ -297,7 +315,9 @@ def shares(counts, num, n):
     edges = jnp.cumsum(counts, axis=-1)
     candidates = jnp.sum(jnp.arange(num)[:, None, None] >= edges, axis=-1)
     items, logs = repeated_draws.repetition_weights(candidates[..., None], n=n)
-    return jnp.einsum("nm,nmv->mv", jax.nn.softmax(logs, axis=0), jax.nn.one_hot(items[..., 0], 3))
+    return jnp.einsum(
+        "nm,nmv->mv", jax.nn.softmax(logs, axis=0), jax.nn.one_hot(items[..., 0], 3)
+    )
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -311,7 +331,9 @@ def test_the_bias_of_the_batch_form_falls_as_candidates_grow(n):
             counts = splits(num, 3)
             chances = stats.multinomial.pmf(counts, num, p)
             likely = chances > 1e-9
-            ours = chances[likely] @ np.asarray(shares(counts[likely], num, n), np.float64)
+            ours = chances[likely] @ np.asarray(
+                shares(counts[likely], num, n), np.float64
+            )
             np.testing.assert_allclose(ours, shared, atol=1e-5)
             shared = ours
         assert shared[0] < tempered(p, 1 / n)[0]  # too flat
@@ -329,7 +351,10 @@ def test_rows_do_not_touch_each_other():
     for row, (i, j) in enumerate(np.ndindex(2, 3)):
         expected = by_counting(flat[:, row], 3)
         assert gathered(items[:, i, j], logs[:, i, j]) == pytest.approx(expected)
-    keys, how = jax.random.split(KEY, 6), functools.partial(repeated_draws.repetition_sample, n=3)
+    keys, how = (
+        jax.random.split(KEY, 6),
+        functools.partial(repeated_draws.repetition_sample, n=3),
+    )
     mapped = jax.jit(jax.vmap(how, in_axes=(0, 1)))(keys, flat)
     for i in range(6):
         np.testing.assert_array_equal(mapped[i], batched(keys[i], flat[:, i], n=3))

@@ -55,7 +55,9 @@ def one_draw(model, params, key, hidden):
     """Chunks [B, C] that the noise of this key gives."""
     noise = model.head.noise(key, (1, len(hidden)))
     latents = model.apply({"params": params}, noise, hidden, method="transform")[0]
-    return jnp.argmax(model.apply({"params": params}, latents, method="decode"), axis=-1)
+    return jnp.argmax(
+        model.apply({"params": params}, latents, method="decode"), axis=-1
+    )
 
 
 def by_whole_passes(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
@@ -72,7 +74,9 @@ def by_whole_passes(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
     made = []
     for step in range(steps):
         hidden = whole(lm.model, lm.params, buffer, times, start, lengths + step - 1)
-        new = np.asarray(one_draw(lm.model, lm.params, jax.random.fold_in(key, step), hidden))
+        new = np.asarray(
+            one_draw(lm.model, lm.params, jax.random.fold_in(key, step), hidden)
+        )
         buffer[np.arange(len(rows)), lengths + step] = new
         made.append(new)
     return np.concatenate(made, axis=1)
@@ -82,7 +86,11 @@ def timed(seed=3):
     """Durations of the prompts' chunks and of 3 new ones, and starts."""
     rng = np.random.default_rng(seed)
     d = [rng.uniform(0.3, 2.0, n).astype(np.float32) for n in (1, 3, 5)]
-    return d, rng.uniform(0.3, 2.0, (3, 3)).astype(np.float32), np.array([0.0, 2.0, -1.5])
+    return (
+        d,
+        rng.uniform(0.3, 2.0, (3, 3)).astype(np.float32),
+        np.array([0.0, 2.0, -1.5]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,8 +119,12 @@ def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
     chunks = np.reshape(prompts()[2], (-1, SIZE))
     padded = np.zeros((1, ROOM, SIZE), np.int32)
     padded[0, :5] = chunks
-    found = whole(lm.model, lm.params, padded, np.ones((1, ROOM)), np.zeros(1), np.array([4]))
-    np.testing.assert_allclose(found[0], lm.hidden_states(chunks)[-1], rtol=1e-4, atol=1e-5)
+    found = whole(
+        lm.model, lm.params, padded, np.ones((1, ROOM)), np.zeros(1), np.array([4])
+    )
+    np.testing.assert_allclose(
+        found[0], lm.hidden_states(chunks)[-1], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_durations_count(lm):
@@ -133,23 +145,33 @@ def test_chunks_of_no_duration_are_as_absent(lm):
     longer, d = [], []
     for i, row in enumerate(rows):  # after the first chunk: that one must be there
         count, more = len(row) // SIZE - 1, i + 1
-        longer.append(np.concatenate([row[:SIZE], rng.integers(0, V, SIZE * more), row[SIZE:]]))
+        longer.append(
+            np.concatenate([row[:SIZE], rng.integers(0, V, SIZE * more), row[SIZE:]])
+        )
         d.append([1.0] + [0.0] * more + [1.0] * count)
-    np.testing.assert_array_equal(sample(lm, longer, durations=d, **options).tokens, plain)
+    np.testing.assert_array_equal(
+        sample(lm, longer, durations=d, **options).tokens, plain
+    )
     assert (sample(lm, longer, **options).tokens != plain).any()
 
 
 def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
     fill, options = 4, dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
     rows = [row[cut:] for row, cut in zip(prompts(), (2, 0, 1), strict=True)]
-    by_hand = [np.concatenate([[fill] * (-len(row) % SIZE), row]).astype(int) for row in rows]
+    by_hand = [
+        np.concatenate([[fill] * (-len(row) % SIZE), row]).astype(int) for row in rows
+    ]
     assert [len(row) for row in by_hand] == [3, 9, 15]
     expected = sample(lm, by_hand, **options).tokens
-    np.testing.assert_array_equal(sample(lm, rows, pad_token=fill, **options).tokens, expected)
+    np.testing.assert_array_equal(
+        sample(lm, rows, pad_token=fill, **options).tokens, expected
+    )
     noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
     np.testing.assert_array_equal(sample(noted, rows, **options).tokens, expected)
     assert (sample(lm, rows, pad_token=7, **options).tokens != expected).any()
-    with pytest.raises(clm.InputError, match="prompt 0: 1 tokens are no multiple of a chunk of 3"):
+    with pytest.raises(
+        clm.InputError, match="prompt 0: 1 tokens are no multiple of a chunk of 3"
+    ):
         sample(lm, rows, **options)
 
 
@@ -160,7 +182,9 @@ def test_stop_tokens_end_rows_within_chunks(lm):
     places = set()
     for stop in range(V):
         made = sample(lm, prompts(), stop=stop, **options)
-        for row, length, before in zip(made.tokens, made.lengths, free.tokens, strict=True):
+        for row, length, before in zip(
+            made.tokens, made.lengths, free.tokens, strict=True
+        ):
             where = np.flatnonzero(before == stop)
             expected = where[0] + 1 if len(where) else 6 * SIZE
             assert length == expected
@@ -169,7 +193,9 @@ def test_stop_tokens_end_rows_within_chunks(lm):
             places |= {divmod(where[0], SIZE)} if len(where) else set()
         assert [len(row) for row in made.token_lists()] == made.lengths.tolist()
         noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": stop})
-        np.testing.assert_array_equal(sample(noted, prompts(), **options).tokens, made.tokens)
+        np.testing.assert_array_equal(
+            sample(noted, prompts(), **options).tokens, made.tokens
+        )
     assert {0, 1} <= {place % SIZE for _, place in places}
     assert {min(chunk, 1) for chunk, _ in places} == {0, 1}
 
@@ -196,7 +222,9 @@ def test_prompts_in_pieces_and_one_alone(lm):
     assert alone.shape == (1, 2 * SIZE)
     for given in ([row], row[None], row.tolist(), [row.tolist()]):
         np.testing.assert_array_equal(sample(lm, given, **options).tokens, alone)
-    np.testing.assert_array_equal(sample(lm, row, max_prefill_length=2, **options).tokens, alone)
+    np.testing.assert_array_equal(
+        sample(lm, row, max_prefill_length=2, **options).tokens, alone
+    )
 
 
 # --- Temperatures ----------------------------------------------------------------------------
@@ -254,7 +282,14 @@ def many(known, **options):
     """Two chunks of 4000 rows, and which they are: [2, 3]."""
     lm, chunks = known
     row = np.arange(2 * SIZE) % V
-    made = sample(lm, np.tile(row, (ROWS, 1)), max_new_tokens=2 * SIZE, stop=(), key=KEY, **options)
+    made = sample(
+        lm,
+        np.tile(row, (ROWS, 1)),
+        max_new_tokens=2 * SIZE,
+        stop=(),
+        key=KEY,
+        **options,
+    )
     return made.tokens, counted(made.tokens, chunks)
 
 
@@ -367,11 +402,17 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
         (dict(temperature=0.7), "1, 1/2, 1/3 or another 1/n"),
         (dict(temperature=2.0), "temperature is 2.0"),
         (dict(temperature=2.0, method="exact"), "temperature is 2.0"),
-        (dict(temperature=0.0, method="exact"), "temperature is 0.0; exact needs one above 0"),
+        (
+            dict(temperature=0.0, method="exact"),
+            "temperature is 0.0; exact needs one above 0",
+        ),
         (dict(temperature=-0.5), "temperature"),
         (dict(temperature=float("nan")), "temperature"),
         (dict(temperature=np.array([0.5, 0.5])), r"temperature has shape \[2\]"),
-        (dict(temperature=1 / 3, num_candidates=2), "1/3 needs at least 3 candidates, not 2"),
+        (
+            dict(temperature=1 / 3, num_candidates=2),
+            "1/3 needs at least 3 candidates, not 2",
+        ),
         (dict(method="greedy"), "method is 'greedy'; it must be one of batch, exact"),
         (dict(key=None), "needs a key"),
         (dict(key=3), "key is not a single PRNG key"),
@@ -383,8 +424,14 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
         (dict(pad_token=V), "pad_token"),
         (dict(pad_token=-1), "pad_token"),
         (dict(stop=V), "stop"),
-        (dict(tokens=np.arange(SIZE + 1)), "prompt 0: 4 tokens are no multiple of a chunk of 3"),
-        (dict(tokens=[np.arange(SIZE), np.arange(2)]), "prompt 1: 2 tokens are no multiple"),
+        (
+            dict(tokens=np.arange(SIZE + 1)),
+            "prompt 0: 4 tokens are no multiple of a chunk of 3",
+        ),
+        (
+            dict(tokens=[np.arange(SIZE), np.arange(2)]),
+            "prompt 1: 2 tokens are no multiple",
+        ),
         (dict(tokens=[[1, 2, V]]), "prompt 0: tokens"),
         (dict(tokens=[[1, 2, 3], [1, -2, 3]]), "prompt 1: tokens"),
         (dict(tokens=[0.5, 1.5, 2.0]), "prompt 0: tokens has dtype float64"),
@@ -397,13 +444,18 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
         (dict(durations=[[1.0], [1.0]]), "durations are given for 2 prompts"),
         (dict(durations=[-1.0]), "durations"),
         (dict(new_durations=-1.0), "new_durations"),
-        (dict(new_durations=[1.0] * 6), r"new_durations has shape \[6\]"),  # chunks, not tokens
+        (
+            dict(new_durations=[1.0] * 6),
+            r"new_durations has shape \[6\]",
+        ),  # chunks, not tokens
         (dict(start=[0.0, 1.0]), r"start has shape \[2\]"),
     ],
     ids=str,
 )
 def test_bad_arguments_are_refused(lm, options, message):
-    given: Any = dict(tokens=np.arange(SIZE), max_new_tokens=2 * SIZE, key=KEY) | options
+    given: Any = (
+        dict(tokens=np.arange(SIZE), max_new_tokens=2 * SIZE, key=KEY) | options
+    )
     with pytest.raises(clm.InputError, match=message):
         sample(lm, **given)
 
@@ -425,7 +477,11 @@ def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
         @jax.value_and_grad
         def total(d):
             loss = lm.model.apply(
-                {"params": params}, chunks, jax.random.key(5), durations=d, method="loss"
+                {"params": params},
+                chunks,
+                jax.random.key(5),
+                durations=d,
+                method="loss",
             )
             return loss.sum()
 
@@ -433,7 +489,8 @@ def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
         gradient = np.asarray(total(d)[1])
         assert gradient.dtype == np.float64
         slopes = [
-            (total(d + step * e)[0] - total(d - step * e)[0]) / (2 * step) for e in np.eye(count)
+            (total(d + step * e)[0] - total(d - step * e)[0]) / (2 * step)
+            for e in np.eye(count)
         ]
     np.testing.assert_allclose(gradient, slopes, rtol=1e-5, atol=1e-8)
     assert gradient[-1] == 0.0

@@ -59,7 +59,14 @@ def test_what_is_in_the_hub_s_cache_is_loaded_offline(tmp_path):
     cached(home, "some-org/some.model", folder)
     cached(home, "org/other", folder, "v1.0")
     cached(home, "org/pickles", folder)
-    weights = home / "hub" / "models--org--pickles" / "snapshots" / COMMIT / "model.safetensors"
+    weights = (
+        home
+        / "hub"
+        / "models--org--pickles"
+        / "snapshots"
+        / COMMIT
+        / "model.safetensors"
+    )
     weights.rename(weights.with_name("pytorch_model.bin"))
     names = {
         "some-org/some.model": "True",
@@ -149,7 +156,9 @@ def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
     def download(repo, *, revision, allow_patterns, ignore_patterns):
         assert (repo, revision) == ("org/name", None)
         kept = filter_repo_objects(
-            [*there, *not_wanted], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            [*there, *not_wanted],
+            allow_patterns=allow_patterns,
+            ignore_patterns=ignore_patterns,
         )
         assert list(kept) == there
         return str(folder)
@@ -168,7 +177,17 @@ def test_a_folder_of_that_name_goes_before_the_hub(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["name", "a/b/c", "/org/name", "./name", "org/", "/name", "org/na me", "org/name@", "~/x"],
+    [
+        "name",
+        "a/b/c",
+        "/org/name",
+        "./name",
+        "org/",
+        "/name",
+        "org/na me",
+        "org/name@",
+        "~/x",
+    ],
 )
 def test_names_that_are_no_hub_s(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)

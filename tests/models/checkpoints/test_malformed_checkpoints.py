@@ -67,7 +67,12 @@ def compose(header: Any, data: bytes, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-KINDS = {"F32": np.float32, "F64": np.float64, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+KINDS = {
+    "F32": np.float32,
+    "F64": np.float64,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
 
 
 def tensors_in(content: bytes) -> dict[str, np.ndarray]:
@@ -96,7 +101,11 @@ def written(tensors: Mapping[str, np.ndarray]) -> bytes:
 
 def make(family: str, folder: pathlib.Path) -> Good:
     """Random weights for the tiny config, saved by `clm.save`, which needs no transformers."""
-    fields = {"model_type": family, "torch_dtype": "float32", **tiny.CONFIG_MAKERS[family]()}
+    fields = {
+        "model_type": family,
+        "torch_dtype": "float32",
+        **tiny.CONFIG_MAKERS[family](),
+    }
     config = language_model.read_config(fields)
     rng = np.random.default_rng(0)
     params = {
@@ -115,7 +124,9 @@ def good(request, tmp_path_factory):
     """The good checkpoint of a family; its modules are traced once, for the sake of time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            language_model, "parameter_declarations", once(language_model.parameter_declarations)
+            language_model,
+            "parameter_declarations",
+            once(language_model.parameter_declarations),
         )
         yield make(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -132,7 +143,8 @@ def once(trace):
         return {
             path: declaration.replace_boxed(
                 jax.ShapeDtypeStruct(
-                    tuple(config.sizes[a] for a in declaration.names), declaration.value.dtype
+                    tuple(config.sizes[a] for a in declaration.names),
+                    declaration.value.dtype,
                 )
             )
             for path, declaration in held[key].items()
@@ -232,7 +244,9 @@ def assert_same_tree(found, wanted):
 
 # Rule -> (name, values) -> other tensors that take the place of this one, and what the message says
 # of it; {name} is the tensor's, {shape} and {wrong} are shapes.
-TENSOR_RULES: dict[str, tuple[Callable[[str, np.ndarray], dict[str, np.ndarray]], str]] = {
+TENSOR_RULES: dict[
+    str, tuple[Callable[[str, np.ndarray], dict[str, np.ndarray]], str]
+] = {
     "dropped": (lambda n, t: {}, r"tensor {name} \[.*\] is missing"),
     "renamed": (lambda n, t: {n + "_": t}, r"tensor {name} \[.*\] is missing"),
     "upper case": (lambda n, t: {n.upper(): t}, r"tensor {name} \[.*\] is missing"),
@@ -241,8 +255,14 @@ TENSOR_RULES: dict[str, tuple[Callable[[str, np.ndarray], dict[str, np.ndarray]]
         lambda n, t: {n: t, deeper(n): t},
         r"tensor {deeper} .*(left over|no place)",
     ),
-    "a row short": (lambda n, t: {n: t[:-1]}, "tensor {name} .*shape {wrong}.*asks for {shape}"),
-    "a row long": (lambda n, t: {n: np.resize(t, longer(t))}, "tensor {name} .*shape {wrong}"),
+    "a row short": (
+        lambda n, t: {n: t[:-1]},
+        "tensor {name} .*shape {wrong}.*asks for {shape}",
+    ),
+    "a row long": (
+        lambda n, t: {n: np.resize(t, longer(t))},
+        "tensor {name} .*shape {wrong}",
+    ),
     "of one axis more": (lambda n, t: {n: t[None]}, "tensor {name} .*shape {wrong}"),
     "flat": (lambda n, t: {n: t.reshape(t.size, 1)}, "tensor {name} .*shape {wrong}"),
     "a scalar": (lambda n, t: {n: t.reshape(-1)[0]}, "tensor {name} .*shape {wrong}"),
@@ -253,7 +273,9 @@ TENSOR_RULES: dict[str, tuple[Callable[[str, np.ndarray], dict[str, np.ndarray]]
 
 def deeper(name: str) -> str:
     """The same of layer 3, of which there is none; something made up where there are no layers."""
-    return re.sub(r"\.\d+\.", ".3.", name) if re.search(r"\.\d+\.", name) else name + ".3"
+    return (
+        re.sub(r"\.\d+\.", ".3.", name) if re.search(r"\.\d+\.", name) else name + ".3"
+    )
 
 
 def longer(values: np.ndarray) -> tuple[int, ...]:
@@ -271,7 +293,9 @@ def test_tensor(good, folder, rule):
     change, culprit = TENSOR_RULES[rule]
     for name in names_once(good.tensors):
         values = good.tensors[name]
-        changed = {n: t for n, t in good.tensors.items() if n != name} | change(name, values)
+        changed = {n: t for n, t in good.tensors.items() if n != name} | change(
+            name, values
+        )
         (folder / WEIGHTS).write_bytes(written(changed))
         wrong = changed[name].shape if name in changed else ()
         wanted = culprit.format(
@@ -283,7 +307,16 @@ def test_tensor(good, folder, rule):
         assert re.search(wanted, refusal(folder)), (name, refusal(folder))
 
 
-SIZES = {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U32": 4, "I64": 8}
+SIZES = {
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U32": 4,
+    "I64": 8,
+}
 
 
 @every_family
@@ -296,7 +329,9 @@ def test_tensor_of_another_type(good, folder, kind):
         shift = SIZES[kind] * good.tensors[name].size - (end - begin)
         for other, entry in header.items():
             if other != "__metadata__" and entry["data_offsets"][0] >= end:
-                entry["data_offsets"] = [offset + shift for offset in entry["data_offsets"]]
+                entry["data_offsets"] = [
+                    offset + shift for offset in entry["data_offsets"]
+                ]
         header[name]["data_offsets"] = [begin, end + shift]
         data = data[:begin] + bytes(end + shift - begin) + data[end:]
         (folder / WEIGHTS).write_bytes(compose(header, data))
@@ -310,7 +345,9 @@ UNPRINTABLE = ["x\ny", "x\x1b[31m", "x\u2028y", "model.\u202e"]
 @pytest.mark.parametrize("name", ["x" * 300, "", *UNPRINTABLE])
 def test_name_that_is_no_name(good, folder, name):
     """A tensor or a field of such a name is refused in one line all the same."""
-    (folder / WEIGHTS).write_bytes(written({**good.tensors, name: np.zeros(1, np.float32)}))
+    (folder / WEIGHTS).write_bytes(
+        written({**good.tensors, name: np.zeros(1, np.float32)})
+    )
     assert re.search(r"tensor .*left over", refusal(folder))
     shutil.copy(good.folder / WEIGHTS, folder / WEIGHTS)
     (folder / "config.json").write_text(json.dumps({**good.fields, name: 1}))
@@ -320,7 +357,9 @@ def test_name_that_is_no_name(good, folder, name):
 # --- Headers and files -----------------------------------------------------------------------
 
 
-def edited(change: Callable[[dict[str, Any], str], Any]) -> Callable[[bytes, str], bytes]:
+def edited(
+    change: Callable[[dict[str, Any], str], Any],
+) -> Callable[[bytes, str], bytes]:
     """The file with its header changed, in place or by what `change` returns."""
 
     def damage(content: bytes, name: str) -> bytes:
@@ -381,7 +420,9 @@ class Bomb:
 
 
 HUGE = 2**63 - 1
-FILES: dict[str, Callable[[bytes, str], bytes]] = {  # each is called with a tensor's name too
+FILES: dict[
+    str, Callable[[bytes, str], bytes]
+] = {  # each is called with a tensor's name too
     "empty": lambda content, name: b"",
     "one byte": lambda content, name: content[:1],
     "no header": lambda content, name: content[:8],
@@ -433,7 +474,9 @@ FILES: dict[str, Callable[[bytes, str], bytes]] = {  # each is called with a ten
     "offsets that overlap": offsets(begin=-4),
     "offsets with a hole": offsets(begin=4),
     "offsets one byte on": offsets(begin=1, end=1),
-    "offsets in turn": edited(lambda header, name: header[name]["data_offsets"].reverse()),
+    "offsets in turn": edited(
+        lambda header, name: header[name]["data_offsets"].reverse()
+    ),
     "offsets huge": entry(data_offsets=[0, HUGE]),
     "offsets beyond the end": entry(data_offsets=[HUGE - 4, HUGE]),
     "offsets negative": entry(data_offsets=[-4, 0]),
@@ -442,11 +485,15 @@ FILES: dict[str, Callable[[bytes, str], bytes]] = {  # each is called with a ten
     "offsets of three": entry(data_offsets=[0, 4, 8]),
     "offsets null": entry(data_offsets=None),
     "metadata a list": edited(lambda header, name: header.update(__metadata__=[])),
-    "metadata of numbers": edited(lambda header, name: header.update(__metadata__={"a": 1})),
+    "metadata of numbers": edited(
+        lambda header, name: header.update(__metadata__={"a": 1})
+    ),
     "pickle": lambda content, name: pickle.dumps(Bomb(), protocol=2),
     "new pickle": lambda content, name: pickle.dumps(Bomb(), protocol=5),
     "zip": zipped,
-    "text": lambda content, name: b"version https://git-lfs.github.com/spec/v1\nsize 9\n",
+    "text": lambda content, name: (
+        b"version https://git-lfs.github.com/spec/v1\nsize 9\n"
+    ),
     "zeros": lambda content, name: bytes(len(content)),
     "other bytes": lambda content, name: bytes(range(256)) * 40,
     "big-endian": lambda content, name: content[7::-1] + content[8:],
@@ -466,7 +513,9 @@ def test_file(good, folder, case):
 # --- Folders ---------------------------------------------------------------------------------
 
 
-def replaced(name: str, by: Callable[[pathlib.Path], Any]) -> Callable[[pathlib.Path], None]:
+def replaced(
+    name: str, by: Callable[[pathlib.Path], Any]
+) -> Callable[[pathlib.Path], None]:
     def damage(folder: pathlib.Path) -> None:
         (folder / name).unlink()
         by(folder / name)
@@ -514,13 +563,18 @@ NO_FILE = {  # what stands in a file's place; the message names the file
     "in UTF-16": lambda path: path.write_text("{}", encoding="utf-16"),
     "with NaN": lambda path: path.write_text('{"a": NaN}'),
     "with infinity": lambda path: path.write_text('{"a": -Infinity}'),
-    "with a number of 10000 digits": lambda path: path.write_text('{"a": 1' + "0" * 10_000 + "}"),
+    "with a number of 10000 digits": lambda path: path.write_text(
+        '{"a": 1' + "0" * 10_000 + "}"
+    ),
     "with a rest": lambda path: path.write_text("{} {}"),
     "an object without anything": lambda path: path.write_text("{}"),
 }
 FOLDERS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     **{
-        f"{name} {case}": (replaced(name, by), re.escape(name) if case != "missing" else "")
+        f"{name} {case}": (
+            replaced(name, by),
+            re.escape(name) if case != "missing" else "",
+        )
         for name in ("config.json", WEIGHTS)
         for case, by in NO_FILE.items()
     },
@@ -541,14 +595,29 @@ FOLDERS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "shard at the root": (sharded("", "/etc/passwd"), "/etc/passwd"),
     "shard of the folder": (sharded("", "."), r"'\.'"),
     "shard missing": (sharded("", "none.safetensors"), r"none\.safetensors is missing"),
-    "shard a folder": (sharded("", "folder.safetensors"), r"folder\.safetensors cannot be read"),
-    "shard a loop": (sharded("", "loop.safetensors"), r"loop\.safetensors cannot be read"),
-    "shard nowhere": (sharded("", "leads.safetensors"), r"leads\.safetensors is missing"),
-    "shard of text": (sharded("", "text.safetensors"), r"text\.safetensors is not a whole"),
+    "shard a folder": (
+        sharded("", "folder.safetensors"),
+        r"folder\.safetensors cannot be read",
+    ),
+    "shard a loop": (
+        sharded("", "loop.safetensors"),
+        r"loop\.safetensors cannot be read",
+    ),
+    "shard nowhere": (
+        sharded("", "leads.safetensors"),
+        r"leads\.safetensors is missing",
+    ),
+    "shard of text": (
+        sharded("", "text.safetensors"),
+        r"text\.safetensors is not a whole",
+    ),
     "shard with a zero byte": (sharded("", "a\0b"), "puts tensor .*a.*b"),
     "shard of two lines": (sharded("", "a\nb"), "a.*b"),
     "shard without an end": (sharded("", "x" * 300), "xxx"),
-    "tensor that is nowhere": (sharded("x", "model-00001-of-00002.safetensors"), "tensor x"),
+    "tensor that is nowhere": (
+        sharded("x", "model-00001-of-00002.safetensors"),
+        "tensor x",
+    ),
     "tensor in the wrong shard": (
         sharded("", "model-00002-of-00002.safetensors"),
         "tensor .*00002",
@@ -573,16 +642,30 @@ TOKENIZERS: dict[str, Callable[[pathlib.Path], Any]] = {
     "cut": lambda path: path.write_text(tokenizer().to_str()[:-20]),
     "of another version": lambda path: change_tokenizer(path, version="9.0"),
     "without a model": lambda path: change_tokenizer(path, model=None),
-    "of a model made up": lambda path: change_tokenizer(path, model={"type": "Made", "vocab": {}}),
+    "of a model made up": lambda path: change_tokenizer(
+        path, model={"type": "Made", "vocab": {}}
+    ),
     "of a vocabulary that is a list": lambda path: change_vocab(path, ["a"]),
     "of negative tokens": lambda path: change_vocab(path, {"<unk>": 0, "a": -1}),
     "of fractional tokens": lambda path: change_vocab(path, {"<unk>": 0, "a": 0.5}),
-    "of tokens beyond 32 bits": lambda path: change_vocab(path, {"<unk>": 0, "a": 2**40}),
-    "of a token beyond the vocabulary": lambda path: change_vocab(path, {"<unk>": 0, "a": 64}),
-    "of a token far beyond": lambda path: change_vocab(path, {"<unk>": 0, "a": 2**32 - 1}),
-    "larger than the model": lambda path: change_vocab(path, {f"t{i}": i for i in range(65)}),
-    "of added tokens that are none": lambda path: change_tokenizer(path, added_tokens=[1]),
-    "with a pre-tokenizer made up": lambda path: change_tokenizer(path, pre_tokenizer={"type": 1}),
+    "of tokens beyond 32 bits": lambda path: change_vocab(
+        path, {"<unk>": 0, "a": 2**40}
+    ),
+    "of a token beyond the vocabulary": lambda path: change_vocab(
+        path, {"<unk>": 0, "a": 64}
+    ),
+    "of a token far beyond": lambda path: change_vocab(
+        path, {"<unk>": 0, "a": 2**32 - 1}
+    ),
+    "larger than the model": lambda path: change_vocab(
+        path, {f"t{i}": i for i in range(65)}
+    ),
+    "of added tokens that are none": lambda path: change_tokenizer(
+        path, added_tokens=[1]
+    ),
+    "with a pre-tokenizer made up": lambda path: change_tokenizer(
+        path, pre_tokenizer={"type": 1}
+    ),
     "with a broken expression": lambda path: change_tokenizer(
         path, normalizer={"type": "Replace", "pattern": {"Regex": "("}, "content": ""}
     ),
@@ -666,10 +749,33 @@ SYNONYMS = {
 SIZES_OF = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
-    *("attention_bias", "mlp_bias", "n_embd", "n_layer", "n_head", "n_positions", "n_inner"),
+    *(
+        "attention_bias",
+        "mlp_bias",
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_positions",
+        "n_inner",
+    ),
 }
 WRONG: list[Any] = [
-    *(None, True, False, "", "x", "1", "NaN", "a\nb", "x" * 10_000, [], [1], [None], {}, {"a": 1}),
+    *(
+        None,
+        True,
+        False,
+        "",
+        "x",
+        "1",
+        "NaN",
+        "a\nb",
+        "x" * 10_000,
+        [],
+        [1],
+        [None],
+        {},
+        {"a": 1},
+    ),
     *(0, -1, 1, 5, 65, 2**31 - 1, 2**31, 10**12, 2**64, 10**400, -(10**400)),
     *(-0.0, -2.5, 0.5, 48.0, 1e-300, 1e39, -1e300),
 ]
@@ -678,11 +784,14 @@ WRONG: list[Any] = [
 def named_in(message: str, field: str) -> bool:
     known = {field, SYNONYMS.get(field, field)}
     return any(re.search(rf"\b{re.escape(n)}\b", message) for n in known) or (
-        field in SIZES_OF and re.search(r"tensor \S+ |head|embedding table", message) is not None
+        field in SIZES_OF
+        and re.search(r"tensor \S+ |head|embedding table", message) is not None
     )
 
 
-def assert_refused_or_meant(good: Good, folder: pathlib.Path, changes: Mapping[str, Any]) -> bool:
+def assert_refused_or_meant(
+    good: Good, folder: pathlib.Path, changes: Mapping[str, Any]
+) -> bool:
     """Loads with changed fields: refused, or only what these fields set has changed.
 
     Returns:
@@ -694,7 +803,11 @@ def assert_refused_or_meant(good: Good, folder: pathlib.Path, changes: Mapping[s
         assert str(folder) in message, message
         assert any(named_in(message, field) for field in changes), (changes, message)
         return True
-    differ = {n for n in fields_of_config if getattr(lm.config, n) != getattr(good.lm.config, n)}
+    differ = {
+        n
+        for n in fields_of_config
+        if getattr(lm.config, n) != getattr(good.lm.config, n)
+    }
     allowed = set().union(*(CHOICES.get(field, set()) for field in changes))
     assert differ <= allowed, (changes, differ)
     if "num_heads" not in differ:  # which cuts fused tensors elsewhere
@@ -724,7 +837,9 @@ def all_fields(good: Good) -> list[str]:
 def test_field(good, folder):
     """Every field with every wrong value; most of them are refused, for every field."""
     for field in all_fields(good):
-        refused = [assert_refused_or_meant(good, folder, {field: value}) for value in WRONG]
+        refused = [
+            assert_refused_or_meant(good, folder, {field: value}) for value in WRONG
+        ]
         assert sum(refused) > len(WRONG) // 2, field
 
 
@@ -765,23 +880,37 @@ SCALINGS: dict[str, tuple[Any, str]] = {
     "proportional": ({"rope_type": "proportional"}, "'proportional'"),
     "of no type": ({"rope_type": 3}, "rope_type"),
     "of a long type": ({"rope_type": "y" * 10_000}, "yyy"),
-    "of two types": ({"rope_type": "linear", "type": "llama3", "factor": 2.0}, "rope_type"),
+    "of two types": (
+        {"rope_type": "linear", "type": "llama3", "factor": 2.0},
+        "rope_type",
+    ),
     "linear without a factor": ({"type": "linear"}, "factor is missing"),
     "linear by zero": ({"type": "linear", "factor": 0}, "factor is 0"),
     "linear backwards": ({"type": "linear", "factor": -2.0}, "factor is -2"),
     "linear by text": ({"type": "linear", "factor": "2"}, "factor is '2'"),
     "linear by far": ({"type": "linear", "factor": 10**400}, "factor is 1000"),
-    "linear and more": ({"type": "linear", "factor": 2.0, "beta_fast": 32}, "beta_fast"),
+    "linear and more": (
+        {"type": "linear", "factor": 2.0, "beta_fast": 32},
+        "beta_fast",
+    ),
     "llama3 alone": ({"rope_type": "llama3"}, "factor is missing"),
     "llama3 crossed": (tiny.llama3_scaling(low_freq_factor=8.0), "high_freq_factor"),
-    "llama3 of no length": (tiny.llama3_scaling(original_max_position_embeddings=0), "original"),
-    "longrope alone": ({"rope_type": "longrope"}, "original_max_position_embeddings|factor"),
+    "llama3 of no length": (
+        tiny.llama3_scaling(original_max_position_embeddings=0),
+        "original",
+    ),
+    "longrope alone": (
+        {"rope_type": "longrope"},
+        "original_max_position_embeddings|factor",
+    ),
     "longrope of one": (
         tiny.longrope_scaling(original_max_position_embeddings=1),
         "original_max_position_embeddings is 1",
     ),
     "longrope of text": (
-        tiny.longrope_scaling(original_max_position_embeddings=20, short_factor=["1"] * 6),
+        tiny.longrope_scaling(
+            original_max_position_embeddings=20, short_factor=["1"] * 6
+        ),
         "short_factor",
     ),
     "longrope of zeros": (
@@ -789,11 +918,15 @@ SCALINGS: dict[str, tuple[Any, str]] = {
         "long_factor",
     ),
     "longrope beyond floats": (
-        tiny.longrope_scaling(original_max_position_embeddings=20, long_factor=[10**400] * 6),
+        tiny.longrope_scaling(
+            original_max_position_embeddings=20, long_factor=[10**400] * 6
+        ),
         "long_factor",
     ),
     "longrope of the wrong number": (
-        tiny.longrope_scaling(original_max_position_embeddings=20, long_factor=[1.0] * 7),
+        tiny.longrope_scaling(
+            original_max_position_embeddings=20, long_factor=[1.0] * 7
+        ),
         "long_factor",
     ),
     "longrope, narrowed": (
@@ -810,7 +943,9 @@ SCALINGS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
 def test_scaling(good, folder, field):
     for case, (value, culprit) in SCALINGS.items():
-        fields = {k: v for k, v in good.fields.items() if k != "rope_parameters"} | {field: value}
+        fields = {k: v for k, v in good.fields.items() if k != "rope_parameters"} | {
+            field: value
+        }
         (folder / "config.json").write_text(json.dumps(fields))
         message = refusal(folder)
         assert re.search(f"{culprit}|{field}", message), (case, message)
@@ -832,7 +967,10 @@ CONTRADICTIONS: dict[str, tuple[list[str], dict[str, Any], tuple[str, ...]]] = {
     ),
     "two shares": (
         ["phi3", "gpt_neox"],
-        {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+        {
+            "partial_rotary_factor": 0.5,
+            "rope_parameters": {"partial_rotary_factor": 1.0},
+        },
         ("partial_rotary_factor",),
     ),
     "share by two names": (
@@ -874,7 +1012,11 @@ CONTRADICTIONS: dict[str, tuple[list[str], dict[str, Any], tuple[str, ...]]] = {
     ),
     "patterns by two names": (
         ["gemma3_text"],
-        {"sliding_window_pattern": 2, "_sliding_window_pattern": 3, "layer_types": None},
+        {
+            "sliding_window_pattern": 2,
+            "_sliding_window_pattern": 3,
+            "layer_types": None,
+        },
         ("_sliding_window_pattern", "sliding_window_pattern"),
     ),
     "two windows": (["gemma2"], {"sliding_window_size": 4}, ("sliding_window_size",)),
@@ -883,7 +1025,11 @@ CONTRADICTIONS: dict[str, tuple[list[str], dict[str, Any], tuple[str, ...]]] = {
         {"num_attention_heads": 7},
         ("num_attention_heads", "hidden_size"),
     ),
-    "heads that do not divide, by other names": (["gpt2"], {"n_head": 7}, ("n_head", "n_embd")),
+    "heads that do not divide, by other names": (
+        ["gpt2"],
+        {"n_head": 7},
+        ("n_head", "n_embd"),
+    ),
     "more heads than channels": (["gpt2"], {"n_head": 100}, ("n_head", "n_embd")),
     "heads that do not divide, without a width": (
         ["llama", "mistral", "phi3", "qwen2"],
@@ -896,11 +1042,17 @@ CONTRADICTIONS: dict[str, tuple[list[str], dict[str, Any], tuple[str, ...]]] = {
         ("num_kv_heads 3",),
     ),
     "another family": (
-        [f for f in FAMILIES if f not in ("llama", "mistral", "gemma")],  # those could be Llamas
+        [
+            f for f in FAMILIES if f not in ("llama", "mistral", "gemma")
+        ],  # those could be Llamas
         {"model_type": "llama"},
         (),
     ),
-    "quantized": (FAMILIES, {"quantization_config": {"bits": 4}}, ("quantization_config",)),
+    "quantized": (
+        FAMILIES,
+        {"quantization_config": {"bits": 4}},
+        ("quantization_config",),
+    ),
 }
 
 
@@ -921,11 +1073,16 @@ def test_contradiction(good, folder, case):
 random_changes = settings(
     max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-numbers = st.integers() | st.integers(0, 100) | st.floats(allow_nan=False, allow_infinity=False)
+numbers = (
+    st.integers()
+    | st.integers(0, 100)
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
 values = st.recursive(
     st.none() | st.booleans() | numbers | st.text(max_size=5) | st.sampled_from(WRONG),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
     ),
     max_leaves=5,
 )
@@ -960,7 +1117,9 @@ def test_random_bytes_of_the_header(good, folder, data):
                 del content[place]
             case "digit":
                 digits = [i for i in range(8, size) if chr(content[i]).isdigit()]
-                content[data.draw(st.sampled_from(digits))] = data.draw(st.integers(48, 57))
+                content[data.draw(st.sampled_from(digits))] = data.draw(
+                    st.integers(48, 57)
+                )
     (folder / WEIGHTS).write_bytes(content)
     lm, message = attempt(folder, lambda: clm.load(folder))
     if message is not None:
@@ -1017,7 +1176,20 @@ def test_random_bytes_of_the_tokenizer(good, folder, data):
 
 # --- Arguments -------------------------------------------------------------------------------
 
-DTYPES = ["int8", "int32", "bool", "x", "", "float8_e4m3fn", "complex64", "float64", 3, [], {}, "O"]
+DTYPES = [
+    "int8",
+    "int32",
+    "bool",
+    "x",
+    "",
+    "float8_e4m3fn",
+    "complex64",
+    "float64",
+    3,
+    [],
+    {},
+    "O",
+]
 
 
 @each_in_time
@@ -1051,14 +1223,18 @@ SAVES: dict[str, Callable[[pathlib.Path, clm.LanguageModel], Any]] = {
     "into a file": lambda folder, lm: clm.save(folder / "config.json", lm),
     "below a file": lambda folder, lm: clm.save(folder / "config.json" / "a" / "b", lm),
     "with a zero byte": lambda folder, lm: clm.save(folder / "a\0b", lm),
-    "over a folder of the file's name": lambda folder, lm: clm.save(folder / "taken", lm),
+    "over a folder of the file's name": lambda folder, lm: clm.save(
+        folder / "taken", lm
+    ),
     "without an end": lambda folder, lm: clm.save(folder / ("x" * 300), lm),
     "without parameters": lambda folder, lm: clm.save(folder / "b", altered(lm, {})),
     "of other shapes": lambda folder, lm: clm.save(
-        folder / "b", altered(lm, jax.tree.map(lambda x: np.asarray(x)[..., :1], lm.params))
+        folder / "b",
+        altered(lm, jax.tree.map(lambda x: np.asarray(x)[..., :1], lm.params)),
     ),
     "of integers": lambda folder, lm: clm.save(
-        folder / "b", altered(lm, jax.tree.map(lambda x: np.asarray(x, np.int8), lm.params))
+        folder / "b",
+        altered(lm, jax.tree.map(lambda x: np.asarray(x, np.int8), lm.params)),
     ),
 }
 
@@ -1081,11 +1257,20 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "token below": ({"tokens": [-1]}, r"tokens\[0\] is -1"),
     "fractional tokens": ({"tokens": [0.5]}, "tokens has dtype"),
     "one token": ({"tokens": 1}, "token"),
-    "narrow embeddings": ({"tokens": None, "embeddings": np.ones((3, 2))}, "embeddings are 2 wide"),
-    "tokens and embeddings": ({"embeddings": np.ones((3, 48))}, "either tokens or embeddings"),
+    "narrow embeddings": (
+        {"tokens": None, "embeddings": np.ones((3, 2))},
+        "embeddings are 2 wide",
+    ),
+    "tokens and embeddings": (
+        {"embeddings": np.ones((3, 48))},
+        "either tokens or embeddings",
+    ),
     "durations too few": ({"durations": [1.0]}, r"durations has shape \[1\]"),
     "durations too many": ({"durations": [1.0] * 4}, r"durations has shape \[4\]"),
-    "duration that is NaN": ({"durations": [1.0, np.nan, 1.0]}, r"durations\[1\] is nan"),
+    "duration that is NaN": (
+        {"durations": [1.0, np.nan, 1.0]},
+        r"durations\[1\] is nan",
+    ),
     "duration below 0": ({"durations": [1.0, 1.0, -1.0]}, r"durations\[2\] is -1"),
     "first of no duration": ({"durations": [0.0, 1.0, 1.0]}, "durations"),
     "start that is NaN": ({"start": np.nan}, "start is nan"),
@@ -1110,14 +1295,23 @@ def test_argument(good, folder, case):
 SWEEPS: dict[str, tuple[dict[str, Any], str]] = {
     "nothing varies": ({"durations": [1.0, 1.0]}, "number of points"),
     "no points": ({"durations": np.ones((0, 2))}, "number of points"),
-    "two numbers of points": ({"durations": np.ones((3, 2)), "start": np.ones(4)}, "3, 4"),
+    "two numbers of points": (
+        {"durations": np.ones((3, 2)), "start": np.ones(4)},
+        "3, 4",
+    ),
     "axis too many": ({"durations": np.ones((1, 3, 2))}, "durations has shape"),
     "made up": ({"durations": np.ones((3, 2)), "x": np.ones(3)}, "no argument x"),
     "no batches": ({"durations": np.ones((3, 2)), "batch_size": 0}, "batch_size is 0"),
     "index beyond": ({"durations": np.ones((3, 2)), "position": 2}, "position is 2"),
     "token beyond": ({"durations": np.ones((3, 2)), "tokens": [1, LONG]}, "tokens"),
-    "group beyond": ({"durations": np.ones((3, 2)), "groups": [[1], [LONG]]}, "group 1"),
-    "group of fractions": ({"durations": np.ones((3, 2)), "groups": [[0.5]]}, "group 0"),
+    "group beyond": (
+        {"durations": np.ones((3, 2)), "groups": [[1], [LONG]]},
+        "group 1",
+    ),
+    "group of fractions": (
+        {"durations": np.ones((3, 2)), "groups": [[0.5]]},
+        "group 0",
+    ),
     "duration below 0": ({"durations": -np.ones((3, 2))}, "durations"),
 }
 
@@ -1152,7 +1346,8 @@ OTHERS: dict[str, Callable[[pathlib.Path, clm.LanguageModel], Any]] = {
         clm.LanguageModel(dataclasses.replace(lm.config, family="x"), lm.params),
     ),
     "saved notes of NaN": lambda folder, lm: clm.save(
-        folder / "b", clm.LanguageModel(lm.config, lm.params, hf_fields={"pad_token_id": np.nan})
+        folder / "b",
+        clm.LanguageModel(lm.config, lm.params, hf_fields={"pad_token_id": np.nan}),
     ),
 }
 TEXTS = {

@@ -28,7 +28,9 @@ def source(tmp_path):
 def warnings(monkeypatch):
     """The lines that are logged as warnings."""
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(
+        logging, "warning", lambda text, *values: lines.append(text % values)
+    )
     return lines
 
 
@@ -47,7 +49,9 @@ def opened(monkeypatch):
 
 def assert_same(params, others):
     for (path, x), (other, y) in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves_with_path(others), strict=True
+        jax.tree.leaves_with_path(params),
+        jax.tree.leaves_with_path(others),
+        strict=True,
     ):
         assert path == other
         assert x.dtype == y.dtype, path
@@ -86,8 +90,12 @@ def test_each_source_and_dtype_has_its_own(tmp_path, source, opened):
     assert len(list((tmp_path / "cache").iterdir())) == len(cases)
 
 
-@pytest.mark.parametrize("change", ["weights", "time", "config", "sharded", "format", "shape"])
-def test_changed_source_is_converted_again(tmp_path, monkeypatch, source, opened, warnings, change):
+@pytest.mark.parametrize(
+    "change", ["weights", "time", "config", "sharded", "format", "shape"]
+)
+def test_changed_source_is_converted_again(
+    tmp_path, monkeypatch, source, opened, warnings, change
+):
     clm.load(source, cache_dir=tmp_path / "cache")
     weights, config = source / safetensors_files.WEIGHTS_FILE, source / "config.json"
     match change:
@@ -163,7 +171,9 @@ def test_empty_folder_in_the_place_of_a_cache(tmp_path, source, warnings):
     (kept,) = (tmp_path / "cache").iterdir()
     for path in files(kept):
         path.unlink()
-    assert_same(clm.load(source, cache_dir=tmp_path / "cache").params, clm.load(source).params)
+    assert_same(
+        clm.load(source, cache_dir=tmp_path / "cache").params, clm.load(source).params
+    )
     assert len(warnings) == 1
 
 
@@ -174,7 +184,9 @@ def test_file_of_another_length_is_not_read(tmp_path, source, warnings, monkeypa
     largest = max(files(kept), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
     monkeypatch.setattr(
-        parameter_cache, "_restore_params", lambda *_: pytest.fail("a torn cache was read")
+        parameter_cache,
+        "_restore_params",
+        lambda *_: pytest.fail("a torn cache was read"),
     )
     clm.load(source, cache_dir=tmp_path / "cache")
     assert "not of their size" in warnings[0]
@@ -194,7 +206,8 @@ def test_folder_that_cannot_be_written(tmp_path, source, opened, name):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED:\nfull")]
+    "error",
+    [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED:\nfull")],
 )
 def test_failure_to_write_leaves_nothing(tmp_path, source, monkeypatch, error):
     import orbax.checkpoint
@@ -205,7 +218,9 @@ def test_failure_to_write_leaves_nothing(tmp_path, source, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(orbax.checkpoint.Checkpointer, "save", fail)
-    with pytest.raises(clm.InputError, match=r"cannot write to .*(No space left|RESOURCE)") as full:
+    with pytest.raises(
+        clm.InputError, match=r"cannot write to .*(No space left|RESOURCE)"
+    ) as full:
         clm.load(source, cache_dir=tmp_path / "cache")
     assert "\n" not in str(full.value)
     assert not list((tmp_path / "cache").iterdir())
@@ -240,7 +255,9 @@ def test_processes_that_write_at_once_do_not_break_one_another(tmp_path, source)
     for process in processes:
         assert process.stdout.readline() == "ready\n"
     for i in range(3):
-        os.utime(source / "model.safetensors", ns=(i, i))  # so that what is there is stale
+        os.utime(
+            source / "model.safetensors", ns=(i, i)
+        )  # so that what is there is stale
         for process in processes:
             process.stdin.write("go\n")
             process.stdin.flush()

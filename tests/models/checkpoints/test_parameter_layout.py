@@ -36,7 +36,9 @@ def draw(model_type, dtype="float32", **fields):
 
 def assert_same(params, others):
     for (path, x), (other, y) in zip(
-        jax.tree.leaves_with_path(params), jax.tree.leaves_with_path(others), strict=True
+        jax.tree.leaves_with_path(params),
+        jax.tree.leaves_with_path(others),
+        strict=True,
     ):
         assert path == other
         assert x.dtype == y.dtype, path
@@ -47,7 +49,8 @@ def assert_same(params, others):
 def counted_reads(folder):
     """Gives, by file, an array that says how often the element that begins at each byte is read."""
     counts = {
-        path.name: np.zeros(path.stat().st_size, np.uint8) for path in folder.glob("*.safetensors")
+        path.name: np.zeros(path.stat().st_size, np.uint8)
+        for path in folder.glob("*.safetensors")
     }
     plain = np.copyto
 
@@ -56,7 +59,9 @@ def counted_reads(folder):
         while not isinstance(mapped, np.memmap):
             mapped = mapped.base
         count = counts[pathlib.Path(mapped.filename).name]
-        offset = part.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
+        offset = (
+            part.__array_interface__["data"][0] - mapped.__array_interface__["data"][0]
+        )
         read = np.ndarray(part.shape, np.uint8, count.data, offset, part.strides)
         read += 1
         plain(out, part, **arguments)
@@ -140,8 +145,16 @@ def logits(folder, tokens):
         return model(torch.tensor(tokens)[None]).logits[0].numpy()
 
 
-TIED = ("gemma", "gemma2", "gemma3_text", "gpt2")  # what is tied unless it says otherwise
-QUICK = [(name, name in TIED) for name in ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")]
+TIED = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+)  # what is tied unless it says otherwise
+QUICK = [
+    (name, name in TIED)
+    for name in ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")
+]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(tiny.CONFIG_MAKERS, (True, False))
@@ -177,14 +190,25 @@ def test_no_weights_of_an_older_checkpoint_remain(tmp_path):
     large, small = draw("llama"), draw("llama", num_hidden_layers=1)
     (tmp_path / "notes.safetensors").write_text("mine")
     numbers = []
-    for lm, shard_size in [(large, 10**9), (large, 80_000), (small, 80_000), (small, 10**9)]:
+    for lm, shard_size in [
+        (large, 10**9),
+        (large, 80_000),
+        (small, 80_000),
+        (small, 10**9),
+    ]:
         clm.save(tmp_path, lm, shard_size=shard_size)
-        files = {path.name for path in tmp_path.iterdir()} - {"config.json", "notes.safetensors"}
+        files = {path.name for path in tmp_path.iterdir()} - {
+            "config.json",
+            "notes.safetensors",
+        }
         if shard_size == 10**9:
             assert files == {"model.safetensors"}
         else:
             index = json.loads((tmp_path / safetensors_files.INDEX_FILE).read_text())
-            assert files == {safetensors_files.INDEX_FILE, *index["weight_map"].values()}
+            assert files == {
+                safetensors_files.INDEX_FILE,
+                *index["weight_map"].values(),
+            }
         assert_same(clm.load(tmp_path).params, lm.params)
         numbers.append(len(files))
     assert numbers[0] == numbers[3] == 1 < numbers[2] < numbers[1]
@@ -220,7 +244,9 @@ def test_saving_holds_one_tensor(tmp_path):
     finally:
         tracemalloc.stop()
     assert size > 70e6
-    assert peak < 2.5 * largest  # the tensor being written, and the next one while it is filled
+    assert (
+        peak < 2.5 * largest
+    )  # the tensor being written, and the next one while it is filled
 
 
 # --- Meshes ----------------------------------------------------------------------------------
@@ -288,7 +314,9 @@ def test_mesh_holds_the_same_and_reads_no_more_than_it_holds(tmp_path):
     assert process.returncode == 0
     shares = {name: float(share) for name, share in map(str.split, out.splitlines())}
     assert shares.keys() == tiny.CONFIG_MAKERS.keys()
-    assert all(0.25 < share < 0.36 for share in shares.values()), shares  # norms are on all
+    assert all(0.25 < share < 0.36 for share in shares.values()), (
+        shares
+    )  # norms are on all
     # The families without grouped heads split all but norms, some biases and positions in four.
     assert shares["gpt_neox"] < 0.27
 
@@ -331,7 +359,14 @@ def test_two_hosts_read_what_their_devices_hold(tmp_path):
         port = free.getsockname()[1]
     flag = "--xla_force_host_platform_device_count=4"
     processes = [
-        python(HOSTS_PROGRAM, tmp_path / "x", port, rank, tmp_path / "whole.npz", XLA_FLAGS=flag)
+        python(
+            HOSTS_PROGRAM,
+            tmp_path / "x",
+            port,
+            rank,
+            tmp_path / "whole.npz",
+            XLA_FLAGS=flag,
+        )
         for rank in range(2)
     ]
     for process in processes:

@@ -21,7 +21,9 @@ from continuous_lm.models.samplers import temper_logits
 KEY = jax.random.key(0)
 NAMES = ("gaussian", "low rank", "full", "mixture")
 RANK, COMPONENTS = 2, 3
-SOME = [pytest.param(n, marks=() if n == "mixture" else pytest.mark.slow) for n in NAMES]
+SOME = [
+    pytest.param(n, marks=() if n == "mixture" else pytest.mark.slow) for n in NAMES
+]
 
 
 def make(name, lead=(), width=2, seed=0, scale=1.0, dtype=np.float64):
@@ -66,7 +68,8 @@ def moments(density):
     weights, means, covariances = parts(density)
     mean = weights @ means
     second = sum(
-        w * (c + np.outer(m, m)) for w, m, c in zip(weights, means, covariances, strict=True)
+        w * (c + np.outer(m, m))
+        for w, m, c in zip(weights, means, covariances, strict=True)
     )
     return mean, second - np.outer(mean, mean)
 
@@ -104,7 +107,9 @@ def test_log_density_is_that_of_scipy(name):
         expected = reference(at(density, i), table)
         np.testing.assert_allclose(found[:, i], expected, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(rows[i], expected, rtol=1e-11, atol=1e-11)
-        np.testing.assert_allclose(density.mean[i], moments(at(density, i))[0], rtol=1e-12)
+        np.testing.assert_allclose(
+            density.mean[i], moments(at(density, i))[0], rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,7 +135,9 @@ def draw(density, temperature, count):
 def test_samples_have_the_moments(name):
     density = make(name, width=3)
     if name == "full":  # what is above the diagonal is nobody's business
-        density = density._replace(cholesky=density.cholesky + np.triu(np.ones((3, 3)), 1))
+        density = density._replace(
+            cholesky=density.cholesky + np.triu(np.ones((3, 3)), 1)
+        )
     count = 20000
     mean, covariance = moments(density)
     likely = reference(density, mean)  # and with it, that the shape is right
@@ -140,7 +147,9 @@ def test_samples_have_the_moments(name):
         if name == "mixture" and temperature != 1.0:
             mean, covariance = moments(
                 Mixture(
-                    density.logits / temperature, density.means, density.scales * temperature**0.5
+                    density.logits / temperature,
+                    density.means,
+                    density.scales * temperature**0.5,
                 )
             )
             wanted = covariance
@@ -201,7 +210,9 @@ def test_transformations_and_gradients(name):
     value = jax.jit(total)
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(density, x)
     rng = np.random.default_rng(5)
-    towards = jax.tree.map(lambda a: rng.normal(size=a.shape), (density, jnp.asarray(x)))
+    towards = jax.tree.map(
+        lambda a: rng.normal(size=a.shape), (density, jnp.asarray(x))
+    )
     step = lambda h: jax.tree.map(lambda a, b: a + h * b, (density, x), towards)  # noqa: E731
     slope = (value(*step(1e-5)) - value(*step(-1e-5))) / 2e-5
     products = jax.tree.map(lambda g, b: (g * b).sum(), gradients, towards)
@@ -222,7 +233,9 @@ def test_log_probs_in_float32_lose_little(name):
     table = np.random.default_rng(6).normal(size=(40, 48)).astype(np.float32) + away
     density = density.shifted(jnp.full(48, away))
     exact = [
-        reference(jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), density), table)
+        reference(
+            jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), density), table
+        )
         for i in range(3)
     ]
     found = density.log_probs(table)
@@ -230,7 +243,9 @@ def test_log_probs_in_float32_lose_little(name):
     size = np.abs(exact).max()
     assert size > 1e4
     np.testing.assert_allclose(found, exact, atol=2e-6 * size, rtol=0)
-    np.testing.assert_allclose(density.log_prob(table[:, None]).T, exact, atol=2e-6 * size, rtol=0)
+    np.testing.assert_allclose(
+        density.log_prob(table[:, None]).T, exact, atol=2e-6 * size, rtol=0
+    )
 
 
 def test_a_component_without_weight_is_not_there():
@@ -239,7 +254,9 @@ def test_a_component_without_weight_is_not_there():
     rest = jax.tree.map(lambda a: a[1:], some)
     x = np.random.default_rng(7).normal(size=(5, 2))
     np.testing.assert_allclose(never.log_probs(x), reference(rest, x), rtol=1e-12)
-    gradient = jax.grad(lambda means: never._replace(means=means).log_probs(x).sum())(never.means)
+    gradient = jax.grad(lambda means: never._replace(means=means).log_probs(x).sum())(
+        never.means
+    )
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[0], [0.0, 0.0])
     drawn = np.asarray(draw(never._replace(scales=1e-9 * never.scales), 1.0, 200))
@@ -261,7 +278,9 @@ def test_a_categorical_is_a_softmax():
     categorical = Categorical(jnp.asarray(logits))
     p = np.exp(logits - logsumexp(logits, axis=-1, keepdims=True))
     np.testing.assert_allclose(categorical.probabilities, p, rtol=1e-12)
-    tokens = np.array([5, 0])  # broadcast over the first axis, and the logits over the second
+    tokens = np.array(
+        [5, 0]
+    )  # broadcast over the first axis, and the logits over the second
     found = categorical.log_prob(tokens)
     np.testing.assert_allclose(found, np.log(p[:, 0])[:, tokens], rtol=1e-12)
 
@@ -283,5 +302,7 @@ def test_tempered_logits_do_not_overflow():
         found = temper_logits(logits, temperature)
         assert not np.isnan(found).any()
         np.testing.assert_array_equal(found.max(axis=-1), [0.0, 0.0])
-    np.testing.assert_allclose(temper_logits(logits, jnp.array([2.0, 1.0]))[0], [0.0, -5e4, -1e5])
+    np.testing.assert_allclose(
+        temper_logits(logits, jnp.array([2.0, 1.0]))[0], [0.0, -5e4, -1e5]
+    )
     assert Categorical(logits[0]).sample(KEY, 0.0) == 0

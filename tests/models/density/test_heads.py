@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm.models.density import heads
-from continuous_lm.models.density.heads import ExpertsHead, GaussianHead, MixtureHead, TokenHead
+from continuous_lm.models.density.heads import (
+    ExpertsHead,
+    GaussianHead,
+    MixtureHead,
+    TokenHead,
+)
 
 KEY = jax.random.key(0)
 HIDDEN, WIDTH = 5, 3
@@ -24,14 +29,18 @@ HEADS = {
     "low rank": GaussianHead(width=WIDTH, covariance="low_rank", rank=2, depth=2),
     "full": GaussianHead(width=WIDTH, covariance="full", min_scale=0.2),
     "mixture": MixtureHead(width=WIDTH, components=4, depth=1),
-    "experts": ExpertsHead(width=WIDTH, experts=4, top_k=2, expert_size=6, min_scale=0.01),
+    "experts": ExpertsHead(
+        width=WIDTH, experts=4, top_k=2, expert_size=6, min_scale=0.01
+    ),
 }
 DENSITIES = [name for name in HEADS if name != "token"]
 
 
 def some(values, *quick):
     """All of them as parameters, and those that are not quick as slow ones."""
-    return [pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in values]
+    return [
+        pytest.param(v, marks=() if v in quick else pytest.mark.slow) for v in values
+    ]
 
 
 def initial(head, size=HIDDEN):
@@ -48,7 +57,9 @@ def far(name):
     """Parameters anywhere but at the start."""
     leaves, tree = jax.tree.flatten(shapes_of(HEADS[name]))
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(tree, [rng.normal(size=a.shape).astype(np.float32) for a in leaves])
+    return jax.tree.unflatten(
+        tree, [rng.normal(size=a.shape).astype(np.float32) for a in leaves]
+    )
 
 
 def apply(name, params, *args, method=None):
@@ -70,13 +81,19 @@ def test_scales_are_1_at_first(name):
     if name == "low rank":
         assert 0 < np.abs(density.factor).max() < 0.3  # not 0, where it has no gradient
     if name == "full":
-        np.testing.assert_array_equal(density.cholesky, np.broadcast_to(np.eye(3), (6, 3, 3)))
+        np.testing.assert_array_equal(
+            density.cholesky, np.broadcast_to(np.eye(3), (6, 3, 3))
+        )
     if hasattr(density, "means"):  # components that are equal would stay so
         assert np.abs(np.diff(density.means, axis=-2)).min() > 1e-4
 
 
 @settings(max_examples=25)
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=HIDDEN, max_size=HIDDEN))
+@given(
+    st.lists(
+        st.floats(-(2.0**100), 2.0**100, width=32), min_size=HIDDEN, max_size=HIDDEN
+    )
+)
 def test_no_scale_is_below_its_bound(hidden):
     hidden = jnp.asarray(hidden)
     for name in ("gaussian", "full", "experts"):
@@ -151,7 +168,11 @@ def test_methods_are_those_of_the_distribution(name):
 @pytest.mark.parametrize("name", HEADS)
 def test_distributions_are_float32_at_least(name):
     """Of bfloat16, and of float32 where float64 is on."""
-    for low, wanted in (("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")):
+    for low, wanted in (
+        ("bfloat16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ):
         with jax.enable_x64(low != "bfloat16"):
             cast = lambda a, low=low: jax.ShapeDtypeStruct(a.shape, low)  # noqa: E731
             tree = jax.tree.map(cast, far(name))
@@ -169,7 +190,9 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
     ]
     hidden = jnp.arange(1.0, 1 + HIDDEN)
     plain = made["mean"] @ hidden + made["mean_bias"]
-    np.testing.assert_allclose(head.apply({"params": made}, hidden).mean, plain, rtol=1e-6)
+    np.testing.assert_allclose(
+        head.apply({"params": made}, hidden).mean, plain, rtol=1e-6
+    )
     if depth:  # a hand-written block
         rng = np.random.default_rng(0)
         made = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), made)
@@ -178,9 +201,15 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
             normed = x / np.sqrt(np.mean(x**2) + 1e-6) * made[f"norm_{i}"]
             gate = made[f"gate_{i}"] @ normed + made[f"gate_{i}_bias"]
             up = made[f"up_{i}"] @ normed + made[f"up_{i}_bias"]
-            x = x + made[f"down_{i}"] @ (gate / (1 + np.exp(-gate)) * up) + made[f"down_{i}_bias"]
+            x = (
+                x
+                + made[f"down_{i}"] @ (gate / (1 + np.exp(-gate)) * up)
+                + made[f"down_{i}_bias"]
+            )
         found = head.apply({"params": made}, hidden).mean
-        np.testing.assert_allclose(found, made["mean"] @ x + made["mean_bias"], rtol=1e-4)
+        np.testing.assert_allclose(
+            found, made["mean"] @ x + made["mean_bias"], rtol=1e-4
+        )
 
 
 # --- Experts ---------------------------------------------------------------------------------
@@ -189,8 +218,12 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
 def test_experts_are_what_their_parameters_say():
     head, p = HEADS["experts"], jax.tree.map(np.asarray, far("experts"))
     hidden = np.random.default_rng(2).normal(size=(6, HIDDEN)).astype(np.float32)
-    routes, chosen, mixture = head.apply({"params": far("experts")}, hidden, method="route")
-    np.testing.assert_allclose(routes, hidden @ p["router"].T + p["router_bias"], rtol=1e-4)
+    routes, chosen, mixture = head.apply(
+        {"params": far("experts")}, hidden, method="route"
+    )
+    np.testing.assert_allclose(
+        routes, hidden @ p["router"].T + p["router_bias"], rtol=1e-4
+    )
     for i, h in enumerate(hidden):
         best = np.argsort(-np.asarray(routes[i]))[:2]
         np.testing.assert_array_equal(chosen[i], best)
@@ -201,16 +234,18 @@ def test_experts_are_what_their_parameters_say():
             np.testing.assert_allclose(mixture.means[i, j], mean, rtol=1e-4, atol=1e-5)
             raw = p["scale"][x] @ inner + p["scale_bias"][x]
             scale = 0.01 + np.logaddexp(0, raw + math.log(math.expm1(0.99)))
-            np.testing.assert_allclose(mixture.scales[i, j], scale, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                mixture.scales[i, j], scale, rtol=1e-4, atol=1e-5
+            )
 
 
 def balance(routes, top_k, weight=1.0):
     """The balancing term, of a router that is made to say `routes` [N, X]."""
     experts = np.shape(routes)[1]
     head = ExpertsHead(width=1, experts=experts, top_k=top_k, balance=weight)
-    made = {k: np.zeros(a.shape, np.float32) for k, a in shapes_of(head, experts).items()} | {
-        "router": np.eye(experts, dtype=np.float32)
-    }
+    made = {
+        k: np.zeros(a.shape, np.float32) for k, a in shapes_of(head, experts).items()
+    } | {"router": np.eye(experts, dtype=np.float32)}
     target = np.zeros((len(routes), 1), np.float32)
 
     @jax.jit
@@ -253,25 +288,34 @@ def train(head, params, hidden, target, steps=400, rate=0.03):
         updates, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    (params, _), values = jax.lax.scan(step, (params, optimizer.init(params)), None, steps)
+    (params, _), values = jax.lax.scan(
+        step, (params, optimizer.init(params)), None, steps
+    )
     return params, values[-1]
 
 
 def trained(head, hidden, target, **options):
-    return train(head, initial(head, hidden.shape[-1]), hidden, target, *options.values())
+    return train(
+        head, initial(head, hidden.shape[-1]), hidden, target, *options.values()
+    )
 
 
 @pytest.mark.slow
 def test_training_recovers_a_known_mixture():
     rng = np.random.default_rng(0)
-    weights, means = np.array([0.5, 0.3, 0.2]), np.array([[0.0, 0.0], [3.0, 1.0], [-2.0, 3.0]])
+    weights, means = (
+        np.array([0.5, 0.3, 0.2]),
+        np.array([[0.0, 0.0], [3.0, 1.0], [-2.0, 3.0]]),
+    )
     spreads = np.array([[0.5, 0.8], [0.4, 0.3], [0.6, 0.4]])
     which = rng.choice(3, 2000, p=weights)
     target = means[which] + spreads[which] * rng.normal(size=(2000, 2))
     head = MixtureHead(width=2, components=3)
     hidden = jnp.ones((1, 1))
     made, _ = trained(head, hidden, jnp.asarray(target, jnp.float32))
-    found = jax.tree.map(lambda a: np.asarray(a[0]), head.apply({"params": made}, hidden))
+    found = jax.tree.map(
+        lambda a: np.asarray(a[0]), head.apply({"params": made}, hidden)
+    )
     order = [np.argmin(((found.means - mean) ** 2).sum(axis=-1)) for mean in means]
     assert sorted(order) == [0, 1, 2]
     np.testing.assert_allclose(found.means[order], means, atol=0.12)
@@ -289,14 +333,18 @@ def test_covariances_win_what_theory_says():
     mix = np.array([[1.0, 0.0, 0.0], [0.9, 0.5, 0.0], [-0.7, 0.6, 0.5]])
     target = rng.normal(size=(3000, width)) @ mix.T
     covariance = np.cov(target.T, bias=True)
-    best = 0.5 * (width * math.log(2 * math.pi * math.e) + np.linalg.slogdet(covariance)[1])
+    best = 0.5 * (
+        width * math.log(2 * math.pi * math.e) + np.linalg.slogdet(covariance)[1]
+    )
     deviations = np.sqrt(np.diag(covariance))
     gap = -0.5 * np.linalg.slogdet(covariance / np.outer(deviations, deviations))[1]
     assert gap > 0.8
     hidden, target = jnp.ones((1, 1)), jnp.asarray(target, jnp.float32)
     nats = {
         covariance: float(
-            trained(GaussianHead(width=width, covariance=covariance, rank=1), hidden, target)[1]
+            trained(
+                GaussianHead(width=width, covariance=covariance, rank=1), hidden, target
+            )[1]
         )
         for covariance in heads.COVARIANCES
     }
@@ -311,7 +359,9 @@ def clusters(count=800, number=4, seed=0):
     which = rng.integers(number, size=count)
     hidden = 2.0 * np.eye(number)[which] + 0.2 * rng.normal(size=(count, number))
     maps = rng.normal(size=(number, 2, number))
-    target = np.einsum("zij,zj->zi", maps[which], hidden) + 0.1 * rng.normal(size=(count, 2))
+    target = np.einsum("zij,zj->zi", maps[which], hidden) + 0.1 * rng.normal(
+        size=(count, 2)
+    )
     return which, jnp.asarray(hidden, jnp.float32), jnp.asarray(target, jnp.float32)
 
 
@@ -373,11 +423,17 @@ def test_settings_there_and_back(name):
         ({"parent": None}, "no setting 'parent'"),
         ({"param_dtype": "float32"}, "no setting 'param_dtype'"),
         ({"rank": 2}, "no setting 'rank'"),
-        ({"kind": "gaussian", "components": ..., "covariance": "round"}, "covariance is 'round'"),
+        (
+            {"kind": "gaussian", "components": ..., "covariance": "round"},
+            "covariance is 'round'",
+        ),
         ({"kind": "gaussian", "components": ..., "rank": None}, "rank"),
         ({"kind": "experts", "components": ..., "top_k": 9}, "top_k is 9"),
         ({"kind": "experts", "components": ..., "balance": -1.0}, "balance is -1.0"),
-        ({"kind": "experts", "components": ..., "balance": float("inf")}, "balance is inf"),
+        (
+            {"kind": "experts", "components": ..., "balance": float("inf")},
+            "balance is inf",
+        ),
     ],
 )
 def test_settings_that_are_refused(changes, message):
@@ -387,9 +443,15 @@ def test_settings_that_are_refused(changes, message):
         heads.from_dict(fields)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-    made = {k: v for k, v in fields.items() if k not in ("kind", "parent", "param_dtype")}
+    made = {
+        k: v for k, v in fields.items() if k not in ("kind", "parent", "param_dtype")
+    }
     kind = fields["kind"]
-    if isinstance(kind, str) and kind in heads.DISTRIBUTION_HEADS and "no setting" not in message:
+    if (
+        isinstance(kind, str)
+        and kind in heads.DISTRIBUTION_HEADS
+        and "no setting" not in message
+    ):
         with pytest.raises(clm.InputError):  # and by hand as well
             heads.DISTRIBUTION_HEADS[kind](**made)
 

@@ -29,12 +29,23 @@ from continuous_lm.models.transformer import Transformer
 from tests.continuous_lm.test_tokenization import STORIES
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
-from tests.models.checkpoints.test_malformed_checkpoints import compose, parse, tensors_in, written
+from tests.models.checkpoints.test_malformed_checkpoints import (
+    compose,
+    parse,
+    tensors_in,
+    written,
+)
 from tests.models.density.test_distributions import at, reference
 
 KEY = jax.random.key(0)
 CONFIG = TransformerConfig(
-    vocab_size=11, hidden_size=6, mlp_size=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4
+    vocab_size=11,
+    hidden_size=6,
+    mlp_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
 )
 KINDS = {
     "token": heads.TokenHead(width=11),
@@ -71,11 +82,21 @@ def random_like(flat, seed=0):
 
 @functools.cache
 def build(name, reads="tokens", table="frozen", contrast=0.0):
-    head = KINDS[name] if reads == "tokens" else KINDS[name].clone(width=WIDTH, parent=None)
-    model = DensityModel(CONFIG, head, input_kind=reads, table=table, token_loss_weight=contrast)
-    flat = {path: declared.value for path, declared in _declarations_above_trunk(model).items()}
+    head = (
+        KINDS[name]
+        if reads == "tokens"
+        else KINDS[name].clone(width=WIDTH, parent=None)
+    )
+    model = DensityModel(
+        CONFIG, head, input_kind=reads, table=table, token_loss_weight=contrast
+    )
+    flat = {
+        path: declared.value
+        for path, declared in _declarations_above_trunk(model).items()
+    }
     trunk = {
-        f"trunk/{path}": declared.value for path, declared in parameter_declarations(CONFIG).items()
+        f"trunk/{path}": declared.value
+        for path, declared in parameter_declarations(CONFIG).items()
     }
     params = traverse_util.unflatten_dict(random_like(flat | trunk), sep="/")
     return DensityLM(model, params)
@@ -85,7 +106,11 @@ def sequence(reads, seed=0):
     """Inputs [T] or [T, W] by name, and durations [T]."""
     rng = np.random.default_rng(seed)
     vectors = rng.normal(size=(N, WIDTH)).astype(np.float32)
-    inputs = {"tokens": rng.integers(0, 11, N)} if reads == "tokens" else {"vectors": vectors}
+    inputs = (
+        {"tokens": rng.integers(0, 11, N)}
+        if reads == "tokens"
+        else {"vectors": vectors}
+    )
     return inputs, rng.uniform(0.3, 2.0, N).astype(np.float32)
 
 
@@ -94,7 +119,9 @@ def sequence(reads, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def states(model, params, durations, **inputs):
-    return model.apply({"params": params}, durations=durations, return_hidden=True, **inputs)
+    return model.apply(
+        {"params": params}, durations=durations, return_hidden=True, **inputs
+    )
 
 
 @pytest.mark.parametrize(("name", "reads"), cases(QUICK))
@@ -103,7 +130,9 @@ def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
     lm, (inputs, d) = build(name, reads), sequence(reads)
     if reads == "tokens":
         given, target = {"tokens": inputs["tokens"][:-1]}, lm.params.get("table")
-        target = inputs["tokens"][1:] if target is None else target[inputs["tokens"][1:]]
+        target = (
+            inputs["tokens"][1:] if target is None else target[inputs["tokens"][1:]]
+        )
     else:
         embeddings = inputs["vectors"] @ np.asarray(lm.params["read"]).T
         given, target = {"embeddings": embeddings[:-1]}, inputs["vectors"][1:]
@@ -115,7 +144,9 @@ def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
         expected = log_softmax(logits, axis=-1)[np.arange(N - 1), target]
     else:
         exact = jax.tree.map(lambda a: np.asarray(a, np.float64), distribution)
-        expected = [reference(at(exact, i), np.asarray(target[i])) for i in range(N - 1)]
+        expected = [
+            reference(at(exact, i), np.asarray(target[i])) for i in range(N - 1)
+        ]
     found = lm.log_prob(**inputs, durations=d)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
     assert np.abs(np.diff(found)).min() > 1e-3
@@ -135,7 +166,9 @@ def test_durations_of_1_are_none_and_the_last_one_has_no_influence(reads):
     lm, (inputs, d) = build("mixture", reads), sequence(reads)
     plain = lm.log_prob(**inputs)
     assert plain.shape == (N - 1,)
-    np.testing.assert_allclose(lm.log_prob(**inputs, durations=np.ones(N)), plain, rtol=1e-6)
+    np.testing.assert_allclose(
+        lm.log_prob(**inputs, durations=np.ones(N)), plain, rtol=1e-6
+    )
     timed = lm.log_prob(**inputs, durations=d)
     assert np.abs(timed - plain).max() > 1e-3
     other = np.append(d[:-1], np.float32(0.0))
@@ -164,7 +197,10 @@ def test_gradients_in_the_durations_are_finite_differences(name, reads):
         d = d.astype(np.float64)
         gradient, step = np.asarray(total(d)[1]), 1e-5
         assert gradient.dtype == np.float64
-        slopes = [(total(d + step * e)[0] - total(d - step * e)[0]) / (2 * step) for e in np.eye(N)]
+        slopes = [
+            (total(d + step * e)[0] - total(d - step * e)[0]) / (2 * step)
+            for e in np.eye(N)
+        ]
     np.testing.assert_allclose(gradient, slopes, rtol=1e-6, atol=1e-8)
     assert gradient[-1] == 0.0
     assert np.abs(gradient[:-1]).min() > 1e-5
@@ -185,7 +221,9 @@ def test_a_sweep_of_durations_runs_at_once(name, reads, contrast):
         found = method(**inputs, durations=sweep)
         assert found.shape == (4, N - 1)
         for row, each in zip(found, sweep, strict=True):
-            np.testing.assert_allclose(row, method(**inputs, durations=each), rtol=2e-4, atol=1e-5)
+            np.testing.assert_allclose(
+                row, method(**inputs, durations=each), rtol=2e-4, atol=1e-5
+            )
     assert np.abs(found[0] - found[3]).max() > 1e-3
 
 
@@ -209,7 +247,9 @@ def test_a_frozen_table_gets_no_gradient_and_a_learned_one_does():
     learned = loss_gradient(build("gaussian", table="embedding"), tokens)
     assert "table" not in learned
     assert np.abs(learned["trunk"]["embedding"][4]).max() > 1e-4
-    assert np.abs(learned["trunk"]["embedding"][9]).max() > 1e-6  # by the standardisation
+    assert (
+        np.abs(learned["trunk"]["embedding"][9]).max() > 1e-6
+    )  # by the standardisation
 
 
 @pytest.mark.parametrize("table", ["frozen", pytest.param("embedding", marks=slow)])
@@ -221,16 +261,25 @@ def test_contrast_is_the_cross_entropy_of_the_renormalised_density(table):
         rows = np.asarray(lm.params["trunk"]["embedding"])
         rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
     np.testing.assert_allclose(
-        lm.model.apply({"params": lm.params}, method="token_table"), rows, rtol=1e-4, atol=1e-5
+        lm.model.apply({"params": lm.params}, method="token_table"),
+        rows,
+        rtol=1e-4,
+        atol=1e-5,
     )
     hidden = states(Transformer(CONFIG), lm.params["trunk"], d[:-1], tokens=tokens[:-1])
     mixture = lm.model.head.apply({"params": lm.params["head"]}, hidden)
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
     logits = np.stack([reference(at(exact, i), rows) for i in range(N - 1)])
-    np.testing.assert_allclose(lm.token_logits(tokens, durations=d), logits, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        lm.token_logits(tokens, durations=d), logits, rtol=1e-4, atol=1e-3
+    )
     picked = np.arange(N - 1), tokens[1:]
-    expected = -logits[picked] - 0.7 * 6 * log_softmax(logits, axis=-1)[picked]  # 6 dimensions
-    np.testing.assert_allclose(lm.loss(tokens, durations=d), expected, rtol=1e-4, atol=1e-3)
+    expected = (
+        -logits[picked] - 0.7 * 6 * log_softmax(logits, axis=-1)[picked]
+    )  # 6 dimensions
+    np.testing.assert_allclose(
+        lm.loss(tokens, durations=d), expected, rtol=1e-4, atol=1e-3
+    )
 
 
 def test_standardised_tables():
@@ -240,10 +289,15 @@ def test_standardised_tables():
     found = density.standardize_table(jnp.asarray(table))
     np.testing.assert_allclose(found.mean(axis=0), 0.0, atol=1e-4)
     np.testing.assert_allclose(found.std(axis=0), [1.0, 1.0, 1.0, 0.0], rtol=0.02)
-    gradient = jax.grad(lambda t: (density.standardize_table(t) ** 3).sum())(jnp.asarray(table))
+    gradient = jax.grad(lambda t: (density.standardize_table(t) ** 3).sum())(
+        jnp.asarray(table)
+    )
     assert np.isfinite(gradient).all()
     with jax.enable_x64(True):
-        assert density.standardize_table(jnp.asarray(table, jnp.float64)).dtype == jnp.float64
+        assert (
+            density.standardize_table(jnp.asarray(table, jnp.float64)).dtype
+            == jnp.float64
+        )
 
 
 def test_a_given_table_is_standardised_and_frozen():
@@ -389,11 +443,17 @@ MALFORMED = {
     ),
     "no trunk": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    "torn settings": (lambda f: (f / "density.json").write_text('{"format": 1'), "density.json"),
+    "torn settings": (
+        lambda f: (f / "density.json").write_text('{"format": 1'),
+        "density.json",
+    ),
     "a list": (lambda f: (f / "density.json").write_text("[1]"), "density.json"),
     "torn weights": (torn, "density.safetensors"),
     "integers": (of_integers, "I32"),
-    "left over": (tensors(lambda t: t.update(more=np.zeros(2, np.float32))), "more is left over"),
+    "left over": (
+        tensors(lambda t: t.update(more=np.zeros(2, np.float32))),
+        "more is left over",
+    ),
     "missing": (tensors(lambda t: t.pop("head/logits")), "head/logits is missing"),
     "misshapen": (
         tensors(lambda t: t.update(read=np.zeros((3, 6), np.float32))),
@@ -443,7 +503,9 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     with pytest.raises(clm.InputError, match="table is missing"):
         density.save(tmp_path / "a", dataclasses.replace(lm, params=without))
     with pytest.raises(clm.InputError, match="read is left over"):
-        density.save(tmp_path / "a", dataclasses.replace(lm, params=lm.params | {"read": 0.0}))
+        density.save(
+            tmp_path / "a", dataclasses.replace(lm, params=lm.params | {"read": 0.0})
+        )
     short = lm.params | {"table": lm.params["table"][:-1]}
     with pytest.raises(clm.InputError, match="table has shape"):
         density.save(tmp_path / "a", dataclasses.replace(lm, params=short))
@@ -459,13 +521,17 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     tokens = sequence("tokens")[0]["tokens"]
     logits = Transformer(config).apply({"params": lm.params["trunk"]}, tokens[:-1])
     np.testing.assert_allclose(lm.token_logits(tokens), logits, rtol=1e-5, atol=1e-6)
-    nats = -log_softmax(np.asarray(logits, np.float64), axis=-1)[np.arange(N - 1), tokens[1:]]
+    nats = -log_softmax(np.asarray(logits, np.float64), axis=-1)[
+        np.arange(N - 1), tokens[1:]
+    ]
     np.testing.assert_allclose(lm.loss(tokens), nats, rtol=1e-5)
     density.save(tmp_path, lm)
     back = density.load(tmp_path)
     assert back.model.head.tied
     np.testing.assert_array_equal(back.log_prob(tokens), lm.log_prob(tokens))
-    np.testing.assert_allclose(clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6
+    )
     with pytest.raises(clm.InputError, match="that model's own"):
         density.add_head(clm.load(tmp_path), head, key=KEY)
     with pytest.raises(clm.InputError, match="if it is tied"):
@@ -501,7 +567,9 @@ def test_on_the_bundled_model():
 @slow
 def test_on_the_stories():
     if not STORIES.exists():
-        pytest.skip(f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}")
+        pytest.skip(
+            f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}"
+        )
     lm = clm.load(STORIES)
     tokens = np.array(clm.tokenization.encode(lm.tokenizer, "Once upon a time").ids)
     check_on(lm, tokens, lm.config.hidden_size)
@@ -543,7 +611,9 @@ def test_arguments_that_do_not_fit():
         lambda: lm.log_prob(tokens[:1]): "at least two",
         lambda: lm.log_prob(tokens, durations=np.ones(3)): "durations has shape",
         lambda: lm.log_prob(tokens, durations=-np.ones(4)): "durations[0] is -1",
-        lambda: density.create(KEY, CONFIG, KINDS["gaussian"], table=np.ones((3, 6))): "table",
+        lambda: density.create(
+            KEY, CONFIG, KINDS["gaussian"], table=np.ones((3, 6))
+        ): "table",
         lambda: density.create(
             KEY, CONFIG, KINDS["gaussian"], table=np.full((11, 6), np.nan)
         ): "table[0, 0] is nan",

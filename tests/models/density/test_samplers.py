@@ -11,7 +11,11 @@ from scipy import stats
 import continuous_lm as clm
 from continuous_lm.models import density, generation
 from continuous_lm.models.density.distributions import Categorical, Gaussian, Mixture
-from continuous_lm.models.density.samplers import get_token_table, sample, steering_direction
+from continuous_lm.models.density.samplers import (
+    get_token_table,
+    sample,
+    steering_direction,
+)
 from tests.models.density.test_distributions import at, reference
 from tests.models.density.test_model import CONFIG, WIDTH, build
 
@@ -56,13 +60,19 @@ def test_ways_back_are_those_of_numpy(way):
     table = {"rows": jnp.asarray(rows), "norms": jnp.sum(rows**2, axis=-1)}
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
     tokens = {}
-    back = jax.jit(density.quantize_to_tokens, static_argnums=0, static_argnames="num_candidates")
+    back = jax.jit(
+        density.quantize_to_tokens, static_argnums=0, static_argnames="num_candidates"
+    )
     for k in (1, 7, 40) if way == "rerank" else (1,):
         found = back(way, mixture, jnp.asarray(x), table, num_candidates=k)
-        expected = [by_numpy(way, at(exact, i), x[i], rows.astype(float), k) for i in range(25)]
+        expected = [
+            by_numpy(way, at(exact, i), x[i], rows.astype(float), k) for i in range(25)
+        ]
         np.testing.assert_array_equal(found, expected)
         tokens[k] = np.asarray(found)
-    if way == "rerank":  # 1 candidate: the nearest; all of them: the mode, whatever was drawn
+    if (
+        way == "rerank"
+    ):  # 1 candidate: the nearest; all of them: the mode, whatever was drawn
         assert np.mean(tokens[1] != tokens[7]) * 25 > 3
         assert np.mean(tokens[40] != tokens[7]) * 25 > 3
 
@@ -102,7 +112,12 @@ def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
     new_d = np.broadcast_to(new_d, count)
     for i in range(count):
         found = whole(
-            lm.model, lm.params, times, np.float32(start), n + i - 1, **{reads: buffer.copy()}
+            lm.model,
+            lm.params,
+            times,
+            np.float32(start),
+            n + i - 1,
+            **{reads: buffer.copy()},
         )
         found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
         if lm.model.predicts_tokens:
@@ -142,7 +157,9 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, (3, NEW)).astype(np.float32)
     start = np.array([0.0, 2.0, -1.5], np.float32)
-    options = dict(max_new_items=NEW, temperature=0.0, quantize=way, num_candidates=4, stop=())
+    options = dict(
+        max_new_items=NEW, temperature=0.0, quantize=way, num_candidates=4, stop=()
+    )
     made = sample(lm, rows, durations=d, new_durations=new_d, start=start, **options)
     expected = [
         naive(lm, row, NEW, d=d[i], new_d=new_d[i], start=start[i], way=way)
@@ -169,7 +186,12 @@ def test_vectors_of_a_batch_are_those_of_whole_passes(name):
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, NEW).astype(np.float32)
     made = sample(
-        lm, vectors=rows, durations=d, new_durations=new_d, max_new_items=NEW, temperature=0.0
+        lm,
+        vectors=rows,
+        durations=d,
+        new_durations=new_d,
+        max_new_items=NEW,
+        temperature=0.0,
     )
     assert made.shape == (3, NEW, WIDTH)
     assert made.dtype == np.float32
@@ -188,7 +210,9 @@ def test_draws_follow_the_density():
     many = np.broadcast_to(prompt, (3000, *prompt.shape))
     buffer = np.zeros((ROOM, WIDTH), np.float32)
     buffer[:4] = prompt
-    found = whole(lm.model, lm.params, np.ones(ROOM, np.float32), np.float32(0), 3, vectors=buffer)
+    found = whole(
+        lm.model, lm.params, np.ones(ROOM, np.float32), np.float32(0), 3, vectors=buffer
+    )
     w, means, scales = (np.asarray(a, np.float64) for a in (found.weights, *found[1:]))
     mean = w @ means
     std = np.sqrt(w @ (means**2 + scales**2) - mean**2)
@@ -212,7 +236,9 @@ def test_a_token_heads_samples_are_those_of_generate():
 
 def without_bias(params):
     head = params["head"]
-    return params | {"head": head | {"logits_bias": jnp.zeros_like(head["logits_bias"])}}
+    return params | {
+        "head": head | {"logits_bias": jnp.zeros_like(head["logits_bias"])}
+    }
 
 
 def test_stop_tokens_end_rows():
@@ -228,7 +254,9 @@ def test_stop_tokens_end_rows():
         np.testing.assert_array_equal(row[:length], before[:length])
         np.testing.assert_array_equal(row[length:], 0)
     noted = density.DensityLM(lm.model, lm.params, None, {"eos_token_id": stop})
-    np.testing.assert_array_equal(sample(noted, prompts(), **options).tokens, made.tokens)
+    np.testing.assert_array_equal(
+        sample(noted, prompts(), **options).tokens, made.tokens
+    )
 
 
 # --- Steering --------------------------------------------------------------------------------
@@ -248,17 +276,25 @@ def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
     lm = build(name)
     rows = np.asarray(get_token_table(lm))
     target = int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=-1)))
-    direction = steering_direction(lm, [target])  # far along which its row is the nearest
-    assert lm.config.vocab_size < 16  # fewer tokens than there are candidates for "rerank"
+    direction = steering_direction(
+        lm, [target]
+    )  # far along which its row is the nearest
+    assert (
+        lm.config.vocab_size < 16
+    )  # fewer tokens than there are candidates for "rerank"
     options = dict(max_new_items=20, key=KEY, quantize=way, stop=())
     if way == "rerank":
         options["num_candidates"] = 4
     plain = sample(lm, prompts(), **options).tokens
     np.testing.assert_array_equal(
-        sample(lm, prompts(), direction=direction, strength=0.0, **options).tokens, plain
+        sample(lm, prompts(), direction=direction, strength=0.0, **options).tokens,
+        plain,
     )
     shares = [
-        np.mean(sample(lm, prompts(), direction=direction, strength=s, **options).tokens == target)
+        np.mean(
+            sample(lm, prompts(), direction=direction, strength=s, **options).tokens
+            == target
+        )
         for s in (0.0, 1.0, 50.0)
     ]
     assert shares[0] < 0.5
@@ -285,7 +321,10 @@ def test_directions_are_differences_of_means():
     rows = np.asarray(get_token_table(lm), np.float64)
     found = steering_direction(lm, [1, 4], [2, 3, 9])
     np.testing.assert_allclose(
-        found, rows[[1, 4]].mean(axis=0) - rows[[2, 3, 9]].mean(axis=0), rtol=1e-4, atol=1e-5
+        found,
+        rows[[1, 4]].mean(axis=0) - rows[[2, 3, 9]].mean(axis=0),
+        rtol=1e-4,
+        atol=1e-5,
     )
     found = steering_direction(lm, np.array([5]))
     np.testing.assert_allclose(found, rows[5] - rows.mean(axis=0), rtol=1e-4, atol=1e-5)
@@ -352,9 +391,15 @@ def test_arguments_that_do_not_fit_the_model():
     speaks, plain = build("token"), build("gaussian", "vectors")
     lm = build("gaussian")
     for call, message in {
-        lambda: sample(speaks, [1], max_new_items=1, key=KEY, direction=np.ones(11)): "token head",
-        lambda: sample(plain, [1, 2], max_new_items=1, key=KEY): "this model reads vectors",
-        lambda: sample(plain, vectors=np.ones((2, 4)), max_new_items=1, key=KEY): "prompt 0",
+        lambda: sample(
+            speaks, [1], max_new_items=1, key=KEY, direction=np.ones(11)
+        ): "token head",
+        lambda: sample(
+            plain, [1, 2], max_new_items=1, key=KEY
+        ): "this model reads vectors",
+        lambda: sample(
+            plain, vectors=np.ones((2, 4)), max_new_items=1, key=KEY
+        ): "prompt 0",
         lambda: sample(
             plain, vectors=np.ones((2, 3)), max_new_items=1, key=KEY, stop=3
         ): "leave out stop",

@@ -47,7 +47,9 @@ def test_a_made_up_field_is_refused(family):
 
 def test_early_gemma_says_gelu_and_means_its_approximation():
     assert read("gemma", hidden_act="gelu").activation == "gelu_tanh"
-    assert read("gemma", hidden_act="gelu", hidden_activation="gelu").activation == "gelu"
+    assert (
+        read("gemma", hidden_act="gelu", hidden_activation="gelu").activation == "gelu"
+    )
     with pytest.raises(clm.InputError, match="hidden_activation"):
         read("llama", hidden_activation="gelu")
 
@@ -59,7 +61,9 @@ def test_early_gemma_says_gelu_and_means_its_approximation():
 def test_longrope_amplitude(extra, amplitude):
     """sqrt(1 + log(s) / log(20)), s = 512 / 20 or the factor; or as given."""
     lengths = {"original_max_position_embeddings": 20, "max_position_embeddings": 512}
-    scaling = read("phi3", rope_parameters=tiny.longrope_scaling(**extra), **lengths).rope.scaling
+    scaling = read(
+        "phi3", rope_parameters=tiny.longrope_scaling(**extra), **lengths
+    ).rope.scaling
     assert isinstance(scaling, LongRope)
     assert scaling.attention_factor == pytest.approx(amplitude, abs=1e-4)
 
@@ -75,7 +79,9 @@ def test_longrope_factors_must_fit_the_heads():
 
 def test_longrope_switches_by_the_number_of_tokens_alone():
     rope = read(
-        "phi3", rope_parameters=tiny.longrope_scaling(), original_max_position_embeddings=20
+        "phi3",
+        rope_parameters=tiny.longrope_scaling(),
+        original_max_position_embeddings=20,
     ).rope
     short = clm.rotary.angles(jnp.linspace(0.0, 900.0, 20), rope, 12)
     long = clm.rotary.angles(jnp.linspace(0.0, 900.0, 21), rope, 12)
@@ -85,7 +91,10 @@ def test_longrope_switches_by_the_number_of_tokens_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_sliding_window": True, "sliding_window": 9, "layer_types": 7}, "layer_types"),
+        (
+            {"use_sliding_window": True, "sliding_window": 9, "layer_types": 7},
+            "layer_types",
+        ),
         ({"layer_types": [["x"]] * 3}, "layer_types"),
         ({"max_window_layers": "x"}, "max_window_layers"),
         ({"use_mrope": True}, "use_mrope"),

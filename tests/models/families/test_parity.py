@@ -22,7 +22,11 @@ LENGTH = 40
 STORIES = pathlib.Path(__file__).parents[4] / "shared/data/stories260k"
 PROMPT = "Once upon a time, there was a little girl named"
 
-LONGROPE = {"rope_parameters": tiny.longrope_scaling(), "num_attention_heads": 4, "head_dim": 12}
+LONGROPE = {
+    "rope_parameters": tiny.longrope_scaling(),
+    "num_attention_heads": 4,
+    "head_dim": 12,
+}
 CASES = {
     "llama, plain heads": ("llama", {"num_key_value_heads": 4}),
     "llama, grouped heads": ("llama", {"num_key_value_heads": 2}),
@@ -43,8 +47,14 @@ CASES = {
     "llama, narrow heads": ("llama", {"head_dim": 6}),
     "mistral, no window": ("mistral", {}),
     "mistral, window 3": ("mistral", {"sliding_window": 3}),
-    "mistral, window 64, plain": ("mistral", {"sliding_window": 64, "num_key_value_heads": 4}),
-    "mistral, window 3, one head": ("mistral", {"sliding_window": 3, "num_key_value_heads": 1}),
+    "mistral, window 64, plain": (
+        "mistral",
+        {"sliding_window": 64, "num_key_value_heads": 4},
+    ),
+    "mistral, window 3, one head": (
+        "mistral",
+        {"sliding_window": 3, "num_key_value_heads": 1},
+    ),
     "gemma": ("gemma", {}),
     "gemma, plain heads, untied": (
         "gemma",
@@ -52,22 +62,38 @@ CASES = {
     ),
     "gemma, one key/value head": ("gemma", {"num_key_value_heads": 1}),
     "gemma2, window 3": ("gemma2", {}),
-    "gemma2, window 64, plain": ("gemma2", {"sliding_window": 64, "num_key_value_heads": 4}),
+    "gemma2, window 64, plain": (
+        "gemma2",
+        {"sliding_window": 64, "num_key_value_heads": 4},
+    ),
     "gemma2, one key/value head": ("gemma2", {"num_key_value_heads": 1}),
     "gemma3, window 3": ("gemma3_text", {}),
     "gemma3, linear scaling": (
         "gemma3_text",
         {
             "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "full_attention": {
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                    "rope_theta": 1e6,
+                },
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             }
         },
     ),
     "phi3": ("phi3", {}),
-    "phi3, window 3, one head": ("phi3", {"sliding_window": 3, "num_key_value_heads": 1}),
-    "phi3, longrope, long": ("phi3", LONGROPE | {"original_max_position_embeddings": 20}),
-    "phi3, longrope, short": ("phi3", LONGROPE | {"original_max_position_embeddings": 200}),
+    "phi3, window 3, one head": (
+        "phi3",
+        {"sliding_window": 3, "num_key_value_heads": 1},
+    ),
+    "phi3, longrope, long": (
+        "phi3",
+        LONGROPE | {"original_max_position_embeddings": 20},
+    ),
+    "phi3, longrope, short": (
+        "phi3",
+        LONGROPE | {"original_max_position_embeddings": 200},
+    ),
     "qwen2": ("qwen2", {}),
     "qwen2, window 3 from layer 1": (
         "qwen2",
@@ -121,7 +147,9 @@ def continuous_reference(reference, tokens, d, times, steps=None) -> np.ndarray:
                 )
         else:
             out = reference(
-                torch.tensor(np.array(tokens))[None], position_ids=positions, attention_mask=masks
+                torch.tensor(np.array(tokens))[None],
+                position_ids=positions,
+                attention_mask=masks,
             )
     return out.logits[0].numpy()
 
@@ -221,7 +249,9 @@ def test_windows_of_64_hide_something_at_length_100(tmp_path):
 @pytest.fixture(scope="module")
 def stories():
     if not STORIES.exists():
-        pytest.skip(f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}")
+        pytest.skip(
+            f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}"
+        )
     import transformers
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(
@@ -235,7 +265,10 @@ def test_real_weights_continue_the_story_with_the_same_100_tokens(stories):
     prompt = clm.tokenization.encode(lm.tokenizer, PROMPT).ids
     with torch.no_grad():
         theirs = reference.generate(
-            torch.tensor([prompt]), max_new_tokens=100, min_new_tokens=100, do_sample=False
+            torch.tensor([prompt]),
+            max_new_tokens=100,
+            min_new_tokens=100,
+            do_sample=False,
         )[0].tolist()
     length = len(prompt) + 100
 
@@ -249,7 +282,9 @@ def test_real_weights_continue_the_story_with_the_same_100_tokens(stories):
 
         return jax.lax.fori_loop(len(prompt), length, step, tokens)
 
-    ours = greedy(lm.params, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.array(prompt)))
+    ours = greedy(
+        lm.params, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.array(prompt))
+    )
     assert ours.tolist() == theirs
     text = lm.tokenizer.decode(ours.tolist())
     assert text.startswith(PROMPT)
@@ -272,7 +307,9 @@ def test_real_weights_sweep(stories):
     factors = np.linspace(0.1, 1.0, 7)
     d = clm.durations.scale(jnp.ones(len(encoding.ids)), factors, span)
     groups = [[i] for i in range(lm.config.vocab_size)]
-    swept = clm.sweep.probabilities(lm, groups, tokens=encoding.ids, durations=d, batch_size=3)
+    swept = clm.sweep.probabilities(
+        lm, groups, tokens=encoding.ids, durations=d, batch_size=3
+    )
     for point, row in zip(swept, d, strict=True):
         theirs = continuous_reference(reference, encoding.ids, row, np.cumsum(row))[-1]
         theirs = torch.softmax(torch.tensor(theirs), -1).numpy()

@@ -58,7 +58,9 @@ def buffers(name, fields):
     mask = (1, 1, long, long)
     match name:
         case "Llama-2-13B":
-            return {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in layers}
+            return {
+                f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in layers
+            }
         case "GPT-2" | "GPT-2-XL":
             return {f"h.{i}.attn.bias": mask for i in layers}
         case "GPT-NeoX-20B" | "Pythia-6.9B":
@@ -150,7 +152,9 @@ def test_logits_and_the_number_of_parameters(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_config_goes_round(name):
     config = config_of(name)
-    written = FAMILIES[config.family].write_config(config) | {"model_type": config.family}
+    written = FAMILIES[config.family].write_config(config) | {
+        "model_type": config.family
+    }
     again = language_model.read_config(written)
     assert again == dataclasses.replace(config, window_pattern=again.window_pattern)
     assert again.windowed_layers == config.windowed_layers
@@ -164,21 +168,39 @@ FIVE_OF_SIX = tuple((layer + 1) % 6 != 0 for layer in range(26))
     [
         ("Llama-3.1-8B", lambda c: c.rope.scaling.factor == 8 and c.rope.theta == 5e5),
         ("Llama-3.2-1B", lambda c: c.rope.scaling.factor == 32 and c.tie_embeddings),
-        ("Mistral-7B-v0.1", lambda c: c.windowed_layers == (True,) * 32 and c.window == 4096),
-        ("Mistral-7B-v0.3", lambda c: c.windowed_layers == (False,) * 32 and c.rope.theta == 1e6),
+        (
+            "Mistral-7B-v0.1",
+            lambda c: c.windowed_layers == (True,) * 32 and c.window == 4096,
+        ),
+        (
+            "Mistral-7B-v0.3",
+            lambda c: c.windowed_layers == (False,) * 32 and c.rope.theta == 1e6,
+        ),
         ("Gemma-7B", lambda c: c.activation == "gelu_tanh" and c.scale_embeddings),
-        ("Gemma-2-9B", lambda c: c.windowed_layers == (True, False) * 21 and c.query_width == 256),
+        (
+            "Gemma-2-9B",
+            lambda c: c.windowed_layers == (True, False) * 21 and c.query_width == 256,
+        ),
         ("Gemma-2-27B", lambda c: c.query_width == 144 and c.head_dim == 128),
-        ("Gemma-3-1B", lambda c: c.windowed_layers == FIVE_OF_SIX and c.local_rope.theta == 1e4),
+        (
+            "Gemma-3-1B",
+            lambda c: c.windowed_layers == FIVE_OF_SIX and c.local_rope.theta == 1e4,
+        ),
         ("Phi-3-medium-4k", lambda c: c.window == 2047 and c.rope.scaling is None),
         ("Phi-3-medium-128k", lambda c: isinstance(c.rope.scaling, LongRope)),
         (
             "Phi-3.5-mini",
             lambda c: round(c.rope.attention_factor, 5) == 1.19024,
         ),  # sqrt(1 + 5 / 12)
-        ("Qwen2.5-7B-Instruct", lambda c: c.window is None and c.qkv_bias and not c.output_bias),
+        (
+            "Qwen2.5-7B-Instruct",
+            lambda c: c.window is None and c.qkv_bias and not c.output_bias,
+        ),
         ("Qwen3-8B", lambda c: c.qk_norm and not c.qkv_bias),
-        ("GPT-NeoX-20B", lambda c: c.activation == "gelu_tanh" and c.rope.fraction == 0.25),
+        (
+            "GPT-NeoX-20B",
+            lambda c: c.activation == "gelu_tanh" and c.rope.fraction == 0.25,
+        ),
         ("Pythia-6.9B", lambda c: c.activation == "gelu" and c.parallel),
         ("GPT-2-XL", lambda c: c.max_positions == 1024 and c.mlp_size == 6400),
     ],
