@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 
 from tests import mutants
@@ -31,7 +30,8 @@ def test_each_changes_the_program_in_one_place():
         assert "\n" not in mutant.text + mutant.replacement, mutant.id
         source = (mutants.ROOT / mutant.file).read_text()
         made = mutant.made_in(source)
-        first_difference = len(os.path.commonprefix([made, source]))
+        pairs = enumerate(zip(made, source, strict=False))
+        first_difference = next(i for i, (new, old) in pairs if new != old)
         line = source[:first_difference].count("\n") + 1
         assert statement(made, line) != statement(source, line), mutant.id
 
