@@ -1,0 +1,196 @@
+"""What a model reads: tokens or vectors, and their place in time; made and checked once.
+
+Every door of the library makes one `Inputs` with `Inputs.make` and carries it whole to the layers.
+Nothing behind the door looks at the values again.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from continuous_lm import axes as axes_lib
+from continuous_lm.arguments import as_float, check_integers, check_numbers
+from continuous_lm.attention.visibility import exact_end_times, visibility_mask
+from continuous_lm.durations import check_durations, durations_from_times
+from continuous_lm.errors import InputError
+
+# A duration below the least normal number is nothing in float32.
+MIN_DURATION = float(jnp.finfo(jnp.float32).tiny)
+
+
+class Inputs(NamedTuple):
+    """Tokens or vectors, and when they are. Leading axes broadcast; None was not given.
+
+    A pytree, so that it goes through jit, vmap and grad as it is.
+    """
+
+    tokens: jax.Array | None  # int [..., T], or
+    embeddings: jax.Array | None  # [..., T, D] instead of tokens
+    durations: jax.Array | None  # d >= 0 [..., T]; None: all 1
+    times: jax.Array | None  # [..., T], when each token ends; None: from the durations
+    start: (
+        jax.Array | None
+    )  # [...], when the first token begins; None: 0, or after the cache
+
+    @classmethod
+    def make(
+        cls,
+        tokens: ArrayLike | None = None,
+        *,
+        vocab_size: int,
+        width: int,
+        embeddings: ArrayLike | None = None,
+        durations: ArrayLike | None = None,
+        times: ArrayLike | None = None,
+        start: ArrayLike | None = None,
+        window: float | None = None,
+        follows: bool = False,
+        vectors_name: str = "embeddings",
+    ) -> "Inputs":
+        """Inputs from what a user gave, checked: shapes always, values where they are known.
+
+        Args:
+          tokens: int [..., T], from 0 to `vocab_size` - 1, or
+          vocab_size: V.
+          width: D, of the embeddings.
+          embeddings: [..., T, D] instead of tokens.
+          durations: d >= 0 [..., T] of each token; 1 if left out.
+          times: when each token ends, [..., T], instead of start + cumulative durations.
+          start: the time at which the first token begins, scalar or [...].
+          window: of the model's attention, in tokens; None if it has none.
+          follows: whether there are tokens before these, in a cache or a prefix.
+          vectors_name: what the embeddings are called in errors.
+
+        Raises:
+          InputError: which argument is wrong, where, and how.
+        """
+        token_shape = _check_tokens(tokens, vocab_size, embeddings, width, vectors_name)
+        num_tokens = token_shape[-1]
+        if durations is not None:
+            check_durations(durations, num_tokens)
+            if not follows:
+                _check_first_duration(durations)
+        if times is not None:
+            if start is not None:
+                raise InputError(
+                    "times already say where the first token begins; leave out start"
+                )
+            check_durations(times, num_tokens, "times", minimum=-np.inf)
+        if start is not None:
+            check_numbers("start", start)
+        inputs = cls(*map(_as_array, (tokens, embeddings, durations, times, start)))
+        axes_lib.broadcast_leading_axes(inputs.leading_axes())
+        if window is not None and not follows:
+            _check_visible_keys(durations, times, window)
+        return inputs
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        if self.tokens is not None:
+            return self.tokens.shape[-1]
+        assert self.embeddings is not None
+        return self.embeddings.shape[-2]
+
+    def leading_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """The leading axes of each array, by its name."""
+        shapes = {"tokens": () if self.tokens is None else self.tokens.shape[:-1]}
+        if self.embeddings is not None:
+            shapes["tokens"] = self.embeddings.shape[:-2]
+        shapes["durations"] = (
+            () if self.durations is None else self.durations.shape[:-1]
+        )
+        shapes["times"] = () if self.times is None else self.times.shape[:-1]
+        shapes["start"] = () if self.start is None else self.start.shape
+        return shapes
+
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes of all of them together."""
+        return axes_lib.broadcast_leading_axes(self.leading_axes())
+
+    def first(self, num_tokens: int) -> "Inputs":
+        """The first tokens alone; a negative number leaves out so many at the end."""
+        return Inputs(
+            tokens=None if self.tokens is None else self.tokens[..., :num_tokens],
+            embeddings=None
+            if self.embeddings is None
+            else self.embeddings[..., :num_tokens, :],
+            durations=None
+            if self.durations is None
+            else self.durations[..., :num_tokens],
+            times=None if self.times is None else self.times[..., :num_tokens],
+            start=self.start,
+        )
+
+
+def _as_array(values: ArrayLike | None) -> jax.Array | None:
+    return None if values is None else jnp.asarray(values)
+
+
+def _check_tokens(
+    tokens: ArrayLike | None,
+    vocab_size: int,
+    embeddings: ArrayLike | None,
+    width: int,
+    vectors_name: str,
+) -> tuple[int, ...]:
+    """The shape [..., T] of tokens or vectors, of which there must be one kind and at least one."""
+    if tokens is not None and embeddings is None:
+        token_shape = np.shape(tokens)
+        if token_shape and token_shape[-1]:
+            check_integers("tokens", tokens, 0, vocab_size)
+    elif embeddings is not None and tokens is None:
+        *leading_shape, vector_width = np.shape(embeddings) or (0,)
+        token_shape = tuple(leading_shape)
+        if vector_width != width:
+            raise InputError(
+                f"{vectors_name} are {vector_width} wide; they must be [..., T, {width}]"
+            )
+        check_numbers(vectors_name, embeddings)
+    else:
+        raise InputError(f"give either tokens or {vectors_name}")
+    if not token_shape or not token_shape[-1]:
+        raise InputError(
+            f"there are no tokens; tokens are [..., T] and {vectors_name} [..., T, D], T >= 1"
+        )
+    return token_shape
+
+
+def _check_first_duration(durations: ArrayLike) -> None:
+    """Refuses durations with which the first token sees nothing, not even itself."""
+    if isinstance(durations, jax.core.Tracer):
+        return
+    if not (np.asarray(durations)[..., 0] >= MIN_DURATION).all():
+        raise InputError(
+            "durations: the first token has duration 0, so that nothing is there to attend to;"
+            " give it a positive one, or leave it out"
+        )
+
+
+def _check_visible_keys(
+    durations: ArrayLike | None, times: ArrayLike | None, window: float
+) -> None:
+    """Refuses tokens that see nothing: all that lies in their window has duration 0."""
+    if durations is None or times is None:
+        return  # windows are in the time of the durations: every token sees itself or the last
+    if isinstance(durations, jax.core.Tracer) or isinstance(times, jax.core.Tracer):
+        return
+    if (np.asarray(durations) > 0).all():
+        return
+    key_weights = as_float(durations)
+    end_times = as_float(times)
+    intervals = durations_from_times(end_times, end_times[..., 0])
+    indices = np.arange(key_weights.shape[-1])
+    is_in_window = visibility_mask(indices, indices, exact_end_times(intervals), window)
+    is_visible = is_in_window & (key_weights > 0)[..., None, :]
+    blind_queries = np.argwhere(~np.asarray(is_visible.any(axis=-1)))
+    if len(blind_queries):
+        raise InputError(
+            f"durations: token {blind_queries[0][-1]} has nothing to attend to, since all"
+            f" tokens within its window of {window:g} have duration 0; give one of them a"
+            " positive one"
+        )
