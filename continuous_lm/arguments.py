@@ -1,6 +1,12 @@
-"""What every loss asks of its arguments: floats of one dtype, axes that fit, values in range."""
+"""Checks of arguments: axes that fit, floats of one dtype, values in range.
 
-from typing import Any
+Each raises an `InputError` that names the argument. Values are looked at where they are known,
+outside of jit; shapes and dtypes always.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,48 +17,65 @@ from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
 
 
-def check_floats(**arrays_and_axes: tuple[ArrayLike, str]) -> list[jax.Array]:
+def check(**arrays_and_axes: tuple[ArrayLike, str]) -> list[jax.Array]:
     """Arrays of one dtype, at least float32, whose axes fit and whose `...` broadcast.
 
-    `check_floats(x=(x, "... W"), factor=(factor, "... W R"))` wants x [..., W] and factor [..., W,
-    R]; a letter is of one size throughout.
+    `check(x=(x, "... W"), factor=(factor, "... W R"))` wants x [..., W] and factor [..., W, R]; a
+    letter is of one size throughout.
 
     Raises:
       InputError: which array does not fit, and what it must be.
     """
-    arrays = [_as_real(name, array) for name, (array, _) in arrays_and_axes.items()]
-    letter_sizes: dict[
-        str, tuple[int, str]
-    ] = {}  # of each letter, and the array that has it
-    leading_shapes = {}
-    for array, (name, (_, axes)) in zip(arrays, arrays_and_axes.items(), strict=True):
-        letters_before, letters_after = (
-            axes_lib.split(part) for part in axes.split("...")
+    arrays = {
+        name: _as_real(name, array) for name, (array, _) in arrays_and_axes.items()
+    }
+    check_shapes(
+        {name: (arrays[name], axes) for name, (_, axes) in arrays_and_axes.items()}
+    )
+    dtype = jnp.result_type(*arrays.values())
+    return [array.astype(dtype) for array in arrays.values()]
+
+
+def check_shapes(
+    arrays_and_axes: Mapping[str, tuple[ArrayLike | None, str]],
+    known_sizes: Mapping[str, tuple[int, str]] = MappingProxyType({}),
+) -> tuple[int, ...]:
+    """Refuses arrays whose axes do not fit; only their shapes are looked at.
+
+    Args:
+      arrays_and_axes: by name, an array and its axes, as "... T N H"; without "..." it has no
+        leading axes. None is an argument that was left out.
+      known_sizes: of letters that none of the arrays decides, and of whom: {"T": (3, "tokens")}.
+
+    Returns:
+      the shape to which the leading axes broadcast.
+
+    Raises:
+      InputError: which array does not fit, what it must be, and which one says so.
+    """
+    sizes_and_owners = dict(known_sizes)
+    leading_axes: dict[str, list[int]] = {}
+    for name, (array, axes) in arrays_and_axes.items():
+        if array is None:
+            continue
+        shape = np.shape(array)
+        letters = axes_lib.letter_each_axis(axes, len(shape))
+        message = (
+            f"{name} has shape {list(shape)}; it must be [{', '.join(axes.split())}]"
         )
-        message = f"{name} has shape {list(array.shape)}; it must be [{', '.join(axes.split())}]"
-        if array.ndim < len(letters_before) + len(letters_after):
+        if len(letters) != len(shape):
             raise InputError(message)
-        num_before_last = array.ndim - len(letters_after)
-        for letter, size in zip(
-            letters_before + letters_after,
-            array.shape[: len(letters_before)] + array.shape[num_before_last:],
-            strict=True,
-        ):
-            known_size, owner = letter_sizes.setdefault(letter, (size, name))
+        leading_axes[name] = []
+        for letter, size in zip(letters, shape, strict=True):
+            if letter == axes_lib.LEADING:
+                leading_axes[name].append(size)
+                continue
+            known_size, owner = sizes_and_owners.setdefault(letter, (size, name))
             if size != known_size:
                 raise InputError(
                     f"{message} with {letter} = {known_size}, as in {owner}"
                 )
-        leading_shapes[name] = array.shape[len(letters_before) : num_before_last]
-    try:
-        np.broadcast_shapes(*leading_shapes.values())
-    except ValueError:
-        shapes = ", ".join(
-            f"{list(shape)} of {name}" for name, shape in leading_shapes.items()
-        )
-        raise InputError(f"leading axes do not broadcast together: {shapes}") from None
-    dtype = jnp.result_type(*arrays)
-    return [array.astype(dtype) for array in arrays]
+    return axes_lib.broadcast_leading_axes(leading_axes)
 
 
 def check_positive(name: str, values: jax.Array) -> None:
@@ -90,8 +113,7 @@ def check_labels(
         raise InputError(
             f"{name} has shape {list(array.shape)}; it must be {list(shape)}"
         )
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise InputError(f"{name} has dtype {array.dtype}; it must hold integers")
+    check_integer_dtype(name, array)
     if is_concrete(array):
         check_integers(name, array, 0, num_classes)
     return array
@@ -104,9 +126,7 @@ def is_concrete(values: jax.Array) -> bool:
 
 def _as_real(name: str, values: ArrayLike) -> jax.Array:
     array = jnp.asarray(values)
-    kinds = (jnp.floating, jnp.integer)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-        raise InputError(f"{name} has dtype {array.dtype}; it must hold real numbers")
+    _check_real(name, array.dtype)
     return as_float(array)
 
 
@@ -118,53 +138,77 @@ def as_float(values: ArrayLike) -> jax.Array:
 
 def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> None:
     """Refuses values that are not real, finite and >= `minimum`; traced ones are not looked at."""
-    dtype = _dtype(values)
-    if not jnp.issubdtype(dtype, jnp.floating) and not jnp.issubdtype(
-        dtype, jnp.integer
-    ):
-        raise InputError(f"{name} has dtype {dtype}; it must hold real numbers")
+    _check_real(name, _dtype(values))
     bound_text = f" and >= {minimum:g}" if np.isfinite(minimum) else ""
     _check_values(
-        name, values, lambda v: np.isfinite(v) & (v >= minimum), f"finite{bound_text}"
+        name,
+        values,
+        lambda entries: np.isfinite(entries) & (entries >= minimum),
+        f"finite{bound_text}",
     )
 
 
 def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
     """Refuses values that are not integers low, ..., high - 1; traced ones are not looked at."""
+    check_integer_dtype(name, values)
+    _check_values(
+        name,
+        values,
+        lambda entries: (entries >= low) & (entries < high),
+        f"from {low} to {high - 1}",
+    )
+
+
+def check_integer_dtype(name: str, values: ArrayLike) -> None:
+    """Refuses arrays that do not hold integers."""
     dtype = _dtype(values)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(f"{name} has dtype {dtype}; it must hold integers")
-    _check_values(
-        name, values, lambda v: (v >= low) & (v < high), f"from {low} to {high - 1}"
-    )
+
+
+def check_count(name: str, count: object, minimum: int = 1) -> None:
+    """Refuses what is not an integer of at least `minimum`."""
+    if not is_integer(count) or count < minimum:
+        kind = (
+            "a positive integer" if minimum == 1 else f"an integer, at least {minimum}"
+        )
+        raise InputError(f"{name} is {count!r}; it must be {kind}")
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether the value is an integer of Python or NumPy; a bool is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _dtype(values: ArrayLike) -> np.dtype:
     return values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype
 
 
-def _check_values(name, values, is_valid, requirement) -> None:
+def _check_real(name: str, dtype: np.dtype) -> None:
+    kinds = jnp.floating, jnp.integer
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+        raise InputError(f"{name} has dtype {dtype}; it must hold real numbers")
+
+
+def _check_values(
+    name: str,
+    values: ArrayLike,
+    is_valid: Callable[[np.ndarray], np.ndarray],
+    requirement: str,
+) -> None:
     if isinstance(values, jax.core.Tracer):
         return
-    values = np.asarray(values)
+    entries = np.asarray(values)
     if not jnp.issubdtype(
-        values.dtype, jnp.integer
-    ):  # integers as they are: int32 would wrap them
+        entries.dtype, jnp.integer
+    ):  # int32 would wrap large integers
+        used_dtype = jax.dtypes.canonicalize_dtype(entries.dtype)
         with np.errstate(over="ignore"):  # what overflows is refused as infinite
-            values = values.astype(
-                jax.dtypes.canonicalize_dtype(values.dtype)
-            )  # as it will be used
-    invalid_indices = np.argwhere(~is_valid(values))
+            entries = entries.astype(used_dtype)
+    invalid_indices = np.argwhere(~is_valid(entries))
     if len(invalid_indices):
-        index = tuple(int(i) for i in invalid_indices[0])
+        index = tuple(invalid_indices[0].tolist())
         entry = f"{name}{list(index)}" if index else name
         raise InputError(
-            f"{entry} is {values[index]}; every entry must be {requirement}"
+            f"{entry} is {entries[index]}; every entry must be {requirement}"
         )
-
-
-def check_positive_integer(name: str, value: Any) -> None:
-    """Refuses what is no positive integer."""
-    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_integer or value < 1:
-        raise InputError(f"{name} is {value!r}; it must be a positive integer")

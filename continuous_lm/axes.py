@@ -54,9 +54,22 @@ SHARDING_RULES: Mapping[str, str] = {
 }
 
 
+LEADING = "..."  # any number of batch axes, in front or between
+
+
 def split(axes: str) -> tuple[str, ...]:
     """The letters of "N H D"."""
     return tuple(axes.split())
+
+
+def letter_each_axis(axes: str, num_axes: int) -> tuple[str, ...]:
+    """The letters of `num_axes` axes: ("Z", "...", "...", "W") for "Z ... W" and 4.
+
+    There are more or fewer where so many axes do not fit.
+    """
+    num_letters = len(split(axes.replace(LEADING, "")))
+    num_leading = max(num_axes - num_letters, 0)
+    return split(axes.replace(LEADING, f"{LEADING} " * num_leading))
 
 
 def sharding(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_numbers
+from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
@@ -207,8 +207,7 @@ def _check(embeddings, durations, start, initial, kind, rule, points) -> None:
             raise InputError(
                 f"{name} is {value!r}; it must be one of {', '.join(choices)}"
             )
-    if not isinstance(points, int) or points < 1:
-        raise InputError(f"points is {points!r}; it must be a positive integer")
+    check_count("points", points)
     if kind == "constant" and rule == "trapezoid":
         raise InputError(
             "a constant signal jumps at its knots, where the trapezoid rule would sample it; use"

@@ -32,7 +32,7 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, values are out of range.
     """
-    (p,) = arguments.check_floats(probabilities=(probabilities, "... V"))
+    (p,) = arguments.check(probabilities=(probabilities, "... V"))
     arguments.check_distribution("probabilities", p)
     label_array = arguments.check_labels("labels", labels, p.shape[:-1], p.shape[-1])
     return jnp.sum(
@@ -134,8 +134,7 @@ def brier_lm(
 def _check_token_arrays(**named_arrays: ArrayLike) -> list[jax.Array]:
     arrays = {name: jnp.asarray(array) for name, array in named_arrays.items()}
     for name, array in arrays.items():
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise InputError(f"{name} has dtype {array.dtype}; it must hold integers")
+        arguments.check_integer_dtype(name, array)
     shapes = {name: array.shape for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or () in shapes.values():
         shape_list = ", ".join(

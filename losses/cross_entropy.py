@@ -36,7 +36,7 @@ def cross_entropy(
 
     if not 0 <= smoothing < 1:
         raise InputError(f"smoothing is {smoothing}; it must be from 0 to below 1")
-    (shifted_logits,) = arguments.check_floats(logits=(logits, "... V"))
+    (shifted_logits,) = arguments.check(logits=(logits, "... V"))
     label_array = arguments.check_labels(
         "labels", labels, shifted_logits.shape[:-1], shifted_logits.shape[-1]
     )

@@ -47,7 +47,7 @@ def energy_score(
         raise InputError(
             f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only"
         )
-    x, y = arguments.check_floats(
+    x, y = arguments.check(
         samples=(samples, "Z ... W"), targets=(targets, "num_targets ... W")
     )
     for name, array, min_count in (("samples", x, 2), ("targets", y, 1)):

@@ -39,7 +39,7 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, mean, scale = arguments.check_floats(
+    x, mean, scale = arguments.check(
         x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W")
     )
     arguments.check_positive("scale", scale)
@@ -81,7 +81,7 @@ def low_rank_gaussian_nll(
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, mean, scale, factor = arguments.check_floats(
+    x, mean, scale, factor = arguments.check(
         x=(x, "... W"),
         mean=(mean, "... W"),
         scale=(scale, "... W"),
@@ -120,7 +120,7 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a diagonal entry is not above 0.
     """
-    x, mean, cholesky = arguments.check_floats(
+    x, mean, cholesky = arguments.check(
         x=(x, "... W"), mean=(mean, "... W"), cholesky=(cholesky, "... W W")
     )
     arguments.check_positive(

@@ -36,7 +36,7 @@ def gaussian_kl(mean: ArrayLike, scale: ArrayLike, *, floor: float = 0.0) -> jax
     """
     if not floor >= 0:
         raise InputError(f"floor is {floor}; it must be >= 0 nats")
-    mean, scale = arguments.check_floats(mean=(mean, "... W"), scale=(scale, "... W"))
+    mean, scale = arguments.check(mean=(mean, "... W"), scale=(scale, "... W"))
     arguments.check_positive("scale", scale)
     # (s - 1)(s + 1) keeps the digits that s^2 - 1 loses near s = 1.
     nats = jnp.square(mean) / 2 + ((scale - 1) * (scale + 1) / 2 - jnp.log(scale))

@@ -28,9 +28,7 @@ def mixture_nll(logits: ArrayLike, nlls: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit.
     """
-    logits, nlls = arguments.check_floats(
-        logits=(logits, "... X"), nlls=(nlls, "... X")
-    )
+    logits, nlls = arguments.check(logits=(logits, "... X"), nlls=(nlls, "... X"))
     return -jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1) - nlls, axis=-1)
 
 
@@ -57,7 +55,7 @@ def gaussian_mixture_nll(
     Raises:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
-    x, logits, mean, scale = arguments.check_floats(
+    x, logits, mean, scale = arguments.check(
         x=(x, "... W"),
         logits=(logits, "... X"),
         mean=(mean, "... X W"),

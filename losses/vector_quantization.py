@@ -48,7 +48,7 @@ def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit.
     """
-    x, code = arguments.check_floats(x=(x, "... W"), code=(code, "... W"))
+    x, code = arguments.check(x=(x, "... W"), code=(code, "... W"))
     return jnp.sum(jnp.square(lax.stop_gradient(x) - code), axis=-1)
 
 
@@ -105,14 +105,14 @@ def code_entropy(
     if (logits is None) == (probabilities is None):
         raise InputError("code_entropy takes either logits or probabilities")
     if logits is not None:
-        (logits,) = arguments.check_floats(logits=(logits, "... E"))
+        (logits,) = arguments.check(logits=(logits, "... E"))
         log_p = jax.nn.log_softmax(logits, axis=-1)
         p = jnp.exp(log_p)
         # Of a logit of -inf, log p would make a nan of 0.
         per_vector = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
     else:
         assert probabilities is not None
-        (p,) = arguments.check_floats(probabilities=(probabilities, "... E"))
+        (p,) = arguments.check(probabilities=(probabilities, "... E"))
         arguments.check_distribution("probabilities", p)
         per_vector = _entropy(p)
     return CodeEntropy(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
+from continuous_lm.arguments import check_count
 from continuous_lm.errors import InputError
 from continuous_lm.rotary import LongRope, Rope
 
@@ -67,9 +68,7 @@ class TransformerConfig:
             "num_kv_heads",
             "head_dim",
         ):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise InputError(f"{name} is {size!r}; it must be a positive integer")
+            check_count(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise InputError(
                 f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"

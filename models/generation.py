@@ -20,9 +20,9 @@ from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import (
+    check_count,
     check_integers,
     check_numbers,
-    check_positive_integer,
 )
 from continuous_lm.errors import InputError, about
 from continuous_lm.models import kv_cache
@@ -113,7 +113,7 @@ def generate(
         "top_k": top_k,
     }.items():
         if value is not None or name == "max_new_tokens":
-            check_positive_integer(name, value)
+            check_count(name, value)
     check_sampling(temperature, top_p, key)
     if (tokens is None) == (embeddings is None):
         raise InputError("give either tokens or embeddings")

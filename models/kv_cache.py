@@ -4,11 +4,10 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from continuous_lm.errors import InputError
+from continuous_lm.arguments import check_count
 from continuous_lm.models.config import TransformerConfig
 
 
@@ -41,11 +40,7 @@ def empty(
       batch_shape: the sequences' leading axes.
       dtype: of keys and values; the parameters' own.
     """
-    is_integer = isinstance(length, int | np.integer) and not isinstance(length, bool)
-    if not is_integer or length < 1:
-        raise InputError(
-            f"length is {length!r}; it must be a positive integer, of tokens"
-        )
+    check_count("length", length)
     float_dtype = jnp.promote_types(dtype, jnp.float32)
     shape = (
         config.num_layers,

@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_numbers, check_positive_integer
+from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 
 
@@ -34,7 +34,7 @@ def sample_token(
       tokens int32 [...].
     """
     if top_k is not None:
-        check_positive_integer("top_k", top_k)
+        check_count("top_k", top_k)
     top_logits = _mask_unlikely(temper_logits(logits, temperature), top_k, top_p)
     return jax.random.categorical(key, top_logits).astype(jnp.int32)
 

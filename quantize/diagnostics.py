@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float, check_count, check_integers
 from continuous_lm.errors import InputError
-from continuous_lm.quantize.kmeans import check_count, check_vectors, count_codes
+from continuous_lm.quantize.kmeans import check_vectors, count_codes
 from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, k_nearest
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float, check_integers, is_integer
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.straight_through import straight_through
 
@@ -140,10 +140,7 @@ def _place_values(levels: tuple[int, ...]) -> np.ndarray:
 
 def _check_levels(levels: Sequence[int], shape: tuple[int, ...], dtype) -> np.ndarray:
     """The levels as an array, if they can be used for vectors of this shape."""
-    are_integers = all(
-        isinstance(num_levels, int | np.integer) and not isinstance(num_levels, bool)
-        for num_levels in levels
-    )
+    are_integers = all(map(is_integer, levels))
     if not are_integers or not len(levels) or min(levels) < 2:
         raise InputError(
             f"levels are {tuple(levels)}; they must be whole numbers, at least 2"

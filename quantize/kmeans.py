@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_numbers
+from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, distance, nearest
 
@@ -56,8 +55,8 @@ def kmeans(
     """
     x = lax.stop_gradient(as_float(x))
     check_vectors(x)
-    for name, count, minimum in (("num_codes", num_codes, 1), ("steps", steps, 0)):
-        check_count(name, count, minimum)
+    check_count("num_codes", num_codes)
+    check_count("steps", steps, minimum=0)
     return _kmeans(
         key, x.reshape(-1, x.shape[-1]), int(num_codes), int(steps), block_size
     )
@@ -128,18 +127,6 @@ def sum_by_code(x: jax.Array, indices: jax.Array, num_codes: int) -> jax.Array:
 def count_selected_before(is_selected: jax.Array) -> jax.Array:
     """How many are chosen before each, int [E]."""
     return jnp.cumsum(is_selected) - is_selected
-
-
-def check_count(name: str, count: int, minimum: int = 1) -> None:
-    """Refuses what is not a whole number of at least `minimum`."""
-    if (
-        not isinstance(count, int | np.integer)
-        or isinstance(count, bool)
-        or count < minimum
-    ):
-        raise InputError(
-            f"{name} is {count!r}; it must be a whole number, at least {minimum}"
-        )
 
 
 def check_vectors(x: jax.Array, width: int | None = None) -> None:

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import as_float
+from continuous_lm.arguments import as_float, check_count
 from continuous_lm.errors import InputError
 
 METRICS = ("euclidean", "cosine", "dot")
@@ -393,16 +393,9 @@ def _check(x, codes, k, metric, norms, block_size) -> None:
             raise InputError(
                 f"{name} has dtype {array.dtype}; it must hold real numbers"
             )
-    for name, count in {
-        "k": k,
-        "block_size": DEFAULT_BLOCK_SIZE if block_size is None else block_size,
-    }.items():
-        if (
-            not isinstance(count, int | np.integer)
-            or isinstance(count, bool)
-            or count < 1
-        ):
-            raise InputError(f"{name} is {count!r}; it must be a positive integer")
+    check_count("k", k)
+    if block_size is not None:
+        check_count("block_size", block_size)
     if k > len(codes):
         raise InputError(f"k is {k}, but there are only {len(codes)} codes")
     if norms is not None and np.shape(norms) != codes.shape[:1]:

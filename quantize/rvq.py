@@ -12,10 +12,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float, check_count, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.quantize import vq
-from continuous_lm.quantize.kmeans import check_count, check_vectors
+from continuous_lm.quantize.kmeans import check_vectors
 from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE
 from continuous_lm.quantize.straight_through import with_gradient
 from continuous_lm.quantize.vq import Codebook, Quantized
@@ -59,7 +59,7 @@ def init_residual(
     check_vectors(x)
     check_count("num_stages", num_stages)
     check_count("num_codes", num_codes)
-    check_count("steps", steps, 0)
+    check_count("steps", steps, minimum=0)
     return _init(
         jax.random.split(key, num_stages), x, num_codes, steps, axis_name, block_size
     )

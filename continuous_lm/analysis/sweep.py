@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float, check_count, check_integers
 from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
 from continuous_lm.parallel.pmap import pmap_rows
@@ -286,8 +286,8 @@ def _run_batches(
 
     The last batch is cut to the points that are left.
     """
-    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
-        raise InputError(f"batch_size is {batch_size!r}; it must be a positive integer")
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
     num_points = len(prompts[0].position)
     model = lm.model.clone(config=lm.config.at_length(prompts[0].num_tokens))
     prefix_lengths = [

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from continuous_lm.arguments import check_count
 from continuous_lm.errors import InputError
 
 
@@ -35,13 +36,7 @@ class MelConfig:
 
     def __post_init__(self):
         for name in ("rate", "window", "hop", "bands"):
-            value = getattr(self, name)
-            if (
-                not isinstance(value, int | np.integer)
-                or isinstance(value, bool)
-                or value < 1
-            ):
-                raise InputError(f"{name} is {value!r}; it must be a positive integer")
+            check_count(name, getattr(self, name))
         if 2 * self.hop > self.window:
             raise InputError(
                 f"hop is {self.hop}; it must be at most half the window, {self.window}, or sound"

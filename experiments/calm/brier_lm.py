@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from continuous_lm.arguments import check_integers, check_positive_integer
+from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
@@ -147,7 +147,7 @@ def _summarize_scores(
     scores: np.ndarray, groups: np.ndarray | None, seed: int, resamples: int
 ) -> dict[str, Any]:
     """Means of scores [n, 4], with their intervals."""
-    check_positive_integer("resamples", resamples)
+    check_count("resamples", resamples)
     if not len(scores):
         raise InputError("there are no positions to judge")
     if groups is not None and (
@@ -218,7 +218,7 @@ def ngram_probabilities(
     Raises:
       InputError: if there are too many.
     """
-    check_positive_integer("n", n)
+    check_count("n", n)
     contexts = np.asarray(contexts)
     p = np.asarray(next_probs(contexts), np.float64)
     vocab_size, num_contexts = p.shape[-1], len(contexts)
@@ -278,7 +278,7 @@ def evaluate_language_model(
     Raises:
       InputError: if shapes do not fit, or tokens are not in the vocabulary.
     """
-    check_positive_integer("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     contexts, reference = _check_contexts(lm, contexts, reference)
     token_batches = []
     batch_size = min(batch_size, len(contexts))

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_numbers, check_positive_integer
+from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 
 # 1 / temperature that is so near to an integer, relative to it, is meant to be that integer.
@@ -82,7 +82,7 @@ def rejection_sample(
     Raises:
       InputError: for a temperature or max_rounds out of range, or draws of another shape or dtype.
     """
-    check_positive_integer("max_rounds", max_rounds)
+    check_count("max_rounds", max_rounds)
     check_numbers("temperature", temperature)
     if not isinstance(temperature, jax.core.Tracer):
         temperatures = np.asarray(temperature)
@@ -210,7 +210,7 @@ def repetition_weights(candidates: ArrayLike, *, n: int) -> tuple[jax.Array, jax
     Raises:
       InputError: as of `repetition_sample`.
     """
-    check_positive_integer("n", n)
+    check_count("n", n)
     candidates = jnp.asarray(candidates)
     if not jnp.issubdtype(candidates.dtype, jnp.integer):
         raise InputError(

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import check_integers, check_positive_integer
+from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError, about
 from continuous_lm.models.calm import repeated_draws
 from continuous_lm.models.calm.checkpoint import (
@@ -91,7 +91,7 @@ def sample(
         "num_candidates": num_candidates,
     }
     for name, value in (counts | {"max_rounds": max_rounds}).items():
-        check_positive_integer(name, value)
+        check_count(name, value)
     check_sampling(temperature, None, key)
     if method not in SAMPLING_METHODS:
         raise InputError(

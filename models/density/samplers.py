@@ -21,9 +21,9 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm import quantize as quantize_lib
 from continuous_lm.arguments import (
+    check_count,
     check_integers,
     check_numbers,
-    check_positive_integer,
 )
 from continuous_lm.errors import InputError
 from continuous_lm.models.density.distributions import Categorical
@@ -94,7 +94,7 @@ def sample(
         "max_prefill_length": max_prefill_length,
         "num_candidates": num_candidates,
     }.items():
-        check_positive_integer(name, count)
+        check_count(name, count)
     check_sampling(temperature, None, key)
     if quantize not in QUANTIZE_METHODS:
         raise InputError(
