@@ -27,7 +27,7 @@ from continuous_lm.experiments.apples.language import (
     UNSEEN_SEPARATORS,
     UNSEEN_WORDS,
 )
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes

@@ -32,7 +32,7 @@ from tqdm import tqdm
 import continuous_lm as clm
 from continuous_lm import axes as axes_lib
 from continuous_lm.experiments.apples import prompts
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.transformer import Transformer

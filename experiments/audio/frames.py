@@ -46,7 +46,8 @@ from continuous_lm.experiments.audio.synthesis import (
     synthesize_tones,
 )
 from continuous_lm.experiments.audio.wav_files import write_wav
-from continuous_lm.experiments.common import plots, program
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import plots
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text, window_batches
 from continuous_lm.io.atomic_files import write_atomically

@@ -31,7 +31,7 @@ from continuous_lm.experiments.benchmarks import (
     timing,
 )
 from continuous_lm.experiments.benchmarks.timing import Row
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 

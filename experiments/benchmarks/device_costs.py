@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import program_costs
-from continuous_lm.experiments.common import program, tables
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import tables
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import language_model

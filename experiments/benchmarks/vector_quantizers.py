@@ -24,7 +24,7 @@ from absl import flags
 from continuous_lm import quantize as q
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import baselines
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 

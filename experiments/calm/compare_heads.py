@@ -14,7 +14,8 @@ import jax
 from absl import flags
 
 from continuous_lm.experiments.calm import two_mode_target
-from continuous_lm.experiments.common import plots, program
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import plots
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 

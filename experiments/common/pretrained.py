@@ -1,61 +1,63 @@
 """The pretrained model that a program runs on: its flags, and how it is loaded."""
 
+import dataclasses
 import pathlib
+from typing import Literal
 
 import jax
 import tokenizers
-from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.experiments.common import program
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    "apples",
-    "A checkpoint folder, a bundled model by its name, or org/name on the Hugging Face hub.",
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    "auto",
-    ["auto", "stored", "float32", "bfloat16", "float16"],
-    "Of the parameters and the computation. auto: as stored on an accelerator, float32 on a CPU.",
-)
-_CACHE_DIR = flags.DEFINE_string(
-    "cache_dir",
-    None,
-    "Folder that keeps converted parameters for the next run.  [default: none]",
-)
-_IGNORED_CONFIG_FIELDS = flags.DEFINE_list(
-    "ignore_config_fields",
-    [],
-    "Fields of config.json known not to change what the model computes.",
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedConfig(program.DeviceConfig):
+    """Flags of the model."""
+
+    model: str = program.flag(
+        "apples",
+        help="A checkpoint folder, a bundled model by its name, or org/name on the Hugging Face"
+        " hub.",
+    )
+    dtype: Literal["auto", "stored", "float32", "bfloat16", "float16"] = program.flag(
+        "auto",
+        help="Type of the parameters and the computation. auto: as stored on an accelerator,"
+        " float32 on a CPU.",
+    )
+    cache_dir: str | None = program.flag(
+        None,
+        help="Folder that keeps converted parameters for the next run.  [default: none]",
+    )
+    ignore_config_fields: tuple[str, ...] = program.flag(
+        (), help="Fields of config.json known not to change what the model computes."
+    )
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, without the folders it lies in."""
+        return pathlib.PurePath(self.model).name
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it is a bundled model, which knows the small language alone."""
+        return self.model in clm.bundled_models()
 
 
-def load() -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
-    """The model that the flags name, and its tokenizer."""
-    dtype = _DTYPE.value
+def load(config: PretrainedConfig) -> tuple[clm.LanguageModel, tokenizers.Tokenizer]:
+    """The model, on the mesh if there is one, and its tokenizer."""
+    dtype: str = config.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "stored"
     lm = clm.load(
-        _MODEL.value,
+        config.model,
         dtype=None if dtype == "stored" else dtype,
-        ignore_fields=_IGNORED_CONFIG_FIELDS.value,
-        cache_dir=_CACHE_DIR.value,
-        mesh=program.mesh(),
+        ignore_fields=config.ignore_config_fields,
+        cache_dir=config.cache_dir,
+        mesh=program.make_mesh(config),
     )
     if lm.tokenizer is None:
         raise clm.InputError(
-            f"{_MODEL.value} has no tokenizer.json, which this program needs to read its prompt"
+            f"{config.model} has no tokenizer.json, which this program needs to read its prompt"
         )
     return lm, lm.tokenizer
-
-
-def model_name() -> str:
-    """What --model names, without the folders it lies in."""
-    return pathlib.PurePath(_MODEL.value).name
-
-
-def is_bundled() -> bool:
-    """Whether --model names a bundled model, which knows the small language alone."""
-    return _MODEL.value in clm.bundled_models()

@@ -1,159 +1,541 @@
-"""What every program shares: its folder, its devices, how errors end, what a run records.
+"""Programs as functions: a frozen `Config`, and `run(config) -> Result`; flags are its fields.
+
+A program is a module such as
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config(program.DeviceConfig):                 # or RunConfig, on one device; PmapConfig
+        \"\"\"Flags of this program.\"\"\"                      # heads them in --help
+
+        word: str = program.flag("apple", help="The word that is repeated.")
+        repetitions: int = program.flag(4, help="Number of repetitions.", lower_bound=1)
+        category: str | None = program.flag(None, help="Category of the word.")
+        change: Literal["both", "mass"] = program.flag("both", help="What durations change.")
+        models: tuple[str, ...] = program.flag((), help="Folders, separated by commas.")
+
+    @dataclasses.dataclass(frozen=True)
+    class Result(program.Result):
+        probabilities: np.ndarray                       # what it computed, typed
+
+        def summary(self) -> str: ...                   # what the command line prints
+
+    def run(config: Config) -> Result:
+        folder = program.output_folder(config)          # None: nothing is to be written
+        mesh = program.make_mesh(config)
+        ...
+        if folder is not None and processes.is_first_process():
+            write_json(folder / "name.json", {..., "run": program.record(config)})
+        return Result(...)
+
+    if __name__ == "__main__":
+        program.main(Config, run)
+
+and a line in `continuous_lm.experiments.PROGRAMS`. Then `python -m continuous_lm NAME --word=cat`
+runs it, as does `run(Config(word="cat"))` in a notebook, which touches no flags. The kind of a flag
+comes from the type of its field: bool, int, float, str, Literal (one of several words), X | None,
+tuple[X, ...] (separated by commas, or given several times with `repeated`). A field may hold
+another dataclass of flags, which are then flags of the program too. Values are checked where a
+Config is made; what no bound can say, a `__post_init__` says, which calls
+`super().__post_init__()`.
 
 With several processes all of them run the whole program, and process 0 alone writes: the folder of
 results, to which the others look when a run goes on, must be one that all of them can read.
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import os
 import pathlib
 import platform
 import sys
-from collections.abc import Callable
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.sharding import Mesh
 
 import continuous_lm as clm
 from continuous_lm.errors import InputError
 from continuous_lm.io.atomic_files import check_writable
+from continuous_lm.parallel import mesh as mesh_lib
 from continuous_lm.parallel import processes
-from continuous_lm.parallel.mesh import make_mesh
 
-_OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir",
-    None,
-    "Folder for the results.  [default: results/ and the program's name]",
-)
-_COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache",
-    None,
-    "Folder in which JAX keeps what it has compiled for the next run, or none."
-    "  [default: JAX_COMPILATION_CACHE_DIR, or continuous_lm/jax in the user's cache folder]",
-)
-_MESH = flags.DEFINE_string(
-    "mesh",
-    None,
-    "How many devices share points or rows, and the model: data=2,model=4."
-    "  [default: one device; all on data, with several processes]",
-)
-_PMAP = flags.DEFINE_bool(
-    "pmap", False, "Spread points or rows over all devices by jax.pmap."
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "host:port of process 0, of several that run the program together; that port and the next must"
-    " be free. auto: as Slurm, Open MPI or a TPU slice say.  [default: JAX_COORDINATOR_ADDRESS]",
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
+Value = TypeVar("Value")
+
+HELP_FLAGS = {"--help", "--helpfull", "--helpshort", "-help", "-h", "-?"}
+_PROCESS_FLAGS = (
     "num_processes",
-    None,
-    "How many they are.  [default: JAX_NUM_PROCESSES]",
-    lower_bound=1,
-)
-_PROCESS_ID = flags.DEFINE_integer(
     "process_id",
-    None,
-    "The number of this one, from 0.  [default: JAX_PROCESS_ID]",
-    lower_bound=0,
-)
-_STARTUP_TIMEOUT = flags.DEFINE_integer(
-    "startup_timeout", 300, "Seconds until all processes must have come.", lower_bound=1
-)
-_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "startup_timeout",
     "heartbeat_timeout",
-    100,
-    "Seconds without a sign of life that end a run.",
-    lower_bound=1,
 )
+TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "text"}
+
+# --- Fields -----------------------------------------------------------------------------------
 
 
-def run(
-    main: Callable[[], None],
+@dataclasses.dataclass(frozen=True)
+class FlagDescription:
+    """What is known of a flag beside its type and default."""
+
+    help: str
+    choices: tuple[str, ...]
+    lower_bound: float | None
+    upper_bound: float | None
+    is_repeated: bool
+
+
+def flag(
+    default: Value,
     *,
-    supports_mesh: bool = False,
-    supports_pmap: bool = False,
-) -> None:
-    """Runs `main` as an absl program; an `InputError` ends it with one line and exit status 1.
+    help: str,
+    choices: Sequence[str] = (),
+    lower_bound: float | None = None,
+    upper_bound: float | None = None,
+    repeated: bool = False,
+) -> Value:
+    """A field of a Config that is a flag of its program.
 
     Args:
-      main: the program.
-      supports_mesh: whether it places what it computes on `mesh()`, and so runs in several
-        processes.
-      supports_pmap: whether it does as `uses_pmap()` says.
+      default: the value if it is not given.
+      help: a phrase that stands alone in --help.
+      choices: the words allowed, of a str or of each part of a tuple; Literal says them by itself.
+      lower_bound: the smallest number allowed.
+      upper_bound: the largest.
+      repeated: of a tuple: the flag is given once for each part, which may hold commas.
     """
-
-    def run_and_report_errors(argv: list[str]) -> None:
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(
-                logging.WARNING
-            )  # at absl's INFO libraries are chatty
-        try:
-            if len(argv) > 1:
-                raise InputError(
-                    f"{argv[1]!r} is not a flag; flags begin with --, see --help"
-                )
-            _refuse_unused_flags(supports_mesh, supports_pmap)
-            _enable_compilation_cache()
-            if _coordinator_address() is not None:
-                processes.initialize(
-                    _coordinator_address(),
-                    _NUM_PROCESSES.value,
-                    _PROCESS_ID.value,
-                    startup_timeout=_STARTUP_TIMEOUT.value,
-                    heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
-                )
-            main()
-        except InputError as error:
-            processes.exit_all(f"error: {' '.join(str(error).splitlines())}")
-        except jax.errors.JaxRuntimeError:
-            processes.wait_for_watchdog()
-            raise
-
-    app.run(run_and_report_errors)
-
-
-def _coordinator_address() -> str | None:
-    return _COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
-
-
-def _refuse_unused_flags(supports_mesh: bool, supports_pmap: bool) -> None:
-    """Refuses flags that this program does not read, or that have no meaning beside others."""
-
-    def refuse(names: tuple[str, ...], why: str) -> None:
-        for name in names:
-            if flags.FLAGS[name].present:
-                raise InputError(f"--{name}: {why}; leave it out")
-
-    process_flags = (
-        "num_processes",
-        "process_id",
-        "startup_timeout",
-        "heartbeat_timeout",
+    description = FlagDescription(
+        help, tuple(choices), lower_bound, upper_bound, repeated
     )
-    if not supports_mesh:
-        refuse(
-            ("mesh", "coordinator", *process_flags), "this program runs on one device"
-        )
-    if not supports_pmap:
-        refuse(("pmap",), "this program has nothing that it could spread so")
-    if _coordinator_address() is None:
-        refuse(
-            process_flags, "it is of several processes, and there is no --coordinator"
-        )
-    elif _PMAP.value:
-        raise InputError("--pmap is for one process; several share a --mesh")
-    if _PMAP.value and _MESH.value is not None:
-        raise InputError("--pmap and --mesh are two ways to the same; give one")
+    return dataclasses.field(default=default, metadata={"flag": description})
 
 
-def _enable_compilation_cache() -> None:
+@dataclasses.dataclass(frozen=True)
+class FlagField:
+    """A field of a Config with its type taken apart."""
+
+    name: str
+    owner: type  # the class that defines it, whose docstring heads it in --help
+    default: Any
+    description: FlagDescription
+    value_type: type  # bool, int, float or str; of the parts of a tuple
+    choices: tuple[str, ...]
+    is_optional: bool
+    is_tuple: bool
+
+    def check(self, value: Any) -> Any:
+        """The value as the field holds it: a path becomes text, a list a tuple.
+
+        Raises:
+          InputError: naming the flag, if it has another type or is out of bounds.
+        """
+        if value is None and self.is_optional:
+            return None
+        if not self.is_tuple:
+            return self._check_part(value)
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise InputError(f"--{self.name} is {value!r}; it must be a list")
+        return tuple(self._check_part(part) for part in value)
+
+    def _check_part(self, value: Any) -> Any:
+        description = self.description
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if self.value_type is float and type(value) is int:
+            value = float(value)
+        is_of_type = isinstance(value, self.value_type)
+        if not is_of_type or (isinstance(value, bool) and self.value_type is not bool):
+            expected = TYPE_NAMES[self.value_type]
+            raise InputError(f"--{self.name} is {value!r:.60}; it must be {expected}")
+        if self.choices and value not in self.choices:
+            known = ", ".join(self.choices)
+            raise InputError(f"--{self.name} is {value!r:.60}; it must be of {known}")
+        lower, upper = description.lower_bound, description.upper_bound
+        if lower is not None and not value >= lower:
+            raise InputError(f"--{self.name} is {value}; it must be at least {lower:g}")
+        if upper is not None and not value <= upper:
+            raise InputError(f"--{self.name} is {value}; it must be at most {upper:g}")
+        return value
+
+
+def _flag_field(config_class: type, name: str, annotation: Any) -> FlagField:
+    """Takes a field's type apart; the default is that of its class."""
+    owner = next(
+        c for c in config_class.__mro__ if name in vars(c).get("__annotations__", {})
+    )
+    field = config_class.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    description = field.metadata["flag"]
+    is_optional = typing.get_origin(annotation) in (types.UnionType, typing.Union)
+    if is_optional:
+        (annotation,) = set(typing.get_args(annotation)) - {types.NoneType}
+    is_tuple = typing.get_origin(annotation) is tuple
+    if is_tuple:
+        annotation, _ = typing.get_args(annotation)
+    choices = description.choices
+    if typing.get_origin(annotation) is Literal:
+        choices = typing.get_args(annotation)
+        annotation = str
+    if annotation not in TYPE_NAMES:
+        raise TypeError(f"{config_class.__name__}.{name}: no flag is of {annotation}")
+    return FlagField(
+        name,
+        owner,
+        field.default,
+        description,
+        annotation,
+        choices,
+        is_optional,
+        is_tuple,
+    )
+
+
+def _fields(config_class: type) -> dict[str, FlagField | type]:
+    """Field name -> a flag, or the dataclass of flags that it holds."""
+    annotations = typing.get_type_hints(config_class)
+    fields: dict[str, FlagField | type] = {}
+    for field in dataclasses.fields(config_class):
+        if "flag" in field.metadata:
+            fields[field.name] = _flag_field(
+                config_class, field.name, annotations[field.name]
+            )
+        elif dataclasses.is_dataclass(annotations[field.name]):
+            fields[field.name] = annotations[field.name]
+        else:
+            raise TypeError(f"{config_class.__name__}.{field.name} is no program.flag")
+    return fields
+
+
+def flag_values(config: "CheckedConfig") -> dict[str, Any]:
+    """Every flag's name and value, of nested dataclasses too, in alphabetical order."""
+    values: dict[str, Any] = {}
+    for name in _fields(type(config)):
+        value = getattr(config, name)
+        if isinstance(value, CheckedConfig):
+            values |= flag_values(value)
+        else:
+            values[name] = list(value) if isinstance(value, tuple) else value
+    return dict(sorted(values.items()))
+
+
+# --- What programs share ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckedConfig:
+    """Flags whose types and bounds are checked; the base of all."""
+
+    def __post_init__(self) -> None:
+        for name, field in _fields(type(self)).items():
+            if isinstance(field, FlagField):
+                object.__setattr__(self, name, field.check(getattr(self, name)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig(CheckedConfig):
+    """Flags of every program."""
+
+    output_dir: str | None = flag(
+        None,
+        help="Folder for the results.  [default: results/ and the program's name]",
+    )
+    compilation_cache: str | None = flag(
+        None,
+        help="Folder in which JAX keeps what it has compiled for the next run, or none."
+        "  [default: JAX_COMPILATION_CACHE_DIR, or continuous_lm/jax in the user's cache folder]",
+    )
+
+    def default_folder(self, program_name: str) -> str:
+        """The folder below results/ where the command line writes, if none is given."""
+        return program_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceConfig(RunConfig):
+    """Flags of programs that run on many devices."""
+
+    mesh: str | None = flag(
+        None,
+        help="How many devices share points or rows, and the model: data=2,model=4."
+        "  [default: one device; all on data, with several processes]",
+    )
+    coordinator: str | None = flag(
+        None,
+        help="host:port of process 0, of several that run the program together; that port and the"
+        " next must be free. auto: as Slurm, Open MPI or a TPU slice say."
+        "  [default: JAX_COORDINATOR_ADDRESS]",
+    )
+    num_processes: int | None = flag(
+        None, help="Number of processes.  [default: JAX_NUM_PROCESSES]", lower_bound=1
+    )
+    process_id: int | None = flag(
+        None,
+        help="Index of this process, from 0.  [default: JAX_PROCESS_ID]",
+        lower_bound=0,
+    )
+    startup_timeout: int = flag(
+        300, help="Seconds until all processes must have come.", lower_bound=1
+    )
+    heartbeat_timeout: int = flag(
+        100, help="Seconds without a sign of life that end a run.", lower_bound=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _coordinator_address(self) is not None:
+            return
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _PROCESS_FLAGS:
+            if getattr(self, name) != defaults[name]:
+                raise InputError(
+                    f"--{name}: it is of several processes, and there is no --coordinator;"
+                    " leave it out"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PmapConfig(DeviceConfig):
+    """Flags of programs that run on many devices, by jax.pmap too."""
+
+    pmap: bool = flag(False, help="Spread points or rows over all devices by jax.pmap.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pmap and _coordinator_address(self) is not None:
+            raise InputError("--pmap is for one process; several share a --mesh")
+        if self.pmap and self.mesh is not None:
+            raise InputError("--pmap and --mesh are two ways to the same; give one")
+
+
+class Result:
+    """What a program computed; each derives a frozen dataclass from it."""
+
+    def summary(self) -> str:
+        """The text that the command line prints."""
+        return ""
+
+    @property
+    def exit_status(self) -> int:
+        """With which the command line ends."""
+        return 0
+
+
+def make_mesh(config: DeviceConfig) -> Mesh | None:
+    """The mesh on which a program's parameters lie; None for one device."""
+    if config.mesh is None and jax.process_count() == 1:
+        return None
+    return mesh_lib.make_mesh(config.mesh)
+
+
+def output_folder(config: RunConfig) -> pathlib.Path | None:
+    """The folder for the results, known to be writable; None if nothing is to be written."""
+    if config.output_dir is None:
+        return None
+    folder = pathlib.Path(config.output_dir)
+    check_writable(folder)
+    return folder
+
+
+def record(config: RunConfig) -> dict[str, Any]:
+    """Flags, versions and device of a run, for its results file."""
+    return settings(config) | {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+    }
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """What `record` says but for the devices, which are not touched."""
+    packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
+    package_versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "flags": flag_values(config),
+        "versions": {
+            "continuous_lm": clm.__version__,
+            "python": platform.python_version(),
+        }
+        | package_versions,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+# --- The command line -------------------------------------------------------------------------
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def main(
+    config_class: type[Config],
+    run: Callable[[Config], Result],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs a program with flags; an `InputError` ends it with one line and exit status 1.
+
+    Args:
+      config_class: the program's Config.
+      run: the program.
+      argv: its name and flags; those of the command line if left out.
+    """
+    name, *arguments = sys.argv if argv is None else argv
+    name = pathlib.PurePath(name).stem
+    if HELP_FLAGS.intersection(arguments):
+        print(help_text(config_class, name))
+        return
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)  # at absl's INFO libraries are chatty
+    try:
+        config = parse(config_class, name, arguments)
+        _enable_compilation_cache(config)
+        if isinstance(config, DeviceConfig):
+            _join_processes(config)
+        result = run(config)
+    except InputError as error:
+        processes.exit_all(f"error: {' '.join(str(error).splitlines())}")
+    except jax.errors.JaxRuntimeError:
+        processes.wait_for_watchdog()
+        raise
+    if not jax.distributed.is_initialized() or processes.is_first_process():
+        print(f"{result.summary()}\n\nResults: {config.output_dir}", flush=True)
+    if result.exit_status:
+        sys.exit(result.exit_status)
+
+
+def parse(config_class: type[Config], name: str, arguments: Sequence[str]) -> Config:
+    """The Config of a command line; the results go to results/NAME if it names no folder.
+
+    Raises:
+      InputError: for flags that are unknown, or out of bounds.
+    """
+    flag_holder = _define_flags(config_class)
+    try:
+        _, *stray_arguments = flag_holder([name, *arguments])
+    except flags.Error as error:
+        raise InputError(f"{error}; --help lists the flags") from None
+    if stray_arguments:
+        raise InputError(
+            f"{stray_arguments[0]!r} is not a flag; flags begin with --, see --help"
+        )
+    config = _read_flags(config_class, flag_holder)
+    if config.output_dir is None:
+        folder = pathlib.PurePath("results", config.default_folder(name))
+        config = dataclasses.replace(config, output_dir=str(folder))
+    return config
+
+
+def help_text(config_class: type[RunConfig], name: str) -> str:
+    """The module's docstring, and every flag under the docstring of the class that defines it."""
+    flag_holder = _define_flags(config_class)
+    used_headings = {_heading(field.owner) for field, _ in _all_flags(config_class)}
+    own_headings = [
+        _heading(owner) for owner in config_class.__mro__
+    ]  # its own flags first
+    nested_headings = sorted(used_headings - set(own_headings))
+    headings = [h for h in own_headings if h in used_headings] + nested_headings
+    usage = f"usage: python -m continuous_lm {name} [--flags]"
+    description = (sys.modules[config_class.__module__].__doc__ or "").strip()
+    groups = [flag_holder.module_help(heading).rstrip() for heading in headings]
+    return "\n\n".join([usage, description, *(group.lstrip("\n") for group in groups)])
+
+
+def _heading(owner: type) -> str:
+    return (owner.__doc__ or owner.__name__).splitlines()[0].rstrip(".")
+
+
+def _all_flags(
+    config_class: type, defaults: Any = None
+) -> Iterator[tuple[FlagField, Any]]:
+    """Every flag with its default, those of nested dataclasses too."""
+    for name, field in _fields(config_class).items():
+        if isinstance(field, FlagField):
+            yield field, field.default if defaults is None else getattr(defaults, name)
+        else:
+            nested = config_class.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+            yield from _all_flags(field, nested)
+
+
+def _define_flags(config_class: type) -> flags.FlagValues:
+    """The flags of a Config, in a namespace of their own."""
+    flag_holder = flags.FlagValues()
+    for field, default in _all_flags(config_class):
+        flags.DEFINE_flag(
+            _absl_flag(field, default), flag_holder, module_name=_heading(field.owner)
+        )
+    return flag_holder
+
+
+def _absl_flag(field: FlagField, default: Any) -> flags.Flag:
+    """A flag as absl has it; its value is None, a bool, a number, a text or a list of texts."""
+    description = field.description
+    name, help = field.name, description.help
+    if field.is_tuple:
+        texts = None if default is None else [str(part) for part in default]
+        if description.is_repeated:
+            return flags.MultiFlag(flags.ArgumentParser(), None, name, texts, help)
+        serializer = flags.CsvListSerializer(",")
+        return flags.Flag(flags.ListParser(), serializer, name, texts, help)
+    if field.choices:
+        return flags.EnumFlag(name, default, help, list(field.choices))
+    if field.value_type is bool:
+        return flags.BooleanFlag(name, default, help)
+    parser: flags.ArgumentParser = flags.ArgumentParser()
+    lower, upper = description.lower_bound, description.upper_bound
+    if field.value_type is float:
+        parser = flags.FloatParser(lower, upper)
+    elif field.value_type is int:
+        lower = None if lower is None else int(lower)
+        upper = None if upper is None else int(upper)
+        parser = flags.IntegerParser(lower, upper)
+    return flags.Flag(parser, flags.ArgumentSerializer(), name, default, help)
+
+
+def _read_flags(config_class: type[Config], flag_holder: flags.FlagValues) -> Config:
+    """The Config, with what is nested in it, of parsed flags."""
+    values: dict[str, Any] = {}
+    for name, field in _fields(config_class).items():
+        if isinstance(field, FlagField):
+            values[name] = _read_value(field, flag_holder[name].value)
+        else:
+            values[name] = _read_flags(field, flag_holder)
+    return config_class(**values)
+
+
+def _read_value(field: FlagField, value: Any) -> Any:
+    """A flag's value as its field holds it."""
+    if value is None or not field.is_tuple:
+        return value
+    try:
+        return tuple(field.value_type(text) for text in value)
+    except ValueError:
+        expected = TYPE_NAMES[field.value_type]
+        raise InputError(
+            f"--{field.name} is {','.join(value)}; each part must be {expected}"
+        ) from None
+
+
+def _join_processes(config: DeviceConfig) -> None:
+    """Joins the other processes, if there are any."""
+    address = _coordinator_address(config)
+    if address is None:
+        return
+    processes.initialize(
+        address,
+        config.num_processes,
+        config.process_id,
+        startup_timeout=config.startup_timeout,
+        heartbeat_timeout=config.heartbeat_timeout,
+    )
+
+
+def _coordinator_address(config: DeviceConfig) -> str | None:
+    return config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+
+
+def _enable_compilation_cache(config: RunConfig) -> None:
     """Turns JAX's cache of compiled programs on, unless told otherwise or it cannot be written."""
-    requested_folder = _COMPILATION_CACHE.value
+    requested_folder = config.compilation_cache
     if requested_folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return
@@ -173,52 +555,3 @@ def _enable_compilation_cache() -> None:
             ) from None
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-
-
-def mesh() -> Mesh | None:
-    """--mesh, on which a program's parameters lie; None for one device."""
-    if _MESH.value is None and jax.process_count() == 1:
-        return None
-    return make_mesh(_MESH.value)
-
-
-def uses_pmap() -> bool:
-    """--pmap."""
-    return bool(_PMAP.value)
-
-
-def output_dir(program_name: str) -> pathlib.Path:
-    """The folder for the results of program `program_name`, known to be writable."""
-    folder = pathlib.Path(_OUTPUT_DIR.value or pathlib.Path("results") / program_name)
-    check_writable(folder)
-    return folder
-
-
-def record() -> dict[str, Any]:
-    """Flags, versions and device of this run, for its results file."""
-    return settings() | {
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "num_processes": jax.process_count(),
-    }
-
-
-def settings() -> dict[str, Any]:
-    """What `record` says but for the devices, which are not touched."""
-    packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
-    package = "continuous_lm.experiments."
-    ours = {
-        flag.name: flag.value
-        for module, defined in flags.FLAGS.flags_by_module_dict().items()
-        if module.startswith(package) or module == sys.argv[0]
-        for flag in defined
-    }
-    return {
-        "flags": dict(sorted(ours.items())),
-        "versions": {
-            "continuous_lm": clm.__version__,
-            "python": platform.python_version(),
-        }
-        | {name: importlib.metadata.version(name) for name in packages},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }

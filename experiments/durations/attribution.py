@@ -18,7 +18,16 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.analysis import attribution
 from continuous_lm.analysis.deletion import deletion_curve
-from continuous_lm.experiments.common import plots, pretrained, program, prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.common import (
+    plots,
+    prompt,
+)
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes

@@ -11,8 +11,18 @@ learned their truth tables by heart.
 import itertools
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import answer_curves, plots, pretrained, program
-from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.common import (
+    answer_curves,
+    plots,
+)
+from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
+from continuous_lm.experiments.durations import prompt_sweeps
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes

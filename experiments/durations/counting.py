@@ -8,10 +8,12 @@ about k tokens in all, so that its answer changes near factors (k + 1/2) / n. On
 this takes about ten seconds and gives 4, 3, 2, 1.
 """
 
-from absl import flags
+import dataclasses
+
+import tokenizers
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import pretrained, program
+from continuous_lm.experiments.common import answer_curves, program
 from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
 CATEGORY_OF_WORD = {"apple": "fruit", "cat": "animal", "rose": "flower"}  # the paper's
@@ -20,66 +22,74 @@ PROMPT_TEMPLATE = (
     " Reply with a single-digit number\nAnswer: "
 )
 
-_WORD = flags.DEFINE_string("word", "apple", "The word that is repeated.")
-_CATEGORY = flags.DEFINE_string(
-    "category", None, "What the word is; known for apple, cat and rose."
-)
-_REPETITIONS = flags.DEFINE_integer(
-    "repetitions", 4, "How many times.", lower_bound=1, upper_bound=9
-)
-_SPAN = flags.DEFINE_string(
-    "span",
-    None,
-    "The piece of --prompt that shrinks.  [default: from the first --word to the last]",
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(single_prompt.FactorConfig):
+    """Flags of counting."""
+
+    word: str = program.flag("apple", help="The word that is repeated.")
+    category: str | None = program.flag(
+        None, help="Category of the word; known for apple, cat and rose."
+    )
+    repetitions: int = program.flag(
+        4, help="Number of repetitions.", lower_bound=1, upper_bound=9
+    )
+    prompt: str | None = program.flag(
+        None, help="A prompt of your own, instead of the paper's."
+    )
+    span: str | None = program.flag(
+        None,
+        help="The piece of --prompt that shrinks.  [default: from the first --word to the last]",
+    )
 
 
-def prompt_and_span() -> tuple[str, tuple[int, int]]:
+def make_prompt(config: Config) -> tuple[str, tuple[int, int]]:
     """The prompt, and the first character of its shrinking span and the one after its last."""
-    word, custom_prompt = _WORD.value, single_prompt.prompt()
-    if custom_prompt is not None:
-        span_text = word if _SPAN.value is None else _SPAN.value
-        return custom_prompt, clm.tokenization.find_characters(custom_prompt, span_text)
-    if _SPAN.value is not None:
+    word = config.word
+    if config.prompt is not None:
+        span_text = word if config.span is None else config.span
+        return config.prompt, clm.tokenization.find_characters(config.prompt, span_text)
+    if config.span is not None:
         raise clm.InputError("--span is a piece of --prompt; give both")
-    category = _CATEGORY.value or CATEGORY_OF_WORD.get(word)
+    category = config.category or CATEGORY_OF_WORD.get(word)
     if category is None:
         raise clm.InputError(
             f"say what {word!r} is with --category; known are {', '.join(CATEGORY_OF_WORD)}"
         )
     article = "an" if category[0] in "aeiou" else "a"
-    words = " ".join([word] * _REPETITIONS.value)
+    words = " ".join([word] * config.repetitions)
     words_begin = PROMPT_TEMPLATE.index("{words}")
     prompt = PROMPT_TEMPLATE.format(words=words, category=f"{article} {category}")
     return prompt, (words_begin, words_begin + len(words))
 
 
-def main() -> None:
-    """Sweep, table, files."""
-    folder = program.output_dir("counting")
-    prompt, character_span = prompt_and_span()
-    lm, tokenizer = pretrained.load()
-    factors, answer_tokens = (
-        single_prompt.sweep_points(),
-        single_prompt.find_answer_tokens(tokenizer, clm.tokenization.DIGITS),
-    )
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> single_prompt.SweepResult:
+    """The digits along the sweep."""
+    prompt, character_span = make_prompt(config)
+    factors = config.factors()
     prompt_sweep = prompt_sweeps.shrink_span(
-        tokenizer, prompt, character_span, factors, single_prompt.duration_change()
+        tokenizer, prompt, character_span, factors, config.change
     )
-    answer_curves = single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "counting")
-
-    num_repetitions = _REPETITIONS.value if single_prompt.prompt() is None else 0
-    single_prompt.write_results(
-        folder,
+    answer_tokens = answer_curves.find_answer_tokens(
+        tokenizer, clm.tokenization.DIGITS, config.answer_tokens
+    )
+    num_repetitions = config.repetitions if config.prompt is None else 0
+    labels = single_prompt.Labels(
         "counting",
-        tokenizer,
-        prompt_sweep,
-        answer_tokens,
-        answer_curves,
-        xlabel="duration of each repeated token",
+        "duration of each repeated token",
         marks=single_prompt.transition_points(num_repetitions, factors),
     )
+    return single_prompt.sweep_prompt(
+        config, lm, tokenizer, prompt_sweep, answer_tokens, labels
+    )
+
+
+def run(config: Config) -> single_prompt.SweepResult:
+    """Loads the model, shrinks the words, and writes the answers."""
+    return single_prompt.run(config, compute)
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True, supports_pmap=True)
+    program.main(Config, run)

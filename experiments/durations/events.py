@@ -10,8 +10,14 @@ times that the model could count instead.
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import pretrained, program
-from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
+from continuous_lm.experiments.durations import prompt_sweeps
 
 ANSWER_INSTRUCTION = "Reply with a single-digit number\nAnswer: "
 SCENES = {  # the paper's: what comes before the events, the events, what comes after

@@ -13,8 +13,14 @@ tokens are aligned in time (see `prompt_sweeps.interpolate_phrases`).
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import pretrained, program
-from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
+from continuous_lm.experiments.durations import prompt_sweeps
 
 TEMPLATES = {  # the paper's
     "question": "Question: Are [] red? (yes/no)\nAnswer:",

@@ -14,7 +14,16 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.analysis import duration_search
 from continuous_lm.analysis.attribution import next_token_logits
-from continuous_lm.experiments.common import plots, pretrained, program, prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.common import (
+    plots,
+    prompt,
+)
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes

@@ -14,7 +14,16 @@ from absl import flags
 
 from continuous_lm.analysis.attribution import log_probability
 from continuous_lm.analysis.pruning import prune
-from continuous_lm.experiments.common import plots, pretrained, program, prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.common import (
+    plots,
+    prompt,
+)
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes

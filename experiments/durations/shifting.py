@@ -11,8 +11,14 @@ al., arXiv:2504.03933).
 import numpy as np
 from absl import flags
 
-from continuous_lm.experiments.common import pretrained, program
-from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
+from continuous_lm.experiments.durations import prompt_sweeps
 
 PROMPTS = (
     "The capital of France is",

@@ -1,122 +1,220 @@
-"""What the programs of one prompt share: flags of a sweep, tracked answers, and what they write."""
+"""Programs of one prompt: flags of a sweep, its result, and how it is computed and written."""
 
+import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 import tokenizers
-import tqdm
-from absl import flags
+from matplotlib.figure import Figure
 
 import continuous_lm as clm
 from continuous_lm.analysis.sweep import pmap_sweep
-from continuous_lm.experiments.common import answer_curves, plots, program
+from continuous_lm.experiments.common import (
+    answer_curves,
+    plots,
+    pretrained,
+    program,
+    results,
+)
 from continuous_lm.experiments.durations.prompt_sweeps import PromptSweep
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 MAX_TRACKED_TOKENS = 20  # tokens that are tracked because they reach a threshold
 
-_PROMPT = flags.DEFINE_string(
-    "prompt", None, "A prompt of your own, instead of the paper's."
-)
-_PATH = flags.DEFINE_enum(
-    "path", "linear", ["linear", "spherical"], "Of an interpolation between embeddings."
-)
-_POINTS = flags.DEFINE_integer("points", 100, "Points of the sweep.", lower_bound=2)
-_MIN_FACTOR = flags.DEFINE_float(
-    "min_factor", 0.1, "The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
-)
-_THRESHOLD = flags.DEFINE_float(
-    "threshold",
-    0.05,
-    "Where no answers are given, tokens that reach this anywhere are tracked.",
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-_CHANGE = flags.DEFINE_enum(
-    "change",
-    "both",
-    ["both", "mass", "times"],
-    "Change the weights of keys, their rotary times, or both.",
-)
-_ANSWER_TOKENS = flags.DEFINE_enum(
-    "answer_tokens",
-    "exact",
-    list(answer_curves.ANSWER_TOKEN_RULES),
-    "Tokens of an answer: its spellings, or all that contain it.",
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Points computed at once.", lower_bound=1
-)
+# --- Flags ------------------------------------------------------------------------------------
 
 
-def sweep_points(start: float | None = None, stop: float = 1.0) -> np.ndarray:
-    """What the sweep runs over; from --min_factor if `start` is left out."""
-    return np.linspace(
-        _MIN_FACTOR.value if start is None else start, stop, _POINTS.value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig(pretrained.PretrainedConfig, program.PmapConfig):
+    """Flags of a sweep."""
+
+    points: int = program.flag(100, help="Points of the sweep.", lower_bound=2)
+    batch_size: int = program.flag(32, help="Points computed at once.", lower_bound=1)
+
+    def even_points(self, start: float, stop: float = 1.0) -> np.ndarray:
+        """The points of a sweep from `start` to `stop`, [P]."""
+        return np.linspace(start, stop, self.points)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChangeConfig(program.CheckedConfig):
+    """Flags of what durations change."""
+
+    change: Literal["both", "mass", "times"] = program.flag(
+        "both", help="Change the weights of keys, their rotary times, or both."
     )
 
 
-def prompt() -> str | None:
-    """--prompt."""
-    return _PROMPT.value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerConfig(program.CheckedConfig):
+    """Flags of the answers."""
 
-
-def path() -> str:
-    """--path."""
-    return _PATH.value
-
-
-def duration_change() -> str:
-    """--change."""
-    return _CHANGE.value
-
-
-def batch_size() -> int:
-    """--batch_size."""
-    return _BATCH_SIZE.value
-
-
-def find_answer_tokens(
-    tokenizer: tokenizers.Tokenizer,
-    answer_texts: Sequence[str] | Mapping[str, Sequence[str]],
-) -> dict[str, list[int]]:
-    """Answer -> the tokens that count for it, as --answer_tokens says."""
-    return answer_curves.find_answer_tokens(
-        tokenizer, answer_texts, _ANSWER_TOKENS.value
+    answer_tokens: str = program.flag(
+        "exact",
+        help="Tokens of an answer: its spellings, or all that contain it.",
+        choices=list(answer_curves.ANSWER_TOKEN_RULES),
     )
 
 
-def find_tokens_above_threshold(
-    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, prompt_sweep: PromptSweep
-) -> dict[str, list[int]]:
-    """Every token whose probability reaches --threshold anywhere on the sweep, by its text.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThresholdConfig(program.CheckedConfig):
+    """Flags of tokens that are tracked as they are probable."""
 
-    Raises:
-      clm.InputError: if no token does.
+    threshold: float = program.flag(
+        0.05,
+        help="Where no answers are given, tokens that reach this anywhere are tracked.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PathConfig(program.CheckedConfig):
+    """Flags of an interpolation."""
+
+    path: Literal["linear", "spherical"] = program.flag(
+        "linear", help="Path of an interpolation between embeddings."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactorConfig(SweepConfig, ChangeConfig, AnswerConfig):
+    """Flags of a span that lasts less."""
+
+    min_factor: float = program.flag(
+        0.1, help="The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
+    )
+
+    def factors(self) -> np.ndarray:
+        """The duration factors of the sweep, [P], up to 1."""
+        return self.even_points(self.min_factor)
+
+
+# --- Results ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """How a sweep is named where it is shown.
+
+    Attributes:
+      name: of the program, and of its files.
+      points: the x axis of the figure.
+      points_short: the heading of the table's first column.
+      marks: points to mark in the figure, by their label.
     """
-    threshold = _THRESHOLD.value
-    tokens = clm.sweep.tokens_above(
-        lm,
-        threshold,
-        batch_size=_BATCH_SIZE.value,
-        **prompt_sweep.sweep.make_arguments(),
-    )
-    if not tokens:
-        raise clm.InputError(
-            f"no token reaches a probability of {threshold:g}; lower --threshold"
+
+    name: str
+    points: str
+    points_short: str = "duration factor"
+    marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepResult(program.Result):
+    """The answers along the sweep of one prompt.
+
+    Attributes:
+      prompt: the text, or the template of an interpolation.
+      token_names: of the prompt, as the tokenizer names them.
+      token_span: the tokens that are changed.
+      tracked: answer -> the names of its tokens.
+      curves: the probabilities of the answers at every point.
+      labels: how it is named where it is shown.
+    """
+
+    prompt: str
+    token_names: tuple[str, ...]
+    token_span: tuple[int, int]
+    tracked: Mapping[str, tuple[str, ...]]
+    curves: answer_curves.Curves
+    labels: Labels
+
+    def figure(self) -> Figure:
+        """The curves over the points."""
+        labels = self.labels
+        return plots.answer_curves(
+            self.curves,
+            xlabel=labels.points,
+            title=self.prompt,
+            marks=dict(labels.marks),
         )
-    tokens_by_text: dict[str, list[int]] = {}
-    for token in tokens[:MAX_TRACKED_TOKENS]:
-        text = tokenizer.decode([token], skip_special_tokens=False).strip()
-        is_whole_text = text and "\ufffd" not in text  # not a part of a character
-        tokens_by_text.setdefault(
-            text if is_whole_text else _token_name(tokenizer, token), []
-        ).append(token)
-    return tokens_by_text
+
+    def summary(self) -> str:
+        text = f"{self.prompt}\n\n{self.curves.as_table(self.labels.points_short)}"
+        if self.curves.probabilities.sum(axis=1).max() < 0.5:
+            text += "\n\nWhat is tracked never gets half of the probability: this model answers"
+            text += " otherwise."
+        return text
+
+    def write(self, config: program.RunConfig, folder: pathlib.Path) -> None:
+        """Writes the figure and every number."""
+        values = {
+            "prompt": self.prompt,
+            "tokens": self.token_names,
+            "span": self.token_span,
+            "tracked": self.tracked,
+            "curves": self.curves.as_json(),
+        }
+        name = self.labels.name
+        results.write(config, folder, name, values, {name: self.figure()})
+
+
+# --- Programs ---------------------------------------------------------------------------------
+
+Config = TypeVar("Config", bound=SweepConfig)
+Result = TypeVar("Result", bound=SweepResult)
+
+
+def run(
+    config: Config,
+    compute: Callable[[Config, clm.LanguageModel, tokenizers.Tokenizer], Result],
+) -> Result:
+    """Loads the model, computes the sweep, and writes it if the Config names a folder."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    if folder is not None and processes.is_first_process():
+        result.write(config, folder)
+    return result
+
+
+def sweep_prompt(
+    config: SweepConfig,
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    prompt_sweep: PromptSweep,
+    answer_tokens: Mapping[str, Sequence[int]],
+    labels: Labels,
+) -> SweepResult:
+    """The probabilities of the answers along the sweep of one prompt, with a progress bar."""
+    groups = list(answer_tokens.values())
+    arguments = prompt_sweep.sweep.make_arguments()
+    if config.pmap:
+        probabilities = pmap_sweep(lm, groups, devices=None, **arguments)
+    else:
+        probabilities = clm.sweep.probabilities(
+            lm,
+            groups,
+            batch_size=config.batch_size,
+            progress=labels.name if processes.is_first_process() else None,
+            **arguments,
+        )
+    return SweepResult(
+        prompt=prompt_sweep.prompt,
+        token_names=tuple(prompt_sweep.token_names),
+        token_span=prompt_sweep.token_span,
+        tracked={
+            answer: tuple(_token_name(tokenizer, token) for token in tokens)
+            for answer, tokens in answer_tokens.items()
+        },
+        curves=answer_curves.Curves(
+            prompt_sweep.points, tuple(answer_tokens), probabilities
+        ),
+        labels=labels,
+    )
 
 
 def _token_name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
@@ -132,114 +230,3 @@ def transition_points(count: int, factors: np.ndarray) -> dict[str, float]:
     return {
         label: point for label, point in points_by_label.items() if point >= factors[0]
     }
-
-
-def run_sweep(
-    lm: clm.LanguageModel,
-    prompt_sweep: PromptSweep,
-    answer_tokens: Mapping[str, Sequence[int]],
-    progress_label: str | None,
-) -> answer_curves.Curves:
-    """The sweep of one prompt, with a progress bar if it has a label."""
-    groups = list(answer_tokens.values())
-    if program.uses_pmap():
-        probabilities = pmap_sweep(
-            lm, groups, devices=None, **prompt_sweep.sweep.make_arguments()
-        )
-    else:
-        probabilities = clm.sweep.probabilities(
-            lm,
-            groups,
-            batch_size=_BATCH_SIZE.value,
-            progress=progress_label if processes.is_first_process() else None,
-            **prompt_sweep.sweep.make_arguments(),
-        )
-    return answer_curves.Curves(
-        prompt_sweep.points, tuple(answer_tokens), probabilities
-    )
-
-
-def run_group(
-    lm: clm.LanguageModel,
-    groups: Sequence[Sequence[int]],
-    sweeps: Sequence[clm.sweep.Sweep],
-    batch_size: int,
-    use_pmap: bool,
-) -> list[np.ndarray]:
-    """The probabilities of a set of sweeps that `clm.sweep.group_by_program` has put together."""
-    if use_pmap:
-        return [
-            pmap_sweep(lm, groups, devices=None, **sweep.make_arguments())
-            for sweep in sweeps
-        ]
-    return clm.sweep.run_group(lm, groups, sweeps, batch_size)
-
-
-def run_sweeps(
-    lm: clm.LanguageModel,
-    prompt_sweeps: Mapping[Any, PromptSweep],
-    answer_tokens: Mapping[str, Sequence[int]],
-) -> dict[Any, answer_curves.Curves]:
-    """The sweeps of many prompts, several at once."""
-    keys = list(prompt_sweeps)
-    sweeps = [prompt_sweep.sweep for prompt_sweep in prompt_sweeps.values()]
-    probabilities_by_index: dict[int, np.ndarray] = {}
-    for indices in tqdm.tqdm(
-        clm.sweep.group_by_program(lm, sweeps, _BATCH_SIZE.value), unit="batch"
-    ):
-        group_sweeps = [sweeps[i] for i in indices]
-        rows = run_group(
-            lm,
-            list(answer_tokens.values()),
-            group_sweeps,
-            _BATCH_SIZE.value,
-            program.uses_pmap(),
-        )
-        probabilities_by_index |= zip(indices, rows, strict=True)
-    answer_texts = tuple(answer_tokens)
-    return {
-        key: answer_curves.Curves(
-            prompt_sweeps[key].points, answer_texts, probabilities_by_index[i]
-        )
-        for i, key in enumerate(keys)
-    }
-
-
-def write_results(
-    folder: pathlib.Path,
-    name: str,
-    tokenizer: tokenizers.Tokenizer,
-    prompt_sweep: PromptSweep,
-    answer_tokens: Mapping[str, Sequence[int]],
-    answer_curves: answer_curves.Curves,
-    *,
-    xlabel: str,
-    point_name: str = "duration factor",
-    marks: Mapping[str, float] | None = None,
-) -> None:
-    """Writes the figure and every number of a sweep, and prints its table; process 0 alone."""
-    if not processes.is_first_process():
-        return
-    figure = plots.answer_curves(
-        answer_curves, xlabel=xlabel, title=prompt_sweep.prompt, marks=dict(marks or {})
-    )
-    token_names = {
-        a: [_token_name(tokenizer, t) for t in ids] for a, ids in answer_tokens.items()
-    }
-    with write_atomically(folder) as staging_folder:
-        plots.save(figure, staging_folder, name)
-        write_json(
-            staging_folder / f"{name}.json",
-            {
-                **prompt_sweep.as_json(),
-                "tracked": token_names,
-                "curves": answer_curves.as_json(),
-                "run": program.record(),
-            },
-        )
-    print(f"{prompt_sweep.prompt}\n\n{answer_curves.as_table(point_name)}\n")
-    if answer_curves.probabilities.sum(axis=1).max() < 0.5:
-        print(
-            "What is tracked never gets half of the probability: this model answers otherwise.\n"
-        )
-    print(f"{folder}/{name}.json, .png, .pdf")

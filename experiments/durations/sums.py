@@ -12,8 +12,14 @@ embedded model knows one-digit numbers, of which every sum is one token: by defa
 from absl import flags
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import pretrained, program
-from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
+from continuous_lm.experiments.durations import prompt_sweeps
 
 _NUMBERS = flags.DEFINE_list(
     "numbers", None, "The two numbers.  [default: 24,13; for the embedded model 4,3]"

@@ -26,7 +26,8 @@ import jax
 from absl import flags
 
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.common import program, tables
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import tables
 from continuous_lm.experiments.gpu import (
     attention_checks,
     isolated_checks,

@@ -19,7 +19,8 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from continuous_lm.errors import InputError, about
-from continuous_lm.experiments.common import plots, program, tables
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.studies import metrics
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import read_json, write_json

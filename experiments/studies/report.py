@@ -23,7 +23,20 @@ from continuous_lm.analysis import attribution, duration_search
 from continuous_lm.analysis.attribution import next_token_logits
 from continuous_lm.analysis.deletion import deletion_curve
 from continuous_lm.analysis.pruning import prune
-from continuous_lm.experiments.common import plots, pretrained, program, prompt, tables
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.common import (
+    plots,
+    prompt,
+    tables,
+)
+from continuous_lm.experiments.durations import (
+    absl_single_prompt as single_prompt,
+)
 from continuous_lm.experiments.durations import (
     boolean,
     counting,
@@ -31,7 +44,6 @@ from continuous_lm.experiments.durations import (
     interpolation,
     prompt_sweeps,
     shifting,
-    single_prompt,
     sums,
 )
 from continuous_lm.experiments.studies import analysis, datasets, report_page, study
@@ -96,7 +108,7 @@ def sweep_section(
 
 def counting_section(lm, tokenizer) -> report_page.Section:
     """Four apples."""
-    prompt, character_span = counting.prompt_and_span()
+    prompt, character_span = counting.make_prompt(counting.Config())
     prompt_sweep = prompt_sweeps.shrink_span(
         tokenizer, prompt, character_span, single_prompt.sweep_points()
     )

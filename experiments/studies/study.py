@@ -29,11 +29,21 @@ from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.common import answer_curves, pretrained, program
+from continuous_lm.experiments.common import (
+    absl_pretrained as pretrained,
+)
+from continuous_lm.experiments.common import (
+    absl_program as program,
+)
+from continuous_lm.experiments.common import (
+    answer_curves,
+)
+from continuous_lm.experiments.durations import (
+    absl_single_prompt as single_prompt,
+)
 from continuous_lm.experiments.durations import (
     interpolation,
     prompt_sweeps,
-    single_prompt,
 )
 from continuous_lm.experiments.studies import datasets
 from continuous_lm.io.atomic_files import write_atomically

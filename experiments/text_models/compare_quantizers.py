@@ -17,7 +17,7 @@ import pathlib
 from absl import flags
 
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.densities import code_comparison, density_training
 from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically

@@ -15,7 +15,8 @@ from absl import flags
 
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.calm import calm_training
-from continuous_lm.experiments.common import plots, program
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import plots
 from continuous_lm.experiments.densities import density_training, evaluation
 from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically

@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from continuous_lm import quantize
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.calm import calm_training
-from continuous_lm.experiments.common import plots, program, tables
+from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text
 from continuous_lm.io.atomic_files import write_atomically

@@ -28,7 +28,7 @@ from absl import flags
 import continuous_lm as clm
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.calm import calm_training
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text, tokenized_text
 from continuous_lm.io.atomic_files import write_atomically

@@ -170,7 +170,7 @@ print(json.dumps([held, found, ratio]))
 
 PROGRAM = """
 from continuous_lm.experiments.benchmarks import device_costs
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from tests.fixtures import tiny
 device_costs.MODEL_FIELDS = {"tiny": tiny.llama_config(model_type="llama", num_hidden_layers=5)}
 device_costs.DEVICE_COUNTS = (1, 2)

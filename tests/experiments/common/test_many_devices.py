@@ -8,8 +8,6 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
 from continuous_lm.experiments.common import program
@@ -52,25 +50,22 @@ def test_flags_are_read_or_refused(name, tmp_path):
 
 
 def test_what_was_compiled_is_kept_unless_told_otherwise(monkeypatch, tmp_path):
-    flags.FLAGS.mark_as_parsed()
     updates = {}
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
-    with flagsaver.flagsaver(compilation_cache=None):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        program._enable_compilation_cache()
-        folder = tmp_path / "continuous_lm" / "jax"
-        assert updates == {"jax_compilation_cache_dir": str(folder)}
-        assert folder.is_dir()
-        updates.clear()
-        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
-        program._enable_compilation_cache()
-        assert not updates
-    with flagsaver.flagsaver(compilation_cache="none"):
-        program._enable_compilation_cache()
-        assert updates == {"jax_enable_compilation_cache": False}
-    with flagsaver.flagsaver(compilation_cache=str(tmp_path / "own")):
-        program._enable_compilation_cache()
-        assert updates["jax_compilation_cache_dir"] == str(tmp_path / "own")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program._enable_compilation_cache(program.RunConfig())
+    folder = tmp_path / "continuous_lm" / "jax"
+    assert updates == {"jax_compilation_cache_dir": str(folder)}
+    assert folder.is_dir()
+    updates.clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/nowhere")
+    program._enable_compilation_cache(program.RunConfig())
+    assert not updates
+    program._enable_compilation_cache(program.RunConfig(compilation_cache="none"))
+    assert updates == {"jax_enable_compilation_cache": False}
+    own_folder = str(tmp_path / "own")
+    program._enable_compilation_cache(program.RunConfig(compilation_cache=own_folder))
+    assert updates["jax_compilation_cache_dir"] == own_folder
 
 
 # --- Meshes and pmap ------------------------------------------------------------------------------

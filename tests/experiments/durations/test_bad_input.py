@@ -266,7 +266,7 @@ def test_the_forked_program_can_succeed(run, tmp_path, folder):
     )
     assert status == 0, stderr
     assert "error" not in stderr
-    assert "out/counting.json" in stdout
+    assert "Results: out" in stdout
 
 
 def test_as_a_user_types_it(tmp_path, folder):

@@ -173,7 +173,7 @@ def test_every_section_has_an_address_of_its_own():
 _SHORT = """
 import sys
 import continuous_lm as clm
-from continuous_lm.experiments.common import program
+from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.studies import report
 
 def left_out(lm, tokenizer):

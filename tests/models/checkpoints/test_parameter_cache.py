@@ -8,11 +8,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from absl import flags, logging
-from absl.testing import flagsaver
+from absl import logging
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import pretrained
+from continuous_lm.experiments.common import pretrained, program
+from continuous_lm.experiments.durations import counting
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import parameter_cache
 from tests.fixtures import tiny
@@ -310,9 +310,8 @@ def test_orbax_is_imported_only_for_a_cache():
 
 
 def test_programs_take_the_flag(tmp_path):
-    with flagsaver.flagsaver():
-        flags.FLAGS(["counting", f"--cache_dir={tmp_path / 'cache'}"])
-        lm, _ = pretrained.load()
+    arguments = [f"--cache_dir={tmp_path / 'cache'}"]
+    lm, _ = pretrained.load(program.parse(counting.Config, "counting", arguments))
     (kept,) = (tmp_path / "cache").iterdir()
     assert kept.name.startswith("apples-")
     assert_same(lm.params, clm.load("apples", dtype="float32").params)

@@ -1,0 +1,41 @@
+"""The files of a program: its numbers as JSON, its figures, its texts, written as one."""
+
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from continuous_lm.experiments.common import plots, program
+from continuous_lm.io.atomic_files import write_atomically
+from continuous_lm.io.json_files import write_json
+
+
+def write(
+    config: program.RunConfig,
+    folder: pathlib.Path,
+    name: str,
+    values: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    texts: Mapping[str, str] | None = None,
+    stale_pattern: re.Pattern[str] | None = None,
+) -> None:
+    """Writes all files of a run, or none if one cannot be written.
+
+    Args:
+      config: of the run, for its record.
+      folder: where to write.
+      name: of the JSON file, without its ending.
+      values: what is in it, beside the record of the run.
+      figures: file name without its ending -> figure.
+      texts: file name -> content.
+      stale_pattern: files of an earlier run that go if they are not written now.
+    """
+    with write_atomically(folder, stale_pattern=stale_pattern) as staging_folder:
+        for figure_name, figure in figures.items():
+            plots.save(figure, staging_folder, figure_name)
+        for file_name, text in (texts or {}).items():
+            (staging_folder / file_name).write_text(text, encoding="utf-8")
+        values_with_record = {**values, "run": program.record(config)}
+        write_json(staging_folder / f"{name}.json", values_with_record)
