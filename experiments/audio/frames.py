@@ -49,7 +49,7 @@ from continuous_lm.experiments.audio.wav_files import write_wav
 from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.common import plots
 from continuous_lm.experiments.densities import density_training
-from continuous_lm.experiments.training import text, window_batches
+from continuous_lm.experiments.training import fit, text, window_batches
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import density
@@ -161,11 +161,13 @@ def train_models(
             audio_model.model_inputs(train_recording.frames),
             audio_model.model_inputs(held_out_recording.frames),
             folder=folder / f"run_{name}",
+            config=fit.FitConfig(
+                steps=_STEPS.value,
+                learning_rate=_LEARNING_RATE.value,
+                batch_size=_BATCH_SIZE.value,
+                seed=_SEED.value,
+            ),
             length=_LENGTH.value,
-            batch_size=_BATCH_SIZE.value,
-            steps=_STEPS.value,
-            learning_rate=_LEARNING_RATE.value,
-            seed=_SEED.value,
             settings={**settings, "head": heads.to_dict(audio_model.lm.model.head)},
             label=name,
         )

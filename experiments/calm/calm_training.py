@@ -23,7 +23,7 @@ from continuous_lm import losses
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.calm import brier_lm
 from continuous_lm.experiments.common import plots, tables
-from continuous_lm.experiments.training import fit, run_folder, text, window_batches
+from continuous_lm.experiments.training import fit, run_log, text, window_batches
 from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.models import calm, density
 from continuous_lm.models.calm import autoencoder
@@ -46,10 +46,9 @@ def train_codec(
     held_out: np.ndarray,
     *,
     folder: str | os.PathLike,
-    batch_size: int,
-    seed: int = 0,
+    config: fit.FitConfig,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    label: str = "training",
 ) -> Codec:
     """Trains an autoencoder on the chunks of tokens [n], or goes on with the run in `folder`.
 
@@ -58,10 +57,10 @@ def train_codec(
       train_data: what to train on.
       held_out: whose reconstruction is logged with each checkpoint.
       folder: of the run; see `training.fit`.
-      batch_size: windows of 64 tokens, or a little more, in a step.
-      seed: of the data's order, and of the keys.
-      settings: what else must be the same for a run to go on.
-      **options: of `fit.fit`.
+      config: how to train; a row of a batch is a window of 64 tokens, or a little more, and the
+        seed is that of the data's order too.
+      settings: other settings that must be the same for a run to go on.
+      label: of the progress bar.
     """
     chunk_size, model = codec.config.chunk_size, codec.model
     length = -(-CODEC_WINDOW_TOKENS // chunk_size) * chunk_size
@@ -82,15 +81,18 @@ def train_codec(
         loss,
         codec.params,
         window_batches.shuffled_windows(
-            train_data, length=length - 1, batch_size=batch_size, seed=seed
+            train_data,
+            length=length - 1,
+            batch_size=config.batch_size,
+            seed=config.seed,
         ),
         folder=folder,
+        config=config,
         settings={"autoencoder": dataclasses.asdict(codec.config), **(settings or {})}
-        | {"batch_size": batch_size},
+        | {"batch_size": config.batch_size},
         evaluate=lambda params: {"reconstructed": float(held_out_share(params))},
-        tokens_per_step=length * batch_size,
-        seed=seed,
-        **options,
+        tokens_per_step=length * config.batch_size,
+        label=label,
     )
     return Codec(codec.config, params, codec.tokenizer, codec.hf_fields)
 
@@ -101,11 +103,10 @@ def train(
     held_out: np.ndarray,
     *,
     folder: str | os.PathLike,
+    config: fit.FitConfig,
     length: int,
-    batch_size: int,
-    seed: int = 0,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    label: str = "training",
 ) -> NextVectorLM:
     """Trains a next-vector model on tokens [n], its autoencoder frozen, or goes on with a run.
 
@@ -114,11 +115,10 @@ def train(
       train_data: what to train on.
       held_out: what the loss is logged of, with each checkpoint.
       folder: of the run; see `training.fit`.
+      config: how to train; its seed is that of the data's order too.
       length: chunks that are read in a sequence.
-      batch_size: sequences in a step.
-      seed: of the data's order, and of the keys.
-      settings: what else must be the same for a run to go on.
-      **options: of `fit.fit`.
+      settings: other settings that must be the same for a run to go on.
+      label: of the progress bar.
     """
     model, chunk_size = lm.model, lm.chunk_size
     window_tokens = chunk_size * (length + 1)
@@ -166,15 +166,22 @@ def train(
         loss,
         lm.params,
         window_batches.shuffled_windows(
-            train_data, length=window_tokens - 1, batch_size=batch_size, seed=seed
+            train_data,
+            length=window_tokens - 1,
+            batch_size=config.batch_size,
+            seed=config.seed,
         ),
         folder=folder,
+        config=config,
         is_frozen=lambda path: path.startswith("autoencoder/"),
-        settings={"length": length, "batch_size": batch_size, **(settings or {})},
+        settings={
+            "length": length,
+            "batch_size": config.batch_size,
+            **(settings or {}),
+        },
         evaluate=evaluate,
-        tokens_per_step=length * chunk_size * batch_size,
-        seed=seed,
-        **options,
+        tokens_per_step=length * chunk_size * config.batch_size,
+        label=label,
     )
     return dataclasses.replace(lm, params=params)
 
@@ -419,7 +426,7 @@ def plot_learning_curves(folders: Mapping[str, str | os.PathLike]) -> Figure | N
         run_folder_path = absolute_path(folder) / "run"
         log_paths = [
             run_folder_path / name
-            for name in (run_folder.METRICS_FILE, run_folder.SPEED_FILE)
+            for name in (run_log.METRICS_FILE, run_log.SPEED_FILE)
         ]
         if all(log.is_file() for log in log_paths):
             metrics, speed = (

@@ -79,12 +79,11 @@ def train(
     held_out: np.ndarray,
     *,
     folder: str | os.PathLike,
+    config: fit.FitConfig,
     length: int,
-    batch_size: int,
-    seed: int = 0,
     trunk_is_frozen: bool = False,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    label: str = "training",
 ) -> DensityLM:
     """Trains a density model on tokens [n] or vectors [n, W], or goes on with the run in `folder`.
 
@@ -93,12 +92,11 @@ def train(
       train_data: what to train on.
       held_out: what the loss is logged of, with each checkpoint.
       folder: of the run; see `training.fit`.
+      config: how to train; its seed is that of the data's order too.
       length: inputs in a sequence.
-      batch_size: sequences in a step.
-      seed: of the data's order, and of the keys.
       trunk_is_frozen: train the head alone.
-      settings: what else must be the same for a run to go on.
-      **options: of `fit.fit`.
+      settings: other settings that must be the same for a run to go on.
+      label: of the progress bar.
     """
     model, input_kind = lm.model, lm.model.input_kind
 
@@ -136,17 +134,24 @@ def train(
         loss,
         lm.params,
         window_batches.shuffled_windows(
-            train_data, length=length, batch_size=batch_size, seed=seed
+            train_data,
+            length=length,
+            batch_size=config.batch_size,
+            seed=config.seed,
         ),
         folder=folder,
+        config=config,
         is_frozen=lambda path: (
             path == "table" or (trunk_is_frozen and path.startswith("trunk/"))
         ),
-        settings={"length": length, "batch_size": batch_size, **(settings or {})},
+        settings={
+            "length": length,
+            "batch_size": config.batch_size,
+            **(settings or {}),
+        },
         evaluate=evaluate,
-        tokens_per_step=length * batch_size,
-        seed=seed,
-        **options,
+        tokens_per_step=length * config.batch_size,
+        label=label,
     )
     return DensityLM(model, params, lm.tokenizer, lm.hf_fields)
 

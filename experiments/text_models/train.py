@@ -30,7 +30,7 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.densities import density_training
-from continuous_lm.experiments.training import text, tokenized_text
+from continuous_lm.experiments.training import fit, text, tokenized_text
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import calm as calm_models
@@ -235,7 +235,7 @@ def create_density_model(
 
 
 def train_density(
-    folder: pathlib.Path, key: jax.Array, fit_options: dict[str, Any]
+    folder: pathlib.Path, key: jax.Array, fit_config: fit.FitConfig
 ) -> dict[str, Any]:
     """Trains and writes a density model or a baseline; returns where the text is from."""
     kind = read_head_kind()
@@ -260,14 +260,15 @@ def train_density(
             "model": model,
         },
         label=kind,
-        **fit_options,
+        folder=folder / "run",
+        config=fit_config,
     )
     density_training.save_on_first_process(density.save, folder, lm)
     return data.source
 
 
 def train_autoencoder(
-    folder: pathlib.Path, key: jax.Array, fit_options: dict[str, Any]
+    folder: pathlib.Path, key: jax.Array, fit_config: fit.FitConfig
 ) -> dict[str, Any]:
     """Trains and writes an autoencoder; returns where the text is from."""
     data = tokenized_text.read_corpus()
@@ -293,14 +294,15 @@ def train_autoencoder(
         data.held_out,
         settings={"data": data.source},
         label="autoencoder",
-        **fit_options,
+        folder=folder / "run",
+        config=fit_config,
     )
     density_training.save_on_first_process(autoencoder.save, folder, codec)
     return data.source
 
 
 def train_calm(
-    folder: pathlib.Path, key: jax.Array, fit_options: dict[str, Any]
+    folder: pathlib.Path, key: jax.Array, fit_config: fit.FitConfig
 ) -> dict[str, Any]:
     """Trains and writes a next-vector model; returns where the text is from."""
     with about("--codec"):
@@ -332,7 +334,8 @@ def train_calm(
         length=_LENGTH.value,
         settings={"data": data.source, "model": calm_models.write_config(lm.model)},
         label=read_head_kind(),
-        **fit_options,
+        folder=folder / "run",
+        config=fit_config,
     )
     density_training.save_on_first_process(calm_models.save, folder, lm)
     return data.source
@@ -343,23 +346,22 @@ def main() -> None:
     folder = program.output_dir("train")
     check_flags()
     train_functions = {"autoencoder": train_autoencoder, "calm": train_calm}
-    fit_options = {
-        "folder": folder / "run",
-        "batch_size": _BATCH_SIZE.value,
-        "accumulate": _ACCUMULATE.value,
-        "steps": _STEPS.value,
-        "learning_rate": _LEARNING_RATE.value,
-        "warm_up": _WARM_UP.value,
-        "clip": _MAX_GRADIENT_NORM.value,
-        "compute_dtype": None
+    fit_config = fit.FitConfig(
+        steps=_STEPS.value,
+        learning_rate=_LEARNING_RATE.value,
+        batch_size=_BATCH_SIZE.value,
+        warm_up=_WARM_UP.value,
+        clip=_MAX_GRADIENT_NORM.value,
+        accumulate=_ACCUMULATE.value,
+        compute_dtype=None
         if _COMPUTE_DTYPE.value == "float32"
         else _COMPUTE_DTYPE.value,
-        "save_every": _SAVE_EVERY.value,
-        "seed": _SEED.value,
-        "pmap": program.uses_pmap(),
-    }
+        seed=_SEED.value,
+        save_every=_SAVE_EVERY.value,
+        pmap=program.uses_pmap(),
+    )
     text_source = train_functions.get(_STAGE.value, train_density)(
-        folder, jax.random.key(_SEED.value), fit_options
+        folder, jax.random.key(_SEED.value), fit_config
     )
     if not processes.is_first_process():
         return

@@ -1,21 +1,22 @@
-"""One training loop for any model: AdamW, logs, and checkpoints from which it goes on by itself.
+"""One training loop for any model: AdamW, logs, and checkpoints from which a run goes on.
 
-Steps are counted from 1 and made some at a time in one call of a jitted function: a dispatch.
-Dispatches end at multiples of their size and checkpoints are written where one ends, so a run that
-was stopped anywhere and started again makes the same calls with the same numbers: on the same
+Steps are counted from 1. A dispatch runs some of them in one call of a jitted function and ends at
+a multiple of that number; checkpoints are written between dispatches. A run that was stopped
+anywhere and started again therefore repeats the same calls with the same numbers: on the same
 machine and core count its parameters are the same bit by bit. `run_folder` has the files.
 
 Parameters that lie on a mesh stay where they lie, rows of batches are spread over its data axis,
 and the compiler does the rest. Every process draws the same batches and holds its part of them.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,49 +28,60 @@ from tqdm import tqdm
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.training import run_folder
+from continuous_lm.experiments.training.run_folder import (
+    BatchIterator,
+    NamedArrays,
+    TrainState,
+)
+from continuous_lm.experiments.training.run_log import RunLog
+from continuous_lm.experiments.training.stop_signals import catch_stop_signals
 from continuous_lm.io.atomic_files import absolute_path, check_writable
 from continuous_lm.parallel import processes
 
-LossFunction = Callable[[Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+PMAP_AXIS = "devices"
+
+Params = TypeVar("Params")
+Batch = TypeVar("Batch")
+Params_contra = TypeVar("Params_contra", contravariant=True)
+Batch_contra = TypeVar("Batch_contra", contravariant=True)
 
 
-def fit(
-    loss_function: LossFunction,
-    params: Any,
-    batch_iterator: run_folder.BatchIterator,
-    *,
-    folder: str | os.PathLike,
-    steps: int,
-    learning_rate: float,
-    warm_up: int = 100,
-    final_share: float = 0.1,
-    b1: float = 0.9,
-    b2: float = 0.95,
-    weight_decay: float = 0.1,
-    clip: float = 1.0,
-    accumulate: int = 1,
-    compute_dtype: Any = None,
-    is_frozen: Callable[[str], bool] | None = None,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
-    steps_per_dispatch: int = 10,
-    save_every: int = 500,
-    tokens_per_step: int | None = None,
-    pmap: bool = False,
-    label: str = "training",
-) -> Any:
-    """Trains, or goes on with the run in `folder`, to its end.
+class LossFunction(Protocol[Params_contra, Batch_contra]):
+    """A loss of parameters on a batch."""
 
-    Args:
-      loss_function: (params, batch, key) -> scalar loss and a dict of scalars worth watching. Where
-        batches are accumulated, it should be a mean over rows.
-      params: initial parameters, a tree of arrays; not changed.
-      batch_iterator: gives the batch of each step.
-      folder: of the run.
+    def __call__(
+        self, params: Params_contra, batch: Batch_contra, key: jax.Array, /
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns a scalar, and scalars to log.
+
+        Where batches are accumulated, the loss should be a mean over rows.
+        """
+
+
+class Evaluation(Protocol[Params_contra]):
+    """Numbers of parameters that are logged with a checkpoint."""
+
+    def __call__(self, params: Params_contra, /) -> Mapping[str, float]:
+        """Returns the numbers by name."""
+
+
+# What `make_train_steps` makes: (trained parameters, optimiser state, frozen parameters, batches,
+# steps made before, key) -> trained parameters, optimiser state, metrics [steps].
+TrainSteps = Callable[
+    [NamedArrays, optax.OptState, NamedArrays, Batch, int, jax.Array],
+    tuple[NamedArrays, optax.OptState, NamedArrays],
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How a model is trained.
+
+    Attributes:
       steps: optimiser steps in all.
-      learning_rate: the peak, reached after `warm_up` steps (half of all at most) on a line from 0.
-      warm_up: steps.
+      learning_rate: the peak, reached after `warm_up` steps on a line from 0.
+      batch_size: rows of a batch.
+      warm_up: steps, half of all at most.
       final_share: the share of the peak at which a cosine ends.
       b1: decay of AdamW's mean of gradients.
       b2: decay of AdamW's mean of their squares.
@@ -77,22 +89,77 @@ def fit(
         `has_weight_decay`.
       clip: the largest global norm of a gradient.
       accumulate: micro-batches into which a batch is cut; gradients are averaged over them.
-      compute_dtype: to which floating parameters are cast for `loss_function`; their gradients, the
-        optimiser and the batch keep their own. None: none.
-      is_frozen: says by a parameter's path ("layers/attention/q") that it is not trained: no
-        gradient is taken for it, it has no optimiser state and is not in checkpoints.
+      compute_dtype: to which floating parameters are cast for the loss; their gradients, the
+        optimiser and the batch keep their own. None: no cast.
       seed: of the keys; that of a step and micro-batch follows from their numbers alone.
-      settings: what else must be the same for a run to go on (data, model), as JSON can hold.
-      evaluate: params -> numbers to log with a checkpoint.
       steps_per_dispatch: steps in one call.
       save_every: steps between checkpoints, which are written where a dispatch ends.
-      tokens_per_step: for the speed, if given.
       pmap: spread micro-batches over this process's devices by `jax.pmap`; `accumulate` must be a
-        multiple of their number. It is for those who know it: a mesh does more (see `parallel`).
+        multiple of their number. A mesh does more (see `parallel`).
+
+    Raises:
+      InputError: if a count is below 1.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+    warm_up: int = 100
+    final_share: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    accumulate: int = 1
+    compute_dtype: str | None = None
+    seed: int = 0
+    steps_per_dispatch: int = 10
+    save_every: int = 500
+    pmap: bool = False
+
+    def __post_init__(self):
+        counts = {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+            "steps_per_dispatch": self.steps_per_dispatch,
+            "save_every": self.save_every,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise InputError(f"{name} must be at least 1, not {count}")
+
+
+def fit(
+    loss_function: LossFunction[Params, Batch],
+    params: Params,
+    batch_iterator: BatchIterator[Batch],
+    *,
+    folder: str | os.PathLike,
+    config: FitConfig,
+    is_frozen: Callable[[str], bool] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    evaluate: Evaluation[Params] | None = None,
+    tokens_per_step: int | None = None,
+    label: str = "training",
+) -> Params:
+    """Trains, or goes on with the run in `folder`, to its end.
+
+    Args:
+      loss_function: of parameters, a batch and a key.
+      params: initial parameters, a tree of arrays; not changed.
+      batch_iterator: gives the batch of each step.
+      folder: of the run.
+      config: how to train.
+      is_frozen: says by a parameter's path ("layers/attention/q") that it is not trained: no
+        gradient is taken for it, it has no optimiser state and is not in checkpoints.
+      settings: other settings that must be the same for a run to go on (data, model), as JSON.
+      evaluate: numbers to log with a checkpoint.
+      tokens_per_step: for the speed, if given.
       label: of the progress bar.
 
     Returns:
-      The parameters after `steps`, the frozen ones among them.
+      The parameters after `config.steps`, the frozen ones among them.
 
     Raises:
       InputError: if the folder holds a run of other settings or cannot be written, the loss is
@@ -102,329 +169,482 @@ def fit(
     written; a second one at once.
     """
     folder = absolute_path(folder)
-    for name, value in dict(
-        steps=steps,
-        accumulate=accumulate,
-        steps_per_dispatch=steps_per_dispatch,
-        save_every=save_every,
-    ).items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
-    named_params = run_folder.leaves_by_path(params)
-    frozen_params = {
-        name: leaf
-        for name, leaf in named_params.items()
-        if is_frozen is not None and is_frozen(name)
-    }
-    # Copies, as they are donated.
-    trained_params = {
-        name: jnp.array(leaf)
-        for name, leaf in named_params.items()
-        if name not in frozen_params
-    }
+    trained_params, frozen_params = split_params(params, is_frozen)
+    mesh = axes_lib.mesh_of(next(iter(trained_params.values())))
+    _check_pmap(config, mesh)
+    optimizer = make_optimizer(config, trained_params)
+    initial_state = TrainState(
+        0, trained_params, _init_optimizer(optimizer, trained_params, mesh)
+    )
+    check_writable(folder)
+    run_folder.check_settings(
+        folder, run_settings(config, trained_params, frozen_params, settings or {})
+    )
+    state = run_folder.restore_or_init(folder, initial_state, batch_iterator)
+    state = _commit_placement(state)
+    merge = functools.partial(run_folder.replace_leaves, params)
+    run = _Run(
+        folder,
+        config,
+        _BatchSource(batch_iterator, config, mesh),
+        make_train_steps(
+            loss_function, optimizer, merge, config, _shardings(state, mesh)
+        ),
+        merge,
+        frozen_params,
+        evaluate,
+        tokens_per_step,
+    )
+    with (
+        catch_stop_signals() as caught_signals,
+        RunLog(folder, state.step) as log,
+        _progress_bar(config, state.step, label) as progress,
+    ):
+        state, is_stopped = train_loop(run, state, log, progress, caught_signals)
+    if is_stopped or caught_signals:
+        signal.raise_signal(caught_signals[0] if caught_signals else signal.SIGTERM)
+    return merge(state.params | frozen_params)
+
+
+# --- The start ------------------------------------------------------------------------------------
+
+
+def split_params(
+    params: object, is_frozen: Callable[[str], bool] | None
+) -> tuple[NamedArrays, NamedArrays]:
+    """Trained and frozen parameters by path; the trained ones are copies, as they are donated.
+
+    Raises:
+      InputError: if all are frozen.
+    """
+    trained_params: NamedArrays = {}
+    frozen_params: NamedArrays = {}
+    for name, leaf in run_folder.leaves_by_path(params).items():
+        if is_frozen is not None and is_frozen(name):
+            frozen_params[name] = leaf
+        else:
+            trained_params[name] = jnp.array(leaf)
     if not trained_params:
         raise InputError("all parameters are frozen")
-    mesh = axes_lib.mesh_of(next(iter(trained_params.values())))
-    if pmap and mesh is not None:
+    return trained_params, frozen_params
+
+
+def _check_pmap(config: FitConfig, mesh: Mesh | None) -> None:
+    if not config.pmap:
+        return
+    if mesh is not None:
         raise InputError("pmap is for parameters that lie on no mesh")
-    if pmap and accumulate % jax.local_device_count():
+    if config.accumulate % jax.local_device_count():
         raise InputError(
             f"pmap spreads micro-batches over {jax.local_device_count()} devices: accumulate must"
-            f" be a multiple of that, not {accumulate}"
+            f" be a multiple of that, not {config.accumulate}"
         )
-    run_settings = dict(
-        steps=steps,
-        learning_rate=learning_rate,
-        warm_up=warm_up,
-        final=final_share,
-        b1=b1,
-        b2=b2,
-        weight_decay=weight_decay,
-        clip=clip,
-        accumulate=accumulate,
-        compute_dtype=None if compute_dtype is None else jnp.dtype(compute_dtype).name,
-        seed=seed,
-        parameters={
+
+
+def run_settings(
+    config: FitConfig,
+    trained_params: NamedArrays,
+    frozen_params: NamedArrays,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The settings that must be the same for a run to go on."""
+    return {
+        "steps": config.steps,
+        "learning_rate": config.learning_rate,
+        "warm_up": config.warm_up,
+        "final": config.final_share,
+        "b1": config.b1,
+        "b2": config.b2,
+        "weight_decay": config.weight_decay,
+        "clip": config.clip,
+        "accumulate": config.accumulate,
+        "compute_dtype": config.compute_dtype,
+        "seed": config.seed,
+        "parameters": {
             name: run_folder.dtype_and_shape(leaf)
             for name, leaf in trained_params.items()
         },
-        frozen=run_folder.checksum(frozen_params),
-        settings=dict(settings or {}),
-    )
-    rate_schedule = make_schedule(
-        learning_rate, steps=steps, warm_up=warm_up, final_share=final_share
-    )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.adamw(
-            rate_schedule,
-            b1=b1,
-            b2=b2,
-            weight_decay=weight_decay,
-            mask={
-                name: has_weight_decay(name, leaf)
-                for name, leaf in trained_params.items()
-            },
-        ),
-    )
-    optimizer_state = jax.tree.map(
-        lambda leaf: leaf if leaf.ndim else axes_lib.place(mesh, leaf, ""),
-        optimizer.init(trained_params),
-    )
-    check_writable(folder)
-    run_folder.check_settings(folder, run_settings)
-    step, *restored_arrays = run_folder.resume_run(
-        folder, trained_params, optimizer_state, batch_iterator
-    )
-    # As firmly in their places whether read or not: what is compiled is to be the same.
-    trained_params, optimizer_state = jax.tree.map(
-        lambda leaf: jax.device_put(leaf, leaf.sharding), restored_arrays
-    )
-
-    def draw_batches(step):
-        num_batches = min(steps_per_dispatch - step % steps_per_dispatch, steps - step)
-        return _place_batches(
-            mesh,
-            _stack_batches(
-                [next(batch_iterator) for _ in range(num_batches)], accumulate
-            ),
-        )
-
-    merge = functools.partial(run_folder.replace_leaves, params)
-    shardings = None
-    if mesh is not None:
-        shardings = (
-            *jax.tree.map(
-                lambda leaf: leaf.sharding, (trained_params, optimizer_state)
-            ),
-            None,
-        )
-    train_steps = _make_train_steps(
-        loss_function, optimizer, merge, compute_dtype, shardings, pmap
-    )
-    key = jax.random.key(seed)
-    with (
-        run_folder.catch_stop_signals() as stop_signals,
-        run_folder.RunLog(folder, step) as log,
-        tqdm(
-            total=steps,
-            initial=step,
-            desc=label,
-            unit="step",
-            mininterval=1.0,
-            disable=not processes.is_first_process(),
-        ) as progress,
-    ):
-        start_time = time.perf_counter()
-        batches = draw_batches(step) if step < steps else None
-        is_stopped = False  # one that is asked to stop stops all processes
-        while step < steps and not is_stopped:
-            num_steps = jax.tree.leaves(batches)[0].shape[0]
-            trained_params, optimizer_state, step_metrics = train_steps(
-                trained_params, optimizer_state, frozen_params, batches, step, key
-            )
-            data_position = batch_iterator.get_state()
-            step += num_steps
-            batches = (
-                draw_batches(step) if step < steps else None
-            )  # while the device computes
-            step_metrics = {
-                name: processes.gather_to_hosts(step_metrics[name])
-                for name in ("loss", *step_metrics)
-            }
-            _check_finite(folder, step_metrics, step - num_steps)
-            mean_metrics = {
-                name: float(np.mean(x, dtype=np.float64))
-                for name, x in step_metrics.items()
-            }
-            seconds = time.perf_counter() - start_time
-            speed = {"seconds": seconds, "steps_per_second": num_steps / seconds}
-            if tokens_per_step is not None:
-                speed["tokens_per_second"] = num_steps * tokens_per_step / seconds
-            checkpoint_due = (
-                step == steps or step // save_every > (step - num_steps) // save_every
-            )
-            if checkpoint_due and evaluate is not None:
-                mean_metrics |= {
-                    name: float(x)
-                    for name, x in evaluate(
-                        merge(trained_params | frozen_params)
-                    ).items()
-                }
-            log.write(
-                step,
-                mean_metrics | {"learning_rate": float(rate_schedule(step - 1))},
-                speed,
-            )
-            is_stopped = processes.any_process(bool(stop_signals))
-            if checkpoint_due or is_stopped:
-                run_folder.save_checkpoint(
-                    folder, step, data_position, trained_params, optimizer_state
-                )
-            progress.set_postfix(loss=f"{mean_metrics['loss']:.4g}", refresh=False)
-            progress.update(num_steps)
-            start_time = time.perf_counter()
-    if is_stopped or stop_signals:
-        signal.raise_signal(stop_signals[0] if stop_signals else signal.SIGTERM)
-    return merge(trained_params | frozen_params)
+        "frozen": run_folder.checksum(frozen_params),
+        "settings": dict(settings),
+    }
 
 
-# --- The step -------------------------------------------------------------------------------------
-
-
-def make_schedule(
-    learning_rate: float, *, steps: int, warm_up: int, final_share: float
-) -> optax.Schedule:
+def make_schedule(config: FitConfig) -> optax.Schedule:
     """From 0 over `warm_up` steps (half of all at most), then a cosine to final_share x peak."""
     return optax.warmup_cosine_decay_schedule(
         0.0,
-        learning_rate,
-        min(warm_up, steps // 2),
-        steps,
-        end_value=final_share * learning_rate,
+        config.learning_rate,
+        min(config.warm_up, config.steps // 2),
+        config.steps,
+        end_value=config.final_share * config.learning_rate,
     )
 
 
 def has_weight_decay(name: str, array: jax.Array) -> bool:
     """Whether weight decay is for this parameter: not for vectors, scales and biases.
 
-    The leading axis of what lies under "layers" counts the layers.
+    The leading axis of parameters under "layers" counts the layers.
     """
     *parent_names, leaf_name = name.split("/")
-    num_axes = array.ndim - ("layers" in parent_names)
-    return num_axes >= 2 and not {"bias", "scale", "norm"}.intersection(
-        leaf_name.split("_")
+    num_axes = array.ndim
+    if "layers" in parent_names:
+        num_axes -= 1
+    words = leaf_name.split("_")
+    return num_axes >= 2 and not {"bias", "scale", "norm"}.intersection(words)
+
+
+def make_optimizer(
+    config: FitConfig, trained_params: NamedArrays
+) -> optax.GradientTransformation:
+    """AdamW of clipped gradients, with weight decay for matrices alone."""
+    decay_mask = {
+        name: has_weight_decay(name, leaf) for name, leaf in trained_params.items()
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            make_schedule(config),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
     )
 
 
-def _stack_batches(batches: list[Any], accumulate: int) -> Any:
+def _init_optimizer(
+    optimizer: optax.GradientTransformation,
+    trained_params: NamedArrays,
+    mesh: Mesh | None,
+) -> optax.OptState:
+    """The optimiser's first state; its scalars lie on the mesh, as the parameters do."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.ndim else axes_lib.place(mesh, leaf, ""),
+        optimizer.init(trained_params),
+    )
+
+
+def _commit_placement(state: TrainState) -> TrainState:
+    """The state with its arrays committed to where they lie, whether they were restored or not.
+
+    Otherwise the steps of a run that goes on would be compiled differently.
+    """
+    params, optimizer_state = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, leaf.sharding),
+        (state.params, state.optimizer_state),
+    )
+    return TrainState(state.step, params, optimizer_state)
+
+
+def _shardings(state: TrainState, mesh: Mesh | None) -> tuple[Any, Any, None] | None:
+    """Shardings of the results of `make_train_steps`; None without a mesh."""
+    if mesh is None:
+        return None
+    params, optimizer_state = jax.tree.map(
+        lambda leaf: leaf.sharding, (state.params, state.optimizer_state)
+    )
+    return params, optimizer_state, None
+
+
+# --- The batches of a dispatch --------------------------------------------------------------------
+
+
+class _BatchSource(Generic[Batch]):
+    """Draws the batches of one dispatch after the other."""
+
+    def __init__(
+        self,
+        batch_iterator: BatchIterator[Batch],
+        config: FitConfig,
+        mesh: Mesh | None,
+    ):
+        self.batch_iterator = batch_iterator
+        self.config = config
+        self.mesh = mesh
+
+    def num_steps(self, step: int) -> int:
+        """The number of steps of the dispatch after `step`; 0 at the end of the run."""
+        steps_per_dispatch = self.config.steps_per_dispatch
+        steps_to_multiple = steps_per_dispatch - step % steps_per_dispatch
+        return min(steps_to_multiple, self.config.steps - step)
+
+    def draw(self, step: int) -> Batch | None:
+        """The batches of the dispatch after `step`, placed; None at the end of the run."""
+        num_steps = self.num_steps(step)
+        if not num_steps:
+            return None
+        batches = [next(self.batch_iterator) for _ in range(num_steps)]
+        return _place_batches(
+            self.mesh, _stack_batches(batches, self.config.accumulate)
+        )
+
+
+def _stack_batches(batches: list[Batch], accumulate: int) -> Batch:
     """Batches of some steps as one tree with leading axes [steps, micro-batches, rows]."""
 
-    def stack(*leaves):
-        rows = leaves[0].shape[0]
-        if rows % accumulate:
+    def stack(*leaves: np.ndarray) -> np.ndarray:
+        num_rows = leaves[0].shape[0]
+        if num_rows % accumulate:
             raise InputError(
-                f"a batch of {rows} rows cannot be cut into {accumulate} equal parts"
+                f"a batch of {num_rows} rows cannot be cut into {accumulate} equal parts"
             )
         array = np.stack(leaves)
         return array.reshape(len(leaves), accumulate, -1, *array.shape[2:])
 
-    return jax.tree.map(stack, *batches)
+    stacked: Batch = jax.tree.map(stack, *batches)
+    return stacked
 
 
-def _place_batches(mesh: Mesh | None, batches: Any) -> Any:
-    """What `_stack_batches` makes, its rows over the mesh's data axis."""
-    return jax.tree.map(
-        lambda x: axes_lib.place(mesh, x, "- - B" + " -" * (x.ndim - 3)), batches
-    )
+def _place_batches(mesh: Mesh | None, batches: Batch) -> Batch:
+    """Batches as `_stack_batches` makes them, their rows over the mesh's data axis."""
+
+    def place_leaf(leaf: np.ndarray) -> jax.Array:
+        row_axes = ["-"] * (leaf.ndim - 3)
+        array: jax.Array = axes_lib.place(mesh, leaf, " ".join(["- - B", *row_axes]))
+        return array
+
+    placed: Batch = jax.tree.map(place_leaf, batches)
+    return placed
 
 
-def _make_train_steps(
-    loss_function: LossFunction,
+# --- The steps ------------------------------------------------------------------------------------
+
+
+def make_train_steps(
+    loss_function: LossFunction[Params, Batch],
     optimizer: optax.GradientTransformation,
-    merge: Callable[[Mapping[str, jax.Array]], Any],
-    compute_dtype: Any,
-    shardings: Any = None,
-    pmap: bool = False,
-) -> Callable:
-    """The compiled function that makes some steps.
+    merge: Callable[[NamedArrays], Params],
+    config: FitConfig,
+    shardings: tuple[Any, Any, None] | None = None,
+) -> TrainSteps[Batch]:
+    """The compiled function that makes the steps of a dispatch.
 
-    It takes the trained parameters and the optimiser's state (donated, but not by pmap), the frozen
-    parameters, batches as `_stack_batches` makes them, the number of steps made before and the
-    run's key. What it returns lies in `shardings`, if they are given.
+    Args:
+      loss_function: as of `fit`.
+      optimizer: of the trained parameters by path.
+      merge: from all parameters by path to the tree that the loss takes.
+      config: of which `compute_dtype` and `pmap` are read.
+      shardings: of its results, if they are given.
+
+    Returns:
+      The function, which takes the trained parameters and the optimiser's state (donated, but not
+      by pmap), the frozen parameters, batches as `_stack_batches` makes them, the number of steps
+      made before and the run's key.
     """
-    axis_name = "devices" if pmap else None
 
-    def cast_floating(leaf):
-        is_floating = compute_dtype is not None and jnp.issubdtype(
-            leaf.dtype, jnp.floating
-        )
-        return leaf.astype(compute_dtype) if is_floating else leaf
+    def objective(trained, frozen, batch, key):
+        params = merge(trained | frozen)
+        return loss_function(_cast_floating(params, config.compute_dtype), batch, key)
 
-    def train_steps(trained, state, fixed, batches, before, key):
-        num_steps, num_micro_batches = jax.tree.leaves(batches)[0].shape[:2]
-        part_indices = jnp.arange(num_micro_batches)
-        if axis_name is not None:
-            part_indices += num_micro_batches * jax.lax.axis_index(axis_name)
+    def mean_gradients(trained, frozen, micro_batches, part_indices, key):
+        """Means over the micro-batches of a step: gradients, and metrics."""
 
-        def objective(trained, batch, key):
-            return loss_function(
-                jax.tree.map(cast_floating, merge(trained | fixed)), batch, key
+        def add_gradients(gradient_sum, part):
+            part_index, batch = part
+            part_key = jax.random.fold_in(key, part_index)
+            (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+                trained, frozen, batch, part_key
             )
+            gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradients)
+            return gradient_sum, {**metrics, "loss": loss}
+
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        gradient_sum, metrics = jax.lax.scan(
+            add_gradients, zeros, (part_indices, micro_batches)
+        )
+        gradients = jax.tree.map(lambda leaf: leaf / len(part_indices), gradient_sum)
+        metrics = jax.tree.map(lambda values: jnp.mean(values, axis=0), metrics)
+        if config.pmap:
+            gradients, metrics = jax.lax.pmean((gradients, metrics), PMAP_AXIS)
+        return gradients, metrics
+
+    def train_steps(trained, optimizer_state, frozen, batches, steps_before, key):
+        num_steps, num_parts = jax.tree.leaves(batches)[0].shape[:2]
+        part_indices = jnp.arange(num_parts)
+        if config.pmap:
+            part_indices += num_parts * jax.lax.axis_index(PMAP_AXIS)
 
         def step(carry, item):
-            trained_params, optimizer_state = carry
-            step_index, batch = item
-
-            def add_gradients(total, item):
-                part_index, batch = item
-                micro_batch_key = jax.random.fold_in(
-                    jax.random.fold_in(key, step_index), part_index
-                )
-                (loss_value, metrics), gradients = jax.value_and_grad(
-                    objective, has_aux=True
-                )(trained_params, batch, micro_batch_key)
-                return jax.tree.map(jnp.add, total, gradients), {
-                    **metrics,
-                    "loss": loss_value,
-                }
-
-            zeros = jax.tree.map(jnp.zeros_like, trained_params)
-            gradient_sum, metrics = jax.lax.scan(
-                add_gradients, zeros, (part_indices, batch)
+            trained, optimizer_state = carry
+            step_index, micro_batches = item
+            step_key = jax.random.fold_in(key, step_index)
+            gradients, metrics = mean_gradients(
+                trained, frozen, micro_batches, part_indices, step_key
             )
-            gradients = jax.tree.map(
-                lambda leaf: leaf / num_micro_batches, gradient_sum
-            )
-            metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics)
-            if axis_name is not None:
-                gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
-            metrics["gradient_norm"] = jnp.sqrt(
-                sum(jnp.sum(jnp.square(x)) for x in gradients.values())
-            )
+            metrics["gradient_norm"] = _global_norm(gradients)
             updates, optimizer_state = optimizer.update(
-                gradients, optimizer_state, trained_params
+                gradients, optimizer_state, trained
             )
-            return (
-                optax.apply_updates(trained_params, updates),
-                optimizer_state,
-            ), metrics
+            return (optax.apply_updates(trained, updates), optimizer_state), metrics
 
-        step_indices = before + jnp.arange(num_steps)
-        (trained, state), metrics = jax.lax.scan(
-            step, (trained, state), (step_indices, batches)
+        step_indices = steps_before + jnp.arange(num_steps)
+        (trained, optimizer_state), metrics = jax.lax.scan(
+            step, (trained, optimizer_state), (step_indices, batches)
         )
-        return trained, state, metrics
+        return trained, optimizer_state, metrics
 
-    if axis_name is None:
-        return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=shardings)
+    if config.pmap:
+        return _pmap_train_steps(train_steps)
+    return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=shardings)
+
+
+def _pmap_train_steps(train_steps: TrainSteps[Batch]) -> TrainSteps[Batch]:
+    """The steps with the micro-batches of each device in front."""
     in_axes = (None, None, None, 0, None, None)
     pmapped_steps = jax.pmap(
-        train_steps, axis_name=axis_name, in_axes=in_axes, out_axes=None
+        train_steps, axis_name=PMAP_AXIS, in_axes=in_axes, out_axes=None
     )
 
-    def split_over_devices(trained, state, fixed, batches, before, key):
-        """Each device's micro-batches in front."""
+    def split_over_devices(
+        trained, optimizer_state, frozen, batches, steps_before, key
+    ):
         num_devices = jax.local_device_count()
         device_batches = jax.tree.map(
-            lambda x: np.stack(np.split(x, num_devices, axis=1)), batches
+            lambda leaf: np.stack(np.split(leaf, num_devices, axis=1)), batches
         )
-        return pmapped_steps(trained, state, fixed, device_batches, before, key)
+        return pmapped_steps(
+            trained, optimizer_state, frozen, device_batches, steps_before, key
+        )
 
     return split_over_devices
 
 
+def _cast_floating(params: Params, compute_dtype: str | None) -> Params:
+    """Parameters of which the floating ones have `compute_dtype`, unless that is None."""
+    if compute_dtype is None:
+        return params
+
+    def cast_leaf(leaf: jax.Array) -> jax.Array:
+        is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(compute_dtype) if is_floating else leaf
+
+    cast_params: Params = jax.tree.map(cast_leaf, params)
+    return cast_params
+
+
+def _global_norm(gradients: NamedArrays) -> jax.Array:
+    """The Euclidean norm of all gradients together, a scalar."""
+    squares = [jnp.sum(jnp.square(leaf)) for leaf in gradients.values()]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run(Generic[Params, Batch]):
+    """The parts of a run that stay the same from dispatch to dispatch."""
+
+    folder: pathlib.Path
+    config: FitConfig
+    batch_source: _BatchSource[Batch]
+    train_steps: TrainSteps[Batch]
+    merge: Callable[[NamedArrays], Params]
+    frozen_params: NamedArrays
+    evaluate: Evaluation[Params] | None
+    tokens_per_step: int | None
+
+    def is_checkpoint_due(self, steps_before: int, step: int) -> bool:
+        save_every = self.config.save_every
+        is_last_step = step == self.config.steps
+        return is_last_step or step // save_every > steps_before // save_every
+
+    def evaluation_metrics(self, state: TrainState) -> dict[str, float]:
+        if self.evaluate is None:
+            return {}
+        params = self.merge(state.params | self.frozen_params)
+        return {name: float(value) for name, value in self.evaluate(params).items()}
+
+    def speed(self, num_steps: int, seconds: float) -> dict[str, float]:
+        speed = {"seconds": seconds, "steps_per_second": num_steps / seconds}
+        if self.tokens_per_step is not None:
+            num_tokens = num_steps * self.tokens_per_step
+            speed["tokens_per_second"] = num_tokens / seconds
+        return speed
+
+
+def train_loop(
+    run: _Run[Params, Batch],
+    state: TrainState,
+    log: RunLog,
+    progress: tqdm,
+    caught_signals: list[int],
+) -> tuple[TrainState, bool]:
+    """Makes dispatches until the run is at its end or a process got a signal to stop.
+
+    Returns:
+      The state, of which a checkpoint is written, and whether it was stopped: a signal that one
+      process got stops all of them.
+    """
+    key = jax.random.key(run.config.seed)
+    schedule = make_schedule(run.config)
+    is_stopped = False
+    start_time = time.perf_counter()
+    batches = run.batch_source.draw(state.step)
+    while batches is not None and not is_stopped:
+        steps_before = state.step
+        num_steps = run.batch_source.num_steps(steps_before)
+        trained_params, optimizer_state, step_metrics = run.train_steps(
+            state.params,
+            state.optimizer_state,
+            run.frozen_params,
+            batches,
+            steps_before,
+            key,
+        )
+        state = TrainState(steps_before + num_steps, trained_params, optimizer_state)
+        data_position = run.batch_source.batch_iterator.get_state()
+        batches = run.batch_source.draw(state.step)  # while the device computes
+        host_metrics = _gather_metrics(step_metrics)
+        _check_finite(run.folder, host_metrics, steps_before)
+        metrics = {
+            name: float(np.mean(values, dtype=np.float64))
+            for name, values in host_metrics.items()
+        }
+        speed = run.speed(num_steps, time.perf_counter() - start_time)
+        checkpoint_due = run.is_checkpoint_due(steps_before, state.step)
+        if checkpoint_due:
+            metrics |= run.evaluation_metrics(state)
+        metrics["learning_rate"] = float(schedule(state.step - 1))
+        log.write(state.step, metrics, speed)
+        is_stopped = processes.any_process(bool(caught_signals))
+        if checkpoint_due or is_stopped:
+            run_folder.save_checkpoint(run.folder, state, data_position)
+        progress.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+        progress.update(num_steps)
+        start_time = time.perf_counter()
+    return state, is_stopped
+
+
+def _progress_bar(config: FitConfig, step: int, label: str) -> tqdm:
+    """The progress bar of process 0."""
+    return tqdm(
+        total=config.steps,
+        initial=step,
+        desc=label,
+        unit="step",
+        mininterval=1.0,
+        disable=not processes.is_first_process(),
+    )
+
+
+def _gather_metrics(step_metrics: NamedArrays) -> dict[str, np.ndarray]:
+    """The metrics of each step [steps] in every process; the loss comes first."""
+    names = dict.fromkeys(["loss", *step_metrics])
+    return {name: processes.gather_to_hosts(step_metrics[name]) for name in names}
+
+
 def _check_finite(
-    folder: pathlib.Path, metrics: Mapping[str, np.ndarray], steps_done: int
+    folder: pathlib.Path, metrics: Mapping[str, np.ndarray], steps_before: int
 ) -> None:
     """Refuses to go on, and so to write a checkpoint, after a step that went wrong."""
     is_not_finite = ~np.isfinite([metrics["loss"], metrics["gradient_norm"]])
-    if is_not_finite.any():
-        index = int(np.flatnonzero(is_not_finite.any(axis=0))[0])
-        name = "loss" if is_not_finite[0, index] else "gradient_norm"
-        raise InputError(
-            f"the {name.replace('_', ' ')} is {metrics[name][index]} in step"
-            f" {steps_done + index + 1}; {run_folder.describe_last_checkpoint(folder)}. Lower"
-            " the learning rate, and choose"
-            " another folder"
-        )
+    if not is_not_finite.any():
+        return
+    index = int(np.flatnonzero(is_not_finite.any(axis=0))[0])
+    name = "loss" if is_not_finite[0, index] else "gradient_norm"
+    raise InputError(
+        f"the {name.replace('_', ' ')} is {metrics[name][index]} in step"
+        f" {steps_before + index + 1}; {run_folder.describe_last_checkpoint(folder)}. Lower"
+        " the learning rate, and choose another folder"
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.densities import density_training
-from continuous_lm.experiments.training import text
+from continuous_lm.experiments.training import fit, text
 from continuous_lm.models import calm
 from continuous_lm.models.calm.implicit_heads import EnergyHead
 
@@ -43,9 +43,7 @@ def codec(tokens, tmp_path_factory):
         train,
         held_out,
         folder=folder,
-        batch_size=16,
-        steps=600,
-        learning_rate=2e-3,
+        config=fit.FitConfig(steps=600, learning_rate=2e-3, batch_size=16),
     )
 
 
@@ -79,10 +77,8 @@ def test_contexts_tell_what_follows(tokens, codec, tmp_path):
         train,
         held_out,
         folder=tmp_path / "run",
+        config=fit.FitConfig(steps=1000, learning_rate=2e-3, batch_size=16),
         length=32,
-        batch_size=16,
-        steps=1000,
-        learning_rate=2e-3,
     )
     scores = calm_training.evaluate_brier_lm(
         lm, held_out, context=32, stride=8, limit=4096

@@ -247,7 +247,8 @@ data = np.random.default_rng(0).standard_normal((500, 5)).astype(np.float32)
 def train(name, params=params, **options):
     rows = window_batches.shuffled_windows(data, length=3, batch_size=32, seed=0)
     options = {"steps": 20, "learning_rate": 1e-2, "accumulate": 16, "save_every": 10} | options
-    return fit.fit(loss, params, rows, folder=f"{sys.argv[1]}/{name}", **options)
+    config = fit.FitConfig(**options)
+    return fit.fit(loss, params, rows, folder=f"{sys.argv[1]}/{name}", config=config)
 
 def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), a, b)

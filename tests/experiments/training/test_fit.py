@@ -1,6 +1,7 @@
 """Training: the steps are AdamW's, and where a run is stopped changes nothing of it."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from absl import logging
 from jax.experimental.compilation_cache import compilation_cache
 
 import continuous_lm as clm
-from continuous_lm.experiments.training import fit, run_folder, window_batches
+from continuous_lm.experiments.training import fit, run_folder, run_log, window_batches
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 KILLS = 20
@@ -56,13 +57,27 @@ def data():
 
 def fitted(folder, loss=loss, params=None, given=None, **changes):
     options = dict(
-        steps=45, learning_rate=1e-2, warm_up=5, save_every=10, steps_per_dispatch=5
+        steps=45,
+        learning_rate=1e-2,
+        batch_size=8,
+        warm_up=5,
+        save_every=10,
+        steps_per_dispatch=5,
     )
+    of_config = {field.name for field in dataclasses.fields(fit.FitConfig)}
+    options |= {name: changes.pop(name) for name in of_config & changes.keys()}
     params = initial() if params is None else params
-    return fit.fit(loss, params, given or data(), folder=folder, **(options | changes))
+    return fit.fit(
+        loss,
+        params,
+        given or data(),
+        folder=folder,
+        config=fit.FitConfig(**options),
+        **changes,
+    )
 
 
-def lines(folder, name=run_folder.METRICS_FILE):
+def lines(folder, name=run_log.METRICS_FILE):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
@@ -220,7 +235,7 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
 def test_what_a_run_writes(whole):
     folder, params = whole
     assert kept(folder) == [40, 45]
-    written, speeds = lines(folder), lines(folder, run_folder.SPEED_FILE)
+    written, speeds = lines(folder), lines(folder, run_log.SPEED_FILE)
     assert [line["step"] for line in written] == list(range(5, 50, 5))
     assert [line["step"] for line in speeds] == list(range(5, 50, 5))
     assert list(written[0])[:2] == ["step", "loss"]
@@ -235,8 +250,8 @@ def test_what_a_run_writes(whole):
     assert {path.name for path in folder.iterdir()} <= {
         *(
             run_folder.SETTINGS_FILE,
-            run_folder.METRICS_FILE,
-            run_folder.SPEED_FILE,
+            run_log.METRICS_FILE,
+            run_log.SPEED_FILE,
             run_folder.CHECKPOINTS_FOLDER,
         ),
         "tensorboard",
@@ -295,7 +310,7 @@ def test_computing_in_bfloat16(tmp_path, whole):
         seen.extend(leaf.dtype for leaf in jax.tree.leaves(params))
         return loss(params, batch, key)
 
-    found = fitted(tmp_path, spied, compute_dtype=jnp.bfloat16)
+    found = fitted(tmp_path, spied, compute_dtype="bfloat16")
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
     ours, others = jax.tree.leaves(found), jax.tree.leaves(whole[1])
     assert {leaf.dtype for leaf in ours} == {jnp.dtype(jnp.float32)}
@@ -340,9 +355,9 @@ def test_a_run_that_crashed_goes_on(tmp_path, whole, draws):
     assert lines(tmp_path) == lines(whole[0])
     assert kept(tmp_path) == [40, 45]
     # A run that is done stays as it is.
-    before = (tmp_path / run_folder.METRICS_FILE).read_bytes()
+    before = (tmp_path / run_log.METRICS_FILE).read_bytes()
     assert_same(fitted(tmp_path, given=Interrupted(data(), 0, crash)), whole[1])
-    assert (tmp_path / run_folder.METRICS_FILE).read_bytes() == before
+    assert (tmp_path / run_log.METRICS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -371,7 +386,7 @@ def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch
     )
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
-    with open(folder / run_folder.METRICS_FILE, "a") as file:
+    with open(folder / run_log.METRICS_FILE, "a") as file:
         file.write('{"step": 46, "lo')
     newest = folder / run_folder.CHECKPOINTS_FOLDER / "00000045"
     for path in newest.rglob("*"):
@@ -431,7 +446,7 @@ def started(folder):
 def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path):
     rng = random.Random(0)
     for name in ("whole", "killed"):
-        metrics = tmp_path / name / run_folder.METRICS_FILE
+        metrics = tmp_path / name / run_log.METRICS_FILE
         for _ in range(KILLS if name == "killed" else 0):
             before = lines_of(metrics)
             process = started(tmp_path / name)
