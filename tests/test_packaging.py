@@ -19,7 +19,7 @@ FOLDERS = (
     "models",
     "experiments",
 )  # installed as continuous_lm.FOLDER
-PACKED = {".json", ".py", ".safetensors", ".typed"}
+PACKED = {".jinja", ".json", ".py", ".safetensors", ".typed"}
 
 
 def installed_name(path: Path) -> Path:

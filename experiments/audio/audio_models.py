@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from continuous_lm import quantize
 from continuous_lm.experiments.audio import sound
 from continuous_lm.experiments.common import plots, tables
+from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.models import density
 from continuous_lm.models.density.distributions import Gaussian, Mixture
 from continuous_lm.models.density.model import DensityLM, DensityModel
@@ -28,6 +29,7 @@ DECIBELS_PER_NAT = 10.0 / np.log(10.0)  # in a nat of power
 _SHRINKAGE_FRAMES = 10.0  # frames of average deviation that every code is given
 NUM_SWEEP_WINDOWS = 6  # windows in the sweep of durations
 NUM_WAV_EXCERPTS = 4  # excerpts in a .wav file
+NUM_RESAMPLES = 2000  # of bootstrap intervals
 WAV_NAMES = ("real_resynthesised", "real_as_codes", "mixture_sample", "tokens_sample")
 
 
@@ -199,17 +201,6 @@ def previous_frame_baseline(frames: np.ndarray, windows: np.ndarray) -> FrameSco
 # --- Numbers --------------------------------------------------------------------------------------
 
 
-def bootstrap_interval(
-    values: np.ndarray, seed: int = 0, resamples: int = 2000
-) -> list[float]:
-    """A 95 % interval of the mean of values [num_values], by bootstrap over them."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(
-        axis=1
-    )
-    return np.quantile(means, (0.025, 0.975)).tolist()
-
-
 def squared_steps(frames: np.ndarray) -> np.ndarray:
     """Squared differences of neighbours among frames [B, T, W], means over bands: [B, T - 1]."""
     return np.asarray((np.diff(frames, axis=1) ** 2).mean(axis=-1), np.float64)
@@ -240,7 +231,9 @@ def summarize_likelihood(scores: FrameScores, deviation: np.ndarray) -> dict[str
     mean = float(window_means.mean())
     return {
         "nats_per_frame": mean,
-        "interval": bootstrap_interval(window_means),
+        "interval": bootstrap_interval(
+            window_means, seed=0, num_resamples=NUM_RESAMPLES
+        ),
         "nats_per_frame_log_mel": mean - float(np.log(deviation).sum()),
     }
 

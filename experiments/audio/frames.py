@@ -48,6 +48,7 @@ from continuous_lm.experiments.audio.synthesis import (
 from continuous_lm.experiments.audio.wav_files import write_wav
 from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.common import plots
+from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import fit, text, window_batches
 from continuous_lm.io.atomic_files import write_atomically
@@ -238,7 +239,9 @@ def main() -> None:
         },
         "gain_of_mixture": {
             "nats_per_frame": float(mixture_gain.mean()),
-            "interval": audio_models.bootstrap_interval(mixture_gain),
+            "interval": bootstrap_interval(
+                mixture_gain, seed=0, num_resamples=audio_models.NUM_RESAMPLES
+            ),
         },
         "sound": {
             "kind": _SOUND.value,

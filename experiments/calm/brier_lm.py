@@ -22,6 +22,11 @@ import numpy as np
 
 from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError
+from continuous_lm.experiments.common.statistics import (
+    NUM_RESAMPLES,
+    bootstrap_means,
+    percentile_interval,
+)
 from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
 from continuous_lm.models.generation import generate
@@ -30,8 +35,6 @@ from continuous_lm.models.transformer import Transformer
 
 NGRAM_LENGTHS = (1, 2, 3, 4)
 CONTINUATION_LENGTH = max(NGRAM_LENGTHS)  # of a continuation
-NUM_RESAMPLES = 1000
-_INTERVAL_QUANTILES = (0.025, 0.975)
 _MAX_ENUMERATED = 2**24  # probabilities that are enumerated
 
 
@@ -163,14 +166,17 @@ def _summarize_scores(
         np.bincount(group_indices, column)
         for column in np.asarray(scores, np.float64).T
     ]
-    resampled_means = _bootstrap_means(
-        np.stack([*group_sums, group_sizes], axis=-1), seed, resamples
+    resampled_means = bootstrap_means(
+        np.stack(group_sums, axis=-1),
+        group_sizes,
+        seed=seed,
+        num_resamples=resamples,
     )
     means = np.asarray(np.mean(scores, axis=0, dtype=np.float64))
 
     def interval(value: np.ndarray, values: np.ndarray) -> dict[str, float]:
-        low, high = np.quantile(values, _INTERVAL_QUANTILES)
-        return {"value": float(value), "low": float(low), "high": float(high)}
+        low, high = percentile_interval(values)
+        return {"value": float(value), "low": low, "high": high}
 
     summary: dict[str, Any] = {"positions": len(scores)}
     for i, n in enumerate(NGRAM_LENGTHS):
@@ -178,20 +184,6 @@ def _summarize_scores(
     return summary | {
         "brier_lm": interval(_brier_lm(means), _brier_lm(resampled_means))
     }
-
-
-def _bootstrap_means(
-    sums_and_sizes: np.ndarray, seed: int, resamples: int
-) -> np.ndarray:
-    """Means [resamples, 4] over groups that are drawn with replacement, from sums and sizes."""
-    rng, num_groups = np.random.default_rng(seed), len(sums_and_sizes)
-    resampled_sums = np.empty((resamples, sums_and_sizes.shape[1]))
-    for resampled_row in resampled_sums:  # one at a time stays in the processor's cache
-        resampled_row[:] = (
-            np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)
-            @ sums_and_sizes
-        )
-    return resampled_sums[:, :-1] / resampled_sums[:, -1:]
 
 
 def _brier_lm(means: np.ndarray) -> np.ndarray:

@@ -21,8 +21,8 @@ from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
-from continuous_lm.experiments.audio import audio_models
 from continuous_lm.experiments.common import plots, tables
+from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.models.calm import implicit_heads
 from continuous_lm.models.density import heads
 
@@ -38,6 +38,7 @@ MAX_MODE_DEVIATIONS = (
 )
 SAMPLES_PER_CALL = 4096  # samples at once where time is taken
 NUM_REPEATS = 5
+NUM_RESAMPLES = 2000  # of the bootstrap interval
 
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -231,7 +232,7 @@ class SampleScores(NamedTuple):
     """
 
     distance: float
-    interval: list[float]
+    interval: tuple[float, float]
     in_modes: float
     likelier: float
     per_second: float | None = None
@@ -258,7 +259,7 @@ def evaluate_samples(
     distances = energy_distances(x, y)
     return SampleScores(
         distance=float(distances.mean()),
-        interval=audio_models.bootstrap_interval(distances),
+        interval=bootstrap_interval(distances, seed=0, num_resamples=NUM_RESAMPLES),
         in_modes=float(np.mean(is_near_mode[0] | is_near_mode[1])),
         likelier=float(
             is_near_mode[0].sum()

@@ -1,4 +1,4 @@
-"""The tables of the studies, in every form that they are read in.
+"""Tables of results, in every form that they are read in.
 
 Terminal, CSV, Markdown and LaTeX (booktabs) hold the same cells, formatted once.
 """
@@ -8,10 +8,7 @@ import dataclasses
 import io
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from continuous_lm.experiments.studies import metrics
+from collections.abc import Sequence
 
 Cell = str | int | float | None
 
@@ -34,6 +31,11 @@ class Column:
     title: str
     path: str = ""
     format: str = ""
+
+    @property
+    def heading(self) -> str:
+        """The title, with the unit of percentages."""
+        return f"{self.title} (%)" if self.format.endswith("%") else self.title
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +66,19 @@ class Table:
             ]
             for row in self.rows
         ]
-        titles = [c.title + " (%)" * c.format.endswith("%") for c in self.columns]
-        return [titles, *body]
+        return [[column.heading for column in self.columns], *body]
 
     def as_text(self) -> str:
         """For the terminal."""
-        titles, *body = _dash_empty_cells(self.cells)
-        widths = [max(map(len, column)) for column in zip(titles, *body, strict=True)]
-        header, *lines = (_align_row(row, widths) for row in (titles, *body))
-        separator = "-" * len(header)
+        cells = _dash_empty_cells(self.cells)
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [_align_row(row, widths) for row in cells]
+        separator = "-" * len(lines[0])
+        lines.insert(1, separator)
         if self.has_summary_row:
             lines.insert(-1, separator)
-        caption = textwrap.wrap(self.caption, max(len(header), 60))
-        return "\n".join([*caption, "", header, separator, *lines])
+        caption = textwrap.wrap(self.caption, max(len(separator), 60))
+        return "\n".join([*caption, "", *lines])
 
     def as_csv(self) -> str:
         """Comma-separated, with an empty field where there is no number."""
@@ -86,36 +88,32 @@ class Table:
 
     def as_markdown(self) -> str:
         """A table of GitHub's Markdown."""
-        escaped = [
-            [c.replace("\\", "\\\\").replace("|", "\\|") for c in r] for r in self.cells
+        lines = [
+            f"| {' | '.join(map(_escape_markdown, row))} |"
+            for row in _dash_empty_cells(self.cells)
         ]
-        header, *lines = (
-            f"| {' | '.join(row)} |" for row in _dash_empty_cells(escaped)
-        )
-        separator = "|---|" + "---:|" * (len(self.columns) - 1)
-        return "\n".join([self.caption, "", header, separator, *lines]) + "\n"
+        lines.insert(1, "|---|" + "---:|" * (len(self.columns) - 1))
+        return "\n".join([self.caption, "", *lines, ""])
 
     def as_latex(self) -> str:
         """A table for a paper that uses the package booktabs."""
-        escaped = [
-            [cell.translate(_LATEX_ESCAPES) for cell in row] for row in self.cells
+        lines = [
+            " & ".join(map(_escape_latex, row)) + r" \\"
+            for row in _dash_empty_cells(self.cells)
         ]
-        header, *lines = (
-            " & ".join(row) + r" \\" for row in _dash_empty_cells(escaped)
-        )
+        lines.insert(1, r"\midrule")
         if self.has_summary_row:
             lines.insert(-1, r"\midrule")
+        alignment = "l" + "r" * (len(self.columns) - 1)
         return "\n".join(
             [
                 r"% \usepackage{booktabs}",
                 r"\begin{table}",
                 r"\centering",
-                rf"\caption{{{self.caption.translate(_LATEX_ESCAPES)}}}",
+                rf"\caption{{{_escape_latex(self.caption)}}}",
                 rf"\label{{tab:{self.name.replace('_', '-')}}}",
-                rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+                rf"\begin{{tabular}}{{{alignment}}}",
                 r"\toprule",
-                header,
-                r"\midrule",
                 *lines,
                 r"\bottomrule",
                 r"\end{tabular}",
@@ -145,6 +143,14 @@ def _format_cell(cell: Cell, column: Column) -> str:
     return format(cell, column.format).removesuffix("%")
 
 
+def _escape_markdown(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def _escape_latex(text: str) -> str:
+    return text.translate(_LATEX_ESCAPES)
+
+
 def _dash_empty_cells(cells: list[list[str]]) -> list[list[str]]:
     return [[cell or "-" for cell in row] for row in cells]
 
@@ -152,137 +158,3 @@ def _dash_empty_cells(cells: list[list[str]]) -> list[list[str]]:
 def _align_row(row: list[str], widths: list[int]) -> str:
     row_name, *values = row
     return "  ".join([row_name.ljust(widths[0]), *map(str.rjust, values, widths[1:])])
-
-
-# --- The studies' tables ------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class TableSpec:
-    """A table before it has rows; columns for the model, records and failed come first."""
-
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
-
-
-def study_tables(
-    study: str, metrics_by_model: Mapping[str, Any], *, has_summary_row: bool = False
-) -> list[Table]:
-    """The tables of a study, one row a model, from model -> numbers as `metrics` gives them."""
-    return [
-        Table(
-            name=f"{study}_{table_spec.name}",
-            caption=f"{study.capitalize()}. {table_spec.caption}.",
-            columns=(Column("model"), *_SHARED_COLUMNS, *table_spec.columns),
-            rows=[
-                [
-                    model,
-                    *(
-                        _lookup(metric_values, c.path)
-                        for c in (*_SHARED_COLUMNS, *table_spec.columns)
-                    ),
-                ]
-                for model, metric_values in metrics_by_model.items()
-            ],
-            has_summary_row=has_summary_row,
-        )
-        for table_spec in TABLE_SPECS[study]
-    ]
-
-
-def _lookup(metric_values: Any, path: str) -> Cell:
-    """What the path leads to; None where a step is missing, as for kinds that no record is of."""
-    for name in path.split("."):
-        metric_values = metric_values.get(name)
-    return metric_values
-
-
-_SHARED_COLUMNS = (Column("records", "records", "d"), Column("failed", "failed", "d"))
-_COUNTING_TABLES = (
-    TableSpec(
-        "sensitivity",
-        "Areas over thresholds of probability: share of the expected peaks found, and intersection"
-        " over union (IoU) of found and expected peaks",
-        (
-            Column("observed", "sensitivity.observed area", ".4f"),
-            Column("counterfactual", "sensitivity.counterfactual area", ".4f"),
-            Column("IoU observed", "iou.observed area", ".4f"),
-            Column("IoU counterfactual", "iou.counterfactual area", ".4f"),
-        ),
-    ),
-    TableSpec(
-        "peaks",
-        "Found-peak rates: pure counts the peaks among 1..n, impure those of all digits;"
-        " the ordinary sentence has one peak",
-        (
-            Column("counterfactual", "peaks.counterfactual", ".4f"),
-            Column("pure", "peaks.pure", ".4f"),
-            Column("improvement", "peaks.pure improvement", ".3f"),
-            Column("impure", "peaks.impure", ".4f"),
-            Column("impure improvement", "peaks.impure improvement", ".3f"),
-        ),
-    ),
-    TableSpec(
-        "order",
-        "Order along the sweep: shares of records whose most probable digits are 1..n in turn, and"
-        " never fall; mean number of digits that lead; mean trend of the expected count, its net"
-        " change over its total variation",
-        (
-            Column("1..n in turn", "order.in order", ".1%"),
-            Column("never falls", "order.never falls", ".1%"),
-            Column("digits", "order.digits", ".2f"),
-            Column("trend", "order.trend", ".3f"),
-        ),
-    ),
-)
-TABLE_SPECS = {
-    "counting": _COUNTING_TABLES,
-    "tutorials": _COUNTING_TABLES,
-    "sums": (
-        TableSpec(
-            "tiers",
-            "Success of sums: valid among those with tiers, the others among the valid. There are"
-            " no tiers where the number that shrinks has no two digits (not defined) or the"
-            " unshrunk answer is also a shrunk one (ambiguous)",
-            (
-                Column("not defined", "not defined", "d"),
-                Column("ambiguous", "ambiguous", "d"),
-                Column("with tiers", "defined", "d"),
-                *(
-                    Column(tier, f"shares.{tier}", ".1%")
-                    for tier in ("valid", "successful", "strongly", "completely")
-                ),
-            ),
-        ),
-    ),
-    "words": (
-        TableSpec(
-            "lipschitz",
-            "Mean Lipschitz estimates of normalised interpolation curves, by kind of question and"
-            " answer; constant curves have none",
-            (
-                *(
-                    Column(f"{kind} {answer}", f"lipschitz.{kind} {answer}", ".3f")
-                    for kind in ("neither", "one", "both")
-                    for answer in ("Yes", "No")
-                ),
-                Column("all", "lipschitz.all", ".3f"),
-                Column("constant", "constant", "d"),
-            ),
-        ),
-        TableSpec(
-            "variation",
-            "Variation beyond the two end points: mean, largest, and share of records with"
-            f" {metrics.LARGE_VARIATION} or more; share of curves that are monotone to"
-            f" within {metrics.MONOTONE_TOLERANCE} of probability, and mean size of their trend",
-            (
-                Column("mean", "variation.mean", ".4f"),
-                Column("largest", "variation.largest", ".4f"),
-                Column(f"{metrics.LARGE_VARIATION} or more", "variation.large", ".1%"),
-                Column("monotone", "monotone.share", ".1%"),
-                Column("trend", "monotone.trend", ".3f"),
-            ),
-        ),
-    ),
-}

@@ -20,6 +20,7 @@ import numpy as np
 
 from continuous_lm import quantize
 from continuous_lm.experiments.common import tables
+from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.experiments.training import window_batches
 from continuous_lm.models.density import distributions
 from continuous_lm.models.density.heads import ExpertsHead
@@ -27,7 +28,6 @@ from continuous_lm.models.density.model import DensityLM, DensityModel
 from continuous_lm.models.density.samplers import get_token_table
 
 WINDOWS_PER_BATCH = 8  # windows judged at once
-NUM_RESAMPLES = 1000
 
 
 def evaluate_density(
@@ -73,16 +73,8 @@ def evaluate_density(
 
     def interval(values, of=lambda x: x):
         means = values.reshape(len(values), -1).mean(axis=1)
-        resampled_means = means[
-            rng.integers(len(means), size=(NUM_RESAMPLES, len(means)))
-        ].mean(axis=1)
-        estimates = {"value": means.mean()} | dict(
-            zip(
-                ("low", "high"),
-                np.quantile(resampled_means, [0.025, 0.975]),
-                strict=True,
-            )
-        )
+        low, high = bootstrap_interval(means, seed=rng)
+        estimates = {"value": means.mean(), "low": low, "high": high}
         with np.errstate(over="ignore"):  # more than a float holds is no number
             transformed = {name: float(of(x)) for name, x in estimates.items()}
         return {name: x if np.isfinite(x) else None for name, x in transformed.items()}

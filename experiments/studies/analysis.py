@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.common import plots, tables
-from continuous_lm.experiments.studies import metrics
+from continuous_lm.experiments.common import plots
+from continuous_lm.experiments.studies import metrics, study_tables
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import read_json, write_json
 
@@ -409,7 +409,7 @@ def main() -> None:
     table_texts: list[str] = []
     with write_atomically(folder, stale_pattern=_OUTPUT_FILES) as staging_folder:
         for study_name, metrics_by_model in metrics_by_study.items():
-            for table in tables.study_tables(
+            for table in study_tables.make_tables(
                 study_name,
                 metrics_by_model,
                 has_summary_row=GLOBAL_ROW in metrics_by_model,

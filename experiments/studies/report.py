@@ -46,7 +46,13 @@ from continuous_lm.experiments.durations import (
     shifting,
     sums,
 )
-from continuous_lm.experiments.studies import analysis, datasets, report_page, study
+from continuous_lm.experiments.studies import (
+    analysis,
+    datasets,
+    report_page,
+    study,
+    study_tables,
+)
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
@@ -493,7 +499,7 @@ def study_section(
         f"Study: {name}",
         STUDY_CLAIMS[name],
         f"{len(records)} prompts, of which {len(studies[0].failed)} could not be run.",
-        tables.study_tables(name, metrics_by_model),
+        study_tables.make_tables(name, metrics_by_model),
         {
             f"{name}_{figure_name}": study_figure
             for figure_name, study_figure in study_figures.items()

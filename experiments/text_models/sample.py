@@ -28,6 +28,7 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.common import plots, tables
+from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import text
 from continuous_lm.io.atomic_files import write_atomically
@@ -169,15 +170,11 @@ def sample_steered(
         token_rows = generated.token_lists()
         num_listed = np.array([np.isin(row, listed_tokens).sum() for row in token_rows])
         num_tokens = np.array([len(row) for row in token_rows])
-        resampled_indices = rng.integers(len(token_rows), size=(1000, len(token_rows)))
-        shares = num_listed[resampled_indices].sum(axis=1) / num_tokens[
-            resampled_indices
-        ].sum(axis=1)
-        low, high = np.quantile(shares, [0.025, 0.975])
+        low, high = bootstrap_interval(num_listed, num_tokens, seed=rng)
         share = {
             "value": float(num_listed.sum() / num_tokens.sum()),
-            "low": float(low),
-            "high": float(high),
+            "low": low,
+            "high": high,
         }
         results.append({"strength": strength, "share": share, "tokens": token_rows})
     return results

@@ -3,11 +3,21 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from continuous_lm import axes as axes_lib
+
+
+def parse_stored_axes(axes: str) -> list[tuple[str, ...]]:
+    """The axes of a stored tensor, each with the letters and numbers that it merges.
+
+    >>> parse_stored_axes("(N 3 H) D")
+    [('N', '3', 'H'), ('D',)]
+    """
+    merged_or_single = re.findall(r"\(([^)]*)\)|(\S+)", axes)
+    return [axes_lib.split(merged or single) for merged, single in merged_or_single]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,36 +40,46 @@ class StoredTensor:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The tensor's shape."""
-        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.axes)
-        shape = [_axes_size(grouped or single, sizes) for grouped, single in groups]
+        first_size, *other_sizes = [
+            _merged_size(merged_axes, sizes)
+            for merged_axes in parse_stored_axes(self.axes)
+        ]
         if self.group_axes:
-            shape[0] = sum(_axes_size(group, sizes) for group in self.group_axes)
-        return tuple(shape)
+            first_size = sum(self._group_sizes(sizes))
+        return first_size, *other_sizes
 
     def view(
         self, tensor: np.ndarray, axes: tuple[str, ...], sizes: Mapping[str, int]
     ) -> np.ndarray:
         """The part of the stored tensor that is the parameter with `axes`: to read or to write."""
         if self.group_axes:
-            first_row = sum(
-                _axes_size(group, sizes) for group in self.group_axes[: self.part_index]
-            )
-            tensor = tensor[
-                first_row : first_row
-                + _axes_size(self.group_axes[self.part_index], sizes)
-            ]
-        letters = axes_lib.split(self.axes.replace("(", "").replace(")", ""))
-        tensor = tensor.reshape([_axes_size(a, sizes) for a in letters])
-        tensor = tensor[
-            tuple(self.part_index if a.isdigit() else slice(None) for a in letters)
+            group_sizes = self._group_sizes(sizes)
+            first_row = sum(group_sizes[: self.part_index])
+            tensor = tensor[first_row : first_row + group_sizes[self.part_index]]
+        split_axes = [
+            axis for merged in parse_stored_axes(self.axes) for axis in merged
         ]
-        remaining = [a for a in letters if not a.isdigit()]
-        order = []
-        for a in axes:  # a letter that stands twice keeps its order
-            order.append(remaining.index(a))
-            remaining[order[-1]] = ""
-        return tensor.transpose(order)
+        tensor = tensor.reshape([_axis_size(axis, sizes) for axis in split_axes])
+        part = [self.part_index if a.isdigit() else slice(None) for a in split_axes]
+        stored_order = _number_repeats(a for a in split_axes if not a.isdigit())
+        parameter_order = _number_repeats(axes)
+        return tensor[tuple(part)].transpose(
+            [stored_order.index(axis) for axis in parameter_order]
+        )
+
+    def _group_sizes(self, sizes: Mapping[str, int]) -> list[int]:
+        return [_merged_size(axes_lib.split(group), sizes) for group in self.group_axes]
 
 
-def _axes_size(axes: str, sizes: Mapping[str, int]) -> int:
-    return math.prod(int(a) if a.isdigit() else sizes[a] for a in axes_lib.split(axes))
+def _number_repeats(axes: Iterable[str]) -> list[tuple[str, int]]:
+    """Each axis with how often it stood before: of "C D D", D 0 is told apart from D 1."""
+    axes = list(axes)
+    return [(axis, axes[:place].count(axis)) for place, axis in enumerate(axes)]
+
+
+def _axis_size(axis: str, sizes: Mapping[str, int]) -> int:
+    return int(axis) if axis.isdigit() else sizes[axis]
+
+
+def _merged_size(merged_axes: Sequence[str], sizes: Mapping[str, int]) -> int:
+    return math.prod(_axis_size(axis, sizes) for axis in merged_axes)

@@ -242,13 +242,6 @@ def test_errors_are_in_units_and_decibels():
     assert found["decibels"] == pytest.approx(10 * np.log10(np.exp(2.0)))
 
 
-def test_intervals_cover_the_mean():
-    values = np.random.default_rng(0).normal(3.0, 2.0, 400)
-    low, high = audio_models.bootstrap_interval(values)
-    assert low < values.mean() < high
-    assert high - low == pytest.approx(2 * 1.96 * 2.0 / 20, rel=0.15)
-
-
 def test_a_change_of_units_is_the_densitys_own():
     """Nats of log-mel frames are those of standardised ones less the log of the volume."""
     scores = audio_models.FrameScores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))

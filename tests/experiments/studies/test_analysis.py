@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from continuous_lm.experiments.common import plots, tables
-from continuous_lm.experiments.studies import metrics
+from continuous_lm.experiments.studies import metrics, study_tables
 from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner
 
 PROGRAM = "analysis"
@@ -355,7 +355,7 @@ def test_every_form_of_a_table_has_the_same_cells(output, name):
 def test_cells_are_the_numbers_of_the_json(output, result):
     found = 0
     for study, models in result["studies"].items():
-        for layout in tables.TABLE_SPECS[study]:
+        for layout in study_tables.TABLE_SPECS[study]:
             with open(output / f"{study}_{layout.name}.csv", newline="") as file:
                 rows = list(csv.DictReader(file))
             for row, numbers in zip(rows, models.values(), strict=True):

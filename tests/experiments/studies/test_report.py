@@ -13,7 +13,13 @@ from matplotlib.figure import Figure
 
 from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.common import tables
-from continuous_lm.experiments.studies import analysis, datasets, report, report_page
+from continuous_lm.experiments.studies import (
+    analysis,
+    datasets,
+    report,
+    report_page,
+    study_tables,
+)
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT, forked_runner
 
@@ -227,7 +233,7 @@ def assert_analysed(folder):
         assert len(found.records) + len(found.failed) == 4
         numbers = analysis.compute_model_metrics([found])
         expected = {
-            table.name: table.cells for table in tables.study_tables(name, numbers)
+            table.name: table.cells for table in study_tables.make_tables(name, numbers)
         }
         assert sections[f"Study: {name}"]["tables"] == expected
         assert any(any(row) for cells in expected.values() for row in cells[1:])
