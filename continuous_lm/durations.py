@@ -81,7 +81,7 @@ def check_durations(
     Raises:
       InputError: which entry is wrong, and how.
     """
-    shape = jnp.shape(durations)
+    shape = np.shape(durations)
     if not shape or shape[-1] != num_tokens:
         raise InputError(
             f"{name} has shape {list(shape)}, but there are {num_tokens} tokens: it must be"

@@ -6,15 +6,12 @@ The packages of continuous output, `density` and `calm`, are imported when they 
 import importlib
 from typing import Any
 
+from continuous_lm.models.checkpoints.hf_folder import bundled_models
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.generation import GeneratedTokens, generate
 from continuous_lm.models.kv_cache import KVCache
-from continuous_lm.models.language_model import (
-    LanguageModel,
-    bundled_models,
-    load,
-    save,
-)
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.loading import load, save
 from continuous_lm.models.samplers import sample_token
 from continuous_lm.models.transformer import Transformer
 

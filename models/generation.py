@@ -25,9 +25,9 @@ from continuous_lm.arguments import (
     check_numbers,
 )
 from continuous_lm.errors import InputError, about
-from continuous_lm.models import kv_cache
+from continuous_lm.models import kv_cache, linen_transformer
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.language_model import LanguageModel, trunk_model
 from continuous_lm.models.samplers import check_sampling, sample_token
 
 LENGTH_MULTIPLE = (
@@ -62,7 +62,7 @@ class DecodeSpec(NamedTuple):
 
 
 def generate(
-    lm: LanguageModel,
+    lm: LanguageModel[Any],
     tokens: ArrayLike | Sequence[ArrayLike] | None = None,
     *,
     max_new_tokens: int,
@@ -120,13 +120,18 @@ def generate(
     prompt_argument, prompts = (
         ("tokens", tokens) if embeddings is None else ("embeddings", embeddings)
     )
+    trunk = trunk_model(lm)
     param_dtype = lm.params["embedding"].dtype
     prompt_dtype = np.dtype(np.int32) if prompt_argument == "tokens" else param_dtype
     prompt_list, duration_list = split_prompts(
-        lm.model, prompt_argument, prompts, durations, prompt_dtype
+        linen_transformer.Transformer(lm.config),
+        prompt_argument,
+        prompts,
+        durations,
+        prompt_dtype,
     )
     spec = DecodeSpec(
-        lm.model,
+        linen_transformer.Transformer(lm.config, implementation=trunk.implementation),
         prompt_argument,
         "tokens",
         _TokenSampler(greedy=temperature == 0, top_k=top_k, top_p=top_p is not None),
@@ -265,9 +270,7 @@ def _decode_loop(
         for entry, array in batch.items()
     }
     cache = kv_cache.empty(spec.config, padded_length + capacity, (num_rows,), dtype)
-    cache = jax.tree.map(
-        place, cache._replace(end_time=batch["start"]), kv_cache.CACHE_AXES
-    )
+    cache = kv_cache.place(spec.mesh, cache._replace(end_time=batch["start"]))
 
     def slice_piece(name, i, size):
         return lax.dynamic_slice_in_dim(batch[name], i * size, size, axis=1)

@@ -1,13 +1,16 @@
 """The KV cache: keys and values of the tokens so far, from which a transformer goes on."""
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import check_count
+from continuous_lm.errors import InputError
 from continuous_lm.models.config import TransformerConfig
 
 
@@ -22,8 +25,33 @@ class KVCache(NamedTuple):
     num_tokens: jax.Array  # int [], how many tokens there are
 
 
-# The letters of their axes, with one leading axis.
-CACHE_AXES = KVCache(*cast(Any, ("L B S K H", "L B S K H", "B S", "B S", "B", "")))
+# The letters of the axes of a `KVCache` with one leading axis, by its fields.
+CACHE_AXES = {
+    "keys": "L B S K H",
+    "values": "L B S K H",
+    "durations": "B S",
+    "intervals": "B S",
+    "end_time": "B",
+    "num_tokens": "",
+}
+
+
+class CachedLayer(NamedTuple):
+    """The stacks of all layers in a cache, and which layer is meant."""
+
+    keys: jax.Array  # [L, ..., S, K, H]
+    values: jax.Array  # [L, ..., S, K, H]
+    layer_index: jax.Array  # int []
+
+
+class PrefixLayer(NamedTuple):
+    """One layer's keys and values of the tokens of a prefix, which are only read."""
+
+    keys: jax.Array  # [..., S, K, H]
+    values: jax.Array  # [..., S, K, H]
+
+
+Past = CachedLayer | PrefixLayer | None  # what a layer knows of earlier tokens
 
 
 def empty(
@@ -59,6 +87,43 @@ def empty(
     )
 
 
+def place(mesh: Mesh | None, cache: KVCache) -> KVCache:
+    """The cache where the letters of its axes say; see `axes.place`."""
+    placed = {
+        field: axes_lib.place(mesh, array, CACHE_AXES[field])
+        for field, array in cache._asdict().items()
+    }
+    return KVCache(**placed)
+
+
+def check_shape(config: TransformerConfig, cache: KVCache, cache_name: str) -> None:
+    """Refuses a cache or prefix of another model."""
+    expected_shape = (
+        config.num_layers,
+        *cache.end_time.shape,
+        cache.durations.shape[-1],
+        config.num_kv_heads,
+        config.head_dim,
+    )
+    if cache.keys.shape != expected_shape:
+        raise InputError(
+            f"the {cache_name}'s keys have shape {list(cache.keys.shape)}; this model's are"
+            f" {list(expected_shape)}"
+        )
+
+
+def check_room(cache: KVCache, num_new: int) -> None:
+    """Refuses a cache without room for so many more tokens, where their number is known."""
+    if isinstance(cache.num_tokens, jax.core.Tracer):
+        return
+    capacity = cache.durations.shape[-1]
+    if int(cache.num_tokens) + num_new > capacity:
+        raise InputError(
+            f"the cache holds {int(cache.num_tokens)} tokens and has room for {capacity}:"
+            f" {num_new} more do not fit; make it longer"
+        )
+
+
 def append(buffer: jax.Array, new: jax.Array, offset: jax.Array) -> jax.Array:
     """`buffer` [..., S] with `new` [..., T] from index `offset` on; leading axes broadcast."""
     new = jnp.broadcast_to(new, (*buffer.shape[:-1], new.shape[-1])).astype(
@@ -74,6 +139,32 @@ def concatenate(past: jax.Array, new: jax.Array, *, axis: int) -> jax.Array:
         jnp.broadcast_to(x, (*batch_shape, *x.shape[axis:])) for x in (past, new)
     )
     return jnp.concatenate(list(broadcast_parts), axis=axis)
+
+
+def extend(
+    past: Past, k: jax.Array, v: jax.Array, offset: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Past]:
+    """Keys and values of one layer, of the past tokens and the new ones.
+
+    Args:
+      past: of the earlier tokens.
+      k: keys [..., T, K, H] of the new tokens.
+      v: values [..., T, K, H].
+      offset: int [], the index of the first new token in a cache.
+
+    Returns:
+      keys and values [..., S, K, H], and the past with the new ones in it.
+    """
+    if isinstance(past, PrefixLayer):
+        past_keys, past_values = past
+        k = concatenate(past_keys.astype(k.dtype), k, axis=-3)
+        v = concatenate(past_values.astype(v.dtype), v, axis=-3)
+    elif isinstance(past, CachedLayer):
+        assert offset is not None
+        cached_keys, k = update_layer(past.keys, k, past.layer_index, offset)
+        cached_values, v = update_layer(past.values, v, past.layer_index, offset)
+        past = CachedLayer(cached_keys, cached_values, past.layer_index)
+    return k, v, past
 
 
 def update_layer(

@@ -266,7 +266,7 @@ def test_a_fault_is_found(path: str, source: str):
     [
         (
             "continuous_lm/__init__.py",
-            "from continuous_lm.models.language_model import load",
+            "from continuous_lm.models.loading import load",
         ),
         ("continuous_lm/__main__.py", "from continuous_lm.experiments import PROGRAMS"),
         ("continuous_lm/attention/dense.py", "from continuous_lm import attention"),

@@ -29,6 +29,7 @@ from continuous_lm.analysis.sweep import HasModel
 from continuous_lm.arguments import as_float, check_integers
 from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.errors import InputError
+from continuous_lm.models.transformer import make_inputs
 
 Objective = Callable[[jax.Array], jax.Array]  # durations [T] -> a scalar
 
@@ -107,7 +108,13 @@ def next_token_logits(
             raise InputError(
                 f"{name} has shape {list(array.shape)}; one prompt at a time has {ranks[name]} axes"
             )
-    lm.model.check(**arrays, position=position)
+    make_inputs(
+        lm.config,
+        arrays.get("tokens"),
+        embeddings=arrays.get("embeddings"),
+        start=arrays.get("start"),
+        position=position,
+    )
     return PromptLogits(lm.params, arrays, jnp.asarray(position), lm.model)
 
 

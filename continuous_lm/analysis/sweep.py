@@ -24,6 +24,9 @@ from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import as_float, check_count, check_integers
 from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
+from continuous_lm.inputs import Inputs
+from continuous_lm.models import transformer
+from continuous_lm.models.transformer import make_inputs
 from continuous_lm.parallel.pmap import pmap_rows
 
 _ARGUMENT_RANKS = {"tokens": 1, "embeddings": 2, "durations": 1, "times": 1, "start": 0}
@@ -241,7 +244,16 @@ def validate(
             "a sweep needs arguments with one common number of points; these have"
             f" {sorted(point_counts)}"
         )
-    lm.model.check(**arrays, position=position)
+    given = {name: arrays.get(name) for name in Inputs._fields}
+    make_inputs(
+        lm.config,
+        given["tokens"],
+        embeddings=given["embeddings"],
+        durations=given["durations"],
+        times=given["times"],
+        start=given["start"],
+        position=position,
+    )
     (num_points,) = point_counts
     input_name = next(name for name in ("tokens", "embeddings") if name in arrays)
     num_tokens = arrays[input_name].shape[
@@ -426,12 +438,25 @@ def _stack_prompts(
 @functools.partial(jax.jit, static_argnums=0)
 def _prefill(model, params, arguments: Mapping[str, jax.Array]) -> Any:
     """What all points share, of B prompts: a prefix with leading axes [B, 1]."""
-    return model.apply({"params": params}, method="prefill", **arguments)
+    inputs = _as_inputs(arguments)
+    return transformer.prefill(model.config, params, inputs, model.execution)
+
+
+def _as_inputs(arguments: Mapping[str, jax.Array]) -> Inputs:
+    return Inputs(**{name: arguments.get(name) for name in Inputs._fields})
 
 
 def _next_token_distribution(model, params, arguments: Mapping[str, Any]) -> jax.Array:
     """The distribution [B, P, V] of the next token."""
-    logits = model.apply({"params": params}, **arguments)
+    output = transformer.forward(
+        model.config,
+        params,
+        _as_inputs(arguments),
+        position=arguments["position"],
+        prefix=arguments.get("prefix"),
+        execution=model.execution,
+    )
+    logits = output.logits
     return jax.nn.softmax(logits.astype(jnp.float32))
 
 

@@ -275,7 +275,7 @@ def train(
                 {name: f"{value:.3f}" for name, value in metrics.items()}
             )
             progress.update(min(STEPS_PER_DISPATCH, steps - start))
-    return clm.LanguageModel(transformer_config, params, tokenizer)
+    return clm.LanguageModel(clm.Transformer(transformer_config), params, tokenizer)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from continuous_lm.experiments.common import absl_program as program
 from continuous_lm.experiments.common import tables
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.config import TransformerConfig
 
 # What changes the sizes in the config.json of the published checkpoints.
@@ -264,9 +264,7 @@ def main() -> None:
     folder = program.output_dir("device_costs")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 64)
-    configs = {
-        name: language_model.read_config(MODEL_FIELDS[name]) for name in _SHAPES.value
-    }
+    configs = {name: trunk.read_config(MODEL_FIELDS[name]) for name in _SHAPES.value}
     growth_rows: dict[str, list] = {name: [] for name in configs}
     memory_rows: dict[str, list] = {name: [] for name in configs}
     with tqdm.tqdm(

@@ -155,7 +155,7 @@ def random_softmax_lm(trunk_sizes: Mapping[str, int]) -> clm.LanguageModel:
     params = jax.tree.map(
         lambda x: 7.0 * x if x.ndim > 1 else x, nn.unbox(variables["params"])
     )
-    return clm.LanguageModel(config, params)
+    return clm.LanguageModel(clm.Transformer(config), params)
 
 
 def random_next_vector_lm(

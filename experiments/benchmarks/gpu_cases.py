@@ -145,7 +145,9 @@ def repeated_calls(
 
 def large_sweep_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
     """All points of a sweep of a large model, with random weights."""
-    lm = clm.LanguageModel(sizes.model_config, random_params(sizes.model_config))
+    lm = clm.LanguageModel(
+        clm.Transformer(sizes.model_config), random_params(sizes.model_config)
+    )
     num_parameters = sum(x.size for x in jax.tree.leaves(lm.params))
     durations = np.ones((sizes.num_points, sizes.num_tokens), np.float32)
     changed_tokens = slice(sizes.num_tokens // 4, sizes.num_tokens // 2)

@@ -21,7 +21,7 @@ import continuous_lm as clm
 from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.densities import density_training
-from continuous_lm.models.language_model import parameter_declarations
+from continuous_lm.models.transformer import parameter_table
 
 _GIGABYTES = flags.DEFINE_float(
     "gigabytes", 2.0, "Of the checkpoint that is loaded, in bfloat16.", lower_bound=0.0
@@ -108,12 +108,14 @@ def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], i
     random_block = (
         np.random.default_rng(0).standard_normal(100_003).astype(ml_dtypes.bfloat16)
     )
-    parameter_specs = parameter_declarations(config)
+    parameters = parameter_table(config)
     flat_params = {
-        path: np.resize(random_block, box.value.shape)
-        for path, box in parameter_specs.items()
+        path: np.resize(random_block, declaration.shape)
+        for path, declaration in parameters.items()
     }
-    lm = clm.LanguageModel(config, traverse_util.unflatten_dict(flat_params, sep="/"))
+    lm = clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(flat_params, sep="/")
+    )
     num_bytes = sum(array.nbytes for array in flat_params.values())
 
     def write_checkpoint() -> int:

@@ -30,11 +30,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from continuous_lm import axes
-from continuous_lm.models import kv_cache, language_model
-from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
+from continuous_lm.models import kv_cache
+from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.families.registry import FAMILIES
-from continuous_lm.models.transformer import Transformer
+from continuous_lm.models.transformer import Transformer, forward, make_inputs
 
 
 class SweepBatch(NamedTuple):
@@ -61,10 +60,18 @@ def next_token_probabilities(
     model: Transformer, params: Any, tokens, durations, prefix
 ) -> jax.Array:
     """Probabilities [P, V] of the next token, from tokens [T], durations [P, T] and a prefix."""
-    logits: Any = model.apply(
-        {"params": params}, tokens, durations=durations, prefix=prefix, position=-1
+    inputs = make_inputs(
+        model.config, tokens, durations=durations, position=-1, prefix=prefix
     )
-    return jax.nn.softmax(logits)
+    output = forward(
+        model.config,
+        params,
+        inputs,
+        position=-1,
+        prefix=prefix,
+        execution=model.execution,
+    )
+    return jax.nn.softmax(output.logits)
 
 
 class ProgramArguments(NamedTuple):
@@ -87,20 +94,15 @@ def program_arguments(
         sharding = axes.sharding(mesh, axes.split(letters), shape)
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
 
-    layout = ParameterLayout(
-        config,
-        FAMILIES[config.family],
-        language_model.parameter_declarations(config),
-    )
+    layout = trunk.parameter_layout(config)
     targets = dict(layout.parameter_specs(jnp.dtype(dtype), mesh))
     empty_cache = jax.eval_shape(
         lambda: kv_cache.empty(config, sweep_batch.shared_tokens, (1,), dtype)
     )
-    axis_letters: Any = kv_cache.CACHE_AXES
-    cache_arrays: Any = [
-        place_array(x.shape, x.dtype, a)
-        for x, a in zip(empty_cache, axis_letters, strict=True)
-    ]
+    cache_arrays: dict[str, Any] = {
+        field: place_array(array.shape, array.dtype, kv_cache.CACHE_AXES[field])
+        for field, array in empty_cache._asdict().items()
+    }
     num_later_tokens = sweep_batch.tokens - sweep_batch.shared_tokens
     return ProgramArguments(
         params=traverse_util.unflatten_dict(targets, sep="/"),
@@ -108,7 +110,7 @@ def program_arguments(
         durations=place_array(
             (sweep_batch.points, num_later_tokens), jnp.float32, "P T"
         ),
-        prefix=kv_cache.KVCache(*cache_arrays),
+        prefix=kv_cache.KVCache(**cache_arrays),
     )
 
 

@@ -63,7 +63,7 @@ def random_lm(sizes: Sizes, num_layers: int | None = None) -> clm.LanguageModel:
     variables = jax.jit(clm.Transformer(config).init)(
         jax.random.key(0), jnp.zeros(1, jnp.int32)
     )
-    return clm.LanguageModel(config, nn.unbox(variables["params"]))
+    return clm.LanguageModel(clm.Transformer(config), nn.unbox(variables["params"]))
 
 
 def random_sweep_inputs(sizes: Sizes, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ Intervals are 95 %, by bootstrap over groups of positions, such as windows of th
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
 from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
-from continuous_lm.models.transformer import Transformer
+from continuous_lm.models.transformer import Transformer, forward, make_inputs
 
 NGRAM_LENGTHS = (1, 2, 3, 4)
 CONTINUATION_LENGTH = max(NGRAM_LENGTHS)  # of a continuation
@@ -398,13 +398,26 @@ def _score_continuations(
     cache = kv_cache.empty(
         model.config, cache_length, contexts.shape[:1], params["embedding"].dtype
     )
-    variables: Any = {"params": params}
-    first_logits, cache = cast(
-        Any, model.apply(variables, contexts, cache=cache, position=-1)
+    context_output = forward(
+        model.config,
+        params,
+        make_inputs(model.config, contexts, cache=cache),
+        position=-1,
+        cache=cache,
+        execution=model.execution,
     )
+    first_logits = context_output.logits
+    context_cache = context_output.cache
 
     def continuation_log_probs(tokens: jax.Array) -> jax.Array:
-        later_logits, _ = cast(Any, model.apply(variables, tokens[:, :-1], cache=cache))
+        output = forward(
+            model.config,
+            params,
+            make_inputs(model.config, tokens[:, :-1], cache=context_cache),
+            cache=context_cache,
+            execution=model.execution,
+        )
+        later_logits = output.logits
         logits = jnp.concatenate([first_logits[:, None], later_logits], axis=1)
         token_logits = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
         return token_logits - jax.nn.logsumexp(logits, axis=-1)

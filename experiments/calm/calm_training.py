@@ -31,6 +31,7 @@ from continuous_lm.models.calm.autoencoder import AutoencoderConfig, Codec
 from continuous_lm.models.calm.checkpoint import NextVectorLM
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.transformer import Transformer
 
 CODEC_WINDOW_TOKENS = 64  # of a window from which the autoencoder's chunks are cut
 NUM_TARGET_DRAWS = 16  # draws of the posterior for each chunk of a training step
@@ -360,7 +361,7 @@ def evaluate_brier_lm(
         and getattr(lm.model.head, "tied", False)
     ):
         language_model = LanguageModel(
-            lm.config, lm.params["trunk"], lm.tokenizer, lm.hf_fields
+            Transformer(lm.config), lm.params["trunk"], lm.tokenizer, lm.hf_fields
         )
         results["closed"] = brier_lm.brier_lm_from_model(
             language_model,

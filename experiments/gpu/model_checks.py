@@ -166,7 +166,7 @@ def check_greedy_tokens() -> Iterator[Check]:
 def time_generation(tiny: bool) -> Iterator[Check]:
     """Tokens a second of all rows."""
     config, new = large_config(tiny), 8 if tiny else 128
-    lm = clm.LanguageModel(config, gpu_cases.random_params(config))
+    lm = clm.LanguageModel(clm.Transformer(config), gpu_cases.random_params(config))
     for batch in (1, 8):
         tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 64))
         run = functools.partial(clm.generate, lm, tokens, max_new_tokens=new, stop=())
@@ -213,7 +213,11 @@ def prepare_training(
     digits = jnp.array(
         [tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS]
     )
-    return clm.LanguageModel(config, params["params"], tokenizer), groups, digits
+    return (
+        clm.LanguageModel(clm.Transformer(config), params["params"], tokenizer),
+        groups,
+        digits,
+    )
 
 
 def check_one_step(tiny: bool) -> Iterator[Check]:

@@ -35,6 +35,7 @@ from continuous_lm.models.checkpoints.config_fields import (
     MAX_LAYERS,
     ConfigFields,
 )
+from continuous_lm.models.checkpoints.hf_folder import parameter_dtype, read_tokenizer
 from continuous_lm.models.checkpoints.parameter_layout import (
     ParameterLayout,
     are_equal,
@@ -48,8 +49,11 @@ from continuous_lm.models.families.shared_fields import (
     read_activation,
     write_activation,
 )
-from continuous_lm.models.language_model import parameter_dtype, read_tokenizer
-from continuous_lm.models.transformer import ConfigModule, rms_norm
+from continuous_lm.models.linen_transformer import (
+    ConfigModule,
+    rms_norm,
+    table_of_boxes,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -488,7 +492,7 @@ def checkpoint_layout(config: AutoencoderConfig, prefix: str = "") -> ParameterL
     family = Family(
         read, write, stored_tensors, architecture=ARCHITECTURE, tensor_prefix=""
     )
-    return ParameterLayout(config, family, declarations)
+    return ParameterLayout(config, family, table_of_boxes(declarations))
 
 
 def alias_table_copy(tensors: safetensors_files.Tensors, prefix: str = "") -> None:

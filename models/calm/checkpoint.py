@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
@@ -23,7 +22,6 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
 from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
-from continuous_lm.models import language_model
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import AutoencoderConfig
 from continuous_lm.models.calm.implicit_heads import (
@@ -43,6 +41,7 @@ from continuous_lm.models.checkpoints.config_fields import (
     MAX_LAYERS,
     ConfigFields,
 )
+from continuous_lm.models.checkpoints.hf_folder import parameter_dtype, read_tokenizer
 from continuous_lm.models.checkpoints.parameter_layout import (
     ParameterLayout,
     are_equal,
@@ -54,6 +53,8 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.families import llama
 from continuous_lm.models.families.family import Family
+from continuous_lm.models.linen_transformer import table_of_boxes
+from continuous_lm.models.parameters import Declaration
 
 __all__ = [
     "NextVectorLM",
@@ -130,13 +131,9 @@ def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
     declared_tree = jax.eval_shape(
         model.init, jax.random.key(0), example_inputs(model)
     )["params"]
-    declarations = traverse_util.flatten_dict(
-        declared_tree,
-        sep="/",
-        is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned),
-    )
+    declarations = table_of_boxes(declared_tree)
 
-    def part_declarations(prefix: str) -> dict[str, nn.LogicallyPartitioned]:
+    def part_declarations(prefix: str) -> dict[str, Declaration]:
         return {
             param_path.removeprefix(prefix): param_declaration
             for param_path, param_declaration in declarations.items()
@@ -157,20 +154,18 @@ def _part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
         )
         for path, stored in llama.TENSORS.items()
     }
-    inner_size = declarations["read_inner"].value.shape[0]
+    inner_size = declarations["read_inner"].shape[0]
     compression_sizes = {**model.config.sizes, "C": model.chunk_size, "F": inner_size}
     head_declarations = part_declarations("head/")
     head_tensors = {}
     for path, declaration in head_declarations.items():
         base_path, is_bias = path.removesuffix("_bias"), path.endswith("_bias")
-        is_stacked = declaration.names[0] == "J"
+        is_stacked = declaration.axes[0] == "J"
         name = f"{_HEAD_PREFIX}{_HEAD_TENSORS[base_path]}.{'bias' if is_bias else 'weight'}"
         head_tensors[path] = _UnslicedTensor(
             name,
             "",
-            stored_shape=declaration.value.shape[1:]
-            if is_stacked
-            else declaration.value.shape,
+            stored_shape=declaration.shape[1:] if is_stacked else declaration.shape,
         )
     compression_layout = make_layout(compression_sizes, _COMPRESSION_TENSORS, "read_")
     compression_layout = dataclasses.replace(
@@ -295,7 +290,7 @@ def load(
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         trunk, chunk_size, head, settings = read_config(fields, ignore_fields)
-        dtype = language_model.parameter_dtype(fields, dtype)
+        dtype = parameter_dtype(fields, dtype)
     tensors = safetensors_files.open_tensors(folder)
     autoencoder.alias_table_copy(tensors, _CODEC_PREFIX)
     codec = None
@@ -328,7 +323,7 @@ def load(
             mesh,
             codec and absolute_path(cast(Any, autoencoder_folder)),
         )
-    tokenizer = language_model.read_tokenizer(folder, trunk.vocab_size)
+    tokenizer = read_tokenizer(folder, trunk.vocab_size)
     if codec is not None:
         flat_params |= {
             f"autoencoder/{path}": array

@@ -24,11 +24,11 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import check_integers
 from continuous_lm.errors import InputError
-from continuous_lm.models import transformer
+from continuous_lm.models import linen_transformer as transformer
 from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig, Codec
 from continuous_lm.models.calm.implicit_heads import ImplicitHead
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.transformer import Transformer, layer_norm
+from continuous_lm.models.linen_transformer import Transformer, layer_norm
 
 if TYPE_CHECKING:
     import tokenizers

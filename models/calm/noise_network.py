@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from continuous_lm.models.transformer import layer_norm
+from continuous_lm.models.layers import layer_norm
 
 LAYER_NORM_EPS = 1e-6  # of the layer norms, as in CALM
 

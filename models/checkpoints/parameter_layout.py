@@ -12,9 +12,8 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.families.family import Family
+from continuous_lm.models.parameters import ParameterTable
 
 Slices = tuple[slice, ...]
 ParameterSpecs = Mapping[str, jax.ShapeDtypeStruct]
@@ -54,7 +54,7 @@ class ParameterLayout:
 
     config: SizedConfig
     family: Family
-    declarations: Mapping[str, nn.LogicallyPartitioned]
+    declarations: ParameterTable
 
     @functools.cached_property
     def tensor_contents(self) -> dict[str, tuple[int, list[str]]]:
@@ -77,7 +77,7 @@ class ParameterLayout:
         """Parameter path -> what is to be made: shape, dtype, sharding (None without a mesh)."""
 
         def parameter_spec(path: str) -> jax.ShapeDtypeStruct:
-            shape = self.declarations[path].value.shape
+            shape = self.declarations[path].shape
             array_sharding = (
                 None
                 if mesh is None
@@ -181,7 +181,7 @@ class ParameterLayout:
         return [self.family.tensors[path].name.format(layer=layer) for layer in layers]
 
     def _parameter_axes(self, path: str) -> tuple[str, ...]:
-        return cast(tuple[str, ...], self.declarations[path].names)
+        return self.declarations[path].axes
 
     def _is_stacked(self, path: str) -> bool:
         return self._parameter_axes(path)[0] in STACKED_AXES
@@ -235,9 +235,7 @@ class ParameterLayout:
             raise unused_tensor_error(tensors, name)
 
 
-def check_parameters(
-    params: Mapping[str, Any], declarations: Mapping[str, nn.LogicallyPartitioned]
-) -> None:
+def check_parameters(params: Mapping[str, Any], declarations: ParameterTable) -> None:
     """Refuses parameters that are not those of the model, or not all here."""
     for path in sorted(set(params) ^ set(declarations)):
         raise InputError(
@@ -246,10 +244,10 @@ def check_parameters(
         )
     for path, declaration in declarations.items():
         value = params[path]
-        if np.shape(value) != declaration.value.shape:
+        if np.shape(value) != declaration.shape:
             raise InputError(
                 f"parameter {path} has shape {np.shape(value)}; it must be"
-                f" {declaration.value.shape}"
+                f" {declaration.shape}"
             )
         if isinstance(value, jax.Array) and not (
             value.is_fully_addressable or value.is_fully_replicated

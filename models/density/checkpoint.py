@@ -1,7 +1,7 @@
 """Checkpoints of density models: the trunk's folder and two files more."""
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
 from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.checkpoints.parameter_layout import check_parameters
 from continuous_lm.models.density import heads
 from continuous_lm.models.density.model import (
@@ -27,6 +27,7 @@ from continuous_lm.models.density.model import (
     _shape_struct,
 )
 from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.transformer import Transformer
 
 _SETTINGS_FILE, _WEIGHTS_FILE = "density.json", "density.safetensors"
 
@@ -42,7 +43,7 @@ def save(folder: str | os.PathLike, lm: DensityLM) -> None:
     """
     model, params = lm.model, dict(lm.params)
     trunk_lm = LanguageModel(
-        model.config, params.pop(_TRUNK_KEY), lm.tokenizer, lm.hf_fields
+        Transformer(model.config), params.pop(_TRUNK_KEY), lm.tokenizer, lm.hf_fields
     )
     params_above_trunk = traverse_util.flatten_dict(params, sep="/")
     check_parameters(params_above_trunk, _declarations_above_trunk(model))
@@ -56,7 +57,7 @@ def save(folder: str | os.PathLike, lm: DensityLM) -> None:
     with write_atomically(
         folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
     ) as staging_folder:
-        language_model.write_files(staging_folder, trunk_lm)
+        trunk.write(staging_folder, trunk_lm)
         with about(_SETTINGS_FILE):
             write_json(staging_folder / _SETTINGS_FILE, settings)
         safetensors_files.save_file(
@@ -116,7 +117,7 @@ def load(
             settings["reads"] == "vectors" or isinstance(head, heads.TokenHead)
         ):
             raise InputError("contrast is for densities over a table of tokens")
-    trunk_lm = language_model.load(folder, dtype=dtype, mesh=mesh)
+    trunk_lm = trunk.read(folder, dtype=dtype, mesh=mesh)
     with about(str(folder / _SETTINGS_FILE)):
         model = DensityModel(
             trunk_lm.config,
@@ -140,7 +141,7 @@ def load(
     params_above_trunk: dict[str, Any] = {}
     for path, declaration in declarations.items():
         array_sharding = mesh and axes_lib.sharding(
-            mesh, cast(Any, declaration.names), declaration.value.shape
+            mesh, declaration.axes, declaration.shape
         )
         params_above_trunk[path] = jax.device_put(
             np.array(tensors[path]), array_sharding

@@ -36,7 +36,7 @@ from continuous_lm.models.density.distributions import (
     LowRankGaussian,
     Mixture,
 )
-from continuous_lm.models.transformer import rms_norm
+from continuous_lm.models.layers import rms_norm
 
 COVARIANCES = ("diagonal", "low_rank", "full")
 _SMALL_INIT = nn.initializers.normal(0.02)

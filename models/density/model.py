@@ -18,17 +18,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.typing import ArrayLike
 
 from continuous_lm.arguments import as_float, check_numbers
 from continuous_lm.errors import InputError
-from continuous_lm.models import transformer
+from continuous_lm.models import linen_transformer as transformer
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.density.distributions import Categorical
 from continuous_lm.models.language_model import LanguageModel
-from continuous_lm.models.transformer import Transformer
+from continuous_lm.models.linen_transformer import Transformer
+from continuous_lm.models.parameters import Declaration
 
 if TYPE_CHECKING:
     import tokenizers
@@ -410,8 +410,8 @@ def add_head(
         head,
         table="embedding",
         token_loss_weight=token_loss_weight,
-        implementation=lm.implementation,
-        remat=lm.remat,
+        implementation=lm.model.implementation,
+        remat=lm.model.remat,
     )
     if isinstance(head, heads.TokenHead) and head.tied and not head.depth:
         raise InputError(
@@ -441,14 +441,12 @@ def example_inputs(model: DensityModel) -> dict[str, Any]:
 
 def _declarations_above_trunk(
     model: DensityModel,
-) -> dict[str, nn.LogicallyPartitioned]:
+) -> dict[str, Declaration]:
     """Path -> shape and axes of the parameters above the trunk."""
     param_tree = jax.eval_shape(
         lambda: model.init(jax.random.key(0), **example_inputs(model))
     )["params"]
-    flat_params = traverse_util.flatten_dict(
-        param_tree, sep="/", is_leaf=lambda _, x: isinstance(x, nn.LogicallyPartitioned)
-    )
+    flat_params = transformer.table_of_boxes(param_tree)
     return {
         path: declaration
         for path, declaration in flat_params.items()

@@ -426,14 +426,18 @@ def test_the_stop_token_is_that_of_the_config(lm):
     free = generate(lm, rows, max_new_tokens=NEW, stop=())
     token = int(free.tokens[0, 3])
     for eos in (token, [token, int(free.tokens[1, 9])]):
-        noted = clm.LanguageModel(lm.config, lm.params, hf_fields={"eos_token_id": eos})
+        noted = clm.LanguageModel(
+            clm.Transformer(lm.config), lm.params, hf_fields={"eos_token_id": eos}
+        )
         made = generate(noted, rows, max_new_tokens=NEW)
         expected = generate(lm, rows, max_new_tokens=NEW, stop=eos)
         assert made.token_lists() == expected.token_lists()
         assert made.lengths[0] <= 4
         made = generate(noted, rows, max_new_tokens=NEW, stop=())
         assert made.token_lists() == free.token_lists()
-    noted = clm.LanguageModel(lm.config, lm.params, hf_fields={"eos_token_id": None})
+    noted = clm.LanguageModel(
+        clm.Transformer(lm.config), lm.params, hf_fields={"eos_token_id": None}
+    )
     assert generate(noted, rows, max_new_tokens=NEW).token_lists() == free.token_lists()
 
 
@@ -570,7 +574,9 @@ def test_temperatures_and_cuts_of_each_row():
 def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
     """Of a model that finds all tokens equally likely."""
     lm = random_lm("llama")
-    lm = clm.LanguageModel(lm.config, jax.tree.map(jnp.zeros_like, lm.params))
+    lm = clm.LanguageModel(
+        clm.Transformer(lm.config), jax.tree.map(jnp.zeros_like, lm.params)
+    )
 
     def draw(key):
         options = {"max_new_tokens": 60, "temperature": 1, "stop": ()}
@@ -765,7 +771,9 @@ def test_arguments_that_do_not_fit_are_named(lm, arguments, message):
 
 
 def test_a_stop_token_of_the_config_that_is_none_is_named(lm):
-    noted = clm.LanguageModel(lm.config, lm.params, hf_fields={"eos_token_id": 64})
+    noted = clm.LanguageModel(
+        clm.Transformer(lm.config), lm.params, hf_fields={"eos_token_id": 64}
+    )
     with pytest.raises(clm.InputError, match=r"eos_token_id of config\.json is 64"):
         generate(noted, ROW, max_new_tokens=4)
 

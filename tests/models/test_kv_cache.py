@@ -9,7 +9,9 @@ import pytest
 from flax import traverse_util
 
 import continuous_lm as clm
-from continuous_lm.models import kv_cache, language_model
+from continuous_lm.models import kv_cache, transformer
+from continuous_lm.models.checkpoints import trunk
+from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
 
 N = 13
@@ -22,15 +24,17 @@ LONGROPE = {
 
 def random_lm(family, dtype=jnp.float32, seed=0, **fields):
     """A tiny model of a family, with parameters far from zero, norms too."""
-    config = language_model.read_config(
+    config = trunk.read_config(
         {"model_type": family} | tiny.CONFIG_MAKERS[family](**fields)
     )
     rng, flat = np.random.default_rng(seed), {}
-    for path, box in language_model.parameter_declarations(config).items():
+    for path, declaration in parameter_table(config).items():
         plain = path.endswith("scale") and config.norm != "rms_plus_one"
-        values = (1.0 if plain else 0.0) + 0.2 * rng.normal(size=box.value.shape)
+        values = (1.0 if plain else 0.0) + 0.2 * rng.normal(size=declaration.shape)
         flat[path] = jnp.asarray(values, dtype)
-    return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
+    return clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
+    )
 
 
 def draw(lm, *shape, seed=0):
@@ -39,9 +43,24 @@ def draw(lm, *shape, seed=0):
     return tokens, jnp.asarray(rng.uniform(0.05, 3.0, shape), jnp.float32)
 
 
+def call(model, params, tokens, *, position=None, cache=None, prefix=None, **timing):
+    """The output of one call, of which nothing is jitted."""
+    past = {"position": position, "cache": cache, "prefix": prefix}
+    inputs = transformer.make_inputs(model.config, tokens, **timing, **past)
+    return transformer.forward(
+        model.config, params, inputs, **past, execution=model.execution
+    )
+
+
+def prefill(model, params, tokens, **timing):
+    inputs = transformer.make_inputs(model.config, tokens, **timing)
+    return transformer.prefill(model.config, params, inputs, model.execution)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def step(model, params, tokens, timing, cache):
-    return model.apply({"params": params}, tokens, cache=cache, **timing)
+    output = call(model, params, tokens, cache=cache, **timing)
+    return output.logits, output.cache
 
 
 def in_pieces(lm, tokens, sizes, *, start=None, cache=None, **timing):
@@ -232,7 +251,7 @@ def test_bfloat16_stays():
 def test_caches_that_do_not_fit_are_refused(lm, length, batch, tokens, message):
     cache = kv_cache.empty(lm.config, length, batch)
     with pytest.raises(clm.InputError, match=message):
-        lm.model.apply({"params": lm.params}, tokens, cache=cache)
+        call(lm.model, lm.params, tokens, cache=cache)
 
 
 def test_a_full_cache_is_refused(lm):
@@ -241,15 +260,13 @@ def test_a_full_cache_is_refused(lm):
     with pytest.raises(
         clm.InputError, match="holds 5 tokens and has room for 6: 2 more"
     ):
-        lm.model.apply({"params": lm.params}, tokens[:2], cache=cache)
+        call(lm.model, lm.params, tokens[:2], cache=cache)
 
 
 def test_a_cache_of_another_model_is_refused(lm):
     other = random_lm("llama", num_hidden_layers=2)
     with pytest.raises(clm.InputError, match="the cache's keys have shape"):
-        lm.model.apply(
-            {"params": lm.params}, [1], cache=kv_cache.empty(other.config, 4)
-        )
+        call(lm.model, lm.params, [1], cache=kv_cache.empty(other.config, 4))
 
 
 @pytest.mark.parametrize("length", [0, -3, True, 2.5])
@@ -261,8 +278,10 @@ def test_lengths_that_make_no_sense_are_refused(lm, length):
 def test_the_axes_of_a_cache_are_named(lm):
     cache = kv_cache.empty(lm.config, 7, (5,))
     sizes = lm.config.sizes | {"B": 5, "S": 7}
-    for array, axes in zip(cache, kv_cache.CACHE_AXES, strict=True):
-        assert array.shape == tuple(sizes[axis] for axis in axes.split())
+    assert set(kv_cache.CACHE_AXES) == set(cache._fields)
+    for field, axes in kv_cache.CACHE_AXES.items():
+        shape = tuple(sizes[axis] for axis in axes.split())
+        assert getattr(cache, field).shape == shape, field
 
 
 # --- Prefixes, which are only read --------------------------------------------------------------
@@ -272,11 +291,10 @@ def test_the_axes_of_a_cache_are_named(lm):
 def after_prefix(model, params, tokens, d, cut, at, of):
     """The answer from a prefix of `cut` tokens and the rest."""
     before = {name: x[:cut] if x.ndim else x for name, x in of.items()}
-    begun = {"tokens": tokens[:cut], "durations": d[:cut], **before}
-    prefix = model.apply({"params": params}, method="prefill", **begun)
+    prefix = prefill(model, params, tokens[:cut], durations=d[:cut], **before)
     rest = {name: x[cut:] for name, x in of.items() if x.ndim}
-    rest |= {"tokens": tokens[cut:], "durations": d[cut:]}
-    return model.apply({"params": params}, prefix=prefix, position=at, **rest)
+    rest |= {"durations": d[cut:], "prefix": prefix, "position": at}
+    return call(model, params, tokens[cut:], **rest).logits
 
 
 @pytest.mark.parametrize(
@@ -310,13 +328,11 @@ def test_points_after_a_prefix_are_as_each_alone(family, fields):
     lm = random_lm(family, **fields)
     tokens, d = draw(lm, N)
     factors = jnp.where(jnp.arange(N) < 6, 1.0, jnp.array([0.5, 1.0, 2.0])[:, None])
-    apply = jax.jit(functools.partial(lm.model.apply, {"params": lm.params}))
-    prefill = functools.partial(lm.model.apply, {"params": lm.params}, method="prefill")
-    prefix = prefill(tokens[:6], durations=d[:6])
+    prefix = lm.prefill(tokens[:6], durations=d[:6])
     at = jnp.array([N - 1, 8, N - 1])
-    found = apply(
+    found = lm.forward(
         tokens[6:], durations=(factors * d)[:, 6:], prefix=prefix, position=at - 6
-    )
+    ).logits
     for row, factor, i in zip(found, factors, at, strict=True):
         assert_close(row, lm(tokens, durations=factor * d)[i])
 
@@ -339,13 +355,11 @@ def test_gradients_reach_through_a_prefix(remat):
 
         # Points, that have the first layer's projections in common.
         factors = jnp.array([0.5, 1.0, 2.0])[:, None]
-        prefix = apply(tokens[:6], durations=d[:6], method="prefill")
+        prefix = prefill(lm.model, lm.params, tokens[:6], durations=d[:6])
 
         def points(d):
-            given = {"params": lm.params}, tokens[6:]
-            return model.apply(
-                *given, durations=factors * d[6:], prefix=prefix, position=-1
-            )
+            rest = {"durations": factors * d[6:], "prefix": prefix, "position": -1}
+            return call(model, lm.params, tokens[6:], **rest).logits
 
         def alone(d):
             return apply(
@@ -361,8 +375,8 @@ def test_gradients_reach_through_a_prefix(remat):
 
 def test_a_prefix_that_does_not_fit_is_refused(lm):
     tokens, d = draw(lm, N)
-    apply = functools.partial(lm.model.apply, {"params": lm.params})
-    prefix = apply(tokens[:6], durations=d[:6], method="prefill")
+    apply = functools.partial(call, lm.model, lm.params)
+    prefix = prefill(lm.model, lm.params, tokens[:6], durations=d[:6])
     with pytest.raises(clm.InputError, match="a prefix needs `position`"):
         apply(tokens[6:], prefix=prefix)
     with pytest.raises(clm.InputError, match="and no cache"):
@@ -371,9 +385,7 @@ def test_a_prefix_that_does_not_fit_is_refused(lm):
         )
     other = random_lm("llama", num_hidden_layers=2)
     with pytest.raises(clm.InputError, match="the prefix's keys have shape"):
-        other.model.apply(
-            {"params": other.params}, tokens[6:], prefix=prefix, position=-1
-        )
+        call(other.model, other.params, tokens[6:], prefix=prefix, position=-1)
     two = jax.tree.map(lambda x: jnp.stack([x, x], 1 if x.ndim > 1 else 0), prefix)
     with pytest.raises(
         clm.InputError, match=r"do not broadcast: \[3\] of durations, .*prefix"

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm.io import safetensors_files
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
 from continuous_lm.models.families.registry import FAMILIES
+from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT, REPOSITORY_ROOT
 
@@ -323,7 +324,7 @@ def test_save_refuses_a_tree_that_is_not_the_model_s(tmp_path, folder, wrong):
             params["head"] = params["head"][1:]
     name = "extra" if wrong == "left over" else "head"
     with pytest.raises(clm.InputError, match=f"parameter {name} .*{wrong}"):
-        clm.save(tmp_path / "b", clm.LanguageModel(lm.config, params))
+        clm.save(tmp_path / "b", clm.LanguageModel(clm.Transformer(lm.config), params))
     assert not list(tmp_path.iterdir())
 
 
@@ -331,7 +332,7 @@ def test_save_refuses_what_config_json_cannot_express(tmp_path):
     lm = clm.load(tiny.save(tmp_path / "a", "mistral", sliding_window=3))
     half = clm.TransformerConfig(**{**vars(lm.config), "window": 2.5})
     with pytest.raises(clm.InputError, match="mistral cannot express"):
-        clm.save(tmp_path / "b", clm.LanguageModel(half, lm.params))
+        clm.save(tmp_path / "b", clm.LanguageModel(clm.Transformer(half), lm.params))
     assert not (tmp_path / "b").exists()
 
 
@@ -630,7 +631,7 @@ def test_config_of_any_json_is_read_or_refused(model_type, fields, scaling):
         **tiny.CONFIG_MAKERS[model_type](rope_scaling=LLAMA3 | scaling),
     }
     try:
-        config = language_model.read_config(base | fields)
+        config = trunk.read_config(base | fields)
     except clm.InputError:
         return
     assert isinstance(config, clm.TransformerConfig)
@@ -708,6 +709,8 @@ def test_sharded_over_eight_devices(tmp_path, mesh, num_kv_heads):
 MEMORY_PROGRAM = """
 import pathlib, sys
 import jax, numpy as np
+from continuous_lm.models.transformer import parameter_table
+from continuous_lm.models.checkpoints import trunk
 import continuous_lm as clm
 
 dtype = sys.argv[1]
@@ -726,10 +729,10 @@ def quickly(folder, model_type, dtype, **fields):
     fields = {"model_type": model_type, "dtype": dtype} | tiny.CONFIG_MAKERS[
         model_type
     ](**fields)
-    config, dtype = language_model.read_config(fields), np.dtype(dtype)
+    config, dtype = trunk.read_config(fields), np.dtype(dtype)
     block = np.random.default_rng(0).standard_normal(100_003).astype(dtype)
     shapes = ParameterLayout(
-        config, FAMILIES[model_type], language_model.parameter_declarations(config)
+        config, FAMILIES[model_type], parameter_table(config)
     ).tensor_shapes
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import continuous_lm as clm
-from continuous_lm.models import language_model, transformer
+from continuous_lm.models import layers, transformer
+from continuous_lm.models.transformer import parameter_table
 from continuous_lm.rotary import Rope
 
 CONFIG = clm.TransformerConfig(
@@ -29,10 +30,14 @@ N = 12
 def random_lm(config=CONFIG, seed=0, dtype=jnp.float32):
     """Parameters far from zero, norms too."""
     rng, flat = np.random.default_rng(seed), {}
-    for path, box in language_model.parameter_declarations(config).items():
+    for path, declaration in parameter_table(config).items():
         middle = 1.0 if path.endswith("scale") else 0.0
-        flat[path] = jnp.asarray(middle + 0.2 * rng.normal(size=box.value.shape), dtype)
-    return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
+        flat[path] = jnp.asarray(
+            middle + 0.2 * rng.normal(size=declaration.shape), dtype
+        )
+    return clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
+    )
 
 
 LM, LM_WINDOWED = random_lm(), random_lm(WINDOWED)
@@ -323,7 +328,7 @@ def test_rms_norm_is_its_formula():
     x, scale = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)[:, 0]
     expected = x / np.sqrt(np.mean(x**2) + 1e-5) * scale
     np.testing.assert_allclose(
-        transformer.rms_norm(jnp.asarray(x), scale, 1e-5), expected, rtol=1e-6
+        layers.rms_norm(jnp.asarray(x), scale, 1e-5), expected, rtol=1e-6
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import continuous_lm as clm
 from continuous_lm.experiments.apples import evaluate_apples, prompts, train_apples
-from continuous_lm.models.language_model import BUNDLED_FOLDER
+from continuous_lm.models.checkpoints.hf_folder import BUNDLED_FOLDER
 from continuous_lm.models.transformer import Transformer
 
 FOLDER = BUNDLED_FOLDER / "apples"

@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import Mesh
 
 from continuous_lm.experiments.benchmarks import device_costs, program_costs
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import trunk
+from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
 
@@ -26,7 +27,7 @@ def one_device():
 
 def llama(num_layers):
     fields = tiny.llama_config(model_type="llama", num_hidden_layers=num_layers)
-    return language_model.read_config(fields)
+    return trunk.read_config(fields)
 
 
 def test_three_and_four_layers_say_what_six_cost():
@@ -57,7 +58,7 @@ def test_products_are_most_of_what_is_counted():
 
 def gpt2(num_layers):
     fields = tiny.gpt2_config(model_type="gpt2", n_layer=num_layers)
-    return language_model.read_config(fields)
+    return trunk.read_config(fields)
 
 
 @pytest.mark.parametrize("config", [llama(5), gpt2(3)])
@@ -123,10 +124,10 @@ def test_batches_are_even_over_the_rows_of_a_mesh():
 def test_sizes_are_the_published_ones():
     counts = {}
     for name, fields in device_costs.MODEL_FIELDS.items():
-        boxes = language_model.parameter_declarations(
-            language_model.read_config(fields)
+        boxes = parameter_table(trunk.read_config(fields))
+        counts[name] = sum(
+            math.prod(declaration.shape) for declaration in boxes.values()
         )
-        counts[name] = sum(math.prod(box.value.shape) for box in boxes.values())
     assert counts == {
         "Llama-3-8B": 8_030_261_248,
         "Llama-3-70B": 70_553_706_496,
@@ -152,12 +153,12 @@ import jax, numpy as np
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from continuous_lm.experiments.benchmarks import program_costs
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import trunk
 from tests.fixtures import tiny
 fields = tiny.llama_config(
     model_type="llama", num_hidden_layers=4, hidden_size=256, head_dim=64, intermediate_size=512
 )
-config, task = language_model.read_config(fields), program_costs.SweepBatch(12, 4, 6)
+config, task = trunk.read_config(fields), program_costs.SweepBatch(12, 4, 6)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 arguments = program_costs.program_arguments(config, mesh, task, jnp.float32)
 held = program_costs.bytes_per_device(arguments)
@@ -171,6 +172,8 @@ print(json.dumps([held, found, ratio]))
 PROGRAM = """
 from continuous_lm.experiments.benchmarks import device_costs
 from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.models.transformer import parameter_table
+from continuous_lm.models.checkpoints import trunk
 from tests.fixtures import tiny
 device_costs.MODEL_FIELDS = {"tiny": tiny.llama_config(model_type="llama", num_hidden_layers=5)}
 device_costs.DEVICE_COUNTS = (1, 2)

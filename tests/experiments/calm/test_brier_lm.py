@@ -11,8 +11,8 @@ from scipy.special import softmax
 import continuous_lm as clm
 from continuous_lm import losses
 from continuous_lm.experiments.calm import brier_lm
-from continuous_lm.models import language_model
 from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.transformer import parameter_table
 
 KEY = jax.random.key(0)
 V, T = 5, 6
@@ -56,16 +56,18 @@ def transformer(**fields):
     rng = np.random.default_rng(1)
     flat = {
         path: np.float32(
-            path.endswith("scale") + 0.7 * rng.normal(size=box.value.shape)
+            path.endswith("scale") + 0.7 * rng.normal(size=declaration.shape)
         )
-        for path, box in language_model.parameter_declarations(config).items()
+        for path, declaration in parameter_table(config).items()
     }
     return config, flat
 
 
 def random_lm():
     config, flat = transformer()
-    return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
+    return clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
+    )
 
 
 def chain_lm(transitions):
@@ -78,7 +80,9 @@ def chain_lm(transitions):
     flat["embedding"] = np.eye(V, dtype=np.float32)
     normed = np.sqrt(V / (1 + V * config.norm_eps))  # of the embedding's one entry
     flat["head"] = np.float32(np.log(np.maximum(transitions, 1e-30)).T / normed)
-    return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
+    return clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
+    )
 
 
 # --- Sampled ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import scipy.special
 
 import continuous_lm as clm
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import hf_folder
 from tests.fixtures import tiny
 from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner, run_program
 
@@ -252,5 +252,5 @@ def test_bundled_models_are_found_by_name():
     lm = clm.load("apples")
     assert lm.tokenizer is not None
     assert lm.params["embedding"].dtype == jnp.bfloat16
-    weights = language_model.BUNDLED_FOLDER / "apples" / "model.safetensors"
+    weights = hf_folder.BUNDLED_FOLDER / "apples" / "model.safetensors"
     assert weights.stat().st_size < 1_000_000

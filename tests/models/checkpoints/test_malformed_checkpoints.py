@@ -29,7 +29,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import continuous_lm as clm
-from continuous_lm.models import language_model
+from continuous_lm.models.checkpoints import trunk
+from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
 
 FAMILIES = list(tiny.CONFIG_MAKERS)
@@ -37,7 +38,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SLACK = 8_000_000  # bytes beside the file's own, for tracing shapes and for messages
 
-TRACE = language_model.parameter_declarations
 fields_of_config = {field.name for field in dataclasses.fields(clm.TransformerConfig)}
 
 
@@ -106,13 +106,15 @@ def make(family: str, folder: pathlib.Path) -> Good:
         "torch_dtype": "float32",
         **tiny.CONFIG_MAKERS[family](),
     }
-    config = language_model.read_config(fields)
+    config = trunk.read_config(fields)
     rng = np.random.default_rng(0)
     params = {
-        path: rng.standard_normal(declaration.value.shape, np.float32)
-        for path, declaration in language_model.parameter_declarations(config).items()
+        path: rng.standard_normal(declaration.shape, np.float32)
+        for path, declaration in parameter_table(config).items()
     }
-    lm = clm.LanguageModel(config, traverse_util.unflatten_dict(params, sep="/"))
+    lm = clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(params, sep="/")
+    )
     clm.save(folder, lm)
     (folder / "config.json").write_text(json.dumps(fields))
     content = (folder / WEIGHTS).read_bytes()
@@ -121,36 +123,8 @@ def make(family: str, folder: pathlib.Path) -> Good:
 
 @pytest.fixture(scope="module")
 def good(request, tmp_path_factory):
-    """The good checkpoint of a family; its modules are traced once, for the sake of time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            language_model,
-            "parameter_declarations",
-            once(language_model.parameter_declarations),
-        )
-        yield make(request.param, tmp_path_factory.mktemp(request.param))
-
-
-def once(trace):
-    """`parameter_declarations`, traced once for each set of parameters; shapes follow letters."""
-    held: dict[Any, Any] = {}
-    decisive = "norm post_norms qk_norm gated tie_embeddings qkv_bias output_bias mlp_bias".split()
-
-    def declarations(config):
-        key = tuple(getattr(config, name) for name in decisive)
-        if key not in held:
-            held[key] = trace(config)
-        return {
-            path: declaration.replace_boxed(
-                jax.ShapeDtypeStruct(
-                    tuple(config.sizes[a] for a in declaration.names),
-                    declaration.value.dtype,
-                )
-            )
-            for path, declaration in held[key].items()
-        }
-
-    return declarations
+    """The good checkpoint of a family."""
+    return make(request.param, tmp_path_factory.mktemp(request.param))
 
 
 every_family = pytest.mark.parametrize("good", FAMILIES, indirect=True, ids=str)
@@ -849,9 +823,8 @@ TO_BE_HUGE = """vocab_size hidden_size intermediate_size num_attention_heads num
 
 @every_family
 @pytest.mark.parametrize("most", [2**31 - 1, 2**16])
-def test_huge_sizes(good, folder, monkeypatch, most):
-    """All sizes at once, traced as they are: more elements than 64 bits count, and no memory."""
-    monkeypatch.setattr(language_model, "parameter_declarations", TRACE)
+def test_huge_sizes(good, folder, most):
+    """All sizes at once: more elements than 64 bits count, and no memory."""
     huge = dict.fromkeys(TO_BE_HUGE, most) | {"head_dim": 2**16}
     huge |= {"num_hidden_layers": 1000, "n_layer": 1000}
     changes = {name: value for name, value in huge.items() if name in good.fields}
@@ -1240,7 +1213,7 @@ SAVES: dict[str, Callable[[pathlib.Path, clm.LanguageModel], Any]] = {
 
 
 def altered(lm: clm.LanguageModel, params: Any) -> clm.LanguageModel:
-    return clm.LanguageModel(lm.config, params)
+    return clm.LanguageModel(clm.Transformer(lm.config), params)
 
 
 @each_in_time
@@ -1343,11 +1316,15 @@ OTHERS: dict[str, Callable[[pathlib.Path, clm.LanguageModel], Any]] = {
     "saved list": lambda folder, lm: clm.save(folder / "b", altered(lm, [1])),
     "saved family made up": lambda folder, lm: clm.save(
         folder / "b",
-        clm.LanguageModel(dataclasses.replace(lm.config, family="x"), lm.params),
+        clm.LanguageModel(
+            clm.Transformer(dataclasses.replace(lm.config, family="x")), lm.params
+        ),
     ),
     "saved notes of NaN": lambda folder, lm: clm.save(
         folder / "b",
-        clm.LanguageModel(lm.config, lm.params, hf_fields={"pad_token_id": np.nan}),
+        clm.LanguageModel(
+            clm.Transformer(lm.config), lm.params, hf_fields={"pad_token_id": np.nan}
+        ),
     ),
 }
 TEXTS = {

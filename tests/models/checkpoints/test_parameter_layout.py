@@ -16,8 +16,8 @@ from flax import traverse_util
 
 import continuous_lm as clm
 from continuous_lm.io import safetensors_files
-from continuous_lm.models import language_model
-from continuous_lm.models.checkpoints import parameter_layout
+from continuous_lm.models.checkpoints import parameter_layout, trunk
+from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
 
@@ -25,13 +25,15 @@ from tests.fixtures.programs import ENVIRONMENT
 def draw(model_type, dtype="float32", **fields):
     """A language model with random parameters."""
     fields = {"model_type": model_type} | tiny.CONFIG_MAKERS[model_type](**fields)
-    config = language_model.read_config(fields)
+    config = trunk.read_config(fields)
     rng = np.random.default_rng(0)
     flat = {
-        path: rng.standard_normal(declaration.value.shape).astype(np.dtype(dtype))
-        for path, declaration in language_model.parameter_declarations(config).items()
+        path: rng.standard_normal(declaration.shape).astype(np.dtype(dtype))
+        for path, declaration in parameter_table(config).items()
     }
-    return clm.LanguageModel(config, traverse_util.unflatten_dict(flat, sep="/"))
+    return clm.LanguageModel(
+        clm.Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
+    )
 
 
 def assert_same(params, others):
@@ -325,6 +327,8 @@ HOSTS_PROGRAM = """
 import pathlib, sys
 import jax, numpy as np
 import continuous_lm as clm
+from continuous_lm.models.transformer import parameter_table
+from continuous_lm.models.checkpoints import trunk
 from tests.models.checkpoints.test_parameter_layout import *
 
 folder, port, rank = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -24,8 +24,7 @@ from continuous_lm.models.density.model import (
     DensityModel,
     _declarations_above_trunk,
 )
-from continuous_lm.models.language_model import parameter_declarations
-from continuous_lm.models.transformer import Transformer
+from continuous_lm.models.transformer import Transformer, parameter_table
 from tests.continuous_lm.test_tokenization import STORIES
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
@@ -91,12 +90,12 @@ def build(name, reads="tokens", table="frozen", contrast=0.0):
         CONFIG, head, input_kind=reads, table=table, token_loss_weight=contrast
     )
     flat = {
-        path: declared.value
+        path: jax.ShapeDtypeStruct(declared.shape, jnp.float32)
         for path, declared in _declarations_above_trunk(model).items()
     }
     trunk = {
-        f"trunk/{path}": declared.value
-        for path, declared in parameter_declarations(CONFIG).items()
+        f"trunk/{path}": jax.ShapeDtypeStruct(declared.shape, jnp.float32)
+        for path, declared in parameter_table(CONFIG).items()
     }
     params = traverse_util.unflatten_dict(random_like(flat | trunk), sep="/")
     return DensityLM(model, params)

@@ -226,7 +226,7 @@ def test_a_token_heads_samples_are_those_of_generate():
     lm = build("token")
     params = lm.params["trunk"] | {"head": lm.params["head"]["logits"]}
     bare = density.DensityLM(lm.model, without_bias(lm.params))
-    plain = clm.LanguageModel(CONFIG, params)
+    plain = clm.LanguageModel(clm.Transformer(CONFIG), params)
     for options in ({"temperature": 1.0, "key": KEY}, {"temperature": 0.0}):
         ours = sample(bare, prompts(), max_new_items=8, stop=(), **options)
         theirs = clm.generate(plain, prompts(), max_new_tokens=8, stop=(), **options)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 import continuous_lm as clm
+from continuous_lm.models.checkpoints.trunk import read_config
 from continuous_lm.models.families.registry import FAMILIES
-from continuous_lm.models.language_model import parameter_declarations, read_config
+from continuous_lm.models.transformer import parameter_table
 from continuous_lm.rotary import LongRope
 from tests.fixtures import tiny
 
@@ -25,7 +26,7 @@ def test_what_is_written_reads_the_same(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_in_the_table(family):
     config = read(family)
-    assert set(parameter_declarations(config)) <= set(FAMILIES[family].tensors)
+    assert set(parameter_table(config)) <= set(FAMILIES[family].tensors)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import pytest
 from flax import traverse_util
 
-from continuous_lm.models import Transformer, language_model
+from continuous_lm.models import Transformer
+from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
 from continuous_lm.models.families.registry import FAMILIES
-from continuous_lm.models.language_model import parameter_declarations
+from continuous_lm.models.transformer import parameter_table
 from continuous_lm.rotary import LongRope
 from tests.fixtures.published_layouts import CHECKPOINTS
 
@@ -28,7 +29,7 @@ MOST = 200e6  # bytes: less than the weights of GPT-2 in 16 bits
 
 
 def config_of(name):
-    return language_model.read_config(CHECKPOINTS[name][0])
+    return trunk.read_config(CHECKPOINTS[name][0])
 
 
 class Listed:
@@ -103,14 +104,14 @@ def count(shapes):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_has_a_place_and_every_place_a_tensor(name):
     config, (tensors, beside) = config_of(name), published(name)
-    declarations = parameter_declarations(config)
+    declarations = parameter_table(config)
     layout = ParameterLayout(config, FAMILIES[config.family], declarations)
     checkpoint_names = layout.checkpoint_names(Listed(tensors | beside))
     assert len(checkpoint_names) == len(set(checkpoint_names.values()))
     assert set(checkpoint_names.values()) == set(tensors)
     # Equal numbers: no part of a fused tensor is left out or taken twice.
     assert count(tensors.values()) == count(
-        declaration.value.shape for declaration in declarations.values()
+        declaration.shape for declaration in declarations.values()
     )
 
 
@@ -137,12 +138,12 @@ def test_logits_and_the_number_of_parameters(name):
     jnp.zeros(1).block_until_ready()  # the backend has started before memory is limited
     with little_memory():
         config = config_of(name)
-        declarations = parameter_declarations(config)
+        declarations = parameter_table(config)
         params = traverse_util.unflatten_dict(nn.unbox(declarations), sep="/")
         tokens = jax.ShapeDtypeStruct((8,), jnp.int32)
         logits = jax.eval_shape(Transformer(config).apply, {"params": params}, tokens)
     assert (
-        count(declaration.value.shape for declaration in declarations.values())
+        count(declaration.shape for declaration in declarations.values())
         == CHECKPOINTS[name][1]
     )
     assert logits.shape == (8, config.vocab_size)
@@ -155,7 +156,7 @@ def test_config_goes_round(name):
     written = FAMILIES[config.family].write_config(config) | {
         "model_type": config.family
     }
-    again = language_model.read_config(written)
+    again = trunk.read_config(written)
     assert again == dataclasses.replace(config, window_pattern=again.window_pattern)
     assert again.windowed_layers == config.windowed_layers
 

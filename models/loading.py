@@ -1,0 +1,84 @@
+"""`load` and `save`: folders to language models of every kind, and back."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from continuous_lm.errors import InputError
+from continuous_lm.io import safetensors_files
+from continuous_lm.io.atomic_files import write_atomically
+from continuous_lm.models.checkpoints import hf_folder, trunk
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.transformer import Transformer
+
+
+def load(
+    folder_or_name: str | os.PathLike,
+    *,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    ignore_fields: Sequence[str] = (),
+    cache_dir: str | os.PathLike | None = None,
+) -> LanguageModel[Any]:
+    """Loads a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
+
+    What the devices hold is read once, cast on the way, and placed; there is never a second copy of
+    the model in memory, and on many hosts each reads what its own devices hold.
+
+    Args:
+      folder_or_name: a folder with config.json, model.safetensors (or shards with their index) and,
+        if it has one, tokenizer.json; or the name of a bundled model, such as "apples"; or
+        "org/name" or "org/name@revision" on the Hugging Face hub, which needs the extra `hub`.
+      dtype: of the parameters, and so of the computation; as config.json says if left out.
+      mesh: devices to shard the parameters over, with axes "data" and "model" (see
+        `axes.SHARDING_RULES`); all on the default device if left out.
+      ignore_fields: fields of config.json that are known not to change what the model computes.
+      cache_dir: where to keep the converted parameters for the next time; nowhere if left out. They
+        are converted again when the folder's files have changed.
+
+    Raises:
+      InputError: naming the file, field or tensor that is missing, left over or not handled.
+    """
+    folder = hf_folder.find_folder(folder_or_name)
+    hf_folder.check_mesh(mesh)
+    return trunk.read(
+        folder,
+        dtype=dtype,
+        mesh=mesh,
+        ignore_fields=ignore_fields,
+        cache_dir=cache_dir,
+    )
+
+
+def save(
+    folder: str | os.PathLike,
+    lm: LanguageModel[Any],
+    *,
+    shard_size: int = safetensors_files.MAX_SHARD_BYTES,
+) -> None:
+    """Writes `lm` as a checkpoint folder in the Hugging Face layout, in the parameters' dtype.
+
+    The files reach the folder when all of them are written, not before; weights that were there are
+    then gone. Parameters are fetched from their devices tensor by tensor.
+
+    Args:
+      folder: made if it is not there.
+      lm: the model.
+      shard_size: the most bytes of weights in one file; a model that is larger becomes several
+        files with an index.
+
+    Raises:
+      InputError: if the folder cannot be written, or the family's config.json cannot express the
+        model.
+    """
+    if not isinstance(lm, LanguageModel) or not isinstance(lm.model, Transformer):
+        raise InputError(
+            f"lm is a {type(lm).__name__}; only a LanguageModel can be saved"
+        )
+    with write_atomically(
+        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+    ) as staging_folder:
+        trunk.write(staging_folder, lm, shard_size)
