@@ -33,8 +33,7 @@ class LanguageModel(Generic[Model]):
     of the other kinds are in `models.density` and `models.calm`.
 
     Attributes:
-      model: the Linen module, whose `apply` is a pure function. To change how it is computed:
-        `lm.with_model(lm.model.clone(remat=True))`.
+      model: the Linen module, whose `apply` is a pure function.
       params: parameter tree, layers stacked on a leading axis.
       tokenizer: of the `tokenizers` library, or None.
       hf_fields: fields of config.json that do not change what is computed (special tokens, length
@@ -60,6 +59,19 @@ class LanguageModel(Generic[Model]):
     def with_model(self, model: OtherModel) -> "LanguageModel[OtherModel]":
         """The same parameters and tokenizer under another module."""
         return LanguageModel(model, self.params, self.tokenizer, self.hf_fields)
+
+    def with_execution(
+        self, *, implementation: str | None = None, remat: bool | None = None
+    ) -> "LanguageModel[Model]":
+        """The same model, computed in another way; see `transformer.Execution`.
+
+        Args:
+          implementation: of attention; as it is if left out.
+          remat: whether the backward pass computes layers anew; as it is if left out.
+        """
+        changes = {"implementation": implementation, "remat": remat}
+        given = {name: value for name, value in changes.items() if value is not None}
+        return self.with_model(self.model.clone(**given))
 
     def with_params(self, params: Params) -> "LanguageModel[Model]":
         """The same model with other parameters."""
