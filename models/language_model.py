@@ -69,7 +69,7 @@ class LanguageModel(Generic[Model]):
           implementation: of attention; as it is if left out.
           remat: whether the backward pass computes layers anew; as it is if left out.
         """
-        changes = {"implementation": implementation, "remat": remat}
+        changes: dict[str, Any] = {"implementation": implementation, "remat": remat}
         given = {name: value for name, value in changes.items() if value is not None}
         return self.with_model(self.model.clone(**given))
 
