@@ -10,21 +10,23 @@ integrates any sampled signal. Adding log d to the logits is the same, but has n
 
 import functools
 import importlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from continuous_lm import axes
+from continuous_lm.arguments import check_count
 from continuous_lm.attention import blocked, dense
-from continuous_lm.attention.visibility import exact_end_times
+from continuous_lm.attention.problem import AttentionProblem
 from continuous_lm.errors import InputError
+
+__all__ = ["IMPLEMENTATIONS", "AttentionProblem", "attend"]
 
 IMPLEMENTATIONS = ("auto", "dense", "blocked", "cudnn", "splash", "pallas")
 MAX_DENSE_SCORES = 256**2  # scores of a head, up to which the dense form is as fast
+
+Form = Callable[[AttentionProblem], jax.Array]
 
 
 def attend(
@@ -33,11 +35,11 @@ def attend(
     v: jax.Array,
     key_weights: jax.Array | None = None,
     *,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: float | jax.Array | None = None,
+    softcap: float | jax.Array | None = None,
     window: ArrayLike | None = None,
     intervals: jax.Array | None = None,
-    query_offset: ArrayLike | None = None,
+    query_offset: int | jax.Array | None = None,
     implementation: str = "auto",
     block_size: int | None = None,
 ) -> jax.Array:
@@ -85,126 +87,86 @@ def attend(
     Raises:
       InputError: if shapes do not fit, the implementation is not known, or does not take them.
     """
-    _check(q, k, v, key_weights, intervals, implementation, block_size)
-    *_, num_queries, num_heads, head_width = q.shape
-    num_keys, num_kv_heads = k.shape[-3:-1]
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    key_weights = (
-        jnp.ones(num_keys, dtype) if key_weights is None else key_weights.astype(dtype)
+    _check_options(implementation, block_size)
+    problem = AttentionProblem.make(
+        q,
+        k,
+        v,
+        key_weights,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        intervals=intervals,
+        query_offset=query_offset,
     )
-    window_times = None
-    if window is not None:
-        intervals = key_weights if intervals is None else intervals.astype(dtype)
-        window_times = exact_end_times(jax.lax.stop_gradient(intervals))
-    q_grouped = q.reshape(
-        *q.shape[:-2], num_kv_heads, num_heads // num_kv_heads, head_width
-    )
-    arrays = q_grouped, k, v, key_weights
-    options: dict[str, Any] = {
-        "scale": 1.0 / math.sqrt(head_width) if scale is None else scale,
-        "softcap": softcap,
-        "window": window,
-        "window_times": window_times,
-        "query_offset": num_keys - num_queries
-        if query_offset is None
-        else query_offset,
-    }
-    attend_blocked = functools.partial(blocked.attend, block_size=block_size)
-    if implementation == "auto" and (
-        num_queries == 1 or num_queries * num_keys <= MAX_DENSE_SCORES
-    ):
+    y = _attend_by(implementation, problem, block_size)
+    return y.reshape(*y.shape[:-3], *q.shape[-2:]).astype(q.dtype)
+
+
+def _attend_by(
+    implementation: str, problem: AttentionProblem, block_size: int | None
+) -> jax.Array:
+    """y [..., T, K, G, H]."""
+    if implementation == "auto" and _is_short(problem):
         implementation = "dense"
     match implementation:
         case "dense":
-            y = dense.attend(*arrays, **options)
+            return dense.attend(problem)
         case "blocked":
-            y = attend_blocked(*arrays, **options)
+            return blocked.attend(problem, block_size)
         case "auto":
-            y = _attend_on_platform(attend_blocked, arrays, options)
-        case _:
-            kernel = _import_kernel(implementation)
-            if reason := kernel.why_unsupported(*arrays, **options):
-                raise InputError(
-                    f"implementation {implementation!r} is not possible: {reason};"
-                    " take 'blocked', or 'auto', which finds one that is"
-                )
-            y = kernel.attend(*arrays, **options)
-    return y.reshape(*y.shape[:-3], num_heads, head_width).astype(q.dtype)
+            return _attend_on_platform(problem, block_size)
+    kernel = _import_kernel(implementation)
+    if reason := kernel.why_unsupported(problem):
+        raise InputError(
+            f"implementation {implementation!r} is not possible: {reason};"
+            " take 'blocked', or 'auto', which finds one that is"
+        )
+    return kernel.attend(problem)
 
 
-def _import_kernel(kernel: str) -> Any:
+def _is_short(problem: AttentionProblem) -> bool:
+    """Whether the dense form is as fast as any."""
+    num_scores = problem.num_queries * problem.num_keys
+    return problem.num_queries == 1 or num_scores <= MAX_DENSE_SCORES
+
+
+def _import_kernel(kernel: str) -> ModuleType:
     """The module of a kernel, imported when it is wanted: Pallas takes its time."""
     return importlib.import_module(f"{__name__}.{kernel}")
 
 
-def _attend_on_platform(
-    fallback: Callable[..., jax.Array],
-    arrays: Sequence[jax.Array],
-    options: Mapping[str, Any],
-) -> jax.Array:
-    """What the kernel of the platform that the program is compiled for gives, if there is one."""
-    kernels = {"cuda": "cudnn"}
+def _attend_on_platform(problem: AttentionProblem, block_size: int | None) -> jax.Array:
+    """The result of the kernel of the platform that the program is compiled for, or blocked."""
+    kernels = {"cuda": _import_kernel("cudnn")}
+    # Not on several TPUs: the compiler cannot spread splash attention over devices.
     if jax.default_backend() == "tpu" and jax.device_count() == 1:
-        kernels["tpu"] = (
-            "splash"  # not on several: the compiler cannot spread it over devices
-        )
-    branches = {
-        platform: functools.partial(_import_kernel(kernel).attend, **options)
+        kernels["tpu"] = _import_kernel("splash")
+    forms = {
+        platform: kernel.attend
         for platform, kernel in kernels.items()
-        if _import_kernel(kernel).why_unsupported(*arrays, **options) is None
+        if kernel.why_unsupported(problem) is None
     }
-    fallback = functools.partial(fallback, **options)
-    if not branches:
-        return fallback(*arrays)
-
-    def in_query_dtype(attend):
-        return lambda *arrays: attend(*arrays).astype(arrays[0].dtype)
-
+    attend_blocked = functools.partial(blocked.attend, block_size=block_size)
+    if not forms:
+        return attend_blocked(problem)
+    forms["default"] = attend_blocked
     branches = {
-        platform: in_query_dtype(attend) for platform, attend in branches.items()
+        platform: problem.as_function_of_arrays(_in_query_dtype(form))
+        for platform, form in forms.items()
     }
-    return jax.lax.platform_dependent(
-        *arrays, **branches, default=in_query_dtype(fallback)
-    )
+    return jax.lax.platform_dependent(*problem.arrays, **branches)
 
 
-def _check(q, k, v, key_weights, intervals, implementation, block_size) -> None:
-    is_missing_axes = min(q.ndim, k.ndim, v.ndim) < 3
-    if is_missing_axes or k.shape[-3:] != v.shape[-3:] or q.shape[-1] != k.shape[-1]:
-        raise InputError(
-            f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit; they must be"
-            " [..., T, N, H], [..., S, K, H] and [..., S, K, H]"
-        )
-    if q.shape[-2] % k.shape[-2]:
-        raise InputError(
-            f"{k.shape[-2]} key/value heads do not divide {q.shape[-2]} query heads"
-        )
-    if q.shape[-3] > k.shape[-3]:
-        raise InputError(
-            f"{q.shape[-3]} queries for {k.shape[-3]} keys; queries are the last tokens of the keys"
-        )
-    for name, array in (("key_weights", key_weights), ("intervals", intervals)):
-        if array is not None and (array.ndim < 1 or array.shape[-1] != k.shape[-3]):
-            raise InputError(
-                f"{name} has shape {list(array.shape)}; it must be [..., {k.shape[-3]}]"
-            )
-    arrays = {
-        "q": (q, 3),
-        "k": (k, 3),
-        "v": (v, 3),
-        "key_weights": (key_weights, 1),
-        "intervals": (intervals, 1),
-    }
-    axes.broadcast_leading_axes(
-        {
-            n: x.shape[: x.ndim - rank]
-            for n, (x, rank) in arrays.items()
-            if x is not None
-        }
-    )
+def _in_query_dtype(form: Form) -> Form:
+    """The form with its result in the dtype of q, as branches must agree on it."""
+    return lambda problem: form(problem).astype(problem.q.dtype)
+
+
+def _check_options(implementation: str, block_size: int | None) -> None:
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"implementation is {implementation!r}; it must be one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
-        raise InputError(f"block_size is {block_size!r}; it must be a positive integer")
+    if block_size is not None:
+        check_count("block_size", block_size)

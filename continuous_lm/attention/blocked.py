@@ -21,98 +21,97 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
+from jax.typing import DTypeLike
 
-from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
+from continuous_lm.attention.problem import AttentionProblem
+from continuous_lm.attention.softmax import (
+    clamp_for_absent_keys,
+    lift_keys,
+    lift_mask,
+    present_and_log,
+    softcap,
+    softcap_and_slope,
+)
 from continuous_lm.attention.visibility import (
     WindowTimes,
     visibility_mask,
     window_limit,
 )
-from continuous_lm.errors import InputError
 
 
 class KernelOptions(NamedTuple):
-    """What is known when the program is compiled."""
+    """Numbers that the program is compiled for."""
 
     scale: float
     softcap: float | None
-    queries: int  # in a block
-    keys: int  # in a block
+    query_block: int  # queries in a block
+    key_block: int  # keys in a block
 
 
 class Visibility(NamedTuple):
-    """What says which key a query sees."""
+    """What decides which key a query sees."""
 
     query_offset: jax.Array  # index of the first query's own key
     window_times: WindowTimes | None  # [B, S]
     window: jax.Array | None
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_weights: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: ArrayLike | None,
-    window_times: WindowTimes | None,
-    query_offset: ArrayLike,
-    block_size: int | None = None,
-) -> jax.Array:
+class KernelArrays(NamedTuple):
+    """A problem's arrays, filled up to whole blocks; or their gradients."""
+
+    q: jax.Array  # [B, T, K, G, H]
+    k: jax.Array  # [B, S, K, H]
+    v: jax.Array  # [B, S, K, H]
+    key_weights: jax.Array  # [B, S]
+
+
+class Residuals(NamedTuple):
+    """What the backward pass reads."""
+
+    arrays: KernelArrays
+    visibility: Visibility
+    y: jax.Array  # [B, T, K, G, H]
+    row_max: jax.Array  # [B, T, K, G], maximum m of each row of scores
+    row_sum: jax.Array  # [B, T, K, G], sum z of each row
+
+
+def attend(problem: AttentionProblem, block_size: int | None = None) -> jax.Array:
     """The result of `dense.attend`, computed in blocks of at most `block_size` tokens."""
-    for name, value in {"scale": scale, "softcap": softcap}.items():
-        if isinstance(value, jax.core.Tracer):
-            raise InputError(
-                f"{name} is traced; the blocked form needs a number, so make it static"
-            )
-    num_queries, head_shape = q.shape[-4], q.shape[-3:]
-    batch_shape, (q, k, v, key_weights, *time_arrays) = flatten_batch(
-        q, k, v, key_weights, *(window_times or ())
-    )
-    block_size = block_size or _choose_block_size(math.prod((len(q), *head_shape[:2])))
+    scale = problem.static_scale
+    cap = problem.static_softcap
+    batch_shape, flat = problem.flatten_batch()
+    num_queries, *head_shape = flat.q.shape[1:]
+    if block_size is None:
+        block_size = _choose_block_size(math.prod((len(flat.q), *head_shape[:2])))
     options = KernelOptions(
-        scale,
-        softcap,
-        _even_block_size(num_queries, block_size),
-        _even_block_size(k.shape[1], block_size),
+        scale=scale,
+        softcap=cap,
+        query_block=_even_block_size(num_queries, block_size),
+        key_block=_even_block_size(problem.num_keys, block_size),
     )
-    if window_times is not None:
-        ticks, remainders, tick_size = time_arrays
-        ticks, remainders = (
-            pad_to_blocks(x, options.keys, "edge") for x in (ticks, remainders)
-        )
-        window_times = WindowTimes(ticks, remainders, tick_size)
-    visibility = Visibility(
-        jnp.asarray(query_offset),
-        window_times,
-        None if window is None else jnp.asarray(window),
+    arrays = KernelArrays(
+        q=pad_to_blocks(flat.q, options.query_block),
+        k=pad_to_blocks(flat.k, options.key_block),
+        v=pad_to_blocks(flat.v, options.key_block),
+        key_weights=pad_to_blocks(flat.key_weights, options.key_block),
     )
-    q = pad_to_blocks(q, options.queries)
-    k, v, key_weights = (pad_to_blocks(x, options.keys) for x in (k, v, key_weights))
-    y = _attend(options, q, k, v, key_weights, visibility)
+    y = _attend(options, arrays, make_visibility(flat, options.key_block))
     return y[:, :num_queries].reshape(*batch_shape, num_queries, *head_shape)
 
 
-def flatten_batch(
-    q: jax.Array, k: jax.Array, v: jax.Array, *key_arrays: jax.Array
-) -> tuple[tuple[int, ...], list[jax.Array]]:
-    """The leading axes of q, k, v and others [..., S], and each with one axis B in their place."""
-    ranks = [4, 3, 3, *(1 for _ in key_arrays)]
-    arrays = list(zip((q, k, v, *key_arrays), ranks, strict=True))
-    batch_shape = jnp.broadcast_shapes(
-        *(x.shape[: x.ndim - rank] for x, rank in arrays)
-    )
-
-    def flatten(x: jax.Array, rank: int) -> jax.Array:
-        inner_shape = x.shape[x.ndim - rank :]
-        return jnp.broadcast_to(x, (*batch_shape, *inner_shape)).reshape(
-            math.prod(batch_shape), *inner_shape
+def make_visibility(problem: AttentionProblem, key_block: int) -> Visibility:
+    """The visibility of a problem with one leading axis, its keys filled up to whole blocks."""
+    window_times = problem.window_times
+    if window_times is not None:
+        window_times = window_times._replace(
+            ticks=pad_to_blocks(window_times.ticks, key_block, "edge"),
+            remainders=pad_to_blocks(window_times.remainders, key_block, "edge"),
         )
-
-    return batch_shape, [flatten(x, rank) for x, rank in arrays]
+    return Visibility(
+        jnp.asarray(problem.query_offset),
+        window_times,
+        None if problem.window is None else jnp.asarray(problem.window),
+    )
 
 
 def _choose_block_size(num_rows: int) -> int:
@@ -127,9 +126,9 @@ def _even_block_size(length: int, max_block_size: int) -> int:
 
 def pad_to_blocks(x: jax.Array, block_size: int, mode: str = "constant") -> jax.Array:
     """x [B, T, ...] with T filled up to whole blocks. As last keys, nobody sees what is added."""
-    return jnp.pad(
-        x, [(0, 0), (0, -x.shape[1] % block_size)] + [(0, 0)] * (x.ndim - 2), mode=mode
-    )
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, -x.shape[1] % block_size)
+    return jnp.pad(x, padding, mode=mode)
 
 
 def _get_block(x: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
@@ -150,34 +149,34 @@ def reachable_blocks(
     visibility: Visibility, options: KernelOptions, num_queries: int, num_keys: int
 ) -> jax.Array:
     """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
-    query_blocks, key_blocks = (
-        jnp.arange(n)
-        for n in (num_queries // options.queries, num_keys // options.keys)
-    )
-    last_query = (
-        visibility.query_offset + (query_blocks[:, None] + 1) * options.queries - 1
-    )
-    is_causal = key_blocks * options.keys <= last_query
-    if visibility.window_times is None or visibility.window is None:
+    query_offset, window_times, window = visibility
+    query_blocks = jnp.arange(num_queries // options.query_block)
+    key_blocks = jnp.arange(num_keys // options.key_block)
+    last_query = query_offset + (query_blocks[:, None] + 1) * options.query_block - 1
+    is_causal = key_blocks * options.key_block <= last_query
+    if window_times is None or window is None:
         return is_causal
-    key_ends = (
-        visibility.window_times.ticks.astype(visibility.window_times.remainders.dtype)
-        * visibility.window_times.tick_size
-        + visibility.window_times.remainders
-    )
-    query_keys = jnp.minimum(
-        visibility.query_offset + jnp.arange(num_queries), num_keys - 1
-    )
-    earliest_query_end = jnp.min(
-        key_ends[:, query_keys].reshape(len(key_ends), -1, options.queries), axis=-1
-    )
-    latest_key_end = jnp.max(key_ends.reshape(len(key_ends), -1, options.keys), axis=-1)
+    key_ends = _rounded_end_times(window_times)
+    query_keys = jnp.minimum(query_offset + jnp.arange(num_queries), num_keys - 1)
+    query_ends = key_ends[:, query_keys]
+    earliest_query_end = jnp.min(_cut(query_ends, options.query_block), axis=-1)
+    latest_key_end = jnp.max(_cut(key_ends, options.key_block), axis=-1)
     # `key_ends` have lost digits; the mask inside of a block is exact, so a margin costs nothing.
-    margin = 1e-5 * jnp.max(jnp.abs(key_ends)) + window_limit(
-        visibility.window_times, visibility.window
-    )
-    is_in_window = earliest_query_end[:, :, None] - latest_key_end[:, None, :] < margin
+    rounding = 1e-5 * jnp.max(jnp.abs(key_ends))
+    limit = rounding + window_limit(window_times, window)
+    is_in_window = earliest_query_end[:, :, None] - latest_key_end[:, None, :] < limit
     return is_causal & jnp.any(is_in_window, axis=0)
+
+
+def _rounded_end_times(window_times: WindowTimes) -> jax.Array:
+    """End times [B, S] as floats, which lose digits."""
+    ticks = window_times.ticks.astype(window_times.remainders.dtype)
+    return ticks * window_times.tick_size + window_times.remainders
+
+
+def _cut(per_token: jax.Array, block_size: int) -> jax.Array:
+    """[B, T] as [B, blocks, block_size]."""
+    return per_token.reshape(len(per_token), -1, block_size)
 
 
 def block_ranges(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -188,171 +187,280 @@ def block_ranges(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
     return begin, jnp.max(jnp.where(reachable, indices + 1, 0), axis=1)
 
 
-def _scores(options: KernelOptions, q: jax.Array, k: jax.Array, dtype) -> jax.Array:
-    """Scores [B, K, T, G, S] of one block, capped."""
-    s = options.scale * jnp.einsum(
-        "btkgh,bskh->bktgs", q, k, preferred_element_type=dtype
-    )
-    cap = options.softcap
-    return s if cap is None else cap * jnp.tanh(s / cap)
+def _products(
+    options: KernelOptions, q: jax.Array, k: jax.Array, dtype: DTypeLike
+) -> jax.Array:
+    """Scaled products [B, K, T, G, S] of the queries and keys of one block."""
+    products = jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
+    return options.scale * products
 
 
 def _mask(
     options: KernelOptions, visibility: Visibility, i: jax.Array, j: jax.Array
 ) -> jax.Array:
     """Which keys of block j the queries of block i see, for scores [B, K, T, G, S]."""
-    query_indices = (
-        visibility.query_offset + i * options.queries + jnp.arange(options.queries)
-    )
+    first_query = visibility.query_offset + i * options.query_block
+    first_key = j * options.key_block
     mask = visibility_mask(
-        query_indices,
-        j * options.keys + jnp.arange(options.keys),
+        first_query + jnp.arange(options.query_block),
+        first_key + jnp.arange(options.key_block),
         visibility.window_times,
         visibility.window,
     )
-    mask = mask if mask.ndim == 3 else mask[None]
-    return mask[:, None, :, None, :]
+    return lift_mask(mask)
+
+
+# --- Forward: for each block of queries, over the blocks of keys that it sees --------------------
+
+
+class KeyBlock(NamedTuple):
+    """Keys, or one block of them."""
+
+    k: jax.Array  # [B, S, K, H]
+    v: jax.Array  # [B, S, K, H]
+    log_weights: jax.Array  # [B, S]
+
+
+class RunningSoftmax(NamedTuple):
+    """The rows of a block of queries, after some of the keys."""
+
+    row_max: jax.Array  # [B, K, T, G]
+    row_sum: jax.Array  # [B, K, T, G]
+    y: jax.Array  # [B, K, T, G, H], not yet divided by the sum
 
 
 def _forward(
-    options: KernelOptions, q, k, v, d, visibility: Visibility
-) -> tuple[jax.Array, ...]:
+    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
-    (num_batch, num_queries, num_kv_heads, group_size, head_width), num_keys = (
-        q.shape,
-        k.shape[1],
-    )
-    dtype, (_, log_d) = d.dtype, present_and_log(d)
+    q, k, v, key_weights = arrays
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    dtype = key_weights.dtype
     begin, end = block_ranges(
         reachable_blocks(visibility, options, num_queries, num_keys)
     )
-    row_shape = (num_batch, num_kv_heads, options.queries, group_size)
+    _, log_weights = present_and_log(key_weights)
+    keys = KeyBlock(k, v, log_weights)
 
-    def add_key_block(i, q_i, j, state):
-        row_max, row_sum, y = state
-        s = _scores(options, q_i, _get_block(k, j, options.keys), dtype)
-        s = s + _get_block(log_d, j, options.keys)[:, None, None, None, :]
-        s = jnp.where(_mask(options, visibility, i, j), s, -jnp.inf)
-        new_max = jnp.maximum(row_max, jnp.max(s, axis=-1))
-        finite_max = jnp.where(jnp.isfinite(new_max), new_max, 0.0)
-        p, rescaling = jnp.exp(s - finite_max[..., None]), jnp.exp(row_max - finite_max)
-        v_j = _get_block(v, j, options.keys)
-        update = jnp.einsum(
-            "bktgs,bskh->bktgh", p.astype(v.dtype), v_j, preferred_element_type=dtype
-        )
-        return (
-            new_max,
-            rescaling * row_sum + jnp.sum(p, axis=-1),
-            rescaling[..., None] * y + update,
-        )
+    def attend_query_block(i, outputs):
+        q_i = _get_block(q, i, options.query_block)
 
-    def attend_query_block(i, carry):
-        add_block = functools.partial(
-            add_key_block, i, _get_block(q, i, options.queries)
-        )
-        zeros = jnp.zeros(row_shape, dtype), jnp.zeros((*row_shape, head_width), dtype)
-        row_max, row_sum, y = lax.fori_loop(
-            begin[i], end[i], add_block, (zeros[0] - jnp.inf, *zeros)
-        )
-        row_sum = jnp.where(row_sum > 0, row_sum, 1.0)
-        updates = (
-            y / row_sum[..., None],
-            jnp.where(jnp.isfinite(row_max), row_max, 0.0),
-            row_sum,
+        def add_key_block(j, state):
+            keys_j = KeyBlock(*(_get_block(x, j, options.key_block) for x in keys))
+            mask = _mask(options, visibility, i, j)
+            return _add_keys(options, q_i, keys_j, mask, state)
+
+        state = lax.fori_loop(
+            begin[i], end[i], add_key_block, _empty_softmax(q_i, dtype)
         )
         return tuple(
-            _set_block(x, jnp.moveaxis(update, 1, 2), i, options.queries)
-            for x, update in zip(carry, updates, strict=True)
+            _set_block(output, jnp.moveaxis(rows, 1, 2), i, options.query_block)
+            for output, rows in zip(outputs, _normalize(state), strict=True)
         )
 
-    zeros = jnp.zeros(q.shape[:-1], dtype)
-    carry = jnp.zeros(q.shape, dtype), zeros, zeros
-    return lax.fori_loop(0, num_queries // options.queries, attend_query_block, carry)
+    rows = jnp.zeros(q.shape[:-1], dtype)
+    outputs = jnp.zeros(q.shape, dtype), rows, rows
+    num_blocks = num_queries // options.query_block
+    return lax.fori_loop(0, num_blocks, attend_query_block, outputs)
 
 
-def _backward(options: KernelOptions, residuals, dy):
-    """Gradients for q, k, v and d."""
-    q, k, v, d, visibility, y, row_max, row_sum = residuals
-    dtype, (is_present, _) = d.dtype, present_and_log(d)
+def _empty_softmax(q: jax.Array, dtype: DTypeLike) -> RunningSoftmax:
+    """The rows of queries [B, T, K, G, H] before any key."""
+    num_batch, num_queries, num_kv_heads, group_size, head_width = q.shape
+    row_sum = jnp.zeros((num_batch, num_kv_heads, num_queries, group_size), dtype)
+    y = jnp.zeros((*row_sum.shape, head_width), dtype)
+    return RunningSoftmax(row_sum - jnp.inf, row_sum, y)
+
+
+def _add_keys(
+    options: KernelOptions,
+    q: jax.Array,
+    keys: KeyBlock,
+    mask: jax.Array,
+    state: RunningSoftmax,
+) -> RunningSoftmax:
+    """The state of queries [B, T, K, G, H] after one more block of keys."""
+    dtype = state.row_sum.dtype
+    scores = softcap(_products(options, q, keys.k, dtype), options.softcap)
+    scores = jnp.where(mask, scores + lift_keys(keys.log_weights), -jnp.inf)
+    new_max = jnp.maximum(state.row_max, jnp.max(scores, axis=-1))
+    finite_max = jnp.where(jnp.isfinite(new_max), new_max, 0.0)
+    p = jnp.exp(scores - finite_max[..., None])
+    rescaling = jnp.exp(state.row_max - finite_max)
+    update = jnp.einsum(
+        "bktgs,bskh->bktgh",
+        p.astype(keys.v.dtype),
+        keys.v,
+        preferred_element_type=dtype,
+    )
+    return RunningSoftmax(
+        row_max=new_max,
+        row_sum=rescaling * state.row_sum + jnp.sum(p, axis=-1),
+        y=rescaling[..., None] * state.y + update,
+    )
+
+
+def _normalize(state: RunningSoftmax) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """y, maximum and sum of each row; 0, 0 and 1 where no key has weight."""
+    row_sum = jnp.where(state.row_sum > 0, state.row_sum, 1.0)
+    row_max = jnp.where(jnp.isfinite(state.row_max), state.row_max, 0.0)
+    return state.y / row_sum[..., None], row_max, row_sum
+
+
+# --- Backward: for each block of keys, over the blocks of queries that see it --------------------
+
+
+class WeightedKeys(NamedTuple):
+    """Keys, or one block of them, as the backward pass reads them."""
+
+    k: jax.Array  # [B, S, K, H]
+    v: jax.Array  # [B, S, K, H]
+    key_weights: jax.Array  # [B, S]
+    is_present: jax.Array  # [B, S]
+
+
+class QueryRows(NamedTuple):
+    """Queries, or one block of them, with what belongs to their rows."""
+
+    q: jax.Array  # [B, T, K, G, H]
+    dy: jax.Array  # [B, T, K, G, H]
+    dy_dot_y: jax.Array  # [B, T, K, G]
+    row_max: jax.Array  # [B, T, K, G]
+    row_sum: jax.Array  # [B, T, K, G]
+
+
+class ScoreGradients(NamedTuple):
+    """p = d e, the gradient g e of a weight, and that of a product q . k, [B, K, T, G, S] each."""
+
+    p: jax.Array
+    weight: jax.Array
+    product: jax.Array
+
+
+def _backward(
+    options: KernelOptions, residuals: Residuals, dy: jax.Array
+) -> tuple[KernelArrays, None]:
+    """Gradients for the arrays."""
+    q, k, v, key_weights = residuals.arrays
+    visibility = residuals.visibility
     num_queries, num_keys = q.shape[1], k.shape[1]
+    dtype = key_weights.dtype
     begin, end = block_ranges(
         reachable_blocks(visibility, options, num_queries, num_keys).T
     )
-    dy_dot_y = jnp.sum(dy * y, axis=-1)  # dy . y, [B, T, K, G]
-    dy = dy.astype(v.dtype)
-
-    def add_query_block(j, keys, i, state):
-        (k_j, v_j, d_j, is_present_j), (dq, dk, dv, dd) = keys, state
-        q_i, dy_i = (_get_block(x, i, options.queries) for x in (q, dy))
-        dy_dot_y_i, row_max_i, row_sum_i = (
-            jnp.moveaxis(_get_block(x, i, options.queries), 1, 2)[..., None]
-            for x in (dy_dot_y, row_max, row_sum)
-        )
-        s = _scores(options, q_i, k_j, dtype)
-        e = jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present_j)) / row_sum_i
-        e = jnp.where(_mask(options, visibility, i, j), e, 0.0)
-        g = jnp.einsum("btkgh,bskh->bktgs", dy_i, v_j, preferred_element_type=dtype)
-        g = e * (g - dy_dot_y_i)
-        ds = d_j * g
-        if options.softcap is not None:
-            ds = ds * (1.0 - jnp.square(s / options.softcap))
-        p, ds = (d_j * e).astype(v.dtype), (options.scale * ds).astype(q.dtype)
-        multiply = functools.partial(jnp.einsum, preferred_element_type=dtype)
-        dq_i = _get_block(dq, i, options.queries) + multiply(
-            "bktgs,bskh->btkgh", ds, k_j
-        )
-        dk = dk + multiply("bktgs,btkgh->bskh", ds, q_i)
-        dv = dv + multiply("bktgs,btkgh->bskh", p, dy_i)
-        return (
-            _set_block(dq, dq_i, i, options.queries),
-            dk,
-            dv,
-            dd + jnp.sum(g, axis=(1, 2, 3)),
-        )
-
-    def differentiate_key_block(j, carry):
-        k_j, v_j, d_j, is_present_j = (
-            _get_block(x, j, options.keys) for x in (k, v, d, is_present)
-        )
-        key_block = (
-            k_j,
-            v_j,
-            d_j[:, None, None, None, :],
-            is_present_j[:, None, None, None, :],
-        )
-        dq, *key_gradients = carry
-        zeros = [jnp.zeros(x.shape, dtype) for x in (k_j, v_j, d_j)]
-        state = lax.fori_loop(
-            begin[j],
-            end[j],
-            functools.partial(add_query_block, j, key_block),
-            (dq, *zeros),
-        )
-        return state[0], *(
-            _set_block(x, gradient, j, options.keys)
-            for x, gradient in zip(key_gradients, state[1:], strict=True)
-        )
-
-    carry = (
-        jnp.zeros(q.shape, dtype),
-        jnp.zeros_like(k),
-        jnp.zeros_like(v),
-        jnp.zeros_like(d),
+    is_present, _ = present_and_log(key_weights)
+    keys = WeightedKeys(k, v, key_weights, is_present)
+    queries = QueryRows(
+        q=q,
+        dy=dy.astype(v.dtype),
+        dy_dot_y=jnp.sum(dy * residuals.y, axis=-1),
+        row_max=residuals.row_max,
+        row_sum=residuals.row_sum,
     )
+
+    def differentiate_key_block(j, gradients):
+        keys_j = WeightedKeys(*(_get_block(x, j, options.key_block) for x in keys))
+
+        def add_query_block(i, state):
+            dq, *key_gradients = state
+            rows = QueryRows(*(_get_block(x, i, options.query_block) for x in queries))
+            mask = _mask(options, visibility, i, j)
+            scores = _differentiate_scores(options, rows, keys_j, mask)
+            dq = _add_query_gradients(options, dq, i, scores, keys_j)
+            return dq, *_add_key_gradients(key_gradients, scores, rows)
+
+        dq, *outputs = gradients
+        zeros = [
+            jnp.zeros(x.shape, dtype) for x in (keys_j.k, keys_j.v, keys_j.key_weights)
+        ]
+        dq, *key_gradients = lax.fori_loop(
+            begin[j], end[j], add_query_block, (dq, *zeros)
+        )
+        return dq, *(
+            _set_block(output, gradient, j, options.key_block)
+            for output, gradient in zip(outputs, key_gradients, strict=True)
+        )
+
     dq, dk, dv, dd = lax.fori_loop(
-        0, num_keys // options.keys, differentiate_key_block, carry
+        0,
+        num_keys // options.key_block,
+        differentiate_key_block,
+        (jnp.zeros(q.shape, dtype), *map(jnp.zeros_like, (k, v, key_weights))),
     )
-    return dq.astype(q.dtype), dk, dv, dd, None
+    return KernelArrays(dq.astype(q.dtype), dk, dv, dd), None
+
+
+def _differentiate_scores(
+    options: KernelOptions, rows: QueryRows, keys: WeightedKeys, mask: jax.Array
+) -> ScoreGradients:
+    """The gradients of one block of scores."""
+    dtype = keys.key_weights.dtype
+    dy_dot_y = _align_with_scores(rows.dy_dot_y)
+    row_max = _align_with_scores(rows.row_max)
+    row_sum = _align_with_scores(rows.row_sum)
+    scores, slope = softcap_and_slope(
+        _products(options, rows.q, keys.k, dtype), options.softcap
+    )
+    exponent = clamp_for_absent_keys(scores - row_max, lift_keys(keys.is_present))
+    e = jnp.where(mask, jnp.exp(exponent) / row_sum, 0.0)
+    dp = jnp.einsum("btkgh,bskh->bktgs", rows.dy, keys.v, preferred_element_type=dtype)
+    g = e * (dp - dy_dot_y)
+    weights = lift_keys(keys.key_weights)
+    return ScoreGradients(
+        p=(weights * e).astype(keys.v.dtype),
+        weight=g,
+        product=(options.scale * slope * (weights * g)).astype(rows.q.dtype),
+    )
+
+
+def _align_with_scores(per_row: jax.Array) -> jax.Array:
+    """[B, T, K, G] as [B, K, T, G, 1]."""
+    return jnp.moveaxis(per_row, 1, 2)[..., None]
+
+
+def _add_query_gradients(
+    options: KernelOptions,
+    dq: jax.Array,
+    i: jax.Array,
+    scores: ScoreGradients,
+    keys: WeightedKeys,
+) -> jax.Array:
+    """dq [B, T, K, G, H] with what block i of queries gets from a block of keys."""
+    update = jnp.einsum(
+        "bktgs,bskh->btkgh", scores.product, keys.k, preferred_element_type=dq.dtype
+    )
+    dq_i = _get_block(dq, i, options.query_block) + update
+    return _set_block(dq, dq_i, i, options.query_block)
+
+
+def _add_key_gradients(
+    gradients: list[jax.Array], scores: ScoreGradients, rows: QueryRows
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dk, dv [B, S, K, H] and dd [B, S] of a block of keys, with those of a block of queries."""
+    dk, dv, dd = gradients
+    sum_over_rows = functools.partial(
+        jnp.einsum, "bktgs,btkgh->bskh", preferred_element_type=dd.dtype
+    )
+    return (
+        dk + sum_over_rows(scores.product, rows.q),
+        dv + sum_over_rows(scores.p, rows.dy),
+        dd + jnp.sum(scores.weight, axis=(1, 2, 3)),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: KernelOptions, q, k, v, d, visibility: Visibility) -> jax.Array:
-    return _forward(options, q, k, v, d, visibility)[0]
+def _attend(
+    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+) -> jax.Array:
+    y, _, _ = _forward(options, arrays, visibility)
+    return y
 
 
-def _attend_with_residuals(options: KernelOptions, q, k, v, d, visibility: Visibility):
-    y, row_max, row_sum = _forward(options, q, k, v, d, visibility)
-    return y, (q, k, v, d, visibility, y, row_max, row_sum)
+def _attend_with_residuals(
+    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+) -> tuple[jax.Array, Residuals]:
+    y, row_max, row_sum = _forward(options, arrays, visibility)
+    return y, Residuals(arrays, visibility, y, row_max, row_sum)
 
 
 _attend.defvjp(_attend_with_residuals, _backward)

@@ -7,6 +7,7 @@ scores are transposed: what belongs to a query lies along the last axis, as it i
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.typing import ArrayLike
+from jax.typing import DTypeLike
 
 from continuous_lm.attention import blocked
-from continuous_lm.attention.blocked import KernelOptions
-from continuous_lm.attention.softmax import clamp_for_absent_keys, present_and_log
-from continuous_lm.attention.visibility import WindowTimes, window_limit
+from continuous_lm.attention.blocked import KernelArrays, KernelOptions, Visibility
+from continuous_lm.attention.problem import AttentionProblem, find_array
+from continuous_lm.attention.softmax import (
+    clamp_for_absent_keys,
+    present_and_log,
+    softcap,
+    softcap_and_slope,
+)
+from continuous_lm.attention.visibility import window_limit
 
 BLOCK_SIZE = 128  # tokens in a block: a TPU's lanes
 MIN_CHANNELS = 16  # channels that a GPU multiplies at once
@@ -33,482 +40,488 @@ class TokenPositions(NamedTuple):
     remainders: Any = None
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_weights: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None,
-    window: ArrayLike | None,
-    window_times: WindowTimes | None,
-    query_offset: ArrayLike,
-) -> jax.Array:
-    """What `dense.attend` gives, from such arguments as `why_unsupported` lets through."""
-    num_queries, head_shape = q.shape[-4], q.shape[-3:]
-    batch_shape, (q, k, v, key_weights, *time_arrays) = blocked.flatten_batch(
-        q, k, v, key_weights, *(window_times or ())
+class KernelInputs(NamedTuple):
+    """What a program of the grid reads: its part of each array, as a reference.
+
+    The same value holds the whole arrays, and the letters of their axes.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    key_weights: Any
+    query_positions: Any  # `TokenPositions`
+    key_positions: Any  # `TokenPositions`
+    tick_and_limit: Any  # of the window, or None
+    block_range: (
+        Any  # the first block of the others in sight, and the one after the last
     )
-    channel_padding = [(0, 0)] * 3 + [
-        (0, max(pl.next_power_of_2(head_shape[-1]), MIN_CHANNELS) - head_shape[-1])
-    ]
-    q = jnp.moveaxis(_pad_to_blocks(q), 1, 3)  # [B, K, G, T, H]
-    k, v = (jnp.moveaxis(_pad_to_blocks(x), 1, 2) for x in (k, v))  # [B, K, S, H]
-    q, k, v = (
-        jnp.pad(q, [(0, 0), *channel_padding]),
-        jnp.pad(k, channel_padding),
-        jnp.pad(v, channel_padding),
+    rows: Any  # `RowArrays` for the gradients, else None
+
+
+class RowArrays(NamedTuple):
+    """What belongs to the rows of scores, for their gradients."""
+
+    dy: Any
+    dy_dot_y: Any
+    row_max: Any
+    row_sum: Any
+
+
+class Grid(NamedTuple):
+    """The axes of a grid, of inputs and of outputs, a letter each.
+
+    A point of the grid has its own entry of the grid's axes, but its own block of the last, "t" or
+    "s"; of "#" it has the entry for that block, and of "." everything.
+    """
+
+    axes: str
+    inputs: KernelInputs
+    outputs: str
+
+
+class Residuals(NamedTuple):
+    """What the backward pass reads."""
+
+    arrays: KernelArrays
+    visibility: Visibility
+    y: jax.Array  # [B, K, G, T, H]
+    row_max: jax.Array  # [B, K, G, T]
+    row_sum: jax.Array  # [B, K, G, T]
+
+
+BY_QUERY_BLOCK = Grid(
+    axes="bkgt",
+    inputs=KernelInputs(
+        q="bkgt.",
+        k="bk..",
+        v="bk..",
+        key_weights="b..",
+        query_positions="bt.",
+        key_positions="b..",
+        tick_and_limit="b..",
+        block_range="#..",
+        rows="bkgt.",
+    ),
+    outputs="bkgt.",
+)
+BY_KEY_BLOCK = Grid(
+    axes="bks",
+    inputs=KernelInputs(
+        q="bk...",
+        k="bks.",
+        v="bks.",
+        key_weights="bs.",
+        query_positions="b..",
+        key_positions="bs.",
+        tick_and_limit="b..",
+        block_range="#..",
+        rows="bk...",
+    ),
+    outputs="bks.",
+)
+
+
+def attend(problem: AttentionProblem) -> jax.Array:
+    """The result of `dense.attend`, for a problem that `why_unsupported` lets through."""
+    options = KernelOptions(
+        scale=problem.static_scale,
+        softcap=problem.static_softcap,
+        query_block=BLOCK_SIZE,
+        key_block=BLOCK_SIZE,
     )
-    if window_times is not None:
-        ticks, remainders, tick_size = time_arrays
-        window_times = WindowTimes(
-            _pad_to_blocks(ticks, "edge"), _pad_to_blocks(remainders, "edge"), tick_size
-        )
-    visibility = blocked.Visibility(
-        jnp.asarray(query_offset),
-        window_times,
-        None if window is None else jnp.asarray(window),
+    batch_shape, flat = problem.flatten_batch()
+    num_queries, *head_shape = flat.q.shape[1:]
+    head_width = problem.head_width
+    arrays = KernelArrays(
+        q=_pad_channels(jnp.moveaxis(_pad_to_blocks(flat.q), 1, 3)),  # [B, K, G, T, H]
+        k=_pad_channels(jnp.moveaxis(_pad_to_blocks(flat.k), 1, 2)),  # [B, K, S, H]
+        v=_pad_channels(jnp.moveaxis(_pad_to_blocks(flat.v), 1, 2)),  # [B, K, S, H]
+        key_weights=_pad_to_blocks(flat.key_weights),
     )
-    y = _attend(
-        KernelOptions(scale, softcap, BLOCK_SIZE, BLOCK_SIZE),
-        q,
-        k,
-        v,
-        _pad_to_blocks(key_weights),
-        visibility,
-    )
-    y = jnp.moveaxis(y, 3, 1)[:, :num_queries, ..., : head_shape[-1]]
+    visibility = blocked.make_visibility(flat, BLOCK_SIZE)
+    y = jnp.moveaxis(_attend(options, arrays, visibility), 3, 1)
+    y = y[:, :num_queries, ..., :head_width]
     return y.reshape(*batch_shape, num_queries, *head_shape)
 
 
-def why_unsupported(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_weights: jax.Array,
-    *,
-    scale: ArrayLike,
-    softcap: ArrayLike | None,
-    window: ArrayLike | None,
-    window_times: WindowTimes | None,
-    query_offset: ArrayLike,
-) -> str | None:
-    """Why the kernel does not take arguments of `dense.attend`, if it does not."""
-    del q, k, v, key_weights, window, window_times, query_offset
-    for name, value in {"scale": scale, "softcap": softcap}.items():
-        if isinstance(value, jax.Array):
-            return f"{name} is an array; the kernel needs a number"
-    return None
+def why_unsupported(problem: AttentionProblem) -> str | None:
+    """Why the kernel does not take a problem, if it does not."""
+    name = find_array({"scale": problem.scale, "softcap": problem.softcap})
+    return None if name is None else f"{name} is an array; the kernel needs a number"
 
 
-def _pad_to_blocks(x: jax.Array, mode: str = "constant") -> jax.Array:
-    return blocked.pad_to_blocks(x, BLOCK_SIZE, mode)
+def _pad_to_blocks(x: jax.Array) -> jax.Array:
+    return blocked.pad_to_blocks(x, BLOCK_SIZE)
+
+
+def _pad_channels(x: jax.Array) -> jax.Array:
+    """x [..., H] with as many channels as a GPU multiplies."""
+    head_width = x.shape[-1]
+    num_channels = max(pl.next_power_of_2(head_width), MIN_CHANNELS)
+    padding = [(0, 0)] * x.ndim
+    padding[-1] = (0, num_channels - head_width)
+    return jnp.pad(x, padding)
 
 
 # --- What the programs of the grid do -----------------------------------------------------------
 
 
 def _visibility_mask(
-    query_positions: TokenPositions, key_positions: TokenPositions, tick_and_limit
+    query_positions: TokenPositions, key_positions: TokenPositions, tick_and_limit: Any
 ) -> jax.Array:
     """Which keys the queries see: `visibility.visibility_mask` for what is in a core's memory."""
     is_causal = key_positions.key_index <= query_positions.key_index
     if tick_and_limit is None:
         return is_causal
     tick_size, limit = tick_and_limit
-    ticks, remainders = (
-        query_positions.ticks - key_positions.ticks,
-        query_positions.remainders - key_positions.remainders,
-    )
-    return is_causal & (
-        ticks.astype(remainders.dtype) * tick_size[...] + remainders < limit[...]
-    )
+    ticks = query_positions.ticks - key_positions.ticks
+    remainders = query_positions.remainders - key_positions.remainders
+    elapsed_times = ticks.astype(remainders.dtype) * tick_size[...] + remainders
+    return is_causal & (elapsed_times < limit[...])
 
 
-def _matmul(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype) -> jax.Array:
-    return lax.dot_general(
-        x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype
-    )
+def _matmul(
+    x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: DTypeLike
+) -> jax.Array:
+    """The product that sums over these axes of x and y."""
+    contracting = ((axes[0],), (axes[1],))
+    return lax.dot_general(x, y, (contracting, ((), ())), preferred_element_type=dtype)
 
 
-def _scores_and_slope(
-    options: KernelOptions, s: jax.Array
-) -> tuple[jax.Array, jax.Array | float]:
-    """Scores s from products, and their derivative up to `scale`."""
-    s, cap = options.scale * s, options.softcap
-    if cap is None:
-        return s, 1.0
-    s = jnp.tanh(s / cap)
-    return cap * s, 1.0 - jnp.square(s)
+def _loop_over_blocks(block_range: Any, step: Callable[..., Any], state: Any) -> Any:
+    """`step(i, state)` for the blocks i of the range, whose ends are [1, 1] each."""
+    begin, end = block_range
+    return lax.fori_loop(jnp.max(begin[...]), jnp.max(end[...]), step, state)
 
 
-def _loop_over_blocks(bounds, step, state):
-    """`step(i, state)` for the blocks i between the bounds, which are [1, 1] each."""
-    begin, end = (jnp.max(bound[...]) for bound in bounds)
-    return lax.fori_loop(begin, end, step, state)
+def _read(references: Any) -> Any:
+    """The values of a tree of references."""
+    return jax.tree.map(lambda reference: reference[...], references)
 
 
-def _get_block(per_token, i, block_size: int):
+def _write(references: Any, values: Any) -> None:
+    for reference, value in zip(references, values, strict=True):
+        reference[...] = value.astype(reference.dtype)
+
+
+def _block_slice(i: jax.Array, block_size: int) -> Any:
+    """The entries of block i."""
+    return pl.ds(pl.multiple_of(i * block_size, block_size), block_size)
+
+
+def _get_block(per_token: Any, i: jax.Array, block_size: int) -> Any:
     """Block i of what lies along the last axis."""
-    return jax.tree.map(
-        lambda x: x[:, pl.ds(pl.multiple_of(i * block_size, block_size), block_size)],
-        per_token,
-    )
+    entries = _block_slice(i, block_size)
+    return jax.tree.map(lambda reference: reference[:, entries], per_token)
 
 
-def _forward(
-    options: KernelOptions,
-    q,
-    k,
-    v,
-    d,
-    query_positions,
-    key_positions,
-    tick_and_limit,
-    bounds,
-    y,
-    row_max,
-    row_sum,
-) -> None:
+def _forward(options: KernelOptions, inputs: KernelInputs, *outputs: Any) -> None:
     """y, and the maximum and the sum of each row, of a block of queries."""
-    dtype, block_size = d.dtype, options.keys
-    query_positions = jax.tree.map(lambda x: x[...], query_positions)
+    q, k, v, key_weights = inputs[:4]
+    dtype, block_size = key_weights.dtype, options.key_block
+    query_positions = _read(inputs.query_positions)
 
-    def add_key_block(j, state):
-        peak, total, y = state
-        block_rows = pl.ds(pl.multiple_of(j * block_size, block_size), block_size)
-        s, _ = _scores_and_slope(
-            options, _matmul(q[...], k[block_rows, :], (1, 1), dtype)
+    def add_key_block(j: jax.Array, state: Any) -> Any:
+        row_max, row_sum, y = state
+        entries = _block_slice(j, block_size)
+        products = options.scale * _matmul(q[...], k[entries, :], (1, 1), dtype)
+        _, log_weights = present_and_log(key_weights[:, entries])
+        mask = _visibility_mask(
+            query_positions,
+            _get_block(inputs.key_positions, j, block_size),
+            inputs.tick_and_limit,
         )
-        s = s + present_and_log(d[:, block_rows])[1]
-        s = jnp.where(
-            _visibility_mask(
-                query_positions,
-                _get_block(key_positions, j, block_size),
-                tick_and_limit,
-            ),
-            s,
-            -jnp.inf,
-        )
-        new_max = jnp.maximum(peak, jnp.max(s, axis=1, keepdims=True))
+        scores = softcap(products, options.softcap) + log_weights
+        scores = jnp.where(mask, scores, -jnp.inf)
+        new_max = jnp.maximum(row_max, jnp.max(scores, axis=1, keepdims=True))
         finite_max = jnp.where(new_max > -jnp.inf, new_max, 0.0)
-        p, rescaling = jnp.exp(s - finite_max), jnp.exp(peak - finite_max)
-        y = rescaling * y + _matmul(p.astype(v.dtype), v[block_rows, :], (1, 0), dtype)
-        return new_max, rescaling * total + jnp.sum(p, axis=1, keepdims=True), y
+        p = jnp.exp(scores - finite_max)
+        rescaling = jnp.exp(row_max - finite_max)
+        update = _matmul(p.astype(v.dtype), v[entries, :], (1, 0), dtype)
+        row_sum = rescaling * row_sum + jnp.sum(p, axis=1, keepdims=True)
+        return new_max, row_sum, rescaling * y + update
 
     zeros = jnp.zeros((q.shape[0], 1), dtype)
     state = zeros - jnp.inf, zeros, jnp.zeros(q.shape, dtype)
-    final_max, final_sum, weighted_sum = _loop_over_blocks(bounds, add_key_block, state)
-    final_sum = jnp.where(final_sum > 0, final_sum, 1.0)
-    y[...] = (weighted_sum / final_sum).astype(y.dtype)
-    row_max[...] = jnp.where(final_max > -jnp.inf, final_max, 0.0)
-    row_sum[...] = final_sum
+    row_max, row_sum, y = _loop_over_blocks(inputs.block_range, add_key_block, state)
+    row_sum = jnp.where(row_sum > 0, row_sum, 1.0)
+    row_max = jnp.where(row_max > -jnp.inf, row_max, 0.0)
+    _write(outputs, (y / row_sum, row_max, row_sum))
 
 
 def _backward_queries(
-    options: KernelOptions,
-    q,
-    k,
-    v,
-    d,
-    query_positions,
-    key_positions,
-    tick_and_limit,
-    bounds,
-    dy,
-    dy_dot_y,
-    row_max,
-    row_sum,
-    dq,
+    options: KernelOptions, inputs: KernelInputs, *outputs: Any
 ) -> None:
     """The gradient for a block of queries."""
-    dtype, block_size = d.dtype, options.keys
-    query_positions = jax.tree.map(lambda x: x[...], query_positions)
+    q, k, v, key_weights = inputs[:4]
+    dy, dy_dot_y, row_max, row_sum = inputs.rows
+    dtype, block_size = key_weights.dtype, options.key_block
+    query_positions = _read(inputs.query_positions)
 
-    def add_key_block(j, dq):
-        block_rows = pl.ds(pl.multiple_of(j * block_size, block_size), block_size)
-        s, slope = _scores_and_slope(
-            options, _matmul(q[...], k[block_rows, :], (1, 1), dtype)
-        )
-        d_j = d[:, block_rows]
-        e = (
-            jnp.exp(clamp_for_absent_keys(s - row_max[...], present_and_log(d_j)[0]))
-            / row_sum[...]
-        )
-        e = jnp.where(
-            _visibility_mask(
-                query_positions,
-                _get_block(key_positions, j, block_size),
-                tick_and_limit,
-            ),
-            e,
-            0.0,
-        )
-        g = e * (_matmul(dy[...], v[block_rows, :], (1, 1), dtype) - dy_dot_y[...])
-        ds = (options.scale * slope * d_j * g).astype(k.dtype)
-        return dq + _matmul(ds, k[block_rows, :], (1, 0), dtype)
-
-    dq[...] = _loop_over_blocks(
-        bounds, add_key_block, jnp.zeros(q.shape, dtype)
-    ).astype(dq.dtype)
-
-
-def _backward_keys(
-    options: KernelOptions,
-    q,
-    k,
-    v,
-    d,
-    query_positions,
-    key_positions,
-    tick_and_limit,
-    bounds,
-    dy,
-    dy_dot_y,
-    row_max,
-    row_sum,
-    *gradient_refs,
-) -> None:
-    """The gradients for a block of keys, its values and its weights; scores are [S, T]."""
-    dtype, block_size = d.dtype, options.queries
-    key_positions, d_j = jax.tree.map(lambda x: x[...], key_positions), d[...]
-    is_present, _ = present_and_log(d_j)
-
-    def add_query_block(i, state):
+    def add_key_block(j: jax.Array, dq: jax.Array) -> jax.Array:
+        entries = _block_slice(j, block_size)
+        products = options.scale * _matmul(q[...], k[entries, :], (1, 1), dtype)
+        scores, slope = softcap_and_slope(products, options.softcap)
+        weights = key_weights[:, entries]
+        is_present, _ = present_and_log(weights)
         mask = _visibility_mask(
-            _get_block(query_positions, i, block_size), key_positions, tick_and_limit
+            query_positions,
+            _get_block(inputs.key_positions, j, block_size),
+            inputs.tick_and_limit,
         )
-        block_rows = pl.ds(pl.multiple_of(i * block_size, block_size), block_size)
+        exponent = clamp_for_absent_keys(scores - row_max[...], is_present)
+        e = jnp.where(mask, jnp.exp(exponent) / row_sum[...], 0.0)
+        dp = _matmul(dy[...], v[entries, :], (1, 1), dtype)
+        g = e * (dp - dy_dot_y[...])
+        ds = (options.scale * slope * weights * g).astype(k.dtype)
+        return dq + _matmul(ds, k[entries, :], (1, 0), dtype)
 
-        def add_head(group, state):
-            dk, dv, dd = state
-            q_i, dy_i = q[group, block_rows, :], dy[group, block_rows, :]
-            dy_dot_y_i, row_max_i, row_sum_i = (
-                x[group, :, block_rows] for x in (dy_dot_y, row_max, row_sum)
-            )
-            s, slope = _scores_and_slope(options, _matmul(k[...], q_i, (1, 1), dtype))
-            e = jnp.where(
-                mask,
-                jnp.exp(clamp_for_absent_keys(s - row_max_i, is_present)) / row_sum_i,
-                0.0,
-            )
-            g = e * (_matmul(v[...], dy_i, (1, 1), dtype) - dy_dot_y_i)
-            ds = (options.scale * slope * d_j * g).astype(q.dtype)
+    dq = jnp.zeros(q.shape, dtype)
+    _write(outputs, (_loop_over_blocks(inputs.block_range, add_key_block, dq),))
+
+
+def _backward_keys(options: KernelOptions, inputs: KernelInputs, *outputs: Any) -> None:
+    """The gradients for a block of keys, its values and its weights; scores are [S, T]."""
+    q, k, v, key_weights = inputs[:4]
+    dtype, block_size = key_weights.dtype, options.query_block
+    key_positions = _read(inputs.key_positions)
+    weights = key_weights[...]
+    is_present, _ = present_and_log(weights)
+
+    def add_query_block(i: jax.Array, gradients: Any) -> Any:
+        entries = _block_slice(i, block_size)
+        mask = _visibility_mask(
+            _get_block(inputs.query_positions, i, block_size),
+            key_positions,
+            inputs.tick_and_limit,
+        )
+
+        def add_head(head: jax.Array, gradients: Any) -> Any:
+            dk, dv, dd = gradients
+            q_i = q[head, entries, :]
+            dy_i = inputs.rows.dy[head, entries, :]
+            dy_dot_y = inputs.rows.dy_dot_y[head, :, entries]
+            row_max = inputs.rows.row_max[head, :, entries]
+            row_sum = inputs.rows.row_sum[head, :, entries]
+            products = options.scale * _matmul(k[...], q_i, (1, 1), dtype)
+            scores, slope = softcap_and_slope(products, options.softcap)
+            exponent = clamp_for_absent_keys(scores - row_max, is_present)
+            e = jnp.where(mask, jnp.exp(exponent) / row_sum, 0.0)
+            g = e * (_matmul(v[...], dy_i, (1, 1), dtype) - dy_dot_y)
+            ds = (options.scale * slope * weights * g).astype(q.dtype)
+            p = (weights * e).astype(dy_i.dtype)
             dk = dk + _matmul(ds, q_i, (1, 0), dtype)
-            dv = dv + _matmul((d_j * e).astype(dy.dtype), dy_i, (1, 0), dtype)
+            dv = dv + _matmul(p, dy_i, (1, 0), dtype)
             return dk, dv, dd + jnp.sum(g, axis=1, keepdims=True)
 
-        return lax.fori_loop(0, q.shape[0], add_head, state)
+        return lax.fori_loop(0, q.shape[0], add_head, gradients)
 
-    zeros = [jnp.zeros(x.shape, dtype) for x in (k, v, d)]
-    for gradient_ref, gradient in zip(
-        gradient_refs,
-        _loop_over_blocks(bounds, add_query_block, tuple(zeros)),
-        strict=True,
-    ):
-        gradient_ref[...] = gradient.astype(gradient_ref.dtype)
+    zeros = tuple(jnp.zeros(x.shape, dtype) for x in (k, v, key_weights))
+    _write(outputs, _loop_over_blocks(inputs.block_range, add_query_block, zeros))
 
 
 # --- How they are called -------------------------------------------------------------------------
 
 
-def _positions_and_reachable(
-    options: KernelOptions, q: jax.Array, k: jax.Array, visibility: blocked.Visibility
-):
-    """Queries and keys as `TokenPositions`, the window's tick and limit, and `reachable_blocks`.
-
-    q is [B, K, G, T, H] and k [B, K, S, H].
-    """
-    num_queries, num_keys = q.shape[3], k.shape[2]
-    reachable = blocked.reachable_blocks(visibility, options, num_queries, num_keys)
-    query_indices = (visibility.query_offset + jnp.arange(num_queries)).astype(
-        jnp.int32
-    )
-    query_positions, key_positions = (
-        TokenPositions(jnp.broadcast_to(indices, (len(q), *indices.shape)))
-        for indices in (query_indices, jnp.arange(num_keys, dtype=jnp.int32))
-    )
-    if visibility.window_times is None or visibility.window is None:
-        return query_positions, key_positions, None, reachable
-    ticks, remainders, tick_size = visibility.window_times
-    query_keys = jnp.minimum(query_indices, num_keys - 1)
-    limit = jnp.broadcast_to(
-        window_limit(visibility.window_times, visibility.window).astype(
-            tick_size.dtype
-        ),
-        tick_size.shape,
-    )
-    query_positions = TokenPositions(
-        query_positions.key_index, ticks[:, query_keys], remainders[:, query_keys]
-    )
-    return (
-        query_positions,
-        TokenPositions(key_positions.key_index, ticks, remainders),
-        (tick_size[:, None], limit[:, None]),
-        reachable,
-    )
-
-
 def _run_grid(
+    grid: Grid,
     options: KernelOptions,
-    kernel,
-    grid_axes: str,
-    grid_shape: tuple[int, ...],
-    inputs,
-    outputs,
+    kernel: Callable[..., None],
+    inputs: KernelInputs,
+    outputs: tuple[jax.ShapeDtypeStruct | jax.Array, ...],
 ) -> Any:
-    """Runs `kernel(options, ...)` on each point of a grid whose axes have these letters.
-
-    Inputs, and what outputs look like, come with letters for their axes. A point of the grid has
-    its own entry of the grid's axes, but its own block of the last, "t" or "s"; of "#" it has the
-    entry for that block, and of "." everything.
-    """
-    block_axis = grid_axes[-1]
-    block_size = {"t": options.queries, "s": options.keys}[block_axis]
-
-    def block_spec(letters: str, x) -> pl.BlockSpec:
-        sizes = dict.fromkeys(grid_axes + "#") | {block_axis: block_size}
-        block_shape = [
-            sizes.get(a, size) for a, size in zip(letters, x.shape, strict=True)
-        ]
-        grid_places = [grid_axes.find(a) for a in letters.replace("#", block_axis)]
-        return pl.BlockSpec(
-            block_shape,
-            lambda *point: tuple(0 if i < 0 else point[i] for i in grid_places),
+    """Runs `kernel(options, inputs, *outputs)` on each point; `outputs` say what they look like."""
+    *batch_sizes, num_tokens, _ = outputs[0].shape
+    make_spec = functools.partial(_block_spec, grid, options)
+    input_specs = KernelInputs(
+        *(
+            jax.tree.map(functools.partial(make_spec, letters), part)
+            for letters, part in zip(grid.inputs, inputs, strict=True)
         )
+    )
 
-    def run_kernel(*arrays, **kernel_options):
+    def run_kernel(inputs: KernelInputs, **kernel_options: Any) -> Any:
         return pl.pallas_call(
             functools.partial(kernel, options),
-            grid=grid_shape,
-            in_specs=[
-                jax.tree.map(functools.partial(block_spec, a), x) for a, x in inputs
-            ],
-            out_specs=[block_spec(a, x) for a, x in outputs],
-            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for _, x in outputs],
+            grid=(*batch_sizes, num_tokens // _block_size(grid, options)),
+            in_specs=[input_specs],
+            out_specs=[make_spec(grid.outputs, output) for output in outputs],
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
             **kernel_options,
-        )(*arrays)
+        )(inputs)
 
     return lax.platform_dependent(
-        *(x for _, x in inputs),
+        inputs,
         cpu=functools.partial(run_kernel, interpret=True),
         cuda=functools.partial(run_kernel, compiler_params=triton.CompilerParams()),
         default=run_kernel,
     )
 
 
-def _as_column(per_token):
+def _block_size(grid: Grid, options: KernelOptions) -> int:
+    """Tokens in a block of the grid's last axis."""
+    sizes = {"t": options.query_block, "s": options.key_block}
+    return sizes[grid.axes[-1]]
+
+
+def _block_spec(
+    grid: Grid, options: KernelOptions, letters: str, array: Any
+) -> pl.BlockSpec:
+    """Which part of an array with these letters a point of the grid has: see `Grid`."""
+    block_axis = grid.axes[-1]
+    block_sizes: dict[str, int | None] = dict.fromkeys((*grid.axes, "#"))
+    block_sizes[block_axis] = _block_size(grid, options)
+    block_shape = [
+        block_sizes.get(letter, size)
+        for letter, size in zip(letters, array.shape, strict=True)
+    ]
+    grid_places = [grid.axes.find(a) for a in letters.replace("#", block_axis)]
+    return pl.BlockSpec(
+        block_shape,
+        lambda *point: tuple(0 if place < 0 else point[place] for place in grid_places),
+    )
+
+
+def _as_column(per_token: Any) -> Any:
     """What belongs to tokens, with an axis behind theirs."""
     return jax.tree.map(lambda x: x[..., None], per_token)
 
 
-def _as_row(per_token):
+def _as_row(per_token: Any) -> Any:
     """What belongs to tokens, with an axis in front of theirs."""
     return jax.tree.map(lambda x: x[..., None, :], per_token)
 
 
-def _block_ranges(reachable: jax.Array) -> tuple[jax.Array, ...]:
+def _block_range(reachable: jax.Array) -> tuple[jax.Array, ...]:
     """The first block in sight of each, and the one after its last, [blocks, 1, 1] each."""
     return tuple(x[:, None, None] for x in blocked.block_ranges(reachable))
 
 
-def _run_by_query_block(
-    options: KernelOptions,
-    kernel,
-    q,
-    k,
-    v,
-    d,
-    visibility: blocked.Visibility,
-    per_query,
-    outputs,
-) -> Any:
-    """Runs a kernel on blocks of queries; `per_query` and `outputs` are [B, K, G, T, ...]."""
-    query_positions, key_positions, tick_and_limit, reachable = (
-        _positions_and_reachable(options, q, k, visibility)
+def _token_positions(
+    arrays: KernelArrays, visibility: Visibility
+) -> tuple[TokenPositions, TokenPositions]:
+    """Where the queries [B, K, G, T, H] and keys [B, K, S, H] stand."""
+    query_offset, window_times, window = visibility
+    num_batch, _, _, num_queries, _ = arrays.q.shape
+    num_keys = arrays.k.shape[2]
+    query_indices = (query_offset + jnp.arange(num_queries)).astype(jnp.int32)
+    key_indices = jnp.arange(num_keys, dtype=jnp.int32)
+    queries = TokenPositions(jnp.broadcast_to(query_indices, (num_batch, num_queries)))
+    keys = TokenPositions(jnp.broadcast_to(key_indices, (num_batch, num_keys)))
+    if window_times is None or window is None:
+        return queries, keys
+    ticks, remainders, _ = window_times
+    query_keys = jnp.minimum(query_indices, num_keys - 1)
+    queries = queries._replace(
+        ticks=ticks[:, query_keys], remainders=remainders[:, query_keys]
     )
-    inputs = [
-        ("bkgt.", q),
-        ("bk..", k),
-        ("bk..", v),
-        ("b..", _as_row(d)),
-        ("bt.", _as_column(query_positions)),
-        ("b..", _as_row(key_positions)),
-        ("b..", tick_and_limit),
-        ("#..", _block_ranges(reachable)),
-        *(("bkgt.", x) for x in per_query),
-    ]
-    outputs = [("bkgt.", x) for x in outputs]
-    grid_shape = *q.shape[:3], q.shape[3] // options.queries
-    return _run_grid(options, kernel, "bkgt", grid_shape, inputs, outputs)
+    return queries, keys._replace(ticks=ticks, remainders=remainders)
 
 
-def _run_by_key_block(
+def _tick_and_limit(
+    visibility: Visibility,
+) -> tuple[jax.Array, jax.Array] | None:
+    """Tick size and limit of the window, [B, 1, 1] each, if there is one."""
+    _, window_times, window = visibility
+    if window_times is None or window is None:
+        return None
+    tick_size = window_times.tick_size
+    limit = window_limit(window_times, window).astype(tick_size.dtype)
+    limit = jnp.broadcast_to(limit, tick_size.shape)
+    return tick_size[:, None], limit[:, None]
+
+
+def _reachable_blocks(
+    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+) -> jax.Array:
+    num_queries, num_keys = arrays.q.shape[3], arrays.k.shape[2]
+    return blocked.reachable_blocks(visibility, options, num_queries, num_keys)
+
+
+def _inputs_by_query_block(
     options: KernelOptions,
-    kernel,
-    q,
-    k,
-    v,
-    d,
-    visibility: blocked.Visibility,
-    dy,
-    row_statistics,
-    outputs,
-) -> Any:
-    """Runs a kernel on blocks of keys; `outputs` are like [B, K, S, ...]."""
-    query_positions, key_positions, tick_and_limit, reachable = (
-        _positions_and_reachable(options, q, k, visibility)
+    arrays: KernelArrays,
+    visibility: Visibility,
+    rows: RowArrays | None = None,
+) -> KernelInputs:
+    """The inputs for `BY_QUERY_BLOCK`; rows are [B, K, G, T, ...]."""
+    query_positions, key_positions = _token_positions(arrays, visibility)
+    return KernelInputs(
+        q=arrays.q,
+        k=arrays.k,
+        v=arrays.v,
+        key_weights=_as_row(arrays.key_weights),
+        query_positions=_as_column(query_positions),
+        key_positions=_as_row(key_positions),
+        tick_and_limit=_tick_and_limit(visibility),
+        block_range=_block_range(_reachable_blocks(options, arrays, visibility)),
+        rows=rows,
     )
-    inputs = [
-        ("bk...", q),
-        ("bks.", k),
-        ("bks.", v),
-        ("bs.", _as_column(d)),
-        ("b..", _as_row(query_positions)),
-        ("bs.", _as_column(key_positions)),
-        ("b..", tick_and_limit),
-        ("#..", _block_ranges(reachable.T)),
-        ("bk...", dy),
-        *(("bk...", _as_row(x)) for x in row_statistics),
-    ]
-    outputs = [("bks.", x) for x in outputs]
-    grid_shape = *k.shape[:2], k.shape[2] // options.keys
-    return _run_grid(options, kernel, "bks", grid_shape, inputs, outputs)
+
+
+def _inputs_by_key_block(
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
+    rows: RowArrays,
+) -> KernelInputs:
+    """The inputs for `BY_KEY_BLOCK`; rows are [B, K, G, ...]."""
+    query_positions, key_positions = _token_positions(arrays, visibility)
+    return KernelInputs(
+        q=arrays.q,
+        k=arrays.k,
+        v=arrays.v,
+        key_weights=_as_column(arrays.key_weights),
+        query_positions=_as_row(query_positions),
+        key_positions=_as_column(key_positions),
+        tick_and_limit=_tick_and_limit(visibility),
+        block_range=_block_range(_reachable_blocks(options, arrays, visibility).T),
+        rows=rows,
+    )
 
 
 def _attend_with_residuals(
-    options: KernelOptions, q, k, v, d, visibility: blocked.Visibility
-):
-    """y [B, K, G, T, H] in the dtype of d, and what the backward pass needs."""
-    y = jax.ShapeDtypeStruct(q.shape, d.dtype)
-    row_struct = jax.ShapeDtypeStruct((*q.shape[:4], 1), d.dtype)
-    y, row_max, row_sum = _run_by_query_block(
-        options, _forward, q, k, v, d, visibility, (), (y, row_struct, row_struct)
-    )
-    return y, (q, k, v, d, visibility, y, row_max[..., 0], row_sum[..., 0])
+    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+) -> tuple[jax.Array, Residuals]:
+    """y [B, K, G, T, H] in the dtype of the weights, and what the backward pass needs."""
+    q, dtype = arrays.q, arrays.key_weights.dtype
+    rows = jax.ShapeDtypeStruct((*q.shape[:4], 1), dtype)
+    outputs = jax.ShapeDtypeStruct(q.shape, dtype), rows, rows
+    inputs = _inputs_by_query_block(options, arrays, visibility)
+    y, row_max, row_sum = _run_grid(BY_QUERY_BLOCK, options, _forward, inputs, outputs)
+    return y, Residuals(arrays, visibility, y, row_max[..., 0], row_sum[..., 0])
 
 
-def _backward(options: KernelOptions, residuals, dy):
-    """Gradients for q, k, v and d."""
-    q, k, v, d, visibility, y, row_max, row_sum = residuals
-    arrays = q, k, v, d, visibility
-    row_statistics = jnp.sum(dy * y, axis=-1), row_max, row_sum  # dy . y first
+def _backward(
+    options: KernelOptions, residuals: Residuals, dy: jax.Array
+) -> tuple[KernelArrays, None]:
+    """Gradients for the arrays."""
+    arrays, visibility, y, row_max, row_sum = residuals
+    q, k, v, key_weights = arrays
+    statistics = jnp.sum(dy * y, axis=-1), row_max, row_sum
     dy = dy.astype(v.dtype)
-    per_query = dy, *(_as_column(x) for x in row_statistics)
-    (dq,) = _run_by_query_block(options, _backward_queries, *arrays, per_query, (q,))
-    dd = jax.ShapeDtypeStruct((*k.shape[:3], 1), d.dtype)
-    dk, dv, dd = _run_by_key_block(
-        options, _backward_keys, *arrays, dy, row_statistics, (k, v, dd)
+    query_inputs = _inputs_by_query_block(
+        options, arrays, visibility, RowArrays(dy, *_as_column(statistics))
     )
-    return dq, dk, dv, jnp.sum(dd[..., 0], axis=1), None
+    key_inputs = _inputs_by_key_block(
+        options, arrays, visibility, RowArrays(dy, *_as_row(statistics))
+    )
+    (dq,) = _run_grid(BY_QUERY_BLOCK, options, _backward_queries, query_inputs, (q,))
+    per_head = jax.ShapeDtypeStruct((*k.shape[:3], 1), key_weights.dtype)
+    dk, dv, dd = _run_grid(
+        BY_KEY_BLOCK, options, _backward_keys, key_inputs, (k, v, per_head)
+    )
+    dd = jnp.sum(dd[..., 0], axis=1)
+    return KernelArrays(dq, dk, dv, dd), None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    options: KernelOptions, q, k, v, d, visibility: blocked.Visibility
+    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
 ) -> jax.Array:
-    return _attend_with_residuals(options, q, k, v, d, visibility)[0]
+    y, _ = _attend_with_residuals(options, arrays, visibility)
+    return y
 
 
 _attend.defvjp(_attend_with_residuals, _backward)

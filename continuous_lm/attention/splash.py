@@ -5,6 +5,7 @@ them.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,34 +13,52 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel,
     splash_attention_mask,
 )
-from jax.typing import ArrayLike
 
 from continuous_lm.attention import key_channels
-from continuous_lm.attention.blocked import flatten_batch
-from continuous_lm.attention.visibility import WindowTimes
+from continuous_lm.attention.problem import AttentionProblem, find_array
 
 LANES = 128  # channels and lengths come in multiples of it
 MAX_BLOCK_SIZE = 512  # tokens in a block, at most
 
 
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_weights: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: None = None,
-    window_times: WindowTimes | None = None,
-    query_offset: int = 0,
-) -> jax.Array:
-    """What `dense.attend` gives, from such arguments as `why_unsupported` lets through."""
-    del window, window_times
-    (num_queries, *head_counts, head_width), num_keys = q.shape[-4:], k.shape[-3]
-    batch_shape, (q, k, v, key_weights) = flatten_batch(q, k, v, key_weights)
-    q = (scale * q).astype(q.dtype).reshape(len(q), num_queries, -1, head_width)
-    if softcap is None:
+def attend(problem: AttentionProblem) -> jax.Array:
+    """The result of `dense.attend`, for a problem that `why_unsupported` lets through."""
+    batch_shape, flat = problem.flatten_batch()
+    num_queries, *head_counts, head_width = flat.q.shape[1:]
+    query_offset = int(problem.query_offset)
+    q, k, v = _carry_weights(flat)
+    kernel = _make_kernel(
+        num_heads=q.shape[2],
+        num_queries=_round_up_to_lanes(num_queries),
+        num_keys=_round_up_to_lanes(problem.num_keys),
+        query_offset=query_offset,
+        softcap=problem.static_softcap,
+    )
+    y = jax.vmap(kernel)(*map(_to_kernel_layout, (q, k, v)))
+    y = jnp.moveaxis(y, 1, 2)[:, :num_queries]
+    if problem.softcap is None:
+        y = y[..., :head_width]
+    else:
+        y = key_channels.divide_by_weight_sum(y, head_width)
+    return key_channels.zero_rows_without_weight(
+        flat.key_weights.reshape(*batch_shape, problem.num_keys),
+        y.reshape(*batch_shape, num_queries, *head_counts, head_width),
+        query_offset,
+    )
+
+
+def _carry_weights(
+    problem: AttentionProblem,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [B, T, N, H], scaled, k and v [B, S, K, H], with channels that carry the weights.
+
+    The keys carry them, or, with soft-capping, the values.
+    """
+    q, k, v, key_weights = problem.arrays
+    head_width = problem.head_width
+    q = (problem.static_scale * q).astype(q.dtype)
+    q = q.reshape(*q.shape[:2], -1, head_width)
+    if problem.softcap is None:
         padded_width = key_channels.round_up(
             head_width, key_channels.NUM_WEIGHT_CHANNELS, LANES
         )
@@ -50,51 +69,24 @@ def attend(
         v = key_channels.scale_and_append_weights(
             v, key_weights, padded_width=key_channels.round_up(head_width, 1, LANES)
         )
-    kernel = _make_kernel(
-        q.shape[2],
-        _round_up_to_lanes(num_queries),
-        _round_up_to_lanes(num_keys),
-        query_offset,
-        softcap,
-    )
-    y = jax.vmap(kernel)(*map(_to_kernel_layout, (q, k, v)))
-    y = jnp.moveaxis(y, 1, 2)[:, :num_queries]
-    y = (
-        y[..., :head_width]
-        if softcap is None
-        else key_channels.divide_by_weight_sum(y, head_width)
-    )
-    y = y.reshape(*batch_shape, num_queries, *head_counts, head_width)
-    return key_channels.zero_rows_without_weight(
-        key_weights.reshape(*batch_shape, num_keys), y, query_offset
-    )
+    return q, k, v
 
 
-def why_unsupported(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    key_weights: jax.Array,
-    *,
-    scale: ArrayLike,
-    softcap: ArrayLike | None,
-    window: ArrayLike | None,
-    window_times: WindowTimes | None,
-    query_offset: ArrayLike,
-) -> str | None:
-    """Why the kernel does not take arguments of `dense.attend`, if it does not."""
-    del k, v, key_weights, window_times
-    if window is not None:
+def why_unsupported(problem: AttentionProblem) -> str | None:
+    """Why the kernel does not take a problem, if it does not."""
+    if problem.window is not None:
         return "splash attention's windows count tokens, not time"
-    if q.dtype.itemsize > 4:
-        return f"q is {q.dtype}; splash attention sums in float32"
-    for name, value in {
-        "scale": scale,
-        "softcap": softcap,
-        "query_offset": query_offset,
-    }.items():
-        if isinstance(value, jax.Array):
-            return f"{name} is an array; splash attention needs a number"
+    if problem.q.dtype.itemsize > 4:
+        return f"q is {problem.q.dtype}; splash attention sums in float32"
+    name = find_array(
+        {
+            "scale": problem.scale,
+            "softcap": problem.softcap,
+            "query_offset": problem.query_offset,
+        }
+    )
+    if name is not None:
+        return f"{name} is an array; splash attention needs a number"
     return None
 
 
@@ -115,11 +107,10 @@ def _make_kernel(
     num_keys: int,
     query_offset: int,
     softcap: float | None,
-):
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The causal kernel: q [N, T, H], scaled, k [K, S, H] and v [K, S, H] to y [N, T, H]."""
-    query_block, key_block = (
-        math.gcd(n, MAX_BLOCK_SIZE) for n in (num_queries, num_keys)
-    )
+    query_block = math.gcd(num_queries, MAX_BLOCK_SIZE)
+    key_block = math.gcd(num_keys, MAX_BLOCK_SIZE)
     causal_mask = splash_attention_mask.CausalMask(
         (num_queries, num_keys), offset=query_offset
     )

@@ -248,7 +248,14 @@ def test_low_precision_accumulates_in_float32(attend):
     ("shapes", "message"),
     [
         (((3, 4, 8), (3, 3, 8), (3, 3, 8), (3,)), "3 key/value heads do not divide 4"),
-        (((3, 4, 8), (3, 2, 8), (3, 2, 6), (3,)), "do not fit"),
+        (
+            ((3, 4, 8), (3, 2, 8), (3, 2, 6), (3,)),
+            r"v has shape \[3, 2, 6\]; it must be \[..., S, K, H\] with H = 8, as in q",
+        ),
+        (
+            ((4, 8), (3, 2, 8), (3, 2, 8), (3,)),
+            r"q has shape \[4, 8\]; it must be \[..., T, N, H\]",
+        ),
         (((4, 4, 8), (3, 2, 8), (3, 2, 8), (3,)), "4 queries for 3 keys"),
         (((3, 4, 8), (3, 2, 8), (3, 2, 8), (4,)), r"key_weights has shape \[4\]"),
         (

@@ -13,7 +13,7 @@ import pytest
 
 import continuous_lm as clm
 from continuous_lm import attention
-from continuous_lm.attention import cudnn
+from continuous_lm.attention import AttentionProblem, cudnn
 
 
 def draw(shape=(24, 4, 2, 16), batch=(), dtype=jnp.float32, seed=0):
@@ -46,7 +46,8 @@ def by_kernel(q, k, v, d, scale=0.3):
     """The arithmetic in any dtype, past the checks."""
     groups = q.shape[-2] // k.shape[-2]
     grouped = q.reshape(*q.shape[:-2], k.shape[-2], groups, q.shape[-1])
-    return cudnn.attend(grouped, k, v, d, scale=scale).reshape(q.shape)
+    problem = AttentionProblem(grouped, k, v, d, scale=scale)
+    return cudnn.attend(problem).reshape(q.shape)
 
 
 dense = functools.partial(attention.attend, implementation="dense")
