@@ -5,7 +5,7 @@ came, from 0 to 2. `brier_n` and `brier_lm` are CALM's, where more is better: 1 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit, or, outside of jit, values are out of range.
     """
-    (p,) = arguments.check(probabilities=(probabilities, "... V"))
-    arguments.check_distribution("probabilities", p)
-    label_array = arguments.check_labels("labels", labels, p.shape[:-1], p.shape[-1])
-    return jnp.sum(
-        jnp.square(p - jax.nn.one_hot(label_array, p.shape[-1], dtype=p.dtype)), axis=-1
-    )
+    (probabilities,) = arguments.check(probabilities=(probabilities, "... V"))
+    arguments.check_distribution("probabilities", probabilities)
+    *leading_shape, num_classes = probabilities.shape
+    labels = arguments.check_labels("labels", labels, tuple(leading_shape), num_classes)
+    targets = jax.nn.one_hot(labels, num_classes, dtype=probabilities.dtype)
+    return jnp.sum(jnp.square(probabilities - targets), axis=-1)
 
 
 def brier_n(
@@ -71,23 +71,27 @@ def brier_n(
     Raises:
       InputError: if shapes do not fit, or n is out of range.
     """
-    tokens = _check_token_arrays(first=first, second=second, reference=reference)
-    length = tokens[0].shape[-1]
-    if not isinstance(n, int) or not 1 <= n <= length:
+    token_arrays = _check_token_arrays(
+        {"first": first, "second": second, "reference": reference}
+    )
+    num_tokens = token_arrays[0].shape[-1]
+    if not isinstance(n, int) or not 1 <= n <= num_tokens:
         raise InputError(
-            f"n is {n!r}; it must be from 1 to the {length} tokens of the samples"
+            f"n is {n!r}; it must be from 1 to the {num_tokens} tokens of the samples"
         )
-    return _brier_n(*tokens, n)
+    return _brier_n(*token_arrays, n)
 
 
 @functools.partial(jax.jit, static_argnames="n")
 def _brier_n(
     first: jax.Array, second: jax.Array, reference: jax.Array, n: int
 ) -> jax.Array:
-    ngram_indices = jnp.arange(first.shape[-1] - n + 1)[:, None] + jnp.arange(n)
+    num_ngrams = first.shape[-1] - n + 1
+    ngram_indices = jnp.arange(num_ngrams)[:, None] + jnp.arange(n)
 
-    def is_same_ngram(a, b):
-        return jnp.all((a == b)[..., ngram_indices], axis=-1).astype(jnp.float32)
+    def is_same_ngram(one: jax.Array, other: jax.Array) -> jax.Array:
+        is_same_token = (one == other)[..., ngram_indices]
+        return jnp.all(is_same_token, axis=-1).astype(jnp.float32)
 
     return (
         is_same_ngram(first, reference)
@@ -127,18 +131,23 @@ def brier_lm(
     """
     if not orders:
         raise InputError("orders is empty; it must name at least one length of n-grams")
-    scores = [jnp.mean(brier_n(first, second, reference, n=n)) for n in orders]
-    return 100 * jnp.prod(jnp.maximum(jnp.stack(scores), 0.0) ** (1 / len(scores)))
+    mean_scores = [jnp.mean(brier_n(first, second, reference, n=n)) for n in orders]
+    positive_scores = jnp.maximum(jnp.stack(mean_scores), 0.0)
+    return 100 * jnp.prod(positive_scores ** (1 / len(mean_scores)))
 
 
-def _check_token_arrays(**named_arrays: ArrayLike) -> list[jax.Array]:
-    arrays = {name: jnp.asarray(array) for name, array in named_arrays.items()}
-    for name, array in arrays.items():
-        arguments.check_integer_dtype(name, array)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    if len(set(shapes.values())) > 1 or () in shapes.values():
-        shape_list = ", ".join(
-            f"{name} {list(shape)}" for name, shape in shapes.items()
+def _check_token_arrays(named_tokens: Mapping[str, ArrayLike]) -> list[jax.Array]:
+    """Arrays of tokens, int [..., T], all of one shape."""
+    token_arrays = [jnp.asarray(tokens) for tokens in named_tokens.values()]
+    for array_name, tokens in zip(named_tokens, token_arrays, strict=True):
+        arguments.check_integer_dtype(array_name, tokens)
+    shapes = [tokens.shape for tokens in token_arrays]
+    if len(set(shapes)) > 1 or () in shapes:
+        descriptions = [
+            f"{array_name} {list(shape)}"
+            for array_name, shape in zip(named_tokens, shapes, strict=True)
+        ]
+        raise InputError(
+            f"shapes are {', '.join(descriptions)}; they must be the same [..., T]"
         )
-        raise InputError(f"shapes are {shape_list}; they must be the same [..., T]")
-    return list(arrays.values())
+    return token_arrays

@@ -36,18 +36,15 @@ def cross_entropy(
 
     if not 0 <= smoothing < 1:
         raise InputError(f"smoothing is {smoothing}; it must be from 0 to below 1")
-    (shifted_logits,) = arguments.check(logits=(logits, "... V"))
-    label_array = arguments.check_labels(
-        "labels", labels, shifted_logits.shape[:-1], shifted_logits.shape[-1]
-    )
+    (logits,) = arguments.check(logits=(logits, "... V"))
+    *leading_shape, num_classes = logits.shape
+    labels = arguments.check_labels("labels", labels, tuple(leading_shape), num_classes)
     # A logit of 1e4 has no digits left for a loss of 0.1.
-    shifted_logits = shifted_logits - jax.lax.stop_gradient(
-        jnp.max(shifted_logits, axis=-1, keepdims=True)
-    )
-    nats = optax.softmax_cross_entropy_with_integer_labels(shifted_logits, label_array)
+    max_logits = jnp.max(logits, axis=-1, keepdims=True)
+    logits = logits - jax.lax.stop_gradient(max_logits)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if smoothing == 0:  # and a logit of -inf that is no label costs nothing
         return nats
-    uniform_nats = jax.nn.logsumexp(shifted_logits, axis=-1) - jnp.mean(
-        shifted_logits, axis=-1
-    )
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    uniform_nats = log_normalizer - jnp.mean(logits, axis=-1)
     return (1 - smoothing) * nats + smoothing * uniform_nats

@@ -24,8 +24,8 @@ def energy_score(
     arXiv:2510.27688), where the targets are draws of the autoencoder's posterior.
 
     Two points that coincide add nothing to the gradient. Samples are taken one after the other, and
-    their differences computed again in the backward
-    pass, so that memory is O(num_targets + Z), not O(num_targets Z).
+    their differences computed again in the backward pass, so that memory is O(num_targets + Z), not
+    O(num_targets Z).
 
     >>> import jax.numpy as jnp
     >>> samples = jnp.array([[0.0], [2.0]])
@@ -47,31 +47,36 @@ def energy_score(
         raise InputError(
             f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only"
         )
-    x, y = arguments.check(
+    samples, targets = arguments.check(
         samples=(samples, "Z ... W"), targets=(targets, "num_targets ... W")
     )
-    for name, array, min_count in (("samples", x, 2), ("targets", y, 1)):
-        if len(array) < min_count:
-            raise InputError(
-                f"{name} are {len(array)}; there must be at least {min_count}"
-            )
-    ndim = max(x.ndim, y.ndim)
-    x, y = (
-        draws.reshape(len(draws), *(1,) * (ndim - draws.ndim), *draws.shape[1:])
-        for draws in (x, y)
-    )
+    num_samples = len(samples)
+    num_targets = len(targets)
+    if num_samples < 2:
+        raise InputError(f"samples are {num_samples}; there must be at least 2")
+    if num_targets < 1:
+        raise InputError(f"targets are {num_targets}; there must be at least 1")
+    num_axes = max(samples.ndim, targets.ndim)
+    samples = _insert_leading_axes(samples, num_axes)
+    targets = _insert_leading_axes(targets, num_axes)
     sample_target_sums = jax.lax.map(
-        lambda sample: _sum_of_distances(sample, y, beta), x
+        lambda sample: _sum_of_distances(sample, targets, beta), samples
     )
     # The distance of a sample from itself is 0, so that it can be among the others.
     sample_sample_sums = jax.lax.map(
-        lambda sample: _sum_of_distances(sample, x, beta), x
+        lambda sample: _sum_of_distances(sample, samples, beta), samples
     )
-    num_pairs = len(x) * (len(x) - 1)
+    num_pairs = num_samples * (num_samples - 1)
     return (
-        2 * sample_target_sums.mean(axis=0) / len(y)
+        2 * sample_target_sums.mean(axis=0) / num_targets
         - sample_sample_sums.sum(axis=0) / num_pairs
     )
+
+
+def _insert_leading_axes(draws: jax.Array, num_axes: int) -> jax.Array:
+    """Draws [num_draws, ..., W] with axes of size 1 behind the first, `num_axes` in all."""
+    missing_axes = range(1, 1 + num_axes - draws.ndim)
+    return jnp.expand_dims(draws, tuple(missing_axes))
 
 
 @jax.checkpoint
@@ -80,7 +85,6 @@ def _sum_of_distances(point: jax.Array, others: jax.Array, beta: float) -> jax.A
     squared_distances = jnp.sum(jnp.square(point - others), axis=-1)
     is_apart = squared_distances > 0
     # The inner one keeps the power's gradient finite where the outer one drops it.
-    distances = jnp.where(
-        is_apart, jnp.where(is_apart, squared_distances, 1.0) ** (beta / 2), 0.0
-    )
+    positive_distances = jnp.where(is_apart, squared_distances, 1.0)
+    distances = jnp.where(is_apart, positive_distances ** (beta / 2), 0.0)
     return jnp.sum(distances, axis=0)

@@ -15,9 +15,8 @@ from jax.typing import ArrayLike
 
 from continuous_lm import arguments
 
-HIGHEST_PRECISION = (
-    lax.Precision.HIGHEST
-)  # of products that accelerators would round to bfloat16
+# Of products, whose factors accelerators would round to bfloat16.
+HIGHEST_PRECISION = lax.Precision.HIGHEST
 
 
 def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
@@ -43,10 +42,9 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
         x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W")
     )
     arguments.check_positive("scale", scale)
-    z = (x - mean) / scale
-    return jnp.sum(jnp.square(z) / 2 + jnp.log(scale), axis=-1) + _log_normalizer(
-        x.shape[-1]
-    )
+    standardized = (x - mean) / scale
+    nats_by_dimension = jnp.square(standardized) / 2 + jnp.log(scale)
+    return jnp.sum(nats_by_dimension, axis=-1) + _log_normalizer(x.shape[-1])
 
 
 def low_rank_gaussian_nll(
@@ -88,14 +86,24 @@ def low_rank_gaussian_nll(
         factor=(factor, "... W R"),
     )
     arguments.check_positive("scale", scale)
-    z = (x - mean) / scale
-    b = factor / scale[..., None]
-    cholesky = cholesky_of_gram(b)
-    c = _solve_cholesky(
-        cholesky, jnp.einsum("...wr,...w->...r", b, z, precision=HIGHEST_PRECISION)
+    standardized = (x - mean) / scale
+    scaled_factor = factor / scale[..., None]
+    cholesky = cholesky_of_gram(scaled_factor)
+    projection = jnp.einsum(
+        "...wr,...w->...r",
+        scaled_factor,
+        standardized,
+        precision=HIGHEST_PRECISION,
     )
-    residual = z - jnp.einsum("...wr,...r->...w", b, c, precision=HIGHEST_PRECISION)
-    distance = jnp.sum(jnp.square(residual), axis=-1) + jnp.sum(jnp.square(c), axis=-1)
+    coefficients = _solve_cholesky(cholesky, projection)
+    explained = jnp.einsum(
+        "...wr,...r->...w",
+        scaled_factor,
+        coefficients,
+        precision=HIGHEST_PRECISION,
+    )
+    residual = standardized - explained
+    distance = _squared_length(residual) + _squared_length(coefficients)
     half_log_det = jnp.sum(jnp.log(scale), axis=-1) + _sum_log_diagonal(cholesky)
     return distance / 2 + half_log_det + _log_normalizer(x.shape[-1])
 
@@ -123,28 +131,30 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
     x, mean, cholesky = arguments.check(
         x=(x, "... W"), mean=(mean, "... W"), cholesky=(cholesky, "... W W")
     )
-    arguments.check_positive(
-        "the diagonal of cholesky", jnp.diagonal(cholesky, axis1=-2, axis2=-1)
-    )
-    z = _solve_triangular(cholesky, x - mean)
-    distance = jnp.sum(jnp.square(z), axis=-1)
-    return distance / 2 + _sum_log_diagonal(cholesky) + _log_normalizer(x.shape[-1])
+    arguments.check_positive("the diagonal of cholesky", _diagonal(cholesky))
+    distance = _squared_length(_solve_triangular(cholesky, x - mean))
+    half_log_det = _sum_log_diagonal(cholesky)
+    return distance / 2 + half_log_det + _log_normalizer(x.shape[-1])
 
 
 def cholesky_of_gram(b: jax.Array) -> jax.Array:
     """The Cholesky factor [..., R, R] of I + b^T b, with a larger I where rounding leaves none."""
     rank = b.shape[-1]
-    eye = jnp.eye(rank, dtype=b.dtype)
-    gram = jnp.einsum("...wr,...wR->...rR", b, b, precision=HIGHEST_PRECISION)
-    trial_cholesky = jnp.linalg.cholesky(lax.stop_gradient(eye + gram))
-    has_failed = ~jnp.all(jnp.isfinite(trial_cholesky), axis=(-2, -1), keepdims=True)
-    max_diagonal = jnp.max(jnp.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[
-        ..., None, None
-    ]
-    extra_identity = jnp.where(
-        has_failed, 4 * rank * jnp.finfo(b.dtype).eps * max_diagonal, 0.0
+    identity = jnp.eye(rank, dtype=b.dtype)
+    gram_matrix = jnp.einsum(
+        "...wr,...wR->...rR",
+        b,
+        b,
+        precision=HIGHEST_PRECISION,
     )
-    return jnp.linalg.cholesky((1 + lax.stop_gradient(extra_identity)) * eye + gram)
+    trial_cholesky = jnp.linalg.cholesky(lax.stop_gradient(identity + gram_matrix))
+    is_finite = jnp.isfinite(trial_cholesky)
+    has_failed = ~jnp.all(is_finite, axis=(-2, -1), keepdims=True)
+    max_diagonal = jnp.max(_diagonal(gram_matrix), axis=-1)[..., None, None]
+    rounding_error = 4 * rank * jnp.finfo(b.dtype).eps * max_diagonal
+    extra_identity = jnp.where(has_failed, rounding_error, 0.0)
+    identity_scale = 1 + lax.stop_gradient(extra_identity)
+    return jnp.linalg.cholesky(identity_scale * identity + gram_matrix)
 
 
 # vectorize makes many right-hand sides of one matrix into columns, and copies no matrix.
@@ -168,8 +178,16 @@ def _solve_cholesky(cholesky: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.vectorize(solve, signature="(r,r),(r)->(r)")(cholesky, b)
 
 
+def _squared_length(vectors: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(vectors), axis=-1)
+
+
+def _diagonal(matrices: jax.Array) -> jax.Array:
+    return jnp.diagonal(matrices, axis1=-2, axis2=-1)
+
+
 def _sum_log_diagonal(cholesky: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.log(jnp.diagonal(cholesky, axis1=-2, axis2=-1)), axis=-1)
+    return jnp.sum(jnp.log(_diagonal(cholesky)), axis=-1)
 
 
 def _log_normalizer(width: int) -> float:

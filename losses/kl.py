@@ -39,5 +39,6 @@ def gaussian_kl(mean: ArrayLike, scale: ArrayLike, *, floor: float = 0.0) -> jax
     mean, scale = arguments.check(mean=(mean, "... W"), scale=(scale, "... W"))
     arguments.check_positive("scale", scale)
     # (s - 1)(s + 1) keeps the digits that s^2 - 1 loses near s = 1.
-    nats = jnp.square(mean) / 2 + ((scale - 1) * (scale + 1) / 2 - jnp.log(scale))
-    return jnp.sum(jnp.maximum(nats, floor), axis=-1)
+    nats_of_scale = (scale - 1) * (scale + 1) / 2 - jnp.log(scale)
+    nats_by_dimension = jnp.square(mean) / 2 + nats_of_scale
+    return jnp.sum(jnp.maximum(nats_by_dimension, floor), axis=-1)

@@ -29,7 +29,8 @@ def mixture_nll(logits: ArrayLike, nlls: ArrayLike) -> jax.Array:
       InputError: if shapes do not fit.
     """
     logits, nlls = arguments.check(logits=(logits, "... X"), nlls=(nlls, "... X"))
-    return -jax.nn.logsumexp(jax.nn.log_softmax(logits, axis=-1) - nlls, axis=-1)
+    log_weights = jax.nn.log_softmax(logits, axis=-1)
+    return -jax.nn.logsumexp(log_weights - nlls, axis=-1)
 
 
 def gaussian_mixture_nll(
@@ -61,4 +62,5 @@ def gaussian_mixture_nll(
         mean=(mean, "... X W"),
         scale=(scale, "... X W"),
     )
-    return mixture_nll(logits, gaussian_nll(x[..., None, :], mean, scale))
+    component_nlls = gaussian_nll(x[..., None, :], mean, scale)
+    return mixture_nll(logits, component_nlls)

@@ -1,4 +1,4 @@
-"""Losses of vector quantization: what moves codes to vectors, vectors to codes, and use to all."""
+"""Losses of vector quantization: of codebooks, of commitment, and the entropy of code use."""
 
 from typing import NamedTuple
 
@@ -14,12 +14,10 @@ from continuous_lm.errors import InputError
 class CodeEntropy(NamedTuple):
     """Two entropies of an assignment to E codes, in nats, from 0 to log E."""
 
-    per_vector: (
-        jax.Array
-    )  # mean entropy of a vector's own assignment: 0 when every one is sure
-    mean: (
-        jax.Array
-    )  # entropy of the mean assignment: log E when all codes are used alike
+    # Mean entropy of a vector's own assignment: 0 when every one is sure.
+    per_vector: jax.Array
+    # Entropy of the mean assignment: log E when all codes are used alike.
+    mean: jax.Array
 
     def loss(self, diversity: ArrayLike = 1.0) -> jax.Array:
         """per_vector - diversity * mean: least for sure assignments that use all codes alike."""
@@ -49,7 +47,8 @@ def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
       InputError: if shapes do not fit.
     """
     x, code = arguments.check(x=(x, "... W"), code=(code, "... W"))
-    return jnp.sum(jnp.square(lax.stop_gradient(x) - code), axis=-1)
+    difference = lax.stop_gradient(x) - code
+    return jnp.sum(jnp.square(difference), axis=-1)
 
 
 def commitment_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
@@ -106,20 +105,22 @@ def code_entropy(
         raise InputError("code_entropy takes either logits or probabilities")
     if logits is not None:
         (logits,) = arguments.check(logits=(logits, "... E"))
-        log_p = jax.nn.log_softmax(logits, axis=-1)
-        p = jnp.exp(log_p)
+        log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+        probabilities = jnp.exp(log_probabilities)
         # Of a logit of -inf, log p would make a nan of 0.
-        per_vector = -jnp.sum(p * jnp.where(p > 0, log_p, 0.0), axis=-1)
+        finite_logs = jnp.where(probabilities > 0, log_probabilities, 0.0)
+        entropies = -jnp.sum(probabilities * finite_logs, axis=-1)
     else:
         assert probabilities is not None
-        (p,) = arguments.check(probabilities=(probabilities, "... E"))
-        arguments.check_distribution("probabilities", p)
-        per_vector = _entropy(p)
-    return CodeEntropy(
-        jnp.mean(per_vector), _entropy(jnp.mean(p, axis=tuple(range(p.ndim - 1))))
-    )
+        (probabilities,) = arguments.check(probabilities=(probabilities, "... E"))
+        arguments.check_distribution("probabilities", probabilities)
+        entropies = _entropy(probabilities)
+    leading_axes = tuple(range(probabilities.ndim - 1))
+    mean_probabilities = jnp.mean(probabilities, axis=leading_axes)
+    return CodeEntropy(jnp.mean(entropies), _entropy(mean_probabilities))
 
 
 def _entropy(p: jax.Array) -> jax.Array:
     """-sum p log p over the last axis, with a gradient of 0 where p is 0."""
-    return -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)), axis=-1)
+    finite_logs = jnp.log(jnp.where(p > 0, p, 1.0))
+    return -jnp.sum(p * finite_logs, axis=-1)
