@@ -2,12 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
-
-
-def softcap(x: jax.Array, cap: ArrayLike) -> jax.Array:
-    """cap tanh(x / cap): x, bounded by `cap` in absolute value."""
-    return jnp.multiply(cap, jnp.tanh(jnp.divide(x, cap)))
 
 
 def weighted_exp(
