@@ -286,11 +286,15 @@ def spectral_convergence(
     )
 
 
-def reconstruct(frames: np.ndarray, mel_config: MelConfig, **options) -> np.ndarray:
-    """Sound [n] of log-mel frames [T, W]; options of `griffin_lim`."""
-    target_magnitudes = magnitudes_from_log_mel(frames, mel_config)
+def reconstruct(
+    frames: np.ndarray, mel_config: MelConfig, *, iterations: int = 60
+) -> np.ndarray:
+    """Sound [n] of log-mel frames [T, W], with phases by `griffin_lim`."""
     return griffin_lim(
-        target_magnitudes, window=mel_config.window, hop=mel_config.hop, **options
+        magnitudes_from_log_mel(frames, mel_config),
+        window=mel_config.window,
+        hop=mel_config.hop,
+        iterations=iterations,
     )
 
 

@@ -1,29 +1,39 @@
 """Frames: what is said of each model is its density, and the program writes what it says."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from continuous_lm.experiments.audio import audio_models, sound
+import continuous_lm as clm
+from continuous_lm.experiments.audio import audio_models, frames, sound
 from continuous_lm.experiments.audio.synthesis import synthesize_tones
 from continuous_lm.experiments.audio.wav_files import read_wav
+from continuous_lm.experiments.common import program
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
 
 scipy_stats = pytest.importorskip("scipy.stats")
 WIDTH, CODES = 3, 5
-TINY = (
-    "--seconds=8 --held_out_seconds=4 --steps=2 --batch_size=2 --length=24 --prompt=6 --codes=8"
-    " --components=2 --hidden_size=16 --num_heads=2 --num_layers=1 --bands=12 --samples=2"
-    " --iterations=3"
-).split()
+TINY = {
+    "seconds": 8.0,
+    "held_out_seconds": 4.0,
+    "steps": 2,
+    "batch_size": 2,
+    "length": 24,
+    "prompt": 6,
+    "codes": 8,
+    "components": 2,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "num_layers": 1,
+    "bands": 12,
+    "samples": 2,
+    "iterations": 3,
+}
 
 
 def some_frames(count, seed=0):
@@ -276,31 +286,26 @@ def test_sentences_are_plain_and_shuffled():
 # --- The program ------------------------------------------------------------------------------
 
 
-def run(*flags, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "continuous_lm", "frames", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | environment,
-        cwd=pathlib.Path(__file__).parents[3],
-    )
+def tiny_config(folder, **values):
+    return frames.Config(**{**TINY, "output_dir": folder, **values})
 
 
 @pytest.mark.slow
 def test_the_program_writes_what_it_says(tmp_path):
     folder = tmp_path / "out"
-    done = run(*TINY, f"--output_dir={folder}")
-    assert done.returncode == 0, done.stderr
+    result = frames.run(tiny_config(folder))
     values = json.loads((folder / "frames.json").read_text())
+    record = values.pop("run")
+    assert values == json.loads(json.dumps(result.values))
+    summary = result.summary()
     for name in ("mixture", "tokens", "codes, no context", "around the last frame"):
         nats = values["models"][name]["likelihood"]
         low, high = nats["interval"]
         assert low <= nats["nats_per_frame"] <= high
-        assert f"{nats['nats_per_frame']:.2f}" in done.stdout
+        assert f"{nats['nats_per_frame']:.2f}" in summary
     assert values["models"]["mixture"]["reading_error"]["squared"] == 0.0
     assert values["models"]["tokens"]["reading_error"]["squared"] > 0.0
-    assert values["run"]["flags"]["codes"] == 8
+    assert record["flags"]["codes"] == 8
     curves = values["durations"]["nats_per_frame"]
     assert set(curves["mixture"]) == {"0.8", "1", "1.25"}
     for name in ("spectrograms", "comparison", "durations"):
@@ -330,35 +335,44 @@ def test_the_program_writes_what_it_says(tmp_path):
         said = values["models"][name]["likelihood"]["nats_per_frame"]
         assert found.log_prob.mean() == pytest.approx(said, abs=1e-3)
 
-    # The same command again finds both runs done, and says the same.
-    again = run(*TINY, f"--output_dir={folder}")
-    assert again.stdout == done.stdout
+    # The same Config again finds both runs done, and says the same.
+    assert frames.run(tiny_config(folder)).summary() == summary
     # Other sound is another run.
-    other = run(*TINY, "--seed=1", f"--output_dir={folder}")
-    assert other.returncode == 1
-    assert "choose another folder" in other.stderr
+    with pytest.raises(clm.InputError, match="choose another folder"):
+        frames.run(tiny_config(folder, seed=1))
 
 
 @pytest.mark.slow
+def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = frames.run(tiny_config(None, steps=1))
+    assert set(result.values["models"]) >= {"mixture", "tokens"}
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("values", "said"),
     [
-        (["--sound=speech"], "apt install espeak-ng"),
-        (["--seconds=0.2"], "--seconds: the sound is too short"),
-        (
-            ["--held_out_seconds=0.2"],
-            "--held_out_seconds: the held-out sound is too short",
-        ),
-        (["--seconds=0.01"], "too short: a window has 400 samples"),
-        (["--seconds=0"], "seconds of sound are too short"),
-        (["--prompt=24"], "--prompt=24 leaves nothing"),
-        (["--bands=300"], "300 bands are too narrow"),
-        (["--rate=100"], "low is 50"),
+        ({"sound": "speech"}, "apt install espeak-ng"),
+        ({"seconds": 0.2}, "--seconds: the sound is too short"),
+        ({"held_out_seconds": 0.2}, "--held_out_seconds: the held-out sound is too"),
+        ({"seconds": 0.01}, "too short: a window has 400 samples"),
+        ({"seconds": 0.0}, "seconds of sound are too short"),
+        ({"prompt": 24}, "--prompt=24 leaves nothing"),
+        ({"bands": 300}, "300 bands are too narrow"),
+        ({"rate": 100}, "low is 50"),
     ],
 )
-def test_the_program_says_what_is_wrong(tmp_path, flags, said):
-    done = run(*TINY, *flags, f"--output_dir={tmp_path / 'out'}", PATH=str(tmp_path))
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_program_says_what_is_wrong(tmp_path, monkeypatch, values, said):
+    monkeypatch.setenv("PATH", str(tmp_path))  # without espeak-ng
+    with pytest.raises(clm.InputError, match=re.escape(said)):
+        frames.run(tiny_config(tmp_path / "out", **values))
     assert not (tmp_path / "out").exists()
+
+
+def test_flags_are_those_of_the_config():
+    config = program.parse(frames.Config, "frames", ["--sound=speech", "--prompt=6"])
+    assert (config.sound, config.prompt, config.steps) == ("speech", 6, 600)
+    assert config.output_dir == "results/frames"
+    with pytest.raises(clm.InputError, match="--samples"):
+        program.parse(frames.Config, "frames", ["--samples=0"])
