@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
+from continuous_lm.analysis import flops
 from continuous_lm.arguments import as_float, check_count, check_integers
 from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
@@ -375,22 +376,8 @@ def _run_batches(
 
 def _is_prefix_worthwhile(lm: HasModel, points: Points) -> bool:
     """Whether what all points share is worth a program of its own."""
-    config = lm.config
-    attention_size = (
-        2
-        * config.hidden_size
-        * config.head_dim
-        * (config.num_heads + config.num_kv_heads)
-    )
-    flops_per_token = (
-        2
-        * config.num_layers
-        * (attention_size + 3 * config.hidden_size * config.mlp_size)
-    )
-    return (
-        points.num_shared_tokens * (len(points.position) - 1) * flops_per_token
-        > MIN_SAVED_FLOPS
-    )
+    num_saved_tokens = points.num_shared_tokens * (len(points.position) - 1)
+    return num_saved_tokens * flops.token_flops(lm.config) > MIN_SAVED_FLOPS
 
 
 def _default_batch_size(num_tokens: int, num_shards: int) -> int:

@@ -15,10 +15,9 @@ are not installed are said and left out.
 import dataclasses
 import functools
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
-from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.experiments.benchmarks import (
@@ -31,15 +30,15 @@ from continuous_lm.experiments.benchmarks import (
     timing,
 )
 from continuous_lm.experiments.benchmarks.timing import Row
-from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import program, tables
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 
 # Quick, repeats -> rows, when they are measured.
 BenchmarkCase = Callable[[bool, int], Iterator[Row]]
 CASES: Mapping[str, BenchmarkCase] = {
-    "sweep": functools.partial(sweep_cases.warm_sweep_rows, False),
-    "long-sweep": functools.partial(sweep_cases.warm_sweep_rows, True),
+    "sweep": sweep_cases.short_sweep_rows,
+    "long-sweep": sweep_cases.long_sweep_rows,
     "cold-sweep": sweep_cases.cold_sweep_rows,
     "compiling": sweep_cases.compile_time_rows,
     "attention": attention_cases.attention_rows,
@@ -51,13 +50,49 @@ CASES: Mapping[str, BenchmarkCase] = {
     "next-vectors": generation_cases.next_vector_rows,
     "gpu": gpu_cases.gpu_rows,
 }
-_CASES = flags.DEFINE_list("cases", list(CASES), "What to measure.")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
-_QUICK = flags.DEFINE_bool("quick", False, "Tiny sizes: does it run?")
 
 
-def select_cases(names: list[str]) -> dict[str, BenchmarkCase]:
-    """The cases of these names.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.RunConfig):
+    """Flags of benchmark."""
+
+    cases: tuple[str, ...] = program.flag(
+        tuple(CASES), help="Cases to measure, separated by commas."
+    )
+    repeats: int = program.flag(5, help="Rounds of each case.", lower_bound=1)
+    quick: bool = program.flag(
+        False, help="Tiny sizes, to try whether everything runs."
+    )
+    gigabytes: float = program.flag(
+        loading_cases.DEFAULT_GIGABYTES,
+        help="Size of the checkpoint that is loaded, in bfloat16.",
+        lower_bound=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        select_cases(self.cases, self.gigabytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The rows of every case, whose tables were printed as they came."""
+
+    rows_by_case: Mapping[str, Sequence[Row]]
+
+    def summary(self) -> str:
+        failed = failed_cases(self.rows_by_case)
+        return f"failed: {', '.join(failed)}" if failed else "all cases ended"
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if failed_cases(self.rows_by_case) else 0
+
+
+def select_cases(
+    names: Sequence[str], gigabytes: float = loading_cases.DEFAULT_GIGABYTES
+) -> dict[str, BenchmarkCase]:
+    """The cases of these names; the one that loads a checkpoint of so many gigabytes.
 
     Raises:
       clm.InputError: if one is not known.
@@ -67,7 +102,11 @@ def select_cases(names: list[str]) -> dict[str, BenchmarkCase]:
             raise clm.InputError(
                 f"--cases: {name!r} is not known; known are {', '.join(CASES)}"
             )
-    return {name: CASES[name] for name in names}
+    known_cases = dict(CASES)
+    known_cases["load"] = functools.partial(
+        loading_cases.loading_rows, gigabytes=gigabytes
+    )
+    return {name: known_cases[name] for name in names}
 
 
 def run_cases(
@@ -79,25 +118,24 @@ def run_cases(
     """
     rows_by_case: dict[str, list[Row]] = {}
     for case_name, row_generator in cases.items():
-        rows_by_case[case_name] = []
+        rows: list[Row] = []
+        rows_by_case[case_name] = rows
         try:
             for row in row_generator(quick, repeats):
-                rows_by_case[case_name].append(
-                    dataclasses.replace(row, target=None) if quick else row
-                )
+                rows.append(dataclasses.replace(row, target=None) if quick else row)
         except Exception as error:
             traceback.print_exc()
-            rows_by_case[case_name].append(
-                Row("failed", note=" ".join(f"{error!r}".split()))
-            )
-        print(
-            f"{timing.rows_table(case_name, case_name, rows_by_case[case_name]).as_text()}\n",
-            flush=True,
-        )
+            rows.append(Row("failed", note=" ".join(f"{error!r}".split())))
+        print(f"{case_table(case_name, rows).as_text()}\n", flush=True)
     return rows_by_case
 
 
-def failed_cases(rows_by_case: Mapping[str, list[Row]]) -> list[str]:
+def case_table(case_name: str, rows: Sequence[Row]) -> tables.Table:
+    """The rows of a case, for people."""
+    return timing.rows_table(case_name, case_name, rows)
+
+
+def failed_cases(rows_by_case: Mapping[str, Sequence[Row]]) -> list[str]:
     """The cases that ended too soon."""
     return [
         case_name
@@ -106,29 +144,27 @@ def failed_cases(rows_by_case: Mapping[str, list[Row]]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Figures, tables, a file."""
-    folder = program.output_dir("benchmark")
-    cases = select_cases(_CASES.value)
+def run(config: Config) -> Result:
+    """Measures all cases, prints their tables and writes every figure."""
+    folder = program.output_folder(config)
+    cases = select_cases(config.cases, config.gigabytes)
     print(f"{jax.devices()[0].device_kind}, {timing.num_cores()} cores\n")
-    rows_by_case = run_cases(cases, quick=_QUICK.value, repeats=_REPEATS.value)
-    with write_atomically(folder) as staging_folder:
-        for case_name, rows in rows_by_case.items():
-            timing.rows_table(case_name, case_name, rows).write(staging_folder)
+    rows_by_case = run_cases(cases, quick=config.quick, repeats=config.repeats)
+    if folder is not None:
         stored_rows = {
             case_name: [row.as_json() for row in rows]
             for case_name, rows in rows_by_case.items()
         }
-        run_record = program.record() | {"cores": timing.num_cores()}
-        write_json(
-            staging_folder / "benchmark.json", {"cases": stored_rows, "run": run_record}
-        )
-    print(f"{folder}: benchmark.json, and each case's table in .csv, .md, .tex")
-    if failed_cases(rows_by_case):
-        raise clm.InputError(
-            f"these cases failed: {', '.join(failed_cases(rows_by_case))}"
-        )
+        run_record = program.record(config) | {"cores": timing.num_cores()}
+        with write_atomically(folder) as staging_folder:
+            for case_name, rows in rows_by_case.items():
+                case_table(case_name, rows).write(staging_folder)
+            write_json(
+                staging_folder / "benchmark.json",
+                {"cases": stored_rows, "run": run_record},
+            )
+    return Result(rows_by_case)
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.main(Config, run)

@@ -9,22 +9,20 @@ model. `program_costs` says what is measured on simulated devices and what follo
 takes five minutes of two cores, and no memory for weights.
 """
 
+import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tqdm
-from absl import flags
 from jax.sharding import Mesh
 
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import program_costs
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.common import tables
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
+from continuous_lm.experiments.common import program, results, tables
 from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.config import TransformerConfig
 
@@ -90,9 +88,48 @@ MAX_TOKENS_AT_ONCE = (
 )
 DEVICE_COUNTS = (1, 2, 4, 8, 16, 32)  # that the memory is spread over
 
-_SHAPES = flags.DEFINE_list(
-    "shapes", list(MODEL_FIELDS), f"Of {', '.join(MODEL_FIELDS)}."
-)
+MAX_DEVICES = 64  # CPU devices that stand for accelerators
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.RunConfig):
+    """Flags of device_costs."""
+
+    shapes: tuple[str, ...] = program.flag(
+        tuple(MODEL_FIELDS),
+        help=f"Models whose costs are computed, of {', '.join(MODEL_FIELDS)}.",
+        choices=tuple(MODEL_FIELDS),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """Costs by model.
+
+    Attributes:
+      growth: model -> a row a case, as of `measure_case`.
+      memory: model -> a row a number of devices, as of `measure_memory`.
+    """
+
+    growth: Mapping[str, Sequence[Mapping[str, Any]]]
+    memory: Mapping[str, Sequence[Mapping[str, Any]]]
+
+    def result_tables(self) -> tuple[tables.Table, ...]:
+        return (
+            growth_table(self.growth),
+            memory_table(self.memory),
+            fitting_table(self.memory),
+        )
+
+    def summary(self) -> str:
+        return "\n\n".join(table.as_text() for table in self.result_tables())
+
+    def write(self, config: program.RunConfig, folder: pathlib.Path) -> None:
+        """Writes every number, and the tables."""
+        values = {"growth": self.growth, "memory": self.memory}
+        results.write(
+            config, folder, "device_costs", values, tables=self.result_tables()
+        )
 
 
 class SweepCase(NamedTuple):
@@ -206,7 +243,8 @@ def memory_table(
     rows_by_model: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tables.Table:
     """Memory over more and more devices."""
-    titles = ["model", *(f"{num_devices} (GB)" for num_devices in DEVICE_COUNTS)]
+    first_rows = next(iter(rows_by_model.values()), ())
+    titles = ["model", *(f"{row['model']} (GB)" for row in first_rows)]
     return tables.Table(
         "memory",
         f"Memory on each of so many devices: bfloat16 weights + temporaries, {NUM_POINTS} points of"
@@ -254,49 +292,54 @@ def fitting_table(
     )
 
 
-def main() -> None:
-    """Numbers and tables."""
-    for name in _SHAPES.value:
-        if name not in MODEL_FIELDS:
+def run(config: Config) -> Result:
+    """Compiles all programs for simulated devices, and writes their costs."""
+    folder = program.output_folder(config)
+    simulate_devices()
+    configs = {name: trunk.read_config(MODEL_FIELDS[name]) for name in config.shapes}
+    result = measure_models(configs, make_cases(), DEVICE_COUNTS)
+    if folder is not None:
+        result.write(config, folder)
+    return result
+
+
+def simulate_devices() -> None:
+    """Makes `MAX_DEVICES` devices of the CPU.
+
+    Raises:
+      InputError: if this process has used JAX before, with fewer.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", MAX_DEVICES)
+    except RuntimeError:
+        if jax.device_count() < MAX_DEVICES:
             raise InputError(
-                f"--shapes: {name!r:.60} is not known; known are {', '.join(MODEL_FIELDS)}"
-            )
-    folder = program.output_dir("device_costs")
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 64)
-    configs = {name: trunk.read_config(MODEL_FIELDS[name]) for name in _SHAPES.value}
-    growth_rows: dict[str, list] = {name: [] for name in configs}
-    memory_rows: dict[str, list] = {name: [] for name in configs}
-    with tqdm.tqdm(
-        total=len(configs) * (len(make_cases()) + len(DEVICE_COUNTS)), unit="case"
-    ) as progress_bar:
+                f"JAX has started with {jax.device_count()} devices, and {MAX_DEVICES} are needed;"
+                " run it in a process of its own, or set jax_num_cpu_devices before"
+            ) from None
+
+
+def measure_models(
+    configs: Mapping[str, TransformerConfig],
+    cases: Sequence[SweepCase],
+    device_counts: Sequence[int],
+) -> Result:
+    """The costs of all cases, and the memory on so many devices, of each model."""
+    growth: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
+    memory: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
+    num_measurements = len(configs) * (len(cases) + len(device_counts))
+    with tqdm.tqdm(total=num_measurements, unit="case") as progress_bar:
         for name, config in configs.items():
-            for case in make_cases():
-                growth_rows[name].append(measure_case(config, case))
+            for case in cases:
+                growth[name].append(measure_case(config, case))
                 progress_bar.update()
-            for num_devices in DEVICE_COUNTS:
+            for num_devices in device_counts:
                 case = SweepCase(model=num_devices)
-                memory_rows[name].append(case._asdict() | measure_memory(config, case))
+                memory[name].append(case._asdict() | measure_memory(config, case))
                 progress_bar.update()
-    result_tables = (
-        growth_table(growth_rows),
-        memory_table(memory_rows),
-        fitting_table(memory_rows),
-    )
-    with write_atomically(folder) as staging_folder:
-        results = {
-            "run": program.record(),
-            "growth": growth_rows,
-            "memory": memory_rows,
-        }
-        write_json(staging_folder / "device_costs.json", results)
-        for table in result_tables:
-            table.write(staging_folder)
-    print("\n\n".join(table.as_text() for table in result_tables))
-    print(
-        f"\n{folder}: device_costs.json; growth, memory and fitting as .csv, .md, .tex"
-    )
+    return Result(growth, memory)
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.main(Config, run)

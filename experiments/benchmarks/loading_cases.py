@@ -8,13 +8,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from absl import flags
 from flax import traverse_util
 
 import continuous_lm as clm
@@ -23,36 +22,26 @@ from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.models.transformer import parameter_table
 
-_GIGABYTES = flags.DEFINE_float(
-    "gigabytes", 2.0, "Of the checkpoint that is loaded, in bfloat16.", lower_bound=0.0
-)
+DEFAULT_GIGABYTES = 2.0  # of the checkpoint that is loaded
 NUM_SHARDS = 4
 
+# The folders of a small and a large checkpoint -> the call that loads the large one.
+Loader = Callable[[pathlib.Path, pathlib.Path], Callable[[], Any]]
 
-def loading_rows(quick: bool, repeats: int) -> Iterator[Row]:
+
+def loading_rows(
+    quick: bool, repeats: int, gigabytes: float = DEFAULT_GIGABYTES
+) -> Iterator[Row]:
     """A sharded bf16 checkpoint from the page cache, in a fresh process each time.
 
     Ours, transformers with every page of its parameters touched, and a plain read of the files into
     memory. Each has loaded a tiny checkpoint before, so that devices and libraries are awake.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        small_folder, large_folder = (
-            pathlib.Path(folder, name) for name in ("small", "large")
-        )
-        timing.measure_in_process(prepare_checkpoint, small_folder, 0.0)
-        num_bytes = timing.measure_in_process(
-            prepare_checkpoint, large_folder, 0.0 if quick else _GIGABYTES.value
-        ).result
-        loaders = {"ours": prepare_load, "read": prepare_plain_read}
-        missing_reason = baselines.why_missing("torch", "transformers")
-        if not missing_reason:
-            loaders["transformers"] = prepare_transformers_load
-        runs: dict[str, list[timing.ProcessCost]] = {name: [] for name in loaders}
-        for _ in range(repeats):
-            for name, loader in loaders.items():
-                runs[name].append(
-                    timing.measure_in_process(loader, small_folder, large_folder)
-                )
+    loaders: dict[str, Loader] = {"ours": prepare_load, "read": prepare_plain_read}
+    missing_reason = baselines.why_missing("torch", "transformers")
+    if not missing_reason:
+        loaders["transformers"] = prepare_transformers_load
+    num_bytes, runs = _time_loaders(loaders, 0.0 if quick else gigabytes, repeats)
     seconds = {
         name: [run.seconds for run in loader_runs] for name, loader_runs in runs.items()
     }
@@ -83,6 +72,25 @@ def loading_rows(quick: bool, repeats: int) -> Iterator[Row]:
                 None if quick else maximum,
                 "B",
             )
+
+
+def _time_loaders(
+    loaders: Mapping[str, Loader], gigabytes: float, repeats: int
+) -> tuple[int, dict[str, list[timing.ProcessCost]]]:
+    """The bytes of the weights, and the costs of each loader in each round."""
+    runs: dict[str, list[timing.ProcessCost]] = {name: [] for name in loaders}
+    with tempfile.TemporaryDirectory() as folder:
+        small_folder = pathlib.Path(folder, "small")
+        large_folder = pathlib.Path(folder, "large")
+        timing.measure_in_process(prepare_checkpoint, small_folder, 0.0)
+        num_bytes = timing.measure_in_process(
+            prepare_checkpoint, large_folder, gigabytes
+        ).result
+        for _ in range(repeats):
+            for name, loader in loaders.items():
+                cost = timing.measure_in_process(loader, small_folder, large_folder)
+                runs[name].append(cost)
+    return num_bytes, runs
 
 
 def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], int]:
@@ -137,10 +145,8 @@ def prepare_transformers_load(
     small_folder: pathlib.Path, large_folder: pathlib.Path
 ) -> Callable[[], Any]:
     """For `timing.measure_in_process`: theirs; files are mapped, read when used."""
-    torch, transformers = (
-        baselines.import_baseline("torch"),
-        baselines.import_baseline("transformers"),
-    )
+    torch = baselines.import_baseline("torch")
+    transformers = baselines.import_baseline("transformers")
     transformers.utils.logging.disable_progress_bar()
     page_size = os.sysconf("SC_PAGE_SIZE")
 
@@ -177,10 +183,14 @@ def import_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
             import_times.append(
                 float(subprocess.run(command, capture_output=True, check=True).stdout)
             )
-    ours, theirs = (import_times[1:] for import_times in times_by_modules.values())
+    ours = times_by_modules["continuous_lm"][1:]
+    theirs = times_by_modules["jax, flax"][1:]
     yield timing.median_row(
         "import continuous_lm: seconds more than jax and flax",
-        [a - b for a, b in zip(ours, theirs, strict=True)],
+        [
+            our_seconds - their_seconds
+            for our_seconds, their_seconds in zip(ours, theirs, strict=True)
+        ],
         target=timing.Target(maximum=0.3),
         ours=statistics.median(ours),
         theirs=statistics.median(theirs),

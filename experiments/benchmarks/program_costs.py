@@ -15,13 +15,10 @@ compiled in float32, where no such copies are; the bytes of parameters and of wh
 follow from their shapes, dtype and shardings.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +27,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from continuous_lm import axes
+from continuous_lm.analysis import flops
 from continuous_lm.models import kv_cache
 from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.transformer import Transformer, forward, make_inputs
+from continuous_lm.models.parameters import Params
+from continuous_lm.models.transformer import (
+    DEFAULT_EXECUTION,
+    Execution,
+    forward,
+    make_inputs,
+)
 
 
 class SweepBatch(NamedTuple):
@@ -57,19 +61,19 @@ class ProgramCost(NamedTuple):
 
 
 def next_token_probabilities(
-    model: Transformer, params: Any, tokens, durations, prefix
+    config: TransformerConfig,
+    execution: Execution,
+    params: Params,
+    tokens: jax.Array,
+    durations: jax.Array,
+    prefix: kv_cache.KVCache,
 ) -> jax.Array:
     """Probabilities [P, V] of the next token, from tokens [T], durations [P, T] and a prefix."""
     inputs = make_inputs(
-        model.config, tokens, durations=durations, position=-1, prefix=prefix
+        config, tokens, durations=durations, position=-1, prefix=prefix
     )
     output = forward(
-        model.config,
-        params,
-        inputs,
-        position=-1,
-        prefix=prefix,
-        execution=model.execution,
+        config, params, inputs, position=-1, prefix=prefix, execution=execution
     )
     return jax.nn.softmax(output.logits)
 
@@ -119,43 +123,35 @@ def compile_sweep(
     mesh: Mesh,
     sweep_batch: SweepBatch,
     *,
-    implementation: str = "auto",
+    execution: Execution = DEFAULT_EXECUTION,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.stages.Compiled:
     """`next_token_probabilities`, for devices that need not be there."""
-    model = Transformer(config, implementation=implementation)
     abstract_arguments = program_arguments(config, mesh, sweep_batch, dtype)
-    lowered = jax.jit(functools.partial(next_token_probabilities, model)).lower(
-        *abstract_arguments
+    lowered = jax.jit(next_token_probabilities, static_argnums=(0, 1)).lower(
+        config, execution, *abstract_arguments
     )
-    # Of machine code, which does not run.
-    compiler_options: Any = {"xla_backend_optimization_level": 0}
-    return lowered.compile(
-        compiler_options if mesh.devices.flat[0].platform == "cpu" else None
-    )
+    if mesh.devices.flat[0].platform != "cpu":
+        return lowered.compile()
+    # Machine code, which does not run, is not optimized.
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+    return lowered.compile(options)
 
 
 # --- What it costs ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def unrolled_layers() -> Iterator[None]:
-    """In it, layers are compiled one after another and not as a loop."""
-    scan = jax.lax.scan
-    with mock.patch.object(
-        jax.lax, "scan", lambda *a, **k: scan(*a, **k | {"unroll": True})
-    ):
-        yield
+def unrolled(config: TransformerConfig) -> Execution:
+    """Dense attention, layers one after another and not as a loop."""
+    return Execution(implementation="dense", unroll=config.num_layers)
 
 
 def count_cost(
     config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch
 ) -> ProgramCost:
-    """What XLA counts in the program of all layers, unrolled."""
-    with unrolled_layers():
-        cost_analysis: Any = compile_sweep(
-            config, mesh, sweep_batch, implementation="dense"
-        ).cost_analysis()
+    """XLA's count of the program of all layers, unrolled."""
+    compiled = compile_sweep(config, mesh, sweep_batch, execution=unrolled(config))
+    cost_analysis: Any = compiled.cost_analysis()
     return ProgramCost(cost_analysis["flops"], cost_analysis["bytes accessed"])
 
 
@@ -163,15 +159,17 @@ def extrapolate_cost(
     config: TransformerConfig, mesh: Mesh, sweep_batch: SweepBatch
 ) -> ProgramCost:
     """`count_cost` for any number of layers, from three and four of them."""
-    three_layers, four_layers = (
-        count_cost(dataclasses.replace(config, num_layers=n), mesh, sweep_batch)
-        for n in (3, 4)
+    three_layers = count_cost(
+        dataclasses.replace(config, num_layers=3), mesh, sweep_batch
+    )
+    four_layers = count_cost(
+        dataclasses.replace(config, num_layers=4), mesh, sweep_batch
     )
     num_more_layers = config.num_layers - 3
     return ProgramCost(
         *(
-            a + num_more_layers * (b - a)
-            for a, b in zip(three_layers, four_layers, strict=True)
+            three + num_more_layers * (four - three)
+            for three, four in zip(three_layers, four_layers, strict=True)
         )
     )
 
@@ -179,38 +177,17 @@ def extrapolate_cost(
 def count_product_flops(config: TransformerConfig, sweep_batch: SweepBatch) -> float:
     """Operations of the program's matrix products, on all devices together.
 
-    2 for each weight that a token meets and 4 N H for each score: all T S of them, as the dense
-    form has them, where the blocked one leaves out most of what comes later. The last layer makes
-    keys and values of all tokens, and the rest for one token of each point; the first makes
-    queries, keys and values once for all points, unless positions were added to the embeddings
-    before. (Rows of devices on the axis "data" each make them; here they are counted once.)
+    All scores are counted, as the dense form has them, where the blocked one leaves out most of
+    what comes later. (Rows of devices on the axis "data" each make the first layer's queries, keys
+    and values; here they are counted once.)
     """
-    sizes, num_later_tokens = (
-        config.sizes,
-        sweep_batch.tokens - sweep_batch.shared_tokens,
+    return flops.continuation_flops(
+        config,
+        num_points=sweep_batch.points,
+        num_tokens=sweep_batch.tokens,
+        num_shared_tokens=sweep_batch.shared_tokens,
+        all_scores=True,
     )
-    key_value_weights = 2 * sizes["K"] * sizes["H"] * sizes["D"]
-    query_weights = sizes["N"] * sizes["H"] * sizes["D"]
-    other_weights = 2 * query_weights + (2 + config.gated) * sizes["D"] * sizes["F"]
-    score_products = 2 * sizes["N"] * sizes["H"] * sweep_batch.tokens
-    layer_products = num_later_tokens * (
-        key_value_weights + other_weights + score_products
-    )
-    last_layer_products = (
-        num_later_tokens * key_value_weights + other_weights + score_products
-    )
-    total_products = sweep_batch.points * (
-        (sizes["L"] - 1) * layer_products
-        + last_layer_products
-        + sizes["D"] * sizes["V"]
-    )
-    if sizes["L"] > 1 and config.max_positions is None:
-        total_products -= (
-            (sweep_batch.points - 1)
-            * num_later_tokens
-            * (query_weights + key_value_weights)
-        )
-    return 2 * total_products
 
 
 class MemoryUse(NamedTuple):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import continuous_lm as clm
+from continuous_lm.analysis import flops
 from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.densities import density_training
@@ -32,7 +33,8 @@ class Sizes:
     """How large everything is."""
 
     num_points: int = 100
-    prompt_lengths: tuple[int, int] = (40, 256)  # of the short and of the long prompt
+    short_length: int = 40  # tokens of the short prompt
+    long_length: int = 256
     vocab_size: int = 32768
     hidden_size: int = 512
     num_layers: int = 8
@@ -45,7 +47,7 @@ class Sizes:
     )  # of PyTorch, to choose the best from
 
 
-QUICK_SIZES = Sizes(6, (8, 12), 64, 32, 2, 4, (3, 6))
+QUICK_SIZES = Sizes(6, 8, 12, 64, 32, 2, 4, (3, 6))
 MIN_PAPER_SPEEDUPS = {
     40: 12.0,
     256: 20.0,
@@ -96,13 +98,24 @@ class BaselineSweep(NamedTuple):
     note: str
 
 
-def warm_sweep_rows(is_long: bool, quick: bool, repeats: int) -> Iterator[Row]:
-    """One sweep over the short prompt, or the long one."""
+def short_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
+    """Warm sweeps over the short prompt."""
     sizes = QUICK_SIZES if quick else Sizes()
-    length, lm = sizes.prompt_lengths[is_long], random_lm(sizes)
+    yield from warm_sweep_rows(sizes, sizes.short_length, repeats)
+
+
+def long_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
+    """Warm sweeps over the long prompt."""
+    sizes = QUICK_SIZES if quick else Sizes()
+    yield from warm_sweep_rows(sizes, sizes.long_length, repeats)
+
+
+def warm_sweep_rows(sizes: Sizes, length: int, repeats: int) -> Iterator[Row]:
+    """One sweep over a prompt of `length` tokens, after one that compiled it."""
+    lm = random_lm(sizes)
     tokens, durations = random_sweep_inputs(sizes, length)
     our_sweep = functools.partial(run_our_sweep, lm, tokens, durations)
-    matrix_product, product_flops = _make_matrix_product(64 if quick else 2048)
+    matrix_product, product_flops = _make_matrix_product(4 * sizes.hidden_size)
     missing_reason = baselines.why_missing("torch", "transformers")
     baseline_sweeps = (
         {}
@@ -154,10 +167,8 @@ def _make_baseline_sweeps(
     timed_points = np.linspace(
         0, sizes.num_points - 1, min(NUM_PAPER_POINTS, sizes.num_points)
     ).astype(int)
-    time_scale, note = (
-        sizes.num_points / len(timed_points),
-        f"theirs: {len(timed_points)} points' time, scaled",
-    )
+    time_scale = sizes.num_points / len(timed_points)
+    note = f"theirs: {len(timed_points)} points' time, scaled"
     paper_sweep = functools.partial(
         baselines.paper_sweep, model, tokens, durations[timed_points]
     )
@@ -178,7 +189,9 @@ def _make_baseline_sweeps(
     for dtype, tolerance in {"float32": 1e-4, "bfloat16": 0.2}.items():
         batched_llama = baselines.BatchedLlama(model, dtype)
         for prefix_length, minimum in {0: 2.0, len(tokens) // 4: 1.5}.items():
-            name = f"PyTorch {dtype}{' with prefix KV' if prefix_length else ''}"
+            name = f"PyTorch {dtype}"
+            if prefix_length:
+                name += " with prefix KV"
             run_batched = functools.partial(
                 batched_llama.sweep, tokens, prefix=prefix_length
             )
@@ -219,40 +232,13 @@ def _make_matrix_product(size: int) -> tuple[Callable[[], jax.Array], float]:
 def count_sweep_flops(
     config: clm.TransformerConfig, num_points: int, length: int
 ) -> float:
-    """Of the products with weights and the attention that a sweep cannot do without.
-
-    The first quarter is computed once, all later tokens at every point but for the first layer's
-    queries, keys and values, and only the last position needs the last layer's query, its output
-    and MLP, and the head.
-    """
-    hidden_size, num_layers = config.hidden_size, config.num_layers
-    query_width, key_width = (
-        config.num_heads * config.head_dim,
-        config.num_kv_heads * config.head_dim,
-    )
-    query_output_mlp_weights = (
-        2 * hidden_size * query_width + 3 * hidden_size * config.mlp_size
-    )
-    prefix_length, num_later_tokens = length // 4, num_points * (length - length // 4)
-    token_products = (prefix_length + num_later_tokens) * (
-        num_layers * 2 * hidden_size * key_width
-        + (num_layers - 1) * query_output_mlp_weights
-    )
-    if num_layers > 1:
-        token_products -= (
-            (num_points - 1)
-            * (length - prefix_length)
-            * hidden_size
-            * (query_width + 2 * key_width)
-        )
-    num_pairs = prefix_length**2 / 2 + num_points * (length**2 - prefix_length**2) / 2
-    attention_products = (
-        2 * query_width * (num_pairs * (num_layers - 1) + num_points * length)
-    )
-    return 2 * (
-        token_products
-        + attention_products
-        + num_points * (query_output_mlp_weights + hidden_size * config.vocab_size)
+    """Of the products that a sweep cannot do without: the first quarter is computed once."""
+    num_shared_tokens = length // 4
+    return flops.prefix_flops(config, num_shared_tokens) + flops.continuation_flops(
+        config,
+        num_points=num_points,
+        num_tokens=length,
+        num_shared_tokens=num_shared_tokens,
     )
 
 
@@ -291,7 +277,7 @@ def prepare_batched_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[]
 def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """The first sweep of a process, over the short prompt."""
     sizes = QUICK_SIZES if quick else Sizes()
-    length = sizes.prompt_lengths[0]
+    length = sizes.short_length
     prepare_by_method = {"ours": prepare_our_sweep}
     missing_reason = baselines.why_missing("torch", "transformers")
     if not missing_reason:
@@ -346,7 +332,7 @@ def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
 def prepare_compile_time(sizes: Sizes, num_layers: int) -> Callable[[], float]:
     """For `timing.measure_in_process`: what the first sweep takes longer than the second."""
     lm = random_lm(sizes, num_layers)
-    tokens, durations = random_sweep_inputs(sizes, sizes.prompt_lengths[0])
+    tokens, durations = random_sweep_inputs(sizes, sizes.short_length)
     run_sweep = functools.partial(run_our_sweep, lm, tokens, durations)
     return lambda: timing.time_call(run_sweep) - timing.time_call(run_sweep)
 
@@ -365,11 +351,10 @@ def compile_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
                     prepare_compile_time, sizes, num_layers
                 ).result
             )
-    shallow_times, deep_times = times_by_depth.values()
     yield timing.cost_ratio_row(
         f"compiling {sizes.num_deep_layers} layers, over {sizes.num_layers}",
-        deep_times,
-        shallow_times,
+        times_by_depth[sizes.num_deep_layers],
+        times_by_depth[sizes.num_layers],
         1.5,
         note="the first sweep less the second",
     )

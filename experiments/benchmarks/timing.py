@@ -36,7 +36,7 @@ class Target:
     maximum: float | None = None
 
     def is_met(self, value: float) -> bool:
-        """Whether it is."""
+        """Whether the value is within the bounds."""
         is_above_minimum = self.minimum is None or value >= self.minimum
         return is_above_minimum and (self.maximum is None or value <= self.maximum)
 
@@ -87,9 +87,28 @@ class Row:
         return dataclasses.asdict(self) | {"target": target, "met": self.is_met}
 
 
-def median_row(label: str, values: Sequence[float], **others: Any) -> Row:
-    """The row of some figures, one a round."""
-    return Row(label, statistics.median(values), min(values), max(values), **others)
+def median_row(
+    label: str,
+    values: Sequence[float],
+    *,
+    ours: float | None = None,
+    theirs: float | None = None,
+    unit: str = "",
+    target: Target | None = None,
+    note: str = "",
+) -> Row:
+    """The row of some figures, one a round; the rest as of `Row`."""
+    return Row(
+        label,
+        statistics.median(values),
+        min(values),
+        max(values),
+        ours=ours,
+        theirs=theirs,
+        unit=unit,
+        target=target,
+        note=note,
+    )
 
 
 def speedup_row(
@@ -97,15 +116,21 @@ def speedup_row(
     ours: Sequence[float],
     theirs: Sequence[float],
     minimum: float | None = None,
-    note="",
+    note: str = "",
 ) -> Row:
     """The row of theirs / ours, of seconds: how many times as fast ours is, at least `minimum`."""
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    medians = dict(
-        ours=statistics.median(ours), theirs=statistics.median(theirs), unit="s"
-    )
+    ratios = [
+        their_seconds / our_seconds
+        for our_seconds, their_seconds in zip(ours, theirs, strict=True)
+    ]
     return median_row(
-        label, ratios, target=minimum and Target(minimum), note=note, **medians
+        label,
+        ratios,
+        ours=statistics.median(ours),
+        theirs=statistics.median(theirs),
+        unit="s",
+        target=None if minimum is None else Target(minimum=minimum),
+        note=note,
     )
 
 
@@ -118,12 +143,17 @@ def cost_ratio_row(
     note: str = "",
 ) -> Row:
     """The row of ours / theirs, of seconds or bytes: how much more ours takes, at `maximum`."""
-    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-    medians = dict(
-        ours=statistics.median(ours), theirs=statistics.median(theirs), unit=unit
-    )
+    ratios = [
+        our_cost / their_cost for our_cost, their_cost in zip(ours, theirs, strict=True)
+    ]
     return median_row(
-        label, ratios, target=maximum and Target(maximum=maximum), note=note, **medians
+        label,
+        ratios,
+        ours=statistics.median(ours),
+        theirs=statistics.median(theirs),
+        unit=unit,
+        target=None if maximum is None else Target(maximum=maximum),
+        note=note,
     )
 
 
@@ -195,11 +225,15 @@ def time_in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each way in each of `repeats` rounds, after one more unless all are `is_warm`.
 
-    Every second round goes backwards: what comes after what is to do no one good.
+    Every second round runs in reverse order, so that no entry benefits from its predecessor.
     """
     seconds_by_name: dict[str, list[float]] = {name: [] for name in callables}
-    for i in range(repeats + (not is_warm)):
-        for name in reversed(list(callables)) if i % 2 else callables:
+    num_rounds = repeats if is_warm else repeats + 1
+    for round_index in range(num_rounds):
+        names = list(callables)
+        if round_index % 2 == 1:
+            names.reverse()
+        for name in names:
             time.sleep(PAUSE_SECONDS)
             seconds_by_name[name].append(time_call(callables[name]))
     return {
@@ -305,9 +339,7 @@ def anonymous_memory(process_id: int | None) -> int:
 
 
 def num_cores() -> int:
-    """That this process may use."""
-    return (
-        len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1
-    )
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

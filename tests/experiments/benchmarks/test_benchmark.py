@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
@@ -285,14 +284,30 @@ def test_every_case_runs(name):
 
 
 @pytest.mark.slow
-def test_the_program_writes_its_figures(tmp_path):
-    command = [sys.executable, "-m", benchmark.__name__, "--quick", "--repeats=1"]
-    command += ["--cases=import,attention", f"--output_dir={tmp_path}"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_the_program_writes_its_figures(tmp_path, capsys):
+    config = benchmark.Config(
+        quick=True, repeats=1, cases=("import", "attention"), output_dir=str(tmp_path)
+    )
+    result = benchmark.run(config)
+    assert result.exit_status == 0
+    assert result.summary() == "all cases ended"
     written = json.loads((tmp_path / "benchmark.json").read_text())
     assert list(written["cases"]) == ["import", "attention"]
     assert written["run"]["flags"]["quick"] is True
+    shown = capsys.readouterr().out
     assert all(
-        row["what"] in run.stdout for rows in written["cases"].values() for row in rows
+        row["what"] in shown for rows in written["cases"].values() for row in rows
     )
+    assert (tmp_path / "attention.md").exists()
+
+
+def test_a_failed_case_ends_the_program_with_status_1(capsys):
+    rows = benchmark.run_cases({"bad": fails}, quick=True, repeats=1)
+    result = benchmark.Result(rows)
+    assert result.exit_status == 1
+    assert "bad" in result.summary()
+
+
+def test_unknown_cases_are_refused_before_anything_is_measured():
+    with pytest.raises(clm.InputError, match="'swep' is not known"):
+        benchmark.Config(cases=("swep",))

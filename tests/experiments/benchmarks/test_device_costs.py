@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import continuous_lm as clm
 from continuous_lm.experiments.benchmarks import device_costs, program_costs
 from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
+from tests.fixtures.product_flops import product_flops
 from tests.fixtures.programs import ENVIRONMENT
 
 TASK = program_costs.SweepBatch(tokens=12, shared_tokens=4, points=6)
@@ -63,34 +65,14 @@ def gpt2(num_layers):
 
 @pytest.mark.parametrize("config", [llama(5), gpt2(3)])
 def test_products_against_every_product_of_the_program(config):
-    """Those of the traced program, one by one; here layers between first and last are a loop."""
-    model = program_costs.Transformer(config, implementation="dense")
-    given = program_costs.program_arguments(config, one_device(), TASK, jnp.float32)
-    with program_costs.unrolled_layers():
-        traced = jax.make_jaxpr(
-            lambda *a: program_costs.next_token_probabilities(model, *a)
-        )(*given)
-
-    def dots(jaxpr, times=1):
-        total = 0
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                left = equation.invars[0].aval.shape
-                size = math.prod(left[i] for i in contracted)
-                total += times * 2 * size * math.prod(equation.outvars[0].aval.shape)
-            repeated = (
-                equation.params.get("length", 1)
-                if equation.primitive.name == "scan"
-                else 1
-            )
-            for value in equation.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    total += dots(inner, times * repeated)
-        return total
-
-    assert dots(traced.jaxpr) == program_costs.count_product_flops(config, TASK)
+    """Those of the traced program, one by one."""
+    arguments = program_costs.program_arguments(config, one_device(), TASK, jnp.float32)
+    execution = program_costs.unrolled(config)
+    traced = jax.make_jaxpr(
+        program_costs.next_token_probabilities, static_argnums=(0, 1)
+    )(config, execution, *arguments)
+    expected = product_flops(traced.jaxpr)
+    assert program_costs.count_product_flops(config, TASK) == expected
 
 
 def test_bytes_of_arguments_are_those_that_xla_allocates():
@@ -170,15 +152,17 @@ print(json.dumps([held, found, ratio]))
 
 
 PROGRAM = """
+import sys
 from continuous_lm.experiments.benchmarks import device_costs
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.models.transformer import parameter_table
 from continuous_lm.models.checkpoints import trunk
 from tests.fixtures import tiny
-device_costs.MODEL_FIELDS = {"tiny": tiny.llama_config(model_type="llama", num_hidden_layers=5)}
-device_costs.DEVICE_COUNTS = (1, 2)
-device_costs.make_cases = lambda: [device_costs.SweepCase(tokens=16, points=4, data=2, model=2)]
-program.run(device_costs.main)
+folder = device_costs.pathlib.Path(sys.argv[1])
+device_costs.simulate_devices()
+fields = tiny.llama_config(model_type="llama", num_hidden_layers=5)
+case = device_costs.SweepCase(tokens=16, points=4, data=2, model=2)
+result = device_costs.measure_models({"tiny": trunk.read_config(fields)}, [case], [1, 2])
+result.write(device_costs.Config(output_dir=str(folder)), folder)
+print(result.summary())
 """
 
 
@@ -200,9 +184,20 @@ def test_four_devices_share_the_work():
     assert 1.0 <= ratio < 1.1
 
 
+def test_unknown_shapes_are_refused():
+    with pytest.raises(clm.InputError, match="--shapes is 'Lama'; it must be of Llama"):
+        device_costs.Config(shapes=("Lama",))
+
+
+def test_a_process_with_few_devices_is_refused():
+    assert jax.device_count() < device_costs.MAX_DEVICES
+    with pytest.raises(clm.InputError, match="run it in a process of its own"):
+        device_costs.run(device_costs.Config())
+
+
 @pytest.mark.slow
 def test_the_program_writes_what_it_prints(tmp_path):
-    out = python(PROGRAM, "--shapes=tiny", f"--output_dir={tmp_path}")
+    out = python(PROGRAM, tmp_path)
     (row,) = json.loads((tmp_path / "device_costs.json").read_text())["growth"]["tiny"]
     assert (row["at_once"], row["fits"]) == (
         4,
