@@ -16,6 +16,22 @@ from jax.typing import ArrayLike
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "as_float",
+    "check",
+    "check_at_least",
+    "check_count",
+    "check_distribution",
+    "check_integer_dtype",
+    "check_integers",
+    "check_labels",
+    "check_numbers",
+    "check_positive",
+    "check_shapes",
+    "is_concrete",
+    "is_integer",
+]
+
 
 def check(**arrays_and_axes: tuple[ArrayLike, str]) -> list[jax.Array]:
     """Arrays of one dtype, at least float32, whose axes fit and whose `...` broadcast.
@@ -181,7 +197,10 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def _dtype(values: ArrayLike) -> np.dtype:
-    return values.dtype if hasattr(values, "dtype") else np.asarray(values).dtype
+    """The dtype of an array; of Python's numbers, the one that they will have in JAX."""
+    if hasattr(values, "dtype"):
+        return values.dtype
+    return jax.dtypes.canonicalize_dtype(np.asarray(values).dtype)
 
 
 def _check_real(name: str, dtype: np.dtype) -> None:

@@ -10,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_numbers
+from continuous_lm.arguments import as_float, check_numbers, check_shapes
 from continuous_lm.errors import InputError
+
+__all__ = [
+    "Span",
+    "check_durations",
+    "durations_from_times",
+    "end_times",
+    "scale",
+    "translate",
+]
 
 Span = tuple[int, int]  # the first token of a span, and the one after its last
 
@@ -32,9 +41,8 @@ def end_times(durations: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
 def durations_from_times(times: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
     """The durations [..., T] of tokens that end at `times` [..., T]; the inverse of `end_times`."""
     times = as_float(times)
-    start_times = jnp.broadcast_to(
-        as_float(start)[..., None], (*times.shape[:-1], 1)
-    ).astype(times.dtype)
+    start_times = as_float(start)[..., None].astype(times.dtype)
+    start_times = jnp.broadcast_to(start_times, (*times.shape[:-1], 1))
     return jnp.diff(times, prepend=start_times, axis=-1)
 
 
@@ -63,7 +71,8 @@ def scale(
             f" < end <= {num_tokens}"
         )
     is_inside = (jnp.arange(num_tokens) >= first) & (jnp.arange(num_tokens) < end)
-    return jnp.where(is_inside, durations * as_float(factor)[..., None], durations)
+    scaled_durations = durations * as_float(factor)[..., None]
+    return jnp.where(is_inside, scaled_durations, durations)
 
 
 def translate(times: ArrayLike, shift: ArrayLike) -> jax.Array:
@@ -81,12 +90,9 @@ def check_durations(
     Raises:
       InputError: which entry is wrong, and how.
     """
-    shape = np.shape(durations)
-    if not shape or shape[-1] != num_tokens:
-        raise InputError(
-            f"{name} has shape {list(shape)}, but there are {num_tokens} tokens: it must be"
-            f" [..., {num_tokens}]"
-        )
+    check_shapes(
+        {name: (durations, "... T")}, known_sizes={"T": (num_tokens, "tokens")}
+    )
     check_numbers(name, durations, minimum)
     if not isinstance(durations, jax.core.Tracer):
         totals = np.abs(np.asarray(durations, np.float64)).sum(axis=-1)

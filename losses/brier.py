@@ -41,7 +41,11 @@ def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
 
 
 def brier_n(
-    first: ArrayLike, second: ArrayLike, reference: ArrayLike, *, n: int
+    first: ArrayLike,
+    second: ArrayLike,
+    reference: ArrayLike,
+    *,
+    n: int,
 ) -> jax.Array:
     """An unbiased estimate of the Brier score of n-grams, from two samples; more is better.
 
@@ -84,7 +88,10 @@ def brier_n(
 
 @functools.partial(jax.jit, static_argnames="n")
 def _brier_n(
-    first: jax.Array, second: jax.Array, reference: jax.Array, n: int
+    first: jax.Array,
+    second: jax.Array,
+    reference: jax.Array,
+    n: int,
 ) -> jax.Array:
     num_ngrams = first.shape[-1] - n + 1
     ngram_indices = jnp.arange(num_ngrams)[:, None] + jnp.arange(n)

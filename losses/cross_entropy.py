@@ -9,7 +9,10 @@ from continuous_lm.errors import InputError
 
 
 def cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, *, smoothing: float = 0.0
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    smoothing: float = 0.0,
 ) -> jax.Array:
     """-log softmax(logits)[label], by optax, in at least float32.
 

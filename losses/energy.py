@@ -9,7 +9,10 @@ from continuous_lm.errors import InputError
 
 
 def energy_score(
-    samples: ArrayLike, targets: ArrayLike, *, beta: float = 1.0
+    samples: ArrayLike,
+    targets: ArrayLike,
+    *,
+    beta: float = 1.0,
 ) -> jax.Array:
     """An unbiased estimate of 2 E|X - Y|^beta - E|X - X'|^beta; less is better.
 
@@ -48,7 +51,8 @@ def energy_score(
             f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only"
         )
     samples, targets = arguments.check(
-        samples=(samples, "Z ... W"), targets=(targets, "num_targets ... W")
+        samples=(samples, "Z ... W"),
+        targets=(targets, "num_targets ... W"),
     )
     num_samples = len(samples)
     num_targets = len(targets)
@@ -80,7 +84,11 @@ def _insert_leading_axes(draws: jax.Array, num_axes: int) -> jax.Array:
 
 
 @jax.checkpoint
-def _sum_of_distances(point: jax.Array, others: jax.Array, beta: float) -> jax.Array:
+def _sum_of_distances(
+    point: jax.Array,
+    others: jax.Array,
+    beta: float,
+) -> jax.Array:
     """sum_y |x - y|^beta [...] of x [..., W] and y [num_others, ..., W]; gradient 0 at x = y."""
     squared_distances = jnp.sum(jnp.square(point - others), axis=-1)
     is_apart = squared_distances > 0

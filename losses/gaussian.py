@@ -19,7 +19,11 @@ from continuous_lm import arguments
 HIGHEST_PRECISION = lax.Precision.HIGHEST
 
 
-def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
+def gaussian_nll(
+    x: ArrayLike,
+    mean: ArrayLike,
+    scale: ArrayLike,
+) -> jax.Array:
     """-log N(x; mean, diag(scale^2)).
 
     >>> import jax.numpy as jnp
@@ -39,7 +43,9 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
       InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
     """
     x, mean, scale = arguments.check(
-        x=(x, "... W"), mean=(mean, "... W"), scale=(scale, "... W")
+        x=(x, "... W"),
+        mean=(mean, "... W"),
+        scale=(scale, "... W"),
     )
     arguments.check_positive("scale", scale)
     standardized = (x - mean) / scale
@@ -48,7 +54,10 @@ def gaussian_nll(x: ArrayLike, mean: ArrayLike, scale: ArrayLike) -> jax.Array:
 
 
 def low_rank_gaussian_nll(
-    x: ArrayLike, mean: ArrayLike, scale: ArrayLike, factor: ArrayLike
+    x: ArrayLike,
+    mean: ArrayLike,
+    scale: ArrayLike,
+    factor: ArrayLike,
 ) -> jax.Array:
     """-log N(x; mean, factor factor^T + diag(scale^2)), without any W x W matrix.
 
@@ -108,7 +117,11 @@ def low_rank_gaussian_nll(
     return distance / 2 + half_log_det + _log_normalizer(x.shape[-1])
 
 
-def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax.Array:
+def full_gaussian_nll(
+    x: ArrayLike,
+    mean: ArrayLike,
+    cholesky: ArrayLike,
+) -> jax.Array:
     """-log N(x; mean, cholesky cholesky^T).
 
     >>> import jax.numpy as jnp
@@ -129,7 +142,9 @@ def full_gaussian_nll(x: ArrayLike, mean: ArrayLike, cholesky: ArrayLike) -> jax
       InputError: if shapes do not fit, or, outside of jit, a diagonal entry is not above 0.
     """
     x, mean, cholesky = arguments.check(
-        x=(x, "... W"), mean=(mean, "... W"), cholesky=(cholesky, "... W W")
+        x=(x, "... W"),
+        mean=(mean, "... W"),
+        cholesky=(cholesky, "... W W"),
     )
     arguments.check_positive("the diagonal of cholesky", _diagonal(cholesky))
     distance = _squared_length(_solve_triangular(cholesky, x - mean))

@@ -8,7 +8,12 @@ from continuous_lm import arguments
 from continuous_lm.errors import InputError
 
 
-def gaussian_kl(mean: ArrayLike, scale: ArrayLike, *, floor: float = 0.0) -> jax.Array:
+def gaussian_kl(
+    mean: ArrayLike,
+    scale: ArrayLike,
+    *,
+    floor: float = 0.0,
+) -> jax.Array:
     """KL(N(mean, diag(scale^2)) || N(0, I)), each dimension clamped from below.
 
         sum_w max(floor, (mean_w^2 + scale_w^2 - 1) / 2 - log scale_w)
@@ -36,7 +41,10 @@ def gaussian_kl(mean: ArrayLike, scale: ArrayLike, *, floor: float = 0.0) -> jax
     """
     if not floor >= 0:
         raise InputError(f"floor is {floor}; it must be >= 0 nats")
-    mean, scale = arguments.check(mean=(mean, "... W"), scale=(scale, "... W"))
+    mean, scale = arguments.check(
+        mean=(mean, "... W"),
+        scale=(scale, "... W"),
+    )
     arguments.check_positive("scale", scale)
     # (s - 1)(s + 1) keeps the digits that s^2 - 1 loses near s = 1.
     nats_of_scale = (scale - 1) * (scale + 1) / 2 - jnp.log(scale)

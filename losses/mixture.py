@@ -28,13 +28,19 @@ def mixture_nll(logits: ArrayLike, nlls: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit.
     """
-    logits, nlls = arguments.check(logits=(logits, "... X"), nlls=(nlls, "... X"))
+    logits, nlls = arguments.check(
+        logits=(logits, "... X"),
+        nlls=(nlls, "... X"),
+    )
     log_weights = jax.nn.log_softmax(logits, axis=-1)
     return -jax.nn.logsumexp(log_weights - nlls, axis=-1)
 
 
 def gaussian_mixture_nll(
-    x: ArrayLike, logits: ArrayLike, mean: ArrayLike, scale: ArrayLike
+    x: ArrayLike,
+    logits: ArrayLike,
+    mean: ArrayLike,
+    scale: ArrayLike,
 ) -> jax.Array:
     """-log sum_i w_i N(x; mean_i, diag(scale_i^2)) with the weights w = softmax(logits).
 

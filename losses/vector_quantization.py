@@ -46,7 +46,10 @@ def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
     Raises:
       InputError: if shapes do not fit.
     """
-    x, code = arguments.check(x=(x, "... W"), code=(code, "... W"))
+    x, code = arguments.check(
+        x=(x, "... W"),
+        code=(code, "... W"),
+    )
     difference = lax.stop_gradient(x) - code
     return jnp.sum(jnp.square(difference), axis=-1)
 

@@ -17,9 +17,8 @@ class CodeUse(NamedTuple):
     """How the codes of a codebook are used."""
 
     counts: jax.Array  # int32 [E]
-    perplexity: (
-        jax.Array
-    )  # exp of the entropy of the counts: E if all are used alike, 1 if one is
+    # exp of the entropy of the counts: E if all are used alike, 1 if one is.
+    perplexity: jax.Array
     used_share: jax.Array  # part of the codes that occur at all, from 0 to 1
 
 
@@ -27,9 +26,8 @@ class QuantizationNoise(NamedTuple):
     """What quantization does to each vector."""
 
     distance: jax.Array  # [...], to the nearest code
-    margin: (
-        jax.Array
-    )  # [...] >= 0, by how much farther the second nearest lies; 0 is a tie
+    # [...] >= 0, by how much farther the second nearest lies; 0 is a tie.
+    margin: jax.Array
 
 
 class VectorSpread(NamedTuple):
@@ -57,9 +55,9 @@ def code_use(indices: ArrayLike, num_codes: int) -> CodeUse:
         raise InputError("indices are empty; code use needs at least one")
     check_integers("indices", indices, 0, num_codes)
     counts = count_codes(jnp.asarray(indices).reshape(-1), num_codes, jnp.int32)
-    p = counts / jnp.sum(counts)
-    entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0)))
-    return CodeUse(counts, jnp.exp(entropy), jnp.mean(counts > 0, dtype=p.dtype))
+    frequencies = counts / jnp.sum(counts)
+    used_share = jnp.mean(counts > 0, dtype=frequencies.dtype)
+    return CodeUse(counts, _perplexity(frequencies), used_share)
 
 
 def quantization_noise(
@@ -110,8 +108,12 @@ def spread(x: ArrayLike) -> VectorSpread:
     x = x - jnp.mean(x, axis=0)
     singular_values = jnp.linalg.svd(x, compute_uv=False)
     total = jnp.sum(singular_values)
-    p = singular_values / jnp.where(total > 0, total, 1.0)
-    effective_rank = jnp.exp(-jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0))))
-    return VectorSpread(
-        jnp.mean(jnp.square(x), axis=0), jnp.where(total > 0, effective_rank, 0.0)
-    )
+    shares = singular_values / jnp.where(total > 0, total, 1.0)
+    effective_rank = jnp.where(total > 0, _perplexity(shares), 0.0)
+    return VectorSpread(jnp.mean(jnp.square(x), axis=0), effective_rank)
+
+
+def _perplexity(p: jax.Array) -> jax.Array:
+    """exp of the entropy of a distribution."""
+    logs = jnp.log(jnp.where(p > 0, p, 1.0))
+    return jnp.exp(-jnp.sum(p * logs))

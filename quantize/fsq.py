@@ -55,7 +55,8 @@ def finite_bound(x: ArrayLike, levels: Sequence[int]) -> jax.Array:
     num_levels = _check_levels(levels, x.shape, x.dtype)
     half_range = (num_levels - 1) * (1 + BOUND_MARGIN) / 2
     offset = np.where(num_levels % 2 == 0, 0.5, 0.0).astype(x.dtype)
-    return jnp.tanh(x + np.arctanh(offset / half_range)) * half_range - offset
+    shift = np.arctanh(offset / half_range)
+    return jnp.tanh(x + shift) * half_range - offset
 
 
 def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
@@ -79,10 +80,9 @@ def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
     bounded = finite_bound(x, levels)
     digits = jnp.round(bounded)
     zero_level = _check_levels(levels, bounded.shape, jnp.int32) // 2
-    return FiniteQuantized(
-        straight_through(bounded, digits) / zero_level.astype(bounded.dtype),
-        _digits_to_index(digits.astype(jnp.int32) + zero_level, levels),
-    )
+    vectors = straight_through(bounded, digits) / zero_level.astype(bounded.dtype)
+    level_indices = digits.astype(jnp.int32) + zero_level
+    return FiniteQuantized(vectors, _digits_to_index(level_indices, levels))
 
 
 def finite_indices(vectors: ArrayLike, levels: Sequence[int]) -> jax.Array:
@@ -100,7 +100,8 @@ def finite_indices(vectors: ArrayLike, levels: Sequence[int]) -> jax.Array:
     """
     vectors = as_float(vectors)
     num_levels = _check_levels(levels, vectors.shape, jnp.int32)
-    digits = jnp.round(vectors * (num_levels // 2)).astype(jnp.int32) + num_levels // 2
+    zero_level = num_levels // 2
+    digits = jnp.round(vectors * zero_level).astype(jnp.int32) + zero_level
     return _digits_to_index(jnp.clip(digits, 0, num_levels - 1), levels)
 
 
@@ -117,14 +118,11 @@ def finite_vectors(indices: ArrayLike, levels: Sequence[int]) -> jax.Array:
     """
     num_levels = _check_levels(levels, (len(levels),), jnp.int32)
     check_integers("indices", indices, 0, math.prod(levels))
-    digits = (
-        jnp.asarray(indices, jnp.int32)[..., None]
-        // _place_values(tuple(levels))
-        % num_levels
-    )
-    return (digits - num_levels // 2).astype(jnp.float32) / (num_levels // 2).astype(
-        np.float32
-    )
+    zero_level = num_levels // 2
+    indices = jnp.asarray(indices, jnp.int32)[..., None]
+    digits = indices // _place_values(tuple(levels)) % num_levels
+    centred_digits = (digits - zero_level).astype(jnp.float32)
+    return centred_digits / zero_level.astype(np.float32)
 
 
 def _digits_to_index(digits: jax.Array, levels: Sequence[int]) -> jax.Array:
@@ -138,7 +136,11 @@ def _place_values(levels: tuple[int, ...]) -> np.ndarray:
     return np.cumprod((1, *levels[:-1])).astype(np.int32)
 
 
-def _check_levels(levels: Sequence[int], shape: tuple[int, ...], dtype) -> np.ndarray:
+def _check_levels(
+    levels: Sequence[int],
+    shape: tuple[int, ...],
+    dtype,
+) -> np.ndarray:
     """The levels as an array, if they can be used for vectors of this shape."""
     are_integers = all(map(is_integer, levels))
     if not are_integers or not len(levels) or min(levels) < 2:

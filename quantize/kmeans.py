@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_count, check_numbers
+from continuous_lm.arguments import as_float, check_count, check_numbers, check_shapes
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, distance, nearest
 
@@ -64,30 +64,37 @@ def kmeans(
 
 @functools.partial(jax.jit, static_argnames=("num_codes", "block_size"))
 def _kmeans(
-    key: jax.Array, x: jax.Array, num_codes: int, steps: jax.Array, block_size: int
+    key: jax.Array,
+    x: jax.Array,
+    num_codes: int,
+    steps: jax.Array,
+    block_size: int,
 ) -> Clusters:
     centres = _init_plus_plus(key, x, num_codes)
-    centres = lax.fori_loop(
-        0, steps, lambda _, centres: _lloyd_step(x, centres, block_size), centres
-    )
-    return Clusters(
-        centres,
-        count_codes(
-            nearest(x, centres, block_size=block_size).indices, num_codes, x.dtype
-        ),
-    )
+
+    def move_centres(_, centres):
+        return _lloyd_step(x, centres, block_size)
+
+    centres = lax.fori_loop(0, steps, move_centres, centres)
+    neighbours = nearest(x, centres, block_size=block_size)
+    counts = count_codes(neighbours.indices, num_codes, x.dtype)
+    return Clusters(centres, counts)
 
 
-def _init_plus_plus(key: jax.Array, x: jax.Array, num_codes: int) -> jax.Array:
+def _init_plus_plus(
+    key: jax.Array,
+    x: jax.Array,
+    num_codes: int,
+) -> jax.Array:
     """The start [E, W]."""
 
     def draw_centre(i, carry):
         centres, distances = carry
         log_weights = jnp.log(distances)  # -inf where a centre lies already
-        new_centre = x[jax.random.categorical(jax.random.fold_in(key, i), log_weights)]
-        return centres.at[i].set(new_centre), jnp.minimum(
-            distances, distance(x, new_centre)
-        )
+        index = jax.random.categorical(jax.random.fold_in(key, i), log_weights)
+        new_centre = x[index]
+        distances = jnp.minimum(distances, distance(x, new_centre))
+        return centres.at[i].set(new_centre), distances
 
     initial_carry = (
         jnp.zeros((num_codes, x.shape[1]), x.dtype),
@@ -95,12 +102,16 @@ def _init_plus_plus(key: jax.Array, x: jax.Array, num_codes: int) -> jax.Array:
     )
     # The first is drawn evenly: what "ones" stand for is no distance, and would cap the others.
     centres, _ = draw_centre(0, initial_carry)
-    return lax.fori_loop(1, num_codes, draw_centre, (centres, distance(x, centres[0])))[
-        0
-    ]
+    carry = centres, distance(x, centres[0])
+    centres, _ = lax.fori_loop(1, num_codes, draw_centre, carry)
+    return centres
 
 
-def _lloyd_step(x: jax.Array, centres: jax.Array, block_size: int) -> jax.Array:
+def _lloyd_step(
+    x: jax.Array,
+    centres: jax.Array,
+    block_size: int,
+) -> jax.Array:
     num_codes = len(centres)
     indices, distances = nearest(x, centres, block_size=block_size)
     counts = count_codes(indices, num_codes, x.dtype)
@@ -114,12 +125,20 @@ def _lloyd_step(x: jax.Array, centres: jax.Array, block_size: int) -> jax.Array:
     )
 
 
-def count_codes(indices: jax.Array, num_codes: int, dtype: jnp.dtype) -> jax.Array:
+def count_codes(
+    indices: jax.Array,
+    num_codes: int,
+    dtype: jnp.dtype,
+) -> jax.Array:
     """How often each code occurs in `indices` [B], as [E]."""
     return jnp.zeros(num_codes, jnp.int32).at[indices].add(1).astype(dtype)
 
 
-def sum_by_code(x: jax.Array, indices: jax.Array, num_codes: int) -> jax.Array:
+def sum_by_code(
+    x: jax.Array,
+    indices: jax.Array,
+    num_codes: int,
+) -> jax.Array:
     """The sum [E, W] of the vectors [B, W] of each code."""
     return jax.ops.segment_sum(x, indices, num_codes)
 
@@ -129,14 +148,11 @@ def count_selected_before(is_selected: jax.Array) -> jax.Array:
     return jnp.cumsum(is_selected) - is_selected
 
 
-def check_vectors(x: jax.Array, width: int | None = None) -> None:
-    """Refuses what is not [..., W] with at least one vector, all of them finite."""
+def check_vectors(x: jax.Array, codes: jax.Array | None = None) -> None:
+    """Refuses what is not vectors [..., W], at least one, finite, and as wide as codes [E, W]."""
+    check_shapes({"codes": (codes, "E W"), "x": (x, "... W")})
     if x.ndim < 2 or not x.size:
         raise InputError(
             f"x has shape {list(x.shape)}; it must be [..., W], with vectors in it"
-        )
-    if width is not None and x.shape[-1] != width:
-        raise InputError(
-            f"x, {list(x.shape)}, is {x.shape[-1]} wide, but the codes are {width}"
         )
     check_numbers("x", x)

@@ -1,8 +1,8 @@
 """Nearest neighbours in a codebook: which of E code vectors lie closest to a vector.
 
 A codebook of which B vectors take few scores is searched in one piece, where it lies. Others are
-scanned in blocks, so that memory does not grow with them:
-[B, block_size] scores and the block's codes.
+scanned in blocks, so that memory does not grow with them: [B, block_size] scores and the block's
+codes.
 Three metrics, each as a distance, smaller for what is nearer:
 
     euclidean   |x - c|^2, squared, as faiss gives it
@@ -11,13 +11,12 @@ Three metrics, each as a distance, smaller for what is nearer:
 
 The search compares x.c - |c|^2 / 2, x.c / |c| or x.c: one matrix product a block, and |c|^2, which
 is computed once. The distances of what it finds are computed anew from the vectors, without its
-cancellation.
-Gradients flow through these distances alone, so they cost k rows and not the codebook.
+cancellation. Gradients flow through these distances alone: they cost k rows, not the codebook.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +26,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import as_float, check_count
+from continuous_lm.arguments import as_float, check_count, check_shapes
 from continuous_lm.errors import InputError
 
 METRICS = ("euclidean", "cosine", "dot")
-DEFAULT_BLOCK_SIZE = (
-    1024  # codes in a block: large enough to run at the speed of the matrix product
-)
+# Codes in a block: so many run at the speed of the matrix product.
+DEFAULT_BLOCK_SIZE = 1024
 # With up to so many scores (64 MB) codes are not cut into blocks: a block is copied, which would
 # take longer than its product with few vectors.
 MAX_UNBLOCKED_SCORES = 2**24
@@ -58,7 +56,12 @@ def squared_norms(codes: ArrayLike) -> jax.Array:
     return jnp.sum(jnp.square(as_float(codes)), axis=-1)
 
 
-def distance(x: ArrayLike, y: ArrayLike, *, metric: str = "euclidean") -> jax.Array:
+def distance(
+    x: ArrayLike,
+    y: ArrayLike,
+    *,
+    metric: str = "euclidean",
+) -> jax.Array:
     """The distance of vectors to others, one to one.
 
     Args:
@@ -75,20 +78,18 @@ def distance(x: ArrayLike, y: ArrayLike, *, metric: str = "euclidean") -> jax.Ar
     >>> print(distance([1.0, 2.0], [[1.0, 0.0], [2.0, 4.0]]))
     [4. 5.]
     """
-    x, y = as_float(x), as_float(y)
+    x = as_float(x)
+    y = as_float(y)
     _check_metric(metric)
-    if x.ndim < 1 or y.ndim < 1 or x.shape[-1] != y.shape[-1]:
-        raise InputError(
-            f"x {list(x.shape)} and y {list(y.shape)} have no distance; both must be [..., W]"
-        )
+    check_shapes({"x": (x, "... W"), "y": (y, "... W")})
     if metric == "euclidean":
         return jnp.sum(jnp.square(x - y), axis=-1)
     product = jnp.sum(x * y, axis=-1)
     if metric == "dot":
         return -product
-    return 1.0 - product * _inverse_length(squared_norms(x)) * _inverse_length(
-        squared_norms(y)
-    )
+    inverse_length_x = _inverse_length(squared_norms(x))
+    inverse_length_y = _inverse_length(squared_norms(y))
+    return 1.0 - product * inverse_length_x * inverse_length_y
 
 
 def nearest(
@@ -188,7 +189,10 @@ class _SearchSpec(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _search_one_device(
-    spec: _SearchSpec, x: jax.Array, codes: jax.Array, norms: jax.Array
+    spec: _SearchSpec,
+    x: jax.Array,
+    codes: jax.Array,
+    norms: jax.Array,
 ) -> Neighbours:
     """The neighbours of x [B, W] on one device."""
     indices, _ = _search_codes(spec, x, codes, norms)
@@ -206,15 +210,18 @@ def _search_sharded(
 ) -> Neighbours:
     """The neighbours of x [B, W] in codes that the mesh axes `mesh_axes` spread."""
 
-    def search_shard(x, codes, norms):
+    def search_shard(
+        x,
+        codes,
+        norms,
+    ):
         shard_spec = spec._replace(k=min(spec.k, len(codes)))
         indices, scores = _search_codes(shard_spec, x, codes, norms)
         distances = _distances(spec.metric, x, codes, indices)
         indices = indices + lax.axis_index(mesh_axes) * len(codes)
         # In the order of the devices, so that lower indices come first and win among equals.
-        indices, scores, distances = (
-            lax.all_gather(array, mesh_axes, axis=1, tiled=True)
-            for array in (indices, scores, distances)
+        indices, scores, distances = lax.all_gather(
+            (indices, scores, distances), mesh_axes, axis=1, tiled=True
         )
         best_places = lax.top_k(scores, spec.k)[1]
         return _sort_neighbours(
@@ -235,14 +242,18 @@ def _search_sharded(
 
 
 def _search_codes(
-    spec: _SearchSpec, x: jax.Array, codes: jax.Array, norms: jax.Array
+    spec: _SearchSpec,
+    x: jax.Array,
+    codes: jax.Array,
+    norms: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Indices and scores [B, k] of the k largest scores, by falling score and then by index."""
-    x, codes, norms = (lax.stop_gradient(array) for array in (x, codes, norms))
+    x, codes, norms = lax.stop_gradient((x, codes, norms))
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, codes.dtype), jnp.float32)
-    x, norms = x.astype(dtype), norms.astype(dtype)
-    k, metric, num_codes = spec.k, spec.metric, len(codes)
-    block_size = spec.block_size
+    x = x.astype(dtype)
+    norms = norms.astype(dtype)
+    k, metric, block_size = spec
+    num_codes = len(codes)
     if block_size is None:  # codes of another dtype are cast, which is a copy, too
         is_small = len(x) * num_codes <= MAX_UNBLOCKED_SCORES and codes.dtype == dtype
         block_size = num_codes if is_small else DEFAULT_BLOCK_SIZE
@@ -250,51 +261,51 @@ def _search_codes(
     if num_codes <= block_size:
         return _top_k(_scores(metric, x, codes.astype(dtype), norms), k)
 
-    def step(carry, first):
-        begin = jnp.minimum(
-            first, num_codes - block_size
-        )  # the last block is as long as the others
+    def search_block(carry, first):
+        best_indices, best_scores = carry
+        # The last block is as long as the others.
+        begin = jnp.minimum(first, num_codes - block_size)
         indices = begin + jnp.arange(block_size, dtype=jnp.int32)
-        block_codes, block_norms = (
-            lax.dynamic_slice_in_dim(array, begin, block_size)
-            for array in (codes, norms)
-        )
+        block_codes = lax.dynamic_slice_in_dim(codes, begin, block_size)
+        block_norms = lax.dynamic_slice_in_dim(norms, begin, block_size)
         scores = _scores(metric, x, block_codes.astype(dtype), block_norms)
         is_repeated = indices < first
-        best_places, best_scores = _top_k(
-            jnp.where(is_repeated[:, None], -jnp.inf, scores), min(k, block_size)
-        )
+        scores = jnp.where(is_repeated[:, None], -jnp.inf, scores)
+        places, scores = _top_k(scores, min(k, block_size))
         # What was found before stands first, so that it wins among equals.
-        candidates = indices[best_places], best_scores
-        indices, scores = (
-            jnp.concatenate(pair, axis=1)
-            for pair in zip(carry, candidates, strict=True)
-        )
-        best_places, scores = _top_k(scores.T, k)
-        return (jnp.take_along_axis(indices, best_places, axis=1), scores), None
+        indices = jnp.concatenate([best_indices, indices[places]], axis=1)
+        scores = jnp.concatenate([best_scores, scores], axis=1)
+        places, scores = _top_k(scores.T, k)
+        return (jnp.take_along_axis(indices, places, axis=1), scores), None
 
-    no_candidates = (
+    no_neighbours = (
         jnp.zeros((len(x), k), jnp.int32),
         jnp.full((len(x), k), -jnp.inf, dtype),
     )
-    candidates, _ = lax.scan(
-        step, no_candidates, jnp.arange(0, num_codes, block_size, dtype=jnp.int32)
-    )
-    return candidates
+    first_codes = jnp.arange(0, num_codes, block_size, dtype=jnp.int32)
+    neighbours, _ = lax.scan(search_block, no_neighbours, first_codes)
+    return neighbours
 
 
-def _scores(metric: str, x: jax.Array, codes: jax.Array, norms: jax.Array) -> jax.Array:
+def _scores(
+    metric: str,
+    x: jax.Array,
+    codes: jax.Array,
+    norms: jax.Array,
+) -> jax.Array:
     """Scores [block_size, B], larger for what is nearer, in the dtype of x and the codes."""
     scores = _dot_products(codes, x)
     if len(codes) % TILE_SIZE:  # the last codes anew, as a full tile
         last_codes = codes[-TILE_SIZE:]
-        full_tile = jnp.pad(last_codes, [(0, TILE_SIZE - len(last_codes)), (0, 0)])
-        scores = scores.at[-TILE_SIZE:].set(
-            _dot_products(full_tile, x)[: len(last_codes)]
-        )
+        padding = TILE_SIZE - len(last_codes)
+        full_tile = jnp.pad(last_codes, [(0, padding), (0, 0)])
+        last_scores = _dot_products(full_tile, x)[: len(last_codes)]
+        scores = scores.at[-TILE_SIZE:].set(last_scores)
     if metric == "euclidean":
         return scores - 0.5 * norms[:, None]
-    return scores * _inverse_length(norms)[:, None] if metric == "cosine" else scores
+    if metric == "cosine":
+        return scores * _inverse_length(norms)[:, None]
+    return scores
 
 
 def _dot_products(codes: jax.Array, x: jax.Array) -> jax.Array:
@@ -309,15 +320,17 @@ def _top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         return best_places, best_scores
     best_scores = jnp.max(scores, axis=0)
     # In place of argmax, which CPUs do not vectorize; the first of all if they are not numbers.
-    best_places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
-    best_places = jnp.min(
-        jnp.where(scores < best_scores, len(scores), best_places), axis=0
-    )
+    places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
+    best_places = jnp.where(scores < best_scores, len(scores), places)
+    best_places = jnp.min(best_places, axis=0)
     return best_places[:, None], best_scores[:, None]
 
 
 def _distances(
-    metric: str, x: jax.Array, codes: jax.Array, indices: jax.Array
+    metric: str,
+    x: jax.Array,
+    codes: jax.Array,
+    indices: jax.Array,
 ) -> jax.Array:
     """Distances [B, k] of x [B, W] to the codes at `indices`, one of the k at a time."""
     columns = lax.map(lambda i: distance(x, codes[i], metric=metric), indices.T)
@@ -351,22 +364,17 @@ def _with_auto_axes(array: jax.Array) -> jax.Array:
     )
 
 
-def _row_mesh_axes(codes_sharding: Any) -> tuple[Mesh | None, tuple[str, ...]]:
+def _row_mesh_axes(codes_sharding: object) -> tuple[Mesh | None, tuple[str, ...]]:
     """The mesh and its axes over which the rows of a codebook are spread, if they are."""
-    if (
-        not isinstance(codes_sharding, NamedSharding)
-        or not codes_sharding.spec
-        or codes_sharding.spec[0] is None
-    ):
+    if not isinstance(codes_sharding, NamedSharding) or not codes_sharding.spec:
         return None, ()
     mesh_axes = codes_sharding.spec[0]
+    if mesh_axes is None:
+        return None, ()
     mesh_axes = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
     mesh = Mesh(codes_sharding.mesh.devices, codes_sharding.mesh.axis_names)
-    return (
-        (mesh, mesh_axes)
-        if math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes) > 1
-        else (None, ())
-    )
+    num_shards = math.prod(mesh.shape[mesh_axis] for mesh_axis in mesh_axes)
+    return (mesh, mesh_axes) if num_shards > 1 else (None, ())
 
 
 def _check_metric(metric: str) -> None:
@@ -376,17 +384,25 @@ def _check_metric(metric: str) -> None:
         )
 
 
-def _check(x, codes, k, metric, norms, block_size) -> None:
+def _check(
+    x: jax.Array,
+    codes: jax.Array,
+    k: int,
+    metric: str,
+    norms: jax.Array | None,
+    block_size: int | None,
+) -> None:
     _check_metric(metric)
-    if codes.ndim != 2 or not codes.size:
+    check_shapes(
+        {
+            "codes": (codes, "E W"),
+            "x": (x, "... W"),
+            "norms": (norms, "E"),
+        }
+    )
+    if not codes.size:
         raise InputError(
-            f"codes have shape {list(codes.shape)}; they must be [E, W], E and W >= 1"
-        )
-    if x.ndim < 1 or x.shape[-1] != codes.shape[-1]:
-        width_text = f"are {x.shape[-1]} wide" if x.ndim else "have no width"
-        raise InputError(
-            f"the vectors, {list(x.shape)}, {width_text}, but the codes, {list(codes.shape)}, are"
-            f" {codes.shape[-1]} wide"
+            f"codes has shape {list(codes.shape)}; E and W must be at least 1"
         )
     for name, array in {"x": x, "codes": codes}.items():
         if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -398,21 +414,20 @@ def _check(x, codes, k, metric, norms, block_size) -> None:
         check_count("block_size", block_size)
     if k > len(codes):
         raise InputError(f"k is {k}, but there are only {len(codes)} codes")
-    if norms is not None and np.shape(norms) != codes.shape[:1]:
-        raise InputError(
-            f"norms have shape {list(np.shape(norms))}; there are {len(codes)} codes, so they must"
-            f" be [{len(codes)}], as squared_norms gives them"
-        )
 
 
-def _check_values(x, norms) -> None:
+def _check_values(x: jax.Array, norms: jax.Array) -> None:
     """Refuses what is not finite, where it is known; a code shows it in its norm."""
-    for name, squared_lengths in {"codes": norms, "x": squared_norms(x)}.items():
-        if (
-            not isinstance(squared_lengths, jax.core.Tracer)
-            and not np.isfinite(np.asarray(squared_lengths)).all()
-        ):
-            index = np.argwhere(~np.isfinite(np.asarray(squared_lengths)))[0].tolist()
-            raise InputError(
-                f"{name}{index if index else ''} is not finite, or too large for its square"
-            )
+    _check_finite("codes", norms)
+    _check_finite("x", squared_norms(x))
+
+
+def _check_finite(name: str, squared_lengths: jax.Array) -> None:
+    if isinstance(squared_lengths, jax.core.Tracer):
+        return
+    invalid_indices = np.argwhere(~np.isfinite(np.asarray(squared_lengths)))
+    if len(invalid_indices):
+        index = invalid_indices[0].tolist()
+        raise InputError(
+            f"{name}{index or ''} is not finite, or too large for its square"
+        )

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_count, check_integers
+from continuous_lm.arguments import as_float, check_count, check_integers, check_shapes
 from continuous_lm.errors import InputError
 from continuous_lm.quantize import vq
 from continuous_lm.quantize.kmeans import check_vectors
@@ -66,7 +66,14 @@ def init_residual(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _init(keys, x, num_codes, steps, axis_name, block_size) -> Codebook:
+def _init(
+    keys,
+    x,
+    num_codes,
+    steps,
+    axis_name,
+    block_size,
+) -> Codebook:
     def init_stage(rest, key):
         codebook = vq.init(
             key,
@@ -116,7 +123,12 @@ def quantize_residual(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _quantize(codebooks, x, gradient, block_size) -> Quantized:
+def _quantize(
+    codebooks,
+    x,
+    gradient,
+    block_size,
+) -> Quantized:
     def quantize_stage(rest, codebook):
         quantized = vq.quantize(codebook, rest, block_size=block_size)
         codes = lax.stop_gradient(quantized.vectors)
@@ -143,12 +155,7 @@ def lookup_residual(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
      [1.]]
     """
     codes = jnp.asarray(codes)
-    shape = np.shape(indices)
-    if codes.ndim != 3 or not shape or shape[-1] != len(codes):
-        raise InputError(
-            f"codes {list(codes.shape)} and indices {list(shape)} do not fit; they must be"
-            " [Q, E, W] and [..., Q]"
-        )
+    check_shapes({"codes": (codes, "Q E W"), "indices": (indices, "... Q")})
     check_integers("indices", indices, 0, codes.shape[1])
     return _lookup(codes, jnp.moveaxis(jnp.asarray(indices), -1, 0))
 
@@ -207,7 +214,14 @@ def update_residual_ema(
 
 
 @functools.partial(jax.jit, static_argnums=5)
-def _update_ema(codebooks, x, indices, decay, epsilon, axis_name) -> Codebook:
+def _update_ema(
+    codebooks,
+    x,
+    indices,
+    decay,
+    epsilon,
+    axis_name,
+) -> Codebook:
     def update_stage(rest, one):
         codebook, code_indices = one
         updated = vq.update_ema(
@@ -261,7 +275,14 @@ def revive_residual(
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _revive(keys, codebooks, x, threshold, axis_name, block_size) -> Codebook:
+def _revive(
+    keys,
+    codebooks,
+    x,
+    threshold,
+    axis_name,
+    block_size,
+) -> Codebook:
     def revive_stage(rest, one):
         codebook, key = one
         revived = vq.revive(
@@ -274,9 +295,8 @@ def _revive(keys, codebooks, x, threshold, axis_name, block_size) -> Codebook:
 
 
 def _check(codebooks: Codebook, x: jax.Array) -> None:
-    shape = codebooks.codes.shape
-    if len(shape) != 3 or not shape[0]:
-        raise InputError(
-            f"codes have shape {list(shape)}; they must be [Q, E, W], Q >= 1"
-        )
-    check_vectors(x if x.ndim != 1 else x[None], shape[-1])
+    codes = codebooks.codes
+    check_shapes({"codes": (codes, "Q E W"), "x": (x, "... W")})
+    if not len(codes):
+        raise InputError(f"codes has shape {list(codes.shape)}; Q must be at least 1")
+    check_vectors(x if x.ndim != 1 else x[None])

@@ -66,47 +66,45 @@ def rotation_trick(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
     x, quantized = _check_pair(x, quantized)
     quantized = lax.stop_gradient(quantized)
     constant_x = lax.stop_gradient(x)
-    (e, x_length), (q, quantized_length) = (
-        _unit_and_length(constant_x),
-        _unit_and_length(quantized),
-    )
-    r, _ = _unit_and_length(
-        e + q
-    )  # where q = -e this is 0, and the rotation a reflection
+    e, x_length = _unit_and_length(constant_x)
+    q, quantized_length = _unit_and_length(quantized)
+    # Where q = -e this is 0, and the rotation a reflection.
+    r, _ = _unit_and_length(e + q)
     rotated = x - 2 * r * jnp.sum(r * x, axis=-1, keepdims=True)
     rotated = rotated + 2 * q * jnp.sum(e * x, axis=-1, keepdims=True)
     has_rotation = (x_length > 0) & (quantized_length > 0)
-    transformed = jnp.where(
-        has_rotation,
-        quantized_length / jnp.where(has_rotation, x_length, 1.0) * rotated,
-        x,
-    )
+    stretching = quantized_length / jnp.where(has_rotation, x_length, 1.0)
+    transformed = jnp.where(has_rotation, stretching * rotated, x)
     return quantized + (transformed - lax.stop_gradient(transformed))
 
 
-def with_gradient(x: ArrayLike, quantized: ArrayLike, gradient: str) -> jax.Array:
+def with_gradient(
+    x: ArrayLike,
+    quantized: ArrayLike,
+    gradient: str,
+) -> jax.Array:
     """`straight_through` or `rotation_trick`, by its name: one of `GRADIENTS`."""
     if gradient not in GRADIENTS:
         raise InputError(
             f"gradient is {gradient!r}; it must be one of {', '.join(GRADIENTS)}"
         )
-    return (straight_through if gradient == "straight_through" else rotation_trick)(
-        x, quantized
-    )
+    if gradient == "rotation":
+        return rotation_trick(x, quantized)
+    return straight_through(x, quantized)
 
 
 def _unit_and_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x / |x|, or 0 where x is 0, and |x| [..., 1]."""
-    largest = jnp.max(
-        jnp.abs(x), axis=-1, keepdims=True
-    )  # so that no square over- or underflows
+    # Scaled so that no square over- or underflows.
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scaled = x / jnp.where(largest > 0, largest, 1.0)
     length = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=-1, keepdims=True))
     return scaled / jnp.where(length > 0, length, 1.0), length * largest
 
 
 def _check_pair(x: ArrayLike, quantized: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    x, quantized = as_float(x), as_float(quantized)
+    x = as_float(x)
+    quantized = as_float(quantized)
     if x.shape != quantized.shape or x.ndim < 1:
         raise InputError(
             f"x {list(x.shape)} and quantized {list(quantized.shape)} must be of one shape [..., W]"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float, check_integers, check_shapes
 from continuous_lm.errors import InputError
 from continuous_lm.losses import codebook_loss, commitment_loss
 from continuous_lm.quantize.kmeans import (
@@ -135,8 +135,7 @@ def lookup(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
      [1. 0.]]
     """
     codes = jnp.asarray(codes)
-    if codes.ndim != 2:
-        raise InputError(f"codes have shape {list(codes.shape)}; they must be [E, W]")
+    check_shapes({"codes": (codes, "E W")})
     check_integers("indices", indices, 0, len(codes))
     return codes[jnp.asarray(indices)]
 
@@ -178,14 +177,16 @@ def update_ema(
     >>> print(update_ema(codebook, [[4.0, 8.0]], [0], decay=0.75).codes)
     [[1. 2.]]
     """
-    x, code_indices = as_float(x), jnp.asarray(indices)
+    x = as_float(x)
+    code_indices = jnp.asarray(indices)
     num_codes, width = codebook.codes.shape
-    check_vectors(x, width)
+    check_vectors(x, codebook.codes)
     if code_indices.shape != x.shape[:-1]:
         raise InputError(
             f"indices have shape {list(code_indices.shape)}; there are vectors {list(x.shape[:-1])}"
         )
-    x, code_indices = lax.stop_gradient(x.reshape(-1, width)), code_indices.reshape(-1)
+    x = lax.stop_gradient(x.reshape(-1, width))
+    code_indices = code_indices.reshape(-1)
     batch_counts = count_codes(code_indices, num_codes, codebook.counts.dtype)
     batch_sums = sum_by_code(x, code_indices, num_codes)
     if axis_name is not None:
@@ -233,7 +234,7 @@ def revive(
     """
     x = as_float(x)
     num_codes, width = codebook.codes.shape
-    check_vectors(x, width)
+    check_vectors(x, codebook.codes)
     if axis_name is not None:
         x = lax.all_gather(x, axis_name)
     x = jnp.reshape(lax.stop_gradient(x), (-1, width))

@@ -104,7 +104,9 @@ def attend(
 
 
 def _attend_by(
-    implementation: str, problem: AttentionProblem, block_size: int | None
+    implementation: str,
+    problem: AttentionProblem,
+    block_size: int | None,
 ) -> jax.Array:
     """y [..., T, K, G, H]."""
     if implementation == "auto" and _is_short(problem):

@@ -124,20 +124,31 @@ def _even_block_size(length: int, max_block_size: int) -> int:
     return math.ceil(length / math.ceil(length / max_block_size))
 
 
-def pad_to_blocks(x: jax.Array, block_size: int, mode: str = "constant") -> jax.Array:
+def pad_to_blocks(
+    x: jax.Array,
+    block_size: int,
+    mode: str = "constant",
+) -> jax.Array:
     """x [B, T, ...] with T filled up to whole blocks. As last keys, nobody sees what is added."""
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, -x.shape[1] % block_size)
     return jnp.pad(x, padding, mode=mode)
 
 
-def _get_block(x: jax.Array, i: jax.Array, block_size: int) -> jax.Array:
+def _get_block(
+    x: jax.Array,
+    i: jax.Array,
+    block_size: int,
+) -> jax.Array:
     """Block i of x [B, T, ...]."""
     return lax.dynamic_slice_in_dim(x, i * block_size, block_size, axis=1)
 
 
 def _set_block(
-    x: jax.Array, values: jax.Array, i: jax.Array, block_size: int
+    x: jax.Array,
+    values: jax.Array,
+    i: jax.Array,
+    block_size: int,
 ) -> jax.Array:
     """x [B, T, ...] with `values` as its block i."""
     return lax.dynamic_update_slice_in_dim(
@@ -146,7 +157,10 @@ def _set_block(
 
 
 def reachable_blocks(
-    visibility: Visibility, options: KernelOptions, num_queries: int, num_keys: int
+    visibility: Visibility,
+    options: KernelOptions,
+    num_queries: int,
+    num_keys: int,
 ) -> jax.Array:
     """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
     query_offset, window_times, window = visibility
@@ -188,7 +202,10 @@ def block_ranges(reachable: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _products(
-    options: KernelOptions, q: jax.Array, k: jax.Array, dtype: DTypeLike
+    options: KernelOptions,
+    q: jax.Array,
+    k: jax.Array,
+    dtype: DTypeLike,
 ) -> jax.Array:
     """Scaled products [B, K, T, G, S] of the queries and keys of one block."""
     products = jnp.einsum("btkgh,bskh->bktgs", q, k, preferred_element_type=dtype)
@@ -196,7 +213,10 @@ def _products(
 
 
 def _mask(
-    options: KernelOptions, visibility: Visibility, i: jax.Array, j: jax.Array
+    options: KernelOptions,
+    visibility: Visibility,
+    i: jax.Array,
+    j: jax.Array,
 ) -> jax.Array:
     """Which keys of block j the queries of block i see, for scores [B, K, T, G, S]."""
     first_query = visibility.query_offset + i * options.query_block
@@ -230,7 +250,9 @@ class RunningSoftmax(NamedTuple):
 
 
 def _forward(
-    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """y [B, T, K, G, H], and the maximum and the sum of each row, [B, T, K, G] each."""
     q, k, v, key_weights = arrays
@@ -338,7 +360,9 @@ class ScoreGradients(NamedTuple):
 
 
 def _backward(
-    options: KernelOptions, residuals: Residuals, dy: jax.Array
+    options: KernelOptions,
+    residuals: Residuals,
+    dy: jax.Array,
 ) -> tuple[KernelArrays, None]:
     """Gradients for the arrays."""
     q, k, v, key_weights = residuals.arrays
@@ -391,7 +415,10 @@ def _backward(
 
 
 def _differentiate_scores(
-    options: KernelOptions, rows: QueryRows, keys: WeightedKeys, mask: jax.Array
+    options: KernelOptions,
+    rows: QueryRows,
+    keys: WeightedKeys,
+    mask: jax.Array,
 ) -> ScoreGradients:
     """The gradients of one block of scores."""
     dtype = keys.key_weights.dtype
@@ -434,7 +461,9 @@ def _add_query_gradients(
 
 
 def _add_key_gradients(
-    gradients: list[jax.Array], scores: ScoreGradients, rows: QueryRows
+    gradients: list[jax.Array],
+    scores: ScoreGradients,
+    rows: QueryRows,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dk, dv [B, S, K, H] and dd [B, S] of a block of keys, with those of a block of queries."""
     dk, dv, dd = gradients
@@ -450,14 +479,18 @@ def _add_key_gradients(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
 ) -> jax.Array:
     y, _, _ = _forward(options, arrays, visibility)
     return y
 
 
 def _attend_with_residuals(
-    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
 ) -> tuple[jax.Array, Residuals]:
     y, row_max, row_sum = _forward(options, arrays, visibility)
     return y, Residuals(arrays, visibility, y, row_max, row_sum)

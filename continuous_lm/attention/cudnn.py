@@ -49,7 +49,9 @@ def attend(problem: AttentionProblem) -> jax.Array:
 
 
 def _batch_together(
-    q: jax.Array, k: jax.Array, v: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> Callable[[jax.Array], jax.Array]:
     """A function that leaves an array as it is, but batched wherever q, k or v is.
 

@@ -25,7 +25,12 @@ MIN_KEY_WEIGHT = 2.0**-100
 
 
 def append_log_weights(
-    q: jax.Array, k: jax.Array, d: jax.Array, *, scale: float, padded_width: int
+    q: jax.Array,
+    k: jax.Array,
+    d: jax.Array,
+    *,
+    scale: float,
+    padded_width: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns q [B, T, N, H] and k [B, S, K, H], for weights d [B, S], `padded_width` wide."""
     c = 2.0 ** round(-math.log2(scale))
@@ -49,7 +54,10 @@ def append_log_weights(
 
 
 def scale_and_append_weights(
-    v: jax.Array, d: jax.Array, *, padded_width: int
+    v: jax.Array,
+    d: jax.Array,
+    *,
+    padded_width: int,
 ) -> jax.Array:
     """[d v, d] for v [B, S, K, H] and d [B, S], with `padded_width` channels."""
     d = jnp.broadcast_to(d[:, :, None, None], (*v.shape[:-1], 1))
@@ -66,7 +74,9 @@ def divide_by_weight_sum(y: jax.Array, head_width: int) -> jax.Array:
 
 
 def zero_rows_without_weight(
-    key_weights: jax.Array, y: jax.Array, query_offset: int = 0
+    key_weights: jax.Array,
+    y: jax.Array,
+    query_offset: int = 0,
 ) -> jax.Array:
     """y [..., T, K, G, H], but 0 for queries that see no weight [..., S] at all.
 
@@ -79,7 +89,11 @@ def zero_rows_without_weight(
     return jnp.where(has_weight[..., None, None, None], y, 0.0)
 
 
-def round_up(width: int, extra: int, multiple: int) -> int:
+def round_up(
+    width: int,
+    extra: int,
+    multiple: int,
+) -> int:
     """The least multiple that holds `width` channels and `extra` ones."""
     return -(-(width + extra) // multiple) * multiple
 

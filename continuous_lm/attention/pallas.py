@@ -168,7 +168,9 @@ def _pad_channels(x: jax.Array) -> jax.Array:
 
 
 def _visibility_mask(
-    query_positions: TokenPositions, key_positions: TokenPositions, tick_and_limit: Any
+    query_positions: TokenPositions,
+    key_positions: TokenPositions,
+    tick_and_limit: Any,
 ) -> jax.Array:
     """Which keys the queries see: `visibility.visibility_mask` for what is in a core's memory."""
     is_causal = key_positions.key_index <= query_positions.key_index
@@ -182,14 +184,21 @@ def _visibility_mask(
 
 
 def _matmul(
-    x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype: DTypeLike
+    x: jax.Array,
+    y: jax.Array,
+    axes: tuple[int, int],
+    dtype: DTypeLike,
 ) -> jax.Array:
     """The product that sums over these axes of x and y."""
     contracting = ((axes[0],), (axes[1],))
     return lax.dot_general(x, y, (contracting, ((), ())), preferred_element_type=dtype)
 
 
-def _loop_over_blocks(block_range: Any, step: Callable[..., Any], state: Any) -> Any:
+def _loop_over_blocks(
+    block_range: Any,
+    step: Callable[..., Any],
+    state: Any,
+) -> Any:
     """`step(i, state)` for the blocks i of the range, whose ends are [1, 1] each."""
     begin, end = block_range
     return lax.fori_loop(jnp.max(begin[...]), jnp.max(end[...]), step, state)
@@ -210,7 +219,11 @@ def _block_slice(i: jax.Array, block_size: int) -> Any:
     return pl.ds(pl.multiple_of(i * block_size, block_size), block_size)
 
 
-def _get_block(per_token: Any, i: jax.Array, block_size: int) -> Any:
+def _get_block(
+    per_token: Any,
+    i: jax.Array,
+    block_size: int,
+) -> Any:
     """Block i of what lies along the last axis."""
     entries = _block_slice(i, block_size)
     return jax.tree.map(lambda reference: reference[:, entries], per_token)
@@ -366,7 +379,10 @@ def _block_size(grid: Grid, options: KernelOptions) -> int:
 
 
 def _block_spec(
-    grid: Grid, options: KernelOptions, letters: str, array: Any
+    grid: Grid,
+    options: KernelOptions,
+    letters: str,
+    array: Any,
 ) -> pl.BlockSpec:
     """Which part of an array with these letters a point of the grid has: see `Grid`."""
     block_axis = grid.axes[-1]
@@ -433,7 +449,9 @@ def _tick_and_limit(
 
 
 def _reachable_blocks(
-    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
 ) -> jax.Array:
     num_queries, num_keys = arrays.q.shape[3], arrays.k.shape[2]
     return blocked.reachable_blocks(visibility, options, num_queries, num_keys)
@@ -482,7 +500,9 @@ def _inputs_by_key_block(
 
 
 def _attend_with_residuals(
-    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
 ) -> tuple[jax.Array, Residuals]:
     """y [B, K, G, T, H] in the dtype of the weights, and what the backward pass needs."""
     q, dtype = arrays.q, arrays.key_weights.dtype
@@ -494,7 +514,9 @@ def _attend_with_residuals(
 
 
 def _backward(
-    options: KernelOptions, residuals: Residuals, dy: jax.Array
+    options: KernelOptions,
+    residuals: Residuals,
+    dy: jax.Array,
 ) -> tuple[KernelArrays, None]:
     """Gradients for the arrays."""
     arrays, visibility, y, row_max, row_sum = residuals
@@ -518,7 +540,9 @@ def _backward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(
-    options: KernelOptions, arrays: KernelArrays, visibility: Visibility
+    options: KernelOptions,
+    arrays: KernelArrays,
+    visibility: Visibility,
 ) -> jax.Array:
     y, _ = _attend_with_residuals(options, arrays, visibility)
     return y

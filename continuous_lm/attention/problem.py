@@ -115,9 +115,19 @@ class AttentionProblem(NamedTuple):
         """`attend` as a function of `arrays` alone; what is closed over stays static."""
 
         def attend_arrays(
-            q: jax.Array, k: jax.Array, v: jax.Array, key_weights: jax.Array
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            key_weights: jax.Array,
         ) -> jax.Array:
-            return attend(self._replace(q=q, k=k, v=v, key_weights=key_weights))
+            return attend(
+                self._replace(
+                    q=q,
+                    k=k,
+                    v=v,
+                    key_weights=key_weights,
+                )
+            )
 
         return attend_arrays
 

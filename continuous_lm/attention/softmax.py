@@ -5,7 +5,9 @@ import jax.numpy as jnp
 
 
 def weighted_exp(
-    scores: jax.Array, key_weights: jax.Array, mask: jax.Array
+    scores: jax.Array,
+    key_weights: jax.Array,
+    mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """p = d exp(s - m) for the visible keys (0 for the others), and its sum over keys.
 

@@ -48,7 +48,9 @@ def exact_end_times(durations: jax.Array) -> WindowTimes:
 
 
 def elapsed_times(
-    window_times: WindowTimes, later: jax.Array, earlier: jax.Array
+    window_times: WindowTimes,
+    later: jax.Array,
+    earlier: jax.Array,
 ) -> jax.Array:
     """Time [..., T, S] from the ends of tokens `earlier` (int [S]) to ends of `later` (int [T])."""
     ticks = (

@@ -256,9 +256,9 @@ def test_memory_where_no_block_is_given():
     [
         (
             (np.ones((2, 3)), np.ones((4, 5)), 1),
-            "are 3 wide, but the codes, [4, 5], are 5 wide",
+            "x has shape [2, 3]; it must be [..., W] with W = 5, as in codes",
         ),
-        ((np.float32(1), np.ones((4, 5)), 1), "have no width"),
+        ((np.float32(1), np.ones((4, 5)), 1), "x has shape []; it must be [..., W]"),
         ((np.ones((2, 5)), np.ones((4, 5)), 5), "k is 5, but there are only 4 codes"),
         (
             (np.ones((2, 5)), np.ones((4, 5)), 0),
@@ -268,8 +268,11 @@ def test_memory_where_no_block_is_given():
             (np.ones((2, 5)), np.ones((4, 5)), 2.0),
             "k is 2.0; it must be a positive integer",
         ),
-        ((np.ones((2, 5)), np.ones((0, 5)), 1), "codes have shape [0, 5]"),
-        ((np.ones((2, 5)), np.ones(5), 1), "codes have shape [5]"),
+        (
+            (np.ones((2, 5)), np.ones((0, 5)), 1),
+            "codes has shape [0, 5]; E and W must be at least 1",
+        ),
+        ((np.ones((2, 5)), np.ones(5), 1), "codes has shape [5]; it must be [E, W]"),
         ((np.ones((2, 5)) * 1j, np.ones((4, 5)), 1), "x has dtype complex64"),
         (([[1.0], [np.nan]], np.ones((4, 1)), 1), "x[1] is not finite"),
         (([np.inf], np.ones((4, 1)), 1), "x is not finite"),
@@ -296,7 +299,7 @@ def test_what_does_not_fit_is_refused(arguments, message):
         ({"block_size": 0}, "block_size is 0; it must be a positive integer"),
         (
             {"norms": jnp.ones(3)},
-            "norms have shape [3]; there are 4 codes, so they must be [4]",
+            "norms has shape [3]; it must be [E] with E = 4, as in codes",
         ),
     ],
 )

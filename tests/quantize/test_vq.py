@@ -292,17 +292,20 @@ BOOKS = jax.tree.map(lambda a: a[None], BOOK)
         (lambda: quantize.init(KEY, [[np.nan]], 2), "x[0, 0] is nan"),
         (
             lambda: quantize.quantize(BOOK, np.ones((2, 5))),
-            "are 5 wide, but the codes, [4, 3], are",
+            "x has shape [2, 5]; it must be [..., W] with W = 3, as in codes",
         ),
         (
             lambda: quantize.quantize(BOOK, np.ones(3), gradient="none"),
             "gradient is 'none'",
         ),
         (lambda: quantize.lookup(BOOK.codes, 4), "indices is 4"),
-        (lambda: quantize.lookup(BOOKS.codes, 0), "codes have shape [1, 4, 3]"),
+        (
+            lambda: quantize.lookup(BOOKS.codes, 0),
+            "codes has shape [1, 4, 3]; it must be [E, W]",
+        ),
         (
             lambda: quantize.update_ema(BOOK, np.ones((2, 5)), [0, 0]),
-            "is 5 wide, but the codes",
+            "x has shape [2, 5]; it must be [..., W] with W = 3, as in codes",
         ),
         (
             lambda: quantize.update_ema(BOOK, np.ones((2, 3)), [0]),
@@ -310,20 +313,20 @@ BOOKS = jax.tree.map(lambda a: a[None], BOOK)
         ),
         (
             lambda: quantize.revive(KEY, BOOK, np.ones((2, 5))),
-            "is 5 wide, but the codes are 3",
+            "x has shape [2, 5]; it must be [..., W] with W = 3, as in codes",
         ),
         (lambda: quantize.init_residual(KEY, np.ones((2, 3)), 0, 2), "num_stages is 0"),
         (
             lambda: quantize.quantize_residual(BOOK, np.ones((2, 3))),
-            "they must be [Q, E, W]",
+            "codes has shape [4, 3]; it must be [Q, E, W]",
         ),
         (
             lambda: quantize.quantize_residual(BOOKS, np.ones((2, 4))),
-            "is 4 wide, but the codes",
+            "x has shape [2, 4]; it must be [..., W] with W = 3, as in codes",
         ),
         (
             lambda: quantize.lookup_residual(BOOKS.codes, [[0, 0]]),
-            "indices [1, 2] do not fit",
+            "indices has shape [1, 2]; it must be [..., Q] with Q = 1, as in codes",
         ),
         (
             lambda: quantize.update_residual_ema(BOOKS, np.ones((2, 3)), [0, 0]),
