@@ -69,24 +69,10 @@ class Inputs(NamedTuple):
           InputError: which argument is wrong, where, and how.
         """
         token_shape = _check_tokens(tokens, vocab_size, embeddings, width, vectors_name)
-        num_tokens = token_shape[-1]
-        if durations is not None:
-            check_durations(durations, num_tokens)
-            if not follows:
-                _check_first_duration(durations)
-        if times is not None:
-            if start is not None:
-                raise InputError(
-                    "times already say where the first token begins; leave out start"
-                )
-            check_durations(times, num_tokens, "times", minimum=-np.inf)
-        if start is not None:
-            check_numbers("start", start)
-        inputs = cls(*map(_as_array, (tokens, embeddings, durations, times, start)))
-        axes_lib.broadcast_leading_axes(inputs.leading_axes())
-        if window is not None and not follows:
-            _check_visible_keys(durations, times, window)
-        return inputs
+        check_timing(
+            token_shape, durations, times, start, window=window, follows=follows
+        )
+        return cls(*map(_as_array, (tokens, embeddings, durations, times, start)))
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +111,52 @@ class Inputs(NamedTuple):
             times=None if self.times is None else self.times[..., :num_tokens],
             start=self.start,
         )
+
+
+def check_timing(
+    token_shape: tuple[int, ...],
+    durations: ArrayLike | None,
+    times: ArrayLike | None,
+    start: ArrayLike | None,
+    *,
+    window: float | None,
+    follows: bool,
+    name: str = "tokens",
+) -> None:
+    """Refuses what cannot say when tokens are; shapes always, values where they are known.
+
+    Args:
+      token_shape: [..., T] of the tokens, or of what has one duration as a token has.
+      durations: d >= 0 [..., T].
+      times: when each token ends, [..., T].
+      start: the time at which the first token begins.
+      window: of the model's attention, in tokens; None if it has none.
+      follows: whether there are tokens before these.
+      name: what has the durations, in errors.
+    """
+    num_tokens = token_shape[-1]
+    if durations is not None:
+        check_durations(durations, num_tokens)
+        if not follows:
+            _check_first_duration(durations)
+    if times is not None:
+        if start is not None:
+            raise InputError(
+                "times already say where the first token begins; leave out start"
+            )
+        check_durations(times, num_tokens, "times", minimum=-np.inf)
+    if start is not None:
+        check_numbers("start", start)
+    axes_lib.broadcast_leading_axes(
+        {
+            name: token_shape[:-1],
+            "durations": () if durations is None else np.shape(durations)[:-1],
+            "times": () if times is None else np.shape(times)[:-1],
+            "start": () if start is None else np.shape(start),
+        }
+    )
+    if window is not None and not follows:
+        _check_visible_keys(durations, times, window)
 
 
 def _as_array(values: ArrayLike | None) -> jax.Array | None:

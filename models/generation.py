@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,9 +49,8 @@ class GeneratedTokens(NamedTuple):
 class DecodeSpec(NamedTuple):
     """What the compiled loop depends on, apart from shapes."""
 
-    model: (
-        nn.Module
-    )  # takes prompts, durations, cache and position; gives outputs and the cache
+    # Takes prompts, durations, cache and position; gives outputs and the cache.
+    model: Any
     prompt_argument: str  # the name under which the model takes the prompts
     next_argument: str  # and the items that the sampler makes
     sampler: Callable[..., jax.Array]  # hashable; see `decode_batch`

@@ -10,13 +10,14 @@ Pure functions compute with the tree of arrays. `ParameterModule` gives Flax Lin
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from continuous_lm import axes as axes_lib
@@ -28,6 +29,8 @@ Params = Mapping[str, Any]  # the tree: dicts of dicts of arrays
 ONES: Initializer = nn.initializers.ones
 ZEROS: Initializer = nn.initializers.zeros
 SMALL_NORMAL: Initializer = nn.initializers.normal(0.02)
+
+Entry = TypeVar("Entry")  # what a table says of one parameter
 
 
 class Declaration(NamedTuple):
@@ -58,9 +61,14 @@ def declare(
     return Declaration(letters, shape, initializer)
 
 
-def with_prefix(prefix: str, table: ParameterTable) -> dict[str, Declaration]:
-    """The table of a part of a model, under `prefix` in the whole tree."""
-    return {f"{prefix}/{path}": declaration for path, declaration in table.items()}
+def with_prefix(prefix: str, table: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The table of a part of a model, under `prefix` in the whole tree.
+
+    Args:
+      prefix: of the paths.
+      table: path -> `Declaration`, or something else that is said of a parameter.
+    """
+    return {f"{prefix}/{path}": entry for path, entry in table.items()}
 
 
 def unflatten(flat_params: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +100,22 @@ def _initialize_flat(
         parameter_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         flat_params[path] = initializer(parameter_key, shape, dtype)
     return flat_params
+
+
+def place(mesh: Mesh | None, params: Params, table: ParameterTable) -> Params:
+    """The parameters on a mesh, where the axes of their declarations say.
+
+    Args:
+      mesh: None: where they are.
+      params: of the table.
+      table: path -> declaration.
+    """
+    return unflatten(
+        {
+            path: axes_lib.place(mesh, array, " ".join(table[path].axes))
+            for path, array in flatten(params).items()
+        }
+    )
 
 
 class ParameterModule(nn.Module):

@@ -160,7 +160,7 @@ def random_softmax_lm(trunk_sizes: Mapping[str, int]) -> clm.LanguageModel:
 
 def random_next_vector_lm(
     trunk_sizes: Mapping[str, int], chunk_size: int
-) -> calm.NextVectorLM:
+) -> clm.LanguageModel[calm.NextVectorModel]:
     """A model of vectors of C tokens, on the trunk of `trunk_sizes`."""
     width = trunk_sizes["hidden_size"]
     codec = calm_training.create_codec(

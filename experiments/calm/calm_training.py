@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 
 from continuous_lm import losses
@@ -27,10 +28,12 @@ from continuous_lm.experiments.training import fit, run_log, text, window_batche
 from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.models import calm, density
 from continuous_lm.models.calm import autoencoder
-from continuous_lm.models.calm.autoencoder import AutoencoderConfig, Codec
-from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig
+from continuous_lm.models.calm.chunk_inputs import ChunkInputs
+from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.density.model import DensityLM
 from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
 from continuous_lm.models.transformer import Transformer
 
 CODEC_WINDOW_TOKENS = 64  # of a window from which the autoencoder's chunks are cut
@@ -42,7 +45,7 @@ NUM_LOSS_WINDOWS, NUM_SCORE_WINDOWS = (
 
 
 def train_codec(
-    codec: Codec,
+    codec: LanguageModel[Autoencoder],
     train_data: np.ndarray,
     held_out: np.ndarray,
     *,
@@ -50,7 +53,7 @@ def train_codec(
     config: fit.FitConfig,
     settings: Mapping[str, Any] | None = None,
     label: str = "training",
-) -> Codec:
+) -> LanguageModel[Autoencoder]:
     """Trains an autoencoder on the chunks of tokens [n], or goes on with the run in `folder`.
 
     Args:
@@ -63,19 +66,19 @@ def train_codec(
       settings: other settings that must be the same for a run to go on.
       label: of the progress bar.
     """
-    chunk_size, model = codec.config.chunk_size, codec.model
+    codec_config = codec.model.config
+    chunk_size = codec_config.chunk_size
     length = -(-CODEC_WINDOW_TOKENS // chunk_size) * chunk_size
 
     def loss(params, batch, key):
-        token_losses: Any = model.apply(
-            {"params": params}, batch.reshape(-1, chunk_size), key, method="loss"
-        )
-        return jnp.mean(token_losses), {}
+        chunks = batch.reshape(-1, chunk_size)
+        nats = autoencoder.chunk_losses(codec_config, params, chunks, key)
+        return jnp.mean(nats), {}
 
     held_out_chunks = _held_out_windows(held_out, length).reshape(-1, chunk_size)
     held_out_share: Callable = jax.jit(
         lambda params: _reconstructed_share(
-            model, params, held_out_chunks, jax.random.key(0), 1.0
+            codec_config, params, held_out_chunks, jax.random.key(0), 1.0
         )
     )
     params = fit.fit(
@@ -89,17 +92,17 @@ def train_codec(
         ),
         folder=folder,
         config=config,
-        settings={"autoencoder": dataclasses.asdict(codec.config), **(settings or {})}
+        settings={"autoencoder": dataclasses.asdict(codec_config), **(settings or {})}
         | {"batch_size": config.batch_size},
         evaluate=lambda params: {"reconstructed": float(held_out_share(params))},
         tokens_per_step=length * config.batch_size,
         label=label,
     )
-    return Codec(codec.config, params, codec.tokenizer, codec.hf_fields)
+    return codec.with_params(params)
 
 
 def train(
-    lm: NextVectorLM,
+    lm: LanguageModel[NextVectorModel],
     train_data: np.ndarray,
     held_out: np.ndarray,
     *,
@@ -108,7 +111,7 @@ def train(
     length: int,
     settings: Mapping[str, Any] | None = None,
     label: str = "training",
-) -> NextVectorLM:
+) -> LanguageModel[NextVectorModel]:
     """Trains a next-vector model on tokens [n], its autoencoder frozen, or goes on with a run.
 
     Args:
@@ -121,13 +124,13 @@ def train(
       settings: other settings that must be the same for a run to go on.
       label: of the progress bar.
     """
-    model, chunk_size = lm.model, lm.chunk_size
+    model = lm.model
+    chunk_size = model.chunk_size
     window_tokens = chunk_size * (length + 1)
 
     def loss(params, batch, key):
-        chunks = batch.reshape(*batch.shape[:-1], -1, chunk_size)
-        chunk_losses: Any = model.apply({"params": params}, chunks, key, method="loss")
-        return jnp.mean(chunk_losses), {}
+        inputs = ChunkInputs(batch.reshape(*batch.shape[:-1], -1, chunk_size))
+        return jnp.mean(model.loss(params, inputs, key)), {}
 
     loss_windows, score_windows = (
         _held_out_windows(held_out, window_tokens, limit)
@@ -141,12 +144,9 @@ def train(
     def draws_and_reference(params):
         """Two chunks for each of many held-out ones, and these: [2, B, T, C] and [B, T, C]."""
         chunks = score_windows.reshape(len(score_windows), -1, chunk_size)
-        variables: Any = {"params": params}
-        hidden: Any = model.apply(variables, chunks, method="context_states")
-        key = jax.random.key(0)
-        return model.apply(variables, key, hidden, 2, method="sample_chunks"), chunks[
-            :, 1:
-        ]
+        hidden = model.context_states(params, ChunkInputs(jnp.asarray(chunks)))
+        draws = model.sample_chunks(params, jax.random.key(0), hidden, 2)
+        return draws, chunks[:, 1:]
 
     def evaluate(params):
         (first, second), reference = draws_and_reference(params)
@@ -184,7 +184,7 @@ def train(
         tokens_per_step=length * chunk_size * config.batch_size,
         label=label,
     )
-    return dataclasses.replace(lm, params=params)
+    return lm.with_params(params)
 
 
 def _held_out_windows(
@@ -196,24 +196,30 @@ def _held_out_windows(
     )
 
 
-def _reconstructed_share(model, params, chunks, key, noise_factor) -> jax.Array:
+def _reconstructed_share(
+    codec_config: AutoencoderConfig,
+    params: Params,
+    chunks: ArrayLike,
+    key: jax.Array,
+    noise_factor: float,
+) -> jax.Array:
     """Share of tokens recovered from latents with `noise_factor` times the posterior's noise."""
-    variables = {"params": params}
-    mean, log_scale = model.apply(variables, chunks, method="encode")
-    z = mean + noise_factor * jnp.exp(log_scale) * jax.random.normal(
-        key, mean.shape, mean.dtype
-    )
-    return jnp.mean(model.apply(variables, z, method="decode_tokens") == chunks)
+    mean, log_scale = autoencoder.encode_chunks(codec_config, params, chunks)
+    noise = jax.random.normal(key, mean.shape, mean.dtype)
+    latents = mean + noise_factor * jnp.exp(log_scale) * noise
+    tokens = autoencoder.decode_tokens(codec_config, params, latents)
+    return jnp.mean(tokens == chunks)
 
 
 def reconstruction_shares(
-    codec: Codec, tokens: np.ndarray, *, seed: int = 0
+    codec: LanguageModel[Autoencoder], tokens: np.ndarray, *, seed: int = 0
 ) -> dict[str, float]:
     """Shares of the tokens [n] that come back: from the mean, from a draw, and with noise again.
 
     "noisy" is a draw to which noise of the posterior's own scale is added once more.
     """
-    chunk_size = codec.config.chunk_size
+    codec_config = codec.model.config
+    chunk_size = codec_config.chunk_size
     window_batches.check_length(tokens, chunk_size - 1, "the held-out data")
     chunks = np.asarray(tokens[: len(tokens) // chunk_size * chunk_size]).reshape(
         -1, chunk_size
@@ -231,7 +237,7 @@ def reconstruction_shares(
             shares[name].append(
                 float(
                     jitted_share(
-                        codec.model, codec.params, chunk_batch, key, noise_factor
+                        codec_config, codec.params, chunk_batch, key, noise_factor
                     )
                 )
             )
@@ -269,7 +275,7 @@ def evaluation_positions(
 
 
 def draw_continuations(
-    lm: NextVectorLM | DensityLM,
+    lm: LanguageModel[NextVectorModel] | DensityLM,
     contexts: np.ndarray,
     key: jax.Array,
     *,
@@ -290,7 +296,7 @@ def draw_continuations(
             jax.random.fold_in(key, i),
         )
         generated: Any
-        if isinstance(lm, NextVectorLM):
+        if isinstance(lm.model, NextVectorModel):
             generated = calm.sample(
                 lm,
                 repeated_contexts,
@@ -313,7 +319,7 @@ def draw_continuations(
 
 
 def evaluate_brier_lm(
-    lm: NextVectorLM | DensityLM,
+    lm: LanguageModel[NextVectorModel] | DensityLM,
     held_out: np.ndarray,
     *,
     context: int,
@@ -375,18 +381,23 @@ def evaluate_brier_lm(
 
 
 def evaluate_autoencoder(
-    lm: NextVectorLM, held_out: np.ndarray, *, seed: int = 0
+    lm: LanguageModel[NextVectorModel], held_out: np.ndarray, *, seed: int = 0
 ) -> dict[str, Any]:
     """What is known of a next-vector model beside its scores."""
     return {
-        "chunk_size": lm.chunk_size,
+        "chunk_size": lm.model.chunk_size,
         "latent_size": lm.model.autoencoder_config.latent_size,
-        "reconstruction": reconstruction_shares(lm.codec, held_out, seed=seed),
+        "reconstruction": reconstruction_shares(
+            calm.autoencoder_of(lm), held_out, seed=seed
+        ),
     }
 
 
 def interpolate_texts(
-    codec: Codec, first: list[int], second: list[int], num_points: int = 5
+    codec: LanguageModel[Autoencoder],
+    first: list[int],
+    second: list[int],
+    num_points: int = 5,
 ) -> list[list[int]]:
     """Tokens at points on the line between the latents of two texts, from the first to the second.
 
@@ -398,18 +409,19 @@ def interpolate_texts(
       second: tokens.
       num_points: how many, the ends among them.
     """
-    chunk_size = codec.config.chunk_size
+    chunk_size = codec.model.config.chunk_size
     num_tokens = min(len(first), len(second)) // chunk_size * chunk_size
     if not num_tokens:
         raise InputError(
             f"a text to go between has less than the {chunk_size} tokens of a chunk"
         )
     end_latents = [
-        codec.encode(np.reshape(tokens[:num_tokens], (-1, chunk_size)))[0]
+        autoencoder.encode(codec, np.reshape(tokens[:num_tokens], (-1, chunk_size)))[0]
         for tokens in (first, second)
     ]
     fractions = jnp.linspace(0.0, 1.0, num_points)[:, None, None]
-    logits = codec.decode((1 - fractions) * end_latents[0] + fractions * end_latents[1])
+    latents = (1 - fractions) * end_latents[0] + fractions * end_latents[1]
+    logits = autoencoder.decode(codec, latents)
     return [
         row.tolist()
         for row in np.asarray(jnp.argmax(logits, -1)).reshape(num_points, num_tokens)
@@ -550,7 +562,7 @@ def create_codec(
     chunk_size: int,
     tokenizer: Any = None,
     **sizes: Any,
-) -> Codec:
+) -> LanguageModel[Autoencoder]:
     """An autoencoder whose MLPs are 8/3 times as wide as it is, in steps of 32, unless `sizes` say.
 
     Raises:

@@ -6,11 +6,12 @@ deviation 0.15 in each dimension. Over all angles its mean is 0 and its deviatio
 about 1.
 """
 
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.models.calm import implicit_heads
 from continuous_lm.models.density import heads
+from continuous_lm.models.parameters import initialize
 
 TARGET_WIDTH, MODE_RADIUS, MODE_DEVIATION, LIKELIER_MODE_SHARE = (
     2,
@@ -41,6 +43,7 @@ NUM_REPEATS = 5
 NUM_RESAMPLES = 2000  # of the bootstrap interval
 
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
+ComparedHead = heads.Head | implicit_heads.ImplicitHead
 
 
 @jax.jit
@@ -88,7 +91,9 @@ def draw_best_gaussian(key: jax.Array, hidden: jax.Array) -> jax.Array:
     return ((2.0 * LIKELIER_MODE_SHARE - 1.0) + along_mode) * mode + noise
 
 
-def make_heads(hidden_size: int, depth: int, num_samples: int) -> dict[str, heads.Head]:
+def make_heads(
+    hidden_size: int, depth: int, num_samples: int
+) -> dict[str, ComparedHead]:
     """The heads that are compared, by name."""
     density_settings: dict[str, Any] = {
         "width": TARGET_WIDTH,
@@ -116,22 +121,43 @@ def make_heads(hidden_size: int, depth: int, num_samples: int) -> dict[str, head
     }
 
 
-def with_default_sampling(head: heads.Head) -> heads.Head:
+def with_default_sampling(head: ComparedHead) -> ComparedHead:
     """The head with the settings that only sampling reads at their defaults.
 
     Heads of which these are equal have the same parameters after the same training.
     """
     match head:
         case implicit_heads.FlowHead():
-            return head.clone(solver="midpoint", steps=16)
+            return dataclasses.replace(head, solver="midpoint", steps=16)
         case implicit_heads.DiffusionHead():
-            return head.clone(ancestral=False, steps=16)
+            return dataclasses.replace(head, ancestral=False, steps=16)
     return head
+
+
+def init_head(head: ComparedHead, key: jax.Array) -> Any:
+    """New parameters of a head."""
+    if isinstance(head, implicit_heads.ImplicitHead):
+        return initialize(key, head.parameter_table(2 * NUM_HARMONICS))
+    return nn.unbox(head.init(key, hidden_states(jnp.zeros(1)))["params"])
+
+
+def head_losses(
+    head: ComparedHead,
+    params: Any,
+    hidden: jax.Array,
+    target: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """The head's losses [...]; the key is for noise, if the head draws any."""
+    if isinstance(head, implicit_heads.ImplicitHead):
+        return head.loss(params, hidden, target, key)
+    losses: Any = head.apply({"params": params}, hidden, target, method="loss")
+    return losses
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "batch_size"))
 def fit_head(
-    head: heads.Head,
+    head: ComparedHead,
     key: jax.Array,
     *,
     steps: int,
@@ -140,7 +166,7 @@ def fit_head(
 ) -> tuple[Any, jax.Array]:
     """Adam on fresh data in each step, its rate going down to 0: parameters and losses [steps]."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    params = nn.unbox(head.init(key, hidden_states(jnp.zeros(1)))["params"])
+    params = init_head(head, key)
 
     def step(carry, key):
         params, optimizer_state = carry
@@ -149,15 +175,9 @@ def fit_head(
             jax.random.uniform(angle_key, (batch_size,), maxval=2 * math.pi)
         )
         target = draw_target(target_key, hidden)
-        key_argument = (
-            (noise_key,) if isinstance(head, implicit_heads.ImplicitHead) else ()
-        )
 
         def loss(params):
-            losses = head.apply(
-                {"params": params}, hidden, target, *key_argument, method="loss"
-            )
-            return jnp.mean(cast(jax.Array, losses))
+            return jnp.mean(head_losses(head, params, hidden, target, noise_key))
 
         mean_loss, gradient = jax.value_and_grad(loss)(params)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
@@ -168,11 +188,13 @@ def fit_head(
     return params, losses
 
 
-def make_sampler(head: heads.Head, params: Any) -> Sampler:
+def make_sampler(head: ComparedHead, params: Any) -> Sampler:
     """(key, hidden) -> samples, SAMPLES_PER_CALL at a time: compiled once for all shapes."""
 
     @jax.jit
     def draw_batch(key, hidden):
+        if isinstance(head, implicit_heads.ImplicitHead):
+            return head.sample(params, key, hidden)
         return head.apply({"params": params}, key, hidden, method="sample")
 
     def draw_samples(key, hidden):
@@ -281,7 +303,7 @@ def samples_per_second(draw_samples: Sampler, key: jax.Array) -> float:
 
 
 def compare_heads(
-    head_by_name: Mapping[str, heads.Head],
+    head_by_name: Mapping[str, ComparedHead],
     *,
     seed: int,
     steps: int,
@@ -307,7 +329,7 @@ def compare_heads(
         }
         for name, draw_samples in samplers.items()
     }
-    params_and_seconds: dict[heads.Head, tuple[Any, float]] = {}
+    params_and_seconds: dict[ComparedHead, tuple[Any, float]] = {}
     for name, head in head_by_name.items():
         training_head = with_default_sampling(head)
         if training_head not in params_and_seconds:

@@ -21,9 +21,13 @@ from continuous_lm import quantize
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import tables
 from continuous_lm.experiments.training import window_batches
+from continuous_lm.models import calm
 from continuous_lm.models import density as density_lib
-from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.calm import autoencoder
+from continuous_lm.models.calm.chunk_inputs import ChunkInputs
+from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.language_model import LanguageModel
 
 NUM_REPEATS = 5
 FSQ_GROUP_SIZE = (
@@ -165,7 +169,7 @@ def compare_quantizers(
 
 
 def compare_latent_quantizers(
-    lm: NextVectorLM,
+    lm: LanguageModel[NextVectorModel],
     train_tokens: np.ndarray,
     held_out: np.ndarray,
     *,
@@ -194,7 +198,9 @@ def compare_latent_quantizers(
       levels: of finite scalar quantization.
       max_train_chunks: training chunks, at most.
     """
-    chunk_size, latent_size = lm.chunk_size, lm.model.autoencoder_config.latent_size
+    model = lm.model
+    chunk_size = model.chunk_size
+    latent_size = model.autoencoder_config.latent_size
     if latent_size % FSQ_GROUP_SIZE:
         raise InputError(
             f"latents of width {latent_size} do not fall into groups of {FSQ_GROUP_SIZE}"
@@ -215,17 +221,19 @@ def compare_latent_quantizers(
         :max_train_chunks
     ]
     key, noise_key = jax.random.split(jax.random.key(seed))
-    variables: Any = {"params": lm.params}
+    params = lm.params
 
     @jax.jit
     def draw_next_latents(chunks):
-        hidden: Any = lm.model.apply(variables, chunks, method="context_states")
+        hidden = model.context_states(params, ChunkInputs(chunks))
         hidden = hidden.reshape(-1, hidden.shape[-1])
-        noise = lm.model.head.noise(noise_key, hidden.shape[:1])
-        return lm.model.apply(variables, noise, hidden, method="transform")
+        noise = model.head.noise(noise_key, hidden.shape[:1])
+        return model.transform(params, noise, hidden)
 
-    x, target_latents = draw_next_latents(chunks), lm.codec.encode(targets)[0]
-    latents = lm.codec.encode(train_chunks)[0]
+    codec = calm.autoencoder_of(lm)
+    x = draw_next_latents(chunks)
+    target_latents, _ = autoencoder.encode(codec, targets)
+    latents, _ = autoencoder.encode(codec, train_chunks)
     if codes > len(latents):
         raise InputError(
             f"--codes={codes}, but there are {len(latents)} training chunks"
@@ -259,7 +267,7 @@ def compare_latent_quantizers(
 
         def decode_to_tokens(z, code=coder):
             vectors = code(z)
-            return vectors, lm.model.apply(variables, vectors, method="decode_tokens")
+            return vectors, model.decode_tokens(params, vectors)
 
         jitted_decoder = jax.jit(decode_to_tokens)
         vectors, decoded_tokens = jitted_decoder(x)

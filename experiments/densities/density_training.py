@@ -18,12 +18,13 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.training import fit, window_batches
 from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.io.json_files import read_json
-from continuous_lm.models import calm, density
 from continuous_lm.models import calm as next_vector
+from continuous_lm.models import density, parameters
 from continuous_lm.models.calm import autoencoder
-from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 from continuous_lm.rotary import Rope
 
@@ -165,13 +166,9 @@ def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
             abstract_variables = jax.eval_shape(
                 lambda: lm.model.init(key, **example_inputs)
             )
-        case NextVectorLM():
-            abstract_variables = jax.eval_shape(
-                lm.model.init, key, calm.example_inputs(lm.model)
-            )
         case _:
-            chunk = np.zeros(lm.config.chunk_size, np.int32)
-            abstract_variables = jax.eval_shape(lm.model.init, key, chunk)
+            table = lm.model.parameter_table()
+            return lm.with_params(parameters.place(mesh, lm.params, table))
     params = axes_lib.place_tree(mesh, lm.params, abstract_variables["params"])
     return dataclasses.replace(lm, params=params)
 
@@ -190,7 +187,7 @@ def load_text_model(
     folder: str | os.PathLike,
     codec: str | os.PathLike | None = None,
     mesh: Mesh | None = None,
-) -> DensityLM | NextVectorLM:
+) -> DensityLM | LanguageModel[NextVectorModel]:
     """The density or next-vector model in a folder, with a tokenizer.
 
     Args:
@@ -233,7 +230,7 @@ def load_density_model(
     return lm
 
 
-def num_learned_parameters(lm: DensityLM | NextVectorLM) -> int:
+def num_learned_parameters(lm: DensityLM | LanguageModel[NextVectorModel]) -> int:
     """How many numbers are learned: a frozen table or autoencoder is not among them."""
     frozen_parts = ("table", "autoencoder")
     learned_parts = {

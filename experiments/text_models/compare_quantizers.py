@@ -22,7 +22,7 @@ from continuous_lm.experiments.densities import code_comparison, density_trainin
 from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
-from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.parallel import processes
 
 _MODEL = flags.DEFINE_list(
@@ -62,7 +62,7 @@ def main() -> None:
     for name in _MODEL.value:
         lm = density_training.load_text_model(name, _CODEC.value, program.mesh())
         data = tokenized_text.read_corpus(lm.tokenizer)
-        if isinstance(lm, NextVectorLM):
+        if isinstance(lm.model, NextVectorModel):
             if flags.FLAGS["candidates"].present:
                 raise InputError(
                     "--candidates: a next-vector model has no rows; leave it out"

@@ -21,8 +21,9 @@ from continuous_lm.experiments.densities import density_training, evaluation
 from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
-from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
 _MODELS = flags.DEFINE_list(
@@ -48,10 +49,10 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of draws and intervals.", lower_bound=0
 
 
 def evaluate_model(
-    lm: DensityLM | NextVectorLM, data: tokenized_text.Corpus
+    lm: DensityLM | LanguageModel[NextVectorModel], data: tokenized_text.Corpus
 ) -> dict[str, Any]:
     """The numbers of one model's own kind."""
-    if isinstance(lm, NextVectorLM):
+    if isinstance(lm.model, NextVectorModel):
         return calm_training.evaluate_autoencoder(lm, data.held_out, seed=_SEED.value)
     metrics = evaluation.evaluate_density(
         lm,

@@ -34,8 +34,9 @@ from continuous_lm.experiments.training import text
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import calm, density
-from continuous_lm.models.calm.checkpoint import NextVectorLM
+from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
 _MODEL = flags.DEFINE_string(
@@ -197,7 +198,7 @@ def plot_steering(results: list[dict[str, Any]], xlabel: str) -> Figure:
     return steering_figure
 
 
-def sample_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
+def sample_next_vectors(lm: LanguageModel[NextVectorModel]) -> dict[str, Any]:
     """Texts from a next-vector model, and between two."""
     tokenizer: Any = lm.tokenizer
     end_tokens = [
@@ -236,7 +237,9 @@ def sample_next_vectors(lm: NextVectorLM) -> dict[str, Any]:
         with about("--between"):
             results["between"] = [
                 tokenizer.decode(tokens)
-                for tokens in calm_training.interpolate_texts(lm.codec, *end_tokens)
+                for tokens in calm_training.interpolate_texts(
+                    calm.autoencoder_of(lm), *end_tokens
+                )
             ]
         print("--- between", *results["between"], sep="\n")
     return results
@@ -248,13 +251,13 @@ def main() -> None:
     strength_values = read_strengths()
     lm = density_training.load_text_model(_MODEL.value, _CODEC.value, program.mesh())
     excluded_flags = (
-        _DENSITY_FLAGS if isinstance(lm, NextVectorLM) else _NEXT_VECTOR_FLAGS
+        _DENSITY_FLAGS if isinstance(lm.model, NextVectorModel) else _NEXT_VECTOR_FLAGS
     )
     for name in excluded_flags:
         if flags.FLAGS[name].present:
-            kind = "next-vector" if isinstance(lm, NextVectorLM) else "density"
+            kind = "next-vector" if isinstance(lm.model, NextVectorModel) else "density"
             raise InputError(f"--{name} is not for a {kind} model; leave it out")
-    if isinstance(lm, NextVectorLM):
+    if isinstance(lm.model, NextVectorModel):
         next_vector_results = sample_next_vectors(lm)
         if not processes.is_first_process():
             return

@@ -38,6 +38,7 @@ from continuous_lm.models import density
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.implicit_heads import IMPLICIT_HEADS
 from continuous_lm.models.density import heads
+from continuous_lm.models.head import from_dict as implicit_head_from_dict
 from continuous_lm.parallel import processes
 
 STAGES = ("density", "baseline", "autoencoder", "calm")
@@ -310,7 +311,11 @@ def train_calm(
         if codec.tokenizer is None:
             raise InputError(f"{_CODEC.value} has no tokenizer.json")
     data = tokenized_text.read_corpus(codec.tokenizer)
-    settings = {"kind": read_head_kind(), "width": codec.config.latent_size, "depth": 2}
+    settings = {
+        "kind": read_head_kind(),
+        "width": codec.model.config.latent_size,
+        "depth": 2,
+    }
     head_settings = density_training.parse_settings(
         _HEAD_SETTINGS.value, "head_settings"
     )
@@ -319,10 +324,10 @@ def train_calm(
             f"--head_settings: {name} follows from --head and --codec; leave it out"
         )
     settings |= head_settings
-    head: Any = heads.from_dict(settings, registry=IMPLICIT_HEADS)
+    head = implicit_head_from_dict(settings, IMPLICIT_HEADS)
     lm = calm_models.create(
         key,
-        new_trunk_config(codec.config.vocab_size),
+        new_trunk_config(codec.model.config.vocab_size),
         codec,
         head,
         num_targets=calm_training.NUM_TARGET_DRAWS,

@@ -1,10 +1,15 @@
 """CALM: next-vector models of C tokens a step (Shao et al., arXiv:2510.27688).
 
 lm = calm.load("path/to/a/calm/folder", "path/to/its/autoencoder/folder")
+hidden = calm.hidden_states(lm, calm.split_into_chunks(tokens, lm.model.chunk_size))
 new = calm.sample(lm, tokens, max_new_tokens=64, temperature=0.5, key=key)
+
+The functions here take a `LanguageModel[NextVectorModel]` and check their arguments. Under them are
+the methods of `NextVectorModel`, pure functions of parameters and checked inputs.
 """
 
 from continuous_lm.models.calm import autoencoder, implicit_heads, repeated_draws
+from continuous_lm.models.calm.autoencoder import Autoencoder
 from continuous_lm.models.calm.checkpoint import (
     is_config,
     load,
@@ -12,29 +17,37 @@ from continuous_lm.models.calm.checkpoint import (
     save,
     write_config,
 )
-from continuous_lm.models.calm.model import (
-    NextVectorLM,
-    NextVectorModel,
+from continuous_lm.models.calm.chunk_inputs import ChunkInputs, split_into_chunks
+from continuous_lm.models.calm.model import NextVectorModel
+from continuous_lm.models.calm.next_vector import (
+    autoencoder_of,
     create,
-    example_inputs,
-    split_into_chunks,
+    hidden_states,
+    loss,
+    next_vector_model,
+    transform,
 )
 from continuous_lm.models.calm.samplers import SAMPLING_METHODS, sample
 
 __all__ = [
     "SAMPLING_METHODS",
-    "NextVectorLM",
+    "Autoencoder",
+    "ChunkInputs",
     "NextVectorModel",
     "autoencoder",
+    "autoencoder_of",
     "create",
-    "example_inputs",
+    "hidden_states",
     "implicit_heads",
     "is_config",
     "load",
+    "loss",
+    "next_vector_model",
     "read_config",
     "repeated_draws",
     "sample",
     "save",
     "split_into_chunks",
+    "transform",
     "write_config",
 ]

@@ -12,10 +12,8 @@ from continuous_lm.errors import InputError
 
 SOLVERS = ("euler", "midpoint")
 
-
-MIN_SIGNAL_VARIANCE = (
-    1e-3  # of the variance that is left of the target where diffusion begins
-)
+# Of the variance that is left of the target where diffusion begins.
+MIN_SIGNAL_VARIANCE = 1e-3
 
 
 def integrate(
@@ -37,7 +35,7 @@ def integrate(
     Raises:
       InputError: for another solver, or no step.
     """
-    _check_solver(solver)
+    check_solver(solver)
     _check_steps(steps)
     x = as_float(x)
     step_size = 1.0 / steps
@@ -85,32 +83,34 @@ def denoise(
 
     def denoise_step(x, inputs):
         time, next_time, fresh_noise = inputs
-        variance, next_variance = signal_variance(time), signal_variance(next_time)
+        variance = signal_variance(time)
+        next_variance = signal_variance(next_time)
         predicted_noise = predict(x, time)
-        predicted_target = (x - jnp.sqrt(1 - variance) * predicted_noise) / jnp.sqrt(
-            variance
-        )
+        noise_part = jnp.sqrt(1 - variance) * predicted_noise
+        predicted_target = (x - noise_part) / jnp.sqrt(variance)
         # The variance of x at `next_time`, given the target and x at `time`.
         fresh_variance = (
             0.0
             if fresh_noise is None
             else (1 - next_variance) / (1 - variance) * (1 - variance / next_variance)
         )
+        mean_noise_scale = jnp.sqrt(
+            jnp.maximum(1 - next_variance - fresh_variance, 0.0)
+        )
         x = (
             jnp.sqrt(next_variance) * predicted_target
-            + jnp.sqrt(jnp.maximum(1 - next_variance - fresh_variance, 0.0))
-            * predicted_noise
+            + mean_noise_scale * predicted_noise
         )
-        return (
-            x if fresh_noise is None else x + jnp.sqrt(fresh_variance) * fresh_noise
-        ).astype(initial_noise.dtype), None
+        if fresh_noise is not None:
+            x = x + jnp.sqrt(fresh_variance) * fresh_noise
+        return x.astype(initial_noise.dtype), None
 
-    return jax.lax.scan(
-        denoise_step, initial_noise, (times[:-1], times[1:], step_noise)
-    )[0]
+    scanned = (times[:-1], times[1:], step_noise)
+    return jax.lax.scan(denoise_step, initial_noise, scanned)[0]
 
 
-def _check_solver(solver: str) -> None:
+def check_solver(solver: str) -> None:
+    """Refuses what is none of SOLVERS."""
     if solver not in SOLVERS:
         raise InputError(
             f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}"

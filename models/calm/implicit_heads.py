@@ -3,15 +3,15 @@
 What such a head knows of the distribution is a map from noise to a sample, so that it can be drawn
 from, and never be asked for a probability:
 
-    loss(hidden, target, key)            [...], in expectation least at the data's distribution
-    sample(key, hidden, temperature)     [..., W]
-    noise(key, shape)                    [*shape, U]
-    transform(noise, hidden)             [..., W], the map itself
+    loss(params, hidden, target, key)            [...], in expectation least at the data's
+    sample(params, key, hidden, temperature)     [..., W]
+    noise(key, shape)                            [*shape, U]
+    transform(params, noise, hidden)             [..., W], the map itself
 
-with hidden [..., D] and target [..., W]. Where a target was drawn several times (from the posterior
-of an autoencoder, say), target is [num_targets, ..., W]: one axis more than hidden has. Leading
-axes of noise and hidden broadcast, so that noise [Z, ..., U] gives Z samples of each hidden state.
-`__call__` is the sample of noise that is 0, and what parameters are made with.
+with hidden [..., D] and target [..., W], and params of `parameter_table(D)`. Where a target was
+drawn several times (from the posterior of an autoencoder, say), target is [num_targets, ..., W]:
+one axis more than hidden has. Leading axes of noise and hidden broadcast, so that noise [Z, ..., U]
+gives Z samples of each hidden state.
 
     energy      one step, trained by the energy score (the generative head of CALM)
     flow        the solution of an ordinary differential equation, trained by flow matching
@@ -25,51 +25,43 @@ density, p^(1/temperature) normalised: of two modes of which one is rarer, a low
 both, or what lies between them.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from continuous_lm import losses
 from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
+from continuous_lm.models import settings
 from continuous_lm.models.calm.flow_solvers import (
-    _check_solver,
+    SOLVERS,
     denoise,
     integrate,
     signal_variance,
 )
 from continuous_lm.models.calm.noise_network import (
-    _NUM_TIME_FREQUENCIES,
-    Weights,
-    _apply_linear,
+    NUM_TIME_FREQUENCIES,
+    NetworkParams,
+    NetworkSizes,
     condition,
+    parameter_table,
     run_noise_network,
     time_features,
 )
-from continuous_lm.models.density.heads import Head, kernel_init
+from continuous_lm.models.head import Head, linear
+from continuous_lm.models.parameters import ParameterTable, Params
 
-_ZEROS_INIT = nn.initializers.zeros
-_ONES_INIT = nn.initializers.ones
+MAX_DEPTH, MAX_STEPS = 64, settings.MAX_SIZE
+Predictor = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+@dataclasses.dataclass(frozen=True)
 class ImplicitHead(Head):
-    """What all of them share: gated residual MLP blocks over noise and the hidden state.
-
-    With LN a layer norm, x = LN(noise's embedding) and y = LN(hidden state's embedding), a block is
-
-        h = outer(silu(middle(silu(inner([LN(x), y])))))
-        x + down(silu(gate) * up),     gate, up = the halves of h
-
-    and the end last(silu(last_inner(LN(x)))), as in CALM (Shao et al., arXiv:2510.27688). All
-    linear maps have a bias; all but those to and from the blocks keep or double the width D.
-
-    The last map begins at 0. All samples coincide then, and the loss cannot tell apart what noise
-    they come from; but the map's gradient can, as it is an outer product with features of that
-    noise, and after one step no two samples are equal.
+    """What all of them share: the network of `noise_network`.
 
     Attributes:
       hidden_size: D of the blocks; the hidden state's width if left out.
@@ -77,9 +69,14 @@ class ImplicitHead(Head):
       num_samples: Z, how often a loss draws noise for each hidden state.
     """
 
-    hidden_size: int | None = None
-    depth: int = 4
-    num_samples: int = 8
+    hidden_size: int | None = dataclasses.field(
+        default=None,
+        metadata=settings.integer(1, settings.MAX_SIZE, is_optional=True),
+    )
+    depth: int = dataclasses.field(default=4, metadata=settings.integer(0, MAX_DEPTH))
+    num_samples: int = dataclasses.field(
+        default=8, metadata=settings.integer(1, settings.MAX_SIZE)
+    )
 
     @property
     def noise_width(self) -> int:
@@ -91,108 +88,64 @@ class ImplicitHead(Head):
         """How often a sample goes through the blocks."""
         return 1
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        hidden = as_float(hidden)
-        zeros = jnp.zeros((*hidden.shape[:-1], self.noise_width), hidden.dtype)
-        return self.transform(zeros, hidden)
+    def network_sizes(self, hidden_width: int) -> NetworkSizes:
+        """The sizes of the network, for hidden states [..., hidden_width]."""
+        return NetworkSizes(
+            block_width=self.hidden_size or hidden_width,
+            depth=self.depth,
+            input_width=self.noise_width,
+            hidden_width=hidden_width,
+            output_width=self.width,
+        )
 
-    def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
+    def parameter_table(self, hidden_width: int) -> ParameterTable:
+        return parameter_table(self.network_sizes(hidden_width))
+
+    def loss(
+        self, params: Params, hidden: jax.Array, target: ArrayLike, key: jax.Array
+    ) -> jax.Array:
         """[...], of hidden [..., D] and target [(num_targets,) ..., W]; noise is drawn by `key`."""
         raise NotImplementedError
 
-    def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
+    def transform(
+        self, params: Params, noise: ArrayLike, hidden: ArrayLike
+    ) -> jax.Array:
         """Samples [..., W] from noise [..., U] and hidden [..., D]: a deterministic map."""
         raise NotImplementedError
 
     def noise(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+        self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
     ) -> jax.Array:
         """Noise [*shape, U] that `transform` turns into samples; of a standard normal density."""
         return jax.random.normal(key, (*shape, self.noise_width), dtype)
 
     def sample(
-        self, key: jax.Array, hidden: jax.Array, temperature: ArrayLike = 1.0
+        self,
+        params: Params,
+        key: jax.Array,
+        hidden: jax.Array,
+        temperature: ArrayLike = 1.0,
     ) -> jax.Array:
         """Samples [..., W] from the noise of `key`, times `temperature`: see the module."""
         hidden = as_float(hidden)
         noise = self.noise(key, hidden.shape[:-1], hidden.dtype)
-        return self.transform(jnp.asarray(temperature, noise.dtype) * noise, hidden)
+        scaled_noise = jnp.asarray(temperature, noise.dtype) * noise
+        return self.transform(params, scaled_noise, hidden)
 
-    def log_prob(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
+    def log_prob(
+        self, params: Params, hidden: jax.Array, target: ArrayLike
+    ) -> jax.Array:
+        """Refused: there is no density."""
         raise InputError(
             "this head can only be sampled: it has no density and so no log_prob; use its loss, or"
             " scores that take samples (losses.energy_score, losses.brier_n)"
         )
 
-    def mean(self, hidden: jax.Array) -> jax.Array:
+    def mean(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Refused: there is no closed form."""
         raise InputError(
             "this head can only be sampled: its mean has no closed form; take the mean of samples"
         )
-
-    @nn.compact
-    def weights(
-        self, hidden_width: int, input_width: int, time_width: int = 0
-    ) -> Weights:
-        """All parameters by name, at least float32.
-
-        Kernels are [out, in]; those of the blocks have an axis J before.
-
-        Args:
-          hidden_width: width of the hidden states.
-          input_width: of what the blocks turn into a sample, noise or a noisy vector.
-          time_width: features of a time, if the blocks are given one.
-        """
-        block_width, depth = self.hidden_size or hidden_width, self.depth
-        # Name, outputs and inputs with their letters, axis of the blocks. F is the one that a mesh
-        # divides: what a block computes between its first map and its last.
-        kernels = [
-            ("noise", (block_width, "D"), (input_width, "U"), False),
-            ("hidden", (block_width, "-"), (hidden_width, "D"), False),
-            ("blocks_inner", (block_width, "F"), (2 * block_width, "D"), True),
-            ("blocks_middle", (block_width, "D"), (block_width, "F"), True),
-            ("blocks_outer", (2 * block_width, "F"), (block_width, "D"), True),
-            ("blocks_down", (block_width, "D"), (block_width, "F"), True),
-            ("last_inner", (block_width, "F"), (block_width, "D"), False),
-            ("last", (self.width, "W"), (block_width, "F"), False),
-        ]
-        if time_width:
-            kernels.append(("time", (block_width, "D"), (time_width, "-"), False))
-        norms = [
-            ("noise_norm", False),
-            ("hidden_norm", False),
-            ("blocks_norm", True),
-            ("last_norm", False),
-        ]
-        params = {}
-        for name, (output_size, output_axis), (
-            input_size,
-            input_axis,
-        ), is_stacked in kernels:
-            stack_shape, axis_letters = ((depth,), "J ") if is_stacked else ((), "")
-            initializer = _ZEROS_INIT if name == "last" else kernel_init
-            params[name] = self.parameter(
-                name,
-                (*stack_shape, output_size, input_size),
-                f"{axis_letters}{output_axis} {input_axis}",
-                initializer,
-            )
-            bias_name = f"{name}_bias"
-            params[bias_name] = self.parameter(
-                bias_name,
-                (*stack_shape, output_size),
-                f"{axis_letters}{output_axis}",
-                _ZEROS_INIT,
-            )
-        for name, is_stacked in norms:
-            stack_shape, axis_letters = ((depth,), "J D") if is_stacked else ((), "D")
-            for param_name, initializer in (
-                (name, _ONES_INIT),
-                (f"{name}_bias", _ZEROS_INIT),
-            ):
-                params[param_name] = self.parameter(
-                    param_name, (*stack_shape, block_width), axis_letters, initializer
-                )
-        return {name: as_float(array) for name, array in params.items()}
 
     def as_target_draws(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
         """The target as draws [num_targets, ..., W], at least float32.
@@ -209,23 +162,21 @@ class ImplicitHead(Head):
         ):
             raise InputError(
                 f"target has shape {list(target_draws.shape)}; for hidden {list(hidden.shape)}"
-                " it must be"
-                f" {[*batch_shape, self.width]}, or that with an axis of draws before"
+                f" it must be {[*batch_shape, self.width]}, or that with an axis of draws before"
             )
-        target_draws = (
-            target_draws if target_draws.ndim > hidden.ndim else target_draws[None]
-        )
+        if target_draws.ndim == hidden.ndim:
+            target_draws = target_draws[None]
         try:
             jnp.broadcast_shapes(batch_shape, target_draws.shape[1:-1])
         except ValueError:
             raise InputError(
                 f"target has shape {list(target_draws.shape[1:])} a draw; its leading axes must"
-                " fit those of"
-                f" hidden, {list(hidden.shape)}"
+                f" fit those of hidden, {list(hidden.shape)}"
             ) from None
         return target_draws
 
 
+@dataclasses.dataclass(frozen=True)
 class EnergyHead(ImplicitHead):
     """One pass from uniform noise, trained by the energy score (Shao et al., arXiv:2510.27688).
 
@@ -237,8 +188,16 @@ class EnergyHead(ImplicitHead):
       beta: exponent of the distances in the score, above 0 and below 2.
     """
 
-    noise_size: int = 64
-    beta: float = 1.0
+    kind: ClassVar[str] = "energy"
+    noise_size: int = dataclasses.field(
+        default=64, metadata=settings.integer(1, settings.MAX_SIZE)
+    )
+    beta: float = dataclasses.field(
+        default=1.0,
+        metadata=settings.number(
+            above=0.0, below=2.0, reason="where the score is strictly proper"
+        ),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -246,38 +205,48 @@ class EnergyHead(ImplicitHead):
             raise InputError(
                 f"num_samples is {self.num_samples}; an energy score needs at least 2 samples"
             )
-        if not 0.0 < self.beta < 2.0:
-            raise InputError(
-                f"beta is {self.beta!r}; the score is strictly proper above 0 and below 2 only"
-            )
 
     @property
     def noise_width(self) -> int:
+        """U."""
         return self.noise_size
 
     def noise(
-        self, key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32
+        self, key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
     ) -> jax.Array:
         """Noise [*shape, U], uniform in [-0.5, 0.5)."""
         return jax.random.uniform(key, (*shape, self.noise_width), dtype, -0.5, 0.5)
 
-    def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
+    def loss(
+        self, params: Params, hidden: jax.Array, target: ArrayLike, key: jax.Array
+    ) -> jax.Array:
         """The energy score [...] of hidden [..., D] and target [(num_targets,) ..., W]."""
         hidden = as_float(hidden)
         targets = self.as_target_draws(hidden, target)
         noise = self.noise(key, (self.num_samples, *hidden.shape[:-1]), hidden.dtype)
-        return losses.energy_score(
-            self.transform(noise, hidden), targets, beta=self.beta
-        )
+        samples = self.transform(params, noise, hidden)
+        return losses.energy_score(samples, targets, beta=self.beta)
 
-    def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
+    def transform(
+        self, params: Params, noise: ArrayLike, hidden: ArrayLike
+    ) -> jax.Array:
         noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
-        weights = self.weights(hidden.shape[-1], self.noise_size)
+        network_params = _as_floats(params)
+        embedding = linear(network_params, "hidden", hidden)
         return run_noise_network(
-            weights, noise, condition(weights, _apply_linear(weights, "hidden", hidden))
+            network_params, noise, condition(network_params, embedding)
         )
 
 
+class NoisedTargets(NamedTuple):
+    """Targets, and noise and times that go with them, Z for each hidden state."""
+
+    targets: jax.Array  # [Z, ..., W]
+    noise: jax.Array  # [Z, ..., W]
+    times: jax.Array  # [Z, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class TimeConditionedHead(ImplicitHead):
     """A head whose blocks are given a time from 0 to 1 and predict a vector for its noisy one.
 
@@ -289,45 +258,45 @@ class TimeConditionedHead(ImplicitHead):
       steps: of which a sample is made.
     """
 
-    steps: int = 16
+    steps: int = dataclasses.field(default=16, metadata=settings.integer(1, MAX_STEPS))
 
-    def make_predictor(
-        self, hidden: jax.Array
-    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def network_sizes(self, hidden_width: int) -> NetworkSizes:
+        sizes = super().network_sizes(hidden_width)
+        return sizes._replace(
+            input_width=self.width, time_width=2 * NUM_TIME_FREQUENCIES
+        )
+
+    def make_predictor(self, params: Params, hidden: jax.Array) -> Predictor:
         """x [..., W], time [...] -> [..., W]: the blocks, for hidden states [..., D]."""
-        weights = self.weights(hidden.shape[-1], self.width, 2 * _NUM_TIME_FREQUENCIES)
-        hidden_embedding = _apply_linear(weights, "hidden", hidden)
+        network_params = _as_floats(params)
+        hidden_embedding = linear(network_params, "hidden", hidden)
 
         def predict(x: jax.Array, time: jax.Array) -> jax.Array:
-            embedding = hidden_embedding + _apply_linear(
-                weights, "time", time_features(time)
-            )
-            return run_noise_network(weights, x, condition(weights, embedding))
+            time_embedding = linear(network_params, "time", time_features(time))
+            conditions = condition(network_params, hidden_embedding + time_embedding)
+            return run_noise_network(network_params, x, conditions)
 
         return predict
 
     def noised_targets(
         self, hidden: jax.Array, target: ArrayLike, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Targets [Z, ..., W], noise of the same shape, and times [Z, ...]."""
+    ) -> NoisedTargets:
+        """Targets in turn, normal noise, and a time in each of Z equal parts of [0, 1]."""
         targets = self.as_target_draws(hidden, target)
-        num_samples, dtype = self.num_samples, jnp.result_type(hidden, targets)
+        num_samples = self.num_samples
+        dtype = jnp.result_type(hidden, targets)
         targets = targets[jnp.arange(num_samples) % len(targets)].astype(dtype)
         batch_shape = jnp.broadcast_shapes(hidden.shape[:-1], targets.shape[1:-1])
         noise_key, time_key = jax.random.split(key)
-        noise = jax.random.normal(
-            noise_key, (num_samples, *batch_shape, self.width), dtype
-        )
-        interval_index = jnp.arange(num_samples, dtype=dtype).reshape(
-            -1, *(1,) * len(batch_shape)
-        )
-        times = (
-            interval_index
-            + jax.random.uniform(time_key, (num_samples, *batch_shape), dtype)
-        ) / num_samples
-        return targets, noise, times
+        noise_shape = (num_samples, *batch_shape, self.width)
+        noise = jax.random.normal(noise_key, noise_shape, dtype)
+        part_shape = (num_samples, *(1 for _ in batch_shape))
+        part_index = jnp.arange(num_samples, dtype=dtype).reshape(part_shape)
+        offset = jax.random.uniform(time_key, (num_samples, *batch_shape), dtype)
+        return NoisedTargets(targets, noise, (part_index + offset) / num_samples)
 
 
+@dataclasses.dataclass(frozen=True)
 class FlowHead(TimeConditionedHead):
     """A velocity field that carries normal noise to the target along straight lines.
 
@@ -339,35 +308,36 @@ class FlowHead(TimeConditionedHead):
       solver: "euler", of first order, or "midpoint", of second order with two evaluations a step.
     """
 
-    solver: str = "midpoint"
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check_solver(self.solver)
+    kind: ClassVar[str] = "flow"
+    solver: str = dataclasses.field(
+        default="midpoint", metadata=settings.choice(SOLVERS)
+    )
 
     @property
     def num_evaluations(self) -> int:
+        """How often a sample goes through the blocks."""
         return self.steps * (1 if self.solver == "euler" else 2)
 
-    def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
+    def loss(
+        self, params: Params, hidden: jax.Array, target: ArrayLike, key: jax.Array
+    ) -> jax.Array:
         """Squared error [...] of the velocity; hidden [..., D], target [(num_targets,) ..., W]."""
         hidden = as_float(hidden)
         targets, noise, times = self.noised_targets(hidden, target, key)
         time = times[..., None]
-        predicted_velocity = self.make_predictor(hidden)(
-            (1 - time) * noise + time * targets, times
-        )
-        return jnp.mean(
-            jnp.square(predicted_velocity - (targets - noise)), axis=(0, -1)
-        )
+        x = (1 - time) * noise + time * targets
+        velocity = self.make_predictor(params, hidden)(x, times)
+        return jnp.mean(jnp.square(velocity - (targets - noise)), axis=(0, -1))
 
-    def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
+    def transform(
+        self, params: Params, noise: ArrayLike, hidden: ArrayLike
+    ) -> jax.Array:
         noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
-        return integrate(
-            self.make_predictor(hidden), noise, steps=self.steps, solver=self.solver
-        )
+        velocity = self.make_predictor(params, hidden)
+        return integrate(velocity, noise, steps=self.steps, solver=self.solver)
 
 
+@dataclasses.dataclass(frozen=True)
 class DiffusionHead(TimeConditionedHead):
     """Denoising in steps (Ho et al., arXiv:2006.11239), by a network that predicts the noise.
 
@@ -380,67 +350,74 @@ class DiffusionHead(TimeConditionedHead):
       ancestral: whether steps draw from the posterior of the step before, or follow its mean path.
     """
 
-    ancestral: bool = False
+    kind: ClassVar[str] = "diffusion"
+    ancestral: bool = dataclasses.field(default=False, metadata=settings.boolean())
 
     @property
     def noise_width(self) -> int:
-        return self.width * (self.steps if self.ancestral else 1)
+        """U."""
+        return self.width * self.steps if self.ancestral else self.width
 
     @property
     def num_evaluations(self) -> int:
+        """How often a sample goes through the blocks."""
         return self.steps
 
-    def loss(self, hidden: jax.Array, target: ArrayLike, key: jax.Array) -> jax.Array:
+    def loss(
+        self, params: Params, hidden: jax.Array, target: ArrayLike, key: jax.Array
+    ) -> jax.Array:
         """Squared error [...] of the noise; hidden [..., D], target [(num_targets,) ..., W]."""
         hidden = as_float(hidden)
         targets, noise, times = self.noised_targets(hidden, target, key)
         variance = signal_variance(times)[..., None]
-        predicted_noise = self.make_predictor(hidden)(
-            jnp.sqrt(variance) * targets + jnp.sqrt(1 - variance) * noise, times
-        )
+        x = jnp.sqrt(variance) * targets + jnp.sqrt(1 - variance) * noise
+        predicted_noise = self.make_predictor(params, hidden)(x, times)
         return jnp.mean(jnp.square(predicted_noise - noise), axis=(0, -1))
 
-    def transform(self, noise: ArrayLike, hidden: jax.Array) -> jax.Array:
+    def transform(
+        self, params: Params, noise: ArrayLike, hidden: ArrayLike
+    ) -> jax.Array:
         noise, hidden = _broadcast_inputs(noise, hidden, self.noise_width)
-        initial_noise, step_noise = noise[..., : self.width], None
-        if self.ancestral:
-            step_noise = jnp.roll(
-                noise, -self.width, axis=-1
-            )  # the last step's is not read
-            step_noise = jnp.moveaxis(
-                step_noise.reshape(*initial_noise.shape[:-1], self.steps, self.width),
-                -2,
-                0,
-            )
-        return denoise(
-            self.make_predictor(hidden), initial_noise, step_noise, steps=self.steps
-        )
+        predict_noise = self.make_predictor(params, hidden)
+        initial_noise = noise[..., : self.width]
+        step_noise = self._split_into_steps(noise) if self.ancestral else None
+        return denoise(predict_noise, initial_noise, step_noise, steps=self.steps)
+
+    def _split_into_steps(self, noise: jax.Array) -> jax.Array:
+        """What comes in at each step, [steps, ..., W], of noise [..., steps * W].
+
+        The first W are the initial noise; they stand in for the last step's, which is not read.
+        """
+        later_noise = jnp.roll(noise, -self.width, axis=-1)
+        by_step = later_noise.reshape(*noise.shape[:-1], self.steps, self.width)
+        return jnp.moveaxis(by_step, -2, 0)
 
 
-IMPLICIT_HEADS: dict[str, type[ImplicitHead]] = {
-    "energy": EnergyHead,
-    "flow": FlowHead,
-    "diffusion": DiffusionHead,
+IMPLICIT_HEADS: Mapping[str, type[ImplicitHead]] = {
+    head_class.kind: head_class for head_class in (EnergyHead, FlowHead, DiffusionHead)
 }
+
+
+def _as_floats(params: Params) -> NetworkParams:
+    """The parameters of a head, at least float32."""
+    return {name: as_float(array) for name, array in params.items()}
 
 
 def _broadcast_inputs(
     noise: ArrayLike, hidden: ArrayLike, width: int
 ) -> tuple[jax.Array, jax.Array]:
     """Both in one dtype, noise with all the leading axes that samples have."""
-    noise_float, hidden_float = as_float(noise), as_float(hidden)
-    message = f"noise has shape {list(noise_float.shape)}; it must be [..., {width}]"
-    if noise_float.ndim < 1 or noise_float.shape[-1] != width:
+    noise = as_float(noise)
+    hidden = as_float(hidden)
+    message = f"noise has shape {list(noise.shape)}; it must be [..., {width}]"
+    if noise.ndim < 1 or noise.shape[-1] != width:
         raise InputError(message)
     try:
-        batch_shape = jnp.broadcast_shapes(
-            noise_float.shape[:-1], hidden_float.shape[:-1]
-        )
+        batch_shape = jnp.broadcast_shapes(noise.shape[:-1], hidden.shape[:-1])
     except ValueError:
         raise InputError(
-            f"{message} with leading axes that fit those of hidden, {list(hidden_float.shape)}"
+            f"{message} with leading axes that fit those of hidden, {list(hidden.shape)}"
         ) from None
-    dtype = jnp.result_type(noise_float, hidden_float)
-    return jnp.broadcast_to(noise_float, (*batch_shape, width)).astype(
-        dtype
-    ), hidden_float.astype(dtype)
+    dtype = jnp.result_type(noise, hidden)
+    noise = jnp.broadcast_to(noise, (*batch_shape, width))
+    return noise.astype(dtype), hidden.astype(dtype)

@@ -12,7 +12,7 @@ At 0 the chunk that comes most often among the candidates is taken.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -24,11 +24,10 @@ from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError, about
 from continuous_lm.models.calm import repeated_draws
-from continuous_lm.models.calm.checkpoint import (
-    NextVectorLM,
-    NextVectorModel,
-    split_into_chunks,
-)
+from continuous_lm.models.calm.chunk_inputs import split_into_chunks
+from continuous_lm.models.calm.model import NextVectorModel
+from continuous_lm.models.calm.next_vector import next_vector_model
+from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.generation import (
     DecodeSpec,
     GeneratedTokens,
@@ -36,13 +35,16 @@ from continuous_lm.models.generation import (
     split_prompts,
     stop_tokens,
 )
+from continuous_lm.models.kv_cache import KVCache
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
 from continuous_lm.models.samplers import check_sampling
 
 SAMPLING_METHODS = ("batch", "exact")
 
 
 def sample(
-    lm: NextVectorLM,
+    lm: LanguageModel[NextVectorModel],
     tokens: ArrayLike | Sequence[ArrayLike],
     *,
     max_new_tokens: int,
@@ -85,6 +87,7 @@ def sample(
       InputError: for arguments that do not fit, or if "exact" has accepted no draw for a chunk in
         max_rounds.
     """
+    model = next_vector_model(lm)
     counts = {
         "max_new_tokens": max_new_tokens,
         "max_prefill_length": max_prefill_length,
@@ -114,7 +117,7 @@ def sample(
                 f" candidates, not {num_candidates}"
             )
     stop_ids = stop_tokens(stop, lm.hf_fields, lm.config.vocab_size)
-    chunk_size = lm.chunk_size
+    chunk_size = model.chunk_size
     prompts: Any = list(cast(Any, tokens)) if np.iterable(tokens) else []
     if not prompts:
         raise InputError(
@@ -129,17 +132,18 @@ def sample(
                     cast(Any, row), chunk_size, _resolve_pad_token(lm, pad_token)
                 )
             )
+    decode_model = _DecodeModel(model)
     prompt_list, duration_list = split_prompts(
-        lm.model, "chunks", chunked_prompts, durations, np.dtype(np.int32)
+        decode_model, "chunks", chunked_prompts, durations, np.dtype(np.int32)
     )
     num_new_chunks = -(-max_new_tokens // chunk_size)
     trunk_params = lm.params["trunk"]
     spec = DecodeSpec(
-        lm.model,
+        decode_model,
         "chunks",
         "chunks",
         _ChunkSampler(
-            lm.model,
+            model,
             method,
             inverse_temperature,
             num_candidates if inverse_temperature > 1 else 1,
@@ -177,6 +181,37 @@ def sample(
 
 
 @dataclasses.dataclass(frozen=True)
+class _DecodeModel:
+    """What the decode loop asks of a model."""
+
+    model: NextVectorModel
+
+    def clone(self, *, config: TransformerConfig) -> "_DecodeModel":
+        """The same with another config of the trunk."""
+        return _DecodeModel(self.model.clone(config=config))
+
+    def check(self, *, chunks: ArrayLike, durations: ArrayLike) -> None:
+        """Refuses a prompt that does not fit."""
+        self.model.make_inputs(chunks, durations=durations)
+
+    def apply(
+        self,
+        variables: Mapping[str, Params],
+        *,
+        chunks: ArrayLike,
+        durations: ArrayLike,
+        cache: KVCache,
+        position: ArrayLike,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The hidden states [B, D] at one position, and the cache with all of them."""
+        inputs = self.model.make_inputs(chunks, durations=durations, follows=True)
+        output = self.model.hidden_states(
+            variables["params"], inputs, position=position, cache=cache
+        )
+        return output.hidden, output.cache
+
+
+@dataclasses.dataclass(frozen=True)
 class _ChunkSampler:
     """The next chunks [B, C] from hidden states [B, D]; -1 where none was accepted."""
 
@@ -188,10 +223,7 @@ class _ChunkSampler:
 
     def __call__(self, params, options, key, hidden, is_done):
         def sample_chunks(key, count):
-            variables: Any = {"params": params}
-            return self.model.apply(
-                variables, key, hidden, count, method="sample_chunks"
-            )
+            return self.model.sample_chunks(params, key, hidden, count)
 
         if self.method == "exact":
             samples = repeated_draws.rejection_sample(
@@ -212,7 +244,9 @@ class _ChunkSampler:
         )
 
 
-def _resolve_pad_token(lm: NextVectorLM, pad_token: int | None) -> int | None:
+def _resolve_pad_token(
+    lm: LanguageModel[NextVectorModel], pad_token: int | None
+) -> int | None:
     """The token to put in front of prompts: that given, or the end of a text, or none."""
     if pad_token is None:
         eos_field = lm.hf_fields.get("eos_token_id")

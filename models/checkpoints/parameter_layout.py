@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
-from continuous_lm.models.families.family import Family
+from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.parameters import ParameterTable
 
 Slices = tuple[slice, ...]
@@ -35,26 +35,23 @@ STACKED_AXES = (
 )  # axes that are one tensor for each index in a checkpoint
 
 
-class SizedConfig(Protocol):
-    """A config: it says how large the axes are."""
-
-    @property
-    def sizes(self) -> Mapping[str, int]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class ParameterLayout:
-    """The parameters of a model in the tensors of a checkpoint of its family.
+    """Where the parameters of a model, or of a part of one, lie in the tensors of a checkpoint.
 
     Attributes:
-      config: of the model.
-      family: whose table says where they lie.
-      declarations: parameter path -> shape and axes.
+      tensors: parameter path -> where it is stored; others may be among them.
+      declarations: parameter path -> its axes and shape.
+      sizes: the size of each letter of the tensors' axes.
+      tensor_prefix: of the tensors' names, which checkpoints saved without a head leave out.
+      ignored_tensors: regular expressions of tensors that hold nothing to load.
     """
 
-    config: SizedConfig
-    family: Family
+    tensors: Mapping[str, StoredTensor]
     declarations: ParameterTable
+    sizes: Mapping[str, int]
+    tensor_prefix: str = ""
+    ignored_tensors: tuple[str, ...] = ()
 
     @functools.cached_property
     def tensor_contents(self) -> dict[str, tuple[int, list[str]]]:
@@ -69,7 +66,7 @@ class ParameterLayout:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored name -> the tensor's shape."""
         return {
-            name: self.family.tensors[paths[0]].shape(self.config.sizes)
+            name: self._stored_shape(paths[0])
             for name, (_, paths) in self.tensor_contents.items()
         }
 
@@ -81,7 +78,7 @@ class ParameterLayout:
             array_sharding = (
                 None
                 if mesh is None
-                else axes_lib.sharding(mesh, self._parameter_axes(path), shape)
+                else axes_lib.sharding(mesh, self.declarations[path].axes, shape)
             )
             return jax.ShapeDtypeStruct(shape, dtype, sharding=array_sharding)
 
@@ -167,32 +164,37 @@ class ParameterLayout:
 
     def _layer_view(self, path: str, tensor: np.ndarray) -> np.ndarray:
         """One layer of a parameter, as it lies in a stored tensor."""
-        axes = self._parameter_axes(path)
-        axes = axes[1:] if self._is_stacked(path) else axes
-        return self.family.tensors[path].view(tensor, axes, self.config.sizes)
+        stored = self.tensors[path]
+        if stored.axes is None:
+            return tensor
+        axes = self.declarations[path].axes
+        layer_axes = axes[1:] if self._is_stacked(path) else axes
+        return stored.view(tensor, layer_axes, self.sizes)
+
+    def _stored_shape(self, path: str) -> tuple[int, ...]:
+        """The shape of the stored tensors that a parameter lies in."""
+        stored = self.tensors[path]
+        if stored.axes is not None:
+            return stored.shape(self.sizes)
+        shape = self.declarations[path].shape
+        return shape[1:] if self._is_stacked(path) else shape
 
     def _tensor_names(self, path: str) -> list[str]:
         """The stored names of a parameter's layers; one that is not of a layer counts as one."""
-        layers = range(
-            self.config.sizes[self._parameter_axes(path)[0]]
-            if self._is_stacked(path)
-            else 1
-        )
-        return [self.family.tensors[path].name.format(layer=layer) for layer in layers]
-
-    def _parameter_axes(self, path: str) -> tuple[str, ...]:
-        return self.declarations[path].axes
+        num_layers = self.declarations[path].shape[0] if self._is_stacked(path) else 1
+        name = self.tensors[path].name
+        return [name.format(layer=layer) for layer in range(num_layers)]
 
     def _is_stacked(self, path: str) -> bool:
-        return self._parameter_axes(path)[0] in STACKED_AXES
+        return self.declarations[path].axes[0] in STACKED_AXES
 
     def checkpoint_names(self, tensors: safetensors_files.Tensors) -> dict[str, str]:
         """Refuses a tensor that is missing or of another shape, before anything is read.
 
         Returns:
-          the name of each tensor in the family's table -> its name in this checkpoint.
+          the name of each tensor in the layout's table -> its name in this checkpoint.
         """
-        prefix, stored_names = self.family.tensor_prefix, tensors.names
+        prefix, stored_names = self.tensor_prefix, tensors.names
         is_unprefixed = not any(name.startswith(prefix) for name in stored_names)
         checkpoint_names = {
             full_name: full_name.removeprefix(prefix) if is_unprefixed else full_name
@@ -213,20 +215,19 @@ class ParameterLayout:
         self, tensors: safetensors_files.Tensors, checkpoint_names: Mapping[str, str]
     ) -> None:
         """Refuses what is left over."""
-        head_name = self.family.tensors["head"].name
+        head_name = self.tensors["head"].name
         is_unprefixed = any(
             full_name != name for full_name, name in checkpoint_names.items()
         )
         for name in sorted(tensors.names - set(checkpoint_names.values())):
-            full_name = self.family.tensor_prefix + name if is_unprefixed else name
+            full_name = self.tensor_prefix + name if is_unprefixed else name
             if any(
-                re.fullmatch(pattern, full_name)
-                for pattern in self.family.ignored_tensors
+                re.fullmatch(pattern, full_name) for pattern in self.ignored_tensors
             ):
                 continue
             if name == head_name and "head" not in self.declarations:
                 # Some exporters write the tied table twice.
-                embedding_name = checkpoint_names[self.family.tensors["embedding"].name]
+                embedding_name = checkpoint_names[self.tensors["embedding"].name]
                 if are_equal(tensors[name], tensors[embedding_name]):
                     continue
                 raise InputError(

@@ -27,22 +27,22 @@ class StoredTensor:
     Attributes:
       name: the tensor's name, with {layer} for the layer's number.
       axes: the tensor's axes in letters; "(N H) D" is two axes, the first of size N H. A number is
-        an axis that the parameter does not have: "(N 3 H) D" holds three parameters.
+        an axis that the parameter does not have: "(N 3 H) D" holds three parameters. None: the
+        tensor is the parameter as it is, or one layer of it.
       part_index: which of those this is.
       group_axes: if the first axis is several groups one after the other, the axes of each group;
         `axes` then describes this one, the `part_index`-th.
     """
 
     name: str
-    axes: str
+    axes: str | None
     part_index: int = 0
     group_axes: tuple[str, ...] = ()
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The tensor's shape."""
+        """The tensor's shape, of a tensor with axes."""
         first_size, *other_sizes = [
-            _merged_size(merged_axes, sizes)
-            for merged_axes in parse_stored_axes(self.axes)
+            _merged_size(merged_axes, sizes) for merged_axes in self._stored_axes()
         ]
         if self.group_axes:
             first_size = sum(self._group_sizes(sizes))
@@ -56,9 +56,7 @@ class StoredTensor:
             group_sizes = self._group_sizes(sizes)
             first_row = sum(group_sizes[: self.part_index])
             tensor = tensor[first_row : first_row + group_sizes[self.part_index]]
-        split_axes = [
-            axis for merged in parse_stored_axes(self.axes) for axis in merged
-        ]
+        split_axes = [axis for merged in self._stored_axes() for axis in merged]
         tensor = tensor.reshape([_axis_size(axis, sizes) for axis in split_axes])
         part = [self.part_index if a.isdigit() else slice(None) for a in split_axes]
         stored_order = _number_repeats(a for a in split_axes if not a.isdigit())
@@ -66,6 +64,11 @@ class StoredTensor:
         return tensor[tuple(part)].transpose(
             [stored_order.index(axis) for axis in parameter_order]
         )
+
+    def _stored_axes(self) -> list[tuple[str, ...]]:
+        if self.axes is None:
+            raise ValueError(f"{self.name} has no axes: it is the parameter as it is")
+        return parse_stored_axes(self.axes)
 
     def _group_sizes(self, sizes: Mapping[str, int]) -> list[int]:
         return [_merged_size(axes_lib.split(group), sizes) for group in self.group_axes]

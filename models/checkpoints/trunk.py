@@ -111,7 +111,14 @@ def read_config(
 
 def parameter_layout(config: TransformerConfig) -> ParameterLayout:
     """Where the parameters of a model lie in the tensors of its family's checkpoints."""
-    return ParameterLayout(config, FAMILIES[config.family], parameter_table(config))
+    family = FAMILIES[config.family]
+    return ParameterLayout(
+        family.tensors,
+        parameter_table(config),
+        config.sizes,
+        tensor_prefix=family.tensor_prefix,
+        ignored_tensors=family.ignored_tensors,
+    )
 
 
 def _with_full_window_pattern(config: TransformerConfig) -> TransformerConfig:

@@ -21,9 +21,6 @@ from hypothesis import strategies as st
 import continuous_lm as clm
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import trunk
-from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
-from continuous_lm.models.families.registry import FAMILIES
-from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT, REPOSITORY_ROOT
 
@@ -731,9 +728,7 @@ def quickly(folder, model_type, dtype, **fields):
     ](**fields)
     config, dtype = trunk.read_config(fields), np.dtype(dtype)
     block = np.random.default_rng(0).standard_normal(100_003).astype(dtype)
-    shapes = ParameterLayout(
-        config, FAMILIES[model_type], parameter_table(config)
-    ).tensor_shapes
+    shapes = trunk.parameter_layout(config).tensor_shapes
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     safetensors_files.save_tensors(

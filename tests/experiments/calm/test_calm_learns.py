@@ -8,6 +8,7 @@ from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import fit, text
 from continuous_lm.models import calm
+from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.implicit_heads import EnergyHead
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def test_chunks_come_back_from_draws_and_with_noise(tokens, codec):
     assert shares["sampled"] >= 0.995
     assert shares["noisy"] >= 0.97
     # And not because the noise is nothing beside the means: it is a third of their deviation.
-    mean, log_scale = codec.encode(held_out[:8192].reshape(-1, 4))
+    mean, log_scale = autoencoder.encode(codec, held_out[:8192].reshape(-1, 4))
     assert np.exp(log_scale).mean() > 0.2 * np.std(mean)
 
 

@@ -102,13 +102,15 @@ def test_a_text_without_a_position_is_refused():
 
 def returned(codec, chunks, latents):
     """The share of the chunks' tokens that their latents are decoded to."""
-    return float(np.mean(np.argmax(codec.decode(latents), axis=-1) == chunks))
+    return float(
+        np.mean(np.argmax(autoencoder.decode(codec, latents), axis=-1) == chunks)
+    )
 
 
 def test_reconstruction_is_the_mean_over_all_chunks():
     """Of an untrained autoencoder; the rest of a chunk at the end is left out."""
     codec, tokens = (
-        tiny.next_vector_lm().codec,
+        calm.autoencoder_of(tiny.next_vector_lm()),
         np.random.default_rng(0).integers(0, V, 602),
     )
     found = calm_training.reconstruction_shares(codec, tokens)
@@ -116,7 +118,7 @@ def test_reconstruction_is_the_mean_over_all_chunks():
     assert all(0 <= share <= 1 for share in found.values())
     assert len(set(found.values())) == 3
     chunks = tokens[:600].reshape(-1, 3)
-    mean, log_scale = codec.encode(chunks)
+    mean, log_scale = autoencoder.encode(codec, chunks)
     assert found["mean"] == pytest.approx(returned(codec, chunks, mean), abs=1e-6)
     # Noise of variance 1 and of variance 2, of the posterior's scale, from the same draws.
     noise = jnp.exp(log_scale) * jax.random.normal(
@@ -136,30 +138,34 @@ def test_reconstruction_is_the_mean_over_all_chunks():
 def test_reconstruction_of_many_chunks_counts_each_of_them_once():
     """In parts of unequal sizes."""
     codec, tokens = (
-        tiny.next_vector_lm().codec,
+        calm.autoencoder_of(tiny.next_vector_lm()),
         np.random.default_rng(0).integers(0, V, 3 * 4101),
     )
     tokens[: 3 * 2000] = 0
     chunks = tokens.reshape(-1, 3)
     found = calm_training.reconstruction_shares(codec, tokens)["mean"]
     assert found == pytest.approx(
-        returned(codec, chunks, codec.encode(chunks)[0]), abs=1e-6
+        returned(codec, chunks, autoencoder.encode(codec, chunks)[0]), abs=1e-6
     )
 
 
 def test_reconstruction_of_less_than_a_chunk_is_refused():
     with pytest.raises(clm.InputError, match="too short"):
-        calm_training.reconstruction_shares(tiny.next_vector_lm().codec, np.arange(2))
+        calm_training.reconstruction_shares(
+            calm.autoencoder_of(tiny.next_vector_lm()), np.arange(2)
+        )
 
 
 def test_between_two_texts():
     """Both ends are what their own latents decode to; what is longer is cut to whole chunks."""
-    codec, rng = tiny.next_vector_lm().codec, np.random.default_rng(1)
+    codec, rng = calm.autoencoder_of(tiny.next_vector_lm()), np.random.default_rng(1)
     first, second = rng.integers(0, V, 11).tolist(), rng.integers(0, V, 8).tolist()
     rows = calm_training.interpolate_texts(codec, first, second, num_points=7)
     assert [len(row) for row in rows] == [6] * 7
     for row, tokens in ((rows[0], first), (rows[-1], second)):
-        decoded = codec.decode(codec.encode(np.reshape(tokens[:6], (2, 3)))[0])
+        decoded = autoencoder.decode(
+            codec, autoencoder.encode(codec, np.reshape(tokens[:6], (2, 3)))[0]
+        )
         assert row == np.argmax(decoded, axis=-1).ravel().tolist()
     assert rows[0] != rows[-1]
     assert (
@@ -167,9 +173,14 @@ def test_between_two_texts():
         == rows[::-1]
     )
     ends = [
-        codec.encode(np.reshape(tokens[:6], (2, 3)))[0] for tokens in (first, second)
+        autoencoder.encode(codec, np.reshape(tokens[:6], (2, 3)))[0]
+        for tokens in (first, second)
     ]
-    middle = np.argmax(codec.decode((ends[0] + ends[1]) / 2), axis=-1).ravel().tolist()
+    middle = (
+        np.argmax(autoencoder.decode(codec, (ends[0] + ends[1]) / 2), axis=-1)
+        .ravel()
+        .tolist()
+    )
     assert rows[3] == middle
     with pytest.raises(clm.InputError, match="less than the 3 tokens of a chunk"):
         calm_training.interpolate_texts(codec, first, [1, 2])
@@ -304,9 +315,9 @@ def tokens_of(folder, part):
 @slow
 def test_what_is_trained_is_whole(trained):
     codec = autoencoder.load(trained / "codec")
-    assert codec.config.chunk_size == 2
-    assert codec.config.latent_size == 8
-    assert codec.config.vocab_size == codec.tokenizer.get_vocab_size() == 280
+    assert codec.model.config.chunk_size == 2
+    assert codec.model.config.latent_size == 8
+    assert codec.model.config.vocab_size == codec.tokenizer.get_vocab_size() == 280
     logged = metrics(trained / "codec")
     assert [line["step"] for line in logged] == [*range(10, 301, 10)]
     assert logged[-1]["loss"] < 0.5 * logged[0]["loss"]
@@ -317,13 +328,13 @@ def test_what_is_trained_is_whole(trained):
     windows = np.stack([tokens[i : i + 64] for i in range(0, len(tokens) - 63, 63)])
     assert len(windows) <= calm_training.NUM_LOSS_WINDOWS
     chunks = windows.reshape(-1, 2)
-    mean, log_scale = codec.encode(chunks)
+    mean, log_scale = autoencoder.encode(codec, chunks)
     latents = mean + jnp.exp(log_scale) * jax.random.normal(KEY, mean.shape)
     wanted = returned(codec, chunks, latents)
     assert logged[-1]["reconstructed"] == pytest.approx(wanted, abs=1e-6)
     for name, size, kind in (("energy", 2, "EnergyHead"), ("flow", 4, "FlowHead")):
         lm = calm.load(trained / name)
-        assert lm.chunk_size == size
+        assert lm.model.chunk_size == size
         assert type(lm.model.head).__name__ == kind
         assert lm.tokenizer.to_str() == codec.tokenizer.to_str()
         of = autoencoder.load(trained / {2: "codec", 4: "codec4"}[size])
@@ -411,7 +422,7 @@ def test_samples_and_what_lies_between(trained):
     ends = [lm.tokenizer.encode(text.split("=", 1)[1]).ids for text in runs["between"]]
     assert between == [
         lm.tokenizer.decode(row)
-        for row in calm_training.interpolate_texts(lm.codec, *ends)
+        for row in calm_training.interpolate_texts(calm.autoencoder_of(lm), *ends)
     ]
     assert len(between) == 5
 
@@ -452,12 +463,12 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
         codec = autoencoder.load(trained / {2: "codec", 4: "codec4"}[size])
         begins = np.arange(16) * ((len(held_out) - 1) // 7) // 16 * 7
         chunks = held_out[begins[:, None] + np.arange(size, 8)].reshape(-1, size)
-        own = np.asarray(codec.encode(chunks)[0])
+        own = np.asarray(autoencoder.encode(codec, chunks)[0])
         assert named["decoder"]["kept"] == pytest.approx(
             returned(codec, chunks, own), abs=1e-6
         )
         known = train[: len(train) // size * size].reshape(-1, size)
-        latents = np.asarray(codec.encode(known)[0])
+        latents = np.asarray(autoencoder.encode(codec, known)[0])
         assert nearest == f"nearest of {len(latents)}"
         which = ((own[:, None] - latents) ** 2).sum(axis=-1).argmin(axis=1)
         wanted = returned(codec, chunks, latents[which])
@@ -505,7 +516,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, train, name):
     if name == "energy":  # another autoencoder of the same sizes
         codec = autoencoder.load(trained / "codec")
         moved = codec.params | {"squeeze_bias": codec.params["squeeze_bias"] + 1}
-        other = autoencoder.Codec(codec.config, moved, codec.tokenizer, codec.hf_fields)
+        other = codec.with_params(moved)
         autoencoder.save(trained / "moved", other)
         assert_refused(train(trained, *arguments, "--codec=moved"), "frozen")
 

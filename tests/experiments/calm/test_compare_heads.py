@@ -73,7 +73,7 @@ def test_heads_that_differ_in_sampling_alone_are_fitted_once():
     shapes = {
         name: jax.tree.map(
             jnp.shape,
-            jax.eval_shape(lambda h=head: h.init(KEY, jnp.zeros(8))["params"]),
+            jax.eval_shape(lambda h=head: two_mode_target.init_head(h, KEY)),
         )
         for name, head in heads.items()
     }

@@ -16,7 +16,9 @@ from scipy.special import log_softmax
 import continuous_lm as clm
 from continuous_lm import losses
 from continuous_lm.models.calm import autoencoder
-from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig, Codec
+from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.transformer import Transformer
 from tests.fixtures import tiny
 
 KEY = jax.random.key(0)
@@ -40,27 +42,22 @@ def codec():
     rng = np.random.default_rng(0)
     params = {
         name: jnp.asarray(
-            name.endswith("norm") + 0.3 * rng.normal(size=box.value.shape), "float32"
+            name.endswith("norm") + 0.3 * rng.normal(size=declaration.shape), "float32"
         )
-        for name, box in autoencoder.checkpoint_layout(CONFIG).declarations.items()
+        for name, declaration in autoencoder.parameter_table(CONFIG).items()
     }
-    return Codec(CONFIG, params)
+    return LanguageModel(Autoencoder(CONFIG), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_of(model, params, key):
-    return model.apply({"params": params}, CHUNKS, key, method="loss")
+def loss_of(config, params, key):
+    return autoencoder.chunk_losses(config, params, CHUNKS, key)
 
 
 @pytest.fixture(scope="module")
 def seen():
-    """`Autoencoder.encode` of the tokens that are seen, jitted."""
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def encode(model, params, chunks, seen):
-        return model.apply({"params": params}, chunks, token_mask=seen, method="encode")
-
-    return encode
+    """`encode_chunks` of the tokens that are seen, jitted."""
+    return jax.jit(autoencoder.encode_chunks, static_argnums=0)
 
 
 # --- The loss --------------------------------------------------------------------------------
@@ -83,12 +80,11 @@ def by_hand(codec, config, key, encode):
     keep = 1 - config.dropout
     mask, noise, kept = map(np.asarray, drawn(key, keep))
     mean, log_scale = (
-        np.asarray(a, np.float64)
-        for a in encode(codec.model, codec.params, CHUNKS, mask)
+        np.asarray(a, np.float64) for a in encode(CONFIG, codec.params, CHUNKS, mask)
     )
     z = mean + np.exp(log_scale) * noise
     z = np.where(kept, z / keep, 0)
-    logs = log_softmax(np.asarray(codec.decode(z), np.float64), axis=-1)
+    logs = log_softmax(np.asarray(autoencoder.decode(codec, z), np.float64), axis=-1)
     nats = -np.take_along_axis(logs, CHUNKS[..., None], axis=-1)[..., 0].sum(axis=-1)
     kl = (mean**2 + np.exp(2 * log_scale) - 1) / 2 - log_scale
     return nats, np.maximum(kl, config.kl_floor).sum(axis=-1)
@@ -105,9 +101,9 @@ def by_hand(codec, config, key, encode):
 )
 def test_loss_by_hand(codec, seen, changes):
     config = dataclasses.replace(CONFIG, **changes)
-    model, key = Autoencoder(config), jax.random.key(4)
+    key = jax.random.key(4)
     nats, divergence = by_hand(codec, config, key, seen)
-    found = loss_of(model, codec.params, key)
+    found = loss_of(config, codec.params, key)
     assert found.shape == (2, 4)
     np.testing.assert_allclose(found, nats + config.kl_weight * divergence, rtol=2e-5)
     assert np.ptp(nats) > 1
@@ -125,10 +121,8 @@ def test_the_divergence_is_weighted_and_has_a_floor(codec):
             dict(kl_weight=2.0, kl_floor=1e3),
         )
     ]
-    without, with_it, floored = (
-        loss_of(Autoencoder(c), codec.params, KEY) for c in configs
-    )
-    mean, log_scale = codec.encode(CHUNKS)
+    without, with_it, floored = (loss_of(c, codec.params, KEY) for c in configs)
+    mean, log_scale = autoencoder.encode(codec, CHUNKS)
     divergence = losses.gaussian_kl(mean, jnp.exp(log_scale), floor=CONFIG.kl_floor)
     np.testing.assert_allclose(with_it - without, 2 * divergence, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(floored - without, 2e3 * CONFIG.latent_size, rtol=1e-5)
@@ -139,13 +133,13 @@ def test_hidden_tokens_have_no_influence_and_others_have(codec, seen, hidden, se
     rng, hidden = np.random.default_rng(seed), np.array(hidden)
     moved = (CHUNKS + rng.integers(1, 12, CHUNKS.shape)) % 12
     mask = np.broadcast_to(~hidden, CHUNKS.shape)
-    first = seen(codec.model, codec.params, CHUNKS, mask)
+    first = seen(CONFIG, codec.params, CHUNKS, mask)
     for changed, same in ((hidden, True), (~hidden, hidden.all())):
-        other = seen(codec.model, codec.params, np.where(changed, moved, CHUNKS), mask)
+        other = seen(CONFIG, codec.params, np.where(changed, moved, CHUNKS), mask)
         for a, b in zip(first, other, strict=True):
             assert (np.array_equal(a, b)) == same
     if not hidden.any():
-        for a, b in zip(first, codec.encode(CHUNKS), strict=True):
+        for a, b in zip(first, autoencoder.encode(codec, CHUNKS), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -156,9 +150,7 @@ def test_rows_of_hidden_tokens_get_no_gradient(codec):
     @jax.grad
     def gradient(table):
         params = codec.params | {"embedding": table}
-        mean, _ = codec.model.apply(
-            {"params": params}, chunk, token_mask=mask, method="encode"
-        )
+        mean, _ = autoencoder.encode_chunks(CONFIG, params, chunk, mask)
         return mean.sum()
 
     size = np.abs(gradient(codec.params["embedding"])).sum(axis=-1)
@@ -188,9 +180,9 @@ def looped(x, p, name, layers):
 def test_layers_are_those_of_a_loop(codec):
     """In float64, a chunk at a time, with the order of tokens and halves spelled out."""
     p = {name: np.asarray(leaf, np.float64) for name, leaf in codec.params.items()}
-    mean, log_scale = codec.encode(CHUNKS)
+    mean, log_scale = autoencoder.encode(codec, CHUNKS)
     latents = np.random.default_rng(1).normal(size=(2, 4, 5)).astype(np.float32)
-    logits = codec.decode(latents)
+    logits = autoencoder.decode(codec, latents)
     assert logits.shape == (2, 4, 3, 12)
     for i in np.ndindex(2, 4):
         tokens = looped(p["embedding"][CHUNKS[i]], p, "encoder", (0, 1))
@@ -219,9 +211,10 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
         lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), codec.params
     )
     notes = {"eos_token_id": 3, "initializer_range": 0.5}
-    autoencoder.save(tmp_path / "out", Codec(CONFIG, params, tokenizer, notes))
+    lm = LanguageModel(Autoencoder(CONFIG), params, tokenizer, notes)
+    autoencoder.save(tmp_path / "out", lm)
     found = autoencoder.load(tmp_path / "out")
-    assert found.config == CONFIG
+    assert found.model.config == CONFIG
     assert found.tokenizer.to_str() == tokenizer.to_str()
     assert notes.items() <= found.hf_fields.items()
     assert jax.tree.structure(found.params) == jax.tree.structure(params)
@@ -240,20 +233,21 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     )
     assert first == second
     assert first["torch_dtype"] == dtype
-    mean, log_scale = found.encode(CHUNKS)
-    logits = found.decode(mean)
+    mean, log_scale = autoencoder.encode(found, CHUNKS)
+    logits = autoencoder.decode(found, mean)
     assert mean.dtype == log_scale.dtype == logits.dtype == jnp.float32
     # The rounding of bfloat16's 8 digits, through ten layers, against values of order 1.
     tolerance = 1e-6 if dtype == "float32" else 0.15
     np.testing.assert_allclose(
-        mean, codec.encode(CHUNKS)[0], atol=tolerance, rtol=tolerance
+        mean, autoencoder.encode(codec, CHUNKS)[0], atol=tolerance, rtol=tolerance
     )
 
 
 def test_parameters_that_do_not_fit_are_not_saved(codec, tmp_path):
     for change in ({"more": jnp.zeros(3)}, {"squeeze": jnp.zeros((8, 2, 8))}):
+        changed = codec.with_params(codec.params | change)
         with pytest.raises(clm.InputError, match=next(iter(change))):
-            autoencoder.save(tmp_path / "out", Codec(CONFIG, codec.params | change))
+            autoencoder.save(tmp_path / "out", changed)
     assert not (tmp_path / "out").exists()
 
 
@@ -303,16 +297,45 @@ def test_chunks_and_latents_that_do_not_fit(codec):
         (CHUNKS * 1.0, "chunks"),
     ):
         with pytest.raises(clm.InputError, match=message):
-            codec.encode(chunks)
+            autoencoder.encode(codec, chunks)
     for shape in ((2, 4), (5, 1), ()):
         with pytest.raises(clm.InputError, match=r"it must be \[..., 5\]"):
-            codec.decode(np.zeros(shape, np.float32))
+            autoencoder.decode(codec, np.zeros(shape, np.float32))
     inside = jax.jit(lambda chunks: codec.model.apply({"params": codec.params}, chunks))
     with pytest.raises(
         clm.InputError, match="chunks have shape"
     ):  # shapes are known in jit
         inside(CHUNKS[..., :2])
-    assert codec.encode(np.zeros((0, 3), np.int32))[0].shape == (0, 5)
+    assert autoencoder.encode(codec, np.zeros((0, 3), np.int32))[0].shape == (0, 5)
+
+
+def test_other_kinds_of_models_are_refused(codec):
+    trunk = LanguageModel(Transformer(tiny.TRUNK_CONFIG), {})
+    for call in (autoencoder.encode, autoencoder.decode):
+        with pytest.raises(
+            clm.InputError, match=r"a Transformer.* needs an Autoencoder"
+        ):
+            call(trunk, CHUNKS)
+
+
+def test_a_pass_is_the_decoded_mean(codec):
+    logits = codec.model.apply({"params": codec.params}, CHUNKS)
+    mean, _ = autoencoder.encode(codec, CHUNKS)
+    np.testing.assert_allclose(
+        logits, autoencoder.decode(codec, mean), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_linen_makes_the_parameters_of_the_table(codec):
+    """With the axes of the table, by which a mesh divides them."""
+    variables = jax.eval_shape(codec.model.init, KEY, CHUNKS)["params"]
+    table = autoencoder.parameter_table(CONFIG)
+    assert {name: box.names for name, box in variables.items()} == {
+        name: declaration.axes for name, declaration in table.items()
+    }
+    fewer = {n: a for n, a in codec.params.items() if n != "squeeze"}
+    with pytest.raises(clm.InputError, match="parameter squeeze is missing"):
+        codec.model.apply({"params": fewer}, CHUNKS)
 
 
 # --- It learns -------------------------------------------------------------------------------
@@ -334,12 +357,12 @@ def test_it_reconstructs_a_toy_source_from_sampled_latents():
         np.stack(np.divmod(np.arange(144), 12), axis=-1),
         autoencoder.create(KEY, config),
     )
-    model, optimizer = made.model, optax.adamw(5e-3)
+    optimizer = optax.adamw(5e-3)
 
     def share(params, key):
-        mean, log_scale = model.apply({"params": params}, chunks, method="encode")
+        mean, log_scale = autoencoder.encode_chunks(config, params, chunks)
         z = mean + jnp.exp(log_scale) * jax.random.normal(key, (50, *mean.shape))
-        logits = model.apply({"params": params}, z, method="decode")
+        logits = autoencoder.decode_latents(config, params, z)
         return jnp.mean(jnp.argmax(logits, axis=-1) == chunks)
 
     @jax.jit
@@ -347,8 +370,8 @@ def test_it_reconstructs_a_toy_source_from_sampled_latents():
         def step(carry, key):
             params, state = carry
             nats, grads = jax.value_and_grad(
-                lambda params: model.apply(
-                    {"params": params}, chunks, key, method="loss"
+                lambda params: autoencoder.chunk_losses(
+                    config, params, chunks, key
                 ).mean()
             )(params)
             updates, state = optimizer.update(grads, state, params)

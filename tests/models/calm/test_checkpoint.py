@@ -43,13 +43,6 @@ def flat(chunks):
     return torch.tensor(chunks.reshape(len(chunks), -1))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """All folders but a few are of the same shapes."""
-    with reference.cache_eval_shape():
-        yield
-
-
 @pytest.fixture(scope="module")
 def theirs():
     """The autoencoder and the energy model in PyTorch."""
@@ -92,7 +85,7 @@ def normal(*shape):
 
 
 def test_latents(ae, theirs):
-    mean, log_std = ae.encode(CHUNKS)
+    mean, log_std = autoencoder.encode(ae, CHUNKS)
     wanted = theirs[0].latents(torch.tensor(CHUNKS))
     close(mean, wanted[0])
     close(log_std, wanted[1])
@@ -100,36 +93,39 @@ def test_latents(ae, theirs):
 
 def test_decoded_logits(ae, theirs):
     latents = normal(2, 5, 10)
-    close(ae.decode(latents), theirs[0].logits(torch.tensor(latents)))
+    close(autoencoder.decode(ae, latents), theirs[0].logits(torch.tensor(latents)))
 
 
 def test_one_chunk_alone(ae, theirs):
     """No leading axes at all."""
-    mean, log_std = ae.encode(CHUNKS[1, 2])
+    mean, log_std = autoencoder.encode(ae, CHUNKS[1, 2])
     wanted = theirs[0].latents(torch.tensor(CHUNKS[1, 2]))
     close(mean, wanted[0])
     close(log_std, wanted[1])
 
 
 def test_the_models_own_autoencoder(lm, ae):
-    assert_same_tree(lm.codec.params, ae.params)
-    np.testing.assert_array_equal(lm.codec.encode(CHUNKS)[0], ae.encode(CHUNKS)[0])
-    assert lm.chunk_size == PATCH
+    assert_same_tree(lm.params["autoencoder"], ae.params)
+    np.testing.assert_array_equal(
+        autoencoder.encode(calm.autoencoder_of(lm), CHUNKS)[0],
+        autoencoder.encode(ae, CHUNKS)[0],
+    )
+    assert lm.model.chunk_size == PATCH
 
 
 def test_hidden_states(lm, theirs, hidden):
-    close(lm.hidden_states(CHUNKS), hidden)
+    close(calm.hidden_states(lm, CHUNKS), hidden)
 
 
 def test_hidden_states_of_durations(lm, theirs):
     wanted = theirs[1].hidden_states(flat(CHUNKS), DURATIONS)
-    close(lm.hidden_states(CHUNKS, durations=DURATIONS), wanted)
+    close(calm.hidden_states(lm, CHUNKS, durations=DURATIONS), wanted)
 
 
 def test_durations_of_1_change_nothing(lm):
-    plain = lm.hidden_states(CHUNKS)
+    plain = calm.hidden_states(lm, CHUNKS)
     close(
-        lm.hidden_states(CHUNKS, durations=np.ones(5, np.float32)),
+        calm.hidden_states(lm, CHUNKS, durations=np.ones(5, np.float32)),
         plain,
         rtol=1e-6,
         atol=1e-6,
@@ -139,15 +135,15 @@ def test_durations_of_1_change_nothing(lm):
 def test_samples(lm, theirs, hidden):
     """Four samples a position, the hidden states shared."""
     wanted = theirs[1].sample(torch.tensor(NOISES), hidden)
-    close(lm.transform(NOISES, hidden.numpy()), wanted)
+    close(calm.transform(lm, NOISES, hidden.numpy()), wanted)
 
 
 @pytest.mark.parametrize("beta", [1.0, 1.7])
 def test_energy_scores(lm, theirs, hidden, beta):
     """From tokens to the score, everything ours: the first four chunks predict what follows."""
     spread = normal(6, 2, 5, 10)
-    samples = lm.transform(NOISES, lm.hidden_states(CHUNKS))
-    mean, log_std = map(np.asarray, lm.codec.encode(CHUNKS))
+    samples = calm.transform(lm, NOISES, calm.hidden_states(lm, CHUNKS))
+    mean, log_std = map(np.asarray, autoencoder.encode(calm.autoencoder_of(lm), CHUNKS))
     targets = (mean + np.exp(log_std) * spread)[:, :, 1:]
     ours = losses.energy_score(np.asarray(samples)[:, :, :-1], targets, beta=beta)
     mean, log_std = theirs[0].latents(torch.tensor(CHUNKS))
@@ -173,16 +169,16 @@ def test_epsilon_of_the_layer_norms(folders, tmp_path):
     )
     lm = calm.load(tmp_path / "calm", folders[1])
     hidden = theirs.hidden_states(flat(CHUNKS))
-    close(lm.hidden_states(CHUNKS), hidden)
+    close(calm.hidden_states(lm, CHUNKS), hidden)
     wanted = theirs.sample(torch.tensor(NOISES), hidden)
-    close(lm.transform(NOISES, hidden.numpy()), wanted)
+    close(calm.transform(lm, NOISES, hidden.numpy()), wanted)
 
 
 @pytest.mark.slow
 def test_derivatives(lm, theirs, hidden):
     """With respect to the noise and the hidden states, of a weighted sum of the samples."""
     noise, weights = NOISES[0], normal(2, 5, 10)
-    ours = jax.grad(lambda *a: (lm.transform(*a) * weights).sum(), (0, 1))(
+    ours = jax.grad(lambda *a: (calm.transform(lm, *a) * weights).sum(), (0, 1))(
         jnp.asarray(noise), jnp.asarray(hidden.numpy())
     )
     leaves = torch.tensor(noise, requires_grad=True), hidden.clone().requires_grad_()
@@ -339,10 +335,12 @@ def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
         whole, reference.energy_fields(), energy | inside, num_shards=shards
     )
     found, wanted = calm.load(whole), autoencoder.load(apart)
-    assert_same_tree(found.codec.params, wanted.params)
+    assert_same_tree(found.params["autoencoder"], wanted.params)
     sizes = "vocab_size hidden_size mlp_size encoder_layers decoder_layers latent_size chunk_size"
     for name in f"{sizes} norm_eps activation".split():
-        assert getattr(found.codec.config, name) == getattr(wanted.config, name), name
+        assert getattr(found.model.autoencoder_config, name) == getattr(
+            wanted.model.config, name
+        ), name
 
 
 def test_no_autoencoder_at_all(folders):
@@ -387,10 +385,13 @@ def test_bfloat16_read_as_float32(rounded, theirs):
         for parameter in module.parameters():
             parameter.data = parameter.data.bfloat16().float()
     wanted = energy.hidden_states(flat(CHUNKS))
-    close(lm.hidden_states(CHUNKS), wanted)
+    close(calm.hidden_states(lm, CHUNKS), wanted)
     vectors = energy.sample(torch.tensor(NOISES), wanted)
-    close(lm.transform(NOISES, wanted.numpy()), vectors)
-    close(lm.codec.decode(vectors[0].numpy()), ae.logits(vectors[0]))
+    close(calm.transform(lm, NOISES, wanted.numpy()), vectors)
+    close(
+        autoencoder.decode(calm.autoencoder_of(lm), vectors[0].numpy()),
+        ae.logits(vectors[0]),
+    )
     assert (wanted - theirs[1].hidden_states(flat(CHUNKS))).abs().max() > 1e-3
 
 
@@ -467,7 +468,7 @@ def test_save(lm, theirs, tmp_path):
     again = calm.load(tmp_path / "calm")
     assert_same(again, lm)
     assert again.config == lm.config
-    assert again.codec.config == lm.codec.config
+    assert again.model == lm.model
     tensors = stored(tmp_path / "calm")
     inside = {n: t for n, t in tensors.items() if n.startswith("ae_model.")}
     wanted = {
@@ -477,8 +478,8 @@ def test_save(lm, theirs, tmp_path):
     for name, tensor in {**wanted, **reference.clone_tensors(theirs[1])}.items():
         assert torch.equal(tensors[name], tensor), name
     close(
-        again.hidden_states(CHUNKS),
-        np.asarray(lm.hidden_states(CHUNKS)),
+        calm.hidden_states(again, CHUNKS),
+        np.asarray(calm.hidden_states(lm, CHUNKS)),
         rtol=0,
         atol=0,
     )
@@ -488,7 +489,7 @@ def test_save_of_the_autoencoder(ae, theirs, tmp_path):
     autoencoder.save(tmp_path / "autoencoder", ae)
     again = autoencoder.load(tmp_path / "autoencoder")
     assert_same_tree(again.params, ae.params)
-    assert again.config == ae.config
+    assert again.model == ae.model
     reference.Autoencoder(reference.autoencoder_fields()).load_state_dict(
         {
             n: t

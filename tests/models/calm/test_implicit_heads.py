@@ -1,5 +1,6 @@
 """Heads without a likelihood: the map itself, losses, solvers against closed forms, recovery."""
 
+import dataclasses
 import functools
 import math
 from unittest import mock
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm import axes, losses
 from continuous_lm.experiments.calm import two_mode_target
+from continuous_lm.models import head as heads
+from continuous_lm.models import settings as model_settings
+from continuous_lm.models.calm import noise_network
 from continuous_lm.models.calm.flow_solvers import (
     MIN_SIGNAL_VARIANCE,
     denoise,
@@ -27,7 +30,8 @@ from continuous_lm.models.calm.implicit_heads import (
     EnergyHead,
     FlowHead,
 )
-from continuous_lm.models.density import heads
+from continuous_lm.models.density.heads import DISTRIBUTION_HEADS
+from continuous_lm.models.parameters import initialize, unflatten
 
 KEY = jax.random.key(0)
 HIDDEN, WIDTH, SIZE, DEPTH = 5, 3, 4, 2
@@ -47,23 +51,30 @@ def most(*quick):
     ]
 
 
-@functools.cache
-def shapes_of(head):
-    return jax.eval_shape(lambda: nn.unbox(head.init(KEY, jnp.zeros(HIDDEN))["params"]))
-
-
 def far(head, dtype=np.float32):
     """Parameters anywhere but at the start."""
-    leaves, tree = jax.tree.flatten(shapes_of(head))
+    table = head.parameter_table(HIDDEN)
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(
-        tree, [rng.normal(size=a.shape).astype(dtype) for a in leaves]
+    return unflatten(
+        {
+            name: rng.normal(size=table[name].shape).astype(dtype)
+            for name in sorted(table)
+        }
     )
+
+
+def structs(head, dtype):
+    """The parameters' shapes, all of a dtype."""
+    table = head.parameter_table(HIDDEN)
+    return {
+        name: jax.ShapeDtypeStruct(declaration.shape, dtype)
+        for name, declaration in table.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="method")
 def apply(head, params, *args, method):
-    return head.apply({"params": params}, *args, method=method)
+    return getattr(head, method)(params, *args)
 
 
 def some(seed, *shape):
@@ -82,23 +93,24 @@ def test_the_energy_head_has_the_parameters_that_checkpoints_are_mapped_onto():
     for name in ("noise_norm", "hidden_norm", "last_norm"):
         wanted |= {name: (d,), f"{name}_bias": (d,)}
     wanted |= {"blocks_norm": (j, d), "blocks_norm_bias": (j, d)}
-    assert {name: a.shape for name, a in shapes_of(HEADS["energy"]).items()} == wanted
-    timed = shapes_of(HEADS["ancestral"])
+    table = HEADS["energy"].parameter_table(HIDDEN)
+    assert {name: a.shape for name, a in table.items()} == wanted
+    timed = HEADS["ancestral"].parameter_table(HIDDEN)
     assert set(timed) == {*wanted, "time", "time_bias"}
     assert timed["noise"].shape == (d, w)  # of a noisy vector, whatever noise there is
 
 
 def test_parameters_are_those_of_axes_and_no_mesh_axis_is_used_twice():
-    boxed = jax.eval_shape(lambda: HEADS["flow"].init(KEY, jnp.zeros(HIDDEN))["params"])
-    for name, box in boxed.items():
-        assert len(box.names) == box.value.ndim, name
+    table = HEADS["flow"].parameter_table(HIDDEN)
+    for name, declaration in table.items():
+        assert len(declaration.axes) == len(declaration.shape), name
         placed = [
             axes.SHARDING_RULES[letter]
-            for letter in box.names
+            for letter in declaration.axes
             if letter in axes.SHARDING_RULES
         ]
         assert len(placed) == len(set(placed)), name
-    assert {letter for box in boxed.values() for letter in box.names} == set("DUJFW-")
+    assert {letter for a in table.values() for letter in a.axes} == set("DUJFW-")
 
 
 def torch_head(torch, p):
@@ -182,12 +194,10 @@ def test_all_blocks_are_compiled_as_one():
     """As many equations for 2 blocks as for 9."""
 
     def equations(depth):
-        head = HEADS["energy"].clone(depth=depth, parent=None)
-        params = shapes_of(head)
+        head = dataclasses.replace(HEADS["energy"], depth=depth)
+        params = structs(head, "float32")
         noise, hidden = jnp.zeros(6), jnp.zeros(HIDDEN)
-        jaxpr = jax.make_jaxpr(
-            lambda p: head.apply({"params": p}, noise, hidden, method="transform")
-        )
+        jaxpr = jax.make_jaxpr(lambda p: head.transform(p, noise, hidden))
         return str(jaxpr(params)).count("\n")
 
     assert equations(2) == equations(9) > 20
@@ -216,19 +226,6 @@ def test_samples_are_a_map_of_noise(name):
     assert np.abs(sample - other).min() > 1e-6
     still = apply(head, params, KEY, hidden, 0.0, method="sample")
     np.testing.assert_allclose(still, moved[1], rtol=1e-4, atol=1e-4)
-
-
-def test_a_call_is_the_sample_of_no_noise():
-    head, params, hidden = HEADS["energy"], far(HEADS["energy"]), some(1, 2, HIDDEN)
-
-    @jax.jit
-    def both(params):
-        zeros = jnp.zeros((2, 6))
-        return head.apply({"params": params}, hidden), head.apply(
-            {"params": params}, zeros, hidden, method="transform"
-        )
-
-    np.testing.assert_array_equal(*both(params))
 
 
 @pytest.mark.slow
@@ -262,10 +259,7 @@ def test_dtypes(name):
     ):
         with jax.enable_x64(low != "bfloat16"):
             of = lambda *shape, low=low: jax.ShapeDtypeStruct(shape, low)  # noqa: E731
-            params = {
-                n: jax.ShapeDtypeStruct(a.shape, low)
-                for n, a in shapes_of(head).items()
-            }
+            params = structs(head, low)
             call = lambda method: functools.partial(apply, head, method=method)  # noqa: E731
             found = [
                 jax.eval_shape(
@@ -281,8 +275,9 @@ def test_dtypes(name):
 @pytest.mark.parametrize("name", ["energy", "flow"])
 def test_parameters_at_first(name):
     """The last map and biases are 0, norms 1, other kernels as wide as their inputs are many."""
-    head = HEADS[name].clone(hidden_size=40, parent=None)
-    made = nn.unbox(head.init(KEY, HIDDEN, 30, 20, method="weights")["params"])
+    head = dataclasses.replace(HEADS[name], hidden_size=40)
+    sizes = head.network_sizes(HIDDEN)._replace(input_width=30, time_width=20)
+    made = initialize(KEY, noise_network.parameter_table(sizes))
     for parameter, values in made.items():
         if parameter.endswith("norm"):
             assert (values == 1).all()
@@ -297,15 +292,14 @@ def test_parameters_at_first(name):
 
 
 def test_the_energy_loss_is_the_score_of_its_samples():
-    head, params = HEADS["energy"].clone(beta=1.3, parent=None), far(HEADS["energy"])
+    head, params = dataclasses.replace(HEADS["energy"], beta=1.3), far(HEADS["energy"])
     hidden, target = some(1, 2, HIDDEN), some(2, 3, 2, WIDTH)
 
     @jax.jit
     def both(params):
-        call = functools.partial(head.apply, {"params": params})
-        samples = call(head.noise(KEY, (4, 2)), hidden, method="transform")
+        samples = head.transform(params, head.noise(KEY, (4, 2)), hidden)
         return (
-            [call(hidden, y, KEY, method="loss") for y in (target, target[0])],
+            [head.loss(params, hidden, y, KEY) for y in (target, target[0])],
             [losses.energy_score(samples, y, beta=1.3) for y in (target, target[:1])],
         )
 
@@ -314,7 +308,7 @@ def test_the_energy_loss_is_the_score_of_its_samples():
 
 def test_the_energy_loss_is_proper():
     """Targets that the head itself draws cost it the least: the gap is an energy distance."""
-    head = HEADS["energy"].clone(num_samples=64, parent=None)
+    head = dataclasses.replace(HEADS["energy"], num_samples=64)
     params = far(head)
     hidden = np.tile(some(1, 1, HIDDEN), (64, 1))
     target = apply(
@@ -341,18 +335,19 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
     head, params = HEADS[name], far(HEADS[name])
     hidden, target = some(1, 2, HIDDEN), some(2, 3, 2, WIDTH)
 
-    def inside(head):
+    @jax.jit
+    def inside(params):
         y, noise, time = head.noised_targets(hidden, target, KEY)
         a, t = signal_variance(time)[..., None], time[..., None]
         x, wanted = {
             "flow": ((1 - t) * noise + t * y, y - noise),
             "diffusion": (jnp.sqrt(a) * y + jnp.sqrt(1 - a) * noise, noise),
         }[name]
-        found = head.make_predictor(hidden)(x, time)
+        found = head.make_predictor(params, hidden)(x, time)
         by_hand = jnp.mean((found - wanted) ** 2, axis=(0, -1))
-        return y, noise, time, by_hand, head.loss(hidden, target, KEY)
+        return y, noise, time, by_hand, head.loss(params, hidden, target, KEY)
 
-    y, noise, time, by_hand, loss = jax.jit(nn.apply(inside, head))({"params": params})
+    y, noise, time, by_hand, loss = inside(params)
     np.testing.assert_array_equal(y, target[[0, 1, 2, 0]])  # in turn
     assert noise.shape == y.shape
     np.testing.assert_array_equal(
@@ -373,9 +368,8 @@ def test_training_leaves_the_start(name):
     @jax.jit
     def gradient(params):
         def loss(params):
-            call = functools.partial(head.apply, {"params": params})
-            samples = call(head.noise(KEY, (9, 8)), hidden, method="transform")
-            return call(hidden, target, KEY, method="loss").mean(), samples
+            samples = head.transform(params, head.noise(KEY, (9, 8)), hidden)
+            return head.loss(params, hidden, target, KEY).mean(), samples
 
         return jax.grad(loss, has_aux=True)(params)
 
@@ -487,9 +481,9 @@ def test_there_is_no_density(name):
     head, params = HEADS[name], far(HEADS[name])
     hidden = np.zeros(HIDDEN, np.float32)
     with pytest.raises(clm.InputError, match=r"only be sampled.*no log_prob"):
-        head.apply({"params": params}, hidden, np.zeros(WIDTH), method="log_prob")
+        head.log_prob(params, hidden, np.zeros(WIDTH))
     with pytest.raises(clm.InputError, match="mean has no closed form"):
-        head.apply({"params": params}, hidden, method="mean")
+        head.mean(params, hidden)
 
 
 @settings(max_examples=30)
@@ -513,14 +507,9 @@ def test_noise_that_does_not_fit_is_refused():
         (np.zeros(()), np.zeros(HIDDEN)),
     ):
         with pytest.raises(clm.InputError, match=r"noise has shape .* \[\.\.\., 6\]"):
-            head.apply({"params": params}, noise, hidden, method="transform")
+            head.transform(params, noise, hidden)
     with pytest.raises(clm.InputError, match="fit those of hidden"):
-        head.apply(
-            {"params": params},
-            np.zeros((2, 6)),
-            np.zeros((3, HIDDEN)),
-            method="transform",
-        )
+        head.transform(params, np.zeros((2, 6)), np.zeros((3, HIDDEN)))
 
 
 @pytest.mark.parametrize(
@@ -542,16 +531,16 @@ def test_noise_that_does_not_fit_is_refused():
 )
 def test_settings_that_are_refused(kind, changes, message):
     with pytest.raises(clm.InputError) as refused:
-        heads.from_dict({"kind": kind, "width": 3} | changes, registry=IMPLICIT_HEADS)
+        heads.from_dict({"kind": kind, "width": 3} | changes, IMPLICIT_HEADS)
     assert message in str(refused.value)
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_settings_there_and_back(name):
-    written = heads.to_dict(HEADS[name], registry=IMPLICIT_HEADS)
-    assert heads.from_dict(written, registry=IMPLICIT_HEADS) == HEADS[name]
+    written = HEADS[name].to_dict()
+    assert heads.from_dict(written, IMPLICIT_HEADS) == HEADS[name]
     with pytest.raises(clm.InputError, match="kind of head"):
-        heads.from_dict(written)
+        heads.from_dict(written, DISTRIBUTION_HEADS)
 
 
 def test_solvers_refuse():
@@ -590,8 +579,8 @@ def test_every_setting_is_read(name):
             apply(head, params, KEY, hidden, method="sample"),
         ]
 
-    for setting in base.settings():
-        changed = base.clone(parent=None, **{setting: CHANGED[setting]})
+    for setting in model_settings.values(base):
+        changed = dataclasses.replace(base, **{setting: CHANGED[setting]})
         pairs = zip(outcome(base), outcome(changed), strict=True)
         assert not all(np.array_equal(*pair) for pair in pairs), setting
 

@@ -41,13 +41,6 @@ FIELDS = {kind: fields() for kind, (fields, _) in MODELS.items()}
 EVERY = [(kind, name) for kind, tensors in TENSORS.items() for name in tensors]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def traced_once():
-    """Nearly every case is of the same shapes."""
-    with reference.cache_eval_shape():
-        yield
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")

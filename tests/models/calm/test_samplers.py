@@ -1,5 +1,6 @@
 """Chunks drawn from next-vector models: against whole passes, and exact tempered distributions."""
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -11,11 +12,12 @@ import pytest
 from scipy import stats
 
 import continuous_lm as clm
+from continuous_lm.models import calm
 from continuous_lm.models.calm import autoencoder, repeated_draws
-from continuous_lm.models.calm.autoencoder import Codec
-from continuous_lm.models.calm.checkpoint import NextVectorLM, NextVectorModel
+from continuous_lm.models.calm.chunk_inputs import ChunkInputs
 from continuous_lm.models.calm.implicit_heads import FlowHead, ImplicitHead
 from continuous_lm.models.calm.samplers import sample
+from continuous_lm.models.language_model import LanguageModel
 from tests.fixtures import tiny
 
 KEY = jax.random.key(0)
@@ -45,8 +47,8 @@ def prompts(seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def whole(model, params, chunks, durations, start, at):
     """Hidden states [B, D] after chunk `at` of each row, of whole passes without any cache."""
-    arguments = {"durations": durations, "start": start}
-    states = model.apply({"params": params}, chunks, **arguments)
+    inputs = ChunkInputs(chunks, durations=durations, start=start)
+    states = model.hidden_states(params, inputs).hidden
     return states[jnp.arange(len(at)), at]
 
 
@@ -54,10 +56,8 @@ def whole(model, params, chunks, durations, start, at):
 def one_draw(model, params, key, hidden):
     """Chunks [B, C] that the noise of this key gives."""
     noise = model.head.noise(key, (1, len(hidden)))
-    latents = model.apply({"params": params}, noise, hidden, method="transform")[0]
-    return jnp.argmax(
-        model.apply({"params": params}, latents, method="decode"), axis=-1
-    )
+    latents = model.transform(params, noise, hidden)[0]
+    return jnp.argmax(model.decode(params, latents), axis=-1)
 
 
 def by_whole_passes(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
@@ -123,7 +123,7 @@ def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
         lm.model, lm.params, padded, np.ones((1, ROOM)), np.zeros(1), np.array([4])
     )
     np.testing.assert_allclose(
-        found[0], lm.hidden_states(chunks)[-1], rtol=1e-4, atol=1e-5
+        found[0], calm.hidden_states(lm, chunks)[-1], rtol=1e-4, atol=1e-5
     )
 
 
@@ -166,7 +166,7 @@ def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
     np.testing.assert_array_equal(
         sample(lm, rows, pad_token=fill, **options).tokens, expected
     )
-    noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
+    noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
     np.testing.assert_array_equal(sample(noted, rows, **options).tokens, expected)
     assert (sample(lm, rows, pad_token=7, **options).tokens != expected).any()
     with pytest.raises(
@@ -192,7 +192,7 @@ def test_stop_tokens_end_rows_within_chunks(lm):
             np.testing.assert_array_equal(row[length:], 0)
             places |= {divmod(where[0], SIZE)} if len(where) else set()
         assert [len(row) for row in made.token_lists()] == made.lengths.tolist()
-        noted = NextVectorLM(lm.model, lm.params, None, {"eos_token_id": stop})
+        noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
         np.testing.assert_array_equal(
             sample(noted, prompts(), **options).tokens, made.tokens
         )
@@ -233,6 +233,7 @@ P = (0.5, 0.3, 0.2)
 ROWS = 4000
 
 
+@dataclasses.dataclass(frozen=True)
 class Points(ImplicitHead):
     """Latents that are one of a few points, with probabilities P: the noise alone decides."""
 
@@ -242,13 +243,13 @@ class Points(ImplicitHead):
     def noise_width(self):
         return 1
 
-    def settings(self):
+    def parameter_table(self, hidden_width):
         return {}
 
     def noise(self, key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, (*shape, 1), dtype)
 
-    def transform(self, noise, hidden):
+    def transform(self, params, noise, hidden):
         which = jnp.sum(noise >= np.cumsum(P, dtype=np.float32)[:-1], axis=-1)
         return jnp.asarray(self.points, hidden.dtype)[which]
 
@@ -257,12 +258,14 @@ class Points(ImplicitHead):
 def known(lm):
     """A model that draws one of three chunks, and these chunks [3, C], the likeliest first."""
     latents = np.random.default_rng(0).normal(size=(64, W)).round(2)
-    chunks = np.argmax(lm.codec.decode(latents.astype(np.float32)), axis=-1)
+    chunks = np.argmax(
+        autoencoder.decode(calm.autoencoder_of(lm), latents.astype(np.float32)), axis=-1
+    )
     _, first = np.unique(chunks, axis=0, return_index=True)
     head = Points(width=W, points=tuple(map(tuple, latents[first[:3]])))
-    model = NextVectorModel(tiny.TRUNK_CONFIG, tiny.CODEC_CONFIG, head)
-    params = {name: leaf for name, leaf in lm.params.items() if name != "head"}
-    return NextVectorLM(model, params), chunks[first[:3]]
+    model = calm.NextVectorModel(tiny.TRUNK_CONFIG, tiny.CODEC_CONFIG, head)
+    params = lm.params | {"head": {}}
+    return LanguageModel(model, params), chunks[first[:3]]
 
 
 def counted(tokens, chunks):
@@ -467,7 +470,7 @@ def test_bad_arguments_are_refused(lm, options, message):
 @pytest.mark.parametrize("beta", [1.0, 1.5])
 def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
     """Central differences in float64, one duration at a time, with the same noise."""
-    lm = tiny.next_vector_lm(tiny.ENERGY_HEAD.clone(beta=beta, parent=None))
+    lm = tiny.next_vector_lm(dataclasses.replace(tiny.ENERGY_HEAD, beta=beta))
     rng, count = np.random.default_rng(2), 5
     chunks = rng.integers(0, V, (count, SIZE))
     with jax.enable_x64(True):
@@ -476,14 +479,9 @@ def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
         @jax.jit
         @jax.value_and_grad
         def total(d):
-            loss = lm.model.apply(
-                {"params": params},
-                chunks,
-                jax.random.key(5),
-                durations=d,
-                method="loss",
-            )
-            return loss.sum()
+            inputs = ChunkInputs(jnp.asarray(chunks), durations=d)
+            key = jax.random.key(5)
+            return lm.model.loss(params, inputs, key).sum()
 
         d, step = rng.uniform(0.3, 2.0, count), 1e-5
         gradient = np.asarray(total(d)[1])
@@ -500,10 +498,10 @@ def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
 def test_the_codec_of_the_tests_decodes_many_chunks(lm):
     """Otherwise the comparisons above would say little."""
     latents = np.random.default_rng(0).normal(size=(64, W)).astype(np.float32)
-    chunks = np.argmax(lm.codec.decode(latents), axis=-1)
+    chunks = np.argmax(autoencoder.decode(calm.autoencoder_of(lm), latents), axis=-1)
     assert len(np.unique(chunks, axis=0)) > 10
-    assert isinstance(lm.codec, Codec)
+    assert isinstance(calm.autoencoder_of(lm).model, calm.Autoencoder)
     assert (
-        autoencoder.checkpoint_layout(tiny.CODEC_CONFIG).declarations.keys()
+        autoencoder.parameter_table(tiny.CODEC_CONFIG).keys()
         == lm.params["autoencoder"].keys()
     )

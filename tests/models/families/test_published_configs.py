@@ -10,16 +10,14 @@ import math
 import pathlib
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import traverse_util
 
 from continuous_lm.models import Transformer
 from continuous_lm.models.checkpoints import trunk
-from continuous_lm.models.checkpoints.parameter_layout import ParameterLayout
 from continuous_lm.models.families.registry import FAMILIES
+from continuous_lm.models.parameters import unflatten
 from continuous_lm.models.transformer import parameter_table
 from continuous_lm.rotary import LongRope
 from tests.fixtures.published_layouts import CHECKPOINTS
@@ -105,7 +103,7 @@ def count(shapes):
 def test_every_tensor_has_a_place_and_every_place_a_tensor(name):
     config, (tensors, beside) = config_of(name), published(name)
     declarations = parameter_table(config)
-    layout = ParameterLayout(config, FAMILIES[config.family], declarations)
+    layout = trunk.parameter_layout(config)
     checkpoint_names = layout.checkpoint_names(Listed(tensors | beside))
     assert len(checkpoint_names) == len(set(checkpoint_names.values()))
     assert set(checkpoint_names.values()) == set(tensors)
@@ -139,7 +137,12 @@ def test_logits_and_the_number_of_parameters(name):
     with little_memory():
         config = config_of(name)
         declarations = parameter_table(config)
-        params = traverse_util.unflatten_dict(nn.unbox(declarations), sep="/")
+        params = unflatten(
+            {
+                path: jax.ShapeDtypeStruct(declaration.shape, jnp.float32)
+                for path, declaration in declarations.items()
+            }
+        )
         tokens = jax.ShapeDtypeStruct((8,), jnp.int32)
         logits = jax.eval_shape(Transformer(config).apply, {"params": params}, tokens)
     assert (
