@@ -7,7 +7,7 @@ Einsums have the letters in lower case, and in upper case a second axis of the s
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import numpy as np
@@ -15,6 +15,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from continuous_lm.errors import InputError
+
+__all__ = [
+    "LEADING",
+    "LETTERS",
+    "SHARDING_RULES",
+    "broadcast_leading_axes",
+    "letter_each_axis",
+    "mesh_of",
+    "place",
+    "place_tree",
+    "sharding",
+    "split",
+]
+
+Tree = TypeVar("Tree")  # of arrays
 
 LETTERS: Mapping[str, str] = {
     "A": "tracked answers",
@@ -85,18 +100,24 @@ def sharding(
 
     def shard_axis(axis: str, size: int) -> str | None:
         mesh_axis = rules.get(axis)
-        return (
-            mesh_axis
-            if mesh_axis in mesh.shape and size % mesh.shape[mesh_axis] == 0
-            else None
-        )
+        if mesh_axis not in mesh.shape or size % mesh.shape[mesh_axis]:
+            return None
+        return mesh_axis
 
     # Axes of type Auto, whatever jax.make_mesh chose: the compiler spreads the computation.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     return NamedSharding(mesh, PartitionSpec(*map(shard_axis, axes, shape)))
 
 
-def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
+@overload
+def place(mesh: Mesh, array: ArrayLike, axes: str) -> jax.Array: ...
+@overload
+def place(mesh: Mesh | None, array: jax.Array, axes: str) -> jax.Array: ...
+@overload
+def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> ArrayLike: ...
+
+
+def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> ArrayLike:
     """The array where its letters say; inside jit, where the compiler is to put it.
 
     Args:
@@ -117,7 +138,11 @@ def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> Any:
     )
 
 
-def place_tree(mesh: Mesh | None, tree: Any, abstract_tree: Any) -> Any:
+def place_tree(
+    mesh: Mesh | None,
+    tree: Tree,
+    abstract_tree: Any,
+) -> Tree:
     """Parameters where their declarations say; those that are not declared stay where they are.
 
     Args:
@@ -133,13 +158,9 @@ def place_tree(mesh: Mesh | None, tree: Any, abstract_tree: Any) -> Any:
         jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes
     }
 
-    def place_leaf(path: Any, leaf: Any) -> Any:
-        path_key = jax.tree_util.keystr(path)
-        return (
-            place(mesh, leaf, axes_by_path[path_key])
-            if path_key in axes_by_path
-            else leaf
-        )
+    def place_leaf(path: Any, leaf: jax.Array) -> jax.Array:
+        axes = axes_by_path.get(jax.tree_util.keystr(path))
+        return leaf if axes is None else place(mesh, leaf, axes)
 
     return jax.tree.map_with_path(place_leaf, tree)
 

@@ -13,6 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+__all__ = [
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRope",
+    "Rope",
+    "angles",
+    "apply_rotary",
+    "cos_sin",
+    "frequencies",
+]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -56,12 +67,15 @@ class LongRope:
     def factors(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.short, self.long
 
+    def is_long_at(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens takes the long factors."""
+        if self.which == "auto":
+            return num_tokens > self.original_length
+        return self.which == "long"
+
     def factors_at(self, num_tokens: int) -> tuple[float, ...]:
         """The factors that a sequence of so many tokens takes."""
-        long = self.which == "long" or (
-            self.which == "auto" and num_tokens > self.original_length
-        )
-        return self.long if long else self.short
+        return self.long if self.is_long_at(num_tokens) else self.short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,15 +95,11 @@ class Rope:
 
     def at_length(self, num_tokens: int) -> "Rope":
         """The same, with the choice that goes by the number of tokens made."""
-        long_rope = self.scaling
-        if not isinstance(long_rope, LongRope):
+        if not isinstance(self.scaling, LongRope):
             return self
-        scaling = dataclasses.replace(
-            long_rope,
-            which="long"
-            if long_rope.factors_at(num_tokens) is long_rope.long
-            else "short",
-        )
+        is_long = self.scaling.is_long_at(num_tokens)
+        which: Literal["long", "short"] = "long" if is_long else "short"
+        scaling = dataclasses.replace(self.scaling, which=which)
         return dataclasses.replace(self, scaling=scaling)
 
 
@@ -99,9 +109,8 @@ def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
     rotary_channels is the number of channels that turn, H times the rope's fraction.
     """
     rotary_channels = int(head_dim * rope.fraction)
-    base_frequencies = rope.theta ** (
-        -np.arange(0, rotary_channels, 2) / rotary_channels
-    )
+    exponents = -np.arange(0, rotary_channels, 2) / rotary_channels
+    base_frequencies = rope.theta**exponents
     scaling = rope.scaling
     if scaling is None:
         return base_frequencies
@@ -109,15 +118,11 @@ def frequencies(rope: Rope, head_dim: int, num_tokens: int = 0) -> np.ndarray:
         return base_frequencies / scaling.factor
     if isinstance(scaling, LongRope):
         return base_frequencies / np.asarray(scaling.factors_at(num_tokens))
-    full_turns = (
-        scaling.original_length * base_frequencies / (2 * math.pi)
-    )  # full turns within the original context
-    kept_share = np.clip(
-        (full_turns - scaling.low_freq_factor)
-        / (scaling.high_freq_factor - scaling.low_freq_factor),
-        0.0,
-        1.0,
-    )
+    # Full turns within the original context.
+    full_turns = scaling.original_length * base_frequencies / (2 * math.pi)
+    blended_range = scaling.high_freq_factor - scaling.low_freq_factor
+    kept_share = (full_turns - scaling.low_freq_factor) / blended_range
+    kept_share = np.clip(kept_share, 0.0, 1.0)
     return base_frequencies * (kept_share + (1.0 - kept_share) / scaling.factor)
 
 
@@ -138,17 +143,15 @@ def cos_sin(angles: jax.Array, attention_factor: float = 1.0) -> jax.Array:
 
     Made once they serve every head and layer.
     """
-    return attention_factor * jnp.concatenate(
-        [jnp.cos(angles), jnp.sin(angles)], axis=-1
-    )
+    pair = [jnp.cos(angles), jnp.sin(angles)]
+    return attention_factor * jnp.concatenate(pair, axis=-1)
 
 
 def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
     """Turns channel pairs of `x` [..., T, N, H] by `cos_sin` [..., T, rotary_channels].
 
-    Keeps x's dtype.
-
-    The first rotary_channels of the H channels turn, paired as two halves; the others pass.
+    The first rotary_channels of the H channels turn, paired as two halves; the others pass. The
+    dtype is that of x.
     """
     cos, sin = jnp.split(cos_sin[..., None, :], 2, axis=-1)
     first_half, second_half, unrotated = jnp.split(
@@ -158,9 +161,7 @@ def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
         first_half * cos - second_half * sin,
         second_half * cos + first_half * sin,
     )
-    unrotated = jnp.broadcast_to(
-        unrotated, (*rotated[0].shape[:-1], unrotated.shape[-1])
-    )
-    return jnp.concatenate(
-        [*(part.astype(x.dtype) for part in rotated), unrotated], axis=-1
-    )
+    leading_shape = rotated[0].shape[:-1]
+    unrotated = jnp.broadcast_to(unrotated, (*leading_shape, unrotated.shape[-1]))
+    rotated_halves = [half.astype(x.dtype) for half in rotated]
+    return jnp.concatenate([*rotated_halves, unrotated], axis=-1)

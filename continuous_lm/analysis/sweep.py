@@ -356,7 +356,7 @@ def _run_batches(
         point_indices = np.minimum(
             np.arange(begin, begin + points_per_batch), num_points - 1
         )  # the last one fills up
-        batch = {
+        batch: dict[str, jax.Array | np.ndarray] = {
             n: x[:, point_indices] if x.shape[1] > 1 else x
             for n, x in suffix_arguments.items()
         }

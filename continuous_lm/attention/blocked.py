@@ -79,10 +79,12 @@ def attend(problem: AttentionProblem, block_size: int | None = None) -> jax.Arra
     """The result of `dense.attend`, computed in blocks of at most `block_size` tokens."""
     scale = problem.static_scale
     cap = problem.static_softcap
-    batch_shape, flat = problem.flatten_batch()
-    num_queries, *head_shape = flat.q.shape[1:]
+    batch_shape, flat_problem = problem.flatten_batch()
+    num_queries, *head_shape = flat_problem.q.shape[1:]
     if block_size is None:
-        block_size = _choose_block_size(math.prod((len(flat.q), *head_shape[:2])))
+        block_size = _choose_block_size(
+            math.prod((len(flat_problem.q), *head_shape[:2]))
+        )
     options = KernelOptions(
         scale=scale,
         softcap=cap,
@@ -90,12 +92,12 @@ def attend(problem: AttentionProblem, block_size: int | None = None) -> jax.Arra
         key_block=_even_block_size(problem.num_keys, block_size),
     )
     arrays = KernelArrays(
-        q=pad_to_blocks(flat.q, options.query_block),
-        k=pad_to_blocks(flat.k, options.key_block),
-        v=pad_to_blocks(flat.v, options.key_block),
-        key_weights=pad_to_blocks(flat.key_weights, options.key_block),
+        q=pad_to_blocks(flat_problem.q, options.query_block),
+        k=pad_to_blocks(flat_problem.k, options.key_block),
+        v=pad_to_blocks(flat_problem.v, options.key_block),
+        key_weights=pad_to_blocks(flat_problem.key_weights, options.key_block),
     )
-    y = _attend(options, arrays, make_visibility(flat, options.key_block))
+    y = _attend(options, arrays, make_visibility(flat_problem, options.key_block))
     return y[:, :num_queries].reshape(*batch_shape, num_queries, *head_shape)
 
 

@@ -20,18 +20,22 @@ WIDTH_MULTIPLE = 8  # of which widths must be
 def attend(problem: AttentionProblem) -> jax.Array:
     """The result of `dense.attend`, for a problem that `why_unsupported` lets through."""
     scale = problem.static_scale
-    batch_shape, flat = problem.flatten_batch()
-    num_queries, *head_shape = flat.q.shape[1:]
+    batch_shape, flat_problem = problem.flatten_batch()
+    num_queries, *head_shape = flat_problem.q.shape[1:]
     head_width = problem.head_width
     padded_width = key_channels.round_up(
         head_width, key_channels.NUM_WEIGHT_CHANNELS, WIDTH_MULTIPLE
     )
-    q = flat.q.reshape(*flat.q.shape[:2], -1, head_width)
+    q = flat_problem.q.reshape(*flat_problem.q.shape[:2], -1, head_width)
     q, k = key_channels.append_log_weights(
-        q, flat.k, flat.key_weights, scale=scale, padded_width=padded_width
+        q,
+        flat_problem.k,
+        flat_problem.key_weights,
+        scale=scale,
+        padded_width=padded_width,
     )
     channel_padding = (0, padded_width - head_width)
-    v = jnp.pad(flat.v, [(0, 0), (0, 0), (0, 0), channel_padding])
+    v = jnp.pad(flat_problem.v, [(0, 0), (0, 0), (0, 0), channel_padding])
     batch_together = _batch_together(q, k, v)
     y = jax.nn.dot_product_attention(
         batch_together(q),
@@ -43,7 +47,7 @@ def attend(problem: AttentionProblem) -> jax.Array:
     )
     y = batch_together(y)[..., :head_width]
     return key_channels.zero_rows_without_weight(
-        flat.key_weights.reshape(*batch_shape, -1),
+        flat_problem.key_weights.reshape(*batch_shape, -1),
         y.reshape(*batch_shape, num_queries, *head_shape),
     )
 

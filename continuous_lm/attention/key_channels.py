@@ -34,23 +34,32 @@ def append_log_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns q [B, T, N, H] and k [B, S, K, H], for weights d [B, S], `padded_width` wide."""
     c = 2.0 ** round(-math.log2(scale))
-    d = d + lax.stop_gradient(jnp.maximum(MIN_KEY_WEIGHT - d, 0.0))
+    missing_weight = jnp.maximum(MIN_KEY_WEIGHT - d, 0.0)
+    d = d + lax.stop_gradient(missing_weight)
     x = jnp.log(d) / (scale * c)
-    remainder, log_parts = lax.stop_gradient(x), []
-    for _ in range(NUM_WEIGHT_CHANNELS):
-        log_parts.append(
-            lax.reduce_precision(remainder, exponent_bits=8, mantissa_bits=7)
-        )
-        remainder = remainder - log_parts[-1]
-    log_parts[0] = log_parts[0] + (
-        x - lax.stop_gradient(x)
-    )  # the gradient of one channel is that of all
     query_channels = jnp.full((*q.shape[:-1], NUM_WEIGHT_CHANNELS), c, q.dtype)
-    key_channels = jnp.stack(log_parts, axis=-1).astype(k.dtype)[:, :, None, :]
+    key_channels = _split_bfloat16(x).astype(k.dtype)[:, :, None, :]
     key_channels = jnp.broadcast_to(key_channels, (*k.shape[:-1], NUM_WEIGHT_CHANNELS))
-    return _concatenate_to_width(
-        padded_width, q, query_channels
-    ), _concatenate_to_width(padded_width, k, key_channels)
+    return (
+        _concatenate_to_width(padded_width, q, query_channels),
+        _concatenate_to_width(padded_width, k, key_channels),
+    )
+
+
+def _split_bfloat16(x: jax.Array) -> jax.Array:
+    """x as a sum of parts [..., NUM_WEIGHT_CHANNELS] that bfloat16 holds.
+
+    The first has the gradient: that of one channel is that of all.
+    """
+    remainder = lax.stop_gradient(x)
+    parts = []
+    for _ in range(NUM_WEIGHT_CHANNELS):
+        part = lax.reduce_precision(remainder, exponent_bits=8, mantissa_bits=7)
+        remainder = remainder - part
+        parts.append(part)
+    zero_with_gradient = x - lax.stop_gradient(x)
+    parts[0] = parts[0] + zero_with_gradient
+    return jnp.stack(parts, axis=-1)
 
 
 def scale_and_append_weights(
@@ -61,9 +70,8 @@ def scale_and_append_weights(
 ) -> jax.Array:
     """[d v, d] for v [B, S, K, H] and d [B, S], with `padded_width` channels."""
     d = jnp.broadcast_to(d[:, :, None, None], (*v.shape[:-1], 1))
-    return _concatenate_to_width(
-        padded_width, (d * v).astype(v.dtype), d.astype(v.dtype)
-    )
+    weighted_values = (d * v).astype(v.dtype)
+    return _concatenate_to_width(padded_width, weighted_values, d.astype(v.dtype))
 
 
 def divide_by_weight_sum(y: jax.Array, head_width: int) -> jax.Array:
@@ -82,9 +90,8 @@ def zero_rows_without_weight(
 
     `query_offset` is the index of the first query's own key.
     """
-    has_weight = (
-        jnp.cumsum(key_weights >= jnp.finfo(key_weights.dtype).tiny, axis=-1) > 0
-    )
+    is_present = key_weights >= jnp.finfo(key_weights.dtype).tiny
+    has_weight = jnp.cumsum(is_present, axis=-1) > 0
     has_weight = has_weight[..., query_offset : query_offset + y.shape[-4]]
     return jnp.where(has_weight[..., None, None, None], y, 0.0)
 
@@ -101,4 +108,6 @@ def round_up(
 def _concatenate_to_width(padded_width: int, *parts: jax.Array) -> jax.Array:
     """The parts side by side, and zeros up to `padded_width` channels."""
     x = jnp.concatenate(parts, axis=-1)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded_width - x.shape[-1])])
+    padding = [(0, 0)] * x.ndim
+    padding[-1] = (0, padded_width - x.shape[-1])
+    return jnp.pad(x, padding)

@@ -8,7 +8,7 @@ scores are transposed: what belongs to a query lies along the last axis, as it i
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,9 @@ from continuous_lm.attention.visibility import window_limit
 
 BLOCK_SIZE = 128  # tokens in a block: a TPU's lanes
 MIN_CHANNELS = 16  # channels that a GPU multiplies at once
+
+Tree = TypeVar("Tree")  # of arrays, or of references to them
+ThreeArrays = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class TokenPositions(NamedTuple):
@@ -130,16 +133,22 @@ def attend(problem: AttentionProblem) -> jax.Array:
         query_block=BLOCK_SIZE,
         key_block=BLOCK_SIZE,
     )
-    batch_shape, flat = problem.flatten_batch()
-    num_queries, *head_shape = flat.q.shape[1:]
+    batch_shape, flat_problem = problem.flatten_batch()
+    num_queries, *head_shape = flat_problem.q.shape[1:]
     head_width = problem.head_width
     arrays = KernelArrays(
-        q=_pad_channels(jnp.moveaxis(_pad_to_blocks(flat.q), 1, 3)),  # [B, K, G, T, H]
-        k=_pad_channels(jnp.moveaxis(_pad_to_blocks(flat.k), 1, 2)),  # [B, K, S, H]
-        v=_pad_channels(jnp.moveaxis(_pad_to_blocks(flat.v), 1, 2)),  # [B, K, S, H]
-        key_weights=_pad_to_blocks(flat.key_weights),
+        q=_pad_channels(
+            jnp.moveaxis(_pad_to_blocks(flat_problem.q), 1, 3)
+        ),  # [B, K, G, T, H]
+        k=_pad_channels(
+            jnp.moveaxis(_pad_to_blocks(flat_problem.k), 1, 2)
+        ),  # [B, K, S, H]
+        v=_pad_channels(
+            jnp.moveaxis(_pad_to_blocks(flat_problem.v), 1, 2)
+        ),  # [B, K, S, H]
+        key_weights=_pad_to_blocks(flat_problem.key_weights),
     )
-    visibility = blocked.make_visibility(flat, BLOCK_SIZE)
+    visibility = blocked.make_visibility(flat_problem, BLOCK_SIZE)
     y = jnp.moveaxis(_attend(options, arrays, visibility), 3, 1)
     y = y[:, :num_queries, ..., :head_width]
     return y.reshape(*batch_shape, num_queries, *head_shape)
@@ -196,15 +205,15 @@ def _matmul(
 
 def _loop_over_blocks(
     block_range: Any,
-    step: Callable[..., Any],
-    state: Any,
-) -> Any:
+    step: Callable[[jax.Array, Tree], Tree],
+    state: Tree,
+) -> Tree:
     """`step(i, state)` for the blocks i of the range, whose ends are [1, 1] each."""
     begin, end = block_range
     return lax.fori_loop(jnp.max(begin[...]), jnp.max(end[...]), step, state)
 
 
-def _read(references: Any) -> Any:
+def _read(references: Tree) -> Tree:
     """The values of a tree of references."""
     return jax.tree.map(lambda reference: reference[...], references)
 
@@ -214,16 +223,16 @@ def _write(references: Any, values: Any) -> None:
         reference[...] = value.astype(reference.dtype)
 
 
-def _block_slice(i: jax.Array, block_size: int) -> Any:
+def _block_slice(i: jax.Array, block_size: int) -> slice | pl.Slice:
     """The entries of block i."""
     return pl.ds(pl.multiple_of(i * block_size, block_size), block_size)
 
 
 def _get_block(
-    per_token: Any,
+    per_token: Tree,
     i: jax.Array,
     block_size: int,
-) -> Any:
+) -> Tree:
     """Block i of what lies along the last axis."""
     entries = _block_slice(i, block_size)
     return jax.tree.map(lambda reference: reference[:, entries], per_token)
@@ -235,7 +244,7 @@ def _forward(options: KernelOptions, inputs: KernelInputs, *outputs: Any) -> Non
     dtype, block_size = key_weights.dtype, options.key_block
     query_positions = _read(inputs.query_positions)
 
-    def add_key_block(j: jax.Array, state: Any) -> Any:
+    def add_key_block(j: jax.Array, state: ThreeArrays) -> ThreeArrays:
         row_max, row_sum, y = state
         entries = _block_slice(j, block_size)
         products = options.scale * _matmul(q[...], k[entries, :], (1, 1), dtype)
@@ -302,7 +311,7 @@ def _backward_keys(options: KernelOptions, inputs: KernelInputs, *outputs: Any) 
     weights = key_weights[...]
     is_present, _ = present_and_log(weights)
 
-    def add_query_block(i: jax.Array, gradients: Any) -> Any:
+    def add_query_block(i: jax.Array, gradients: ThreeArrays) -> ThreeArrays:
         entries = _block_slice(i, block_size)
         mask = _visibility_mask(
             _get_block(inputs.query_positions, i, block_size),
@@ -310,7 +319,7 @@ def _backward_keys(options: KernelOptions, inputs: KernelInputs, *outputs: Any) 
             inputs.tick_and_limit,
         )
 
-        def add_head(head: jax.Array, gradients: Any) -> Any:
+        def add_head(head: jax.Array, gradients: ThreeArrays) -> ThreeArrays:
             dk, dv, dd = gradients
             q_i = q[head, entries, :]
             dy_i = inputs.rows.dy[head, entries, :]
@@ -330,7 +339,11 @@ def _backward_keys(options: KernelOptions, inputs: KernelInputs, *outputs: Any) 
 
         return lax.fori_loop(0, q.shape[0], add_head, gradients)
 
-    zeros = tuple(jnp.zeros(x.shape, dtype) for x in (k, v, key_weights))
+    zeros = (
+        jnp.zeros(k.shape, dtype),
+        jnp.zeros(v.shape, dtype),
+        jnp.zeros(key_weights.shape, dtype),
+    )
     _write(outputs, _loop_over_blocks(inputs.block_range, add_query_block, zeros))
 
 
@@ -343,7 +356,7 @@ def _run_grid(
     kernel: Callable[..., None],
     inputs: KernelInputs,
     outputs: tuple[jax.ShapeDtypeStruct | jax.Array, ...],
-) -> Any:
+) -> list[jax.Array]:
     """Runs `kernel(options, inputs, *outputs)` on each point; `outputs` say what they look like."""
     *batch_sizes, num_tokens, _ = outputs[0].shape
     make_spec = functools.partial(_block_spec, grid, options)
@@ -354,7 +367,7 @@ def _run_grid(
         )
     )
 
-    def run_kernel(inputs: KernelInputs, **kernel_options: Any) -> Any:
+    def run_kernel(inputs: KernelInputs, **kernel_options: Any) -> list[jax.Array]:
         return pl.pallas_call(
             functools.partial(kernel, options),
             grid=(*batch_sizes, num_tokens // _block_size(grid, options)),
@@ -399,12 +412,12 @@ def _block_spec(
     )
 
 
-def _as_column(per_token: Any) -> Any:
+def _as_column(per_token: Tree) -> Tree:
     """What belongs to tokens, with an axis behind theirs."""
     return jax.tree.map(lambda x: x[..., None], per_token)
 
 
-def _as_row(per_token: Any) -> Any:
+def _as_row(per_token: Tree) -> Tree:
     """What belongs to tokens, with an axis in front of theirs."""
     return jax.tree.map(lambda x: x[..., None, :], per_token)
 

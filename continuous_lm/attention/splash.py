@@ -23,10 +23,10 @@ MAX_BLOCK_SIZE = 512  # tokens in a block, at most
 
 def attend(problem: AttentionProblem) -> jax.Array:
     """The result of `dense.attend`, for a problem that `why_unsupported` lets through."""
-    batch_shape, flat = problem.flatten_batch()
-    num_queries, *head_counts, head_width = flat.q.shape[1:]
+    batch_shape, flat_problem = problem.flatten_batch()
+    num_queries, *head_counts, head_width = flat_problem.q.shape[1:]
     query_offset = int(problem.query_offset)
-    q, k, v = _carry_weights(flat)
+    q, k, v = _carry_weights(flat_problem)
     kernel = _make_kernel(
         num_heads=q.shape[2],
         num_queries=_round_up_to_lanes(num_queries),
@@ -41,7 +41,7 @@ def attend(problem: AttentionProblem) -> jax.Array:
     else:
         y = key_channels.divide_by_weight_sum(y, head_width)
     return key_channels.zero_rows_without_weight(
-        flat.key_weights.reshape(*batch_shape, problem.num_keys),
+        flat_problem.key_weights.reshape(*batch_shape, problem.num_keys),
         y.reshape(*batch_shape, num_queries, *head_counts, head_width),
         query_offset,
     )

@@ -13,9 +13,8 @@ from continuous_lm.arguments import as_float
 class WindowTimes(NamedTuple):
     """Exact end times: ticks * tick_size + remainders, counted from the first token's beginning.
 
-    A distance in time is a difference of two end times. Of plain sums it would lose digits as time
-    goes on: near t = 4096 float32 resolves 5e-4. Ticks are integers, so that theirs is exact, and
-    what the tick does not resolve is so small that its sums are.
+    Differences of cumulative sums in float32 lose digits: 5e-4 near t = 4096. So durations are cut
+    into ticks, integers whose sums are exact, and remainders below a tick, whose sums are small.
     """
 
     ticks: jax.Array  # int [..., T]
@@ -30,14 +29,14 @@ def exact_end_times(durations: jax.Array) -> WindowTimes:
     lose digits.
     """
     durations = as_float(durations)
-    bits, integer_dtype = (
-        (30, jnp.int32) if durations.dtype.itemsize == 4 else (62, jnp.int64)
-    )
+    is_single = durations.dtype.itemsize == 4
+    num_bits = 30 if is_single else 62
+    integer_dtype = jnp.int32 if is_single else jnp.int64
     # A power of two so large that no sum of ticks overflows, and so small that it is a number.
     _, exponent = jnp.frexp(jnp.max(jnp.abs(durations), axis=-1, keepdims=True))
     exponent = exponent + (durations.shape[-1] - 1).bit_length()
-    exponent = jnp.maximum(exponent, jnp.finfo(durations.dtype).minexp + bits)
-    tick_size = jnp.ldexp(jnp.ones_like(exponent, durations.dtype), exponent - bits)
+    exponent = jnp.maximum(exponent, jnp.finfo(durations.dtype).minexp + num_bits)
+    tick_size = jnp.ldexp(jnp.ones_like(exponent, durations.dtype), exponent - num_bits)
     tick_counts = jnp.round(durations / tick_size)  # exact: the tick is a power of two
     remainders = durations - tick_counts * tick_size
     return WindowTimes(
@@ -82,14 +81,13 @@ def visibility_mask(
     Returns:
       bool [T, S], or [..., T, S] with a window.
     """
-    query_indices, key_indices = jnp.asarray(query_indices), jnp.asarray(key_indices)
+    query_indices = jnp.asarray(query_indices)
+    key_indices = jnp.asarray(key_indices)
     is_causal = key_indices <= query_indices[:, None]
     if window is None or window_times is None:
         return is_causal
-    return is_causal & (
-        elapsed_times(window_times, query_indices, key_indices)
-        < window_limit(window_times, window)
-    )
+    elapsed = elapsed_times(window_times, query_indices, key_indices)
+    return is_causal & (elapsed < window_limit(window_times, window))
 
 
 def window_limit(window_times: WindowTimes, window: ArrayLike) -> jax.Array:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from continuous_lm import axes as axes_lib
@@ -398,10 +399,9 @@ def _stack_batches(batches: list[Batch], accumulate: int) -> Batch:
 def _place_batches(mesh: Mesh | None, batches: Batch) -> Batch:
     """Batches as `_stack_batches` makes them, their rows over the mesh's data axis."""
 
-    def place_leaf(leaf: np.ndarray) -> jax.Array:
+    def place_leaf(leaf: np.ndarray) -> ArrayLike:
         row_axes = ["-"] * (leaf.ndim - 3)
-        array: jax.Array = axes_lib.place(mesh, leaf, " ".join(["- - B", *row_axes]))
-        return array
+        return axes_lib.place(mesh, leaf, " ".join(["- - B", *row_axes]))
 
     placed: Batch = jax.tree.map(place_leaf, batches)
     return placed

@@ -1,0 +1,61 @@
+"""`__all__` of a public module is what it promises: every name that it defines, and no other's."""
+
+import ast
+import importlib
+import inspect
+
+import pytest
+
+# A package promises what its modules define; a plain module what stands in it.
+PACKAGES = ("attention", "losses", "quantize")
+MODULES = ("arguments", "axes", "durations", "rotary")
+
+
+def defined_names(source: str) -> set[str]:
+    """Functions, classes and assignments at the top of a module, but for those with a `_`."""
+    names = set()
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Assign(targets=[ast.Name(id=name)]):
+                if "TypeVar" not in ast.dump(node.value):
+                    names.add(name)
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return {name for name in names if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_promise_all_that_they_define(name):
+    module = importlib.import_module(f"continuous_lm.{name}")
+    assert set(module.__all__) == defined_names(inspect.getsource(module))
+
+
+@pytest.mark.parametrize("name", [*PACKAGES, *MODULES])
+def test_promises_are_kept_sorted_and_once(name):
+    module = importlib.import_module(f"continuous_lm.{name}")
+    assert all(hasattr(module, promised) for promised in module.__all__)
+    capitals_first = sorted(
+        module.__all__, key=lambda word: (not word.isupper(), word.islower(), word)
+    )
+    assert list(module.__all__) == capitals_first
+
+
+def test_what_a_star_brings_has_a_docstring():
+    for name in (*PACKAGES, *MODULES):
+        module = importlib.import_module(f"continuous_lm.{name}")
+        for promised in module.__all__:
+            value = getattr(module, promised)
+            if inspect.isfunction(value) or inspect.isclass(value):
+                assert inspect.getdoc(value), f"{name}.{promised}"
+
+
+def test_finds_names():
+    source = "import os\nA = 1\n_b = 2\nc: int = 3\nT = TypeVar('T')\ndef f(): g = 1\n"
+    assert defined_names(source + "class D: pass\ndef _e(): pass\n") == {
+        "A",
+        "c",
+        "f",
+        "D",
+    }
