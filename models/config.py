@@ -18,6 +18,16 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
+_SIZE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "mlp_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -59,15 +69,15 @@ class TransformerConfig:
     mlp_bias: bool = False
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "mlp_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
+        self._check_sizes()
+        self._check_choices()
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                self._check_rope(rope)
+        self._check_positions()
+
+    def _check_sizes(self) -> None:
+        for name in _SIZE_FIELDS:
             check_count(name, getattr(self, name))
         if self.num_heads % self.num_kv_heads:
             raise InputError(
@@ -75,28 +85,36 @@ class TransformerConfig:
             )
         if self.head_dim > 2**16:
             raise InputError(f"head_dim is {self.head_dim}; it must be at most {2**16}")
-        for rope in (self.rope, self.local_rope):
-            if rope is not None and not (
-                0 < rope.fraction <= 1 and self._num_rotary_channels(rope) % 2 == 0
-            ):
+        for name in ("window", "query_width", "attention_softcap", "logits_softcap"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}; it must be positive, or None")
+
+    def _check_choices(self) -> None:
+        choices = {"norm": NORM_KINDS, "activation": tuple(ACTIVATIONS)}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
                 raise InputError(
-                    f"{rope.fraction} of a head of {self.head_dim} channels cannot turn: that must"
-                    " be an even number of them"
+                    f"{name} {value!r} is not known; known are {', '.join(known)}"
                 )
-            if rope is not None and isinstance(rope.scaling, LongRope):
-                num_factors, factor_counts = (
-                    self._num_rotary_channels(rope) // 2,
-                    map(len, rope.scaling.factors),
-                )
-                if any(factor_count != num_factors for factor_count in factor_counts):
-                    raise InputError(
-                        "the rope scaling's short_factor and long_factor must be lists of"
-                        f" {num_factors}"
-                    )
-        if self.norm not in NORM_KINDS:
+
+    def _check_rope(self, rope: Rope) -> None:
+        num_channels = self._num_rotary_channels(rope)
+        if not 0 < rope.fraction <= 1 or num_channels % 2:
             raise InputError(
-                f"norm {self.norm!r} is not known; known are {', '.join(NORM_KINDS)}"
+                f"{rope.fraction} of a head of {self.head_dim} channels cannot turn: that must"
+                " be an even number of them"
             )
+        if isinstance(rope.scaling, LongRope):
+            num_factors = num_channels // 2
+            if any(len(factors) != num_factors for factors in rope.scaling.factors):
+                raise InputError(
+                    "the rope scaling's short_factor and long_factor must be lists of"
+                    f" {num_factors}"
+                )
+
+    def _check_positions(self) -> None:
         if (self.rope is None) == (self.max_positions is None):
             raise InputError(
                 "a model needs either rope or max_positions, to tell times apart"
@@ -109,22 +127,18 @@ class TransformerConfig:
             raise InputError(
                 "window_pattern is empty; it must say of each layer whether it has one"
             )
-        if self.local_rope is not None and (
-            self.rope is None
-            or (self.local_rope.fraction, self.local_rope.attention_factor)
-            != (self.rope.fraction, self.rope.attention_factor)
-        ):
+        if self.local_rope is not None and not self._turn_alike():
             raise InputError(
                 "local_rope must turn the channels that rope turns, as strongly"
             )
-        if self.activation not in ACTIVATIONS:
-            raise InputError(
-                f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}"
-            )
-        for name in ("window", "query_width", "attention_softcap", "logits_softcap"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} is {value}; it must be positive, or None")
+
+    def _turn_alike(self) -> bool:
+        """Whether both ropes turn the same channels, as strongly."""
+        if self.rope is None or self.local_rope is None:
+            return False
+        has_same_fraction = self.local_rope.fraction == self.rope.fraction
+        has_same_factor = self.local_rope.attention_factor == self.rope.attention_factor
+        return has_same_fraction and has_same_factor
 
     def _num_rotary_channels(self, rope: Rope) -> int:
         return int(self.head_dim * rope.fraction)
@@ -139,9 +153,10 @@ class TransformerConfig:
 
     def at_length(self, num_tokens: int) -> "TransformerConfig":
         """The model for a sequence of so many tokens, however they are divided over calls."""
-        rope, local_rope = (
-            r and r.at_length(num_tokens) for r in (self.rope, self.local_rope)
-        )
+        rope = None if self.rope is None else self.rope.at_length(num_tokens)
+        local_rope = self.local_rope
+        if local_rope is not None:
+            local_rope = local_rope.at_length(num_tokens)
         return dataclasses.replace(self, rope=rope, local_rope=local_rope)
 
     @property
