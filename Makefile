@@ -33,9 +33,9 @@ WORDS ?= file,path,directory
 calm: SIZE := --hidden_size=64 --num_layers=2 --length=64 --batch_size=16 --steps=300
 calm: OUT := $(RESULTS)/calm
 calm: $(VENV)/.has-runtime ## Train, sample, evaluate and ablate small density models of text
-	$(program) train $(TEXT) $(SIZE) --vocab_size=1024 --head=token --output_dir=$(OUT)/baseline
-	$(program) train $(TEXT) $(SIZE) --head=mixture --table_from=$(OUT)/baseline --output_dir=$(OUT)/mixture
-	$(program) sample --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
+	$(program) train_lm $(TEXT) $(SIZE) --vocab_size=1024 --output_dir=$(OUT)/baseline
+	$(program) train_density $(TEXT) $(SIZE) --head=mixture --table_from=$(OUT)/baseline --output_dir=$(OUT)/mixture
+	$(program) sample_density --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
 	$(program) evaluate $(TEXT) --length=64 --models=$(OUT)/baseline,$(OUT)/mixture --output_dir=$(OUT)/eval
 	$(ablate) $(TEXT) --length=64 --model=$(OUT)/mixture --codes=256 --output_dir=$(OUT)/ablation
 ablate := $(program) compare_quantizers
@@ -45,31 +45,31 @@ calm-full: OUT := $(RESULTS)/calm-full
 calm-full: STEPS := --steps=400 --length=128 --batch_size=16
 calm-full: FROM := --table_from=$(RESULTS)/calm-full/baseline
 calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and its densities, under an hour
-	$(program) train $(TEXT) $(STEPS) --head=token --output_dir=$(OUT)/baseline
-	$(program) train $(TEXT) $(STEPS) $(FROM) --head=gaussian --output_dir=$(OUT)/gaussian
-	$(program) train $(TEXT) $(STEPS) $(FROM) --head=mixture --head_settings=components=4 \
+	$(program) train_lm $(TEXT) $(STEPS) --output_dir=$(OUT)/baseline
+	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=gaussian --output_dir=$(OUT)/gaussian
+	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=mixture --head_settings=components=4 \
 	  --output_dir=$(OUT)/mixture
-	$(program) train $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=4 \
+	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=4 \
 	  --output_dir=$(OUT)/experts
-	$(program) train $(TEXT) $(STEPS) $(FROM) --head=gaussian --token_loss_weight=0 \
+	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=gaussian --token_loss_weight=0 \
 	  --output_dir=$(OUT)/likelihood
-	$(program) train $(TEXT) $(STEPS) --head=gaussian --output_dir=$(OUT)/learned
+	$(program) train_density $(TEXT) $(STEPS) --head=gaussian --output_dir=$(OUT)/learned
 	$(program) evaluate $(TEXT) --output_dir=$(OUT)/eval --models=$(call commas,\
 	  $(addprefix $(OUT)/,baseline gaussian mixture experts likelihood learned))
 	$(ablate) $(TEXT) --model=$(OUT)/mixture --output_dir=$(OUT)/ablation
-	$(program) sample --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
+	$(program) sample_density --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
 	  --strengths=0,0.25,0.5,0.75,1,1.5,2 --output_dir=$(OUT)/steering
 # Next-vector models: an autoencoder of K tokens, a model of its vectors, a baseline of equal size.
 nv := $(RESULTS)/next-vector
 .PHONY: next-vector
 next-vector: SIZE := --hidden_size=64 --num_layers=2 --batch_size=16 --steps=200
 next-vector: $(VENV)/.has-runtime ## Train, sample and judge small models of K = 4 tokens a vector
-	$(program) train $(TEXT) --stage=autoencoder --vocab_size=1024 --hidden_size=64 --latent_size=32 \
+	$(program) train_autoencoder $(TEXT) --vocab_size=1024 --hidden_size=64 --latent_size=32 \
 	  --batch_size=16 --steps=300 --output_dir=$(nv)/codec
-	$(program) train $(TEXT) --stage=calm --codec=$(nv)/codec $(SIZE) --length=16 --output_dir=$(nv)/calm
-	$(program) train $(TEXT) --stage=baseline --tokenizer=$(nv)/codec $(SIZE) --length=64 \
+	$(program) train_calm $(TEXT) --codec=$(nv)/codec $(SIZE) --length=16 --output_dir=$(nv)/calm
+	$(program) train_lm $(TEXT) --tokenizer=$(nv)/codec $(SIZE) --length=64 \
 	  --output_dir=$(nv)/baseline
-	$(program) sample --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
+	$(program) sample_calm --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
 	  --between="the name of the file" --between="a list of numbers"
 	$(program) evaluate $(TEXT) --models=$(nv)/baseline,$(nv)/calm --output_dir=$(nv)/eval
 	$(ablate) $(TEXT) --model=$(nv)/calm --length=64 --output_dir=$(nv)/ablation
@@ -84,22 +84,22 @@ $(nvf)/codec-1: NEW := --vocab_size=1024
 $(filter-out %-1,$(codecs)): NEW := --tokenizer=$(nvf)/codec-1
 $(filter-out %-1,$(codecs)): $(nvf)/codec-1
 $(codecs): $(nvf)/codec-%: $(VENV)/.has-runtime
-	$(program) train $(TEXT) --stage=autoencoder $(NEW) --chunk_size=$* --latent_size=64 \
+	$(program) train_autoencoder $(TEXT) $(NEW) --chunk_size=$* --latent_size=64 \
 	  --codec_settings=kl_weight=0.03 --batch_size=16 --steps=600 --output_dir=$@
 $(KS:%=$(nvf)/calm-%): $(nvf)/calm-%: $(nvf)/codec-%
-	$(program) train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=500 \
+	$(program) train_calm $(TEXT) --codec=$< --length=32 --batch_size=16 --steps=500 \
 	  --output_dir=$@
 $(LONG): $(nvf)/codec-4
-	$(program) train $(TEXT) --stage=calm --codec=$< --length=32 --batch_size=16 --steps=2000 \
+	$(program) train_calm $(TEXT) --codec=$< --length=32 --batch_size=16 --steps=2000 \
 	  --output_dir=$@
 $(nvf)/baseline: $(nvf)/codec-1
-	$(program) train $(TEXT) --stage=baseline --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
+	$(program) train_lm $(TEXT) --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
 	  --output_dir=$@
 next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG) ## The tables of K, under an hour
 	$(program) evaluate $(TEXT) --positions=4096 --stride=8 --context=32 --output_dir=$(nvf)/eval \
 	  --models=$(call commas,$(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG))
 	$(ablate) $(TEXT) --model=$(call commas,$(KS:%=$(nvf)/calm-%)) --output_dir=$(nvf)/ablation
-	$(program) sample --model=$(LONG) --output_dir=$(nvf)/sample \
+	$(program) sample_calm --model=$(LONG) --output_dir=$(nvf)/sample \
 	  --between="the name of the file" --between="a list of numbers"
 	$(program) compare_heads --output_dir=$(nvf)/heads
 

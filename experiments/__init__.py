@@ -50,10 +50,23 @@ GROUPS: Mapping[str, Mapping[str, Program]] = {
         ),
     },
     "Continuous output on text": {
-        "train": Program(
-            "text_models.train", "train a density, next-vector or softmax model"
+        "train_lm": Program("densities.train_lm", "train the softmax baseline"),
+        "train_density": Program(
+            "densities.train_density", "train a density over the next token's vector"
         ),
-        "sample": Program("text_models.sample", "sample and steer a trained model"),
+        "train_head": Program(
+            "densities.train_head", "train a new head on a pretrained trunk"
+        ),
+        "train_autoencoder": Program(
+            "calm.train_autoencoder", "train an autoencoder: several tokens to a vector"
+        ),
+        "train_calm": Program(
+            "calm.train_calm", "train a next-vector model on an autoencoder"
+        ),
+        "sample_density": Program(
+            "densities.sample_density", "sample and steer a density model"
+        ),
+        "sample_calm": Program("calm.sample_calm", "sample a next-vector model"),
         "evaluate": Program(
             "text_models.evaluate", "evaluate trained models on held-out text"
         ),

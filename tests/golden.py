@@ -35,7 +35,7 @@ TOLERANCE = 1e-6  # relative to the larger number, in an array to its largest
 MODEL = "--hidden_size=16 --num_layers=1 --num_heads=2"
 TRAIN = "--data=text.txt --batch_size=4 --steps=3 --save_every=3 --warm_up=1"
 DENSITY = f"{TRAIN} {MODEL} --length=16"
-NEXT = f"{TRAIN} {MODEL} --stage=calm --codec=codec --length=8"
+NEXT = f"{TRAIN} {MODEL} --codec=codec --length=8"
 EVAL = "--data=text.txt --length=16"
 ABLATE = f"{EVAL} --codes=16 --stages=2 --windows=2 --candidates=4"
 
@@ -73,21 +73,30 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     "report/report": ("report", "--prompts_per_study=2 --points=5"),
     "embedded/train": ("train_apples", "--steps=2 --prompts_per_step=4"),
     "embedded/evaluate": ("evaluate_apples", "--held_out_prompts=4"),
-    "densities/baseline": ("train", f"{DENSITY} --vocab_size=280 --head=token"),
-    "densities/gaussian": ("train", f"{DENSITY} --head=gaussian --table_from=baseline"),
-    "densities/mixture": ("train", f"{DENSITY} --head=mixture --table_from=baseline"),
+    "densities/baseline": ("train_lm", f"{DENSITY} --vocab_size=280"),
+    "densities/gaussian": (
+        "train_density",
+        f"{DENSITY} --head=gaussian --table_from=baseline",
+    ),
+    "densities/mixture": (
+        "train_density",
+        f"{DENSITY} --head=mixture --table_from=baseline",
+    ),
     "densities/experts": (
-        "train",
+        "train_density",
         f"{DENSITY} --head=experts --table_from=baseline --accumulate=2 --head_settings=experts=2",
     ),
     "densities/learned": (
-        "train",
+        "train_density",
         f"{DENSITY} --vocab_size=280 --token_loss_weight=0.5",
     ),
-    "densities/on_trunk": ("train", f"{TRAIN} --length=16 --trunk=baseline"),
-    "densities/sample": ("sample", "--model=mixture --samples=2 --max_new_tokens=8"),
+    "densities/on_trunk": ("train_head", f"{TRAIN} --length=16 --trunk=baseline"),
+    "densities/sample": (
+        "sample_density",
+        "--model=mixture --samples=2 --max_new_tokens=8",
+    ),
     "densities/steered": (
-        "sample",
+        "sample_density",
         "--model=gaussian --samples=2 --max_new_tokens=6 --towards=file --strengths=0,2",
     ),
     "densities/eval": (
@@ -96,16 +105,16 @@ PROGRAMS: dict[str, tuple[str, str]] = {
     ),
     "densities/ablation": ("compare_quantizers", f"{ABLATE} --model=mixture"),
     "vectors/codec": (
-        "train",
-        f"{TRAIN} --stage=autoencoder --vocab_size=280 --hidden_size=16 --latent_size=8",
+        "train_autoencoder",
+        f"{TRAIN} --vocab_size=280 --hidden_size=16 --latent_size=8",
     ),
-    "vectors/energy": ("train", f"{NEXT} --head=energy"),
-    "vectors/flow": ("train", f"{NEXT} --head=flow"),
-    "vectors/diffusion": ("train", f"{NEXT} --head=diffusion"),
-    "vectors/baseline": ("train", f"{DENSITY} --stage=baseline --tokenizer=codec"),
-    "vectors/sample": ("sample", "--model=energy --samples=2 --max_new_tokens=8"),
+    "vectors/energy": ("train_calm", f"{NEXT} --head=energy"),
+    "vectors/flow": ("train_calm", f"{NEXT} --head=flow"),
+    "vectors/diffusion": ("train_calm", f"{NEXT} --head=diffusion"),
+    "vectors/baseline": ("train_lm", f"{DENSITY} --tokenizer=codec"),
+    "vectors/sample": ("sample_calm", "--model=energy --samples=2 --max_new_tokens=8"),
     "vectors/between": (
-        "sample",
+        "sample_calm",
         "--model=flow --max_new_tokens=8 --between='Ann reads a path.'"
         " --between='Bob opens the file.'",
     ),

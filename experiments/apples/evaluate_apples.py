@@ -10,13 +10,12 @@ them, if a model misses one of the bars.
 
 import dataclasses
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.errors import about
@@ -27,7 +26,7 @@ from continuous_lm.experiments.apples.language import (
     UNSEEN_SEPARATORS,
     UNSEEN_WORDS,
 )
-from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
@@ -44,13 +43,6 @@ SWEPT_COUNTS = range(2, 7)
 PROMPT_SEED = 0  # of the held-out prompts and of irregular filler
 DURATION_FACTORS = np.linspace(0.1, 1.0, 100)  # the paper's
 PAPER_WORDS = {"apple": "fruit", "cat": "animal", "rose": "flower"}
-
-_MODELS = flags.DEFINE_list(
-    "models", ["apples"], "Checkpoint folders or bundled models."
-)
-_HELD_OUT_PROMPTS = flags.DEFINE_integer(
-    "held_out_prompts", 1000, "How many to ask of each task.", lower_bound=1
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,48 +280,83 @@ def _require_tokenizer(lm: clm.LanguageModel) -> tokenizers.Tokenizer:
     return lm.tokenizer
 
 
-def main() -> None:
-    """Tables, files, bars."""
-    folder = program.output_dir("evaluate_apples")
-    models = _MODELS.value
-    results, all_failures = {}, []
-    for name in models:
-        lm = clm.load(name, dtype=jnp.float32, mesh=program.mesh())
-        with about(name):
-            accuracies, sweeps = evaluate_model(lm, _HELD_OUT_PROMPTS.value)
-        print(f"\n{name}\n\n{format_table(accuracies, sweeps)}", flush=True)
-        all_failures += [
-            f"{name}: {failure}" for failure in describe_failures(accuracies, sweeps)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.DeviceConfig):
+    """Flags of evaluate_apples."""
+
+    models: tuple[str, ...] = program.flag(
+        ("apples",), help="Checkpoint folders or bundled models."
+    )
+    held_out_prompts: int = program.flag(
+        1000, help="Number of held-out prompts of each task.", lower_bound=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelResult:
+    """Held-out accuracy of each task, and every sweep."""
+
+    accuracies: dict[str, float]
+    sweeps: list[CountingSweep]
+
+    def as_json(self) -> dict[str, Any]:
+        """The numbers, as the results file has them."""
+        sweep_records = [
+            dataclasses.asdict(sweep)
+            | {
+                "in_order": sweep.is_in_order,
+                "transitions": sweep.transitions,
+                "error": sweep.error,
+            }
+            for sweep in self.sweeps
         ]
-        results[name] = {
-            "accuracies": accuracies,
-            "sweeps": [
-                dataclasses.asdict(sweep)
-                | dict(
-                    in_order=sweep.is_in_order,
-                    transitions=sweep.transitions,
-                    error=sweep.error,
-                )
-                for sweep in sweeps
-            ],
+        return {"accuracies": self.accuracies, "sweeps": sweep_records}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The results of each model, and the bars that they miss, in words."""
+
+    models: dict[str, ModelResult]
+    missed: list[str]
+
+    def summary(self) -> str:
+        lines = [
+            f"{name}\n\n{format_table(result.accuracies, result.sweeps)}\n"
+            for name, result in self.models.items()
+        ]
+        verdict = ["missed:", *self.missed] if self.missed else ["every bar is met"]
+        return "\n".join([*lines, *verdict])
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.missed else 0
+
+
+def run(config: Config) -> Result:
+    """Loads the models, evaluates them, and writes the numbers."""
+    folder = program.output_folder(config)
+    mesh = program.make_mesh(config)
+    results: dict[str, ModelResult] = {}
+    missed: list[str] = []
+    for name in config.models:
+        lm = clm.load(name, dtype=jnp.float32, mesh=mesh)
+        with about(name):
+            accuracies, sweeps = evaluate_model(lm, config.held_out_prompts)
+        results[name] = ModelResult(accuracies, sweeps)
+        failures = describe_failures(accuracies, sweeps)
+        missed += [f"{name}: {failure}" for failure in failures]
+    if folder is not None and processes.is_first_process():
+        values = {
+            "factors": DURATION_FACTORS.tolist(),
+            "models": {name: result.as_json() for name, result in results.items()},
+            "missed": missed,
+            "run": program.record(config),
         }
-    if not processes.is_first_process():
-        return
-    with write_atomically(folder) as staging_folder:
-        write_json(
-            staging_folder / "evaluate_apples.json",
-            {
-                "factors": DURATION_FACTORS.tolist(),
-                "models": results,
-                "missed": all_failures,
-                "run": program.record(),
-            },
-        )
-    print(f"\n{folder}/evaluate_apples.json")
-    if all_failures:
-        sys.exit("\n".join(["missed:", *all_failures]))
-    print("every bar is met")
+        with write_atomically(folder) as staging_folder:
+            write_json(staging_folder / "evaluate_apples.json", values)
+    return Result(results, missed)
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

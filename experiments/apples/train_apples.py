@@ -25,29 +25,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 import continuous_lm as clm
 from continuous_lm import axes as axes_lib
 from continuous_lm.experiments.apples import prompts
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.densities import density_training
+from continuous_lm.experiments.common import program
+from continuous_lm.experiments.training import train_program
+from continuous_lm.io.atomic_files import write_atomically
+from continuous_lm.io.json_files import write_json
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.transformer import Transformer
 from continuous_lm.parallel import processes
-
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the initial weights and of the prompts."
-)
-_STEPS = flags.DEFINE_integer("steps", 3500, "Optimiser steps.", lower_bound=1)
-_PROMPTS_PER_STEP = flags.DEFINE_integer(
-    "prompts_per_step", 48, "Prompts in each step.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate", 2e-3, "Peak learning rate.", lower_bound=0.0
-)
 
 WARM_UP_STEPS = 100  # steps
 STEPS_PER_DISPATCH = 50  # steps in one call of the jitted function
@@ -278,24 +268,50 @@ def train(
     return clm.LanguageModel(clm.Transformer(transformer_config), params, tokenizer)
 
 
-def main() -> None:
-    """Trains, writes."""
-    folder = program.output_dir("train_apples")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.DeviceConfig):
+    """Flags of train_apples."""
+
+    seed: int = program.flag(0, help="Seed of the initial weights and of the prompts.")
+    steps: int = program.flag(3500, help="Optimiser steps.", lower_bound=1)
+    prompts_per_step: int = program.flag(
+        48, help="Prompts in each step.", lower_bound=1
+    )
+    learning_rate: float = program.flag(
+        2e-3, help="Peak learning rate.", lower_bound=0.0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The trained model, its parameters in float32; it is written in bfloat16."""
+
+    lm: clm.LanguageModel
+
+    def summary(self) -> str:
+        return "Trained: config.json, model.safetensors, tokenizer.json"
+
+
+def run(config: Config) -> Result:
+    """Trains the model and writes it, with the record of its run."""
+    folder = program.output_folder(config)
     lm = train(
-        seed=_SEED.value,
-        steps=_STEPS.value,
-        prompts_per_step=_PROMPTS_PER_STEP.value,
-        learning_rate=_LEARNING_RATE.value,
-        mesh=program.mesh(),
+        seed=config.seed,
+        steps=config.steps,
+        prompts_per_step=config.prompts_per_step,
+        learning_rate=config.learning_rate,
+        mesh=program.make_mesh(config),
     )
-    stored_params = jax.tree.map(lambda array: array.astype(jnp.bfloat16), lm.params)
-    density_training.save_on_first_process(
-        clm.save, folder, dataclasses.replace(lm, params=stored_params)
-    )
-    if not processes.is_first_process():
-        return
-    print(f"{folder}/config.json, model.safetensors, tokenizer.json")
+    if folder is not None:
+        stored_params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params)
+        stored_lm = dataclasses.replace(lm, params=stored_params)
+        train_program.save_on_first_process(clm.save, folder, stored_lm)
+        if processes.is_first_process():
+            record = {"run": program.record(config)}
+            with write_atomically(folder) as staging_folder:
+                write_json(staging_folder / train_program.RECORD_FILE, record)
+    return Result(lm)
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

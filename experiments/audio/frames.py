@@ -48,7 +48,7 @@ from continuous_lm.experiments.audio.wav_files import write_wav
 from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.experiments.densities import density_training
-from continuous_lm.experiments.training import fit, text, window_batches
+from continuous_lm.experiments.training import fit, text, train_program, window_batches
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import density
@@ -290,7 +290,7 @@ def train_models(config: Config, sounds: Sounds, folder: pathlib.Path) -> FrameM
             },
             label=name,
         )
-        density_training.save_on_first_process(density.save, folder / name, lm)
+        train_program.save_on_first_process(density.save, folder / name, lm)
         trained_models[name] = dataclasses.replace(model, lm=lm)
     return FrameModels(**trained_models, codes=models.codes)
 

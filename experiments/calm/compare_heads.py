@@ -10,73 +10,106 @@ which says what 0 looks like, and the best single Gaussian, in closed form. It t
 one core.
 """
 
+import dataclasses
+import pathlib
+from typing import Any
+
 import jax
-from absl import flags
+from matplotlib.figure import Figure
 
 from continuous_lm.experiments.calm import two_mode_target
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.common import plots
+from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 
-_HIDDEN_SIZE = flags.DEFINE_integer(
-    "hidden_size", 32, "D of the blocks.", lower_bound=1
-)
-_DEPTH = flags.DEFINE_integer("depth", 2, "Blocks.", lower_bound=0)
-_NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 8, "Draws of noise for each target in a loss.", lower_bound=2
-)
-_STEPS = flags.DEFINE_integer(
-    "steps", 1000, "Optimiser steps of each head.", lower_bound=1
-)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 128, "Targets in a step.", lower_bound=1
-)
-_LEARNING_RATE = flags.DEFINE_float(
-    "learning_rate", 3e-3, "At its peak.", lower_bound=0.0
-)
-_CONDITIONS = flags.DEFINE_integer(
-    "conditions", 96, "Angles to judge at.", lower_bound=2
-)
-_SAMPLES = flags.DEFINE_integer("samples", 200, "At each of them.", lower_bound=2)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of data, parameters and samples.", lower_bound=0
-)
+NAME = "compare_heads"  # of the files
 
 
-def main() -> None:
-    """Fits, numbers, a table, a figure."""
-    folder = program.output_dir("compare_heads")
-    candidate_heads = two_mode_target.make_heads(
-        _HIDDEN_SIZE.value, _DEPTH.value, _NUM_SAMPLES.value
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.RunConfig):
+    """Flags of compare_heads."""
+
+    hidden_size: int = program.flag(
+        32, help="Width of the blocks of a head.", lower_bound=1
     )
-    metrics, samplers = two_mode_target.compare_heads(
-        candidate_heads,
-        seed=_SEED.value,
-        steps=_STEPS.value,
-        batch_size=_BATCH_SIZE.value,
-        learning_rate=_LEARNING_RATE.value,
-        conditions=_CONDITIONS.value,
-        samples=_SAMPLES.value,
+    depth: int = program.flag(2, help="Blocks of a head.", lower_bound=0)
+    num_samples: int = program.flag(
+        8, help="Draws of noise for each target in a loss.", lower_bound=2
     )
-    metrics_table = two_mode_target.make_table(metrics)
-    plotted_samplers = {
-        name: sampler for name, sampler in samplers.items() if name != "flow, Euler"
-    }  # as the other
-    figure = two_mode_target.plot_samples(
-        plotted_samplers, metrics, jax.random.key(_SEED.value + 1)
+    steps: int = program.flag(1000, help="Optimiser steps of each head.", lower_bound=1)
+    batch_size: int = program.flag(128, help="Targets in a step.", lower_bound=1)
+    learning_rate: float = program.flag(
+        3e-3, help="Peak learning rate.", lower_bound=0.0
     )
+    conditions: int = program.flag(
+        96, help="Number of angles at which samples are compared.", lower_bound=2
+    )
+    samples: int = program.flag(200, help="Samples at each angle.", lower_bound=2)
+    seed: int = program.flag(
+        0, help="Seed of data, parameters and samples.", lower_bound=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """Numbers and samplers of each head, of fresh data and of the best Gaussian.
+
+    Attributes:
+      metrics: name -> numbers.
+      samplers: name -> sampler.
+      table: of the numbers.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    samplers: dict[str, two_mode_target.Sampler]
+    table: tables.Table
+
+    def summary(self) -> str:
+        return self.table.as_text()
+
+
+def plot(config: Config, result: Result) -> Figure:
+    """Samples of all but the flow by Euler, which look as those of the other flow."""
+    samplers = {
+        name: sampler
+        for name, sampler in result.samplers.items()
+        if name != "flow, Euler"
+    }
+    key = jax.random.key(config.seed + 1)
+    return two_mode_target.plot_samples(samplers, result.metrics, key)
+
+
+def write_files(config: Config, folder: pathlib.Path, result: Result) -> None:
+    """Writes the numbers, the table and the figure."""
+    figure = plot(config, result)
     with write_atomically(folder) as staging_folder:
-        write_json(
-            staging_folder / "compare_heads.json",
-            {"run": program.record(), "heads": metrics},
-        )
-        metrics_table.write(staging_folder)
-        plots.save(figure, staging_folder, "compare_heads")
-    print(
-        f"{metrics_table.as_text()}\n\n{folder}: compare_heads.json, .csv, .md, .tex, .png, .pdf"
+        contents = {"run": program.record(config), "heads": result.metrics}
+        write_json(staging_folder / f"{NAME}.json", contents)
+        result.table.write(staging_folder)
+        plots.save(figure, staging_folder, NAME)
+
+
+def run(config: Config) -> Result:
+    """Fits the heads, compares them, and writes numbers, a table and a figure."""
+    folder = program.output_folder(config)
+    metrics, samplers = two_mode_target.compare_heads(
+        two_mode_target.make_heads(
+            config.hidden_size, config.depth, config.num_samples
+        ),
+        two_mode_target.ComparisonSettings(
+            seed=config.seed,
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            conditions=config.conditions,
+            samples=config.samples,
+        ),
     )
+    result = Result(metrics, samplers, two_mode_target.make_table(metrics))
+    if folder is not None:
+        write_files(config, folder, result)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.main(Config, run)

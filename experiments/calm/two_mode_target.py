@@ -28,16 +28,13 @@ from continuous_lm.models.calm import implicit_heads
 from continuous_lm.models.density import heads
 from continuous_lm.models.parameters import initialize
 
-TARGET_WIDTH, MODE_RADIUS, MODE_DEVIATION, LIKELIER_MODE_SHARE = (
-    2,
-    math.sqrt(2.0),
-    0.15,
-    0.7,
-)
+TARGET_WIDTH = 2
+MODE_RADIUS = math.sqrt(2.0)
+MODE_DEVIATION = 0.15
+LIKELIER_MODE_SHARE = 0.7
 NUM_HARMONICS = 4  # sines and cosines of so many multiples of the angle
-MAX_MODE_DEVIATIONS = (
-    3.0  # deviations from a mode m; exp(-m^2 / 2) of the data lie farther away
-)
+# Deviations from a mode, m, up to which samples are in it; exp(-m^2 / 2) of the data are farther.
+MAX_MODE_DEVIATIONS = 3.0
 SAMPLES_PER_CALL = 4096  # samples at once where time is taken
 NUM_REPEATS = 5
 NUM_RESAMPLES = 2000  # of the bootstrap interval
@@ -302,26 +299,49 @@ def samples_per_second(draw_samples: Sampler, key: jax.Array) -> float:
     return SAMPLES_PER_CALL / float(np.median(seconds))
 
 
+class ComparisonSettings(NamedTuple):
+    """How heads are fitted and compared.
+
+    Attributes:
+      seed: of data, parameters and samples.
+      steps: optimiser steps of each head.
+      batch_size: targets in a step.
+      learning_rate: the peak.
+      conditions: angles at which samples are compared.
+      samples: at each of them.
+    """
+
+    seed: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    conditions: int
+    samples: int
+
+
+class FittedHead(NamedTuple):
+    """Parameters of a head, and the seconds of their training."""
+
+    params: Any
+    seconds: float
+
+
 def compare_heads(
-    head_by_name: Mapping[str, ComparedHead],
-    *,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    conditions: int,
-    samples: int,
+    head_by_name: Mapping[str, ComparedHead], settings: ComparisonSettings
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Sampler]]:
     """Numbers and samplers by name: fresh data, the best single Gaussian, and the heads, fitted."""
-    key, evaluation_key = jax.random.split(jax.random.key(seed))
+    key, evaluation_key = jax.random.split(jax.random.key(settings.seed))
     evaluate = functools.partial(
-        evaluate_samples, key=evaluation_key, conditions=conditions, samples=samples
+        evaluate_samples,
+        key=evaluation_key,
+        conditions=settings.conditions,
+        samples=settings.samples,
     )
     samplers: dict[str, Sampler] = {
         "data": draw_target,
         "best Gaussian": draw_best_gaussian,
     }
-    metrics = {
+    metrics: dict[str, dict[str, Any]] = {
         name: {
             "parameters": None,
             "evaluations": None,
@@ -329,33 +349,42 @@ def compare_heads(
         }
         for name, draw_samples in samplers.items()
     }
-    params_and_seconds: dict[ComparedHead, tuple[Any, float]] = {}
+    fitted_heads: dict[ComparedHead, FittedHead] = {}
     for name, head in head_by_name.items():
         training_head = with_default_sampling(head)
-        if training_head not in params_and_seconds:
-            start_time = time.perf_counter()
-            params, _ = jax.block_until_ready(
-                fit_head(
-                    training_head,
-                    key,
-                    steps=steps,
-                    batch_size=batch_size,
-                    learning_rate=learning_rate,
-                )
-            )
-            params_and_seconds[training_head] = params, time.perf_counter() - start_time
-        params, seconds = params_and_seconds[training_head]
-        samplers[name] = make_sampler(head, params)
+        if training_head not in fitted_heads:
+            fitted_heads[training_head] = _fit_with_time(training_head, key, settings)
+        fitted_head = fitted_heads[training_head]
+        sampler = make_sampler(head, fitted_head.params)
+        samplers[name] = sampler
         metrics[name] = {
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "parameters": sum(
+                leaf.size for leaf in jax.tree.leaves(fitted_head.params)
+            ),
             "evaluations": head.num_evaluations
             if isinstance(head, implicit_heads.ImplicitHead)
             else 1,
-            **evaluate(samplers[name])._asdict(),
-            "per_second": samples_per_second(samplers[name], key),
-            "seconds_of_training": seconds,
+            **evaluate(sampler)._asdict(),
+            "per_second": samples_per_second(sampler, key),
+            "seconds_of_training": fitted_head.seconds,
         }
     return metrics, samplers
+
+
+def _fit_with_time(
+    head: ComparedHead, key: jax.Array, settings: ComparisonSettings
+) -> FittedHead:
+    """The fitted head, and how long that took, compilation included."""
+    start_time = time.perf_counter()
+    params, _ = fit_head(
+        head,
+        key,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    jax.block_until_ready(params)
+    return FittedHead(params, time.perf_counter() - start_time)
 
 
 def make_table(metrics: Mapping[str, Mapping[str, Any]]) -> tables.Table:

@@ -8,7 +8,8 @@ import dataclasses
 import io
 import pathlib
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 Cell = str | int | float | None
 
@@ -133,6 +134,45 @@ class Table:
             (folder / f"{self.name}.{suffix}").write_text(
                 text, encoding="utf-8", newline="\n"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+    """A table before it has rows.
+
+    Attributes:
+        name: Of its files and its label.
+        caption: What it shows, one line of plain text.
+        columns: Those after the first, which names the rows; their paths say where numbers are.
+    """
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+
+    def fill(
+        self,
+        numbers_by_model: Mapping[str, Mapping[str, Any]],
+        *,
+        has_summary_row: bool = False,
+    ) -> Table:
+        """The table with a row for each model."""
+        rows = [
+            [model, *(_look_up(numbers, column.path) for column in self.columns)]
+            for model, numbers in numbers_by_model.items()
+        ]
+        columns = (Column("model"), *self.columns)
+        return Table(self.name, self.caption, columns, rows, has_summary_row)
+
+
+def _look_up(numbers: Mapping[str, Any], path: str) -> Cell:
+    """The number at "peaks.pure"; None if a step of the path is missing."""
+    value: Any = numbers
+    for name in path.split("."):
+        if value is None:
+            return None
+        value = value.get(name)
+    return value
 
 
 def _format_cell(cell: Cell, column: Column) -> str:

@@ -1,37 +1,73 @@
-"""What the calm_* programs share: the trunk's shape, training a density model, reading one."""
+"""Density models in programs: the flags of a trunk and a head, training, loading."""
 
 import dataclasses
 import json
 import os
-import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from jax.sharding import Mesh
 
 from continuous_lm import axes as axes_lib
 from continuous_lm import losses
 from continuous_lm.errors import InputError
+from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import fit, window_batches
 from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.io.json_files import read_json
-from continuous_lm.models import calm as next_vector
-from continuous_lm.models import density, parameters
+from continuous_lm.models import calm, density, parameters
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.density.model import DensityLM, DensityModel
 from continuous_lm.models.language_model import LanguageModel
-from continuous_lm.parallel import processes
+from continuous_lm.models.parameters import Params
 from continuous_lm.rotary import Rope
 
-NUM_LOSS_WINDOWS, NUM_SCORE_WINDOWS = (
-    32,
-    128,
-)  # held-out windows that a training run takes its loss and score of
+# Held-out windows from which a training run computes its loss and its score.
+NUM_LOSS_WINDOWS = 32
+NUM_SCORE_WINDOWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrunkFlags(program.CheckedConfig):
+    """Flags of a new trunk."""
+
+    hidden_size: int = program.flag(128, help="Width of a new trunk.", lower_bound=2)
+    num_layers: int = program.flag(4, help="Layers of a new trunk.", lower_bound=1)
+    num_heads: int = program.flag(
+        4, help="Attention heads of a new trunk.", lower_bound=1
+    )
+
+    def trunk_config(self, vocab_size: int) -> TransformerConfig:
+        """The trunk for a vocabulary."""
+        return trunk_config(
+            vocab_size=vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadFlags(program.CheckedConfig):
+    """Flags of a model's head and its sequences."""
+
+    head_settings: tuple[str, ...] = program.flag(
+        (),
+        help="Settings of the head as name=value: covariance=full,min_scale=0.1",
+    )
+    length: int = program.flag(
+        128, help="Tokens (vectors, for train_calm) in a sequence.", lower_bound=1
+    )
+
+    def parsed_head_settings(self) -> dict[str, Any]:
+        """The settings by name."""
+        return parse_settings(self.head_settings, "head_settings")
 
 
 def trunk_config(
@@ -60,7 +96,7 @@ def trunk_config(
     )
 
 
-def parse_settings(assignments: list[str], flag_name: str) -> dict[str, Any]:
+def parse_settings(assignments: Sequence[str], flag_name: str) -> dict[str, Any]:
     """The settings in "name=value", ... of a flag; values are JSON, or words."""
     settings: dict[str, Any] = {}
     for assignment in assignments:
@@ -72,6 +108,60 @@ def parse_settings(assignments: list[str], flag_name: str) -> dict[str, Any]:
         except ValueError:
             settings[name.strip()] = value.strip()
     return settings
+
+
+def make_loss(model: DensityModel) -> fit.LossFunction[Params, jax.Array]:
+    """The mean loss of a batch of windows: tokens int [B, n + 1], or vectors [B, n + 1, W]."""
+    input_kind = model.input_kind
+
+    def loss(params, batch, key):
+        token_losses: Any = model.apply(
+            {"params": params}, **{input_kind: batch}, method="loss"
+        )
+        return jnp.mean(token_losses), {}
+
+    return loss
+
+
+def make_evaluation(
+    model: DensityModel, held_out: np.ndarray, length: int
+) -> fit.Evaluation[Params]:
+    """Parameters -> "held_out", the loss of held-out windows, and of tokens "brier_1".
+
+    brier_1 is 2 P(token) - sum_v P(v)^2: what next-vector models are scored by, in closed form.
+
+    Args:
+      model: the model.
+      held_out: tokens [m] or vectors [m, W].
+      length: inputs in a window.
+    """
+    loss = make_loss(model)
+    loss_windows = window_batches.consecutive_windows(
+        held_out, length=length, max_windows=NUM_LOSS_WINDOWS
+    )
+    score_windows = window_batches.consecutive_windows(
+        held_out, length=length, max_windows=NUM_SCORE_WINDOWS
+    )
+
+    @jax.jit
+    def held_out_loss(params):
+        return loss(params, jnp.asarray(loss_windows), jax.random.key(0))[0]
+
+    @jax.jit
+    def brier_1(params):
+        def window_brier_1(window):  # one at a time: its logits are length x V numbers
+            logits: Any = model.apply({"params": params}, window, method="token_logits")
+            return losses.brier(jax.nn.softmax(logits), window[1:])
+
+        return 1.0 - jnp.mean(jax.lax.map(window_brier_1, score_windows))
+
+    def evaluate(params):
+        metrics = {"held_out": float(held_out_loss(params))}
+        if model.predicts_tokens:
+            metrics["brier_1"] = float(brier_1(params))
+        return metrics
+
+    return evaluate
 
 
 def train(
@@ -99,40 +189,8 @@ def train(
       settings: other settings that must be the same for a run to go on.
       label: of the progress bar.
     """
-    model, input_kind = lm.model, lm.model.input_kind
-
-    def loss(params, batch, key):
-        token_losses: Any = model.apply(
-            {"params": params}, **{input_kind: batch}, method="loss"
-        )
-        return jnp.mean(token_losses), {}
-
-    loss_windows = window_batches.consecutive_windows(
-        held_out, length=length, max_windows=NUM_LOSS_WINDOWS
-    )
-    held_out_loss: Callable = jax.jit(
-        lambda params: loss(params, loss_windows, None)[0]
-    )
-    score_windows = window_batches.consecutive_windows(
-        held_out, length=length, max_windows=NUM_SCORE_WINDOWS
-    )
-
-    @jax.jit
-    def brier_1(params):
-        """2 P(token) - sum_v P(v)^2: what next-vector models are scored by, in closed form."""
-
-        def window_brier_1(window):  # one at a time: its logits are length x V numbers
-            logits: Any = model.apply({"params": params}, window, method="token_logits")
-            return losses.brier(jax.nn.softmax(logits), window[1:])
-
-        return 1.0 - jnp.mean(jax.lax.map(window_brier_1, score_windows))
-
-    def evaluate(params):
-        scores = {"brier_1": float(brier_1(params))} if model.predicts_tokens else {}
-        return {"held_out": float(held_out_loss(params)), **scores}
-
     params = fit.fit(
-        loss,
+        make_loss(lm.model),
         lm.params,
         window_batches.shuffled_windows(
             train_data,
@@ -150,11 +208,11 @@ def train(
             "batch_size": config.batch_size,
             **(settings or {}),
         },
-        evaluate=evaluate,
+        evaluate=make_evaluation(lm.model, held_out, length),
         tokens_per_step=length * config.batch_size,
         label=label,
     )
-    return DensityLM(model, params, lm.tokenizer, lm.hf_fields)
+    return dataclasses.replace(lm, params=params)
 
 
 def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
@@ -173,20 +231,11 @@ def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
     return dataclasses.replace(lm, params=params)
 
 
-def save_on_first_process(
-    write_model: Callable[[Any, Any], None], folder: str | os.PathLike, lm: Any
-) -> None:
-    """`write_model(folder, lm)` by process 0, which gets all of the parameters first."""
-    if jax.process_count() > 1:
-        lm = dataclasses.replace(lm, params=processes.gather_to_hosts(lm.params))
-    if processes.is_first_process():
-        write_model(folder, lm)
+# --- Loading --------------------------------------------------------------------------------------
 
 
 def load_text_model(
-    folder: str | os.PathLike,
-    codec: str | os.PathLike | None = None,
-    mesh: Mesh | None = None,
+    folder: str, codec: str | None = None, mesh: Mesh | None = None
 ) -> DensityLM | LanguageModel[NextVectorModel]:
     """The density or next-vector model in a folder, with a tokenizer.
 
@@ -195,39 +244,74 @@ def load_text_model(
       codec: of the autoencoder, of a next-vector model that does not hold its own.
       mesh: on which its parameters are to lie.
     """
-    path = absolute_path(folder)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{folder} is not a folder that the program train wrote")
-    fields = read_json(path / "config.json")
+    if _holds_next_vector_model(folder):
+        return load_next_vector_model(folder, codec, mesh)
+    if codec is not None:
+        raise InputError(f"--codec: {folder} is a density model; leave it out")
+    return load_density_model(folder, mesh=mesh)
+
+
+def load_next_vector_model(
+    folder: str, codec: str | None = None, mesh: Mesh | None = None
+) -> LanguageModel[NextVectorModel]:
+    """The next-vector model in a folder, with a tokenizer; arguments as of `load_text_model`."""
+    if not _holds_next_vector_model(folder):
+        raise InputError(
+            f"{folder} holds no next-vector model; give one that train_calm wrote"
+        )
+    lm = calm.load(folder, codec, mesh=mesh)
+    require_tokenizer(lm, folder)
+    return lm
+
+
+def load_density_model(folder: str, *, mesh: Mesh | None = None) -> DensityLM:
+    """The density model of tokens in a folder, with a tokenizer.
+
+    Args:
+      folder: of the model.
+      mesh: on which its parameters are to lie.
+    """
+    if _holds_next_vector_model(folder):
+        raise InputError(
+            f"{folder} holds a next-vector model; give one that train_density wrote"
+        )
+    lm = density.load(folder, mesh=mesh)
+    if lm.model.input_kind != "tokens":
+        raise InputError(
+            f"{folder} holds a model that reads {lm.model.input_kind}, not tokens"
+        )
+    require_tokenizer(lm, folder)
+    return lm
+
+
+def require_tokenizer(
+    lm: DensityLM | LanguageModel[NextVectorModel], folder: str
+) -> tokenizers.Tokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+      InputError: that names the folder, if it has none.
+    """
+    if lm.tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
+    return lm.tokenizer
+
+
+def _holds_next_vector_model(folder: str) -> bool:
+    """Whether a model's folder holds a next-vector model, by its config.json.
+
+    Raises:
+      InputError: if it holds no model, or an autoencoder.
+    """
+    config_path = absolute_path(folder) / "config.json"
+    if not config_path.is_file():
+        raise InputError(f"{folder} is not a folder that a training program wrote")
+    fields = read_json(config_path)
     if autoencoder.is_config(fields):
         raise InputError(
             f"{folder} holds an autoencoder; give a model that is trained on it"
         )
-    if not next_vector.is_config(fields):
-        if codec is not None:
-            raise InputError(f"--codec: {folder} is a density model; leave it out")
-        return load_density_model(folder, mesh=mesh)
-    lm = next_vector.load(folder, codec, mesh=mesh)
-    if lm.tokenizer is None:
-        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
-    return lm
-
-
-def load_density_model(
-    folder: str | os.PathLike, *, input_kind: str = "tokens", mesh: Mesh | None = None
-) -> DensityLM:
-    """The density model in a folder, that a program can go on with."""
-    folder = absolute_path(folder)
-    if not pathlib.Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder; train writes one")
-    lm = density.load(folder, mesh=mesh)
-    if lm.model.input_kind != input_kind:
-        raise InputError(
-            f"{folder} holds a model that reads {lm.model.input_kind}, not {input_kind}"
-        )
-    if input_kind == "tokens" and lm.tokenizer is None:
-        raise InputError(f"{folder} has no tokenizer.json, which this program needs")
-    return lm
+    return calm.is_config(fields)
 
 
 def num_learned_parameters(lm: DensityLM | LanguageModel[NextVectorModel]) -> int:

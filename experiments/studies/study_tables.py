@@ -1,20 +1,10 @@
 """The tables of each study: their columns, and where the numbers are among a model's metrics."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from continuous_lm.experiments.common.tables import Cell, Column, Table
+from continuous_lm.experiments.common.tables import Column, Table, TableSpec
 from continuous_lm.experiments.studies import metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class TableSpec:
-    """A table before it has rows; columns for the model, records and failed come first."""
-
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
 
 
 def make_tables(
@@ -23,27 +13,15 @@ def make_tables(
     """The tables of a study, one row a model, from model -> numbers as `metrics` gives them."""
     result_tables = []
     for table_spec in TABLE_SPECS[study]:
-        columns = (*_SHARED_COLUMNS, *table_spec.columns)
-        rows = [
-            [model, *(_lookup(metric_values, column.path) for column in columns)]
-            for model, metric_values in metrics_by_model.items()
-        ]
-        table = Table(
+        study_spec = TableSpec(
             name=f"{study}_{table_spec.name}",
             caption=f"{study.capitalize()}. {table_spec.caption}.",
-            columns=(Column("model"), *columns),
-            rows=rows,
-            has_summary_row=has_summary_row,
+            columns=(*_SHARED_COLUMNS, *table_spec.columns),
         )
-        result_tables.append(table)
+        result_tables.append(
+            study_spec.fill(metrics_by_model, has_summary_row=has_summary_row)
+        )
     return result_tables
-
-
-def _lookup(metric_values: Any, path: str) -> Cell:
-    """What the path leads to; None where a step is missing, as for kinds that no record is of."""
-    for name in path.split("."):
-        metric_values = metric_values.get(name)
-    return metric_values
 
 
 _SHARED_COLUMNS = (Column("records", "records", "d"), Column("failed", "failed", "d"))

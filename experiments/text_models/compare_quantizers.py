@@ -12,83 +12,130 @@ Of next-vector models, several of which can be given to compare how many tokens 
 the decoder is one more way: see `code_comparison`.
 """
 
+import dataclasses
 import pathlib
-
-from absl import flags
+from typing import Any
 
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.common import absl_program as program
+from continuous_lm.experiments.common import program, tables
 from continuous_lm.experiments.densities import code_comparison, density_training
 from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models.calm.model import NextVectorModel
+from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
-_MODEL = flags.DEFINE_list(
-    "model",
-    None,
-    "Folder that the program train wrote; several of next-vector models.",
-    required=True,
-)
-_CODEC = flags.DEFINE_string(
-    "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
-)
-_LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
-_MAX_WINDOWS = flags.DEFINE_integer("windows", 16, "Sequences, at most.", lower_bound=1)
-_CODES = flags.DEFINE_integer(
-    "codes", 512, "Codes of the vector quantizer.", lower_bound=2
-)
-_STAGES = flags.DEFINE_integer("stages", 4, "Of the residual quantizer.", lower_bound=1)
-_CANDIDATES = flags.DEFINE_integer("candidates", 16, "Rows to re-rank.", lower_bound=1)
-_LEVELS = flags.DEFINE_integer(
-    "levels", 5, "Of each dimension, finite scalar.", lower_bound=2
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of draws and codebooks.", lower_bound=0)
+DEFAULT_CANDIDATES = 16
 
 
-def main() -> None:
-    """Numbers, a table, files."""
-    folder = program.output_dir("compare_quantizers")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(tokenized_text.TextConfig, program.DeviceConfig):
+    """Flags of compare_quantizers."""
+
+    model: tuple[str, ...] = program.flag(
+        (),
+        help="Folder that a training program wrote, several of next-vector models;"
+        " required.",
+    )
+    codec: str | None = program.flag(
+        None,
+        help="Folder of the autoencoder, for a next-vector model without its own.",
+    )
+    length: int = program.flag(128, help="Tokens in a sequence.", lower_bound=1)
+    windows: int = program.flag(16, help="Number of sequences, at most.", lower_bound=1)
+    codes: int = program.flag(
+        512, help="Number of codes of the vector quantizer.", lower_bound=2
+    )
+    stages: int = program.flag(
+        4, help="Number of stages of the residual quantizer.", lower_bound=1
+    )
+    candidates: int | None = program.flag(
+        None,
+        help=f"Rows of a density model to re-rank.  [default: {DEFAULT_CANDIDATES}]",
+        lower_bound=1,
+    )
+    levels: int = program.flag(
+        5, help="Levels of each dimension, finite scalar.", lower_bound=2
+    )
+    seed: int = program.flag(0, help="Seed of draws and codebooks.", lower_bound=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The numbers of each way, and their table.
+
+    Attributes:
+      ways: the numbers of each, of next-vector models with the model's name.
+      data: source, size and checksum of the text.
+      table: of the same numbers.
+    """
+
+    ways: list[dict[str, Any]]
+    data: dict[str, Any]
+    table: tables.Table
+
+    def summary(self) -> str:
+        return self.table.as_text()
+
+
+def compare_for_model(
+    config: Config,
+    name: str,
+    lm: DensityLM | LanguageModel[NextVectorModel],
+    data: tokenized_text.Corpus,
+) -> list[dict[str, Any]]:
+    """The numbers of each way for one model."""
     settings = {
-        "length": _LENGTH.value,
-        "windows": _MAX_WINDOWS.value,
-        "seed": _SEED.value,
-        "codes": _CODES.value,
-        "stages": _STAGES.value,
-        "levels": _LEVELS.value,
+        "length": config.length,
+        "windows": config.windows,
+        "seed": config.seed,
+        "codes": config.codes,
+        "stages": config.stages,
+        "levels": config.levels,
     }
-    results = []
-    for name in _MODEL.value:
-        lm = density_training.load_text_model(name, _CODEC.value, program.mesh())
-        data = tokenized_text.read_corpus(lm.tokenizer)
-        if isinstance(lm.model, NextVectorModel):
-            if flags.FLAGS["candidates"].present:
-                raise InputError(
-                    "--candidates: a next-vector model has no rows; leave it out"
-                )
-            label = pathlib.PurePath(name).name
-            chunk_results = code_comparison.compare_latent_quantizers(
-                lm, data.train, data.held_out, **settings
+    if isinstance(lm.model, NextVectorModel):
+        if config.candidates is not None:
+            raise InputError(
+                "--candidates: a next-vector model has no rows; leave it out"
             )
-            results += [{"model": label, **row} for row in chunk_results]
-        elif len(_MODEL.value) == 1:
-            results = code_comparison.compare_quantizers(
-                lm, data.held_out, candidates=_CANDIDATES.value, **settings
-            )
-        else:
-            raise InputError(f"--model: {name} is a density model; give it alone")
-    result_table = code_comparison.make_table(results)
-    if not processes.is_first_process():
-        return
-    with write_atomically(folder) as staging_folder:
-        contents = {"run": program.record(), "data": data.source, "ways": results}
-        write_json(staging_folder / "compare_quantizers.json", contents)
-        result_table.write(staging_folder)
-    print(
-        f"{result_table.as_text()}\n\n{folder}/compare_quantizers.json, quantization.csv, .md, .tex"
+        label = pathlib.PurePath(name).name
+        latent_results = code_comparison.compare_latent_quantizers(
+            lm, data.train, data.held_out, **settings
+        )
+        return [{"model": label, **numbers} for numbers in latent_results]
+    if len(config.model) > 1:
+        raise InputError(f"--model: {name} is a density model; give it alone")
+    return code_comparison.compare_quantizers(
+        lm,
+        data.held_out,
+        candidates=config.candidates or DEFAULT_CANDIDATES,
+        **settings,
     )
 
 
+def run(config: Config) -> Result:
+    """Loads the models, compares the ways, and writes numbers and a table."""
+    folder = program.output_folder(config)
+    if not config.model:
+        raise InputError("--model is missing: the folder of a trained model")
+    mesh = program.make_mesh(config)
+    ways: list[dict[str, Any]] = []
+    source: dict[str, Any] = {}
+    for name in config.model:
+        lm = density_training.load_text_model(name, config.codec, mesh)
+        data = tokenized_text.read_corpus(config, lm.tokenizer)
+        ways += compare_for_model(config, name, lm, data)
+        source = data.source
+    table = code_comparison.make_table(ways)
+    if folder is not None and processes.is_first_process():
+        with write_atomically(folder) as staging_folder:
+            contents = {"run": program.record(config), "data": source, "ways": ways}
+            write_json(staging_folder / "compare_quantizers.json", contents)
+            table.write(staging_folder)
+    return Result(ways, source, table)
+
+
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

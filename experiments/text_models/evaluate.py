@@ -1,22 +1,23 @@
-"""Evaluates models of text, written by the program train, on the held-out part of their data.
+"""Evaluates models of text, written by the training programs, on the held-out part of their data.
 
     python -m continuous_lm evaluate --models=results/baseline,results/mixture
 
 Likelihood, perplexity, noise and collapse of density models and baselines: see
 `densities.evaluation`. Reconstruction of next-vector models. BrierLM of all of them, at the same
-positions: see `calm_training`. --data must be what the models were trained on.
+positions: see `calm.calm_evaluation`. --data must be what the models were trained on.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
 import numpy as np
-from absl import flags
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
 
 from continuous_lm.errors import InputError, about
-from continuous_lm.experiments.calm import calm_training
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.common import plots
+from continuous_lm.experiments.calm import calm_evaluation
+from continuous_lm.experiments.common import plots, program, tables
 from continuous_lm.experiments.densities import density_training, evaluation
 from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically
@@ -26,105 +27,161 @@ from continuous_lm.models.density.model import DensityLM
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
-_MODELS = flags.DEFINE_list(
-    "models", None, "Folders that the program train wrote.", required=True
-)
-_CODEC = flags.DEFINE_string(
-    "codec", None, "Folder of the autoencoder, for a next-vector model without its own."
-)
-_LENGTH = flags.DEFINE_integer("length", 128, "Tokens in a sequence.", lower_bound=1)
-_MAX_WINDOWS = flags.DEFINE_integer(
-    "windows", 256, "Sequences, at most.", lower_bound=1
-)
-_MAX_POSITIONS = flags.DEFINE_integer(
-    "positions", 512, "Of BrierLM, at most.", lower_bound=1
-)
-_CONTEXT_LENGTH = flags.DEFINE_integer(
-    "context", 64, "Tokens before each of them.", lower_bound=1
-)
-_STRIDE = flags.DEFINE_integer(
-    "stride", 16, "From one of them to the next.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of draws and intervals.", lower_bound=0)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(tokenized_text.TextConfig, program.DeviceConfig):
+    """Flags of evaluate."""
+
+    models: tuple[str, ...] = program.flag(
+        (), help="Folders that training programs wrote; required."
+    )
+    codec: str | None = program.flag(
+        None,
+        help="Folder of the autoencoder, for a next-vector model without its own.",
+    )
+    length: int = program.flag(128, help="Tokens in a sequence.", lower_bound=1)
+    windows: int = program.flag(
+        256, help="Number of sequences, at most.", lower_bound=1
+    )
+    positions: int = program.flag(
+        512, help="Number of positions of BrierLM, at most.", lower_bound=1
+    )
+    context: int = program.flag(
+        64, help="Tokens before each position of BrierLM.", lower_bound=1
+    )
+    stride: int = program.flag(
+        16, help="Tokens from one position of BrierLM to the next.", lower_bound=1
+    )
+    seed: int = program.flag(0, help="Seed of draws and intervals.", lower_bound=0)
+
+    def labels(self) -> dict[str, str]:
+        """The name of each model -> its folder."""
+        if not self.models:
+            raise InputError("--models is missing: folders of trained models")
+        folder_by_label: dict[str, str] = {}
+        for folder in self.models:
+            label = pathlib.PurePath(folder).name
+            if label in folder_by_label:
+                raise InputError(
+                    f"--models: two folders are called {label}; rename one"
+                )
+            folder_by_label[label] = folder
+        return folder_by_label
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """Numbers by model.
+
+    Attributes:
+      models: label -> numbers.
+      data: source, size and checksum of the text.
+      tables: of all models.
+    """
+
+    models: dict[str, dict[str, Any]]
+    data: dict[str, Any]
+    tables: list[tables.Table]
+
+    def summary(self) -> str:
+        data = self.data
+        source = f"{data['text']}, {data['bytes']:,} bytes, SHA-256 {data['sha256']}"
+        return "\n\n".join([*(table.as_text() for table in self.tables), source])
 
 
 def evaluate_model(
-    lm: DensityLM | LanguageModel[NextVectorModel], data: tokenized_text.Corpus
+    config: Config,
+    lm: DensityLM | LanguageModel[NextVectorModel],
+    data: tokenized_text.Corpus,
 ) -> dict[str, Any]:
-    """The numbers of one model's own kind."""
+    """The numbers of one model, those of its kind first."""
+    metrics: dict[str, Any] = {
+        "parameters": density_training.num_learned_parameters(lm),
+        "data": data.source,
+    }
     if isinstance(lm.model, NextVectorModel):
-        return calm_training.evaluate_autoencoder(lm, data.held_out, seed=_SEED.value)
-    metrics = evaluation.evaluate_density(
+        metrics |= calm_evaluation.evaluate_autoencoder(
+            lm, data.held_out, seed=config.seed
+        )
+    else:
+        metrics |= evaluation.evaluate_density(
+            lm,
+            data.held_out,
+            data.train,
+            length=config.length,
+            windows=config.windows,
+            seed=config.seed,
+        )
+        metrics["bits_per_byte"] = evaluation.bits_per_byte(
+            metrics, data.bytes_per_token
+        )
+    metrics["brier"] = calm_evaluation.evaluate_brier_lm(
         lm,
         data.held_out,
-        data.train,
-        length=_LENGTH.value,
-        windows=_MAX_WINDOWS.value,
-        seed=_SEED.value,
+        context=config.context,
+        stride=config.stride,
+        limit=config.positions,
+        seed=config.seed,
     )
-    return metrics | {
-        "bits_per_byte": evaluation.bits_per_byte(metrics, data.bytes_per_token)
-    }
+    return metrics
 
 
-def main() -> None:
-    """Numbers, tables, files."""
-    folder = program.output_dir("evaluate")
+def evaluate_models(
+    config: Config, folder_by_label: dict[str, str], mesh: Mesh | None
+) -> dict[str, dict[str, Any]]:
+    """The numbers of all models, which must have the same held-out tokens."""
     results: dict[str, dict[str, Any]] = {}
     held_out_tokens = None
-    for name in _MODELS.value:
-        label = pathlib.PurePath(name).name
-        if label in results:
-            raise InputError(f"--models: two folders are called {label}; rename one")
-        lm = density_training.load_text_model(name, _CODEC.value, program.mesh())
-        with about(name):
-            data = tokenized_text.read_corpus(lm.tokenizer)
-            held_out_tokens = (
-                data.held_out if held_out_tokens is None else held_out_tokens
-            )
+    for label, folder in folder_by_label.items():
+        lm = density_training.load_text_model(folder, config.codec, mesh)
+        with about(folder):
+            data = tokenized_text.read_corpus(config, lm.tokenizer)
+            if held_out_tokens is None:
+                held_out_tokens = data.held_out
             if not np.array_equal(data.held_out, held_out_tokens):
                 raise InputError(
                     "it has another tokenizer than the models before; judge it apart"
                 )
-            results[label] = {
-                "parameters": density_training.num_learned_parameters(lm),
-                "data": data.source,
-            }
-            results[label] |= evaluate_model(lm, data)
-            results[label]["brier"] = calm_training.evaluate_brier_lm(
-                lm,
-                data.held_out,
-                context=_CONTEXT_LENGTH.value,
-                stride=_STRIDE.value,
-                limit=_MAX_POSITIONS.value,
-                seed=_SEED.value,
-            )
+            results[label] = evaluate_model(config, lm, data)
+    return results
+
+
+def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
+    """The tables of density models, if there are any, and those of all models."""
     density_results = {
         label: metrics for label, metrics in results.items() if "nats" in metrics
     }
-    result_tables = evaluation.make_tables(density_results) if density_results else []
-    result_tables += calm_training.make_tables(results)
-    learning_figure = calm_training.plot_learning_curves(
-        {
-            pathlib.PurePath(folder_name).name: folder_name
-            for folder_name in _MODELS.value
-        }
-    )
-    if not processes.is_first_process():
-        return
+    density_tables = evaluation.make_tables(density_results) if density_results else []
+    return density_tables + calm_evaluation.make_tables(results)
+
+
+def write_files(
+    config: Config, folder: pathlib.Path, result: Result, curves: Figure | None
+) -> None:
+    """Writes evaluate.json, the tables and the learning curves."""
     with write_atomically(folder) as staging_folder:
-        if learning_figure is not None:
-            plots.save(learning_figure, staging_folder, "curves")
+        if curves is not None:
+            plots.save(curves, staging_folder, "curves")
         write_json(
             staging_folder / "evaluate.json",
-            {"run": program.record(), "models": results},
+            {"run": program.record(config), "models": result.models},
         )
-        for table in result_tables:
+        for table in result.tables:
             table.write(staging_folder)
-    print("\n\n".join(table.as_text() for table in result_tables))
-    print("\n{text}, {bytes:,} bytes, SHA-256 {sha256}".format(**data.source))
-    print(f"{folder}/evaluate.json, .csv, .md, .tex")
+
+
+def run(config: Config) -> Result:
+    """Loads the models, evaluates them, and writes numbers, tables and curves."""
+    folder = program.output_folder(config)
+    folder_by_label = config.labels()
+    results = evaluate_models(config, folder_by_label, program.make_mesh(config))
+    *_, last_metrics = results.values()
+    result = Result(results, last_metrics["data"], make_tables(results))
+    if folder is not None and processes.is_first_process():
+        curves = calm_evaluation.plot_learning_curves(folder_by_label)
+        write_files(config, folder, result, curves)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

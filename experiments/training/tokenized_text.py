@@ -1,30 +1,55 @@
-"""The text that a density model is trained and judged on: its flags, its tokens, its two parts."""
+"""The text that a model is trained and evaluated on: its flags, its tokens, its two parts."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 import tokenizers
-from absl import flags
 
 from continuous_lm import tokenization
 from continuous_lm.errors import InputError
+from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import text
 from continuous_lm.io.atomic_files import absolute_path
 
-_DATA = flags.DEFINE_list(
-    "data",
-    [],
-    "UTF-8 text files.  [default: the documentation that this Python carries]",
-)
-_TOKENIZER = flags.DEFINE_string(
-    "tokenizer",
-    None,
-    "Folder of a tokenizer.json, of a checkpoint, say.  [default: one trained on the text]",
-)
-_VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 2048, "Tokens of the tokenizer that is trained.", lower_bound=257
-)
+DEFAULT_VOCAB_SIZE = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig(program.CheckedConfig):
+    """Flags of the text."""
+
+    data: tuple[str, ...] = program.flag(
+        (),
+        help="UTF-8 text files.  [default: the documentation that this Python carries]",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(TextConfig):
+    """Flags of the tokenizer."""
+
+    tokenizer: str | None = program.flag(
+        None,
+        help="Folder of a tokenizer.json, of a checkpoint, say.  [default: one trained on the"
+        " text]",
+    )
+    vocab_size: int | None = program.flag(
+        None,
+        help=f"Tokens of the tokenizer that is trained.  [default: {DEFAULT_VOCAB_SIZE}]",
+        lower_bound=257,
+    )
+
+    def check_no_tokenizer(self) -> None:
+        """Refuses both flags, for a model that has a tokenizer."""
+        for name, value in {
+            "tokenizer": self.tokenizer,
+            "vocab_size": self.vocab_size,
+        }.items():
+            if value is not None:
+                raise InputError(
+                    f"--{name}: the model brings its own tokenizer; leave it out"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +71,47 @@ class Corpus:
     source: dict[str, Any]
 
 
-def read_corpus(tokenizer: tokenizers.Tokenizer | None = None) -> Corpus:
+def read_corpus(
+    config: TextConfig, tokenizer: tokenizers.Tokenizer | None = None
+) -> Corpus:
     """The text that the flags name.
 
     Args:
-      tokenizer: of the model; if left out, that of the flags or one that is trained now.
+      config: where the text is.
+      tokenizer: of the model; if left out, `config` is a `TokenizerConfig` and says it, or one is
+        trained now.
     """
-    for flag_name in ("tokenizer", "vocab_size"):
-        if tokenizer is not None and flags.FLAGS[flag_name].present:
-            raise InputError(
-                f"--{flag_name}: the model brings its own tokenizer; leave it out"
-            )
     source_text = (
-        text.read_text_files(_DATA.value) if _DATA.value else text.default_text()
+        text.read_text_files(config.data) if config.data else text.default_text()
     )
-    train, held_out = text.split_held_out(source_text.documents)
-    if tokenizer is None and _TOKENIZER.value is not None:
-        tokenizer = tokenization.load(absolute_path(_TOKENIZER.value))
-        if tokenizer is None:
-            raise InputError(f"--tokenizer: {_TOKENIZER.value} has no tokenizer.json")
+    train_documents, held_out_documents = text.split_held_out(source_text.documents)
     if tokenizer is None:
-        tokenizer = text.train_tokenizer(train, _VOCAB_SIZE.value)
-    held_out_tokens = text.encode_documents(tokenizer, held_out)
-    num_bytes = sum(len(document.encode()) for document in held_out)
-    source = {
-        "text": source_text.source,
-        "bytes": source_text.num_bytes,
-        "sha256": source_text.sha256,
-    }
+        tokenizer = _make_tokenizer(config, train_documents)
+    held_out_tokens = text.encode_documents(tokenizer, held_out_documents)
+    num_bytes = sum(len(document.encode()) for document in held_out_documents)
     return Corpus(
         tokenizer,
-        text.encode_documents(tokenizer, train),
+        text.encode_documents(tokenizer, train_documents),
         held_out_tokens,
         num_bytes / len(held_out_tokens),
-        source,
+        {
+            "text": source_text.source,
+            "bytes": source_text.num_bytes,
+            "sha256": source_text.sha256,
+        },
     )
+
+
+def _make_tokenizer(
+    config: TextConfig, train_documents: list[str]
+) -> tokenizers.Tokenizer:
+    """The tokenizer in the folder of --tokenizer, or one that is trained on the documents."""
+    if not isinstance(config, TokenizerConfig):
+        raise TypeError("a tokenizer is needed, or the flags of one")
+    if config.tokenizer is None:
+        vocab_size = config.vocab_size or DEFAULT_VOCAB_SIZE
+        return text.train_tokenizer(train_documents, vocab_size)
+    tokenizer = tokenization.load(absolute_path(config.tokenizer))
+    if tokenizer is None:
+        raise InputError(f"--tokenizer: {config.tokenizer} has no tokenizer.json")
+    return tokenizer

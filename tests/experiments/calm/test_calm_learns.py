@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from continuous_lm.experiments.calm import calm_training
+from continuous_lm.experiments.calm import calm_evaluation, calm_training
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.experiments.training import fit, text
 from continuous_lm.models import calm
@@ -34,9 +34,9 @@ def codec(tokens, tmp_path_factory):
         vocab_size=1024,
         hidden_size=128,
         chunk_size=4,
-        tokenizer=tokenizer,
         latent_size=64,
-        kl_weight=0.03,
+        tokenizer=tokenizer,
+        settings={"kl_weight": 0.03},
     )
     folder = tmp_path_factory.mktemp("codec")
     return calm_training.train_codec(
@@ -51,7 +51,7 @@ def codec(tokens, tmp_path_factory):
 def test_chunks_come_back_from_draws_and_with_noise(tokens, codec):
     held_out = tokens[1]
     assert len(held_out) > 40_000
-    shares = calm_training.reconstruction_shares(codec, held_out)
+    shares = calm_evaluation.reconstruction_shares(codec, held_out)
     assert shares["sampled"] >= 0.995
     assert shares["noisy"] >= 0.97
     # And not because the noise is nothing beside the means: it is a third of their deviation.
@@ -81,7 +81,7 @@ def test_contexts_tell_what_follows(tokens, codec, tmp_path):
         config=fit.FitConfig(steps=1000, learning_rate=2e-3, batch_size=16),
         length=32,
     )
-    scores = calm_training.evaluate_brier_lm(
+    scores = calm_evaluation.evaluate_brier_lm(
         lm, held_out, context=32, stride=8, limit=4096
     )
     for name in ("brier_1", "brier_2"):

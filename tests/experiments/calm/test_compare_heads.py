@@ -1,19 +1,15 @@
 """The page of implicit heads: its target, its measures, the program."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from continuous_lm.experiments.calm import two_mode_target
+from continuous_lm.experiments.calm import compare_heads, two_mode_target
 
 KEY = jax.random.key(3)
-PROGRAM = "compare_heads"
 
 
 def test_the_target_and_its_best_gaussian():
@@ -82,24 +78,15 @@ def test_heads_that_differ_in_sampling_alone_are_fitted_once():
 
 @pytest.mark.slow
 def test_the_program_writes_what_it_says(tmp_path):
-    flags = (
-        "--steps=3 --hidden_size=8 --conditions=3 --samples=4 --batch_size=4".split()
+    config = compare_heads.Config(
+        steps=3,
+        hidden_size=8,
+        conditions=3,
+        samples=4,
+        batch_size=4,
+        output_dir=tmp_path / "out",
     )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "continuous_lm",
-            PROGRAM,
-            *flags,
-            f"--output_dir={tmp_path / 'out'}",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=pathlib.Path(__file__).parents[3],
-    )
-    assert done.returncode == 0, done.stderr
+    result = compare_heads.run(config)
     values = json.loads((tmp_path / "out" / "compare_heads.json").read_text())
     assert values["run"]["flags"]["steps"] == 3
     assert list(values["heads"]) == [
@@ -109,7 +96,7 @@ def test_the_program_writes_what_it_says(tmp_path):
     ]
     for found in values["heads"].values():
         assert found["interval"][0] <= found["distance"] <= found["interval"][1]
-        assert f"{found['distance']:.4f}" in done.stdout
+        assert f"{found['distance']:.4f}" in result.summary()
     for ending, least in {
         "png": 20_000,
         "pdf": 5000,

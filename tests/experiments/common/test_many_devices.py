@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import run_folder
-from tests.experiments.text_models.test_text_models import write_text
 from tests.fixtures import many_devices, programs
 from tests.fixtures.programs import forked_runner, run_program
+from tests.fixtures.text_programs import write_text
 
 MESHES = ("--mesh=data=8", "--mesh=model=8", "--mesh=data=4,model=2")
 PMAP = "--pmap"
@@ -136,29 +136,21 @@ def test_sweeps_and_searches(name, tmp_path):
         assert_close(found[0], other, way)
 
 
-TRAIN = (
-    "--data=text.txt --vocab_size=280 --hidden_size=16 --num_layers=1 --num_heads=2 --length=16"
-    " --batch_size=8 --steps=6 --save_every=6 --accumulate=1"
-).split()
-
-
-def stage(*arguments):
-    """Flags of `train`; those that a stage does not have are left out."""
-    without = (
-        ("--num_layers", "--num_heads", "--length")
-        if "autoencoder" in arguments[0]
-        else ()
-    )
-    if any(a.startswith(("--codec=", "--table_from=")) for a in arguments):
-        without += ("--vocab_size",)
-    return [a for a in TRAIN if not a.startswith(without or "-----")] + list(arguments)
-
-
+TRAIN = "--data=text.txt --batch_size=8 --steps=6 --save_every=6 --accumulate=1".split()
+TRUNK = "--hidden_size=16 --num_layers=1 --num_heads=2 --length=16".split()
+NEW = "--vocab_size=280"  # of the tokenizer, where no model brings one
+BASELINE = [*TRAIN, *TRUNK, NEW]
 STAGES = {
-    "baseline": stage("--stage=baseline"),
-    "density": stage("--stage=density", "--head=mixture", "--table_from=baseline0"),
-    "codec": stage("--stage=autoencoder", "--latent_size=8"),
-    "calm": stage("--stage=calm", "--codec=codec0"),
+    "baseline": ("train_lm", BASELINE),
+    "density": (
+        "train_density",
+        [*TRAIN, *TRUNK, "--head=mixture", "--table_from=baseline0"],
+    ),
+    "codec": (
+        "train_autoencoder",
+        [*TRAIN, NEW, "--hidden_size=16", "--latent_size=8"],
+    ),
+    "calm": ("train_calm", [*TRAIN, *TRUNK, "--codec=codec0"]),
 }
 
 
@@ -167,12 +159,13 @@ def trained(tmp_path_factory):
     """A folder with the models of all stages, trained on one device and on meshes."""
     folder = tmp_path_factory.mktemp("many")
     write_text(folder)
-    with on_eight(), forked_runner("train") as train:
-        for name, arguments in STAGES.items():
-            for i, way in enumerate(("", *MESHES)):
-                given = (*arguments, *way.split(), f"--output_dir={name}{i}")
-                status, _, stderr = train(folder, *given)
-                assert status == 0, stderr
+    with on_eight():
+        for name, (program_name, arguments) in STAGES.items():
+            with forked_runner(program_name) as train:
+                for i, way in enumerate(("", *MESHES)):
+                    given = (*arguments, *way.split(), f"--output_dir={name}{i}")
+                    status, _, stderr = train(folder, *given)
+                    assert status == 0, stderr
     return folder
 
 
@@ -192,8 +185,8 @@ def test_training(name, trained):
 @slow
 def test_training_by_pmap(tmp_path):
     write_text(tmp_path)
-    arguments = [*stage("--stage=baseline"), "--accumulate=8"]
-    with on_eight(), forked_runner("train") as train:
+    arguments = [*BASELINE, "--accumulate=8"]
+    with on_eight(), forked_runner("train_lm") as train:
         for name, ways in {"one": [], "pmap": [PMAP]}.items():
             status, _, stderr = train(
                 tmp_path, *arguments, *ways, f"--output_dir={name}"
@@ -208,23 +201,23 @@ def test_training_by_pmap(tmp_path):
 JUDGED = {
     "evaluate": "--models=baseline0,density0,calm0 --data=text.txt --length=16 --windows=8"
     " --positions=16 --context=8",
-    "sample of densities": "--model=density0 --samples=2 --max_new_tokens=6",
-    "sample of next vectors": "--model=calm0 --samples=2 --max_new_tokens=8",
+    "sample_density": "--model=density0 --samples=2 --max_new_tokens=6",
+    "sample_calm": "--model=calm0 --samples=2 --max_new_tokens=8",
     "compare_quantizers": "--model=density0 --data=text.txt --length=16 --codes=32 --stages=2"
     " --windows=4",
 }
 
 
 @slow
-@pytest.mark.parametrize("case", JUDGED)
-def test_evaluation_and_samples(case, trained):
-    name = case.split()[0]
+@pytest.mark.parametrize("name", JUDGED)
+def test_evaluation_and_samples(name, trained):
+    file_name = "sample" if name.startswith("sample_") else name
     found = []
     with on_eight(), forked_runner(name) as run:
         for way in ("", *MESHES):
-            status, _, stderr = run(trained, *JUDGED[case].split(), *way.split())
+            status, _, stderr = run(trained, *JUDGED[name].split(), *way.split())
             assert status == 0, stderr
-            found.append(read(trained / "results" / name / f"{name}.json"))
+            found.append(read(trained / "results" / name / f"{file_name}.json"))
     for way, other in zip(MESHES, found[1:], strict=True):
         assert_close(found[0], other, way)
 
@@ -328,10 +321,12 @@ def test_a_sweep_in_two_processes(tmp_path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
     write_text(tmp_path)
-    arguments = [*stage("--stage=baseline"), "--steps=60", "--save_every=10"]
-    with together(tmp_path, "train", *arguments, "--mesh=data=4,model=2") as processes:
+    arguments = [*BASELINE, "--steps=60", "--save_every=10"]
+    with together(
+        tmp_path, "train_lm", *arguments, "--mesh=data=4,model=2"
+    ) as processes:
         deadline = time.monotonic() + 600
-        while not run_folder.list_checkpoints(tmp_path / "results/train/run"):
+        while not run_folder.list_checkpoints(tmp_path / "results/train_lm/run"):
             assert time.monotonic() < deadline
             assert processes[0].poll() is None, processes[0].communicate()[1]
             time.sleep(0.1)
@@ -344,15 +339,16 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
             f"error: process {lost} has ended early"
         ), told
     made = [
-        step for step, _ in run_folder.list_checkpoints(tmp_path / "results/train/run")
+        step
+        for step, _ in run_folder.list_checkpoints(tmp_path / "results/train_lm/run")
     ]
     assert made[-1] < 60  # or nothing was left to go on with
 
-    with together(tmp_path, "train", *arguments, "--mesh=data=8") as processes:
+    with together(tmp_path, "train_lm", *arguments, "--mesh=data=8") as processes:
         assert_all_end(processes)
     status, _, stderr = run_program(
-        tmp_path, "train", *arguments, "--output_dir=results/one"
+        tmp_path, "train_lm", *arguments, "--output_dir=results/one"
     )
     assert status == 0, stderr
-    one, two = (tmp_path / "results" / name for name in ("one", "train"))
+    one, two = (tmp_path / "results" / name for name in ("one", "train_lm"))
     assert_close(read(one / "run/metrics.jsonl"), read(two / "run/metrics.jsonl"))
