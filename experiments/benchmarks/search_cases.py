@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from continuous_lm import quantize as q
-from continuous_lm.experiments.benchmarks import baselines, timing
+from continuous_lm.experiments.benchmarks import baselines, codebooks, timing
+from continuous_lm.experiments.benchmarks.codebooks import CodebookSettings
 from continuous_lm.experiments.benchmarks.timing import Row
 
 MIN_PRODUCT_SHARE = 0.85  # of the matrix product's speed, at least
@@ -19,8 +20,6 @@ MIN_SPEEDUPS = {
     1024: 1.5,
 }  # times as fast as faiss, at least, by batch
 ROUNDS_PER_REPEAT = {1: 6, 64: 3, 1024: 1}  # more of them where each is short
-
-CODEBOOK_DECAY, REVIVAL_THRESHOLD = 0.95, 1.0  # of codebooks
 
 
 @jax.jit
@@ -90,75 +89,45 @@ def vector_quantizer_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """A step of training a codebook: codes, moving averages, revival of codes without use."""
     num_codes, width, batch_size = (32, 8, 64) if quick else (1024, 256, 4096)
     x = np.random.default_rng(0).standard_normal((batch_size, width), np.float32)
-    key, device_x = jax.random.key(0), jnp.asarray(x)
     missing_reason = baselines.why_missing("torch", "vector_quantize_pytorch")
     for num_stages in (0, 4):
-        label = (
-            f"{num_stages} x {num_codes} residual codes"
-            if num_stages
-            else f"{num_codes} codes"
-        )
+        label = f"{num_codes} codes"
+        if num_stages:
+            label = f"{num_stages} x {num_codes} residual codes"
         label = f"{label} of {width}, batch {batch_size}: times as fast as vector-quantize-pytorch"
         if missing_reason:
             yield Row(label, note=missing_reason)
             continue
+        settings = CodebookSettings(num_codes, num_stages)
         callables = {
-            "ours": _make_our_step(key, device_x, num_codes, num_stages),
-            "theirs": _make_their_step(x, num_codes, num_stages),
+            "ours": _make_our_step(x, settings),
+            "theirs": _make_their_step(x, settings),
         }
         seconds = timing.time_in_turns(callables, repeats)
         yield timing.speedup_row(label, seconds["ours"], seconds["theirs"])
 
 
-def _make_our_step(
-    key: jax.Array, x: jax.Array, num_codes: int, num_stages: int
-) -> Callable[[], Any]:
-    assign_codes: Any = q.quantize_residual if num_stages else q.quantize
-    update_codebook: Any = q.update_residual_ema if num_stages else q.update_ema
-    revive_codes: Any = q.revive_residual if num_stages else q.revive
-    if num_stages:
-        codebook = q.init_residual(key, x, num_stages, num_codes, steps=1)
-    else:
-        codebook = q.init(key, x, num_codes, steps=1)
+def _make_our_step(x: np.ndarray, settings: CodebookSettings) -> Callable[[], object]:
+    key = jax.random.key(0)
+    vectors = jnp.asarray(x)
+    codebook = codebooks.init(key, vectors, settings)
+    train_step = jax.jit(codebooks.train_step, static_argnums=3)
 
-    @jax.jit
-    def train_step(codebook: Any) -> Any:
-        updated_codebook = update_codebook(
-            codebook, x, assign_codes(codebook, x).indices, decay=CODEBOOK_DECAY
-        )
-        return revive_codes(key, updated_codebook, x, threshold=REVIVAL_THRESHOLD)
-
-    def run_step() -> Any:
+    def run_step() -> object:
         nonlocal codebook
-        codebook = train_step(codebook)
+        codebook = train_step(key, codebook, vectors, settings)
         return codebook
 
     return run_step
 
 
-def _make_their_step(
-    x: np.ndarray, num_codes: int, num_stages: int
-) -> Callable[[], Any]:
-    torch, library = (
-        baselines.import_baseline("torch"),
-        baselines.import_baseline("vector_quantize_pytorch"),
-    )
-    settings = dict(
-        dim=x.shape[1],
-        codebook_size=num_codes,
-        decay=CODEBOOK_DECAY,
-        kmeans_init=True,
-        kmeans_iters=1,
-        threshold_ema_dead_code=REVIVAL_THRESHOLD,
-    )
-    if num_stages:
-        quantizer = library.ResidualVQ(num_quantizers=num_stages, **settings)
-    else:
-        quantizer = library.VectorQuantize(**settings)
-    torch_vectors = torch.from_numpy(x)[None]
+def _make_their_step(x: np.ndarray, settings: CodebookSettings) -> Callable[[], object]:
+    torch = baselines.import_baseline("torch")
+    quantizer = codebooks.make_theirs(x.shape[1], settings)
+    vectors = torch.from_numpy(x)[None]
 
-    def run_step() -> Any:
+    def run_step() -> object:
         with torch.no_grad():
-            return quantizer(torch_vectors)[1]
+            return quantizer(vectors)[1]
 
     return run_step

@@ -10,272 +10,315 @@ perplexity of the codes (of the first stage, for residual quantizers). Mean and 
 over seeds, and the mean and standard error of the difference of a seed's two runs.
 """
 
+import dataclasses
 import functools
+import math
 import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
+from jax.typing import ArrayLike
 
 from continuous_lm import quantize as q
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.benchmarks import baselines
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
+from continuous_lm.experiments.benchmarks import baselines, codebooks
+from continuous_lm.experiments.benchmarks.codebooks import CodebookSettings
+from continuous_lm.experiments.common import program, results, tables
 
-_WIDTH = flags.DEFINE_integer("width", 16, "Of the vectors.")
-_COMPONENTS = flags.DEFINE_integer("components", 64, "Of the mixture.")
-_CODES = flags.DEFINE_integer("codes", 256, "Of a codebook.")
-_STAGES = flags.DEFINE_integer("stages", 4, "Of the residual quantizer.")
-_LEVELS = flags.DEFINE_list(
-    "levels", ["8", "5", "5", "5"], "Of finite scalar quantization."
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1024, "Vectors a step.")
-_STEPS = flags.DEFINE_integer("steps", 200, "Batches.")
-_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 5, "Runs of each.")
-_DECAY = flags.DEFINE_float("decay", 0.95, "Of the moving averages.")
-_KMEANS_STEPS = flags.DEFINE_integer(
-    "kmeans_steps", 10, "Steps of k-means at the start."
-)
-_REVIVAL_THRESHOLD = flags.DEFINE_float(
-    "revival_threshold", 2.0, "Codes with a smaller count are replaced."
-)
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Learning rate, for FSQ.")
+if TYPE_CHECKING:
+    import torch
+
+SIDES = ("ours", "theirs")
 
 
-def draw_vectors(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Batches [steps, batch, W] and unseen vectors [4 batch, W]."""
-    rng = np.random.default_rng(seed)
-    width, components = _WIDTH.value, _COMPONENTS.value
-    means = rng.normal(size=(components, width))
-    factors = 0.3 * rng.normal(size=(components, width, width)) / np.sqrt(width)
-    component_weights = rng.dirichlet(np.full(components, 2.0))
-    steps, batch_size = _STEPS.value, _BATCH_SIZE.value
-    component_indices = rng.choice(
-        components, p=component_weights, size=(steps + 4) * batch_size
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.RunConfig):
+    """Flags of vector_quantizers."""
+
+    width: int = program.flag(16, help="Width of the vectors.", lower_bound=1)
+    components: int = program.flag(64, help="Components of the mixture.", lower_bound=1)
+    codes: int = program.flag(256, help="Codes of a codebook.", lower_bound=1)
+    stages: int = program.flag(
+        4, help="Stages of the residual quantizer.", lower_bound=1
     )
-    noise = rng.normal(size=(len(component_indices), width))
-    x = means[component_indices] + np.einsum(
-        "bw,bwW->bW", noise, factors[component_indices]
+    levels: tuple[int, ...] = program.flag(
+        (8, 5, 5, 5), help="Levels of finite scalar quantization."
     )
-    x = (x / x.std()).astype(np.float32)
-    return x[: steps * batch_size].reshape(steps, batch_size, width), x[
-        steps * batch_size :
+    batch_size: int = program.flag(1024, help="Vectors in a step.", lower_bound=1)
+    steps: int = program.flag(200, help="Batches of a run.", lower_bound=1)
+    num_seeds: int = program.flag(5, help="Runs of each quantizer.", lower_bound=2)
+    decay: float = program.flag(0.95, help="Decay of the moving averages.")
+    kmeans_steps: int = program.flag(10, help="Steps of k-means at the start.")
+    revival_threshold: float = program.flag(
+        2.0, help="Codes with a smaller count are replaced."
+    )
+    learning_rate: float = program.flag(3e-3, help="Learning rate, for FSQ.")
+
+    def codebook_settings(self, num_stages: int = 0) -> CodebookSettings:
+        return CodebookSettings(
+            self.codes,
+            num_stages,
+            self.decay,
+            self.kmeans_steps,
+            self.revival_threshold,
+        )
+
+
+class Data(NamedTuple):
+    """Vectors of one seed."""
+
+    batches: np.ndarray  # [steps, B, W]
+    unseen: np.ndarray  # [4 B, W]
+
+
+class Score(NamedTuple):
+    """Of one run, on vectors that it has not seen."""
+
+    error: float  # squared, as a part of the variance
+    perplexity: float  # of the codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """Scores of both sides.
+
+    Attributes:
+      scores: quantizer -> side -> the score of each seed.
+    """
+
+    scores: Mapping[str, Mapping[str, Sequence[Score]]]
+
+    def table(self) -> tables.Table:
+        """Means and deviations over seeds, and the mean difference with its standard error."""
+        rows = [
+            [name, metric, *_comparison(scores_by_side, metric)]
+            for name, scores_by_side in self.scores.items()
+            for metric in Score._fields
+        ]
+        titles = ("quantizer", "metric", *SIDES, "ours - theirs")
+        return tables.Table(
+            "vector_quantizers",
+            "Quantizers on the same batches: mean and standard deviation over seeds; mean and"
+            " standard error of the difference",
+            [tables.Column(title) for title in titles],
+            rows,
+        )
+
+    def summary(self) -> str:
+        return self.table().as_text()
+
+
+def _comparison(
+    scores_by_side: Mapping[str, Sequence[Score]], metric: str
+) -> list[str]:
+    """The cells of a metric: both sides, and their difference."""
+    values_by_side = [
+        [getattr(score, metric) for score in scores_by_side[side]] for side in SIDES
     ]
+    differences = [ours - theirs for ours, theirs in zip(*values_by_side, strict=True)]
+    standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
+    sides = [_format_mean_deviation(values) for values in values_by_side]
+    return [*sides, f"{statistics.mean(differences):.4f} ± {standard_error:.4f}"]
 
 
-def error_and_perplexity(x, vectors, indices, num_codes: int) -> tuple[float, float]:
-    """Error as a part of the variance, and perplexity."""
+def _format_mean_deviation(values: Sequence[float]) -> str:
+    digits = 4 if max(values) < 10 else 1
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def draw_data(config: Config, seed: int) -> Data:
+    """Vectors from a mixture of correlated Gaussians."""
+    generator = np.random.default_rng(seed)
+    width, components = config.width, config.components
+    means = generator.normal(size=(components, width))
+    factors = 0.3 * generator.normal(size=(components, width, width)) / np.sqrt(width)
+    shares = generator.dirichlet(np.full(components, 2.0))
+    num_vectors = (config.steps + 4) * config.batch_size
+    component_indices = generator.choice(components, p=shares, size=num_vectors)
+    noise = generator.normal(size=(num_vectors, width))
+    correlated_noise = np.einsum("bw,bwW->bW", noise, factors[component_indices])
+    x = means[component_indices] + correlated_noise
+    x = (x / x.std()).astype(np.float32)
+    num_trained = config.steps * config.batch_size
+    batches = x[:num_trained].reshape(config.steps, config.batch_size, width)
+    return Data(batches, x[num_trained:])
+
+
+def score_codes(
+    x: np.ndarray, vectors: ArrayLike, indices: ArrayLike, num_codes: int
+) -> Score:
+    """The score of codes [B] and their vectors [B, W], for vectors x [B, W]."""
     error = np.mean(np.square(x - np.asarray(vectors))) / np.mean(x.var(axis=0))
-    return float(error), float(q.code_use(np.asarray(indices), num_codes).perplexity)
+    use = q.code_use(np.asarray(indices), num_codes)
+    return Score(float(error), float(use.perplexity))
 
 
 # --- Ours ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("stages", "num_codes", "kmeans_steps"))
+@functools.partial(jax.jit, static_argnums=2)
 def train_codebook(
-    key, batches, stages: int, num_codes: int, kmeans_steps: int, decay, threshold
-):
-    """A codebook after all batches; residual ones if there are stages."""
-    quantize_vectors: Callable[..., Any] = q.quantize_residual if stages else q.quantize
-    update_codebook: Callable[..., Any] = (
-        q.update_residual_ema if stages else q.update_ema
-    )
-    revive_codes: Callable[..., Any] = q.revive_residual if stages else q.revive
-    if stages:
-        codebook = q.init_residual(
-            key, batches[0], stages, num_codes, steps=kmeans_steps
-        )
-    else:
-        codebook = q.init(key, batches[0], num_codes, steps=kmeans_steps)
+    key: jax.Array, batches: jax.Array, settings: CodebookSettings
+) -> q.Codebook:
+    """The codebook after batches [steps, B, W]."""
+    first_codebook = codebooks.init(key, batches[0], settings)
 
-    def step(codebook, inputs):
-        i, x = inputs
-        codebook = update_codebook(
-            codebook, x, quantize_vectors(codebook, x).indices, decay=decay
-        )
-        return revive_codes(
-            jax.random.fold_in(key, i), codebook, x, threshold=threshold
-        ), None
+    def step(codebook, numbered_batch):
+        index, x = numbered_batch
+        step_key = jax.random.fold_in(key, index)
+        return codebooks.train_step(step_key, codebook, x, settings), None
 
-    return jax.lax.scan(step, codebook, (jnp.arange(len(batches)), batches))[0]
+    numbered_batches = (jnp.arange(len(batches)), batches)
+    codebook, _ = jax.lax.scan(step, first_codebook, numbered_batches)
+    return codebook
 
 
-def run_our_codebook(seed, batches, unseen, stages=0):
-    """Error and perplexity of our quantizer, residual if there are stages."""
-    codebook = train_codebook(
-        jax.random.key(seed),
-        batches,
-        stages,
-        _CODES.value,
-        _KMEANS_STEPS.value,
-        _DECAY.value,
-        _REVIVAL_THRESHOLD.value,
-    )
-    quantize: Callable[..., Any] = q.quantize_residual if stages else q.quantize
-    quantized = quantize(codebook, unseen)
-    indices = quantized.indices[:, 0] if stages else quantized.indices
-    return error_and_perplexity(unseen, quantized.vectors, indices, _CODES.value)
+def run_our_codebook(
+    config: Config, seed: int, data: Data, num_stages: int = 0
+) -> Score:
+    """Our quantizer's score; residual if there are stages, of which the first is scored."""
+    settings = config.codebook_settings(num_stages)
+    codebook = train_codebook(jax.random.key(seed), jnp.asarray(data.batches), settings)
+    quantized = codebooks.quantize(codebook, data.unseen, settings)
+    indices = quantized.indices[:, 0] if num_stages else quantized.indices
+    return score_codes(data.unseen, quantized.vectors, indices, config.codes)
 
 
-def run_our_fsq(seed, batches, unseen):
-    """Error and perplexity of our finite scalar quantizer."""
-    levels = tuple(map(int, _LEVELS.value))
-    initial_weights = make_their_fsq(seed).state_dict()
-    params = {
-        name: jnp.asarray(initial_weights[name].numpy())
-        for name in initial_weights
+def run_our_fsq(config: Config, seed: int, data: Data) -> Score:
+    """Our finite scalar quantizer's score, from the first weights of theirs."""
+    initial_weights = make_their_fsq(config, seed).state_dict()
+    first_params = {
+        name: jnp.asarray(weight.numpy())
+        for name, weight in initial_weights.items()
         if "project" in name
     }
-    optimizer = optax.adam(_LEARNING_RATE.value)
+    optimizer = optax.adam(config.learning_rate)
 
     def encode_and_decode(params, x):
-        x = x @ params["project_in.weight"].T + params["project_in.bias"]
-        quantized = q.quantize_finite(x, levels)
-        output = (
-            quantized.vectors @ params["project_out.weight"].T
-            + params["project_out.bias"]
-        )
-        return output, quantized.indices
+        latent = x @ params["project_in.weight"].T + params["project_in.bias"]
+        quantized = q.quantize_finite(latent, config.levels)
+        output = quantized.vectors @ params["project_out.weight"].T
+        return output + params["project_out.bias"], quantized.indices
+
+    def reconstruction_error(params, x):
+        output, _ = encode_and_decode(params, x)
+        return jnp.mean(jnp.square(output - x))
+
+    def step(carry, x):
+        params, optimizer_state = carry
+        gradient = jax.grad(reconstruction_error)(params, x)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        return (optax.apply_updates(params, updates), optimizer_state), None
 
     @jax.jit
-    def fit(params):
-        def step(carry, x):
-            params, optimizer_state = carry
-            gradient = jax.grad(
-                lambda p: jnp.mean(jnp.square(encode_and_decode(p, x)[0] - x))
-            )(params)
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state)
-            return (optax.apply_updates(params, updates), optimizer_state), None
+    def fit(params, batches):
+        first_carry = (params, optimizer.init(params))
+        (params, _), _ = jax.lax.scan(step, first_carry, batches)
+        return params
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0][0]
-
-    vectors, indices = encode_and_decode(fit(params), unseen)
-    return error_and_perplexity(unseen, vectors, indices, int(np.prod(levels)))
+    params = fit(first_params, jnp.asarray(data.batches))
+    vectors, indices = encode_and_decode(params, data.unseen)
+    return score_codes(data.unseen, vectors, indices, math.prod(config.levels))
 
 
 # --- Theirs ----------------------------------------------------------------------------------
 
 
-def run_their_codebook(seed, batches, unseen, stages=0):
-    """Error and perplexity of vector-quantize-pytorch's quantizer, residual if there are stages."""
-    torch, library = (
-        baselines.import_baseline("torch"),
-        baselines.import_baseline("vector_quantize_pytorch"),
-    )
+def run_their_codebook(
+    config: Config, seed: int, data: Data, num_stages: int = 0
+) -> Score:
+    """vector-quantize-pytorch's score, as of `run_our_codebook`."""
+    torch = baselines.import_baseline("torch")
     torch.manual_seed(seed)
-    settings = dict(
-        dim=_WIDTH.value,
-        codebook_size=_CODES.value,
-        decay=_DECAY.value,
-        kmeans_init=True,
-        kmeans_iters=_KMEANS_STEPS.value,
-        threshold_ema_dead_code=_REVIVAL_THRESHOLD.value,
-    )
-    if stages:
-        module = library.ResidualVQ(num_quantizers=stages, **settings)
-    else:
-        module = library.VectorQuantize(**settings)
+    module = codebooks.make_theirs(config.width, config.codebook_settings(num_stages))
     with torch.no_grad():
-        for x in batches:
+        for x in data.batches:
             module(torch.from_numpy(x)[None])
         module.eval()
-        vectors, indices, _ = module(torch.from_numpy(unseen)[None])
-    indices = indices[0, :, 0] if stages else indices[0]
-    return error_and_perplexity(unseen, vectors[0], indices, _CODES.value)
+        vectors, indices, _ = module(torch.from_numpy(data.unseen)[None])
+    indices = indices[0, :, 0] if num_stages else indices[0]
+    return score_codes(data.unseen, vectors[0], indices, config.codes)
 
 
-def make_their_fsq(seed):
+def make_their_fsq(config: Config, seed: int) -> "torch.nn.Module":
     """vector-quantize-pytorch's finite scalar quantizer, with its linear maps."""
     baselines.import_baseline("torch").manual_seed(seed)
-    return baselines.import_baseline("vector_quantize_pytorch").FSQ(
-        levels=list(map(int, _LEVELS.value)), dim=_WIDTH.value
-    )
+    library = baselines.import_baseline("vector_quantize_pytorch")
+    return library.FSQ(levels=list(config.levels), dim=config.width)
 
 
-def run_their_fsq(seed, batches, unseen):
-    """Error and perplexity of `make_their_fsq`, trained by PyTorch."""
+def run_their_fsq(config: Config, seed: int, data: Data) -> Score:
+    """The score of `make_their_fsq`, trained by PyTorch."""
     torch = baselines.import_baseline("torch")
-    module = make_their_fsq(seed)
-    optimizer = torch.optim.Adam(module.parameters(), lr=_LEARNING_RATE.value)
-    for x in batches:
-        x = torch.from_numpy(x)[None]
+    module = make_their_fsq(config, seed)
+    optimizer = torch.optim.Adam(module.parameters(), lr=config.learning_rate)
+    for batch in data.batches:
+        x = torch.from_numpy(batch)[None]
         optimizer.zero_grad()
         torch.mean(torch.square(module(x)[0] - x)).backward()
         optimizer.step()
     with torch.no_grad():
-        vectors, indices = module(torch.from_numpy(unseen)[None])
-    return error_and_perplexity(
-        unseen, vectors[0], indices[0], int(np.prod(module._levels.numpy()))
-    )
+        vectors, indices = module(torch.from_numpy(data.unseen)[None])
+    return score_codes(data.unseen, vectors[0], indices[0], math.prod(config.levels))
 
 
-def main() -> None:
-    """Runs both sides on the same batches; writes every number and prints the table."""
-    for name in ("torch", "vector_quantize_pytorch"):
-        if missing := baselines.why_missing(name):
-            raise InputError(f"{missing}; pip install -e '.[peers]'")
-    folder = program.output_dir("vector_quantizers")
-    stages = _STAGES.value
-    pairs: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        f"VQ {_CODES.value}": (run_our_codebook, run_their_codebook),
-        f"residual VQ {stages} x {_CODES.value}": (
-            functools.partial(run_our_codebook, stages=stages),
-            functools.partial(run_their_codebook, stages=stages),
-        ),
-        f"FSQ {' '.join(_LEVELS.value)}": (run_our_fsq, run_their_fsq),
+# --- The program -----------------------------------------------------------------------------
+
+Runner = Callable[[Config, int, Data], Score]
+
+
+def make_runners(config: Config) -> dict[str, dict[str, Runner]]:
+    """Quantizer -> side -> how it is run."""
+    stages = config.stages
+    levels = " ".join(map(str, config.levels))
+    return {
+        f"VQ {config.codes}": {"ours": run_our_codebook, "theirs": run_their_codebook},
+        f"residual VQ {stages} x {config.codes}": {
+            "ours": functools.partial(run_our_codebook, num_stages=stages),
+            "theirs": functools.partial(run_their_codebook, num_stages=stages),
+        },
+        f"FSQ {levels}": {"ours": run_our_fsq, "theirs": run_their_fsq},
     }
-    runs: dict[str, tuple[list[Any], list[Any]]] = {name: ([], []) for name in pairs}
-    for seed in range(_NUM_SEEDS.value):
-        data = draw_vectors(seed)
-        for name, pair in pairs.items():
-            for results, run in zip(runs[name], pair, strict=True):
-                results.append(run(seed, *data))
-    print(
-        f"{_NUM_SEEDS.value} seeds, {_STEPS.value} batches of {_BATCH_SIZE.value} x {_WIDTH.value}"
-    )
-    with write_atomically(folder) as staging_folder:
-        results_by_side = {
+
+
+def run(config: Config) -> Result:
+    """Runs both sides on the same batches, and writes every number.
+
+    Raises:
+      InputError: if PyTorch or vector-quantize-pytorch is not installed.
+    """
+    folder = program.output_folder(config)
+    if missing := baselines.why_missing("torch", "vector_quantize_pytorch"):
+        raise InputError(missing)
+    runners = make_runners(config)
+    scores: dict[str, dict[str, list[Score]]] = {
+        name: {side: [] for side in SIDES} for name in runners
+    }
+    for seed in range(config.num_seeds):
+        data = draw_data(config, seed)
+        for name, runner_by_side in runners.items():
+            for side, runner in runner_by_side.items():
+                scores[name][side].append(runner(config, seed, data))
+    result = Result(scores)
+    if folder is not None:
+        quantizers = {
             name: {
-                side: [
-                    dict(zip(("error", "perplexity"), run, strict=True))
-                    for run in side_runs
-                ]
-                for side, side_runs in zip(("ours", "theirs"), sides, strict=True)
+                side: [score._asdict() for score in side_scores]
+                for side, side_scores in scores_by_side.items()
             }
-            for name, sides in runs.items()
+            for name, scores_by_side in scores.items()
         }
-        write_json(
-            staging_folder / "vector_quantizers.json",
-            {"quantizers": results_by_side, "run": program.record()},
+        values = {"quantizers": quantizers}
+        results.write(
+            config, folder, "vector_quantizers", values, tables=[result.table()]
         )
-    print(f"{'':22}  {'':10}  {'ours':>18}  {'theirs':>18}  {'ours - theirs':>18}")
-    for name, (ours, theirs) in runs.items():
-        for i, metric in enumerate(("error", "perplexity")):
-            our_values, their_values = (
-                [run[i] for run in runs_of_side] for runs_of_side in (ours, theirs)
-            )
-            difference = [x - y for x, y in zip(our_values, their_values, strict=True)]
-            standard_error = statistics.stdev(difference) / len(difference) ** 0.5
-            print(
-                f"{name:22}  {metric:10}  {format_mean_deviation(our_values)} "
-                f" {format_mean_deviation(their_values)}"
-                f"  {statistics.mean(difference):9.4f} ± {standard_error:6.4f}"
-            )
-    print(f"\n{folder}/vector_quantizers.json")
-
-
-def format_mean_deviation(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    digits = 4 if max(values) < 10 else 1
-    return f"{statistics.mean(values):9.{digits}f} ± {statistics.stdev(values):6.{digits}f}"
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.main(Config, run)
