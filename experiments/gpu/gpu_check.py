@@ -15,19 +15,19 @@ be, and figures mean nothing.
 
 import dataclasses
 import os
+import pathlib
 import platform
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
 
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.common import tables
+from continuous_lm.experiments.common import program, tables
 from continuous_lm.experiments.gpu import (
     attention_checks,
     isolated_checks,
@@ -36,10 +36,6 @@ from continuous_lm.experiments.gpu import (
 from continuous_lm.experiments.gpu.isolated_checks import Check
 from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import write_json
-
-_ALLOW_CPU = flags.DEFINE_bool(
-    "allow_cpu", False, "Without a GPU, run everything tiny on the CPU."
-)
 
 
 class Section(NamedTuple):
@@ -57,7 +53,53 @@ SECTIONS: Mapping[str, Section] = {
     "benchmark": Section(model_checks.benchmark_section, 80.0),
 }
 DEVICE_SECONDS = 40.0  # seconds until the device must have been found
-_SECTIONS = flags.DEFINE_list("sections", list(SECTIONS), f"Of {', '.join(SECTIONS)}.")
+CPU = "cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.RunConfig):
+    """Flags of gpu_check."""
+
+    allow_cpu: bool = program.flag(
+        False, help="Without a GPU, run everything tiny on the CPU."
+    )
+    sections: tuple[str, ...] = program.flag(
+        tuple(SECTIONS), help=f"Sections to check, of {', '.join(SECTIONS)}."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        select_sections(self.sections)
+
+    def default_folder(self, program_name: str) -> str:
+        return "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The rows of every section, each printed when it came.
+
+    Attributes:
+      rows: section -> rows.
+      device: the name of the device.
+      seconds: of all sections.
+    """
+
+    rows: Mapping[str, Sequence[Check]]
+    device: str
+    seconds: float
+
+    def summary(self) -> str:
+        warning = "cpu: figures mean nothing\n" if self.device == CPU else ""
+        return (
+            f"{make_table(self.rows, self.device).as_text()}\n\n{self.seconds:.0f} s;"
+            f" a log of each section is beside the results\n{warning}{summarize(self.rows)}"
+        )
+
+    @property
+    def exit_status(self) -> int:
+        verdicts = {check.verdict for checks in self.rows.values() for check in checks}
+        return 1 if isolated_checks.FAILED in verdicts else 0
 
 
 def select_sections(names: Sequence[str]) -> dict[str, Section]:
@@ -76,7 +118,7 @@ def select_sections(names: Sequence[str]) -> dict[str, Section]:
 
 
 def describe_device(tiny: bool) -> Iterator[dict[str, Any]]:
-    """What device there is; it is asked for in a process of its own, which may fail or hang."""
+    """The device that JAX finds; run in a process of its own, which may fail or hang."""
     del tiny
     device = jax.devices()[0]
     yield {
@@ -89,7 +131,7 @@ def describe_device(tiny: bool) -> Iterator[dict[str, Any]]:
 
 
 def find_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
-    """What `describe_device` finds.
+    """The record of the device, of `describe_device`.
 
     Raises:
       InputError: if it is no GPU (or TPU), unless the CPU is allowed.
@@ -102,7 +144,7 @@ def find_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
         raise InputError(
             f"JAX finds no device: {device_record.note}; what it printed is in {log}"
         )
-    if device_record["platform"] == "cpu" and not allow_cpu:
+    if device_record["platform"] == CPU and not allow_cpu:
         raise InputError(
             f"no GPU: JAX {jax.__version__} of {sys.executable} finds the CPU alone; install"
             " 'jax[cuda12]' or 'jax[cuda13]' there, choose another python, or give --allow_cpu;"
@@ -119,10 +161,8 @@ def run_sections(
     deadline = time.monotonic()
     for name, section in sections.items():
         deadline += section.seconds
-        seconds_left, log = (
-            deadline - time.monotonic(),
-            absolute_path(folder) / f"{name}.log",
-        )
+        seconds_left = deadline - time.monotonic()
+        log = absolute_path(folder) / f"{name}.log"
         rows[name] = []
         for check in isolated_checks.run_in_process(
             section.run, tiny, seconds_left, log
@@ -143,12 +183,12 @@ def run_sections(
 def table_cells(section: str, check: Check, device: str) -> list[tables.Cell]:
     """A row of the table."""
     value = None if check.value is None else f"{check.value:.3g}"
-    words = check.unit or None, check.target or None
     return [
         section,
         check.what,
         value,
-        *words,
+        check.unit or None,
+        check.target or None,
         check.verdict,
         device,
         check.note or None,
@@ -157,7 +197,7 @@ def table_cells(section: str, check: Check, device: str) -> list[tables.Cell]:
 
 def make_table(rows: Mapping[str, Sequence[Check]], device: str) -> tables.Table:
     """All rows, for people."""
-    heads = (
+    titles = (
         "section",
         "what",
         "value",
@@ -173,13 +213,15 @@ def make_table(rows: Mapping[str, Sequence[Check]], device: str) -> tables.Table
         for check in checks
     ]
     caption = f"Checks on {device}"
-    return tables.Table("gpu", caption, [tables.Column(head) for head in heads], cells)
+    return tables.Table(
+        "gpu", caption, [tables.Column(title) for title in titles], cells
+    )
 
 
 def summarize(rows: Mapping[str, Sequence[Check]]) -> str:
     """The last line.
 
-    >>> summary({"attention": [Check("dense", isolated_checks.OK)]})
+    >>> summarize({"attention": [Check("dense", isolated_checks.OK)]})
     'passed 1 / FAILED 0 / not run 0 / not supported 0 / only measured 0 / below target 0'
     """
     count = Counter(check.verdict for checks in rows.values() for check in checks)
@@ -196,48 +238,56 @@ def summarize(rows: Mapping[str, Sequence[Check]]) -> str:
     )
 
 
-def main() -> None:
-    """Rows, a table, files."""
-    begin = time.monotonic()
-    folder, sections = program.output_dir("gpu"), select_sections(_SECTIONS.value)
+def run(config: Config) -> Result:
+    """Runs all sections, prints their rows as they come, and writes them with their logs."""
+    folder = program.output_folder(config)
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary_folder:
+            result, _ = check_device(config, pathlib.Path(temporary_folder))
+        return result
     folder.mkdir(parents=True, exist_ok=True)
-    # Other processes use the device too, PyTorch in the same one: JAX must not take all its memory.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    if platforms and "cpu" not in platforms:  # which numbers are compared with
-        os.environ["JAX_PLATFORMS"] = f"{platforms},cpu"
-    device_record = find_device(folder, _ALLOW_CPU.value)
-    tiny = device_record["platform"] == "cpu"
-    device = "cpu" if tiny else device_record["device"]
-    print(
-        "cpu: figures mean nothing\n" if tiny else f"{device}, JAX {jax.__version__}\n"
-    )
-    rows = run_sections(sections, tiny, folder, device)
-    summary_line, table_text = summarize(rows), make_table(rows, device).as_text()
-    seconds = time.monotonic() - begin
+    result, device_record = check_device(config, folder)
+    run_record = program.settings(config) | device_record | {"seconds": result.seconds}
+    section_rows = {
+        name: [dataclasses.asdict(check) for check in checks]
+        for name, checks in result.rows.items()
+    }
+    summary_line = summarize(result.rows)
+    table_text = make_table(result.rows, result.device).as_text()
     with write_atomically(folder) as staging_folder:
-        section_rows = {
-            name: [dataclasses.asdict(check) for check in rows[name]] for name in rows
-        }
-        run = program.settings() | device_record | {"seconds": seconds}
         write_json(
             staging_folder / "gpu.json",
-            {"sections": section_rows, "summary": summary_line, "run": run},
+            {"sections": section_rows, "summary": summary_line, "run": run_record},
         )
         (staging_folder / "gpu.txt").write_text(
             f"{table_text}\n\n{summary_line}\n", encoding="utf-8"
         )
-    print(
-        f"\n{table_text}\n\n{folder}: gpu.json, gpu.txt, and a log of each section; {seconds:.0f} s"
+    return result
+
+
+def check_device(config: Config, folder: pathlib.Path) -> tuple[Result, dict[str, Any]]:
+    """The rows of all sections, whose logs go to `folder`, and the record of the device."""
+    begin = time.monotonic()
+    set_environment()
+    device_record = find_device(folder, config.allow_cpu)
+    tiny = device_record["platform"] == CPU
+    device = CPU if tiny else device_record["device"]
+    heading = (
+        "cpu: figures mean nothing" if tiny else f"{device}, JAX {jax.__version__}"
     )
-    print("cpu: figures mean nothing\n" * tiny + summary_line, flush=True)
-    if any(
-        check.verdict == isolated_checks.FAILED
-        for checks in rows.values()
-        for check in checks
-    ):
-        sys.exit(1)
+    print(f"{heading}\n")
+    rows = run_sections(select_sections(config.sections), tiny, folder, device)
+    return Result(rows, device, time.monotonic() - begin), device_record
+
+
+def set_environment() -> None:
+    """Prepares the environment that the sections' processes inherit."""
+    # Other processes use the device too, PyTorch in the same one: JAX must not take all its memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and CPU not in platforms:  # which numbers are compared with
+        os.environ["JAX_PLATFORMS"] = f"{platforms},{CPU}"
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.main(Config, run)

@@ -70,7 +70,7 @@ def check_from_row(row: Row) -> Check:
         for side, value in (("ours", row.ours), ("theirs", row.theirs))
         if value is not None
     ]
-    note = ", ".join([*sides, *([row.note] if row.note else [])])
+    note = ", ".join(text for text in (*sides, row.note) if text)
     return Check(row.what, verdict, row.value, target=target, note=note)
 
 
@@ -97,7 +97,7 @@ def run_in_process(
     seconds: float,
     log: pathlib.Path,
 ) -> Iterator[Any]:
-    """What `section(tiny)` gives, item by item, made in a new process.
+    """The items of `section(tiny)`, one by one, made in a new process.
 
     If it raises, crashes or takes longer than `seconds`, a failed `Check` comes last.
 

@@ -1,5 +1,6 @@
 """The check of a GPU, tried on a CPU: all rows come, and what is wrong, hangs or dies is told."""
 
+import doctest
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import continuous_lm as clm
 from continuous_lm.analysis import sweep
 from continuous_lm.experiments.gpu import (
     attention_checks,
@@ -17,11 +19,17 @@ from continuous_lm.experiments.gpu import (
     isolated_checks,
     model_checks,
 )
-from continuous_lm.experiments.gpu.attention_checks import CASES, FORMS, TINY_SIZES
+from continuous_lm.experiments.gpu.attention_checks import (
+    CASES,
+    FORMS,
+    TINY_SIZES,
+    Form,
+    Options,
+)
 from continuous_lm.experiments.gpu.isolated_checks import FAILED, OK, UNSUPPORTED, Check
 from continuous_lm.models import generation
 from tests.continuous_lm.attention.test_pallas import gpu
-from tests.fixtures.programs import forked_runner
+from tests.fixtures.programs import run_program
 
 PROGRAM = "gpu_check"
 
@@ -53,41 +61,35 @@ ROWS = {  # what each section's rows begin with
 }
 
 
-@pytest.fixture(scope="module")
-def run():
-    with forked_runner(PROGRAM) as run:
-        yield run
-
-
-def test_without_a_gpu_it_ends_in_one_line(run, tmp_path):
-    status, out, err = run(tmp_path, f"--output_dir={tmp_path}")
+def test_without_a_gpu_it_ends_in_one_line(tmp_path):
+    status, out, err = run_program(tmp_path, PROGRAM, f"--output_dir={tmp_path}")
     assert (status, out) == (1, "")
     assert err.startswith("error: no GPU: JAX ")
     assert err.count("\n") == 1
     assert "--allow_cpu" in err
 
 
-def test_unknown_sections_are_refused(run, tmp_path):
-    status, _, err = run(tmp_path, "--sections=atention")
-    assert status == 1
-    assert err.startswith(
-        "error: --sections: 'atention' is not known; known are attention, "
-    )
+def test_unknown_sections_are_refused():
+    with pytest.raises(
+        clm.InputError,
+        match=r"^--sections: 'atention' is not known; known are attention, ",
+    ):
+        gpu_check.Config(sections=("atention",))
 
 
 @pytest.mark.parametrize("sections", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
-def test_every_row_is_there(run, tmp_path, sections):
-    flags = [
-        "--allow_cpu",
-        f"--sections={','.join(sections)}",
-        f"--output_dir={tmp_path}",
-    ]
-    status, out, err = run(tmp_path, *flags)
-    assert status == 0, out + err
+def test_every_row_is_there(tmp_path, capsys, monkeypatch, sections):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    config = gpu_check.Config(
+        allow_cpu=True, sections=sections, output_dir=str(tmp_path)
+    )
+    result = gpu_check.run(config)
+    out = capsys.readouterr().out
+    assert result.exit_status == 0, out
     assert out.startswith("cpu: figures mean nothing")
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert list(written["sections"]) == list(sections)
-    lines = out.splitlines()
+    summary = result.summary()
     for name in sections:
         rows, begins = written["sections"][name], ROWS[name]
         assert len(rows) == len(begins), rows
@@ -95,13 +97,25 @@ def test_every_row_is_there(run, tmp_path, sections):
             assert row["what"].startswith(begin)
             assert row["verdict"] != FAILED
             assert row["value"] is not None or row["note"]
-            assert (
-                sum(row["what"] in line for line in lines) >= 2
-            )  # at once, and in the table
+            assert row["what"] in out  # at once
+            assert row["what"] in summary  # and in the table
         assert (tmp_path / f"{name}.log").exists()
-    assert lines[-1] == written["summary"]
-    assert " / FAILED 0 / " in lines[-1]
-    assert lines[-1] in (tmp_path / "gpu.txt").read_text()
+    last_line = summary.splitlines()[-1]
+    assert last_line == written["summary"]
+    assert " / FAILED 0 / " in last_line
+    assert last_line in (tmp_path / "gpu.txt").read_text()
+
+
+def test_examples():
+    result = doctest.testmod(gpu_check)
+    assert result.attempted
+    assert not result.failed
+
+
+def test_a_failed_row_ends_the_program_with_status_1():
+    rows = {"one": [Check("it", OK)], "two": [Check("that", FAILED)]}
+    assert gpu_check.Result(rows, "a card", 1.0).exit_status == 1
+    assert gpu_check.Result({"one": rows["one"]}, "a card", 1.0).exit_status == 0
 
 
 # --- What goes wrong ------------------------------------------------------------------------------
@@ -148,17 +162,17 @@ def test_a_section_that_fails_hangs_or_dies_costs_its_own_rows_alone(tmp_path, c
 
 
 def test_a_wrong_form_is_found_and_the_others_go_on():
-    def wrong(q, k, v, d, **options):  # a gradient alone, and that of few durations
-        y = FORMS["dense"](q, k, v, d, **options)
+    def wrong(q, k, v, d, options):  # a gradient alone, and that of few durations
+        y = FORMS["dense"].attend(q, k, v, d, options)
         return y + 0.1 * jnp.sum(d[:, :3] - jax.lax.stop_gradient(d[:, :3]))
 
-    def broken(*arrays, **options):
+    def broken(q, k, v, d, options):
         raise RuntimeError("no such kernel")
 
     forms = {
         "dense": FORMS["dense"],
-        "wrong": wrong,
-        "broken": broken,
+        "wrong": Form(wrong),
+        "broken": Form(broken),
         "again": FORMS["dense"],
     }
     rows = list(
@@ -186,17 +200,16 @@ def test_what_is_not_a_number_fails():
 @pytest.mark.parametrize("name", ["grouped, zeros", "grouped, zeros, capped, window"])
 def test_the_reference_is_the_dense_form_in_float64(name):
     case = CASES[name]
-    options = {
-        "softcap": case.softcap,
-        "window": attention_checks.window_in_tokens(case, TINY_SIZES),
-    }
+    options = case.options(TINY_SIZES)
     with jax.enable_x64(True):
         arrays = [
             jnp.asarray(x, jnp.float64)
             for x in attention_checks.random_inputs(case, "float32", TINY_SIZES)
         ]
         found = attention_checks.value_and_gradients(FORMS["dense"], options)(*arrays)
-        exact = attention_checks.float64_reference(*map(np.asarray, arrays), **options)
+        exact = attention_checks.float64_reference(
+            [np.asarray(x) for x in arrays], options
+        )
         assert (
             max(attention_checks.relative_errors([np.asarray(x) for x in found], exact))
             < 1e-13
@@ -222,7 +235,7 @@ def test_attention_is_lowered_for_gpus(form, dtype):
     case = CASES["grouped, zeros, capped, window"]
     arrays = attention_checks.random_inputs(case, dtype, attention_checks.Sizes())
     run = attention_checks.value_and_gradients(
-        FORMS[form], {"softcap": 2.0, "window": 70.0}
+        FORMS[form], Options(softcap=2.0, window=70.0)
     )
     with gpu():
         text = run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
