@@ -136,7 +136,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
         " --codes=8 --components=2 --hidden_size=16 --num_heads=2 --num_layers=1 --bands=12"
         " --samples=2 --iterations=3",
     ),
-    "growth/growth": ("tests.fixtures.small_growth", "--shapes=small"),
+    "growth/growth": ("tests.fixtures.small_growth", ""),
 }  # `benchmark` writes times alone
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in PROGRAMS))
 

@@ -151,18 +151,11 @@ print(json.dumps([held, found, ratio]))
 """
 
 
-PROGRAM = """
+SMALL_GROWTH = """
 import sys
-from continuous_lm.experiments.benchmarks import device_costs
-from continuous_lm.models.checkpoints import trunk
-from tests.fixtures import tiny
-folder = device_costs.pathlib.Path(sys.argv[1])
-device_costs.simulate_devices()
-fields = tiny.llama_config(model_type="llama", num_hidden_layers=5)
-case = device_costs.SweepCase(tokens=16, points=4, data=2, model=2)
-result = device_costs.measure_models({"tiny": trunk.read_config(fields)}, [case], [1, 2])
-result.write(device_costs.Config(output_dir=str(folder)), folder)
-print(result.summary())
+from continuous_lm.experiments.common import program
+from tests.fixtures import small_growth
+program.main(program.RunConfig, small_growth.run, sys.argv[1:])
 """
 
 
@@ -197,13 +190,13 @@ def test_a_process_with_few_devices_is_refused():
 
 @pytest.mark.slow
 def test_the_program_writes_what_it_prints(tmp_path):
-    out = python(PROGRAM, tmp_path)
-    (row,) = json.loads((tmp_path / "device_costs.json").read_text())["growth"]["tiny"]
-    assert (row["at_once"], row["fits"]) == (
-        4,
-        list(device_costs.ACCELERATOR_GIGABYTES),
-    )
-    assert row["over_products"] > 1.0
-    assert device_costs.growth_table({"tiny": [row]}).as_text() in out
+    out = python(SMALL_GROWTH, "small_growth", f"--output_dir={tmp_path}")
+    rows = json.loads((tmp_path / "device_costs.json").read_text())["growth"]["small"]
+    all_accelerators = list(device_costs.ACCELERATOR_GIGABYTES)
+    assert [row["at_once"] for row in rows] == [4, 4]
+    for row in rows:
+        assert row["fits"] == all_accelerators
+        assert row["over_products"] > 1.0
+    assert device_costs.growth_table({"small": rows}).as_text() in out
     for name in ("growth", "memory", "fitting"):
-        assert "tiny" in (tmp_path / f"{name}.md").read_text()
+        assert "small" in (tmp_path / f"{name}.md").read_text()
