@@ -1,8 +1,9 @@
 """`load` and `save`: folders to language models of every kind, and back."""
 
 import os
+import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -10,7 +11,9 @@ from jax.typing import DTypeLike
 from continuous_lm.errors import InputError
 from continuous_lm.io import safetensors_files
 from continuous_lm.io.atomic_files import write_atomically
+from continuous_lm.io.json_files import read_json
 from continuous_lm.models.checkpoints import hf_folder, trunk
+from continuous_lm.models.families.registry import FAMILIES
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.transformer import Transformer
 
@@ -25,6 +28,10 @@ def load(
 ) -> LanguageModel[Any]:
     """Loads a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
 
+    What the folder holds decides the kind of the model: a trunk with its softmax, a next-vector
+    model with its autoencoder inside, or an autoencoder. (`calm.load` takes an autoencoder from a
+    folder of its own.)
+
     What the devices hold is read once, cast on the way, and placed; there is never a second copy of
     the model in memory, and on many hosts each reads what its own devices hold.
 
@@ -36,21 +43,51 @@ def load(
       mesh: devices to shard the parameters over, with axes "data" and "model" (see
         `axes.SHARDING_RULES`); all on the default device if left out.
       ignore_fields: fields of config.json that are known not to change what the model computes.
-      cache_dir: where to keep the converted parameters for the next time; nowhere if left out. They
-        are converted again when the folder's files have changed.
+      cache_dir: where to keep the converted parameters of a trunk for the next time; nowhere if
+        left out. They are converted again when the folder's files have changed.
 
     Raises:
       InputError: naming the file, field or tensor that is missing, left over or not handled.
     """
     folder = hf_folder.find_folder(folder_or_name)
     hf_folder.check_mesh(mesh)
-    return trunk.read(
-        folder,
-        dtype=dtype,
-        mesh=mesh,
-        ignore_fields=ignore_fields,
-        cache_dir=cache_dir,
-    )
+    load_other_kind = _loader_of_other_kind(folder)
+    if load_other_kind is None:
+        return trunk.read(
+            folder,
+            dtype=dtype,
+            mesh=mesh,
+            ignore_fields=ignore_fields,
+            cache_dir=cache_dir,
+        )
+    if cache_dir is not None:
+        raise InputError(f"{folder} holds no trunk alone; leave out cache_dir")
+    return load_other_kind(folder, dtype=dtype, mesh=mesh, ignore_fields=ignore_fields)
+
+
+class _Loader(Protocol):
+    """Reads a folder of one kind."""
+
+    def __call__(
+        self,
+        folder: pathlib.Path,
+        *,
+        dtype: DTypeLike | None,
+        mesh: Mesh | None,
+        ignore_fields: Sequence[str],
+    ) -> LanguageModel[Any]: ...
+
+
+def _loader_of_other_kind(folder: pathlib.Path) -> _Loader | None:
+    """The function that reads the folder, if it is not of a trunk."""
+    fields = read_json(folder / "config.json")
+    if fields.get("model_type") in tuple(FAMILIES):
+        return None
+    from continuous_lm.models import calm  # only where it is needed
+
+    if calm.autoencoder.is_config(fields):
+        return calm.autoencoder.load
+    return calm.load if calm.is_config(fields) else None
 
 
 def save(
@@ -59,7 +96,7 @@ def save(
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `lm` as a checkpoint folder in the Hugging Face layout, in the parameters' dtype.
+    """Writes `lm`, of any kind, as a checkpoint folder that `load` reads, in its dtype.
 
     The files reach the folder when all of them are written, not before; weights that were there are
     then gone. Parameters are fetched from their devices tensor by tensor.
@@ -74,11 +111,30 @@ def save(
       InputError: if the folder cannot be written, or the family's config.json cannot express the
         model.
     """
-    if not isinstance(lm, LanguageModel) or not isinstance(lm.model, Transformer):
+    if not isinstance(lm, LanguageModel):
         raise InputError(
             f"lm is a {type(lm).__name__}; only a LanguageModel can be saved"
         )
+    if not isinstance(lm.model, Transformer):
+        _save_other_kind(folder, lm, shard_size)
+        return
     with write_atomically(
         folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
     ) as staging_folder:
         trunk.write(staging_folder, lm, shard_size)
+
+
+def _save_other_kind(
+    folder: str | os.PathLike, lm: LanguageModel[Any], shard_size: int
+) -> None:
+    """`save` of what is no trunk."""
+    from continuous_lm.models import calm  # only where it is needed
+
+    if isinstance(lm.model, calm.Autoencoder):
+        calm.autoencoder.save(folder, lm, shard_size=shard_size)
+    elif isinstance(lm.model, calm.NextVectorModel):
+        calm.save(folder, lm, shard_size=shard_size)
+    else:
+        raise InputError(
+            f"lm holds a {type(lm.model).__name__}, which has no layout of checkpoints"
+        )

@@ -228,8 +228,19 @@ def load(
     )
 
 
-def save(folder: str | os.PathLike, lm: LanguageModel[Autoencoder]) -> None:
-    """Writes the autoencoder as a folder that `load` reads; whole, or not at all."""
+def save(
+    folder: str | os.PathLike,
+    lm: LanguageModel[Autoencoder],
+    *,
+    shard_size: int = safetensors_files.MAX_SHARD_BYTES,
+) -> None:
+    """Writes the autoencoder as a folder that `load` reads; whole, or not at all.
+
+    Args:
+      folder: made if it is not there.
+      lm: the autoencoder.
+      shard_size: the most bytes of weights in one file.
+    """
     layout = checkpoint_layout(lm.model.config)
     flat_params = flatten(lm.params)
     check_parameters(flat_params, layout.declarations)
@@ -244,7 +255,5 @@ def save(folder: str | os.PathLike, lm: LanguageModel[Autoencoder]) -> None:
         folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
     ) as staging_folder:
         write_json(staging_folder / "config.json", fields)
-        layout.write(
-            staging_folder, flat_params, dtype, safetensors_files.MAX_SHARD_BYTES
-        )
+        layout.write(staging_folder, flat_params, dtype, shard_size)
         hf_folder.write_tokenizer(staging_folder, lm.tokenizer)

@@ -448,9 +448,26 @@ def test_folders_in_the_wrong_place(folders, llama):
         assert any(word in message for word in wanted.split("|")), (case, message)
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_the_general_loader_refuses_them(folders, which):
-    assert "model_type" in refusal(folders[which], load=clm.load)
+def test_the_general_loader_chooses(folders, lm, ae, tmp_path):
+    """An autoencoder, a folder that holds both, and one whose autoencoder lies elsewhere."""
+    found = clm.load(folders[1])
+    assert found.model == ae.model
+    assert_same_tree(found.params, ae.params)
+    clm.save(tmp_path / "calm", lm)
+    clm.save(tmp_path / "autoencoder", ae)
+    again = clm.load(tmp_path / "calm", dtype="float32")
+    assert again.model == lm.model
+    assert_same(again, lm)
+    assert_same_tree(clm.load(tmp_path / "autoencoder").params, ae.params)
+    assert "autoencoder; give its folder" in refusal(folders[0], load=clm.load)
+    with pytest.raises(clm.InputError, match="leave out cache_dir"):
+        clm.load(folders[1], cache_dir=tmp_path / "cache")
+
+
+def test_other_kinds_have_no_logits(lm, ae):
+    for other in (lm, ae):
+        with pytest.raises(clm.InputError, match=r"models\.calm"):
+            other(CHUNKS)
 
 
 # --- Saved and loaded again ------------------------------------------------------------------

@@ -437,7 +437,7 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
         ),
         (dict(tokens=[[1, 2, V]]), "prompt 0: tokens"),
         (dict(tokens=[[1, 2, 3], [1, -2, 3]]), "prompt 1: tokens"),
-        (dict(tokens=[0.5, 1.5, 2.0]), "prompt 0: tokens has dtype float64"),
+        (dict(tokens=[0.5, 1.5, 2.0]), "prompt 0: tokens has dtype float32"),
         (dict(tokens=[[1, 2, 3], []]), "prompt 1: tokens"),
         (dict(tokens=[]), "prompt"),
         (dict(tokens=5), "prompt"),
