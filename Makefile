@@ -25,96 +25,21 @@ counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model 
 report: $(VENV)/.has-runtime ## Run every experiment on the embedded model and write the report
 	$(program) report --output_dir=$(RESULTS)/report
 
-# Density models of text, on the rows of a baseline's table. Text files: make calm DATA=a.txt,b.txt
+# Recipes of experiments/recipes/; text files: make calm DATA=a.txt,b.txt
 DATA  ?=
-TEXT  := $(if $(DATA),--data=$(DATA))
 WORDS ?= file,path,directory
-.PHONY: calm
-calm: SIZE := --hidden_size=64 --num_layers=2 --length=64 --batch_size=16 --steps=300
-calm: OUT := $(RESULTS)/calm
+recipe := $(program) recipe $(if $(DATA),--data=$(DATA)) --words=$(WORDS)
+.PHONY: calm calm-full next-vector next-vector-full embedded
 calm: $(VENV)/.has-runtime ## Train, sample, evaluate and ablate small density models of text
-	$(program) train_lm $(TEXT) $(SIZE) --vocab_size=1024 --output_dir=$(OUT)/baseline
-	$(program) train_density $(TEXT) $(SIZE) --head=mixture --table_from=$(OUT)/baseline --output_dir=$(OUT)/mixture
-	$(program) sample_density --model=$(OUT)/mixture --samples=2 --output_dir=$(OUT)/sample
-	$(program) evaluate $(TEXT) --length=64 --models=$(OUT)/baseline,$(OUT)/mixture --output_dir=$(OUT)/eval
-	$(ablate) $(TEXT) --length=64 --model=$(OUT)/mixture --codes=256 --output_dir=$(OUT)/ablation
-ablate := $(program) compare_quantizers
-
-.PHONY: calm-full
-calm-full: OUT := $(RESULTS)/calm-full
-calm-full: STEPS := --steps=400 --length=128 --batch_size=16
-calm-full: FROM := --table_from=$(RESULTS)/calm-full/baseline
+	$(recipe) --name=calm --output_dir=$(RESULTS)/calm
 calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and its densities, under an hour
-	$(program) train_lm $(TEXT) $(STEPS) --output_dir=$(OUT)/baseline
-	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=gaussian --output_dir=$(OUT)/gaussian
-	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=mixture --head_settings=components=4 \
-	  --output_dir=$(OUT)/mixture
-	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=experts --head_settings=experts=4 \
-	  --output_dir=$(OUT)/experts
-	$(program) train_density $(TEXT) $(STEPS) $(FROM) --head=gaussian --token_loss_weight=0 \
-	  --output_dir=$(OUT)/likelihood
-	$(program) train_density $(TEXT) $(STEPS) --head=gaussian --output_dir=$(OUT)/learned
-	$(program) evaluate $(TEXT) --output_dir=$(OUT)/eval --models=$(call commas,\
-	  $(addprefix $(OUT)/,baseline gaussian mixture experts likelihood learned))
-	$(ablate) $(TEXT) --model=$(OUT)/mixture --output_dir=$(OUT)/ablation
-	$(program) sample_density --model=$(OUT)/mixture --samples=32 --towards=$(WORDS) \
-	  --strengths=0,0.25,0.5,0.75,1,1.5,2 --output_dir=$(OUT)/steering
-# Next-vector models: an autoencoder of K tokens, a model of its vectors, a baseline of equal size.
-nv := $(RESULTS)/next-vector
-.PHONY: next-vector
-next-vector: SIZE := --hidden_size=64 --num_layers=2 --batch_size=16 --steps=200
-next-vector: $(VENV)/.has-runtime ## Train, sample and judge small models of K = 4 tokens a vector
-	$(program) train_autoencoder $(TEXT) --vocab_size=1024 --hidden_size=64 --latent_size=32 \
-	  --batch_size=16 --steps=300 --output_dir=$(nv)/codec
-	$(program) train_calm $(TEXT) --codec=$(nv)/codec $(SIZE) --length=16 --output_dir=$(nv)/calm
-	$(program) train_lm $(TEXT) --tokenizer=$(nv)/codec $(SIZE) --length=64 \
-	  --output_dir=$(nv)/baseline
-	$(program) sample_calm --model=$(nv)/calm --samples=2 --output_dir=$(nv)/sample \
-	  --between="the name of the file" --between="a list of numbers"
-	$(program) evaluate $(TEXT) --models=$(nv)/baseline,$(nv)/calm --output_dir=$(nv)/eval
-	$(ablate) $(TEXT) --model=$(nv)/calm --length=64 --output_dir=$(nv)/ablation
-
-# K tokens a vector, each of 500 steps of 512 vectors; K = 4 for longer; and tokens, of like time.
-nvf := $(RESULTS)/next-vector-full
-KS  := 1 2 4 8
-LONG := $(nvf)/calm-4-long
-codecs := $(KS:%=$(nvf)/codec-%)
-.PHONY: next-vector-full $(codecs) $(KS:%=$(nvf)/calm-%) $(LONG) $(nvf)/baseline
-$(nvf)/codec-1: NEW := --vocab_size=1024
-$(filter-out %-1,$(codecs)): NEW := --tokenizer=$(nvf)/codec-1
-$(filter-out %-1,$(codecs)): $(nvf)/codec-1
-$(codecs): $(nvf)/codec-%: $(VENV)/.has-runtime
-	$(program) train_autoencoder $(TEXT) $(NEW) --chunk_size=$* --latent_size=64 \
-	  --codec_settings=kl_weight=0.03 --batch_size=16 --steps=600 --output_dir=$@
-$(KS:%=$(nvf)/calm-%): $(nvf)/calm-%: $(nvf)/codec-%
-	$(program) train_calm $(TEXT) --codec=$< --length=32 --batch_size=16 --steps=500 \
-	  --output_dir=$@
-$(LONG): $(nvf)/codec-4
-	$(program) train_calm $(TEXT) --codec=$< --length=32 --batch_size=16 --steps=2000 \
-	  --output_dir=$@
-$(nvf)/baseline: $(nvf)/codec-1
-	$(program) train_lm $(TEXT) --tokenizer=$< --length=128 --batch_size=16 --steps=600 \
-	  --output_dir=$@
-next-vector-full: $(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG) ## The tables of K, under an hour
-	$(program) evaluate $(TEXT) --positions=4096 --stride=8 --context=32 --output_dir=$(nvf)/eval \
-	  --models=$(call commas,$(nvf)/baseline $(KS:%=$(nvf)/calm-%) $(LONG))
-	$(ablate) $(TEXT) --model=$(call commas,$(KS:%=$(nvf)/calm-%)) --output_dir=$(nvf)/ablation
-	$(program) sample_calm --model=$(LONG) --output_dir=$(nvf)/sample \
-	  --between="the name of the file" --between="a list of numbers"
-	$(program) compare_heads --output_dir=$(nvf)/heads
-
-comma := ,
-commas = $(subst $() $(),$(comma),$(strip $1))
-
-embedded := $(RESULTS)/embedded
-.PHONY: embedded
+	$(recipe) --name=calm_full --output_dir=$(RESULTS)/calm-full
+next-vector: $(VENV)/.has-runtime ## Train, sample and evaluate small models of K = 4 tokens a vector
+	$(recipe) --name=next_vectors --output_dir=$(RESULTS)/next-vector
+next-vector-full: $(VENV)/.has-runtime ## The tables of K, under an hour
+	$(recipe) --name=next_vectors_full --output_dir=$(RESULTS)/next-vector-full
 embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table
-	for seed in 0 1 2; do \
-	  $(program) train_apples --seed=$$seed --output_dir=$(embedded)/$$seed || exit; \
-	done
-	$(program) evaluate_apples --output_dir=$(embedded) \
-	  --models=$(embedded)/0,$(embedded)/1,$(embedded)/2
-	cp $(embedded)/0/* models/bundled/apples/
+	$(recipe) --name=embedded --output_dir=$(RESULTS)/embedded
 
 .PHONY: benchmark
 benchmark: $(VENV)/.has-peers ## How fast it is, beside PyTorch, transformers, faiss

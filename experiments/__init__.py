@@ -77,6 +77,11 @@ GROUPS: Mapping[str, Mapping[str, Program]] = {
             "calm.compare_heads", "compare the heads of next-vector models"
         ),
     },
+    "Recipes": {
+        "recipe": Program(
+            "recipes.recipe", "run the programs that make the tables, one by one"
+        ),
+    },
     "Continuous output on sound": {
         "frames": Program("audio.frames", "train density models of log-mel frames"),
     },
