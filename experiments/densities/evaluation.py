@@ -1,9 +1,9 @@
-"""What a density model of text is worth, in numbers that a discrete model can be held against.
+"""Metrics of density models of text, comparable with those of a softmax model.
 
     nll                nats a vector: the negative log-density of held-out tokens' rows
     perplexity         of tokens, when the density is renormalised over the table's rows
-    shuffled           the same with the contexts of other windows: what is left without a context
-    unigram            of the training tokens' frequencies: what no context is worth
+    shuffled           the same with the contexts of other windows
+    unigram            perplexity of the training tokens' frequencies
     accuracy           of the token whose row is nearest to the mean, and to a draw
     noise, margin      squared distance of a draw from its row, and how much farther the second is
     collapse           variance and effective rank of the rows; scales that are at their bound
@@ -27,7 +27,15 @@ from continuous_lm.models.density.heads import ExpertsHead
 from continuous_lm.models.density.model import DensityLM, DensityModel
 from continuous_lm.models.density.samplers import get_token_table
 
-WINDOWS_PER_BATCH = 8  # windows judged at once
+WINDOWS_PER_BATCH = 8  # windows evaluated at once
+OPTIONAL_METRICS = (  # of densities, but for accuracy_mean
+    "nll",
+    "accuracy_mean",
+    "accuracy_draw",
+    "noise",
+    "margin",
+    "at_bound",
+)
 
 
 def evaluate_density(
@@ -49,70 +57,92 @@ def evaluate_density(
       windows: at most so many, spread over the text.
       seed: of draws, of the order of the windows and of the bootstrap.
     """
-    rng = np.random.default_rng(seed)
-    tokens = rng.permutation(
+    generator = np.random.default_rng(seed)
+    tokens = generator.permutation(
         window_batches.consecutive_windows(held_out, length=length, max_windows=windows)
     )
     table = None
     if not lm.model.predicts_tokens:
         token_table = get_token_table(lm)
         table = {"rows": token_table, "norms": quantize.squared_norms(token_table)}
-    metric_batches: dict[str, list[np.ndarray]] = {}
-    batch_size = min(WINDOWS_PER_BATCH, len(tokens))
-    for i in range(0, len(tokens) - batch_size + 1, batch_size):  # a rest is left out
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        batch_metrics = _batch_metrics(
-            lm.model, lm.params, table, tokens[i : i + batch_size], key
-        )
-        for name, values in batch_metrics.items():
-            metric_batches.setdefault(name, []).append(np.asarray(values))
-    metrics = {name: np.concatenate(values) for name, values in metric_batches.items()}
+    metrics = _window_metrics(lm, table, tokens, seed)
     targets = tokens[: len(metrics["nats"]), 1:]
-    frequencies = np.bincount(train_tokens, minlength=lm.config.vocab_size) + 1.0
-    unigram = -np.log(frequencies / frequencies.sum())[targets]
-
-    def interval(values, of=lambda x: x):
-        means = values.reshape(len(values), -1).mean(axis=1)
-        low, high = bootstrap_interval(means, seed=rng)
-        estimates = {"value": means.mean(), "low": low, "high": high}
-        with np.errstate(over="ignore"):  # more than a float holds is no number
-            transformed = {name: float(of(x)) for name, x in estimates.items()}
-        return {name: x if np.isfinite(x) else None for name, x in transformed.items()}
-
-    result = {
+    unigram_nats = _unigram_nats(train_tokens, lm.config.vocab_size)[targets]
+    context_nats = metrics["shuffled"] - metrics["nats"]
+    result: dict[str, Any] = {
         "tokens": int(targets.size),
-        "nats": interval(metrics["nats"]),
-        "perplexity": interval(metrics["nats"], np.exp),
-        "shuffled": interval(metrics["shuffled"], np.exp),
-        "unigram": interval(unigram, np.exp),
-        "context_nats": interval(metrics["shuffled"] - metrics["nats"]),
+        "nats": _interval(metrics["nats"], generator),
+        "perplexity": _perplexity_interval(metrics["nats"], generator),
+        "shuffled": _perplexity_interval(metrics["shuffled"], generator),
+        "unigram": _perplexity_interval(unigram_nats, generator),
+        "context_nats": _interval(context_nats, generator),
     }
-    optional_metrics = (
-        "nll",
-        "accuracy_mean",
-        "accuracy_draw",
-        "noise",
-        "margin",
-        "at_bound",
-    )
-    result |= {
-        name: interval(metrics[name]) for name in optional_metrics if name in metrics
-    }
+    for name in OPTIONAL_METRICS:
+        if name in metrics:
+            result[name] = _interval(metrics[name], generator)
     if table is not None:
         row_spread = quantize.spread(table["rows"])
         result["width"] = lm.model.head.width
         result["effective_rank"] = float(row_spread.effective_rank)
         result["least_variance"] = float(jnp.min(row_spread.variances))
-    if (
-        "weights" in metrics
-    ):  # exp of the entropy of the mean weights: X if all are used alike
-        weights = (
-            metrics["weights"].reshape(-1, metrics["weights"].shape[-1]).mean(axis=0)
-        )
-        result["use"] = float(
-            np.exp(-np.sum(weights * np.log(np.maximum(weights, 1e-30))))
-        )
+    if "weights" in metrics:
+        result["use"] = _effective_number(metrics["weights"])
     return result
+
+
+def _window_metrics(
+    lm: DensityLM, table: Any, tokens: np.ndarray, seed: int
+) -> dict[str, np.ndarray]:
+    """The numbers of `_batch_metrics` for all windows; those beyond whole batches are left out."""
+    metric_batches: dict[str, list[np.ndarray]] = {}
+    batch_size = min(WINDOWS_PER_BATCH, len(tokens))
+    for start in range(0, len(tokens) - batch_size + 1, batch_size):
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        batch_metrics = _batch_metrics(
+            lm.model, lm.params, table, tokens[start : start + batch_size], key
+        )
+        for name, values in batch_metrics.items():
+            metric_batches.setdefault(name, []).append(np.asarray(values))
+    return {name: np.concatenate(values) for name, values in metric_batches.items()}
+
+
+def _unigram_nats(train_tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Negative log frequencies [V] of the training tokens, each counted once more."""
+    counts = np.bincount(train_tokens, minlength=vocab_size) + 1.0
+    return -np.log(counts / counts.sum())
+
+
+def _interval(
+    values: np.ndarray, generator: np.random.Generator
+) -> dict[str, float | None]:
+    """The mean of values [k, ...] and its 95 % interval over windows."""
+    means = values.reshape(len(values), -1).mean(axis=1)
+    low, high = bootstrap_interval(means, seed=generator)
+    estimates = {"value": float(means.mean()), "low": low, "high": high}
+    return {name: _finite_or_none(value) for name, value in estimates.items()}
+
+
+def _perplexity_interval(
+    nats: np.ndarray, generator: np.random.Generator
+) -> dict[str, float | None]:
+    """exp of the mean of nats [k, ...] and of its interval."""
+    perplexities: dict[str, float | None] = {}
+    for name, value in _interval(nats, generator).items():
+        with np.errstate(over="ignore"):  # more than a float holds is no number
+            perplexity = np.nan if value is None else float(np.exp(value))
+        perplexities[name] = _finite_or_none(perplexity)
+    return perplexities
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+def _effective_number(weights: np.ndarray) -> float:
+    """exp of the entropy of the mean of weights [..., X]: X if all are used alike."""
+    mean_weights = weights.reshape(-1, weights.shape[-1]).mean(axis=0)
+    log_weights = np.log(np.maximum(mean_weights, 1e-30))
+    return float(np.exp(-np.sum(mean_weights * log_weights)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -185,74 +215,67 @@ def bits_per_byte(metrics: dict[str, Any], bytes_per_token: float) -> float:
     return float(metrics["nats"]["value"] / np.log(2.0) / bytes_per_token)
 
 
+PERPLEXITY_TABLE = tables.TableSpec(
+    "perplexity",
+    "Perplexity of held-out tokens (95 % interval), densities renormalised over the table; with"
+    " the contexts of other windows; of the unigram. Accuracy of the token nearest to the mean",
+    (
+        tables.Column("parameters", "parameters", ",d"),
+        tables.Column("perplexity", "perplexity.value", ".4g"),
+        tables.Column("95 %", "perplexity.interval"),
+        tables.Column("bits a byte", "bits_per_byte", ".3f"),
+        tables.Column("shuffled", "shuffled.value", ".4g"),
+        tables.Column("unigram", "unigram.value", ".1f"),
+        tables.Column("accuracy", "accuracy_mean.value", ".1%"),
+    ),
+)
+VECTOR_TABLE = tables.TableSpec(
+    "vectors",
+    "Densities: nats a dimension of held-out rows; accuracy of the token nearest to a draw;"
+    " a draw's squared distance from it a dimension, and how much farther the second is; scales"
+    " at their bound; effective rank of the table; components or experts in use",
+    (
+        tables.Column("width", "width", "d"),
+        tables.Column("nats", "nll.per_dimension", ".4f"),
+        tables.Column("accuracy", "accuracy_draw.value", ".1%"),
+        tables.Column("noise", "noise.per_dimension", ".4f"),
+        tables.Column("margin", "margin.per_dimension", ".4f"),
+        tables.Column("at bound", "at_bound.value", ".1%"),
+        tables.Column("rank", "effective_rank", ".1f"),
+        tables.Column("use", "use", ".1f"),
+    ),
+)
+
+
 def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
-    """What is worth comparing, one row a model, from model -> `evaluate_density` of it."""
+    """One row a model, from model -> `evaluate_density` of it; vectors of those that have them."""
+    perplexity_rows = {
+        model: metrics | {"perplexity": _with_interval(metrics["perplexity"])}
+        for model, metrics in results.items()
+    }
+    vector_rows = {
+        model: _with_values_per_dimension(metrics)
+        for model, metrics in results.items()
+        if "nll" in metrics
+    }
+    result_tables = [PERPLEXITY_TABLE.fill(perplexity_rows)]
+    if vector_rows:
+        result_tables.append(VECTOR_TABLE.fill(vector_rows))
+    return result_tables
 
-    def value_of(numbers: dict[str, Any], name: str) -> float | None:
-        return cast(float | None, numbers[name]["value"])
 
-    def format_interval(numbers: dict[str, Any], name: str) -> str | None:
-        low, high = (numbers[name][endpoint] for endpoint in ("low", "high"))
-        return None if high is None else f"{low:.4g} to {high:.4g}"
+def _with_interval(estimate: dict[str, float | None]) -> dict[str, Any]:
+    """The estimate with "interval", its bounds as text; None if one is not finite."""
+    if estimate["high"] is None:
+        return {**estimate, "interval": None}
+    return {**estimate, "interval": f"{estimate['low']:.4g} to {estimate['high']:.4g}"}
 
-    perplexity_table = tables.Table(
-        "perplexity",
-        "Perplexity of held-out tokens (95 % interval), densities renormalised over the table; with"
-        " the contexts of other windows; of the unigram. Accuracy of the token nearest to the mean",
-        [
-            tables.Column("model"),
-            tables.Column("parameters", format=",d"),
-            tables.Column("perplexity", format=".4g"),
-            tables.Column("95 %"),
-            tables.Column("bits a byte", format=".3f"),
-            tables.Column("shuffled", format=".4g"),
-            tables.Column("unigram", format=".1f"),
-            tables.Column("accuracy", format=".1%"),
-        ],
-        [
-            [
-                model,
-                metrics["parameters"],
-                value_of(metrics, "perplexity"),
-                format_interval(metrics, "perplexity"),
-                metrics["bits_per_byte"],
-                value_of(metrics, "shuffled"),
-                value_of(metrics, "unigram"),
-                value_of(metrics, "accuracy_mean"),
-            ]
-            for model, metrics in results.items()
-        ],
-    )
-    vector_table = tables.Table(
-        "vectors",
-        "Densities: nats a dimension of held-out rows; accuracy of the token nearest to a draw;"
-        " a draw's squared distance from it a dimension, and how much farther the second is; scales"
-        " at their bound; effective rank of the table; components or experts in use",
-        [
-            tables.Column("model"),
-            tables.Column("width", format="d"),
-            tables.Column("nats", format=".4f"),
-            tables.Column("accuracy", format=".1%"),
-            tables.Column("noise", format=".4f"),
-            tables.Column("margin", format=".4f"),
-            tables.Column("at bound", format=".1%"),
-            tables.Column("rank", format=".1f"),
-            tables.Column("use", format=".1f"),
-        ],
-        [
-            [
-                model,
-                metrics["width"],
-                metrics["nll"]["value"] / metrics["width"],
-                value_of(metrics, "accuracy_draw"),
-                metrics["noise"]["value"] / metrics["width"],
-                metrics["margin"]["value"] / metrics["width"],
-                value_of(metrics, "at_bound"),
-                metrics["effective_rank"],
-                metrics.get("use"),
-            ]
-            for model, metrics in results.items()
-            if "nll" in metrics
-        ],
-    )
-    return [perplexity_table, vector_table] if vector_table.rows else [perplexity_table]
+
+def _with_values_per_dimension(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics with "per_dimension" beside the values that are sums over dimensions."""
+    sums_over_dimensions = ("nll", "noise", "margin")
+    return metrics | {
+        name: metrics[name]
+        | {"per_dimension": metrics[name]["value"] / metrics["width"]}
+        for name in sums_over_dimensions
+    }

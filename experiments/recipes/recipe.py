@@ -14,7 +14,6 @@ from the same flags, versions and text, are skipped with a line that says so.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping
 
 from continuous_lm.errors import InputError
@@ -49,6 +48,10 @@ class Config(tokenized_text.TextConfig, program.RunConfig):
         ("file", "path", "directory"), help="Words to steer towards, in calm_full."
     )
 
+    def default_folder(self, program_name: str) -> str:
+        """The recipe's name."""
+        return self.name or program_name
+
 
 @dataclasses.dataclass(frozen=True)
 class Result(program.Result):
@@ -77,7 +80,9 @@ def run(config: Config) -> Result:
     """Runs the steps of a recipe, up to the first that fails."""
     if config.name is None:
         raise InputError(f"--name is missing: one of {', '.join(RECIPES)}")
-    folder = program.output_folder(config) or pathlib.Path("results", config.name)
+    folder = program.output_folder(config)
+    if folder is None:
+        raise InputError("--output_dir is missing: the folder for all steps")
     settings = steps.Settings(folder, config.data, config.words)
     recipe = RECIPES[config.name](settings)
     outcomes = []

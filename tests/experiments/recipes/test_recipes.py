@@ -105,12 +105,16 @@ def test_a_step_that_fails_ends_the_recipe(tmp_path, monkeypatch):
 
 def test_an_error_names_the_step(tmp_path):
     config = counting.Config(model="nowhere", output_dir=str(tmp_path / "a"))
-    with pytest.raises(clm.InputError, match="counting: .*nowhere"):
+    with pytest.raises(clm.InputError, match=r"counting: .*nowhere"):
         list(steps.run_steps([steps.Step("counting", config)], []))
 
 
 def test_the_name_of_a_recipe_is_needed():
-    with pytest.raises(clm.InputError, match="--name is missing: one of calm, calm_f"):
+    with pytest.raises(clm.InputError, match="--name is missing: one of calm"):
         recipe.run(recipe.Config())
+    with pytest.raises(clm.InputError, match="--output_dir is missing"):
+        recipe.run(recipe.Config(name="calm"))
+    config = program.parse(recipe.Config, "recipe", ["--name=calm"])
+    assert config.output_dir == "results/calm"
     with pytest.raises(clm.InputError, match="--name is 'calms'"):
         recipe.Config(name="calms")
