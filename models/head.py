@@ -10,7 +10,7 @@ Shapes stand in the table alone: what computes takes them from the arrays.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import jax
@@ -77,6 +77,17 @@ def from_dict(
     head_settings = {name: value for name, value in fields.items() if name != "kind"}
     settings.check_names(f"a {kind} head", registry[kind], list(head_settings))
     return registry[kind](**head_settings)  # type: ignore[arg-type]
+
+
+def parse_settings(
+    kind: str, assignments: Sequence[str], registry: Mapping[str, type["Head"]]
+) -> dict[str, settings.Value]:
+    """Settings of a kind of head from their text form, "name=value", ...
+
+    Raises:
+      InputError: for what is no assignment, and for the name of no setting of such a head.
+    """
+    return settings.parse(f"a {kind} head", registry[kind], assignments)
 
 
 def fan_in_normal(

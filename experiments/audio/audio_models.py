@@ -15,9 +15,17 @@ import numpy as np
 
 from continuous_lm import quantize
 from continuous_lm.experiments.common.statistics import bootstrap_interval
+from continuous_lm.experiments.densities import density_training
 from continuous_lm.models import density
-from continuous_lm.models.density.distributions import Gaussian, Mixture
-from continuous_lm.models.density.model import DensityLM, DensityModel
+from continuous_lm.models.density.distributions import (
+    Categorical,
+    Density,
+    Gaussian,
+    Mixture,
+)
+from continuous_lm.models.density.model import DensityModel
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
 
 MIN_SCALE = 0.05  # of all densities here, in deviations of a band
 HOP_FACTORS = (0.8, 1.0, 1.25)  # hops of the sweep, in those of training
@@ -101,7 +109,7 @@ class FrameScores(NamedTuple):
 class AudioModel:
     """A trained model of frames; with codes, it hears and says those."""
 
-    lm: DensityLM
+    lm: LanguageModel[DensityModel]
     codes: CodeDensities | None = None
 
     @property
@@ -157,22 +165,28 @@ class AudioModel:
 @functools.partial(jax.jit, static_argnums=0)
 def _score_window(
     model: DensityModel,
-    params: Any,
+    params: Params,
     codes: CodeDensities | None,
-    model_inputs: jax.Array,
+    items: jax.Array,
     window: jax.Array,
     durations: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """`FrameScores` of one window, [T] and [T, W]."""
-    variables: Any = {"params": params}
-    arguments: Any = {model.input_kind: model_inputs, "durations": durations}
-    hidden = model.apply(variables, **arguments, method="context_states")
-    density: Any = model.apply(variables, hidden, method="distribution")
-    if codes is not None:
-        density = Mixture(
-            density.logits, jnp.asarray(codes.vectors), jnp.asarray(codes.scales)
-        )
-    return density.log_prob(window[1:]), density.mean
+    inputs = density_training.make_inputs(model, items, durations)
+    hidden = model.context_states(params, inputs)
+    frame_density = _frame_density(model.distribution(params, hidden), codes)
+    return frame_density.log_prob(window[1:]), frame_density.mean
+
+
+def _frame_density(
+    distribution: Density | Categorical, codes: CodeDensities | None
+) -> Density:
+    """The density of frames that a model's distribution is; of codes, the mixture of theirs."""
+    if not isinstance(distribution, Categorical):
+        return distribution
+    assert codes is not None
+    vectors = jnp.asarray(codes.vectors)
+    return Mixture(distribution.logits, vectors, jnp.asarray(codes.scales))
 
 
 def unigram_baseline(codes: CodeDensities, windows: np.ndarray) -> FrameScores:

@@ -286,7 +286,7 @@ def train_models(config: Config, sounds: Sounds, folder: pathlib.Path) -> FrameM
             length=config.length,
             settings={
                 "sha256_of_frames": sounds.checksum,
-                "head": heads.to_dict(model.lm.model.head),
+                "head": model.lm.model.head.to_dict(),
             },
             label=name,
         )

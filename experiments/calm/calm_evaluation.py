@@ -30,7 +30,7 @@ from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig
 from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.density.heads import TokenHead
-from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.density.model import DensityModel
 from continuous_lm.models.generation import GeneratedTokens
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import Params
@@ -168,7 +168,7 @@ def evaluation_positions(
 
 
 def draw_continuations(
-    lm: LanguageModel[NextVectorModel] | DensityLM,
+    lm: LanguageModel[NextVectorModel] | LanguageModel[DensityModel],
     contexts: np.ndarray,
     key: jax.Array,
     *,
@@ -197,7 +197,9 @@ def draw_continuations(
 
 
 def _draw_tokens(
-    lm: LanguageModel[NextVectorModel] | DensityLM, contexts: np.ndarray, key: jax.Array
+    lm: LanguageModel[NextVectorModel] | LanguageModel[DensityModel],
+    contexts: np.ndarray,
+    key: jax.Array,
 ) -> np.ndarray:
     """A continuation of each context, int [n, 4]; no token ends it."""
     if isinstance(lm.model, NextVectorModel):
@@ -221,7 +223,7 @@ def _draw_tokens(
 
 
 def evaluate_brier_lm(
-    lm: LanguageModel[NextVectorModel] | DensityLM,
+    lm: LanguageModel[NextVectorModel] | LanguageModel[DensityModel],
     held_out: np.ndarray,
     *,
     context: int,
@@ -275,17 +277,15 @@ def evaluate_brier_lm(
 
 
 def _as_language_model(
-    lm: LanguageModel[NextVectorModel] | DensityLM,
-) -> LanguageModel | None:
+    lm: LanguageModel[NextVectorModel] | LanguageModel[DensityModel],
+) -> LanguageModel[Transformer] | None:
     """The ordinary language model that a tied token head makes of a trunk; None for others."""
-    if not isinstance(lm, DensityLM):
+    if not isinstance(lm.model, DensityModel):
         return None
     head = lm.model.head
     if not isinstance(head, TokenHead) or not head.tied:
         return None
-    return LanguageModel(
-        Transformer(lm.config), lm.params["trunk"], lm.tokenizer, lm.hf_fields
-    )
+    return density.trunk_of(lm)
 
 
 # --- Tables and figures ---------------------------------------------------------------------------

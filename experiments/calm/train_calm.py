@@ -60,17 +60,15 @@ def create_model(
     config: Config, codec: LanguageModel[calm.Autoencoder]
 ) -> LanguageModel[calm.NextVectorModel]:
     """The next-vector model with new parameters, beside those of the autoencoder."""
-    settings = config.parsed_head_settings()
-    for name in sorted(settings.keys() & {"kind", "width"}):
-        raise InputError(
-            f"--head_settings: {name} follows from --head and --codec; leave it out"
-        )
+    settings = config.parsed_head_settings(config.head, IMPLICIT_HEADS)
+    if "width" in settings:
+        raise InputError("--head_settings: width follows from --codec; leave it out")
     head_settings = {
         "kind": config.head,
         "width": codec.model.config.latent_size,
         "depth": HEAD_DEPTH,
     }
-    head = head_lib.from_dict(head_settings | settings, IMPLICIT_HEADS)
+    head = head_lib.from_dict({**head_settings, **settings}, IMPLICIT_HEADS)
     return calm.create(
         jax.random.key(config.seed),
         config.trunk_config(codec.model.config.vocab_size),

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from flax import linen as nn
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 
@@ -26,7 +25,7 @@ from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.models.calm import implicit_heads
 from continuous_lm.models.density import heads
-from continuous_lm.models.parameters import initialize
+from continuous_lm.models.parameters import Params, initialize
 
 TARGET_WIDTH = 2
 MODE_RADIUS = math.sqrt(2.0)
@@ -40,7 +39,7 @@ NUM_REPEATS = 5
 NUM_RESAMPLES = 2000  # of the bootstrap interval
 
 Sampler = Callable[[jax.Array, jax.Array], jax.Array]
-ComparedHead = heads.Head | implicit_heads.ImplicitHead
+ComparedHead = heads.DensityHead | implicit_heads.ImplicitHead
 
 
 @jax.jit
@@ -131,16 +130,9 @@ def with_default_sampling(head: ComparedHead) -> ComparedHead:
     return head
 
 
-def init_head(head: ComparedHead, key: jax.Array) -> Any:
-    """New parameters of a head."""
-    if isinstance(head, implicit_heads.ImplicitHead):
-        return initialize(key, head.parameter_table(2 * NUM_HARMONICS))
-    return nn.unbox(head.init(key, hidden_states(jnp.zeros(1)))["params"])
-
-
 def head_losses(
     head: ComparedHead,
-    params: Any,
+    params: Params,
     hidden: jax.Array,
     target: jax.Array,
     key: jax.Array,
@@ -148,8 +140,7 @@ def head_losses(
     """The head's losses [...]; the key is for noise, if the head draws any."""
     if isinstance(head, implicit_heads.ImplicitHead):
         return head.loss(params, hidden, target, key)
-    losses: Any = head.apply({"params": params}, hidden, target, method="loss")
-    return losses
+    return head.loss(params, hidden, target)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("steps", "batch_size"))
@@ -163,7 +154,7 @@ def fit_head(
 ) -> tuple[Any, jax.Array]:
     """Adam on fresh data in each step, its rate going down to 0: parameters and losses [steps]."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    params = init_head(head, key)
+    params: Params = initialize(key, head.parameter_table(2 * NUM_HARMONICS))
 
     def step(carry, key):
         params, optimizer_state = carry
@@ -185,14 +176,12 @@ def fit_head(
     return params, losses
 
 
-def make_sampler(head: ComparedHead, params: Any) -> Sampler:
+def make_sampler(head: ComparedHead, params: Params) -> Sampler:
     """(key, hidden) -> samples, SAMPLES_PER_CALL at a time: compiled once for all shapes."""
 
     @jax.jit
     def draw_batch(key, hidden):
-        if isinstance(head, implicit_heads.ImplicitHead):
-            return head.sample(params, key, hidden)
-        return head.apply({"params": params}, key, hidden, method="sample")
+        return head.sample(params, key, hidden)
 
     def draw_samples(key, hidden):
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -26,7 +26,7 @@ from continuous_lm.models import density as density_lib
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.chunk_inputs import ChunkInputs
 from continuous_lm.models.calm.model import NextVectorModel
-from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.density.model import DensityModel
 from continuous_lm.models.language_model import LanguageModel
 
 NUM_REPEATS = 5
@@ -107,7 +107,7 @@ def fit_coders(
 
 
 def compare_quantizers(
-    lm: DensityLM,
+    lm: LanguageModel[DensityModel],
     held_out: np.ndarray,
     *,
     length: int,
@@ -130,18 +130,18 @@ def compare_quantizers(
     tokens = window_batches.consecutive_windows(
         held_out, length=length, max_windows=windows
     )
-    variables = {"params": lm.params}
+    model = lm.model
     key, draw_key = jax.random.split(jax.random.key(seed))
 
     @jax.jit
     def draw_next_vectors(tokens):
-        hidden = lm.model.apply(variables, tokens, method="context_states")
-        density: Any = lm.model.apply(variables, hidden, method="distribution")
+        hidden = model.context_states(lm.params, model.make_inputs(tokens))
+        density = model.distribution(lm.params, hidden)
         flat_density = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), density)
         return flat_density, flat_density.sample(draw_key)
 
     density, x = draw_next_vectors(tokens)
-    targets, rows = tokens[:, 1:].reshape(-1), density_lib.get_token_table(lm)
+    targets, rows = tokens[:, 1:].reshape(-1), density_lib.token_table(lm)
     table = {"rows": rows, "norms": quantize.squared_norms(rows)}
     results = []
     for name, quantizer in make_quantizers(table, key, **settings).items():

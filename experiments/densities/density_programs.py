@@ -10,6 +10,7 @@ from continuous_lm.experiments.training import text, train_program
 from continuous_lm.experiments.training.tokenized_text import Corpus
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
+from continuous_lm.models.language_model import LanguageModel
 
 TOKEN_HEAD = "token"
 DENSITY_HEADS = tuple(kind for kind in heads.DISTRIBUTION_HEADS if kind != TOKEN_HEAD)
@@ -32,7 +33,7 @@ class NewModel(NamedTuple):
       vocabulary_source: of which model its vocabulary is, for an error.
     """
 
-    lm: density.DensityLM
+    lm: LanguageModel[density.DensityModel]
     data: Corpus
     vocabulary_source: str
 
@@ -43,7 +44,7 @@ def train_and_write(
     label: str,
     *,
     trunk_is_frozen: bool = False,
-) -> train_program.TrainResult[density.DensityLM]:
+) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
     """Trains a density model, or goes on with its run, and writes it.
 
     Args:
@@ -74,7 +75,7 @@ def train_and_write(
         trunk_is_frozen=trunk_is_frozen,
         settings={
             "data": data.source,
-            "head": heads.to_dict(lm.model.head),
+            "head": lm.model.head.to_dict(),
             "model": model_settings,
         },
         label=label,

@@ -11,21 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
-from continuous_lm import axes as axes_lib
 from continuous_lm import losses
-from continuous_lm.errors import InputError
+from continuous_lm.errors import InputError, about
 from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import fit, window_batches
+from continuous_lm.inputs import Inputs
 from continuous_lm.io.atomic_files import absolute_path
 from continuous_lm.io.json_files import read_json
 from continuous_lm.models import calm, density, parameters
+from continuous_lm.models import head as head_lib
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.density.model import DensityLM, DensityModel
-from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.density.model import DensityModel
+from continuous_lm.models.head import Head
+from continuous_lm.models.language_model import LanguageModel, Model
 from continuous_lm.models.parameters import Params
+from continuous_lm.models.settings import Value
 from continuous_lm.rotary import Rope
 
 # Held-out windows from which a training run computes its loss and its score.
@@ -65,9 +69,12 @@ class HeadFlags(program.CheckedConfig):
         128, help="Tokens (vectors, for train_calm) in a sequence.", lower_bound=1
     )
 
-    def parsed_head_settings(self) -> dict[str, Any]:
-        """The settings by name."""
-        return parse_settings(self.head_settings, "head_settings")
+    def parsed_head_settings(
+        self, kind: str, registry: Mapping[str, type[Head]]
+    ) -> dict[str, Value]:
+        """The settings by name, of a kind of head in a registry."""
+        with about("--head_settings"):
+            return head_lib.parse_settings(kind, self.head_settings, registry)
 
 
 def trunk_config(
@@ -110,15 +117,20 @@ def parse_settings(assignments: Sequence[str], flag_name: str) -> dict[str, Any]
     return settings
 
 
+def make_inputs(
+    model: DensityModel, items: ArrayLike, durations: ArrayLike | None = None
+) -> Inputs:
+    """The inputs of tokens [..., T] or vectors [..., T, W], whichever the model reads."""
+    if model.input_kind == "vectors":
+        return model.make_inputs(vectors=items, durations=durations)
+    return model.make_inputs(items, durations=durations)
+
+
 def make_loss(model: DensityModel) -> fit.LossFunction[Params, jax.Array]:
     """The mean loss of a batch of windows: tokens int [B, n + 1], or vectors [B, n + 1, W]."""
-    input_kind = model.input_kind
 
     def loss(params, batch, key):
-        token_losses: Any = model.apply(
-            {"params": params}, **{input_kind: batch}, method="loss"
-        )
-        return jnp.mean(token_losses), {}
+        return jnp.mean(model.loss(params, make_inputs(model, batch))), {}
 
     return loss
 
@@ -150,7 +162,7 @@ def make_evaluation(
     @jax.jit
     def brier_1(params):
         def window_brier_1(window):  # one at a time: its logits are length x V numbers
-            logits: Any = model.apply({"params": params}, window, method="token_logits")
+            logits = model.token_logits(params, model.make_inputs(window))
             return losses.brier(jax.nn.softmax(logits), window[1:])
 
         return 1.0 - jnp.mean(jax.lax.map(window_brier_1, score_windows))
@@ -165,7 +177,7 @@ def make_evaluation(
 
 
 def train(
-    lm: DensityLM,
+    lm: LanguageModel[DensityModel],
     train_data: np.ndarray,
     held_out: np.ndarray,
     *,
@@ -175,7 +187,7 @@ def train(
     trunk_is_frozen: bool = False,
     settings: Mapping[str, Any] | None = None,
     label: str = "training",
-) -> DensityLM:
+) -> LanguageModel[DensityModel]:
     """Trains a density model on tokens [n] or vectors [n, W], or goes on with the run in `folder`.
 
     Args:
@@ -212,23 +224,13 @@ def train(
         tokens_per_step=length * config.batch_size,
         label=label,
     )
-    return dataclasses.replace(lm, params=params)
+    return lm.with_params(params)
 
 
-def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
-    """A density or next-vector model or an autoencoder, with its parameters on a mesh."""
-    key = jax.random.key(0)
-    match lm:
-        case DensityLM():
-            example_inputs = density.example_inputs(lm.model)
-            abstract_variables = jax.eval_shape(
-                lambda: lm.model.init(key, **example_inputs)
-            )
-        case _:
-            table = lm.model.parameter_table()
-            return lm.with_params(parameters.place(mesh, lm.params, table))
-    params = axes_lib.place_tree(mesh, lm.params, abstract_variables["params"])
-    return dataclasses.replace(lm, params=params)
+def place_on_mesh(lm: LanguageModel[Model], mesh: Mesh | None) -> LanguageModel[Model]:
+    """A model of any kind with its parameters on a mesh."""
+    table = lm.model.parameter_table()
+    return lm.with_params(parameters.place(mesh, lm.params, table))
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def place_on_mesh(lm: Any, mesh: Mesh | None) -> Any:
 
 def load_text_model(
     folder: str, codec: str | None = None, mesh: Mesh | None = None
-) -> DensityLM | LanguageModel[NextVectorModel]:
+) -> LanguageModel[DensityModel] | LanguageModel[NextVectorModel]:
     """The density or next-vector model in a folder, with a tokenizer.
 
     Args:
@@ -264,7 +266,9 @@ def load_next_vector_model(
     return lm
 
 
-def load_density_model(folder: str, *, mesh: Mesh | None = None) -> DensityLM:
+def load_density_model(
+    folder: str, *, mesh: Mesh | None = None
+) -> LanguageModel[DensityModel]:
     """The density model of tokens in a folder, with a tokenizer.
 
     Args:
@@ -285,7 +289,7 @@ def load_density_model(folder: str, *, mesh: Mesh | None = None) -> DensityLM:
 
 
 def require_tokenizer(
-    lm: DensityLM | LanguageModel[NextVectorModel], folder: str
+    lm: LanguageModel[DensityModel] | LanguageModel[NextVectorModel], folder: str
 ) -> tokenizers.Tokenizer:
     """The tokenizer of a model.
 
@@ -314,7 +318,9 @@ def _holds_next_vector_model(folder: str) -> bool:
     return calm.is_config(fields)
 
 
-def num_learned_parameters(lm: DensityLM | LanguageModel[NextVectorModel]) -> int:
+def num_learned_parameters(
+    lm: LanguageModel[DensityModel] | LanguageModel[NextVectorModel],
+) -> int:
     """How many numbers are learned: a frozen table or autoencoder is not among them."""
     frozen_parts = ("table", "autoencoder")
     learned_parts = {

@@ -12,7 +12,7 @@ Intervals are 95 %, by bootstrap over windows.
 """
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,12 @@ from continuous_lm import quantize
 from continuous_lm.experiments.common import tables
 from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.experiments.training import window_batches
+from continuous_lm.models import density as density_lib
 from continuous_lm.models.density import distributions
-from continuous_lm.models.density.heads import ExpertsHead
-from continuous_lm.models.density.model import DensityLM, DensityModel
-from continuous_lm.models.density.samplers import get_token_table
+from continuous_lm.models.density.heads import DensityHead, ExpertsHead
+from continuous_lm.models.density.model import HEAD, DensityModel
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
 
 WINDOWS_PER_BATCH = 8  # windows evaluated at once
 OPTIONAL_METRICS = (  # of densities, but for accuracy_mean
@@ -39,7 +41,7 @@ OPTIONAL_METRICS = (  # of densities, but for accuracy_mean
 
 
 def evaluate_density(
-    lm: DensityLM,
+    lm: LanguageModel[DensityModel],
     held_out: np.ndarray,
     train_tokens: np.ndarray,
     *,
@@ -63,7 +65,7 @@ def evaluate_density(
     )
     table = None
     if not lm.model.predicts_tokens:
-        token_table = get_token_table(lm)
+        token_table = density_lib.token_table(lm)
         table = {"rows": token_table, "norms": quantize.squared_norms(token_table)}
     metrics = _window_metrics(lm, table, tokens, seed)
     targets = tokens[: len(metrics["nats"]), 1:]
@@ -91,7 +93,10 @@ def evaluate_density(
 
 
 def _window_metrics(
-    lm: DensityLM, table: Any, tokens: np.ndarray, seed: int
+    lm: LanguageModel[DensityModel],
+    table: dict[str, jax.Array] | None,
+    tokens: np.ndarray,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """The numbers of `_batch_metrics` for all windows; those beyond whole batches are left out."""
     metric_batches: dict[str, list[np.ndarray]] = {}
@@ -147,16 +152,16 @@ def _effective_number(weights: np.ndarray) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_metrics(
-    model: DensityModel, params: Any, table: Any, tokens: jax.Array, key: jax.Array
-):
+    model: DensityModel,
+    params: Params,
+    table: dict[str, jax.Array] | None,
+    tokens: jax.Array,
+    key: jax.Array,
+) -> dict[str, jax.Array]:
     """Numbers of each target, [B, T] each, of windows int [B, T + 1]."""
-
-    def apply_method(method, *arguments):
-        return cast(Any, model.apply({"params": params}, *arguments, method=method))
-
     targets = tokens[:, 1:]
-    hidden = apply_method("context_states", tokens)
-    logits = apply_method("logits_from_hidden", hidden)
+    hidden = model.context_states(params, model.make_inputs(tokens))
+    logits = model.logits(params, hidden)
 
     def nats_of(logits):
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -167,47 +172,53 @@ def _batch_metrics(
         # Windows come in an order of chance: the one before is not the text before.
         "shuffled": nats_of(jnp.roll(logits, 1, axis=0)),
     }
-    density = apply_method("distribution", hidden)
-    if table is None:
+    distribution = model.distribution(params, hidden)
+    if table is None or isinstance(distribution, distributions.Categorical):
         metrics["accuracy_mean"] = jnp.argmax(logits, axis=-1) == targets
-        return metrics | {"accuracy_draw": density.sample(key) == targets}
-    drawn_vectors = density.sample(key)
-    nearest_two = quantize.k_nearest(
-        drawn_vectors, table["rows"], 2, norms=table["norms"]
-    )
-    nearest_to_mean = quantize.nearest(
-        density.mean, table["rows"], norms=table["norms"]
-    ).indices
-    metrics |= {
-        "nll": -density.log_prob(table["rows"][targets]),
-        "accuracy_mean": nearest_to_mean == targets,
-        "accuracy_draw": nearest_two.indices[..., 0] == targets,
-        "noise": nearest_two.distances[..., 0],
-        "margin": nearest_two.distances[..., 1] - nearest_two.distances[..., 0],
-        "at_bound": jnp.mean(
-            _bounded_scales(density) < 1.1 * model.head.min_scale, axis=-1
-        ),  # type: ignore[attr-defined]
-    }
-    if isinstance(density, distributions.Mixture):
-        metrics["weights"] = density.weights
+        return metrics | {"accuracy_draw": distribution.sample(key) == targets}
+    metrics |= _density_metrics(distribution, table, targets, key)
+    if isinstance(model.head, DensityHead):
+        scales = _bounded_scales(distribution)
+        metrics["at_bound"] = jnp.mean(scales < 1.1 * model.head.min_scale, axis=-1)
+    if isinstance(distribution, distributions.Mixture):
+        metrics["weights"] = distribution.weights
         if isinstance(model.head, ExpertsHead):
-            expert_one_hot = jax.nn.one_hot(
-                apply_method("route", hidden)[1], model.head.experts
-            )
+            expert_indices = model.head.route(params[HEAD], hidden).expert_indices
+            expert_one_hot = jax.nn.one_hot(expert_indices, model.head.experts)
             metrics["weights"] = jnp.einsum(
-                "...x,...xX->...X", density.weights, expert_one_hot
+                "...x,...xX->...X", distribution.weights, expert_one_hot
             )
     return metrics
 
 
-def _bounded_scales(density: Any) -> jax.Array:
+def _density_metrics(
+    density: distributions.Density,
+    table: dict[str, jax.Array],
+    targets: jax.Array,
+    key: jax.Array,
+) -> dict[str, jax.Array]:
+    """Numbers [B, T] of a density at the rows of the targets, of its mean and of a draw."""
+    rows, norms = table["rows"], table["norms"]
+    drawn_vectors = density.sample(key)
+    nearest_two = quantize.k_nearest(drawn_vectors, rows, 2, norms=norms)
+    nearest_to_mean = quantize.nearest(density.mean, rows, norms=norms).indices
+    return {
+        "nll": -density.log_prob(rows[targets]),
+        "accuracy_mean": nearest_to_mean == targets,
+        "accuracy_draw": nearest_two.indices[..., 0] == targets,
+        "noise": nearest_two.distances[..., 0],
+        "margin": nearest_two.distances[..., 1] - nearest_two.distances[..., 0],
+    }
+
+
+def _bounded_scales(density: distributions.Density) -> jax.Array:
     """The scales that `min_scale` bounds, [..., any number]."""
     match density:
         case distributions.FullGaussian():
             return jnp.diagonal(density.cholesky, axis1=-2, axis2=-1)
         case distributions.Mixture():
             return density.scales.reshape(*density.scales.shape[:-2], -1)
-    return cast(jax.Array, density.scale)
+    return density.scale
 
 
 def bits_per_byte(metrics: dict[str, Any], bytes_per_token: float) -> float:

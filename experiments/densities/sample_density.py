@@ -23,6 +23,7 @@ from continuous_lm.experiments.training import text, train_program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import density
+from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
 
@@ -102,7 +103,9 @@ class Result(program.Result):
 
 
 def draw_samples(
-    config: Config, lm: density.DensityLM, tokenizer: tokenizers.Tokenizer
+    config: Config,
+    lm: LanguageModel[density.DensityModel],
+    tokenizer: tokenizers.Tokenizer,
 ) -> list[steering.SteeredSamples]:
     """The samples of each strength."""
     prompt = tokenizer.encode(config.prompt, add_special_tokens=False).ids

@@ -19,8 +19,9 @@ from continuous_lm.errors import InputError
 from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.models import density
-from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.density.model import DensityModel
 from continuous_lm.models.generation import GeneratedTokens
+from continuous_lm.models.language_model import LanguageModel
 
 
 class SampleSettings(NamedTuple):
@@ -98,9 +99,11 @@ def word_tokens(
     return sorted(single_tokens)
 
 
-def nearest_tokens(lm: DensityLM, tokens: list[int], num_nearest: int) -> np.ndarray:
+def nearest_tokens(
+    lm: LanguageModel[DensityModel], tokens: list[int], num_nearest: int
+) -> np.ndarray:
     """The tokens whose rows are among the `num_nearest` nearest to one of these, by cosine."""
-    rows = density.get_token_table(lm)
+    rows = density.token_table(lm)
     nearest_indices = quantize.k_nearest(
         rows[np.asarray(tokens)], rows, min(num_nearest, len(rows)), metric="cosine"
     ).indices
@@ -108,7 +111,7 @@ def nearest_tokens(lm: DensityLM, tokens: list[int], num_nearest: int) -> np.nda
 
 
 def sample_steered(
-    lm: DensityLM,
+    lm: LanguageModel[DensityModel],
     prompts: list[np.ndarray],
     steering: Steering,
     strengths: Sequence[float],

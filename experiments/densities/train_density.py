@@ -22,6 +22,7 @@ from continuous_lm.experiments.densities import density_programs, density_traini
 from continuous_lm.experiments.training import tokenized_text, train_program
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
+from continuous_lm.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,9 @@ def create_model(config: Config) -> density_programs.NewModel:
         data = tokenized_text.read_corpus(config, table_model.tokenizer)
         vocab_size = table_model.config.vocab_size
     trunk_config = config.trunk_config(vocab_size)
+    parsed_settings = config.parsed_head_settings(config.head, heads.DISTRIBUTION_HEADS)
     head_settings = {"kind": config.head, "width": trunk_config.hidden_size}
-    head = heads.from_dict(head_settings | config.parsed_head_settings())
+    head = heads.from_dict({**head_settings, **parsed_settings})
     with about("--table_from" if table is not None else "--head"):
         lm = density.create(
             jax.random.key(config.seed),
@@ -76,7 +78,9 @@ def create_model(config: Config) -> density_programs.NewModel:
     return density_programs.NewModel(lm, data, str(config.table_from))
 
 
-def run(config: Config) -> train_program.TrainResult[density.DensityLM]:
+def run(
+    config: Config,
+) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
     """Trains the model and writes it."""
     return density_programs.train_and_write(config, create_model, config.head)
 

@@ -18,6 +18,7 @@ from continuous_lm.experiments.densities import density_programs
 from continuous_lm.experiments.training import tokenized_text, train_program
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
+from continuous_lm.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,17 +65,20 @@ def create_model(config: Config) -> density_programs.NewModel:
     if config.predicts_tokens:
         width = trunk_lm.config.vocab_size
         token_loss_weight = 0.0
+    parsed_settings = config.parsed_head_settings(config.head, heads.DISTRIBUTION_HEADS)
     head_settings = {"kind": config.head, "width": width}
     lm = density.add_head(
         trunk_lm,
-        heads.from_dict(head_settings | config.parsed_head_settings()),
+        heads.from_dict({**head_settings, **parsed_settings}),
         key=jax.random.key(config.seed),
         token_loss_weight=token_loss_weight,
     )
     return density_programs.NewModel(lm, data, folder)
 
 
-def run(config: Config) -> train_program.TrainResult[density.DensityLM]:
+def run(
+    config: Config,
+) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
     """Trains the head and writes the model."""
     return density_programs.train_and_write(
         config, create_model, config.head, trunk_is_frozen=True

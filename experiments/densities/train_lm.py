@@ -16,6 +16,7 @@ from continuous_lm.experiments.densities import density_programs, density_traini
 from continuous_lm.experiments.training import tokenized_text, train_program
 from continuous_lm.models import density
 from continuous_lm.models.density import heads
+from continuous_lm.models.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,15 @@ def create_model(config: Config) -> density_programs.NewModel:
     data = tokenized_text.read_corpus(config)
     vocab_size = data.tokenizer.get_vocab_size()
     # Tied, so that the folder is an ordinary language model too.
+    parsed_settings = config.parsed_head_settings(
+        density_programs.TOKEN_HEAD, heads.DISTRIBUTION_HEADS
+    )
     head_settings = {
         "kind": density_programs.TOKEN_HEAD,
         "width": vocab_size,
         "tied": True,
     }
-    head = heads.from_dict(head_settings | config.parsed_head_settings())
+    head = heads.from_dict({**head_settings, **parsed_settings})
     with about("--head_settings"):
         lm = density.create(
             jax.random.key(config.seed),
@@ -49,7 +53,9 @@ def create_model(config: Config) -> density_programs.NewModel:
     return density_programs.NewModel(lm, data, "the new model")
 
 
-def run(config: Config) -> train_program.TrainResult[density.DensityLM]:
+def run(
+    config: Config,
+) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
     """Trains the model and writes it."""
     return density_programs.train_and_write(
         config, create_model, density_programs.TOKEN_HEAD

@@ -23,7 +23,7 @@ from continuous_lm.experiments.training import tokenized_text
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models.calm.model import NextVectorModel
-from continuous_lm.models.density.model import DensityLM
+from continuous_lm.models.density.model import DensityModel
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
@@ -91,7 +91,7 @@ class Result(program.Result):
 
 def evaluate_model(
     config: Config,
-    lm: DensityLM | LanguageModel[NextVectorModel],
+    lm: LanguageModel[DensityModel] | LanguageModel[NextVectorModel],
     data: tokenized_text.Corpus,
 ) -> dict[str, Any]:
     """The numbers of one model, those of its kind first."""

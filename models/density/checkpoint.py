@@ -1,12 +1,12 @@
 """Checkpoints of density models: the trunk's folder and two files more."""
 
 import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -17,62 +17,54 @@ from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.checkpoints.parameter_layout import check_parameters
+from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
-from continuous_lm.models.density.model import (
-    _TRUNK_KEY,
-    INPUT_KINDS,
-    DensityLM,
-    DensityModel,
-    _declarations_above_trunk,
-    _shape_struct,
-)
+from continuous_lm.models.density.model import INPUT_KINDS, TRUNK, DensityModel
+from continuous_lm.models.density.scoring import density_model
 from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import (
+    ParameterTable,
+    check_shapes,
+    flatten,
+    unflatten,
+)
 from continuous_lm.models.transformer import Transformer
 
-_SETTINGS_FILE, _WEIGHTS_FILE = "density.json", "density.safetensors"
+SETTINGS_FILE = "density.json"
+WEIGHTS_FILE = "density.safetensors"
+_SETTING_NAMES = {"format", "reads", "table", "contrast", "head"}
 
 
-def save(folder: str | os.PathLike, lm: DensityLM) -> None:
+def save(folder: str | os.PathLike, lm: LanguageModel[DensityModel]) -> None:
     """Writes the model as a folder: a checkpoint of the trunk, and beside it what is above.
 
-    `load` reads it back; `clm.load` reads the trunk alone. The files reach the folder when all of
-    them are written, not before.
+    `load` reads it back. The files reach the folder when all of them are written, not before.
 
     Raises:
-      InputError: if the folder cannot be written, or its config.json cannot express the trunk.
+      InputError: if the folder cannot be written, its config.json cannot express the trunk, or `lm`
+        is no density model.
     """
-    model, params = lm.model, dict(lm.params)
-    trunk_lm = LanguageModel(
-        Transformer(model.config), params.pop(_TRUNK_KEY), lm.tokenizer, lm.hf_fields
+    model = density_model(lm)
+    flat_params = flatten(
+        {name: part for name, part in lm.params.items() if name != TRUNK}
     )
-    params_above_trunk = traverse_util.flatten_dict(params, sep="/")
-    check_parameters(params_above_trunk, _declarations_above_trunk(model))
-    settings = {
-        "format": 1,
-        "reads": model.input_kind,
-        "table": model.table,
-        "contrast": model.token_loss_weight,
-        "head": heads.to_dict(model.head),
-    }
+    check_parameters(flat_params, model.table_above_trunk())
     with write_atomically(
         folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
     ) as staging_folder:
-        trunk.write(staging_folder, trunk_lm)
-        with about(_SETTINGS_FILE):
-            write_json(staging_folder / _SETTINGS_FILE, settings)
-        safetensors_files.save_file(
-            staging_folder / _WEIGHTS_FILE,
-            {
-                path: tuple(np.shape(value))
-                for path, value in params_above_trunk.items()
-            },
-            np.dtype(
-                jnp.result_type(*params_above_trunk.values())
-                if params_above_trunk
-                else np.float32
-            ),
-            lambda path: np.asarray(params_above_trunk[path]),
-        )
+        trunk.write(staging_folder, trunk_of(lm))
+        with about(SETTINGS_FILE):
+            write_json(staging_folder / SETTINGS_FILE, _settings(model))
+        _write_parameters(staging_folder / WEIGHTS_FILE, flat_params)
+
+
+def trunk_of(lm: LanguageModel[DensityModel]) -> LanguageModel[Transformer]:
+    """The language model under the head."""
+    model = density_model(lm)
+    trunk_model = Transformer(
+        model.config, implementation=model.implementation, remat=model.remat
+    )
+    return lm.with_model(trunk_model).with_params(lm.params[TRUNK])
 
 
 def load(
@@ -80,7 +72,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
-) -> DensityLM:
+) -> LanguageModel[DensityModel]:
     """Reads what `save` wrote.
 
     Args:
@@ -92,14 +84,41 @@ def load(
       InputError: naming the file, setting or tensor that is missing, left over or wrong.
     """
     folder = absolute_path(folder)
-    settings = read_json(folder / _SETTINGS_FILE)
-    with about(str(folder / _SETTINGS_FILE)):
-        setting_names = {"format", "reads", "table", "contrast", "head"}
-        for name in sorted(setting_names ^ set(settings)):
-            raise InputError(
-                f"setting {name} is {'missing' if name in setting_names else 'not known'}"
-            )
-        if settings["format"] is True or settings.pop("format") != 1:
+    settings = _read_settings(folder / SETTINGS_FILE)
+    trunk_lm = trunk.read(folder, dtype=dtype, mesh=mesh)
+    with about(str(folder / SETTINGS_FILE)):
+        model = _make_model(trunk_lm.config, settings)
+    params = _read_parameters(folder / WEIGHTS_FILE, model.table_above_trunk(), mesh)
+    all_params = {TRUNK: trunk_lm.params, **params}
+    return trunk_lm.with_model(model).with_params(all_params)
+
+
+def is_folder(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds what `save` wrote."""
+    return (absolute_path(folder) / SETTINGS_FILE).is_file()
+
+
+# --- Settings ---------------------------------------------------------------------------------
+
+
+def _settings(model: DensityModel) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "reads": model.input_kind,
+        "table": model.table,
+        "contrast": model.token_loss_weight,
+        "head": model.head.to_dict(),
+    }
+
+
+def _read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """The settings in a file, with a head in place of its own; the trunk is not known yet."""
+    settings = read_json(path)
+    with about(str(path)):
+        for name in sorted(_SETTING_NAMES ^ set(settings)):
+            problem = "missing" if name in _SETTING_NAMES else "not known"
+            raise InputError(f"setting {name} is {problem}")
+        if settings["format"] is True or settings["format"] != 1:
             raise InputError("format is not 1, the only one that this version reads")
         if not isinstance(settings["head"], dict):
             raise InputError("head must be an object of settings")
@@ -112,42 +131,54 @@ def load(
             raise InputError(
                 f"contrast is {contrast!r:.60}; it must be a number, at least 0"
             )
-        head = heads.from_dict(settings.pop("head"))
-        if contrast and (
-            settings["reads"] == "vectors" or isinstance(head, heads.TokenHead)
-        ):
+        head = heads.from_dict(settings["head"])
+        is_over_tokens = not isinstance(head, heads.TokenHead)
+        if contrast and (settings["reads"] == "vectors" or not is_over_tokens):
             raise InputError("contrast is for densities over a table of tokens")
-    trunk_lm = trunk.read(folder, dtype=dtype, mesh=mesh)
-    with about(str(folder / _SETTINGS_FILE)):
-        model = DensityModel(
-            trunk_lm.config,
-            head,
-            input_kind=settings["reads"],
-            table=settings["table"],
-            token_loss_weight=settings["contrast"],
-        )
-    declarations, tensors = (
-        _declarations_above_trunk(model),
-        safetensors_files.Tensors(),
+        return settings | {"head": head}
+
+
+def _make_model(config: TransformerConfig, settings: dict[str, Any]) -> DensityModel:
+    return DensityModel(
+        config,
+        settings["head"],
+        input_kind=settings["reads"],
+        table=settings["table"],
+        token_loss_weight=settings["contrast"],
     )
-    if not (folder / _WEIGHTS_FILE).is_file():
-        raise InputError(f"{folder / _WEIGHTS_FILE} is missing")
-    tensors.add(folder / _WEIGHTS_FILE)
-    with about(str(folder / _WEIGHTS_FILE)):
-        check_parameters(
-            {path: _shape_struct(tensors.shape(path)) for path in tensors.names},
-            declarations,
-        )
-    params_above_trunk: dict[str, Any] = {}
-    for path, declaration in declarations.items():
-        array_sharding = mesh and axes_lib.sharding(
-            mesh, declaration.axes, declaration.shape
-        )
-        params_above_trunk[path] = jax.device_put(
-            np.array(tensors[path]), array_sharding
-        )
-    params = {
-        _TRUNK_KEY: trunk_lm.params,
-        **traverse_util.unflatten_dict(params_above_trunk, sep="/"),
-    }
-    return DensityLM(model, params, trunk_lm.tokenizer, trunk_lm.hf_fields)
+
+
+# --- Parameters -------------------------------------------------------------------------------
+
+
+def _write_parameters(path: pathlib.Path, flat_params: dict[str, Any]) -> None:
+    """Writes parameters under their paths, in the dtype that holds all of them."""
+    dtypes = [array.dtype for array in flat_params.values()] or [np.float32]
+    safetensors_files.save_file(
+        path,
+        {name: tuple(np.shape(array)) for name, array in flat_params.items()},
+        np.dtype(jnp.result_type(*dtypes)),
+        lambda name: np.asarray(flat_params[name]),
+    )
+
+
+def _read_parameters(
+    path: pathlib.Path, table: ParameterTable, mesh: Mesh | None
+) -> dict[str, Any]:
+    """The tree of parameters in a file, checked against their table."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing")
+    tensors = safetensors_files.Tensors()
+    tensors.add(path)
+    with about(str(path)):
+        # Shapes alone: a tensor is read when all of them are known to fit.
+        shapes = {
+            name: jax.ShapeDtypeStruct(tensors.shape(name), jnp.float32)
+            for name in tensors.names
+        }
+        check_shapes(shapes, table)
+    flat_params = {}
+    for name, (axes, shape, _) in table.items():
+        sharding = None if mesh is None else axes_lib.sharding(mesh, axes, shape)
+        flat_params[name] = jax.device_put(np.array(tensors[name]), sharding)
+    return unflatten(flat_params)

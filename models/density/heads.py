@@ -1,15 +1,17 @@
 """Heads: from the trunk's hidden state to what comes next, as a distribution.
 
-A head's `__call__` gives the distribution (see `distributions`), and four methods stand on it.
-Heads that have none, and can only be sampled, are in `calm.implicit_heads`.
+A head is a frozen dataclass that holds no parameters (see `models.head`); `params` is the tree of
+those that its `parameter_table` declares. `distribution` is one of `distributions`, and four
+functions stand on it:
 
-    loss(hidden, target)                [...], nats, lower is better
-    log_prob(hidden, target)            [...], nats
-    mean(hidden)                        [..., W]
-    sample(key, hidden, temperature)    [..., W]
+    distribution(params, hidden)
+    loss(params, hidden, target)                [...], nats, lower is better
+    log_prob(params, hidden, target)            [...], nats
+    mean(params, hidden)                        [..., W]
+    sample(params, key, hidden, temperature)    [..., W]
 
-with hidden [..., D] and target [..., W], or int tokens [...] for the token head.
-`head.apply({"params": params}, hidden, target, method="loss")` is a pure function.
+with hidden [..., D] and target [..., W], or int tokens [...] for the token head. Heads that have no
+distribution, and can only be sampled, are in `calm.implicit_heads`.
 
 Standard deviations are `min_scale + softplus(.)`. Without that bound the likelihood of vectors that
 lie on a line, or on a few points, has no maximum: training would make the density ever narrower
@@ -17,119 +19,51 @@ there. With it no density exceeds (sqrt(2 pi) min_scale)^-W. The unit is the tar
 with standard deviation 1 in each dimension give the bound its meaning.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import field
+from typing import ClassVar, NamedTuple, NoReturn
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from continuous_lm import axes as axes_lib
 from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
+from continuous_lm.models import head as head_lib
 from continuous_lm.models.density.distributions import (
     Categorical,
+    Density,
     FullGaussian,
     Gaussian,
     LowRankGaussian,
     Mixture,
 )
+from continuous_lm.models.head import Head, declare_linear, linear
 from continuous_lm.models.layers import rms_norm
+from continuous_lm.models.parameters import (
+    ONES,
+    SMALL_NORMAL,
+    ZEROS,
+    Declaration,
+    Initializer,
+    ParameterTable,
+    Params,
+    declare,
+)
+from continuous_lm.models.settings import MAX_SIZE, boolean, choice, integer, number
 
 COVARIANCES = ("diagonal", "low_rank", "full")
-_SMALL_INIT = nn.initializers.normal(0.02)
-_ZEROS_INIT = nn.initializers.zeros
-_ONES_INIT = nn.initializers.ones
+_SPREAD: Initializer = nn.initializers.normal(0.5)  # or all components learn the same
 _NORM_EPS = 1e-6
+_OPTIONAL_SIZE = integer(1, MAX_SIZE, is_optional=True)
 
 
-def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Kernels whose outputs vary as their inputs, the last axis, do."""
-    truncated = (
-        jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.8796
-    )  # of deviation 1
-    return truncated * shape[-1] ** -0.5
-
-
-class Head(nn.Module):
-    """What all heads share: attributes that are checked, and parameters.
-
-    Attributes:
-      width: W of the vectors that are predicted, or V, how many tokens there are.
-      param_dtype: of the parameters.
-    """
-
-    width: int
-    param_dtype: Any = jnp.float32
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, value in self.settings().items():
-            default = type(self).__dataclass_fields__[name].default
-            if isinstance(default, bool):
-                if not isinstance(value, bool):
-                    raise InputError(
-                        f"{name} is {value!r:.60}; it must be true or false"
-                    )
-                continue
-            if isinstance(default, float) and type(value) not in (int, float):
-                raise InputError(f"{name} is {value!r:.60}; it must be a number")
-            if isinstance(default, float | str) or (value is None and default is None):
-                continue
-            minimum, maximum = (0, 64) if name == "depth" else (1, 2**24)
-            if type(value) is not int or not minimum <= value <= maximum:
-                raise InputError(
-                    f"{name} is {value!r:.60}; it must be an integer from {minimum} to {maximum}"
-                )
-
-    def settings(self) -> dict[str, Any]:
-        """The attributes that make the head what it is, by name."""
-        names = self.__dataclass_fields__
-        return {
-            name: getattr(self, name)
-            for name in names
-            if name not in ("parent", "name", "param_dtype")
-        }
-
-    def parameter(
-        self, name: str, shape: tuple[int, ...], axes: str, initializer: Any
-    ) -> jax.Array:
-        """A parameter, sharded by the letters of its axes."""
-        partitioned_init = nn.with_logical_partitioning(
-            initializer, axes_lib.split(axes)
-        )
-        return cast(
-            jax.Array, self.param(name, partitioned_init, shape, self.param_dtype)
-        )
-
-    def linear(
-        self,
-        name: str,
-        x: jax.Array,
-        input_axis: str,
-        output_shape: tuple[int, ...],
-        output_axes: str,
-        *,
-        kernel_initializer: Any = kernel_init,
-        bias_initializer: Any = _ZEROS_INIT,
-    ) -> jax.Array:
-        """x [..., axis] through a kernel [*shape, axis] and a bias [*shape]: [..., *shape]."""
-        kernel = self.parameter(
-            name,
-            (*output_shape, x.shape[-1]),
-            f"{output_axes} {input_axis}",
-            kernel_initializer,
-        )
-        bias_values = self.parameter(
-            f"{name}_bias", output_shape, output_axes, bias_initializer
-        )
-        return jnp.tensordot(x, kernel, axes=(-1, -1)) + bias_values
-
-
+@dataclasses.dataclass(frozen=True)
 class DistributionHead(Head):
-    """A head whose `__call__` gives a distribution.
+    """A head with a distribution.
 
     Attributes:
       depth: residual MLP blocks between the hidden state and the output. A head on a trunk that is
@@ -137,182 +71,211 @@ class DistributionHead(Head):
       mlp_size: F of these blocks; four times the hidden state's width if left out.
     """
 
-    depth: int = 0
-    mlp_size: int | None = None
+    depth: int = field(default=0, metadata=integer(0, 64))
+    mlp_size: int | None = field(default=None, metadata=_OPTIONAL_SIZE)
 
-    def __post_init__(self):
-        super().__post_init__()
-        min_scale = getattr(self, "min_scale", None)
-        if min_scale is not None and not 0.0 < min_scale < 1.0:
-            raise InputError(
-                f"min_scale is {min_scale!r}; it must be above 0 and below 1, where training begins"
-            )
-        covariance = getattr(self, "covariance", "diagonal")
-        if covariance not in COVARIANCES:
-            raise InputError(
-                f"covariance is {covariance!r}; it must be one of {', '.join(COVARIANCES)}"
-            )
+    def distribution(self, params: Params, hidden: jax.Array) -> Density | Categorical:
+        """The distribution of what comes next, with the leading axes of hidden [..., D]."""
+        raise NotImplementedError
 
-    def loss(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
-        return -self.log_prob(hidden, target)
+    def loss(self, params: Params, hidden: jax.Array, target: ArrayLike) -> jax.Array:
+        """What training minimises: the negative log-likelihood, [...] in nats."""
+        return -self.log_prob(params, hidden, target)
 
-    def log_prob(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
-        return cast(jax.Array, self(hidden).log_prob(target))
-
-    def mean(self, hidden: jax.Array) -> jax.Array:
-        return cast(jax.Array, self(hidden).mean)
+    def log_prob(
+        self, params: Params, hidden: jax.Array, target: ArrayLike
+    ) -> jax.Array:
+        """Log-density of vectors [..., W], or log-probability of tokens [...], in nats: [...]."""
+        return self.distribution(params, hidden).log_prob(target)
 
     def sample(
-        self, key: jax.Array, hidden: jax.Array, temperature: ArrayLike = 1.0
+        self,
+        params: Params,
+        key: jax.Array,
+        hidden: jax.Array,
+        temperature: ArrayLike = 1.0,
     ) -> jax.Array:
-        return cast(jax.Array, self(hidden).sample(key, temperature))
+        """Vectors [..., W], or tokens int32 [...]."""
+        return self.distribution(params, hidden).sample(key, temperature)
 
-    def features(self, x: jax.Array) -> jax.Array:
+    def _declare_blocks(self, hidden_width: int) -> dict[str, Declaration]:
+        """The parameters of `_run_blocks`."""
+        sizes = {"D": hidden_width, "F": self.mlp_size or 4 * hidden_width}
+        table: dict[str, Declaration] = {}
+        for i in range(self.depth):
+            table[f"norm_{i}"] = declare(sizes, "D", ONES)
+            table |= declare_linear(f"gate_{i}", sizes, "F", "D")
+            table |= declare_linear(f"up_{i}", sizes, "F", "D")
+            table |= declare_linear(f"down_{i}", sizes, "D", "F", kernel=ZEROS)
+        return table
+
+    def _run_blocks(self, params: Params, hidden: jax.Array) -> jax.Array:
         """The hidden state [..., D] after the head's own MLP blocks, gated and pre-normed."""
-        width, inner_size = x.shape[-1], self.mlp_size or 4 * x.shape[-1]
-        for i in range(
-            self.depth
-        ):  # one or two, and not of a trunk's size: not worth a scan
-            normalized = rms_norm(
-                x, self.parameter(f"norm_{i}", (width,), "D", _ONES_INIT), _NORM_EPS
-            )
-            gate = jax.nn.silu(
-                self.linear(f"gate_{i}", normalized, "D", (inner_size,), "F")
-            )
-            gated = gate * self.linear(f"up_{i}", normalized, "D", (inner_size,), "F")
-            x = x + self.linear(
-                f"down_{i}", gated, "F", (width,), "D", kernel_initializer=_ZEROS_INIT
-            )
-        return x
-
-    def bounded_scale(self, raw: jax.Array) -> jax.Array:
-        """Standard deviations from any reals; 1 at 0, never below `min_scale`."""
-        min_scale: float = self.min_scale  # type: ignore[attr-defined]
-        return min_scale + jax.nn.softplus(
-            as_float(raw) + math.log(math.expm1(1.0 - min_scale))
-        )
+        for i in range(self.depth):  # one or two, not of a trunk's size: no scan
+            normalized = rms_norm(hidden, params[f"norm_{i}"], _NORM_EPS)
+            gate = jax.nn.silu(linear(params, f"gate_{i}", normalized))
+            gated = gate * linear(params, f"up_{i}", normalized)
+            hidden = hidden + linear(params, f"down_{i}", gated)
+        return hidden
 
 
+@dataclasses.dataclass(frozen=True)
 class TokenHead(DistributionHead):
     """Softmax over tokens: the baseline. `width` is V.
 
     Attributes:
-      tied: whether the kernel is the trunk's embedding table, which `DensityModel` hands to the
-        head as `table` [V, D], and not one of its own.
+      tied: whether the kernel is the trunk's embedding table, which `distribution` is given, and
+        not one of its own.
     """
 
-    tied: bool = False
+    kind: ClassVar[str] = "token"
+    tied: bool = field(default=False, metadata=boolean())
 
-    @nn.compact
-    def __call__(
-        self, hidden: jax.Array, table: jax.Array | None = None
+    def parameter_table(self, hidden_width: int) -> ParameterTable:
+        blocks = self._declare_blocks(hidden_width)
+        if self.tied:
+            return blocks
+        sizes = {"V": self.width, "D": hidden_width}
+        return blocks | declare_linear("logits", sizes, "V", "D", kernel=SMALL_NORMAL)
+
+    def distribution(
+        self, params: Params, hidden: jax.Array, table: jax.Array | None = None
     ) -> Categorical:
+        """Over tokens, for hidden states [..., D]; a tied head needs the table [V, D]."""
         if self.tied != (table is not None):
             raise InputError("a token head needs a table if it is tied, and only then")
-        hidden = self.features(hidden)
+        hidden = self._run_blocks(params, hidden)
         if table is None:
-            logits = self.linear(
-                "logits",
-                hidden,
-                "D",
-                (self.width,),
-                "V",
-                kernel_initializer=_SMALL_INIT,
-            )
-        else:
-            logits = jnp.einsum("...d,vd->...v", hidden, table)
-        return Categorical(as_float(logits))
+            return Categorical(as_float(linear(params, "logits", hidden)))
+        return Categorical(as_float(jnp.einsum("...d,vd->...v", hidden, table)))
 
-    def mean(self, hidden: jax.Array) -> jax.Array:
+    def mean(self, params: Params, hidden: jax.Array) -> NoReturn:
+        """Refused.
+
+        Raises:
+          InputError: always.
+        """
         raise InputError("tokens have no mean")
 
 
-class GaussianHead(DistributionHead):
-    """One normal density.
+@dataclasses.dataclass(frozen=True)
+class DensityHead(DistributionHead):
+    """A head whose distribution is a density over vectors.
+
+    Attributes:
+      min_scale: the least standard deviation.
+    """
+
+    min_scale: float = field(
+        default=0.05,
+        metadata=number(above=0.0, below=1.0, reason="where training begins"),
+    )
+
+    def distribution(self, params: Params, hidden: jax.Array) -> Density:
+        """The density of the next vector, with the leading axes of hidden [..., D]."""
+        raise NotImplementedError
+
+    def mean(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """The density's mean, [..., W]."""
+        return self.distribution(params, hidden).mean
+
+    def _bounded_scale(self, raw: jax.Array) -> jax.Array:
+        """Standard deviations from any reals; 1 at 0, never below `min_scale`."""
+        offset = math.log(math.expm1(1.0 - self.min_scale))
+        return self.min_scale + jax.nn.softplus(as_float(raw) + offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianHead(DensityHead):
+    """One normal density; `min_scale` bounds the Cholesky factor's diagonal where it is full.
 
     Attributes:
       covariance: "diagonal", "low_rank" (plus diagonal) or "full" (by its Cholesky factor).
       rank: R of the low-rank part.
-      min_scale: the least standard deviation, or entry of the Cholesky factor's diagonal.
     """
 
-    covariance: str = "diagonal"
-    rank: int = 8
-    min_scale: float = 0.05
+    kind: ClassVar[str] = "gaussian"
+    covariance: str = field(default="diagonal", metadata=choice(COVARIANCES))
+    rank: int = field(default=8, metadata=integer(1, MAX_SIZE))
 
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> Gaussian | LowRankGaussian | FullGaussian:
-        hidden, width = self.features(hidden), self.width
-        mean = as_float(self.linear("mean", hidden, "D", (width,), "W"))
-        scale = self.bounded_scale(
-            self.linear(
-                "scale", hidden, "D", (width,), "W", kernel_initializer=_ZEROS_INIT
+    def parameter_table(self, hidden_width: int) -> ParameterTable:
+        sizes = {"D": hidden_width, "W": self.width, "R": self.rank}
+        table = self._declare_blocks(hidden_width)
+        table |= declare_linear("mean", sizes, "W", "D")
+        table |= declare_linear("scale", sizes, "W", "D", kernel=ZEROS)
+        if self.covariance == "low_rank":
+            table |= declare_linear("factor", sizes, "W R", "D", kernel=SMALL_NORMAL)
+        if self.covariance == "full":
+            sizes["-"] = self.width * (self.width - 1) // 2  # entries below a diagonal
+            table |= declare_linear("below", sizes, "-", "D", kernel=ZEROS)
+        return table
+
+    def distribution(
+        self, params: Params, hidden: jax.Array
+    ) -> Gaussian | LowRankGaussian | FullGaussian:
+        """The density of the next vector, with the leading axes of hidden [..., D]."""
+        hidden = self._run_blocks(params, hidden)
+        mean = as_float(linear(params, "mean", hidden))
+        scale = self._bounded_scale(linear(params, "scale", hidden))
+        if self.covariance == "low_rank":
+            return LowRankGaussian(
+                mean, scale, as_float(linear(params, "factor", hidden))
             )
-        )
-        match self.covariance:
-            case "low_rank":
-                factor = self.linear(
-                    "factor",
-                    hidden,
-                    "D",
-                    (width, self.rank),
-                    "W R",
-                    kernel_initializer=_SMALL_INIT,
-                )
-                return LowRankGaussian(mean, scale, as_float(factor))
-            case "full":
-                lower_entries = self.linear(
-                    "below",
-                    hidden,
-                    "D",
-                    (width * (width - 1) // 2,),
-                    "-",
-                    kernel_initializer=_ZEROS_INIT,
-                )
-                rows, columns = jnp.tril_indices(width, -1)
-                lower_triangle = jnp.zeros((*mean.shape, width), mean.dtype)
-                lower_triangle = lower_triangle.at[..., rows, columns].set(
-                    as_float(lower_entries)
-                )
-                return FullGaussian(
-                    mean,
-                    lower_triangle
-                    + scale[..., None] * jnp.eye(width, dtype=scale.dtype),
-                )
+        if self.covariance == "full":
+            below = as_float(linear(params, "below", hidden))
+            return FullGaussian(mean, _cholesky(scale, below))
         return Gaussian(mean, scale)
 
 
-class MixtureHead(DistributionHead):
+def _cholesky(diagonal: jax.Array, below: jax.Array) -> jax.Array:
+    """Lower triangles [..., W, W] of their diagonals [..., W] and the entries below them."""
+    width = diagonal.shape[-1]
+    rows, columns = jnp.tril_indices(width, -1)
+    triangle = jnp.zeros((*diagonal.shape, width), diagonal.dtype)
+    triangle = triangle.at[..., rows, columns].set(below)
+    return triangle + diagonal[..., None] * jnp.eye(width, dtype=diagonal.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureHead(DensityHead):
     """A mixture of normal densities with diagonal covariance.
 
     Attributes:
       components: X.
-      min_scale: the least standard deviation.
     """
 
-    components: int = 8
-    min_scale: float = 0.05
+    kind: ClassVar[str] = "mixture"
+    components: int = field(default=8, metadata=integer(1, MAX_SIZE))
 
-    @nn.compact
-    def __call__(self, hidden: jax.Array) -> Mixture:
-        hidden, means_shape = self.features(hidden), (self.components, self.width)
-        logits = self.linear(
-            "logits", hidden, "D", means_shape[:1], "X", kernel_initializer=_ZEROS_INIT
+    def parameter_table(self, hidden_width: int) -> ParameterTable:
+        sizes = {"D": hidden_width, "W": self.width, "X": self.components}
+        return {
+            **self._declare_blocks(hidden_width),
+            **declare_linear("logits", sizes, "X", "D", kernel=ZEROS),
+            **declare_linear("mean", sizes, "X W", "D", bias=_SPREAD),
+            **declare_linear("scale", sizes, "X W", "D", kernel=ZEROS),
+        }
+
+    def distribution(self, params: Params, hidden: jax.Array) -> Mixture:
+        """The density of the next vector, with the leading axes of hidden [..., D]."""
+        hidden = self._run_blocks(params, hidden)
+        logits = as_float(linear(params, "logits", hidden))
+        means = as_float(linear(params, "mean", hidden))
+        return Mixture(
+            logits, means, self._bounded_scale(linear(params, "scale", hidden))
         )
-        # Different from the start, or all components would learn the same.
-        spread_init = nn.initializers.normal(0.5)
-        means = self.linear(
-            "mean", hidden, "D", means_shape, "X W", bias_initializer=spread_init
-        )
-        scales = self.bounded_scale(
-            self.linear(
-                "scale", hidden, "D", means_shape, "X W", kernel_initializer=_ZEROS_INIT
-            )
-        )
-        return Mixture(as_float(logits), as_float(means), scales)
 
 
-class ExpertsHead(DistributionHead):
+class Route(NamedTuple):
+    """Where `ExpertsHead` sends hidden states, and what the experts say there."""
+
+    router_logits: jax.Array  # [..., X]
+    expert_indices: jax.Array  # int [..., top_k], the experts chosen
+    mixture: Mixture  # of the chosen experts
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsHead(DensityHead):
     """A mixture of normal experts, of which a router picks a few for each hidden state.
 
     Each expert is an MLP of its own (Shazeer et al., arXiv:1701.06538): the mixture's weights are
@@ -326,15 +289,14 @@ class ExpertsHead(DistributionHead):
       top_k: how many of them make the mixture. With one alone the router learns from `balance`
         only, as the weight is 1 whatever its logit is.
       expert_size: F of each expert's MLP; the hidden state's width if left out.
-      min_scale: the least standard deviation.
       balance: weight of the balancing term, against the nats of one of the W dimensions.
     """
 
-    experts: int = 8
-    top_k: int = 2
-    expert_size: int | None = None
-    min_scale: float = 0.05
-    balance: float = 0.01
+    kind: ClassVar[str] = "experts"
+    experts: int = field(default=8, metadata=integer(1, MAX_SIZE))
+    top_k: int = field(default=2, metadata=integer(1, MAX_SIZE))
+    expert_size: int | None = field(default=None, metadata=_OPTIONAL_SIZE)
+    balance: float = field(default=0.01, metadata=number(minimum=0.0))
 
     def __post_init__(self):
         super().__post_init__()
@@ -342,13 +304,22 @@ class ExpertsHead(DistributionHead):
             raise InputError(
                 f"top_k is {self.top_k}, but there are {self.experts} experts"
             )
-        if not 0.0 <= self.balance < math.inf:
-            raise InputError(
-                f"balance is {self.balance!r}; it must be at least 0, and finite"
-            )
 
-    def loss(self, hidden: jax.Array, target: ArrayLike) -> jax.Array:
-        router_logits, expert_indices, density = self.route(hidden)
+    def parameter_table(self, hidden_width: int) -> ParameterTable:
+        expert_size = self.expert_size or hidden_width
+        sizes = {"D": hidden_width, "W": self.width, "X": self.experts}
+        sizes["F"] = expert_size
+        return {
+            **self._declare_blocks(hidden_width),
+            **declare_linear("router", sizes, "X", "D", kernel=SMALL_NORMAL),
+            **declare_linear("inner", sizes, "X F", "D"),
+            **declare_linear("mean", sizes, "X W", "F", bias=_SPREAD),
+            **declare_linear("scale", sizes, "X W", "F", kernel=ZEROS),
+        }
+
+    def loss(self, params: Params, hidden: jax.Array, target: ArrayLike) -> jax.Array:
+        """The negative log-likelihood and the balancing term, [...] in nats."""
+        router_logits, expert_indices, mixture = self.route(params, hidden)
         probabilities = jax.nn.softmax(router_logits, axis=-1).reshape(-1, self.experts)
         is_selected = jax.nn.one_hot(
             expert_indices, self.experts, dtype=router_logits.dtype
@@ -357,105 +328,44 @@ class ExpertsHead(DistributionHead):
         balance_loss = self.experts * jnp.sum(
             expert_shares * jnp.mean(probabilities, axis=0)
         )
-        return -density.log_prob(target) + self.balance * self.width * balance_loss
+        return -mixture.log_prob(target) + self.balance * self.width * balance_loss
 
-    def __call__(self, hidden: jax.Array) -> Mixture:
-        return self.route(hidden)[-1]
+    def distribution(self, params: Params, hidden: jax.Array) -> Mixture:
+        """The density of the next vector, with the leading axes of hidden [..., D]."""
+        return self.route(params, hidden).mixture
 
-    @nn.compact
-    def route(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array, Mixture]:
-        """The router's logits [..., X], the experts chosen int [..., top_k], and their mixture."""
-        hidden, inner_size = self.features(hidden), self.expert_size or hidden.shape[-1]
-        router_logits = as_float(
-            self.linear(
-                "router",
-                hidden,
-                "D",
-                (self.experts,),
-                "X",
-                kernel_initializer=_SMALL_INIT,
-            )
-        )
+    def route(self, params: Params, hidden: jax.Array) -> Route:
+        """The experts of each hidden state [..., D], and their mixture."""
+        hidden = self._run_blocks(params, hidden)
+        router_logits = as_float(linear(params, "router", hidden))
         selected_logits, expert_indices = jax.lax.top_k(router_logits, self.top_k)
         # All experts, of whom the chosen ones' answers are kept: at these sizes one product over
         # all is faster than many gathered ones.
-        activations = jax.nn.gelu(
-            self.linear("inner", hidden, "D", (self.experts, inner_size), "X F")
+        activations = jax.nn.gelu(linear(params, "inner", hidden))
+
+        def expert_outputs(name: str) -> jax.Array:  # [..., top_k, W]
+            products = jnp.einsum("...xf,xwf->...xw", activations, params[name])
+            all_outputs = products + params[f"{name}_bias"]
+            chosen = expert_indices[..., None]
+            return as_float(jnp.take_along_axis(all_outputs, chosen, axis=-2))
+
+        means = expert_outputs("mean")
+        scales = self._bounded_scale(expert_outputs("scale"))
+        return Route(
+            router_logits, expert_indices, Mixture(selected_logits, means, scales)
         )
 
-        def expert_outputs(name, init, bias):
-            kernel = self.parameter(
-                name, (self.experts, self.width, inner_size), "X W F", init
-            )
-            bias_values = self.parameter(
-                f"{name}_bias", (self.experts, self.width), "X W", bias
-            )
-            all_outputs = (
-                jnp.einsum("...xf,xwf->...xw", activations, kernel) + bias_values
-            )
-            return as_float(
-                jnp.take_along_axis(all_outputs, expert_indices[..., None], axis=-2)
-            )
 
-        means = expert_outputs("mean", kernel_init, nn.initializers.normal(0.5))
-        scales = self.bounded_scale(expert_outputs("scale", _ZEROS_INIT, _ZEROS_INIT))
-        return router_logits, expert_indices, Mixture(selected_logits, means, scales)
-
-
-DISTRIBUTION_HEADS: dict[str, type[DistributionHead]] = {
-    "token": TokenHead,
-    "gaussian": GaussianHead,
-    "mixture": MixtureHead,
-    "experts": ExpertsHead,
+DISTRIBUTION_HEADS: Mapping[str, type[DistributionHead]] = {
+    head_class.kind: head_class
+    for head_class in (TokenHead, GaussianHead, MixtureHead, ExpertsHead)
 }
 
 
-def to_dict(
-    head: Head, *, registry: Mapping[str, type[Head]] = DISTRIBUTION_HEADS
-) -> dict[str, Any]:
-    """What `from_dict` makes the head from, with the same `registry`."""
-    kind = next(name for name, cls in registry.items() if type(head) is cls)
-    return {"kind": kind, **head.settings()}
-
-
-def from_dict(
-    settings: dict[str, Any], *, registry: Mapping[str, type[Head]] = DISTRIBUTION_HEADS
-) -> Head:
-    """A head from its kind and its settings.
-
-    Args:
-      settings: "kind", "width" and whatever else is not as by default.
-      registry: the heads that there are, by name.
+def from_dict(fields: Mapping[str, object]) -> DistributionHead:
+    """A head with a distribution from its "kind", its "width" and other settings.
 
     Raises:
-      InputError: for a kind that is not known, or a setting that it does not have.
+      InputError: for a kind that is not known, and a setting that it does not have or take.
     """
-    settings = dict(settings)
-    kind = settings.pop("kind", None)
-    if not isinstance(kind, str) or kind not in registry:
-        raise InputError(
-            f"kind of head is {kind!r:.60}; it must be one of {', '.join(registry)}"
-        )
-    default_settings = registry[kind](width=1).settings()
-    if "width" not in settings:
-        raise InputError(f"a {kind} head needs its width")
-    for name, value in settings.items():
-        if name not in default_settings:
-            raise InputError(
-                f"a {kind} head has no setting {name!r:.60}; it has {', '.join(default_settings)}"
-            )
-        default = default_settings[name]
-        allowed_types: tuple[type, ...] = (
-            (int, type(None)) if default is None else (type(default),)
-        )
-        allowed_types = (int, float) if allowed_types == (float,) else allowed_types
-        if not isinstance(value, allowed_types) or (
-            isinstance(value, bool) and allowed_types != (bool,)
-        ):
-            type_names = " or ".join(
-                allowed_type.__name__ for allowed_type in allowed_types
-            )
-            raise InputError(
-                f"setting {name} of a {kind} head is {value!r:.60}; it must be {type_names}"
-            )
-    return registry[kind](**settings)
+    return head_lib.from_dict(fields, DISTRIBUTION_HEADS)

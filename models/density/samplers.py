@@ -10,8 +10,8 @@ The ways back, `quantize=`, from a vector x to a token:
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,10 @@ from continuous_lm.arguments import (
     check_numbers,
 )
 from continuous_lm.errors import InputError
+from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density.distributions import Categorical
-from continuous_lm.models.density.model import DensityLM, DensityModel
+from continuous_lm.models.density.model import TRUNK, DensityModel
+from continuous_lm.models.density.scoring import density_model, token_table
 from continuous_lm.models.generation import (
     DecodeSpec,
     GeneratedTokens,
@@ -35,13 +37,16 @@ from continuous_lm.models.generation import (
     split_prompts,
     stop_tokens,
 )
+from continuous_lm.models.kv_cache import KVCache
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
 from continuous_lm.models.samplers import check_sampling
 
 QUANTIZE_METHODS = ("euclidean", "cosine", "rerank", "renormalised")
 
 
 def sample(
-    lm: DensityLM,
+    lm: LanguageModel[DensityModel],
     tokens: ArrayLike | Sequence[ArrayLike] | None = None,
     *,
     max_new_items: int,
@@ -105,7 +110,8 @@ def sample(
         raise InputError(
             f"strength has shape {list(np.shape(strength))}; it must be a scalar"
         )
-    model, trunk = lm.model, lm.params["trunk"]
+    model = density_model(lm)
+    trunk = lm.params[TRUNK]
     prompt_argument, prompts, other_prompts = "tokens", tokens, vectors
     if model.input_kind == "vectors":
         prompt_argument, prompts, other_prompts = "vectors", vectors, tokens
@@ -116,8 +122,9 @@ def sample(
     if prompt_argument == "vectors" and stop is not None:
         raise InputError("no vector ends a row; leave out stop")
     prompt_dtype = np.dtype(np.int32 if prompt_argument == "tokens" else np.float32)
+    decode_model = _DecodeModel(model)
     prompt_list, duration_list = split_prompts(
-        model, prompt_argument, prompts, durations, prompt_dtype
+        decode_model, prompt_argument, prompts, durations, prompt_dtype
     )
 
     options: dict[str, Any] = {"temperature": np.float32(temperature)}
@@ -132,15 +139,15 @@ def sample(
         options["shift"] = np.float32(strength) * np.asarray(direction, np.float32)
     elif strength:
         raise InputError("strength needs a direction to steer along")
-    if prompt_argument == "tokens" and not model.predicts_tokens:
-        table = get_token_table(lm)
+    if model.has_token_table:
+        table = token_table(lm)
         if quantize == "rerank" and num_candidates > len(table):
             raise InputError(
                 f"num_candidates is {num_candidates}, but there are {len(table)} tokens"
             )
         options |= {"rows": table, "norms": quantize_lib.squared_norms(table)}
     spec = DecodeSpec(
-        model,
+        decode_model,  # type: ignore[arg-type]
         prompt_argument,
         prompt_argument,
         _VectorSampler(model, quantize, num_candidates),
@@ -173,6 +180,46 @@ def sample(
 
 
 @dataclasses.dataclass(frozen=True)
+class _DecodeModel:
+    """What the decode loop asks of a model."""
+
+    model: DensityModel
+
+    def clone(self, *, config: TransformerConfig) -> "_DecodeModel":
+        """The same with another configuration of the trunk."""
+        return _DecodeModel(self.model.clone(config=config))
+
+    def check(
+        self,
+        *,
+        tokens: ArrayLike | None = None,
+        vectors: ArrayLike | None = None,
+        durations: ArrayLike | None = None,
+    ) -> None:
+        """Refuses a prompt that does not fit."""
+        self.model.make_inputs(tokens, vectors=vectors, durations=durations)
+
+    def apply(
+        self,
+        variables: Mapping[str, Params],
+        *,
+        cache: KVCache,
+        position: ArrayLike,
+        tokens: ArrayLike | None = None,
+        vectors: ArrayLike | None = None,
+        durations: ArrayLike | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The hidden states [B, D] at one position, and the cache with all of them."""
+        inputs = self.model.make_inputs(
+            tokens, vectors=vectors, durations=durations, follows=True
+        )
+        output = self.model.hidden_states(
+            variables["params"], inputs, position=position, cache=cache
+        )
+        return output.hidden, output.cache
+
+
+@dataclasses.dataclass(frozen=True)
 class _VectorSampler:
     """The next tokens or vectors from hidden states."""
 
@@ -181,10 +228,9 @@ class _VectorSampler:
     num_candidates: int
 
     def __call__(self, params, options, key, hidden, is_done):
-        variables: Any = {"params": params}
-        density: Any = self.model.apply(variables, hidden, method="distribution")
+        density = self.model.distribution(params, hidden)
         temperature = options["temperature"]
-        if self.model.predicts_tokens:
+        if isinstance(density, Categorical):
             return density.sample(key, temperature)
         if "shift" in options:
             density = density.shifted(options["shift"])
@@ -234,13 +280,8 @@ def quantize_to_tokens(
     return quantize_lib.nearest(x, rows, metric=quantize_method, norms=norms).indices
 
 
-def get_token_table(lm: DensityLM) -> jax.Array:
-    """The tokens' vectors [V, W], as the head predicts them."""
-    return cast(jax.Array, lm.model.apply({"params": lm.params}, method="token_table"))
-
-
 def steering_direction(
-    lm: DensityLM, towards: Sequence[int], away: Sequence[int] = ()
+    lm: LanguageModel[DensityModel], towards: Sequence[int], away: Sequence[int] = ()
 ) -> jax.Array:
     """The mean of some tokens' vectors less that of others', [W].
 
@@ -249,17 +290,16 @@ def steering_direction(
       towards: tokens.
       away: tokens; if there are none, the mean of all.
     """
-    if lm.model.input_kind != "tokens" or lm.model.predicts_tokens:
+    if not density_model(lm).has_token_table:
         raise InputError(
             "only a density over a table of tokens can be steered by tokens"
         )
-    token_table = get_token_table(lm)
+    rows = token_table(lm)
     for name, tokens in {"towards": towards, "away": away}.items():
         if not len(tokens) and name == "towards":
             raise InputError("towards is empty; name at least one token")
         if len(tokens):
-            check_integers(name, np.asarray(tokens), 0, len(token_table))
-    away_mean = jnp.mean(
-        token_table[np.asarray(away, int)] if len(away) else token_table, axis=0
-    )
-    return jnp.mean(token_table[np.asarray(towards, int)], axis=0) - away_mean
+            check_integers(name, np.asarray(tokens), 0, len(rows))
+    away_rows = rows[np.asarray(away, int)] if len(away) else rows
+    towards_rows = rows[np.asarray(towards, int)]
+    return jnp.mean(towards_rows, axis=0) - jnp.mean(away_rows, axis=0)

@@ -66,7 +66,7 @@ def created(head, vocab_size, **settings):
         ),
         shapes,
     )
-    return density.DensityLM(
+    return clm.LanguageModel(
         density.DensityModel(trunk(vocab_size), head, **settings), params
     )
 
@@ -120,9 +120,8 @@ def test_the_mixtures_score_is_its_log_prob_and_mean(listeners):
     for duration in (1.0, 0.7):
         found = listeners["mixture"].score(windows, duration)
         lm = listeners["mixture"].lm
-        wanted = lm.log_prob(
-            vectors=windows, durations=np.full((2, 15), duration, np.float32)
-        )
+        durations = np.full((2, 15), duration, np.float32)
+        wanted = density.log_prob(lm, vectors=windows, durations=durations)
         np.testing.assert_allclose(found.log_prob, wanted, rtol=0, atol=1e-4)
     assert found.mean.shape == (2, 14, WIDTH)
     assert (
@@ -136,7 +135,7 @@ def test_the_tokens_score_is_the_sum_over_codes(listeners, codes):
     listener, window = listeners["tokens"], some_frames(15)
     heard = listener.model_inputs(window)
     assert heard.shape == (15,)
-    logits = np.asarray(listener.lm.token_logits(heard[None]))[0]
+    logits = np.asarray(density.token_logits(listener.lm, heard[None]))[0]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     wanted = np.log(np.exp(log_p + code_densities(codes, window[1:])).sum(axis=-1))
     found = listener.score(window[None])

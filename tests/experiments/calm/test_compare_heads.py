@@ -67,10 +67,7 @@ def test_heads_that_differ_in_sampling_alone_are_fitted_once():
     assert trained["diffusion"] == trained["diffusion, ancestral"]
     assert len(set(trained.values())) == 5
     shapes = {
-        name: jax.tree.map(
-            jnp.shape,
-            jax.eval_shape(lambda h=head: two_mode_target.init_head(h, KEY)),
-        )
+        name: {path: d.shape for path, d in head.parameter_table(8).items()}
         for name, head in heads.items()
     }
     assert shapes["diffusion"] == shapes["diffusion, ancestral"]

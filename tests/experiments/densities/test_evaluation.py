@@ -1,7 +1,6 @@
 """The numbers of density models, against plain numpy on tiny models."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -43,7 +42,7 @@ def test_perplexities_are_those_of_the_logits(kind, text):
     held_out, train = text
     lm, rows = made(kind), windows(held_out)
     found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
-    logits = np.asarray(lm.token_logits(rows), np.float64)
+    logits = np.asarray(density.token_logits(lm, rows), np.float64)
     targets = rows[:, 1:]
 
     def perplexity(logits):
@@ -70,12 +69,12 @@ def test_vectors_are_those_of_the_table(text):
     lm, rows = made("gaussian"), windows(held_out)
     found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
     assert found["nll"]["value"] == pytest.approx(
-        -float(np.mean(lm.log_prob(rows))), rel=1e-4
+        -float(np.mean(density.log_prob(lm, rows))), rel=1e-4
     )
     assert found["at_bound"]["value"] == pytest.approx(
         np.mean(np.asarray(distribution(lm, rows).scale) < 0.99), abs=1e-6
     )
-    table = np.asarray(density.get_token_table(lm))
+    table = np.asarray(density.token_table(lm))
     mean = np.asarray(distribution(lm, rows).mean)
     nearest = ((mean[..., None, :] - table) ** 2).sum(-1).argmin(-1)
     assert found["accuracy_mean"]["value"] == pytest.approx(
@@ -87,9 +86,8 @@ def test_vectors_are_those_of_the_table(text):
 
 
 def distribution(lm, rows):
-    variables = {"params": lm.params}
-    hidden = lm.model.apply(variables, jnp.asarray(rows), method="context_states")
-    return lm.model.apply(variables, hidden, method="distribution")
+    hidden = lm.model.context_states(lm.params, lm.model.make_inputs(rows))
+    return lm.model.distribution(lm.params, hidden)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +99,9 @@ def test_use_is_the_perplexity_of_the_mean_weights(kind, text):
     found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)["use"]
     weights = np.asarray(distribution(lm, rows).weights)
     if kind == "experts":
-        variables = {"params": lm.params}
-        hidden = lm.model.apply(variables, jnp.asarray(rows), method="context_states")
-        chosen = np.asarray(lm.model.apply(variables, hidden, method="route")[1])
+        hidden = lm.model.context_states(lm.params, lm.model.make_inputs(rows))
+        route = lm.model.head.route(lm.params["head"], hidden)
+        chosen = np.asarray(route.expert_indices)
         whole = np.zeros((*weights.shape[:-1], 3))
         np.put_along_axis(whole, chosen, weights, axis=-1)
         weights = whole

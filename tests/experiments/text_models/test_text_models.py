@@ -23,6 +23,7 @@ from continuous_lm.experiments.text_models import compare_quantizers, evaluate
 from continuous_lm.experiments.training import run_folder
 from continuous_lm.models import density
 from continuous_lm.models.checkpoints.hf_folder import BUNDLED_FOLDER
+from continuous_lm.models.density import heads
 from tests.fixtures.programs import ENVIRONMENT, run_program
 from tests.fixtures.text_programs import (
     NEW_VOCABULARY,
@@ -66,7 +67,7 @@ def test_what_is_trained_is_whole(trained):
     tokens = np.array([5, 9, 7, 30])
     lm = clm.load(trained / "baseline")  # an ordinary language model too
     np.testing.assert_allclose(
-        lm(tokens[:-1]), baseline.token_logits(tokens), rtol=1e-5, atol=1e-5
+        lm(tokens[:-1]), density.token_logits(baseline, tokens), rtol=1e-5, atol=1e-5
     )
     np.testing.assert_allclose(
         mixture.params["table"],
@@ -352,14 +353,26 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
 # --- Parts ----------------------------------------------------------------------------------------
 
 
-def test_values_of_head_settings_are_json_or_words():
+def test_values_of_settings_are_json_or_words():
     given = ["depth=2", "min_scale=0.1", "covariance=full", "expert_size=null"]
-    assert density_training.parse_settings(given, "head_settings") == {
+    assert density_training.parse_settings(given, "codec_settings") == {
         "depth": 2,
         "min_scale": 0.1,
         "covariance": "full",
         "expert_size": None,
     }
+
+
+def test_values_of_head_settings_have_the_declared_types():
+    given = ("depth=2", "min_scale=0.1", "expert_size=null", "balance=1")
+    config = density_training.HeadFlags(head_settings=given)
+    parsed = config.parsed_head_settings("experts", heads.DISTRIBUTION_HEADS)
+    expected = {"depth": 2, "min_scale": 0.1, "expert_size": None, "balance": 1.0}
+    assert parsed == expected
+    with pytest.raises(clm.InputError) as refused:
+        config.parsed_head_settings("mixture", heads.DISTRIBUTION_HEADS)
+    message = "--head_settings: a mixture head has no setting 'expert_size'; it has"
+    assert str(refused.value).startswith(message)
 
 
 def test_the_ablations_table_has_a_row_a_way():

@@ -1,5 +1,6 @@
 """Heads: what they start as, bounds, training on sources that are known, settings."""
 
+import dataclasses
 import functools
 import math
 
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import continuous_lm as clm
+from continuous_lm.models import settings as models_settings
 from continuous_lm.models.density import heads
 from continuous_lm.models.density.heads import (
     ExpertsHead,
@@ -20,6 +21,7 @@ from continuous_lm.models.density.heads import (
     MixtureHead,
     TokenHead,
 )
+from continuous_lm.models.parameters import initialize
 
 KEY = jax.random.key(0)
 HIDDEN, WIDTH = 5, 3
@@ -45,11 +47,11 @@ def some(values, *quick):
 
 def initial(head, size=HIDDEN):
     """Parameters as they are at the start."""
-    return jax.jit(lambda: nn.unbox(head.init(KEY, jnp.zeros(size))["params"]))()
+    return jax.jit(lambda: initialize(KEY, head.parameter_table(size)))()
 
 
 def shapes_of(head, size=HIDDEN):
-    return jax.eval_shape(lambda: nn.unbox(head.init(KEY, jnp.zeros(size))["params"]))
+    return jax.eval_shape(lambda: initialize(KEY, head.parameter_table(size)))
 
 
 @functools.cache
@@ -60,10 +62,6 @@ def far(name):
     return jax.tree.unflatten(
         tree, [rng.normal(size=a.shape).astype(np.float32) for a in leaves]
     )
-
-
-def apply(name, params, *args, method=None):
-    return HEADS[name].apply({"params": params}, *args, method=method)
 
 
 def scales(density):
@@ -105,15 +103,14 @@ def test_no_scale_is_below_its_bound(hidden):
 
 @functools.partial(jax.jit, static_argnums=0)
 def bounded(name, params, hidden):
-    return HEADS[name].apply({"params": params}, hidden)
+    return HEADS[name].distribution(params, hidden)
 
 
 def test_the_bound_is_reached_and_bounds_the_density():
     """Targets that are all equal: the best scale is 0."""
     head = GaussianHead(width=2, min_scale=0.05)
-    density = head.apply(
-        {"params": {**zeros(head), "scale_bias": jnp.full(2, -1e4)}}, jnp.zeros(HIDDEN)
-    )
+    params = {**zeros(head), "scale_bias": jnp.full(2, -1e4)}
+    density = head.distribution(params, jnp.zeros(HIDDEN))
     np.testing.assert_allclose(density.scale, 0.05, rtol=1e-6)
     peak = float(density.log_prob(jnp.zeros(2)))
     assert peak == pytest.approx(-2 * math.log(math.sqrt(2 * math.pi) * 0.05), rel=1e-5)
@@ -129,17 +126,17 @@ def test_methods_are_those_of_the_distribution(name):
     hidden = jnp.asarray(rng.normal(size=(4, 1, HIDDEN)), jnp.float32)
     target = jnp.asarray(rng.normal(size=(4, 2, WIDTH)), jnp.float32)
     target = jnp.asarray([[1, 6]]) if name == "token" else target
+    head = HEADS[name]
 
     @jax.jit
     def every(params):
-        call = functools.partial(apply, name, params)
         ours = {
-            "log_prob": call(hidden, target, method="log_prob"),
-            "sample": call(KEY, hidden, 0.5, method="sample"),
-            "loss": call(hidden, target, method="loss"),
-            "mean": 0 if name == "token" else call(hidden, method="mean"),
+            "log_prob": head.log_prob(params, hidden, target),
+            "sample": head.sample(params, KEY, hidden, 0.5),
+            "loss": head.loss(params, hidden, target),
+            "mean": 0 if name == "token" else head.mean(params, hidden),
         }
-        distribution = call(hidden)
+        distribution = head.distribution(params, hidden)
         theirs = {
             "log_prob": distribution.log_prob(target),
             "sample": distribution.sample(KEY, 0.5),
@@ -160,7 +157,7 @@ def test_methods_are_those_of_the_distribution(name):
         np.testing.assert_allclose(loss, -log_prob, rtol=1e-6)
     if name == "token":
         with pytest.raises(clm.InputError, match="no mean"):
-            apply(name, far(name), hidden, method="mean")
+            head.mean(far(name), hidden)
     else:
         assert ours["mean"].shape == (4, 1, WIDTH)
 
@@ -177,7 +174,7 @@ def test_distributions_are_float32_at_least(name):
             cast = lambda a, low=low: jax.ShapeDtypeStruct(a.shape, low)  # noqa: E731
             tree = jax.tree.map(cast, far(name))
             hidden = jax.ShapeDtypeStruct((HIDDEN,), low)
-            found = jax.eval_shape(functools.partial(apply, name), tree, hidden)
+            found = jax.eval_shape(HEADS[name].distribution, tree, hidden)
         assert {a.dtype.name for a in jax.tree.leaves(found)} == {wanted}
 
 
@@ -190,9 +187,7 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
     ]
     hidden = jnp.arange(1.0, 1 + HIDDEN)
     plain = made["mean"] @ hidden + made["mean_bias"]
-    np.testing.assert_allclose(
-        head.apply({"params": made}, hidden).mean, plain, rtol=1e-6
-    )
+    np.testing.assert_allclose(head.mean(made, hidden), plain, rtol=1e-6)
     if depth:  # a hand-written block
         rng = np.random.default_rng(0)
         made = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), made)
@@ -206,7 +201,7 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
                 + made[f"down_{i}"] @ (gate / (1 + np.exp(-gate)) * up)
                 + made[f"down_{i}_bias"]
             )
-        found = head.apply({"params": made}, hidden).mean
+        found = head.mean(made, hidden)
         np.testing.assert_allclose(
             found, made["mean"] @ x + made["mean_bias"], rtol=1e-4
         )
@@ -218,9 +213,7 @@ def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
 def test_experts_are_what_their_parameters_say():
     head, p = HEADS["experts"], jax.tree.map(np.asarray, far("experts"))
     hidden = np.random.default_rng(2).normal(size=(6, HIDDEN)).astype(np.float32)
-    routes, chosen, mixture = head.apply(
-        {"params": far("experts")}, hidden, method="route"
-    )
+    routes, chosen, mixture = head.route(far("experts"), hidden)
     np.testing.assert_allclose(
         routes, hidden @ p["router"].T + p["router_bias"], rtol=1e-4
     )
@@ -250,8 +243,8 @@ def balance(routes, top_k, weight=1.0):
 
     @jax.jit
     def more(routes):
-        logs = head.apply({"params": made}, routes, target, method="log_prob")
-        return head.apply({"params": made}, routes, target, method="loss") + logs
+        logs = head.log_prob(made, routes, target)
+        return head.loss(made, routes, target) + logs
 
     return float(more(np.asarray(routes, np.float32))[0])
 
@@ -280,7 +273,7 @@ def train(head, params, hidden, target, steps=400, rate=0.03):
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
 
     def loss(params):
-        return head.apply({"params": params}, hidden, target, method="loss").mean()
+        return head.loss(params, hidden, target).mean()
 
     def step(carry, _):
         params, state = carry
@@ -313,9 +306,7 @@ def test_training_recovers_a_known_mixture():
     head = MixtureHead(width=2, components=3)
     hidden = jnp.ones((1, 1))
     made, _ = trained(head, hidden, jnp.asarray(target, jnp.float32))
-    found = jax.tree.map(
-        lambda a: np.asarray(a[0]), head.apply({"params": made}, hidden)
-    )
+    found = jax.tree.map(lambda a: np.asarray(a[0]), head.distribution(made, hidden))
     order = [np.argmin(((found.means - mean) ** 2).sum(axis=-1)) for mean in means]
     assert sorted(order) == [0, 1, 2]
     np.testing.assert_allclose(found.means[order], means, atol=0.12)
@@ -375,7 +366,7 @@ def test_experts_specialise(top_k):
     which, hidden, target = clusters()
     head = ExpertsHead(width=2, experts=4, top_k=top_k, expert_size=8, balance=0.15)
     made, _ = trained(head, hidden, target)
-    _, chosen, mixture = head.apply({"params": made}, hidden, method="route")
+    _, chosen, mixture = head.route(made, hidden)
     use = np.zeros((4, 4))  # of cluster, expert: the weight that it gets
     np.add.at(use, (which[:, None], np.asarray(chosen)), np.asarray(mixture.weights))
     use /= use.sum()
@@ -394,7 +385,7 @@ def test_experts_specialise(top_k):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_settings_there_and_back(name):
-    written = heads.to_dict(HEADS[name])
+    written = HEADS[name].to_dict()
     assert heads.from_dict(written) == HEADS[name]
     assert heads.from_dict({"kind": written["kind"], "width": 4}).width == 4
 
@@ -420,7 +411,7 @@ def test_settings_there_and_back(name):
         ({"min_scale": float("nan")}, "min_scale is nan"),
         ({"min_scale": "small"}, "min_scale"),
         ({"min_scale": True}, "min_scale"),
-        ({"parent": None}, "no setting 'parent'"),
+        ({"colour": None}, "no setting 'colour'"),
         ({"param_dtype": "float32"}, "no setting 'param_dtype'"),
         ({"rank": 2}, "no setting 'rank'"),
         (
@@ -443,9 +434,7 @@ def test_settings_that_are_refused(changes, message):
         heads.from_dict(fields)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-    made = {
-        k: v for k, v in fields.items() if k not in ("kind", "parent", "param_dtype")
-    }
+    made = {k: v for k, v in fields.items() if k != "kind"}
     kind = fields["kind"]
     if (
         isinstance(kind, str)
@@ -480,29 +469,107 @@ CHANGED = {
 @pytest.mark.parametrize("name", ["token", "low rank", "mixture", "experts"])
 def test_every_setting_is_read(name):
     """Changed, the parameters, the distribution or the loss are others."""
-    base = HEADS[name].clone(depth=1, mlp_size=4, parent=None)
+    base = dataclasses.replace(HEADS[name], depth=1, mlp_size=4)
     hidden = jnp.ones((2, HIDDEN))
 
     def outcome(head, compute):  # in shapes, or where these are the same, in numbers
         def all_of():
-            params = nn.unbox(head.init(KEY, hidden)["params"])
+            params = initialize(KEY, head.parameter_table(HIDDEN))
             low = {k: v - 5.0 if k == "scale_bias" else v for k, v in params.items()}
             tokens = isinstance(head, TokenHead)
             target = jnp.zeros(2, int) if tokens else jnp.zeros((2, head.width))
-            loss = head.apply({"params": params}, hidden, target, method="loss")
-            return [params, loss, head.apply({"params": low}, hidden)]
+            loss = head.loss(params, hidden, target)
+            return [params, loss, head.distribution(low, hidden)]
 
         return jax.tree.leaves(compute(all_of))
 
     def shapes(head):
         return [a.shape for a in outcome(head, jax.eval_shape)]
 
-    for setting in base.settings():
+    for setting in models_settings.values(base):
         if setting == "tied":  # then it has no kernel of its own
+            tied = dataclasses.replace(base, tied=True)
+            assert "logits" not in tied.parameter_table(HIDDEN)
             with pytest.raises(clm.InputError, match="table"):
-                base.clone(parent=None, tied=True).init(KEY, hidden)
+                tied.distribution(initial(tied), hidden)
             continue
-        changed = base.clone(parent=None, **{setting: CHANGED[setting]})
+        changed = dataclasses.replace(base, **{setting: CHANGED[setting]})
         if shapes(changed) == shapes(base):
             pairs = [outcome(head, lambda f: jax.jit(f)()) for head in (base, changed)]
             assert not all(map(np.array_equal, *pairs)), setting
+
+
+# --- Parameters ------------------------------------------------------------------------------
+
+
+def block_parameters(i, inner):
+    """Those of an MLP block, by name: axes and shape."""
+    return {
+        f"norm_{i}": ("D", (HIDDEN,)),
+        f"gate_{i}": ("F D", (inner, HIDDEN)),
+        f"gate_{i}_bias": ("F", (inner,)),
+        f"up_{i}": ("F D", (inner, HIDDEN)),
+        f"up_{i}_bias": ("F", (inner,)),
+        f"down_{i}": ("D F", (HIDDEN, inner)),
+        f"down_{i}_bias": ("D", (HIDDEN,)),
+    }
+
+
+def with_biases(kernels):
+    """The kernels by name, and the bias of each."""
+    biases = {
+        f"{name}_bias": (axes[:-2], shape[:-1])
+        for name, (axes, shape) in kernels.items()
+    }
+    return kernels | biases
+
+
+DECLARED = {
+    "token": block_parameters(0, 6) | with_biases({"logits": ("V D", (7, 5))}),
+    "gaussian": with_biases({"mean": ("W D", (3, 5)), "scale": ("W D", (3, 5))}),
+    "low rank": block_parameters(0, 20)
+    | block_parameters(1, 20)
+    | with_biases(
+        {
+            "mean": ("W D", (3, 5)),
+            "scale": ("W D", (3, 5)),
+            "factor": ("W R D", (3, 2, 5)),
+        }
+    ),
+    "full": with_biases(
+        {"mean": ("W D", (3, 5)), "scale": ("W D", (3, 5)), "below": ("- D", (3, 5))}
+    ),
+    "mixture": block_parameters(0, 20)
+    | with_biases(
+        {
+            "logits": ("X D", (4, 5)),
+            "mean": ("X W D", (4, 3, 5)),
+            "scale": ("X W D", (4, 3, 5)),
+        }
+    ),
+    "experts": with_biases(
+        {
+            "router": ("X D", (4, 5)),
+            "inner": ("X F D", (4, 6, 5)),
+            "mean": ("X W F", (4, 3, 6)),
+            "scale": ("X W F", (4, 3, 6)),
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_parameters_are_those_of_saved_folders(name):
+    """Names, axes and shapes; density.safetensors has them under "head/"."""
+    table = HEADS[name].parameter_table(HIDDEN)
+    found = {path: (" ".join(d.axes), d.shape) for path, d in table.items()}
+    assert found == DECLARED[name]
+
+
+def test_heads_are_hashable_values():
+    """They are static arguments of compiled functions."""
+    assert len({*HEADS.values(), *map(dataclasses.replace, HEADS.values())}) == len(
+        HEADS
+    )
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        HEADS["mixture"].width = 4

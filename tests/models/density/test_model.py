@@ -12,19 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 from scipy.special import log_softmax
 
 import continuous_lm as clm
-from continuous_lm.models import density
+from continuous_lm.models import density, transformer
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
-from continuous_lm.models.density.model import (
-    DensityLM,
-    DensityModel,
-    _declarations_above_trunk,
-)
-from continuous_lm.models.transformer import Transformer, parameter_table
+from continuous_lm.models.density.model import DensityModel
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import flatten, initialize, unflatten
+from continuous_lm.models.transformer import Transformer
 from tests.continuous_lm.test_tokenization import STORIES
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
@@ -69,10 +66,10 @@ def cases(quick):
     ]
 
 
-def random_like(flat, seed=0):
+def random_like(table, seed=0):
     """Parameters far from where they start, by their paths."""
     rng, made = np.random.default_rng(seed), {}
-    for path, a in flat.items():
+    for path, a in table.items():
         norm = path.startswith("trunk/") and path.endswith("scale")
         spread = 0.8 if path in ("head/mean", "head/logits", "table") else 0.4
         made[path] = jnp.asarray(norm + spread * rng.normal(size=a.shape), jnp.float32)
@@ -81,24 +78,14 @@ def random_like(flat, seed=0):
 
 @functools.cache
 def build(name, reads="tokens", table="frozen", contrast=0.0):
-    head = (
-        KINDS[name]
-        if reads == "tokens"
-        else KINDS[name].clone(width=WIDTH, parent=None)
-    )
+    head = KINDS[name]
+    if reads == "vectors":
+        head = dataclasses.replace(head, width=WIDTH)
     model = DensityModel(
         CONFIG, head, input_kind=reads, table=table, token_loss_weight=contrast
     )
-    flat = {
-        path: jax.ShapeDtypeStruct(declared.shape, jnp.float32)
-        for path, declared in _declarations_above_trunk(model).items()
-    }
-    trunk = {
-        f"trunk/{path}": jax.ShapeDtypeStruct(declared.shape, jnp.float32)
-        for path, declared in parameter_table(CONFIG).items()
-    }
-    params = traverse_util.unflatten_dict(random_like(flat | trunk), sep="/")
-    return DensityLM(model, params)
+    params = unflatten(random_like(model.parameter_table()))
+    return LanguageModel(model, params)
 
 
 def sequence(reads, seed=0):
@@ -116,11 +103,11 @@ def sequence(reads, seed=0):
 # --- What it computes ------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def states(model, params, durations, **inputs):
-    return model.apply(
-        {"params": params}, durations=durations, return_hidden=True, **inputs
-    )
+@jax.jit
+def states(params, durations, **inputs):
+    """Hidden states of the trunk alone."""
+    given = transformer.make_inputs(CONFIG, durations=durations, **inputs)
+    return transformer.hidden_states(CONFIG, params, given).hidden
 
 
 @pytest.mark.parametrize(("name", "reads"), cases(QUICK))
@@ -135,9 +122,9 @@ def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
     else:
         embeddings = inputs["vectors"] @ np.asarray(lm.params["read"]).T
         given, target = {"embeddings": embeddings[:-1]}, inputs["vectors"][1:]
-    hidden = states(Transformer(CONFIG), lm.params["trunk"], d[:-1], **given)
+    hidden = states(lm.params["trunk"], d[:-1], **given)
     assert hidden.shape == (N - 1, 6)
-    distribution = lm.model.head.apply({"params": lm.params["head"]}, hidden)
+    distribution = lm.model.head.distribution(lm.params["head"], hidden)
     if name == "token":
         logits = np.asarray(distribution.logits, np.float64)
         expected = log_softmax(logits, axis=-1)[np.arange(N - 1), target]
@@ -146,7 +133,7 @@ def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
         expected = [
             reference(at(exact, i), np.asarray(target[i])) for i in range(N - 1)
         ]
-    found = lm.log_prob(**inputs, durations=d)
+    found = density.log_prob(lm, **inputs, durations=d)
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
     assert np.abs(np.diff(found)).min() > 1e-3
 
@@ -155,27 +142,36 @@ def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
 def test_hidden_states_are_what_the_trunks_head_reads():
     lm, (inputs, d) = build("gaussian"), sequence("tokens")
     trunk, params = Transformer(CONFIG), lm.params["trunk"]
-    hidden = states(trunk, params, d, **inputs)
+    hidden = states(params, d, **inputs)
     logits = trunk.apply({"params": params}, **inputs, durations=d)
     np.testing.assert_allclose(hidden @ params["head"].T, logits, rtol=1e-5, atol=1e-5)
+    # `apply` of the density model gives them, all or one.
+    found = lm.model.apply({"params": lm.params}, **inputs, durations=d)
+    np.testing.assert_allclose(found, hidden, rtol=1e-5, atol=1e-6)
+    for position in (-1, 2):
+        found = lm.model.apply(
+            {"params": lm.params}, **inputs, durations=d, position=position
+        )
+        np.testing.assert_allclose(found, hidden[position], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reads", [pytest.param("tokens", marks=slow), "vectors"])
 def test_durations_of_1_are_none_and_the_last_one_has_no_influence(reads):
     lm, (inputs, d) = build("mixture", reads), sequence(reads)
-    plain = lm.log_prob(**inputs)
+    log_prob = functools.partial(density.log_prob, lm)
+    plain = log_prob(**inputs)
     assert plain.shape == (N - 1,)
     np.testing.assert_allclose(
-        lm.log_prob(**inputs, durations=np.ones(N)), plain, rtol=1e-6
+        log_prob(**inputs, durations=np.ones(N)), plain, rtol=1e-6
     )
-    timed = lm.log_prob(**inputs, durations=d)
+    timed = log_prob(**inputs, durations=d)
     assert np.abs(timed - plain).max() > 1e-3
     other = np.append(d[:-1], np.float32(0.0))
-    np.testing.assert_array_equal(lm.log_prob(**inputs, durations=other), timed)
+    np.testing.assert_array_equal(log_prob(**inputs, durations=other), timed)
     ends = 3.0 + np.cumsum(d)  # the same, said in times
-    moved = lm.log_prob(**inputs, durations=d, times=ends.astype(np.float32))
+    moved = log_prob(**inputs, durations=d, times=ends.astype(np.float32))
     np.testing.assert_allclose(moved, timed, rtol=1e-3, atol=1e-4)
-    started = lm.log_prob(**inputs, durations=d, start=3.0)
+    started = log_prob(**inputs, durations=d, start=3.0)
     np.testing.assert_allclose(started, moved, rtol=1e-4, atol=1e-5)
 
 
@@ -189,9 +185,8 @@ def test_gradients_in_the_durations_are_finite_differences(name, reads):
         @jax.jit
         @jax.value_and_grad
         def total(d):
-            return lm.model.apply(
-                {"params": params}, **inputs, durations=d, method="log_prob"
-            ).sum()
+            given = lm.model.make_inputs(**inputs, durations=d)
+            return lm.model.log_prob(params, given).sum()
 
         d = d.astype(np.float64)
         gradient, step = np.asarray(total(d)[1]), 1e-5
@@ -216,12 +211,12 @@ def test_gradients_in_the_durations_are_finite_differences(name, reads):
 def test_a_sweep_of_durations_runs_at_once(name, reads, contrast):
     lm, (inputs, d) = build(name, reads, contrast=contrast), sequence(reads)
     sweep = clm.durations.scale(d, jnp.array([0.5, 1.0, 2.0, 3.0]), (1, 3))
-    for method in (lm.log_prob, lm.loss):
-        found = method(**inputs, durations=sweep)
+    for score in (density.log_prob, density.loss):
+        found = score(lm, **inputs, durations=sweep)
         assert found.shape == (4, N - 1)
         for row, each in zip(found, sweep, strict=True):
             np.testing.assert_allclose(
-                row, method(**inputs, durations=each), rtol=2e-4, atol=1e-5
+                row, score(lm, **inputs, durations=each), rtol=2e-4, atol=1e-5
             )
     assert np.abs(found[0] - found[3]).max() > 1e-3
 
@@ -231,7 +226,7 @@ def test_a_sweep_of_durations_runs_at_once(name, reads, contrast):
 
 def loss_gradient(lm, tokens):
     def loss(params):
-        return lm.model.apply({"params": params}, tokens, method="loss").sum()
+        return lm.model.loss(params, lm.model.make_inputs(tokens)).sum()
 
     return jax.jit(jax.grad(loss))(lm.params)
 
@@ -259,25 +254,20 @@ def test_contrast_is_the_cross_entropy_of_the_renormalised_density(table):
     if table == "embedding":
         rows = np.asarray(lm.params["trunk"]["embedding"])
         rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
-    np.testing.assert_allclose(
-        lm.model.apply({"params": lm.params}, method="token_table"),
-        rows,
-        rtol=1e-4,
-        atol=1e-5,
-    )
-    hidden = states(Transformer(CONFIG), lm.params["trunk"], d[:-1], tokens=tokens[:-1])
-    mixture = lm.model.head.apply({"params": lm.params["head"]}, hidden)
+    np.testing.assert_allclose(density.token_table(lm), rows, rtol=1e-4, atol=1e-5)
+    hidden = states(lm.params["trunk"], d[:-1], tokens=tokens[:-1])
+    mixture = lm.model.head.distribution(lm.params["head"], hidden)
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
     logits = np.stack([reference(at(exact, i), rows) for i in range(N - 1)])
     np.testing.assert_allclose(
-        lm.token_logits(tokens, durations=d), logits, rtol=1e-4, atol=1e-3
+        density.token_logits(lm, tokens, durations=d), logits, rtol=1e-4, atol=1e-3
     )
     picked = np.arange(N - 1), tokens[1:]
     expected = (
         -logits[picked] - 0.7 * 6 * log_softmax(logits, axis=-1)[picked]
     )  # 6 dimensions
     np.testing.assert_allclose(
-        lm.loss(tokens, durations=d), expected, rtol=1e-4, atol=1e-3
+        density.loss(lm, tokens, durations=d), expected, rtol=1e-4, atol=1e-3
     )
 
 
@@ -305,7 +295,7 @@ def test_a_given_table_is_standardised_and_frozen():
     assert lm.model.table == "frozen"
     expected = (table - table.mean(axis=0)) / table.std(axis=0)
     np.testing.assert_allclose(lm.params["table"], expected, rtol=1e-3, atol=1e-4)
-    assert np.isfinite(lm.log_prob(sequence("tokens")[0]["tokens"])).all()
+    assert np.isfinite(density.log_prob(lm, sequence("tokens")[0]["tokens"])).all()
 
 
 # --- Folders ---------------------------------------------------------------------------------
@@ -347,7 +337,7 @@ def test_settings_tokenizer_and_notes_come_back(tmp_path):
     assert back.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert back.params["trunk"]["embedding"].dtype == jnp.bfloat16
     same(back.params["head"], lm.params["head"])
-    assert np.isfinite(back.log_prob(np.array([1, 2, 3]))).all()
+    assert np.isfinite(density.log_prob(back, np.array([1, 2, 3]))).all()
 
 
 MESH_PROGRAM = """
@@ -366,7 +356,8 @@ for folder in sys.argv[1:]:
     given = {"tokens": rng.integers(0, 11, (2, 6))}
     if many.model.input_kind == "vectors":
         given = {"vectors": rng.normal(size=(2, 6, 3)).astype(np.float32)}
-    np.testing.assert_allclose(many.log_prob(**given), one.log_prob(**given), rtol=1e-4, atol=1e-5)
+    found, expected = density.log_prob(many, **given), density.log_prob(one, **given)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 """
 
 
@@ -519,22 +510,24 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     assert set(lm.params) == {"trunk"}
     tokens = sequence("tokens")[0]["tokens"]
     logits = Transformer(config).apply({"params": lm.params["trunk"]}, tokens[:-1])
-    np.testing.assert_allclose(lm.token_logits(tokens), logits, rtol=1e-5, atol=1e-6)
+    found = density.token_logits(lm, tokens)
+    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-6)
     nats = -log_softmax(np.asarray(logits, np.float64), axis=-1)[
         np.arange(N - 1), tokens[1:]
     ]
-    np.testing.assert_allclose(lm.loss(tokens), nats, rtol=1e-5)
+    np.testing.assert_allclose(density.loss(lm, tokens), nats, rtol=1e-5)
     density.save(tmp_path, lm)
     back = density.load(tmp_path)
     assert back.model.head.tied
-    np.testing.assert_array_equal(back.log_prob(tokens), lm.log_prob(tokens))
+    expected = density.log_prob(lm, tokens)
+    np.testing.assert_array_equal(density.log_prob(back, tokens), expected)
     np.testing.assert_allclose(
         clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6
     )
     with pytest.raises(clm.InputError, match="that model's own"):
         density.add_head(clm.load(tmp_path), head, key=KEY)
     with pytest.raises(clm.InputError, match="if it is tied"):
-        head.init(KEY, np.zeros(6, np.float32))
+        head.distribution({}, np.zeros(6, np.float32))
 
 
 # --- Pretrained trunks -----------------------------------------------------------------------
@@ -545,12 +538,13 @@ def check_on(lm, tokens, vectors_wide):
     made = density.add_head(lm, head, key=KEY, token_loss_weight=0.1)
     assert made.params["trunk"] is lm.params
     assert made.model.table == "embedding"
-    logs = made.log_prob(tokens)
+    logs = density.log_prob(made, tokens)
     assert logs.shape == (len(tokens) - 1,)
     assert np.isfinite(logs).all()
     rows = density.standardize_table(lm.params["embedding"])
-    hidden = states(lm.model, lm.params, np.ones(len(tokens) - 1), tokens=tokens[:-1])
-    mixture = head.apply({"params": made.params["head"]}, hidden)
+    context = transformer.make_inputs(lm.config, tokens[:-1])
+    hidden = transformer.hidden_states(lm.config, lm.params, context).hidden
+    mixture = head.distribution(made.params["head"], hidden)
     np.testing.assert_allclose(logs, mixture.log_prob(rows[tokens[1:]]), rtol=1e-3)
 
 
@@ -600,28 +594,90 @@ def test_models_that_make_no_sense(arguments, message):
 def test_arguments_that_do_not_fit():
     tokens, vectors = np.arange(4), np.zeros((4, WIDTH), np.float32)
     lm, plain = build("gaussian"), build("gaussian", "vectors")
+    log_prob, create = density.log_prob, density.create
+    table = np.ones((11, 6))
     for call, message in {
-        lambda: lm.log_prob(): "reads tokens",
-        lambda: lm.log_prob(vectors=vectors): "reads tokens",
-        lambda: plain.log_prob(tokens): "reads vectors",
-        lambda: plain.log_prob(vectors=np.zeros((4, 2))): "[..., T, 3]",
-        lambda: plain.log_prob(vectors=np.full((4, 3), np.nan)): "vectors[0, 0] is nan",
-        lambda: lm.log_prob(np.array([1, 11])): "tokens[1] is 11",
-        lambda: lm.log_prob(tokens[:1]): "at least two",
-        lambda: lm.log_prob(tokens, durations=np.ones(3)): "durations has shape",
-        lambda: lm.log_prob(tokens, durations=-np.ones(4)): "durations[0] is -1",
-        lambda: density.create(
-            KEY, CONFIG, KINDS["gaussian"], table=np.ones((3, 6))
-        ): "table",
-        lambda: density.create(
-            KEY, CONFIG, KINDS["gaussian"], table=np.full((11, 6), np.nan)
+        lambda: log_prob(lm): "reads tokens",
+        lambda: log_prob(lm, vectors=vectors): "reads tokens",
+        lambda: log_prob(lm, tokens, vectors=vectors): "reads tokens",
+        lambda: log_prob(plain, tokens): "reads vectors",
+        lambda: density.token_logits(plain, tokens): "reads vectors",
+        lambda: log_prob(plain, vectors=np.zeros((4, 2))): "[..., T, 3]",
+        lambda: log_prob(plain, vectors=vectors + np.nan): "vectors[0, 0] is nan",
+        lambda: log_prob(lm, np.array([1, 11])): "tokens[1] is 11",
+        lambda: log_prob(lm, tokens[:1]): "at least two",
+        lambda: density.loss(plain, vectors=vectors[:1]): "at least two",
+        lambda: density.token_logits(lm, tokens[:1]): "at least two",
+        lambda: log_prob(lm, tokens, durations=np.ones(3)): "durations has shape",
+        lambda: log_prob(lm, tokens, durations=-np.ones(4)): "durations[0] is -1",
+        lambda: density.token_table(plain): "table of tokens",
+        lambda: density.token_table(build("token")): "table of tokens",
+        lambda: create(KEY, CONFIG, KINDS["gaussian"], table=table[:3]): "table",
+        lambda: create(
+            KEY, CONFIG, KINDS["gaussian"], table=table + np.nan
         ): "table[0, 0] is nan",
-        lambda: density.create(
-            KEY, CONFIG, KINDS["gaussian"], table=np.ones((11, 6)), input_kind="vectors"
+        lambda: create(
+            KEY, CONFIG, KINDS["gaussian"], table=table, input_kind="vectors"
         ): "leave out table",
     }.items():
         with pytest.raises(clm.InputError) as refused:
             call()
         assert message in str(refused.value)
     with pytest.raises(TypeError):  # all vectors would be scored by the last state
-        lm.log_prob(tokens, position=-1)
+        log_prob(lm, tokens, position=-1)
+
+
+def test_other_kinds_of_models_are_refused(tmp_path):
+    trunk = LanguageModel(Transformer(CONFIG), build("gaussian").params["trunk"])
+    tokens = np.arange(4)
+    for call in (
+        lambda: density.log_prob(trunk, tokens),
+        lambda: density.loss(trunk, tokens),
+        lambda: density.token_logits(trunk, tokens),
+        lambda: density.token_table(trunk),
+        lambda: density.save(tmp_path / "made", trunk),
+        lambda: density.steering_direction(trunk, [1]),
+    ):
+        with pytest.raises(
+            clm.InputError, match=r"holds a Transformer, .* DensityModel"
+        ):
+            call()
+    with pytest.raises(clm.InputError, match="holds a DensityModel"):
+        density.add_head(build("gaussian"), KINDS["gaussian"], key=KEY)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- Parameters ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"), [("token", "tokens"), ("mixture", "vectors")]
+)
+def test_init_of_linen_has_the_table_of_parameters(name, reads):
+    lm, (inputs, _) = build(name, reads), sequence(reads)
+    table = lm.model.parameter_table()
+    boxes = jax.eval_shape(lambda: lm.model.init(KEY, **inputs))["params"]
+    found = {path: (box.names, box.value.shape) for path, box in flatten(boxes).items()}
+    assert found == {path: (d.axes, d.shape) for path, d in table.items()}
+    assert ("read" in table) == (reads == "vectors")
+    missing = {key: part for key, part in lm.params.items() if key != "head"}
+    with pytest.raises(clm.InputError, match=r"parameter head/.* is missing"):
+        lm.model.apply({"params": missing}, **inputs)
+
+
+def test_a_trunk_begins_alike_under_all_heads():
+    """A parameter's first values depend on its path and the key alone."""
+    made = [
+        density.create(KEY, CONFIG, KINDS[name], table=np.eye(11, 6))
+        for name in ("gaussian", "mixture")
+    ]
+    same(made[0].params["trunk"], made[1].params["trunk"])
+    trunk_table = made[0].model.parameter_table()
+    trunk_table = {k: d for k, d in trunk_table.items() if k.startswith("trunk/")}
+    expected = initialize(KEY, trunk_table)["trunk"]
+    same_within = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(same_within, made[0].params["trunk"], expected)
+    on_trunk = density.add_head(
+        LanguageModel(Transformer(CONFIG), expected), KINDS["gaussian"], key=KEY
+    )
+    same(on_trunk.params["head"], made[0].params["head"])

@@ -11,11 +11,7 @@ from scipy import stats
 import continuous_lm as clm
 from continuous_lm.models import density, generation
 from continuous_lm.models.density.distributions import Categorical, Gaussian, Mixture
-from continuous_lm.models.density.samplers import (
-    get_token_table,
-    sample,
-    steering_direction,
-)
+from continuous_lm.models.density.samplers import sample, steering_direction
 from tests.models.density.test_distributions import at, reference
 from tests.models.density.test_model import CONFIG, WIDTH, build
 
@@ -100,7 +96,7 @@ def whole(model, params, durations, start, at, **inputs):
     hidden = model.apply(
         {"params": params}, durations=durations, start=start, position=at, **inputs
     )
-    return model.apply({"params": params}, hidden, method="distribution")
+    return model.distribution(params, hidden)
 
 
 def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
@@ -126,7 +122,7 @@ def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
             likeliest = np.argmax(found.logits) if hasattr(found, "logits") else None
             item = found.mean if likeliest is None else found.means[likeliest]
             if reads == "tokens":
-                rows = np.asarray(get_token_table(lm), np.float64)
+                rows = np.asarray(density.token_table(lm), np.float64)
                 if way == "renormalised":
                     item = np.argmax(reference(found, rows))
                 else:
@@ -225,7 +221,7 @@ def test_a_token_heads_samples_are_those_of_generate():
     """Of the language model with that head, drawn with the same key."""
     lm = build("token")
     params = lm.params["trunk"] | {"head": lm.params["head"]["logits"]}
-    bare = density.DensityLM(lm.model, without_bias(lm.params))
+    bare = lm.with_params(without_bias(lm.params))
     plain = clm.LanguageModel(clm.Transformer(CONFIG), params)
     for options in ({"temperature": 1.0, "key": KEY}, {"temperature": 0.0}):
         ours = sample(bare, prompts(), max_new_items=8, stop=(), **options)
@@ -253,7 +249,7 @@ def test_stop_tokens_end_rows():
         assert length == expected
         np.testing.assert_array_equal(row[:length], before[:length])
         np.testing.assert_array_equal(row[length:], 0)
-    noted = density.DensityLM(lm.model, lm.params, None, {"eos_token_id": stop})
+    noted = clm.LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
     np.testing.assert_array_equal(
         sample(noted, prompts(), **options).tokens, made.tokens
     )
@@ -274,7 +270,7 @@ def test_stop_tokens_end_rows():
 )
 def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
     lm = build(name)
-    rows = np.asarray(get_token_table(lm))
+    rows = np.asarray(density.token_table(lm))
     target = int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=-1)))
     direction = steering_direction(
         lm, [target]
@@ -318,7 +314,7 @@ def test_strength_0_changes_no_bit_of_vectors():
 
 def test_directions_are_differences_of_means():
     lm = build("gaussian", table="embedding")
-    rows = np.asarray(get_token_table(lm), np.float64)
+    rows = np.asarray(density.token_table(lm), np.float64)
     found = steering_direction(lm, [1, 4], [2, 3, 9])
     np.testing.assert_allclose(
         found,
