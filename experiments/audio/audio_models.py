@@ -145,7 +145,7 @@ class AudioModel:
 
     def sample(
         self, key: jax.Array, prompts: np.ndarray, num_frames: int, temperature: float
-    ) -> Any:
+    ) -> np.ndarray:
         """Frames [B, new, W] after prompts [B, T, W]: of the mixture, or the codes' vectors."""
         sample_options: dict[str, Any] = {
             "max_new_items": num_frames,

@@ -20,9 +20,8 @@ def attention_rows(quick: bool, repeats: int) -> Iterator[Row]:
     num_tokens, max_num_tokens = (512, 2048) if quick else (4096, MAX_NUM_TOKENS)
     inputs = random_inputs(num_tokens)
     for with_gradients in (False, True):
-        label = f"{num_tokens} tokens, " + (
-            "forward and all gradients" if with_gradients else "forward"
-        )
+        direction = "forward and all gradients" if with_gradients else "forward"
+        label = f"{num_tokens} tokens, {direction}"
         programs = {
             implementation: compile_attention(
                 implementation, with_gradients, num_tokens
@@ -49,10 +48,8 @@ def attention_rows(quick: bool, repeats: int) -> Iterator[Row]:
         )
     previous_bytes = temporary_bytes(compile_attention("blocked", True, num_tokens))
     while num_tokens < max_num_tokens:
-        num_tokens, doubled_bytes = (
-            2 * num_tokens,
-            temporary_bytes(compile_attention("blocked", True, 2 * num_tokens)),
-        )
+        num_tokens = 2 * num_tokens
+        doubled_bytes = temporary_bytes(compile_attention("blocked", True, num_tokens))
         yield timing.cost_ratio_row(
             f"{num_tokens} tokens: temporary memory over that of {num_tokens // 2}",
             [doubled_bytes],
@@ -74,7 +71,7 @@ def random_inputs(num_tokens: int) -> list[jax.Array]:
 
 def compile_attention(
     implementation: str, with_gradients: bool, num_tokens: int
-) -> Any:
+) -> jax.stages.Compiled:
     """The attention, or its gradient for q, k, v and durations, without running it."""
     attend = functools.partial(attention.attend, implementation=implementation)
 
@@ -89,6 +86,7 @@ def compile_attention(
     )
 
 
-def temporary_bytes(compiled_program: Any) -> float:
+def temporary_bytes(compiled_program: jax.stages.Compiled) -> float:
     """Bytes that a compiled program takes beside what goes in and comes out."""
-    return float(compiled_program.memory_analysis().temp_size_in_bytes)
+    memory_analysis: Any = compiled_program.memory_analysis()
+    return float(memory_analysis.temp_size_in_bytes)

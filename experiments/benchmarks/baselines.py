@@ -6,18 +6,23 @@ They come with the extra `peers`, and are imported when a case asks for them.
 import importlib
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from continuous_lm.errors import InputError
 from continuous_lm.experiments.benchmarks import timing
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
 # Intel's OpenMP would spin for 200 ms after each operation, into the next turn; see `timing`.
 os.environ.setdefault("KMP_BLOCKTIME", "20")
 
 
-def import_baseline(name: str) -> Any:
+def import_baseline(name: str) -> ModuleType:
     """The module, with as many threads as there are cores.
 
     Raises:
@@ -60,7 +65,9 @@ def without_cuda() -> str:
 # --- A sweep, as the paper's code does it -------------------------------------------------------
 
 
-def load_causal_lm(folder: str | os.PathLike, attention: str = "eager") -> Any:
+def load_causal_lm(
+    folder: str | os.PathLike, attention: str = "eager"
+) -> "PreTrainedModel":
     """The checkpoint in transformers, float32."""
     torch, transformers = import_baseline("torch"), import_baseline("transformers")
     transformers.utils.logging.disable_progress_bar()
@@ -70,7 +77,7 @@ def load_causal_lm(folder: str | os.PathLike, attention: str = "eager") -> Any:
     return model.eval()
 
 
-def paper_mask(times: Any) -> Any:
+def paper_mask(times: "torch.Tensor") -> "torch.Tensor":
     """The mask [1, 1, T, S] that is added to the scores, pair by pair of tokens.
 
     As the published code makes it (Marro et al., arXiv:2504.03933): a key's duration is sought anew

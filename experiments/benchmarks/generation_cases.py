@@ -65,7 +65,7 @@ def prepare_transformers_generate(
     torch = baselines.import_baseline("torch")
     with tempfile.TemporaryDirectory() as folder:
         clm.save(folder, lm)
-        model = baselines.load_causal_lm(folder, "sdpa")
+        model: Any = baselines.load_causal_lm(folder, "sdpa")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     tokens = torch.tensor(prompts)

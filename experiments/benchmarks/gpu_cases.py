@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from continuous_lm import quantize
 from continuous_lm.analysis import sweep
 from continuous_lm.experiments.benchmarks import baselines, search_cases, timing
 from continuous_lm.experiments.benchmarks.timing import Row, Target
+from continuous_lm.models.parameters import Params
 from continuous_lm.rotary import Rope
 
 NUM_CALLS = 10  # in a row, so that what it takes to start them does not count
@@ -96,9 +97,8 @@ def attention_rows(
                 *arrays, with_gradients=with_gradients, num_calls=NUM_CALLS
             )
         seconds = timing.time_in_turns(callables, repeats)
-        label = f"{num_tokens} tokens, bf16, " + (
-            "forward and backward" if with_gradients else "forward"
-        )
+        direction = "forward and backward" if with_gradients else "forward"
+        label = f"{num_tokens} tokens, bf16, {direction}"
         yield timing.cost_ratio_row(
             f"{label}: time over that of plain causal attention",
             seconds["ours"],
@@ -117,25 +117,30 @@ def attention_rows(
             )
 
 
-def random_inputs(setting: Sizes, n: int) -> tuple[jax.Array, ...]:
-    """Queries, keys and values in bfloat16, and durations, of n tokens."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (1, n, setting.num_heads, setting.head_dim)
-    qkv = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:3])
-    return *qkv, jax.random.uniform(keys[3], (1, n), minval=0.1, maxval=2.0)
+def random_inputs(sizes: Sizes, num_tokens: int) -> list[jax.Array]:
+    """q, k, v [1, T, N, H] in bfloat16, and durations [1, T]."""
+    *qkv_keys, duration_key = jax.random.split(jax.random.key(0), 4)
+    shape = (1, num_tokens, sizes.num_heads, sizes.head_dim)
+    qkv = [jax.random.normal(key, shape, jnp.bfloat16) for key in qkv_keys]
+    durations = jax.random.uniform(
+        duration_key, (1, num_tokens), minval=0.1, maxval=2.0
+    )
+    return [*qkv, durations]
 
 
 def repeated_calls(
-    attend: Callable[..., jax.Array], arguments: Any, gradients: bool
-) -> Callable[[], Any]:
+    attend: Callable[..., jax.Array],
+    arguments: Sequence[jax.Array],
+    with_gradients: bool,
+) -> Callable[[], object]:
     """Attention, or the gradients for all its arguments, some times in a row."""
 
     def loss(*arguments: jax.Array) -> jax.Array:
         return jnp.sum(attend(*arguments).astype(jnp.float32))
 
-    function = (
-        jax.grad(loss, argnums=tuple(range(len(arguments)))) if gradients else attend
-    )
+    function: Callable[..., object] = attend
+    if with_gradients:
+        function = jax.grad(loss, argnums=tuple(range(len(arguments))))
     program = jax.jit(function)
     return lambda: [program(*arguments) for _ in range(NUM_CALLS)]
 
@@ -168,7 +173,7 @@ def large_sweep_rows(sizes: Sizes, repeats: int) -> Iterator[Row]:
     )
 
 
-def random_params(config: clm.TransformerConfig) -> Any:
+def random_params(config: clm.TransformerConfig) -> Params:
     """Parameters in bfloat16, made where they stay."""
     init = clm.Transformer(config).init
     shapes = nn.unbox(jax.eval_shape(init, jax.random.key(0), jnp.zeros(1, jnp.int32)))[

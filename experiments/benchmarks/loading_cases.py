@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import ml_dtypes
@@ -26,7 +25,7 @@ DEFAULT_GIGABYTES = 2.0  # of the checkpoint that is loaded
 NUM_SHARDS = 4
 
 # The folders of a small and a large checkpoint -> the call that loads the large one.
-Loader = Callable[[pathlib.Path, pathlib.Path], Callable[[], Any]]
+Loader = Callable[[pathlib.Path, pathlib.Path], Callable[[], object]]
 
 
 def loading_rows(
@@ -135,7 +134,7 @@ def prepare_checkpoint(folder: pathlib.Path, gigabytes: float) -> Callable[[], i
 
 def prepare_load(
     small_folder: pathlib.Path, large_folder: pathlib.Path
-) -> Callable[[], Any]:
+) -> Callable[[], object]:
     """For `timing.measure_in_process`: ours."""
     jax.block_until_ready(clm.load(small_folder).params)
     return lambda: jax.block_until_ready(clm.load(large_folder)).params
@@ -143,14 +142,14 @@ def prepare_load(
 
 def prepare_transformers_load(
     small_folder: pathlib.Path, large_folder: pathlib.Path
-) -> Callable[[], Any]:
+) -> Callable[[], object]:
     """For `timing.measure_in_process`: theirs; files are mapped, read when used."""
     torch = baselines.import_baseline("torch")
     transformers = baselines.import_baseline("transformers")
     transformers.utils.logging.disable_progress_bar()
     page_size = os.sysconf("SC_PAGE_SIZE")
 
-    def load_and_touch(folder: pathlib.Path) -> Any:
+    def load_and_touch(folder: pathlib.Path) -> object:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16
         )
@@ -164,7 +163,7 @@ def prepare_transformers_load(
 
 def prepare_plain_read(
     small_folder: pathlib.Path, large_folder: pathlib.Path
-) -> Callable[[], Any]:
+) -> Callable[[], object]:
     """For `timing.measure_in_process`: the files' bytes into new memory, by one thread."""
     del small_folder
     paths = sorted(large_folder.glob("*.safetensors"))

@@ -7,19 +7,25 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import tokenizers
 
 import continuous_lm as clm
 from continuous_lm.errors import InputError
+from continuous_lm.experiments.apples import prompts, train_apples
 from continuous_lm.experiments.benchmarks import baselines, gpu_cases, timing
 from continuous_lm.experiments.benchmarks.timing import Target
 from continuous_lm.experiments.gpu import isolated_checks
 from continuous_lm.experiments.gpu.isolated_checks import Check
+from continuous_lm.models.parameters import Params
+
+Result = TypeVar("Result")
 
 PROMPT = (
     'Question: In the sentence "apple apple apple apple", how many times is a fruit mentioned?'
@@ -94,7 +100,7 @@ def check_apples_bfloat16(factors: np.ndarray) -> Iterator[Check]:
 
 def next_token_probabilities(lm: clm.LanguageModel, factors: np.ndarray) -> np.ndarray:
     """The probability of every token after the prompt, for each duration of the apples: [P, V]."""
-    tokenizer: Any = lm.tokenizer
+    tokenizer = apples_tokenizer(lm)
     encoding = clm.tokenization.encode(tokenizer, PROMPT)
     span = clm.tokenization.span(encoding, PROMPT, "apple")
     durations = np.ones((len(factors), len(encoding.ids)), np.float32)
@@ -105,9 +111,16 @@ def next_token_probabilities(lm: clm.LanguageModel, factors: np.ndarray) -> np.n
     )
 
 
+def apples_tokenizer(lm: clm.LanguageModel) -> tokenizers.Tokenizer:
+    """The tokenizer, which the embedded model has."""
+    if lm.tokenizer is None:
+        raise InputError("this model has no tokenizer")
+    return lm.tokenizer
+
+
 def check_answers(what: str, lm: clm.LanguageModel, probabilities: np.ndarray) -> Check:
     """How many of the first rows have the answers that are known."""
-    tokenizer: Any = lm.tokenizer
+    tokenizer = apples_tokenizer(lm)
     answers = [
         tokenizer.id_to_token(int(row.argmax()))
         for row in probabilities[: len(ANSWERS)]
@@ -120,15 +133,14 @@ def check_answers(what: str, lm: clm.LanguageModel, probabilities: np.ndarray) -
 
 def time_large_sweep(tiny: bool) -> Iterator[Check]:
     """The benchmark's, of as many of Llama 3's layers as fit."""
-    setting = gpu_cases.Sizes(model_config=large_config(tiny))
+    sizes = gpu_cases.Sizes(model_config=large_config(tiny))
     if tiny:
-        setting = dataclasses.replace(setting, num_points=5, num_tokens=8)
-    for row in gpu_cases.large_sweep_rows(setting, 1 if tiny else 3):
-        is_full_model = setting.model_config == gpu_cases.LLAMA_3_8B
-        row = (
-            row if is_full_model else dataclasses.replace(row, target=None)
-        )  # which is of all its layers
-        note = f"Llama 3's shape, {setting.model_config.num_layers} layers"
+        sizes = dataclasses.replace(sizes, num_points=5, num_tokens=8)
+    has_all_layers = sizes.model_config == gpu_cases.LLAMA_3_8B
+    note = f"Llama 3's shape, {sizes.model_config.num_layers} layers"
+    for row in gpu_cases.large_sweep_rows(sizes, 1 if tiny else 3):
+        if not has_all_layers:  # the target is for all of them
+            row = dataclasses.replace(row, target=None)
         yield dataclasses.replace(
             isolated_checks.check_from_row(row), unit="s", note=note
         )
@@ -148,12 +160,13 @@ def generation_section(tiny: bool) -> Iterator[Check]:
 def check_greedy_tokens() -> Iterator[Check]:
     """Of two prompts of different lengths, new tokens lasting half as long."""
     lm = clm.load("apples", dtype=jnp.float32)
-    tokenizer: Any = lm.tokenizer
-    prompts = [tokenizer.encode(text).ids for text in (PROMPT, "The sum of 4 and 3 is")]
+    tokenizer = apples_tokenizer(lm)
+    texts = (PROMPT, "The sum of 4 and 3 is")
+    token_rows = [np.array(tokenizer.encode(text).ids) for text in texts]
 
     def new_tokens(lm: clm.LanguageModel) -> np.ndarray:
         return clm.generate(
-            lm, prompts, max_new_tokens=NUM_NEW_TOKENS, new_durations=0.5, stop=()
+            lm, token_rows, max_new_tokens=NUM_NEW_TOKENS, new_durations=0.5, stop=()
         ).tokens
 
     ours, theirs = run_on_device_and_cpu(lm, new_tokens)
@@ -165,18 +178,23 @@ def check_greedy_tokens() -> Iterator[Check]:
 
 def time_generation(tiny: bool) -> Iterator[Check]:
     """Tokens a second of all rows."""
-    config, new = large_config(tiny), 8 if tiny else 128
+    config = large_config(tiny)
+    num_new_tokens = 8 if tiny else 128
     lm = clm.LanguageModel(clm.Transformer(config), gpu_cases.random_params(config))
-    for batch in (1, 8):
-        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, 64))
-        run = functools.partial(clm.generate, lm, tokens, max_new_tokens=new, stop=())
+    for batch_size in (1, 8):
+        tokens = np.random.default_rng(0).integers(
+            0, config.vocab_size, (batch_size, 64)
+        )
+        run = functools.partial(
+            clm.generate, lm, tokens, max_new_tokens=num_new_tokens, stop=()
+        )
         seconds = timing.time_in_turns({"ours": run}, 1 if tiny else 3)["ours"]
         yield Check(
-            f"text of a large model, batch {batch}",
+            f"text of a large model, batch {batch_size}",
             isolated_checks.MEASURED,
-            batch * new / statistics.median(seconds),
+            batch_size * num_new_tokens / statistics.median(seconds),
             "tokens/s",
-            note=f"Llama 3's shape, {config.num_layers} layers, {new} new tokens",
+            note=f"Llama 3's shape, {config.num_layers} layers, {num_new_tokens} new tokens",
         )
 
 
@@ -191,112 +209,117 @@ def training_section(tiny: bool) -> Iterator[Check]:
     yield from isolated_checks.run_guarded("training", lambda: check_falling_loss(tiny))
 
 
-def prepare_training(
-    steps: int, tiny: bool
-) -> tuple[clm.LanguageModel, Any, jax.Array]:
-    """A new model, batches for so many steps, and the tokens of the digits."""
-    from continuous_lm.experiments.apples import (
-        prompts,
-        train_apples,  # late: they define flags
-    )
+class TrainingTask(NamedTuple):
+    """A new model and what it is trained on."""
 
+    lm: clm.LanguageModel[clm.Transformer]
+    groups: list[tuple[np.ndarray, np.ndarray]]  # tokens, lengths: see `draw_batches`
+    digits: np.ndarray  # their tokens
+
+    def train(
+        self,
+        params: Params,
+        optimizer_state: optax.OptState,
+        optimizer: optax.GradientTransformation,
+        steps: slice,
+    ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
+        """Parameters and state after these steps, and the means of losses; donates both."""
+        groups = [(tokens[steps], lengths[steps]) for tokens, lengths in self.groups]
+        return train_apples.train_steps(
+            params,
+            optimizer_state,
+            groups,
+            self.digits,
+            model=self.lm.model,
+            optimizer=optimizer,
+        )
+
+
+def prepare_training(num_steps: int, tiny: bool) -> TrainingTask:
+    """A new model, and batches for so many steps."""
     tokenizer = prompts.make_tokenizer()
     config = train_apples.apples_config(tokenizer.get_vocab_size())
     if tiny:
         config = dataclasses.replace(config, hidden_size=32, mlp_size=64)
-    params = nn.unbox(
-        clm.Transformer(config).init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    model = clm.Transformer(config)
+    variables = model.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
+    groups = train_apples.draw_batches(
+        np.random.default_rng(0), tokenizer, num_steps, 8 if tiny else PROMPTS_PER_STEP
     )
-    size = 8 if tiny else PROMPTS_PER_STEP
-    groups = train_apples.draw_batches(np.random.default_rng(0), tokenizer, steps, size)
-    groups = groups[:1]  # the shorter prompts alone: each group is compiled apart
-    digits = jnp.array(
-        [tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS]
+    digits = [tokenizer.token_to_id(digit) for digit in clm.tokenization.DIGITS]
+    return TrainingTask(
+        clm.LanguageModel(model, nn.unbox(variables["params"]), tokenizer),
+        groups[:1],  # the shorter prompts alone: each group is compiled apart
+        np.array(digits),
     )
-    return (
-        clm.LanguageModel(clm.Transformer(config), params["params"], tokenizer),
-        groups,
-        digits,
-    )
+
+
+class StepResult(NamedTuple):
+    """Of one step."""
+
+    changes: list[np.ndarray]  # of each parameter
+    losses: dict[str, float]
 
 
 def check_one_step(tiny: bool) -> Iterator[Check]:
     """By gradient descent, whose change of a parameter is its gradient."""
-    import optax
-
-    from continuous_lm.experiments.apples import train_apples
-
-    lm, groups, digits = prepare_training(1, tiny)
+    task = prepare_training(1, tiny)
     optimizer = optax.sgd(1.0)
 
-    def change(lm: clm.LanguageModel) -> Any:
+    def take_step(lm: clm.LanguageModel) -> StepResult:
         params = jax.tree.map(jnp.array, lm.params)  # a copy, as it is donated
-        after, _, metrics = train_apples.train_steps(
-            params,
-            optimizer.init(params),
-            groups,
-            np.asarray(digits),
-            model=lm.model,
-            optimizer=optimizer,
-        )
+        optimizer_state = optimizer.init(params)
+        after, _, metrics = task.train(params, optimizer_state, optimizer, slice(0, 1))
         changes = jax.tree.map(
-            lambda a, b: np.asarray(a) - np.asarray(b), after, lm.params
+            lambda new, old: np.asarray(new) - np.asarray(old), after, lm.params
         )
-        return jax.tree.leaves(changes), {name: float(x) for name, x in metrics.items()}
+        losses = {name: float(value) for name, value in metrics.items()}
+        return StepResult(jax.tree.leaves(changes), losses)
 
-    (ours, our_loss), (theirs, their_loss) = run_on_device_and_cpu(lm, change)
-    relative_difference = max(
-        abs(our_loss[name] / their_loss[name] - 1) for name in ("answer", "next")
-    )
+    ours, theirs = run_on_device_and_cpu(task.lm, take_step)
+    loss_differences = [
+        abs(ours.losses[name] / theirs.losses[name] - 1) for name in ("answer", "next")
+    ]
     yield isolated_checks.check_against_target(
         "one step: relative difference of the loss",
-        relative_difference,
+        max(loss_differences),
         Target(maximum=1e-5),
     )
-    pairs = zip(ours, theirs, strict=True)
-    relative_difference = float(
-        np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs])
-    )
-    what = "one step: largest difference of a gradient, as a share of the parameter's largest"
+    gradient_differences = [
+        np.abs(our_change - their_change).max() / np.abs(their_change).max()
+        for our_change, their_change in zip(ours.changes, theirs.changes, strict=True)
+    ]
     yield isolated_checks.check_against_target(
-        what, relative_difference, Target(maximum=1e-3)
+        "one step: largest difference of a gradient, as a share of the parameter's largest",
+        float(np.max(gradient_differences)),
+        Target(maximum=1e-3),
     )
 
 
 def check_falling_loss(tiny: bool) -> Iterator[Check]:
     """By AdamW, at the default precision of products."""
-    import optax
-
-    from continuous_lm.experiments.apples import train_apples
-
-    steps = 10 if tiny else NUM_STEPS
-    lm, groups, digits = prepare_training(2 * steps, tiny)
+    num_steps = 10 if tiny else NUM_STEPS
+    task = prepare_training(2 * num_steps, tiny)
     optimizer = optax.adamw(2e-3)
-    params, state = lm.params, optimizer.init(lm.params)
-    train = functools.partial(
-        train_apples.train_steps, digits=digits, model=lm.model, optimizer=optimizer
-    )
-    half_losses, seconds = [], 0.0
-    for half in (slice(0, steps), slice(steps, 2 * steps)):
-        half_groups = [(tokens[half], lengths[half]) for tokens, lengths in groups]
-        seconds, results = time_and_result(
-            functools.partial(train, params, state, half_groups)
+    params, optimizer_state = task.lm.params, optimizer.init(task.lm.params)
+    half_losses = []
+    for half in (slice(0, num_steps), slice(num_steps, 2 * num_steps)):
+        seconds, (params, optimizer_state, metrics) = time_and_result(
+            functools.partial(task.train, params, optimizer_state, optimizer, half)
         )
-        params, state, metrics = results
-        half_losses.append(
-            float(metrics["answer"] + train_apples.NEXT_TOKEN_WEIGHT * metrics["next"])
-        )
-    what = (
-        f"training: loss of steps {steps + 1} to {2 * steps}, over that of those before"
-    )
-    note = f"{half_losses[0]:.3f}, then {half_losses[1]:.3f} nats"
+        next_token_loss = train_apples.NEXT_TOKEN_WEIGHT * metrics["next"]
+        half_losses.append(float(metrics["answer"] + next_token_loss))
+    first_loss, second_loss = half_losses
     yield isolated_checks.check_against_target(
-        what, half_losses[1] / half_losses[0], Target(maximum=0.95), note=note
+        f"training: loss of steps {num_steps + 1} to {2 * num_steps}, over that of those before",
+        second_loss / first_loss,
+        Target(maximum=0.95),
+        note=f"{first_loss:.3f}, then {second_loss:.3f} nats",
     )
     yield Check(
         "training: steps a second",
         isolated_checks.MEASURED,
-        steps / seconds,
+        num_steps / seconds,
         "1/s",
         note="the second time, without compiling",
     )
@@ -307,67 +330,83 @@ def check_falling_loss(tiny: bool) -> Iterator[Check]:
 
 def benchmark_section(tiny: bool) -> Iterator[Check]:
     """Its rows for a GPU, without the sweep, which is above; what needs PyTorch comes last."""
-    setting = gpu_cases.QUICK_SIZES if tiny else gpu_cases.Sizes()
-    rounds, plain = (1, None) if tiny else (3, "cudnn")
-
-    def attention_checks_of(n: int, peer: bool) -> Iterator[Check]:
-        for row in gpu_cases.attention_rows(setting, n, rounds, plain, peer=peer):
-            if peer == ("flex" in row.what):
-                yield as_check(row)
-
-    def as_check(row: timing.Row) -> Check:
-        return isolated_checks.check_from_row(
-            dataclasses.replace(row, target=None) if tiny else row
-        )
-
-    for n in setting.lengths:
-        what = f"{n} tokens: attention beside plain attention"
+    sizes = gpu_cases.QUICK_SIZES if tiny else gpu_cases.Sizes()
+    for num_tokens in sizes.lengths:
         yield from isolated_checks.run_guarded(
-            what, functools.partial(attention_checks_of, n, False)
+            f"{num_tokens} tokens: attention beside plain attention",
+            functools.partial(attention_checks_of, num_tokens, tiny, peer=False),
         )
     yield from isolated_checks.run_guarded(
-        "search", lambda: map(as_check, gpu_cases.search_rows(setting, rounds))
+        "search", functools.partial(search_checks, sizes, tiny)
     )
-    for n in setting.lengths:
-        what = f"{n} tokens: attention beside flex_attention"
-        if absent := baselines.without_cuda():
-            yield Check(what, isolated_checks.NOT_RUN, note=absent)
+    for num_tokens in sizes.lengths:
+        label = f"{num_tokens} tokens: attention beside flex_attention"
+        if missing_reason := baselines.without_cuda():
+            yield Check(label, isolated_checks.NOT_RUN, note=missing_reason)
             continue
-        for check in isolated_checks.run_guarded(
-            what, functools.partial(attention_checks_of, n, True)
-        ):
-            if (
-                check.verdict == isolated_checks.FAILED
-            ):  # the peer's failure is not ours
+        checks = isolated_checks.run_guarded(
+            label, functools.partial(attention_checks_of, num_tokens, tiny, peer=True)
+        )
+        for check in checks:
+            if check.verdict == isolated_checks.FAILED:  # the peer's failure, not ours
                 check = dataclasses.replace(check, verdict=isolated_checks.NOT_RUN)
             yield check
+
+
+def attention_checks_of(num_tokens: int, tiny: bool, *, peer: bool) -> Iterator[Check]:
+    """The benchmark's rows of attention beside flex_attention, its `peer`, or those without."""
+    sizes = gpu_cases.QUICK_SIZES if tiny else gpu_cases.Sizes()
+    rows = gpu_cases.attention_rows(
+        sizes,
+        num_tokens,
+        1 if tiny else 3,
+        None if tiny else "cudnn",
+        peer=peer,
+    )
+    for row in rows:
+        is_peer_row = "flex" in row.what
+        if is_peer_row == peer:
+            yield check_of_row(row, tiny)
+
+
+def search_checks(sizes: gpu_cases.Sizes, tiny: bool) -> Iterator[Check]:
+    """The benchmark's rows of the search."""
+    for row in gpu_cases.search_rows(sizes, 1 if tiny else 3):
+        yield check_of_row(row, tiny)
+
+
+def check_of_row(row: timing.Row, tiny: bool) -> Check:
+    """A row of the benchmark; tiny ones have no targets."""
+    if tiny:
+        row = dataclasses.replace(row, target=None)
+    return isolated_checks.check_from_row(row)
 
 
 # --- What they share ------------------------------------------------------------------------------
 
 
 def run_on_device_and_cpu(
-    lm: clm.LanguageModel, function: Callable[[clm.LanguageModel], Any]
-) -> tuple[Any, Any]:
-    """What a function of the model gives here, and what it gives on the CPU."""
+    lm: clm.LanguageModel, function: Callable[[clm.LanguageModel], Result]
+) -> tuple[Result, Result]:
+    """The results of a function of the model on this device, and on the CPU."""
     results = []
     host = jax.local_devices(backend="cpu")[0]
     for device in (jax.devices()[0], host):
         with jax.default_matmul_precision("highest"), jax.default_device(device):
             params = jax.device_put(lm.params, device)
-            results.append(function(dataclasses.replace(lm, params=params)))
+            results.append(function(lm.with_params(params)))
     return results[0], results[1]
 
 
-def time_and_result(run: Callable[[], Any]) -> tuple[float, Any]:
-    """How many seconds a call takes, and what it gives."""
+def time_and_result(run: Callable[[], Result]) -> tuple[float, Result]:
+    """The seconds that a call takes, and its result."""
     results = []
 
-    def keep() -> Any:
+    def call_and_keep() -> Result:
         results.append(run())
-        return results
+        return results[0]
 
-    return timing.time_call(keep), results[0]
+    return timing.time_call(call_and_keep), results[0]
 
 
 def large_config(tiny: bool) -> clm.TransformerConfig:

@@ -3,7 +3,10 @@
 import doctest
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -29,7 +32,7 @@ from continuous_lm.experiments.gpu.attention_checks import (
 from continuous_lm.experiments.gpu.isolated_checks import FAILED, OK, UNSUPPORTED, Check
 from continuous_lm.models import generation
 from tests.continuous_lm.attention.test_pallas import gpu
-from tests.fixtures.programs import run_program
+from tests.fixtures.programs import ENVIRONMENT, REPOSITORY_ROOT, run_program
 
 PROGRAM = "gpu_check"
 
@@ -67,6 +70,24 @@ def test_without_a_gpu_it_ends_in_one_line(tmp_path):
     assert err.startswith("error: no GPU: JAX ")
     assert err.count("\n") == 1
     assert "--allow_cpu" in err
+
+
+BARE = """
+import sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None
+from continuous_lm.experiments.gpu import attention_checks, gpu_check, model_checks
+"""
+
+
+def test_it_needs_what_the_makefile_says_alone():
+    """`make gpu` installs nothing: other dependencies may be absent."""
+    makefile = (REPOSITORY_ROOT / "Makefile").read_text()
+    needed = re.search(r"^needs := (.*)$", makefile, re.MULTILINE)[1].split()
+    absent = {"matplotlib", "jinja2", "grain", "orbax", "chex", "tensorboardX"}
+    assert absent.isdisjoint(needed)
+    command = [sys.executable, "-c", BARE, *sorted(absent)]
+    subprocess.run(command, env=ENVIRONMENT, check=True)
 
 
 def test_unknown_sections_are_refused():
