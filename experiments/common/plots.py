@@ -1,15 +1,17 @@
 """One way to draw: curves of answers along a sweep, as a figure for a paper."""
 
+import dataclasses
 import pathlib
 import textwrap
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -51,52 +53,28 @@ def answer_curves(
       title: above the axes; the prompt, say.
       marks: label -> point at which a faint vertical line shows an expectation.
     """
+    is_drawn = curves.probabilities.max(axis=0) >= _MIN_DRAWN_PROBABILITY
+    faint = curves.probabilities[:, ~is_drawn].sum(axis=1)
+    remaining = curves.other_probabilities + faint
+    highest = float(max(curves.probabilities.max(), remaining.max()))
+    y_limit = 1.0 if highest > 0.4 else highest
+    positions_by_answer = _label_positions(curves, is_drawn)
+    label_positions = np.array(list(positions_by_answer.values())).reshape(-1, 2)
+    labels_fit = _labels_fit(label_positions / [np.ptp(curves.points), y_limit])
     with plt.rc_context(MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 2.9), layout="constrained")
-        for label, point in marks.items():
-            axes.axvline(point, color="0.75", lw=0.7, ls=(0, (4, 3)), zorder=0)
-            axis_transform = axes.get_xaxis_transform()
-            axes.text(
-                point, 1.02, label, transform=axis_transform, ha="center", **FAINT_TEXT
-            )
-        is_drawn = curves.probabilities.max(axis=0) >= _MIN_DRAWN_PROBABILITY
-        remaining = curves.other_probabilities + curves.probabilities[:, ~is_drawn].sum(
-            axis=1
-        )
-        highest = max(curves.probabilities.max(), remaining.max())
-        y_limit = 1.0 if highest > 0.4 else highest
-        positions_by_answer = _label_positions(curves, is_drawn)
-        label_positions = np.array(list(positions_by_answer.values())).reshape(-1, 2)
-        labels_fit = _labels_fit(label_positions / [np.ptp(curves.points), y_limit])
-        for i, (label_point, label_height) in positions_by_answer.items():
-            colour = COLOURS[i % len(COLOURS)]
-            legend_label = None if labels_fit else _escape_label(curves.answers[i])
+        _draw_marks(axes, marks)
+        for answer_index, position in positions_by_answer.items():
+            colour = COLOURS[answer_index % len(COLOURS)]
+            answer = curves.answers[answer_index]
             axes.plot(
                 curves.points,
-                curves.probabilities[:, i],
+                curves.probabilities[:, answer_index],
                 color=colour,
-                label=legend_label,
+                label=None if labels_fit else _escape_label(answer),
             )
             if labels_fit:
-                relative_position = (label_point - curves.points[0]) / np.ptp(
-                    curves.points
-                )
-                alignment = (
-                    "left"
-                    if relative_position < 0.03
-                    else "right"
-                    if relative_position > 0.97
-                    else "center"
-                )
-                label_height += 0.02 * y_limit
-                axes.text(
-                    label_point,
-                    label_height,
-                    curves.answers[i],
-                    color=colour,
-                    ha=alignment,
-                    **ANSWER_NAME_TEXT,
-                )
+                _name_curve(axes, curves.points, answer, position, y_limit, colour)
         axes.plot(
             curves.points,
             remaining,
@@ -113,14 +91,47 @@ def answer_curves(
         axes.set_title(
             wrapped_title, pad=16, fontsize=8, style="italic", parse_math=False
         )
-        legend_position: dict[str, Any] = {
-            "loc": "upper right",
-            "bbox_to_anchor": (1.0, -0.13),
-        }
-        if not labels_fit:
-            legend_position = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
-        axes.legend(frameon=False, fontsize=8, borderpad=0.0, **legend_position)
+        legend_place: dict[str, Any] = _BELOW if labels_fit else _BESIDE
+        axes.legend(frameon=False, fontsize=8, borderpad=0.0, **legend_place)
     return figure
+
+
+_BELOW = {"loc": "upper right", "bbox_to_anchor": (1.0, -0.13)}
+_BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+
+
+def _draw_marks(axes: Axes, marks: Mapping[str, float]) -> None:
+    """A faint vertical line with its label at each point."""
+    transform = axes.get_xaxis_transform()
+    for label, point in marks.items():
+        axes.axvline(point, color="0.75", lw=0.7, ls=(0, (4, 3)), zorder=0)
+        axes.text(point, 1.02, label, transform=transform, ha="center", **FAINT_TEXT)
+
+
+def _name_curve(
+    axes: Axes,
+    points: np.ndarray,
+    answer: str,
+    position: tuple[float, float],
+    y_limit: float,
+    colour: str,
+) -> None:
+    """Writes an answer above its curve, at a point and a probability."""
+    label_point, label_height = position
+    relative_point = (label_point - points[0]) / np.ptp(points)
+    alignment = "center"
+    if relative_point < 0.03:
+        alignment = "left"
+    elif relative_point > 0.97:
+        alignment = "right"
+    axes.text(
+        label_point,
+        label_height + 0.02 * y_limit,
+        answer,
+        color=colour,
+        ha=alignment,
+        **ANSWER_NAME_TEXT,
+    )
 
 
 def _label_positions(
@@ -169,9 +180,7 @@ def threshold_curves(
     with plt.rc_context(MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
         for i, (model, (observed, counterfactual)) in enumerate(model_curves.items()):
-            colour = COLOURS[
-                (i + 3) % len(COLOURS)
-            ]  # the first three are faint on their own
+            colour = COLOURS[(i + 3) % len(COLOURS)]  # the first three are faint alone
             axes.plot(thresholds, observed, color=colour, label=_escape_label(model))
             axes.plot(thresholds, counterfactual, color=colour, lw=1.1, ls=(0, (4, 2)))
         axes.plot([], [], color="0.35", label="observed, along the sweep")
@@ -220,11 +229,8 @@ def histograms(
         last_bin = max(
             np.flatnonzero(bin_counts).max() for bin_counts in model_counts.values()
         )
-        right_edge = edges[
-            max(last_bin + 2, np.searchsorted(edges, 2 * bound)).clip(
-                max=len(edges) - 1
-            )
-        ]
+        right_bin = max(last_bin + 2, np.searchsorted(edges, 2 * bound))
+        right_edge = edges[min(right_bin, len(edges) - 1)]
         axes.set(xlim=(0, right_edge), xlabel=xlabel, ylabel="share of records")
         figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     return figure
@@ -243,7 +249,8 @@ def curve_grid(cells: dict[tuple[str, str], Curves], *, xlabel: str) -> Figure:
       cells: (row, column) -> the curves there, all of the same answers.
       xlabel: what the points are.
     """
-    rows, columns = (list(dict.fromkeys(cell[i] for cell in cells)) for i in (0, 1))
+    rows = list(dict.fromkeys(row for row, _ in cells))
+    columns = list(dict.fromkeys(column for _, column in cells))
     with plt.rc_context(MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(
             len(rows),
@@ -300,29 +307,22 @@ def heat_maps(
       title: above them.
     """
     with plt.rc_context(MATPLOTLIB_STYLE):
-        figure, axes, positions, num_lines = _text_axes(
-            token_texts, separators, rows, title
-        )
-        for i, values in enumerate(rows.values()):
+        text_axes = _make_text_axes(token_texts, separators, list(rows), title)
+        for row, values in enumerate(rows.values()):
             max_value = max(float(np.abs(values).max()), 1e-9)
-            for token_text, (line, column), value in zip(
-                token_texts, positions, values, strict=True
-            ):
-                x, y = column, i * (num_lines + 1.5) + line
+            for token, value in zip(text_axes.tokens, values, strict=True):
+                x, y = text_axes.place(row, token)
                 colour = COLOURS[4] if value >= 0 else COLOURS[3]
-                rectangle = (
-                    (x - 0.3, y - 0.42),
-                    len(_fit_to_line(token_text)) + 0.6,
-                    0.84,
-                )
                 opacity = min(abs(float(value)) / max_value, 1.0)
-                axes.add_patch(
-                    Rectangle(*rectangle, color=colour, alpha=0.85 * opacity, lw=0)
+                corner = (x - 0.3, y - 0.42)
+                width = len(token.text) + 0.6
+                text_axes.axes.add_patch(
+                    Rectangle(
+                        corner, width, 0.84, color=colour, alpha=0.85 * opacity, lw=0
+                    )
                 )
-                _draw_token(
-                    axes, x, y, token_text, "white" if opacity > 0.75 else "black"
-                )
-    return figure
+                text_axes.write(row, token, "white" if opacity > 0.75 else "black")
+    return text_axes.figure
 
 
 def durations_over_text(
@@ -343,33 +343,37 @@ def durations_over_text(
       title: above them.
     """
     with plt.rc_context(MATPLOTLIB_STYLE):
-        figure, axes, positions, num_lines = _text_axes(
-            token_texts, separators, rows, title, line_height=2.1
+        text_axes = _make_text_axes(
+            token_texts, separators, list(rows), title, line_height=2.1
         )
         max_duration = max(1.0, *(float(np.max(values)) for values in rows.values()))
-        for i, values in enumerate(rows.values()):
-            for token_text, (line, column), duration in zip(
-                token_texts, positions, values, strict=True
-            ):
-                x, y = column, i * (2.1 * num_lines + 1.5) + 2.1 * line
-                width = len(_fit_to_line(token_text))
-                colour = (
-                    COLOURS[4]
-                    if duration < 0.999
-                    else COLOURS[3]
-                    if duration > 1.001
-                    else "0.6"
+        for row, values in enumerate(rows.values()):
+            for token, duration in zip(text_axes.tokens, values, strict=True):
+                x, y = text_axes.place(row, token)
+                base, width = y - 0.45, len(token.text)
+                height = 1.1 * float(duration) / max_duration
+                text_axes.axes.add_patch(
+                    Rectangle(
+                        (x, base),
+                        width,
+                        -height,
+                        color=_colour_of_duration(duration),
+                        alpha=0.8,
+                        lw=0,
+                    )
                 )
-                rectangle = (x, y - 0.45), width, -1.1 * float(duration) / max_duration
-                axes.add_patch(Rectangle(*rectangle, color=colour, alpha=0.8, lw=0))
-                axes.plot(
-                    [x, x + width],
-                    [y - 0.45 - 1.1 / max_duration] * 2,
-                    color="0.75",
-                    lw=0.5,
+                unit_height = base - 1.1 / max_duration
+                text_axes.axes.plot(
+                    [x, x + width], [unit_height, unit_height], color="0.75", lw=0.5
                 )
-                _draw_token(axes, x, y, token_text, "black" if duration > 0 else "0.75")
-    return figure
+                text_axes.write(row, token, "black" if duration > 0 else "0.75")
+    return text_axes.figure
+
+
+def _colour_of_duration(duration: float) -> str:
+    if duration < 0.999:
+        return COLOURS[4]
+    return COLOURS[3] if duration > 1.001 else "0.6"
 
 
 def deletion_curves(curves_by_method: dict[str, np.ndarray]) -> Figure:
@@ -391,48 +395,89 @@ def deletion_curves(curves_by_method: dict[str, np.ndarray]) -> Figure:
 
 
 _TEXT_COLUMNS = 84
+_ROW_GAP = 1.5  # lines between one text and the next
+_TOKEN_FONT: dict[str, Any] = {
+    "family": "DejaVu Sans Mono",
+    "fontsize": 8,
+    "parse_math": False,
+}
 
 
-def _text_axes(token_texts, separators, rows, title, line_height=1.0):
-    """Axes in units of a letter and a line, with each row's name, and the places of the pieces."""
-    positions, line, column = [], 0, 0
-    for token_text, separator in zip(token_texts, separators, strict=True):
-        if "\n" in separator:
-            line, column = line + 1, 0
-        elif column:
-            column += 1
-        if column and column + len(_fit_to_line(token_text)) > _TEXT_COLUMNS:
-            line, column = line + 1, 0
-        positions.append((line, column))
-        column += len(_fit_to_line(token_text))
-    num_lines = line + 1
-    height = (num_lines * line_height + 1.5) * len(rows)
-    figure = plt.figure(figsize=(0.0677 * (_TEXT_COLUMNS + 2), 0.2 * (height + 1.5)))
-    axes = figure.add_axes((0.0, 0.0, 1.0, height / (height + 1.5)))
+class _PlacedToken(NamedTuple):
+    """A piece of a text."""
+
+    text: str  # on one line, and never longer than one
+    line: int
+    column: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextAxes:
+    """Axes in units of a letter and a line, on which a text stands several times."""
+
+    figure: Figure
+    axes: Axes
+    tokens: list[_PlacedToken]
+    line_height: float
+    row_height: float  # of one text, with the gap after it
+
+    def place(self, row: int, token: _PlacedToken) -> tuple[float, float]:
+        """x and y of a piece of one of the texts."""
+        return token.column, row * self.row_height + token.line * self.line_height
+
+    def write(self, row: int, token: _PlacedToken, colour: str) -> None:
+        """Writes a piece at its place."""
+        x, y = self.place(row, token)
+        self.axes.text(x, y, token.text, va="center", color=colour, **_TOKEN_FONT)
+
+
+def _make_text_axes(
+    token_texts: Sequence[str],
+    separators: Sequence[str],
+    row_names: Sequence[str],
+    title: str,
+    line_height: float = 1.0,
+) -> _TextAxes:
+    """Axes with each row's name, and the places of the pieces."""
+    tokens = _place_tokens(token_texts, separators)
+    num_lines = tokens[-1].line + 1 if tokens else 1
+    row_height = num_lines * line_height + _ROW_GAP
+    height = row_height * len(row_names)
+    title_height = 1.5
+    figure_width = 0.0677 * (_TEXT_COLUMNS + 2)
+    figure = plt.figure(figsize=(figure_width, 0.2 * (height + title_height)))
+    axes = figure.add_axes((0.0, 0.0, 1.0, height / (height + title_height)))
     axes.set(
         xlim=(-1, _TEXT_COLUMNS + 1),
         ylim=(height - line_height - 0.2, -line_height - 0.9),
     )
     axes.set_axis_off()
-    for i, name in enumerate(rows):
-        y = i * (num_lines * line_height + 1.5) - line_height
+    for row, name in enumerate(row_names):
+        y = row * row_height - line_height
         axes.text(0, y, name, fontsize=8, style="italic", va="center", parse_math=False)
     wrapped_title = "\n".join(textwrap.wrap(title, 88))
     figure.suptitle(
         wrapped_title, fontsize=9, x=0.012, y=0.995, ha="left", parse_math=False
     )
-    return figure, axes, positions, num_lines
+    return _TextAxes(figure, axes, tokens, line_height, row_height)
 
 
-def _fit_to_line(token_text: str) -> str:
-    """A piece as it is drawn: on one line, and never longer than one."""
-    return " ".join(token_text.split())[:_TEXT_COLUMNS]
-
-
-def _draw_token(axes, x: float, y: float, token_text: str, colour: str) -> None:
-    font: dict[str, Any] = {
-        "family": "DejaVu Sans Mono",
-        "fontsize": 8,
-        "parse_math": False,
-    }
-    axes.text(x, y, _fit_to_line(token_text), va="center", color=colour, **font)
+def _place_tokens(
+    token_texts: Sequence[str], separators: Sequence[str]
+) -> list[_PlacedToken]:
+    """The pieces on lines of `_TEXT_COLUMNS` letters."""
+    tokens = []
+    line = column = 0
+    for token_text, separator in zip(token_texts, separators, strict=True):
+        text = " ".join(token_text.split())[:_TEXT_COLUMNS]
+        if "\n" in separator:
+            line += 1
+            column = 0
+        elif column:
+            column += 1
+        if column and column + len(text) > _TEXT_COLUMNS:
+            line += 1
+            column = 0
+        tokens.append(_PlacedToken(text, line, column))
+        column += len(text)
+    return tokens
