@@ -118,13 +118,11 @@ def istft(
     length = (len(windowed) - 1) * hop + 1 if length is None else length
     first_sample = window // 2
     missing_samples = max(0, first_sample + length - len(overlapped))
-    overlapped, window_weight = (
-        np.pad(array, (0, missing_samples))[first_sample : first_sample + length]
-        for array in (overlapped, window_weight)
-    )
-    return overlapped / np.maximum(
-        window_weight, 1e-3
-    )  # it is less beyond the last window's middle alone
+    kept_samples = slice(first_sample, first_sample + length)
+    samples = np.pad(overlapped, (0, missing_samples))[kept_samples]
+    weight = np.pad(window_weight, (0, missing_samples))[kept_samples]
+    # It is less beyond the last window's middle alone.
+    return samples / np.maximum(weight, 1e-3)
 
 
 def _overlap_add(pieces: np.ndarray, hop: int) -> np.ndarray:
@@ -215,7 +213,8 @@ def magnitudes_from_log_mel(
         np.exp(np.asarray(frames, np.float64)) - mel_config.floor, mel_config.floor
     )
     power = (target_power / filters.sum(axis=1)) @ filters
-    numerator, gram = target_power @ filters, filters.T @ filters
+    numerator = target_power @ filters
+    gram = filters.T @ filters
     for _ in range(num_updates):
         power *= numerator / np.maximum(power @ gram, 1e-30)
     return np.sqrt(power) * hann_window(mel_config.window).sum()

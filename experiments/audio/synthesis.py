@@ -103,7 +103,8 @@ def synthesize_tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
     """
     num_wanted = num_samples(seconds, rate)
     rng = np.random.default_rng([seed, 1])
-    pieces, num_generated = [], 0
+    pieces: list[np.ndarray] = []
+    num_generated = 0
     while num_generated < num_wanted:
         pieces.append(_synthesize_sentence(rng, rate))
         num_generated += len(pieces[-1])
@@ -177,74 +178,79 @@ def synthesize_segments(
     segment_indices = np.minimum(
         np.searchsorted(end_times, control_times, side="right"), len(segments) - 1
     )
-
-    def smooth_track(values: Sequence[float], seconds: float) -> np.ndarray:
-        """What moves from one segment's value to the next one's within so many seconds."""
-        kernel_size = max(3, round(seconds * _CONTROL_RATE)) | 1
-        kernel = hann_window(kernel_size + 1)[1:]
-        padded = np.pad(
-            np.asarray(values, np.float64)[segment_indices],
-            kernel_size // 2,
-            mode="edge",
-        )
-        return np.convolve(padded, kernel / kernel.sum(), mode="valid")
-
     times = np.arange(length) / rate
     formants = [
-        smooth_track(formant_row, 0.09) * formant_factor
-        for formant_row in np.array(_target_formants(segments)).T
+        _smooth_track(frequencies, segment_indices, 0.09) * formant_factor
+        for frequencies in np.array(_target_formants(segments)).T
     ]
-    pitch_waver = np.cumsum(rng.standard_normal(len(control_times) // 100 + 2)) * 0.02
-    pitch_fall = np.linspace(1.1, 0.85, len(control_times))
-    pitch_waver = np.interp(
-        control_times,
-        np.arange(len(pitch_waver)) / 10,
-        pitch_waver - pitch_waver.mean(),
+    voice_levels = _smooth_track(
+        [segment.voice_level for segment in segments], segment_indices, 0.03
     )
-    frequency = pitch * pitch_fall * np.exp(np.clip(pitch_waver, -0.2, 0.2))
-    voice_levels = smooth_track([segment.voice_level for segment in segments], 0.03)
+    frequency = _intonation(pitch, control_times, rng)
     samples = _synthesize_voice(
         frequency, formants, voice_levels, control_times, times, rate
     )
-    for noise_center, noise_width in sorted(
-        {
-            (segment.noise_center, segment.noise_width)
-            for segment in segments
-            if segment.noise_level
-        }
-    ):
-        noise_levels = [
+    noises = {
+        (segment.noise_center, segment.noise_width)
+        for segment in segments
+        if segment.noise_level
+    }
+    for noise_center, noise_width in sorted(noises):
+        levels = [
             segment.noise_level
-            * (
-                (segment.noise_center, segment.noise_width)
-                == (noise_center, noise_width)
-            )
+            if (segment.noise_center, segment.noise_width)
+            == (noise_center, noise_width)
+            else 0.0
             for segment in segments
         ]
-        noise_spectrum = np.fft.rfft(rng.standard_normal(length))
-        noise_spectrum *= np.exp(
-            -0.5
-            * (
-                (np.fft.rfftfreq(length, 1 / rate) - noise_center * formant_factor)
-                / noise_width
-            )
-            ** 2
+        level_track = _smooth_track(levels, segment_indices, 0.012)
+        noise = _shaped_noise(
+            length, rate, noise_center * formant_factor, noise_width, rng
         )
-        shaped_noise = np.fft.irfft(noise_spectrum, n=length)
-        scale = max(float(shaped_noise.std()), 1e-12)
-        samples += (
-            np.interp(times, control_times, smooth_track(noise_levels, 0.012))
-            * shaped_noise
-            / scale
-        )
+        scale = max(float(noise.std()), 1e-12)
+        samples += np.interp(times, control_times, level_track) * noise / scale
     return _SENTENCE_RMS * samples / max(float(np.sqrt(np.mean(samples**2))), 1e-12)
+
+
+def _smooth_track(
+    values: Sequence[float] | np.ndarray, segment_indices: np.ndarray, seconds: float
+) -> np.ndarray:
+    """Moves from one segment's value to the next one's within so many seconds."""
+    kernel_size = max(3, round(seconds * _CONTROL_RATE)) | 1
+    kernel = hann_window(kernel_size + 1)[1:]
+    padded = np.pad(
+        np.asarray(values, np.float64)[segment_indices], kernel_size // 2, mode="edge"
+    )
+    return np.convolve(padded, kernel / kernel.sum(), mode="valid")
+
+
+def _intonation(
+    pitch: float, control_times: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """The pitch at `control_times`, in Hz: it falls, and wavers."""
+    num_controls = len(control_times)
+    waver = np.cumsum(rng.standard_normal(num_controls // 100 + 2)) * 0.02
+    waver_times = np.arange(len(waver)) / 10
+    smooth_waver = np.interp(control_times, waver_times, waver - waver.mean())
+    fall = np.linspace(1.1, 0.85, num_controls)
+    return pitch * fall * np.exp(np.clip(smooth_waver, -0.2, 0.2))
+
+
+def _shaped_noise(
+    length: int, rate: int, center: float, width: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Noise [length] around a frequency."""
+    spectrum = np.fft.rfft(rng.standard_normal(length))
+    distance = (np.fft.rfftfreq(length, 1 / rate) - center) / width
+    return np.fft.irfft(spectrum * np.exp(-0.5 * distance**2), n=length)
 
 
 def _target_formants(
     segments: Sequence[SoundSegment],
 ) -> list[tuple[float, float, float]]:
     """The formants of each segment; those of the next that has some where one has none."""
-    next_formants, formant_targets = (500.0, 1500.0, 2500.0), []
+    next_formants = (500.0, 1500.0, 2500.0)
+    formant_targets = []
     for segment in reversed(segments):
         next_formants = segment.formants or next_formants
         formant_targets.append(next_formants)
@@ -257,10 +263,8 @@ def _synthesize_voice(
     """Harmonics h of a pitch, 1 / h strong, through resonances; values at `control_times`."""
     phase = 2 * np.pi * np.cumsum(np.interp(times, control_times, frequency)) / rate
     twice_cosine = 2 * np.cos(phase)
-    previous_harmonic, current_harmonic = (
-        np.zeros_like(phase),
-        np.sin(phase),
-    )  # of (h - 1) and h times the phase
+    previous_harmonic = np.zeros_like(phase)  # sine of (h - 1) times the phase
+    current_harmonic = np.sin(phase)  # of h times it
     samples = np.zeros_like(phase)
     for h in range(1, int(rate / 2 / frequency.min()) + 1):
         partial_frequency = h * frequency

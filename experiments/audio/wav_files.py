@@ -48,7 +48,8 @@ def read_wav(path: pathlib.Path) -> tuple[np.ndarray, int]:
                 raise InputError(
                     f"{path} has {8 * file.getsampwidth()} bits a sample, not 16"
                 )
-            frame_bytes, rate = file.readframes(file.getnframes()), file.getframerate()
+            rate = file.getframerate()
+            frame_bytes = file.readframes(file.getnframes())
             samples = np.frombuffer(frame_bytes, "<i2").reshape(-1, file.getnchannels())
     except (OSError, EOFError, ValueError, wave.Error) as error:
         raise InputError(f"{path} cannot be read as a WAV file: {error}") from None

@@ -5,7 +5,7 @@ They come with the extra `peers`, and are imported when a case asks for them.
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,8 @@ from continuous_lm.experiments.benchmarks import timing
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    KeysValues = tuple[torch.Tensor, torch.Tensor]  # [P, K, S, H] each
 
 # Intel's OpenMP would spin for 200 ms after each operation, into the next turn; see `timing`.
 os.environ.setdefault("KMP_BLOCKTIME", "20")
@@ -69,7 +71,8 @@ def load_causal_lm(
     folder: str | os.PathLike, attention: str = "eager"
 ) -> "PreTrainedModel":
     """The checkpoint in transformers, float32."""
-    torch, transformers = import_baseline("torch"), import_baseline("transformers")
+    torch = import_baseline("torch")
+    transformers = import_baseline("transformers")
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation=attention, dtype=torch.float32
@@ -94,15 +97,18 @@ def paper_mask(times: "torch.Tensor") -> "torch.Tensor":
     return torch.log(durations)
 
 
-def paper_masks(durations: np.ndarray) -> list[Any]:
+def paper_masks(durations: np.ndarray) -> list["torch.Tensor"]:
     """`paper_mask` of every point of durations [P, T]."""
     torch = import_baseline("torch")
     return [paper_mask(times) for times in torch.cumsum(torch.tensor(durations), 1)]
 
 
 def paper_sweep(
-    model: Any, tokens: np.ndarray, durations: np.ndarray, masks: Any = None
-) -> Any:
+    model: "PreTrainedModel",
+    tokens: np.ndarray,
+    durations: np.ndarray,
+    masks: Sequence["torch.Tensor"] | None = None,
+) -> np.ndarray:
     """Probabilities [P, V] of the next token, point by point, by eager attention.
 
     All positions' logits and their softmax are made, as there.
@@ -114,13 +120,14 @@ def paper_sweep(
       masks: `paper_mask` of every point; made here if left out.
     """
     torch = import_baseline("torch")
+    embed = model.get_input_embeddings()
     probabilities = []
     with torch.inference_mode():
         for point, point_durations in enumerate(torch.tensor(durations)):
             times = torch.cumsum(point_durations, 0)
             mask = paper_mask(times) if masks is None else masks[point]
             output = model(
-                inputs_embeds=model.get_input_embeddings()(torch.tensor(tokens)[None]),
+                inputs_embeds=embed(torch.tensor(tokens)[None]),
                 attention_mask=mask,
                 position_ids=times[None],
                 use_cache=False,
@@ -133,12 +140,12 @@ def paper_sweep(
 
 
 class _LayerWeights(NamedTuple):
-    attention_norm: Any
-    qkv: Any
-    attention_output: Any
-    mlp_norm: Any
-    gate_up: Any
-    down: Any
+    attention_norm: "torch.Tensor"
+    qkv: "torch.Tensor"
+    attention_output: "torch.Tensor"
+    mlp_norm: "torch.Tensor"
+    gate_up: "torch.Tensor"
+    down: "torch.Tensor"
 
 
 class BatchedLlama:
@@ -152,36 +159,36 @@ class BatchedLlama:
         """Of a model of transformers, in the dtype of that name."""
         torch = import_baseline("torch")
         config = model.config
-        self.eps, self.num_heads = config.rms_norm_eps, config.num_attention_heads
-        self.num_kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.eps = config.rms_norm_eps
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.theta = config.rope_parameters["rope_theta"]
         self.dtype = getattr(torch, dtype)
-
-        def concatenate_weights(*modules: Any) -> Any:
-            return torch.cat([module.weight.detach() for module in modules]).to(
-                self.dtype
-            )
 
         self.layers = []
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self.layers.append(
                 _LayerWeights(
-                    concatenate_weights(layer.input_layernorm),
-                    concatenate_weights(
+                    self._concatenate_weights(layer.input_layernorm),
+                    self._concatenate_weights(
                         attention.q_proj, attention.k_proj, attention.v_proj
                     ),
-                    concatenate_weights(attention.o_proj),
-                    concatenate_weights(layer.post_attention_layernorm),
-                    concatenate_weights(mlp.gate_proj, mlp.up_proj),
-                    concatenate_weights(mlp.down_proj),
+                    self._concatenate_weights(attention.o_proj),
+                    self._concatenate_weights(layer.post_attention_layernorm),
+                    self._concatenate_weights(mlp.gate_proj, mlp.up_proj),
+                    self._concatenate_weights(mlp.down_proj),
                 )
             )
-        self.embedding = concatenate_weights(model.get_input_embeddings())
-        self.norm, self.output_layer = (
-            concatenate_weights(model.model.norm),
-            concatenate_weights(model.lm_head),
-        )
+        self.embedding = self._concatenate_weights(model.get_input_embeddings())
+        self.norm = self._concatenate_weights(model.model.norm)
+        self.output_layer = self._concatenate_weights(model.lm_head)
+
+    def _concatenate_weights(self, *modules: Any) -> "torch.Tensor":
+        """The weights of linear maps of the same input, as one matrix."""
+        weights = import_baseline("torch").cat([m.weight.detach() for m in modules])
+        return weights.to(self.dtype)
 
     def sweep(
         self,
@@ -200,25 +207,21 @@ class BatchedLlama:
           prefix: tokens that last the same at all points, computed once.
         """
         torch = import_baseline("torch")
-        tokens, d = torch.tensor(tokens), torch.tensor(durations)
+        token_ids = torch.tensor(tokens)
+        d = torch.tensor(durations)
         times = torch.cumsum(d, 1)
         with torch.inference_mode():
             prefix_cache = None
             if prefix:
-                prefix_slice = slice(0, prefix)
                 _, prefix_cache = self._run_layers(
-                    tokens[prefix_slice],
-                    d[:1, prefix_slice],
-                    times[:1, prefix_slice],
-                    None,
+                    token_ids[:prefix], d[:1, :prefix], times[:1, :prefix], None
                 )
-            suffix_slice = slice(prefix, None)
             probabilities = []
             for point_indices in torch.arange(len(d)).split(batch_size):
                 x, _ = self._run_layers(
-                    tokens[suffix_slice],
+                    token_ids[prefix:],
                     d[point_indices],
-                    times[point_indices, suffix_slice],
+                    times[point_indices, prefix:],
                     prefix_cache,
                 )
                 x = torch.nn.functional.rms_norm(
@@ -230,8 +233,12 @@ class BatchedLlama:
             return torch.cat(probabilities).numpy()
 
     def _run_layers(
-        self, tokens: Any, d: Any, times: Any, cache: Any
-    ) -> tuple[Any, list]:
+        self,
+        tokens: "torch.Tensor",
+        d: "torch.Tensor",
+        times: "torch.Tensor",
+        cache: Sequence["KeysValues"] | None,
+    ) -> tuple["torch.Tensor", list["KeysValues"]]:
         """Outputs [P, T, D] of the last layer, and the keys and values of all."""
         torch = import_baseline("torch")
         functional = torch.nn.functional
@@ -241,29 +248,26 @@ class BatchedLlama:
             -torch.arange(0, self.head_dim, 2).float() / self.head_dim
         )
         angles = (times[..., None] * frequencies)[:, None]
-        cos_sin = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        cosine = angles.cos().to(self.dtype)
+        sine = angles.sin().to(self.dtype)
         # Scores are weighted by adding log d; later keys are hidden.
         causal_mask = torch.full((length, d.shape[1]), -torch.inf).triu(
             1 + d.shape[1] - length
         )
         mask = (d.log()[:, None, None, :] + causal_mask).to(self.dtype)
-        sizes = [
-            n * self.head_dim
-            for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        ]
+        head_counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        widths = [num_heads * self.head_dim for num_heads in head_counts]
         keys_values = []
-        for i, layer in enumerate(self.layers):
+        for layer_index, layer in enumerate(self.layers):
             y = functional.rms_norm(x, x.shape[-1:], layer.attention_norm, self.eps)
-            q, k, v = (
-                part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-                for part in functional.linear(y, layer.qkv).split(sizes, -1)
-            )
-            q, k = self._apply_rotary(q, *cos_sin), self._apply_rotary(k, *cos_sin)
+            qkv = functional.linear(y, layer.qkv)
+            q, k, v = map(self._split_heads, qkv.split(widths, -1))
+            q = self._apply_rotary(q, cosine, sine)
+            k = self._apply_rotary(k, cosine, sine)
             if cache is not None:
-                k, v = (
-                    torch.cat([cached.expand(num_points, -1, -1, -1), current], 2)
-                    for cached, current in zip(cache[i], (k, v), strict=True)
-                )
+                cached_keys, cached_values = cache[layer_index]
+                k = torch.cat([cached_keys.expand(num_points, -1, -1, -1), k], 2)
+                v = torch.cat([cached_values.expand(num_points, -1, -1, -1), v], 2)
             keys_values.append((k, v))
             is_grouped = self.num_heads != self.num_kv_heads
             y = functional.scaled_dot_product_attention(
@@ -277,7 +281,13 @@ class BatchedLlama:
             x = x + functional.linear(functional.silu(gate) * up, layer.down)
         return x, keys_values
 
-    def _apply_rotary(self, x: Any, cosine: Any, sine: Any) -> Any:
+    def _split_heads(self, x: "torch.Tensor") -> "torch.Tensor":
+        """[P, T, N H] -> [P, N, T, H]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _apply_rotary(
+        self, x: "torch.Tensor", cosine: "torch.Tensor", sine: "torch.Tensor"
+    ) -> "torch.Tensor":
         torch = import_baseline("torch")
         first_half, second_half = x.chunk(2, -1)
         return torch.cat(
@@ -313,12 +323,10 @@ def flex_attention(
       num_calls: how often the function that is returned does it.
       device: of PyTorch.
     """
-    torch, flex = (
-        import_baseline("torch"),
-        import_baseline("torch.nn.attention.flex_attention"),
-    )
+    torch = import_baseline("torch")
+    flex = import_baseline("torch.nn.attention.flex_attention")
     length = q.shape[1]
-    queries, keys, values = (
+    queries, keys, values = [
         torch.tensor(
             x.swapaxes(1, 2),
             dtype=torch.bfloat16,
@@ -326,7 +334,7 @@ def flex_attention(
             requires_grad=with_gradients,
         )
         for x in (q, k, v)
-    )
+    ]
     log_durations = torch.tensor(
         np.log(durations[0]), device=device, requires_grad=with_gradients
     )

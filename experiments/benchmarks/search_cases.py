@@ -36,10 +36,8 @@ def nearest_code_rows(quick: bool, repeats: int) -> Iterator[Row]:
         vectors = rng.standard_normal((num_codes, width), np.float32)
         codes = jnp.asarray(vectors)
         norms = q.squared_norms(codes)
-        faiss_index, missing_reason = (
-            None,
-            baselines.why_missing("faiss") if with_faiss else "",
-        )
+        faiss_index: Any = None
+        missing_reason = baselines.why_missing("faiss") if with_faiss else ""
         if with_faiss and not missing_reason:
             faiss_index = baselines.import_baseline("faiss").IndexFlatL2(width)
             faiss_index.add(vectors)
