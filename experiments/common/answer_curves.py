@@ -11,6 +11,8 @@ import tokenizers
 from continuous_lm import tokenization
 from continuous_lm.errors import InputError
 
+Answers = Sequence[str] | Mapping[str, Sequence[str]]  # or each with its spellings
+
 ANSWER_TOKEN_RULES = {
     "exact": tokenization.tokens_spelling,
     "paper": tokenization.tokens_containing,
@@ -19,31 +21,26 @@ ANSWER_TOKEN_RULES = {
 
 def find_answer_tokens(
     tokenizer: tokenizers.Tokenizer,
-    answer_texts: Sequence[str] | Mapping[str, Sequence[str]],
+    answers: Answers,
     rule: str,
 ) -> dict[str, list[int]]:
     """Answer -> the tokens that count for it, as `ANSWER_TOKEN_RULES` says.
 
     Args:
       tokenizer: of the model.
-      answer_texts: what is tracked; or each answer with the ways to write it, whose tokens are
+      answers: what is tracked; or each answer with the ways to write it, whose tokens are
         summed.
       rule: a key of `ANSWER_TOKEN_RULES`.
 
     Raises:
       InputError: if an answer has no token of its own.
     """
-    spellings = (
-        answer_texts
-        if isinstance(answer_texts, Mapping)
-        else {answer: (answer,) for answer in answer_texts}
-    )
-    tokens_by_text = ANSWER_TOKEN_RULES[rule](
-        tokenizer, tuple(dict.fromkeys(itertools.chain(*spellings.values())))
-    )
+    spellings = answers if isinstance(answers, Mapping) else {a: (a,) for a in answers}
+    texts = tuple(dict.fromkeys(itertools.chain(*spellings.values())))
+    tokens_by_text = ANSWER_TOKEN_RULES[rule](tokenizer, texts)
     answer_tokens = {
-        a: [i for text in texts for i in tokens_by_text[text]]
-        for a, texts in spellings.items()
+        answer: [token_id for text in texts for token_id in tokens_by_text[text]]
+        for answer, texts in spellings.items()
     }
     missing = [answer for answer, tokens in answer_tokens.items() if not tokens]
     if missing:
@@ -53,6 +50,11 @@ def find_answer_tokens(
             " model"
         )
     return answer_tokens
+
+
+def token_name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
+    """As the tokenizer names it; a model may have more tokens than its tokenizer."""
+    return tokenizer.id_to_token(token) or f"token {token}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -362,9 +362,17 @@ def settings(config: RunConfig) -> dict[str, Any]:
     }
 
 
-# --- The command line -------------------------------------------------------------------------
-
 Config = TypeVar("Config", bound=RunConfig)
+
+
+def with_values_of(config: Config, source: RunConfig) -> Config:
+    """A program's Config with the flags that another's has too; its own run writes nothing."""
+    shared_names = set(_fields(type(config))) & set(_fields(type(source)))
+    shared_values = {name: getattr(source, name) for name in shared_names}
+    return dataclasses.replace(config, **shared_values | {"output_dir": None})
+
+
+# --- The command line -------------------------------------------------------------------------
 
 
 def main(

@@ -1,6 +1,7 @@
-"""A prompt as programs read it: its tokens, the pieces of text that they are, and its answer."""
+"""A prompt as programs read it: its flag, its tokens, their texts, and its answer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ import tokenizers
 
 import continuous_lm as clm
 from continuous_lm.experiments.apples import prompts
-from continuous_lm.experiments.common import answer_curves
+from continuous_lm.experiments.common import answer_curves, pretrained, program
 
 # The paper's, with four apples (Marro et al., arXiv:2504.03933, section 4.1).
 DEFAULT_PROMPT = prompts.counting_prompt(
     "fruit", "apple", [" "] * 3, wording="times"
 ).text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptConfig(pretrained.PretrainedConfig):
+    """Flags of the prompt."""
+
+    prompt: str = program.flag(DEFAULT_PROMPT, help="Text that the model reads.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,14 @@ class AnsweredPrompt:
     answer: str
     answer_tokens: tuple[int, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        """What results files say of it."""
+        return {
+            "prompt": self.text,
+            "pieces": list(self.token_texts),
+            "answer": self.answer,
+        }
+
 
 def encode_prompt(
     lm: clm.LanguageModel,
@@ -53,29 +69,14 @@ def encode_prompt(
         raise clm.InputError(f"the prompt {text!r} is empty; write a question")
     encoding = clm.tokenization.encode(tokenizer, text)
     tokens = jnp.array(encoding.ids)
-    token_texts, separators, previous_end = [], [], 0
-    for token, (token_begin, token_end) in zip(
-        encoding.tokens, encoding.offsets, strict=True
-    ):
-        token_texts.append(text[token_begin:token_end].strip() or token)
-        text_begin = (
-            token_begin
-            + len(text[token_begin:token_end])
-            - len(text[token_begin:token_end].lstrip())
-        )
-        separators.append(
-            text[previous_end:text_begin] if token_end > token_begin else ""
-        )
-        previous_end = max(previous_end, token_end)
+    token_texts, separators = split_text(text, encoding)
     if answer is None:
-        best_token = int(np.asarray(lm(tokens, position=-1)).argmax())
-        answer = tokenizer.decode([best_token], skip_special_tokens=False).strip()
-        answer_tokens = clm.tokenization.tokens_spelling(tokenizer, (answer,))[answer]
-        answer_tokens = answer_tokens if best_token in answer_tokens else [best_token]
+        answer, answer_tokens = most_probable_answer(lm, tokenizer, tokens)
     else:
-        answer_tokens = answer_curves.find_answer_tokens(tokenizer, [answer], "exact")[
-            answer
-        ]
+        tokens_by_answer = answer_curves.find_answer_tokens(
+            tokenizer, [answer], "exact"
+        )
+        answer_tokens = tokens_by_answer[answer]
     return AnsweredPrompt(
         text,
         tokens,
@@ -84,3 +85,27 @@ def encode_prompt(
         answer,
         tuple(answer_tokens),
     )
+
+
+def split_text(text: str, encoding: tokenizers.Encoding) -> tuple[list[str], list[str]]:
+    """The text of each token, a special token's name; and what stands before each of them."""
+    token_texts: list[str] = []
+    separators: list[str] = []
+    previous_end = 0
+    for token_name, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True):
+        with_space = text[begin:end]
+        token_texts.append(with_space.strip() or token_name)
+        text_begin = begin + len(with_space) - len(with_space.lstrip())
+        separators.append(text[previous_end:text_begin] if end > begin else "")
+        previous_end = max(previous_end, end)
+    return token_texts, separators
+
+
+def most_probable_answer(
+    lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer, tokens: jax.Array
+) -> tuple[str, list[int]]:
+    """The text of the most probable next token, and the tokens that spell it."""
+    best_token = int(np.asarray(lm(tokens, position=-1)).argmax())
+    answer = tokenizer.decode([best_token], skip_special_tokens=False).strip()
+    spellings = clm.tokenization.tokens_spelling(tokenizer, (answer,))[answer]
+    return answer, spellings if best_token in spellings else [best_token]

@@ -9,45 +9,175 @@ important first: the sooner the answer is lost, the better a method found the to
 On the embedded model this takes about ten seconds.
 """
 
+import dataclasses
 import html
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+import tokenizers
+from matplotlib.figure import Figure
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution
-from continuous_lm.analysis.deletion import deletion_curve
+from continuous_lm.analysis.deletion import DeletionCurve, deletion_curve
 from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.common import (
+    answer_curves,
     plots,
-    prompt,
+    pretrained,
+    program,
+    results,
 )
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
+from continuous_lm.experiments.common import prompt as prompt_lib
 from continuous_lm.parallel import processes
 
-_PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
-_ANSWER = flags.DEFINE_string(
-    "answer",
-    None,
-    "What is explained, one token.  [default: the model's most probable answer]",
-)
-_NUM_NODES = flags.DEFINE_integer(
-    "nodes",
-    64,
-    "Gradients along the path, a multiple of 4.",
-    lower_bound=attribution.NODES_PER_PANEL,
-)
+MAX_RELATIVE_RESIDUAL = 0.01  # of an integral, beyond which the summary says so
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(prompt_lib.PromptConfig):
+    """Flags of attribution."""
+
+    answer: str | None = program.flag(
+        None,
+        help="Answer to explain, one token.  [default: the model's most probable answer]",
+    )
+    nodes: int = program.flag(
+        64,
+        help="Gradients along the path, a multiple of 4.",
+        lower_bound=attribution.NODES_PER_PANEL,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nodes % attribution.NODES_PER_PANEL:
+            raise clm.InputError(f"--nodes is {self.nodes}; it must be a multiple of 4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """What each token contributes to an answer, by three methods.
+
+    Attributes:
+      prompt: with its answer.
+      answer_token_names: of the tokens that count for the answer.
+      methods: name -> the contributions it finds.
+      deletions: name -> the log probability as tokens are taken away.
+    """
+
+    prompt: prompt_lib.AnsweredPrompt
+    answer_token_names: tuple[str, ...]
+    methods: Mapping[str, attribution.Attribution]
+    deletions: Mapping[str, DeletionCurve]
+
+    @property
+    def integrated(self) -> attribution.Attribution:
+        """The integrated gradients."""
+        return self.methods["integrated gradients"]
+
+    def contributions(self) -> dict[str, np.ndarray]:
+        """Method -> contributions [T]."""
+        return {name: method.contributions for name, method in self.methods.items()}
+
+    def title(self) -> str:
+        begin = self.integrated.baseline_value
+        end = self.integrated.end_value
+        return f"{self.prompt.answer!r}: log probability {begin:.2f} to {end:.2f}"
+
+    def figures(self) -> dict[str, Figure]:
+        """The text in colours, and the deletion curves."""
+        deletion_values = {name: curve.values for name, curve in self.deletions.items()}
+        return {
+            "attribution": plots.heat_maps(
+                self.prompt.token_texts,
+                self.prompt.separators,
+                self.contributions(),
+                title=self.title(),
+            ),
+            "deletion": plots.deletion_curves(deletion_values),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number, for the results file."""
+        return {
+            **self.prompt.as_json(),
+            "group": self.answer_token_names,
+            "log_probability": {
+                "whole": self.integrated.end_value,
+                "first token alone": self.integrated.baseline_value,
+            },
+            "relative_residual": self.integrated.relative_residual(),
+            "methods": {name: self._method_json(name) for name in self.methods},
+        }
+
+    def _method_json(self, name: str) -> dict[str, Any]:
+        deletion = self.deletions[name]
+        return {
+            "tokens": self.methods[name].contributions.tolist(),
+            "residual": self.methods[name].residual,
+            "deletion": {
+                "order": deletion.order.tolist(),
+                "values": deletion.values.tolist(),
+                "area": deletion.area,
+            },
+        }
+
+    def summary(self) -> str:
+        lines = [
+            f"{self.prompt.text}\n\n{self.title()}\n",
+            f"{'method':<22} {'sum':>8} {'residual':>10} {'area of deletion':>17}",
+        ]
+        for name, method in self.methods.items():
+            total = method.contributions.sum()
+            area = self.deletions[name].area
+            lines.append(
+                f"{name:<22} {total:8.3f} {method.residual:10.4f} {area:17.3f}"
+            )
+        lines.append(
+            f"\n{'token':<14} {'integrated':>11} {'gradient':>10} {'left out':>10}"
+        )
+        for token_text, *contributions in zip(
+            self.prompt.token_texts, *self.contributions().values(), strict=True
+        ):
+            columns = " ".join(f"{value:+10.3f}" for value in contributions)
+            lines.append(f"{token_text:<14} {columns}")
+        residual = self.integrated.relative_residual()
+        if residual > MAX_RELATIVE_RESIDUAL:
+            lines.append(
+                f"\nThe integral is off by {residual:.1%}: ask for more --nodes."
+            )
+        return "\n".join(lines)
+
+
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> Result:
+    """Three methods and their deletion curves."""
+    prompt = prompt_lib.encode_prompt(lm, tokenizer, config.prompt, config.answer)
+    objective = attribution.log_probability(
+        lm, prompt.answer_tokens, tokens=prompt.tokens
+    )
+    durations = jnp.ones(len(prompt.tokens))
+    methods = {
+        "integrated gradients": attribution.integrated_gradients(
+            objective, durations, nodes=config.nodes
+        ),
+        "gradient times input": attribution.gradient_times_input(objective, durations),
+        "leave one out": attribution.leave_one_out(objective, durations),
+    }
+    deletions = {
+        name: deletion_curve(objective, durations, method.contributions)
+        for name, method in methods.items()
+    }
+    answer_token_names = tuple(
+        answer_curves.token_name(tokenizer, token) for token in prompt.answer_tokens
+    )
+    return Result(prompt, answer_token_names, methods, deletions)
 
 
 def as_html(
-    answered_prompt: prompt.AnsweredPrompt, contributions: dict[str, np.ndarray]
+    answered_prompt: prompt_lib.AnsweredPrompt, contributions: dict[str, np.ndarray]
 ) -> str:
     """A page of its own: the text once for each method, coloured by what tokens contribute."""
     html_blocks = []
@@ -76,103 +206,17 @@ def as_html(
     )
 
 
-def main() -> None:
-    """Three methods, their deletion curves, table, files."""
-    folder = program.output_dir("attribution")
-    if _NUM_NODES.value % attribution.NODES_PER_PANEL:
-        raise clm.InputError(
-            f"--nodes is {_NUM_NODES.value}; it must be a multiple of 4"
-        )
-    lm, tokenizer = pretrained.load()
-    answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
-    objective = attribution.log_probability(
-        lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
-    )
-    durations = jnp.ones(len(answered_prompt.tokens))
-    methods = {
-        "integrated gradients": attribution.integrated_gradients(
-            objective, durations, nodes=_NUM_NODES.value
-        ),
-        "gradient times input": attribution.gradient_times_input(objective, durations),
-        "leave one out": attribution.leave_one_out(objective, durations),
-    }
-    deletions = {
-        method: deletion_curve(objective, durations, method_result.contributions)
-        for method, method_result in methods.items()
-    }
-    token_contributions = {
-        method: method_result.contributions for method, method_result in methods.items()
-    }
-    integrated = methods["integrated gradients"]
-
-    values = f"{integrated.baseline_value:.2f} to {integrated.end_value:.2f}"
-    title = f"{answered_prompt.answer!r}: log probability {values}"
-    heat_map = plots.heat_maps(
-        answered_prompt.token_texts,
-        answered_prompt.separators,
-        token_contributions,
-        title=title,
-    )
-    deletion_figure = plots.deletion_curves(
-        {method: d.values for method, d in deletions.items()}
-    )
-    if not processes.is_first_process():
-        return
-    with write_atomically(folder) as staging_folder:
-        plots.save(heat_map, staging_folder, "attribution")
-        plots.save(deletion_figure, staging_folder, "deletion")
-        (staging_folder / "attribution.html").write_text(
-            as_html(answered_prompt, token_contributions), encoding="utf-8"
-        )
-        write_json(
-            staging_folder / "attribution.json",
-            {
-                "prompt": answered_prompt.text,
-                "pieces": list(answered_prompt.token_texts),
-                "answer": answered_prompt.answer,
-                "group": [
-                    tokenizer.id_to_token(token)
-                    for token in answered_prompt.answer_tokens
-                ],
-                "log_probability": {
-                    "whole": integrated.end_value,
-                    "first token alone": integrated.baseline_value,
-                },
-                "relative_residual": integrated.relative_residual(),
-                "methods": {
-                    method: {
-                        "tokens": method_result.contributions.tolist(),
-                        "residual": method_result.residual,
-                        "deletion": {
-                            "order": deletions[method].order.tolist(),
-                            "values": deletions[method].values.tolist(),
-                            "area": deletions[method].area,
-                        },
-                    }
-                    for method, method_result in methods.items()
-                },
-                "run": program.record(),
-            },
-        )
-    print(f"{answered_prompt.text}\n\n{title}\n")
-    print(f"{'method':<22} {'sum':>8} {'residual':>10} {'area of deletion':>17}")
-    for method, method_result in methods.items():
-        area = deletions[method].area
-        print(
-            f"{method:<22} {method_result.contributions.sum():8.3f}"
-            f" {method_result.residual:10.4f} {area:17.3f}"
-        )
-    print(f"\n{'token':<14} {'integrated':>11} {'gradient':>10} {'left out':>10}")
-    for token_text, *contributions in zip(
-        answered_prompt.token_texts, *token_contributions.values(), strict=True
-    ):
-        print(f"{token_text:<14} " + " ".join(f"{c:+10.3f}" for c in contributions))
-    if integrated.relative_residual() > 0.01:
-        print(
-            f"\nThe integral is off by {integrated.relative_residual():.1%}: ask for more --nodes."
-        )
-    print(f"\n{folder}/attribution.html, .json, .png, .pdf; deletion.png, .pdf")
+def run(config: Config) -> Result:
+    """Loads the model, attributes its answer, and writes figures, a page and numbers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    if folder is not None and processes.is_first_process():
+        texts = {"attribution.html": as_html(result.prompt, result.contributions())}
+        figures = result.figures()
+        results.write(config, folder, "attribution", result.as_json(), figures, texts)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

@@ -13,7 +13,7 @@ import dataclasses
 import tokenizers
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import answer_curves, program
+from continuous_lm.experiments.common import pretrained, program
 from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
 CATEGORY_OF_WORD = {"apple": "fruit", "cat": "animal", "rose": "flower"}  # the paper's
@@ -24,7 +24,7 @@ PROMPT_TEMPLATE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(single_prompt.FactorConfig):
+class Config(single_prompt.ShrinkConfig):
     """Flags of counting."""
 
     word: str = program.flag("apple", help="The word that is repeated.")
@@ -68,27 +68,29 @@ def compute(
 ) -> single_prompt.SweepResult:
     """The digits along the sweep."""
     prompt, character_span = make_prompt(config)
-    factors = config.factors()
-    prompt_sweep = prompt_sweeps.shrink_span(
-        tokenizer, prompt, character_span, factors, config.change
-    )
-    answer_tokens = answer_curves.find_answer_tokens(
-        tokenizer, clm.tokenization.DIGITS, config.answer_tokens
-    )
     num_repetitions = config.repetitions if config.prompt is None else 0
+    marks = single_prompt.transition_points(num_repetitions, config.factors())
     labels = single_prompt.Labels(
-        "counting",
-        "duration of each repeated token",
-        marks=single_prompt.transition_points(num_repetitions, factors),
+        "counting", "duration of each repeated token", marks=marks
     )
-    return single_prompt.sweep_prompt(
-        config, lm, tokenizer, prompt_sweep, answer_tokens, labels
+    return prompt_sweeps.shrink_prompt(
+        config,
+        lm,
+        tokenizer,
+        prompt,
+        character_span,
+        clm.tokenization.DIGITS,
+        labels,
     )
 
 
 def run(config: Config) -> single_prompt.SweepResult:
     """Loads the model, shrinks the words, and writes the answers."""
-    return single_prompt.run(config, compute)
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    result.write(config, folder)
+    return result
 
 
 if __name__ == "__main__":

@@ -7,17 +7,13 @@ last (Marro et al., arXiv:2504.03933): unlike in `counting`, no word is repeated
 times that the model could count instead.
 """
 
-from absl import flags
+import dataclasses
+
+import tokenizers
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
-from continuous_lm.experiments.durations import prompt_sweeps
+from continuous_lm.experiments.common import pretrained, program
+from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
 ANSWER_INSTRUCTION = "Reply with a single-digit number\nAnswer: "
 SCENES = {  # the paper's: what comes before the events, the events, what comes after
@@ -41,38 +37,48 @@ SCENES = {  # the paper's: what comes before the events, the events, what comes 
 }
 NUM_EVENTS = 4
 
-_SCENE = flags.DEFINE_enum("scene", "shop", list(SCENES), "Which story is told.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(single_prompt.ShrinkConfig):
+    """Flags of events."""
+
+    scene: str = program.flag("shop", help="Story that is told.", choices=list(SCENES))
 
 
-def prompt_and_span(scene: str) -> tuple[str, tuple[int, int]]:
+def make_prompt(config: Config) -> tuple[str, tuple[int, int]]:
     """The prompt, and the characters of its events."""
-    prefix, events, suffix = SCENES[scene]
+    prefix, events, suffix = SCENES[config.scene]
     return prefix + events + suffix, (len(prefix), len(prefix) + len(events))
 
 
-def main() -> None:
-    """Sweep, table, files."""
-    folder = program.output_dir("events")
-    prompt, character_span = prompt_and_span(_SCENE.value)
-    lm, tokenizer = pretrained.load()
-    factors, answer_tokens = (
-        single_prompt.sweep_points(),
-        single_prompt.find_answer_tokens(tokenizer, clm.tokenization.DIGITS),
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> single_prompt.SweepResult:
+    """The digits along the sweep."""
+    prompt, character_span = make_prompt(config)
+    marks = single_prompt.transition_points(NUM_EVENTS, config.factors())
+    labels = single_prompt.Labels(
+        "events", "duration of each token of the events", marks=marks
     )
-    prompt_sweep = prompt_sweeps.shrink_span(
-        tokenizer, prompt, character_span, factors, single_prompt.duration_change()
-    )
-    single_prompt.write_results(
-        folder,
-        "events",
+    return prompt_sweeps.shrink_prompt(
+        config,
+        lm,
         tokenizer,
-        prompt_sweep,
-        answer_tokens,
-        single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "events"),
-        xlabel="duration of each token of the events",
-        marks=single_prompt.transition_points(NUM_EVENTS, factors),
+        prompt,
+        character_span,
+        clm.tokenization.DIGITS,
+        labels,
     )
+
+
+def run(config: Config) -> single_prompt.SweepResult:
+    """Loads the model, shrinks the events, and writes the answers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    result.write(config, folder)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True, supports_pmap=True)
+    program.main(Config, run)

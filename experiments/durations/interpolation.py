@@ -10,64 +10,92 @@ yes and no for a question that asks for them, and otherwise every token whose pr
 tokens are aligned in time (see `prompt_sweeps.interpolate_phrases`).
 """
 
-from absl import flags
+import dataclasses
+
+import tokenizers
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
-from continuous_lm.experiments.durations import prompt_sweeps
+from continuous_lm.experiments.common import answer_curves, pretrained, program
+from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
 TEMPLATES = {  # the paper's
     "question": "Question: Are [] red? (yes/no)\nAnswer:",
     "usage": "We bought two [] at the",
     "repetition": "Question: Repeat the word []. Answer:",
 }
-YES_NO_SPELLINGS = {"Yes": ("Yes", "yes", "YES"), "No": ("No", "no", "NO")}
-
-_TEMPLATE = flags.DEFINE_string(
-    "template", TEMPLATES["question"], "A prompt with [] in the place of the words."
-)
-_WORDS = flags.DEFINE_list("words", ["apples", "bananas"], "From which word to which.")
-_ANSWERS = flags.DEFINE_list("answers", None, "What is tracked, separated by commas.")
+YES_NO_SPELLINGS: answer_curves.Answers = {
+    "Yes": ("Yes", "yes", "YES"),
+    "No": ("No", "no", "NO"),
+}
 
 
-def main() -> None:
-    """Sweep, table, files."""
-    folder = program.output_dir("interpolation")
-    if len(_WORDS.value) != 2:
-        raise clm.InputError(
-            f"--words is {','.join(_WORDS.value)}; give two, as apples,bananas"
-        )
-    lm, tokenizer = pretrained.load()
-    first, second = _WORDS.value
-    template, sweep_points = _TEMPLATE.value, single_prompt.sweep_points(0.0)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(
+    single_prompt.SweepConfig,
+    single_prompt.PathConfig,
+    single_prompt.AnswerConfig,
+    single_prompt.ThresholdConfig,
+):
+    """Flags of interpolation."""
+
+    template: str = program.flag(
+        TEMPLATES["question"], help="A prompt with [] in the place of the words."
+    )
+    words: tuple[str, ...] = program.flag(
+        ("apples", "bananas"), help="From which word to which."
+    )
+    answers: tuple[str, ...] | None = program.flag(
+        None, help="Answers to track, separated by commas."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.words) != 2:
+            raise clm.InputError(
+                f"--words is {','.join(self.words)}; give two, as apples,bananas"
+            )
+
+
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> single_prompt.SweepResult:
+    """The answers from the first word to the second."""
+    first, second = config.words
     prompt_sweep = prompt_sweeps.interpolate_phrases(
-        lm, tokenizer, template, (first, second), sweep_points, single_prompt.path()
-    )
-    if _ANSWERS.value:
-        answer_tokens = single_prompt.find_answer_tokens(tokenizer, _ANSWERS.value)
-    elif "(yes/no)" in template:
-        answer_tokens = single_prompt.find_answer_tokens(tokenizer, YES_NO_SPELLINGS)
-    else:
-        answer_tokens = single_prompt.find_tokens_above_threshold(
-            lm, tokenizer, prompt_sweep
-        )
-    single_prompt.write_results(
-        folder,
-        "interpolation",
+        lm,
         tokenizer,
-        prompt_sweep,
-        answer_tokens,
-        single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "interpolation"),
-        xlabel=f"from {first} (0) to {second} (1)",
-        point_name="point",
+        config.template,
+        (first, second),
+        config.even_points(0.0),
+        config.path,
     )
+    answers: answer_curves.Answers | None = config.answers
+    if not answers and "(yes/no)" in config.template:
+        answers = YES_NO_SPELLINGS
+    if answers:
+        answer_tokens = answer_curves.find_answer_tokens(
+            tokenizer, answers, config.answer_tokens
+        )
+    else:
+        answer_tokens = prompt_sweeps.find_tokens_above_threshold(
+            lm, tokenizer, prompt_sweep, config.threshold, config.batch_size
+        )
+    labels = single_prompt.Labels(
+        "interpolation", f"from {first} (0) to {second} (1)", "point"
+    )
+    return prompt_sweeps.sweep_prompt(
+        config, lm, tokenizer, prompt_sweep, answer_tokens, labels
+    )
+
+
+def run(config: Config) -> single_prompt.SweepResult:
+    """Loads the model, turns one word into the other, and writes the answers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    result.write(config, folder)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True, supports_pmap=True)
+    program.main(Config, run)

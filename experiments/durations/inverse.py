@@ -7,132 +7,223 @@ other token by --margin; random search with as many evaluations of the model (a 
 three) is set beside them. On the embedded model this takes under a minute.
 """
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+import tokenizers
+from matplotlib.figure import Figure
 
 import continuous_lm as clm
 from continuous_lm.analysis import duration_search
 from continuous_lm.analysis.attribution import next_token_logits
 from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.common import (
+    answer_curves,
     plots,
-    prompt,
+    pretrained,
+    program,
+    results,
 )
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
+from continuous_lm.experiments.common import prompt as prompt_lib
 from continuous_lm.parallel import processes
 
-_PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
-_ANSWER = flags.DEFINE_string("answer", "3", "What the model is to say, one token.")
-_SPAN = flags.DEFINE_string(
-    "span",
-    None,
-    "A piece of the prompt whose tokens may change.  [default: all but the first]",
-)
-_MARGIN = flags.DEFINE_float(
-    "margin", 0.1, "Lead in log-odds over every other token.", lower_bound=0.0
-)
-_STEPS = flags.DEFINE_integer("steps", 60, "Steps of gradient ascent.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the random search.")
+MIN_CHANGE = 1e-3  # of a duration, above which it counts as changed
 
 
-def main() -> None:
-    """Search, verify, table, files."""
-    folder = program.output_dir("inverse")
-    lm, tokenizer = pretrained.load()
-    answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
-    token_span = None
-    if _SPAN.value is not None:
-        encoding = clm.tokenization.encode(tokenizer, answered_prompt.text)
-        token_span = clm.tokenization.span(encoding, answered_prompt.text, _SPAN.value)
-    ordinary_durations = jnp.ones(len(answered_prompt.tokens))
-    answer_tokens = jnp.array(answered_prompt.answer_tokens)
-    constraint = duration_search.Margin(
-        next_token_logits(lm, tokens=answered_prompt.tokens),
-        answer_tokens,
-        _MARGIN.value,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(prompt_lib.PromptConfig):
+    """Flags of inverse."""
+
+    answer: str = program.flag("3", help="Answer that the model is to give, one token.")
+    span: str | None = program.flag(
+        None,
+        help="A piece of the prompt whose tokens may change.  [default: all but the first]",
     )
+    margin: float = program.flag(
+        0.1, help="Lead in log-odds over every other token.", lower_bound=0.0
+    )
+    steps: int = program.flag(60, help="Steps of gradient ascent.", lower_bound=1)
+    seed: int = program.flag(0, help="Seed of the random search.")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifiedSearch:
+    """Durations that a search ended with, and what the plain model says there.
+
+    Attributes:
+      search: the durations, their total change and what they cost.
+      lead: the answer's log-odds against the best other token.
+      top_token: the name of the most probable token.
+      holds: whether that is the answer.
+    """
+
+    search: duration_search.SearchResult
+    lead: float
+    top_token: str
+    holds: bool
+
+    @property
+    def num_changed(self) -> int:
+        """How many tokens do not last 1."""
+        return int((np.abs(self.search.durations - 1.0) > MIN_CHANGE).sum())
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number, for the results file."""
+        return {
+            "durations": self.search.durations.tolist(),
+            "total_change": self.search.total,
+            "changed": self.num_changed,
+            "lead": self.lead,
+            "says": self.top_token,
+            "holds": self.holds,
+            "evaluations": self.search.evaluations,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """Durations that make the model give an answer, by gradients and by random search.
+
+    Attributes:
+      prompt: with the answer.
+      token_span: the tokens that may change; None for all but the first.
+      by_gradients: what gradients found.
+      by_random_search: what random search found.
+    """
+
+    prompt: prompt_lib.AnsweredPrompt
+    token_span: tuple[int, int] | None
+    by_gradients: VerifiedSearch
+    by_random_search: VerifiedSearch
+
+    @property
+    def searches(self) -> Mapping[str, VerifiedSearch]:
+        """Both, by their names."""
+        return {
+            "gradients": self.by_gradients,
+            "random search": self.by_random_search,
+        }
+
+    def title(self) -> str:
+        return f"durations that make it say {self.prompt.answer!r}"
+
+    def figure(self) -> Figure:
+        """The text with the durations that make the model say so."""
+        rows = {
+            f"{name}: total change {found.search.total:.3f}": found.search.durations
+            for name, found in self.searches.items()
+            if found.holds
+        }
+        return durations_figure(self.prompt, rows, self.title())
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number, for the results file."""
+        return {
+            **self.prompt.as_json(),
+            "span": self.token_span,
+            "found": {name: found.as_json() for name, found in self.searches.items()},
+        }
+
+    def summary(self) -> str:
+        lines = [
+            f"{self.prompt.text}\n\n{self.title()}\n",
+            f"{'search':<15} {'says':<8} {'lead':>8} {'total change':>13} {'changed':>8}"
+            "   evaluations",
+        ]
+        for name, found in self.searches.items():
+            lines.append(
+                f"{name:<15} {found.top_token:<8} {found.lead:8.3f}"
+                f" {found.search.total:13.3f} {found.num_changed:8d}"
+                f"   {found.search.evaluations}"
+            )
+        lines.append(f"\n{'token':<14} {'gradients':>10} {'random':>10}")
+        durations = [found.search.durations for found in self.searches.values()]
+        for token_text, *token_durations in zip(
+            self.prompt.token_texts, *durations, strict=True
+        ):
+            if np.abs(np.array(token_durations) - 1.0).max() > MIN_CHANGE:
+                columns = " ".join(f"{duration:10.3f}" for duration in token_durations)
+                lines.append(f"{token_text:<14} {columns}")
+        if not self.by_gradients.holds:
+            lines.append(
+                "\nNo durations were found that make it say so; allow more steps or another piece."
+            )
+        return "\n".join(lines)
+
+
+def durations_figure(
+    prompt: prompt_lib.AnsweredPrompt, rows: dict[str, np.ndarray], title: str
+) -> Figure:
+    """The text with rows of durations over it, the ordinary ones if there are none."""
+    rows = rows or {"ordinary": np.ones(len(prompt.tokens))}
+    return plots.durations_over_text(
+        prompt.token_texts, prompt.separators, rows, title=title
+    )
+
+
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> Result:
+    """Both searches, verified."""
+    prompt = prompt_lib.encode_prompt(lm, tokenizer, config.prompt, config.answer)
+    token_span = None
+    if config.span is not None:
+        encoding = clm.tokenization.encode(tokenizer, prompt.text)
+        token_span = clm.tokenization.span(encoding, prompt.text, config.span)
+    constraint = duration_search.Margin(
+        next_token_logits(lm, tokens=prompt.tokens),
+        jnp.array(prompt.answer_tokens),
+        config.margin,
+    )
+    ordinary_durations = jnp.ones(len(prompt.tokens))
     by_gradients = duration_search.find_durations(
-        constraint, ordinary_durations, span=token_span, steps=_STEPS.value
+        constraint, ordinary_durations, span=token_span, steps=config.steps
     )
     by_random_search = duration_search.random_search(
         constraint,
         ordinary_durations,
         span=token_span,
         evaluations=by_gradients.evaluations,
-        seed=_SEED.value,
+        seed=config.seed,
+    )
+    return Result(
+        prompt,
+        token_span,
+        verify(lm, tokenizer, prompt, by_gradients),
+        verify(lm, tokenizer, prompt, by_random_search),
     )
 
-    results = {"gradients": by_gradients, "random search": by_random_search}
-    result_records, drawn_durations = {}, {}
-    for method, result in results.items():
-        # Apart from the search.
-        logits = lm(answered_prompt.tokens, durations=result.durations, position=-1)
-        top_token = int(np.asarray(logits).argmax())
-        result_records[method] = {
-            "durations": result.durations.tolist(),
-            "total_change": result.total,
-            "changed": int((np.abs(result.durations - 1.0) > 1e-3).sum()),
-            "lead": float(duration_search.answer_lead(logits, answer_tokens)),
-            "says": tokenizer.id_to_token(top_token),
-            "holds": top_token in answered_prompt.answer_tokens,
-            "evaluations": result.evaluations,
-        }
-        if top_token in answered_prompt.answer_tokens:
-            drawn_durations[f"{method}: total change {result.total:.3f}"] = (
-                result.durations
-            )
-    title = f"durations that make it say {answered_prompt.answer!r}"
-    figure = plots.durations_over_text(
-        answered_prompt.token_texts,
-        answered_prompt.separators,
-        drawn_durations or {"ordinary": np.ones(len(ordinary_durations))},
-        title=title,
+
+def verify(
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: prompt_lib.AnsweredPrompt,
+    search: duration_search.SearchResult,
+) -> VerifiedSearch:
+    """Asks the plain model, apart from the search."""
+    logits = lm(prompt.tokens, durations=search.durations, position=-1)
+    top_token = int(np.asarray(logits).argmax())
+    lead = duration_search.answer_lead(logits, jnp.array(prompt.answer_tokens))
+    return VerifiedSearch(
+        search,
+        float(lead),
+        answer_curves.token_name(tokenizer, top_token),
+        top_token in prompt.answer_tokens,
     )
-    if not processes.is_first_process():
-        return
-    with write_atomically(folder) as staging_folder:
-        plots.save(figure, staging_folder, "inverse")
-        write_json(
-            staging_folder / "inverse.json",
-            {
-                "prompt": answered_prompt.text,
-                "pieces": list(answered_prompt.token_texts),
-                "answer": answered_prompt.answer,
-                "span": None if token_span is None else list(token_span),
-                "found": result_records,
-                "run": program.record(),
-            },
-        )
-    print(f"{answered_prompt.text}\n\n{title}\n")
-    print(
-        f"{'search':<15} {'says':<8} {'lead':>8} {'total change':>13} {'changed':>8}   evaluations"
-    )
-    for method, result_record in result_records.items():
-        print(
-            f"{method:<15} {result_record['says']:<8} {result_record['lead']:8.3f}"
-            f" {result_record['total_change']:13.3f}"
-            f" {result_record['changed']:8d}   {result_record['evaluations']}"
-        )
-    print(f"\n{'token':<14} {'gradients':>10} {'random':>10}")
-    for j, token_text in enumerate(answered_prompt.token_texts):
-        token_durations = np.array([result.durations[j] for result in results.values()])
-        if (np.abs(token_durations - 1.0) > 1e-3).any():
-            print(
-                f"{token_text:<14} " + " ".join(f"{d:10.3f}" for d in token_durations)
-            )
-    if not result_records["gradients"]["holds"]:
-        print(
-            "\nNo durations were found that make it say so; allow more steps or another piece."
-        )
-    print(f"\n{folder}/inverse.json, .png, .pdf")
+
+
+def run(config: Config) -> Result:
+    """Loads the model, searches, and writes a figure and numbers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    if folder is not None and processes.is_first_process():
+        figures = {"inverse": result.figure()}
+        results.write(config, folder, "inverse", result.as_json(), figures)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

@@ -1,22 +1,34 @@
-"""Sweeps of a prompt: what is changed about it, made ready to be computed.
+"""Sweeps of a prompt: what is changed about it, and the answers at every point.
 
 shrink_span          a span of the prompt lasts less (or more)
 interpolate_phrases  one phrase of the prompt turns into another
 shift_prompt         the whole prompt begins later
 stretch_prompt       the whole prompt lasts less or more
+sweep_prompt         the probabilities of answers along the sweep of one prompt
+sweep_prompts        the same of many, several at once
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import tokenizers
-from jax.typing import ArrayLike
+import tqdm
 
 import continuous_lm as clm
-from continuous_lm.analysis.sweep import Sweep
+from continuous_lm.analysis.sweep import Sweep, pmap_sweep
+from continuous_lm.experiments.common import answer_curves
+from continuous_lm.experiments.durations import single_prompt
+from continuous_lm.experiments.durations.alignment import (
+    Alignment,
+    align_phrases,
+    interpolate_vectors,
+)
+from continuous_lm.parallel import processes
 
 SLOT = "[]"  # where a template of an interpolation holds its phrase
+MAX_TRACKED_TOKENS = 20  # tokens that are tracked because they reach a threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +69,7 @@ def shrink_span(
     token_span = clm.tokenization.token_span(encoding, *character_span)
     num_tokens = len(encoding.ids)
 
-    def make_arguments():
+    def make_arguments() -> dict[str, Any]:
         durations = clm.durations.scale(
             np.ones(num_tokens, np.float32), factors, token_span
         )
@@ -76,9 +88,11 @@ def shift_prompt(
     """The whole prompt begins at the times `shifts` [P] instead of 0."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
     token_ids = np.array(encoding.ids)
-    sweep = Sweep(
-        len(shifts), len(token_ids), lambda: {"tokens": token_ids, "start": shifts}
-    )
+
+    def make_arguments() -> dict[str, np.ndarray]:
+        return {"tokens": token_ids, "start": shifts}
+
+    sweep = Sweep(len(shifts), len(token_ids), make_arguments)
     return PromptSweep(prompt, encoding.tokens, (0, len(token_ids)), shifts, sweep)
 
 
@@ -100,6 +114,43 @@ def stretch_prompt(
     }
     sweep = Sweep(len(factors), num_tokens, lambda: arguments)
     return PromptSweep(prompt, encoding.tokens, (0, num_tokens), factors, sweep)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedTemplate:
+    """A template with a phrase in its slot, encoded.
+
+    Attributes:
+      token_ids: of the text, int [T].
+      token_names: as the tokenizer names them.
+      token_span: the tokens of the phrase.
+    """
+
+    token_ids: np.ndarray
+    token_names: list[str]
+    token_span: tuple[int, int]
+
+    @property
+    def prefix_ids(self) -> np.ndarray:
+        return self.token_ids[: self.token_span[0]]
+
+    @property
+    def phrase_ids(self) -> np.ndarray:
+        return self.token_ids[slice(*self.token_span)]
+
+    @property
+    def suffix_ids(self) -> np.ndarray:
+        return self.token_ids[self.token_span[1] :]
+
+
+def encode_template(
+    tokenizer: tokenizers.Tokenizer, template: str, phrase: str
+) -> EncodedTemplate:
+    """Puts the phrase in the template's slot and encodes the text."""
+    begin = template.index(SLOT)
+    encoding = clm.tokenization.encode(tokenizer, template.replace(SLOT, phrase))
+    token_span = clm.tokenization.token_span(encoding, begin, begin + len(phrase))
+    return EncodedTemplate(np.array(encoding.ids), encoding.tokens, token_span)
 
 
 def interpolate_phrases(
@@ -128,162 +179,197 @@ def interpolate_phrases(
         raise clm.InputError(
             f"of {phrases[0]!r} and {phrases[1]!r} one is empty; give two words"
         )
-    slot_begin = template.index(SLOT)
-    suffix_length = len(template) - slot_begin - len(SLOT)
-    texts = [template.replace(SLOT, phrase) for phrase in phrases]
-    encodings = [clm.tokenization.encode(tokenizer, text) for text in texts]
-    spans = [
-        clm.tokenization.token_span(encoding, slot_begin, len(text) - suffix_length)
-        for encoding, text in zip(encodings, texts, strict=True)
-    ]
-    token_ids = [np.array(encoding.ids) for encoding in encodings]
-    prefix_ids, suffix_ids = (
-        [np.split(row, span)[part] for row, span in zip(token_ids, spans, strict=True)]
-        for part in (0, 2)
-    )
-    if not all(
-        np.array_equal(first, second) for first, second in (prefix_ids, suffix_ids)
+    first = encode_template(tokenizer, template, phrases[0])
+    second = encode_template(tokenizer, template, phrases[1])
+    if not (
+        np.array_equal(first.prefix_ids, second.prefix_ids)
+        and np.array_equal(first.suffix_ids, second.suffix_ids)
     ):
         raise clm.InputError(
             f"{phrases[0]!r} and {phrases[1]!r} cannot be aligned: the prompt around them is not"
             " split into the same tokens; choose other words"
         )
-    phrase_ids = [row[slice(*span)] for row, span in zip(token_ids, spans, strict=True)]
-    alignment = align_phrases(*map(len, phrase_ids))
-    num_tokens = len(prefix_ids[0]) + len(alignment.end_shares) + len(suffix_ids[0])
+    alignment = align_phrases(len(first.phrase_ids), len(second.phrase_ids))
+    num_samples = len(alignment.end_shares)
+    num_tokens = len(first.prefix_ids) + num_samples + len(first.suffix_ids)
 
-    def make_arguments():
-        def embed(ids):
-            return np.asarray(lm.params["embedding"][ids], np.float32)
+    def make_arguments() -> dict[str, np.ndarray]:
+        return _interpolation_arguments(lm, first, second, alignment, points, path)
 
-        first, second = (
-            embed(row[index])
-            for row, index in zip(phrase_ids, alignment.token_indices, strict=True)
-        )
-        interpolated = interpolate_vectors(first, second, points, path)
-        prefix_embeddings, suffix_embeddings = (
-            np.repeat(embed(x[0])[None], len(points), axis=0)
-            for x in (prefix_ids, suffix_ids)
-        )
-        embeddings = np.concatenate(
-            [prefix_embeddings, interpolated, suffix_embeddings], axis=1
-        )
-        return {
-            "embeddings": embeddings,
-            **alignment.durations_and_times(
-                points, len(prefix_ids[0]), len(suffix_ids[0])
-            ),
-        }
+    begin, end = first.token_span
+    sample_names = alignment.sample_names(
+        np.array(first.token_names)[begin:end],
+        np.array(second.token_names)[slice(*second.token_span)],
+    )
+    token_names = [*first.token_names[:begin], *sample_names, *first.token_names[end:]]
+    sweep = Sweep(len(points), num_tokens, make_arguments)
+    token_span = (begin, begin + num_samples)
+    return PromptSweep(template, token_names, token_span, points, sweep)
 
-    begin, end = spans[0]
-    phrase_tokens = [
-        np.array(e.tokens)[slice(*s)] for e, s in zip(encodings, spans, strict=True)
-    ]
-    first_prompt_tokens = encodings[0].tokens
-    token_names = [
-        *first_prompt_tokens[:begin],
-        *alignment.sample_names(*phrase_tokens),
-        *first_prompt_tokens[end:],
-    ]
-    span = (begin, begin + len(alignment.end_shares))
-    return PromptSweep(
-        template,
-        token_names,
-        span,
+
+def _interpolation_arguments(
+    lm: clm.LanguageModel,
+    first: EncodedTemplate,
+    second: EncodedTemplate,
+    alignment: Alignment,
+    points: np.ndarray,
+    path: str,
+) -> dict[str, np.ndarray]:
+    """embeddings [P, T, D], durations and times [P, T] of an interpolation."""
+    table = lm.params["embedding"]
+
+    def embed(token_ids: np.ndarray) -> np.ndarray:
+        return np.asarray(table[token_ids], np.float32)
+
+    def repeat(token_ids: np.ndarray) -> np.ndarray:
+        return np.repeat(embed(token_ids)[None], len(points), axis=0)
+
+    first_indices, second_indices = alignment.token_indices
+    interpolated = interpolate_vectors(
+        embed(first.phrase_ids[first_indices]),
+        embed(second.phrase_ids[second_indices]),
         points,
-        Sweep(len(points), num_tokens, make_arguments),
+        path,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Alignment:
-    """Two phrases in one span, sampled where a token of either ends.
-
-    Attributes:
-      end_shares: when, as shares of the span, ascending [num_samples].
-      token_indices: which token of each phrase holds that moment, int [num_samples] each.
-      sample_durations: of the samples in each phrase, in its own tokens, [num_samples] each; 0
-        where none of its ends.
-    """
-
-    end_shares: np.ndarray
-    token_indices: tuple[np.ndarray, np.ndarray]
-    sample_durations: tuple[np.ndarray, np.ndarray]
-
-    def durations_and_times(
-        self, points: np.ndarray, num_before: int, num_after: int
-    ) -> dict[str, np.ndarray]:
-        """durations and times [P, T] of the whole prompt: tokens before, samples, tokens after."""
-        fraction = np.asarray(points, np.float64)[:, None]
-        first, second = self.sample_durations
-        sample_durations = (1 - fraction) * first + fraction * second
-        span_length = sample_durations.sum(axis=1, keepdims=True)
-        ones = np.ones((len(points), 1))
-        durations = np.concatenate(
-            [ones * np.ones(num_before), sample_durations, ones * np.ones(num_after)],
-            axis=1,
-        )
-        times = [
-            ones * np.arange(1, num_before + 1),
-            num_before + span_length * self.end_shares,
-        ]
-        times.append(num_before + span_length + np.arange(1, num_after + 1))
-        return {
-            "durations": durations.astype(np.float32),
-            "times": np.concatenate(times, axis=1).astype(np.float32),
-        }
-
-    def sample_names(
-        self, first_tokens: np.ndarray, second_tokens: np.ndarray
-    ) -> list[str]:
-        """The samples, named by the tokens of both phrases."""
-        pairs = zip(
-            first_tokens[self.token_indices[0]],
-            second_tokens[self.token_indices[1]],
-            strict=True,
-        )
-        return [f"{a}|{b}" for a, b in pairs]
-
-
-def align_phrases(num_first: int, num_second: int) -> Alignment:
-    """The alignment of phrases of so many tokens."""
-    # In parts of the span, of which there are num_first times num_second.
-    ticks = np.union1d(
-        num_second * np.arange(1, num_first + 1),
-        num_first * np.arange(1, num_second + 1),
+    embeddings = np.concatenate(
+        [repeat(first.prefix_ids), interpolated, repeat(first.suffix_ids)], axis=1
     )
-    token_indices = (-(-ticks // num_second) - 1, -(-ticks // num_first) - 1)
-    sample_durations = ((ticks % num_second == 0) * 1.0, (ticks % num_first == 0) * 1.0)
-    return Alignment(ticks / (num_first * num_second), token_indices, sample_durations)
+    num_before = len(first.prefix_ids)
+    num_after = len(first.suffix_ids)
+    return {
+        "embeddings": embeddings,
+        **alignment.durations_and_times(points, num_before, num_after),
+    }
 
 
-def interpolate_vectors(
-    first: np.ndarray, second: np.ndarray, points: ArrayLike, path: str
-) -> np.ndarray:
-    """Vectors [P, num_samples, D] between `first` and `second` [num_samples, D].
+# --- The answers ------------------------------------------------------------------------------
 
-    "linear": along the straight line. "spherical": at constant angular speed in the plane of the
-    two (Shoemake, SIGGRAPH 1985), the straight line where they are parallel.
+
+def find_tokens_above_threshold(
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    prompt_sweep: PromptSweep,
+    threshold: float,
+    batch_size: int,
+) -> dict[str, list[int]]:
+    """Every token whose probability reaches the threshold anywhere on the sweep, by its text.
+
+    Raises:
+      clm.InputError: if no token does.
     """
-    fraction = np.asarray(points, np.float32)[:, None, None]
-    if path == "linear":
-        return (1 - fraction) * first + fraction * second
-    if path != "spherical":
+    token_ids = clm.sweep.tokens_above(
+        lm, threshold, batch_size=batch_size, **prompt_sweep.sweep.make_arguments()
+    )
+    if not token_ids:
         raise clm.InputError(
-            f"interpolation is {path!r}; it must be 'linear' or 'spherical'"
+            f"no token reaches a probability of {threshold:g}; lower --threshold"
         )
-    norm_products = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
-    cosine = np.clip(
-        np.sum(first * second, axis=-1) / np.maximum(norm_products, 1e-30), -1, 1
+    tokens_by_text: dict[str, list[int]] = {}
+    for token_id in token_ids[:MAX_TRACKED_TOKENS]:
+        text = tokenizer.decode([token_id], skip_special_tokens=False).strip()
+        if not text or "\ufffd" in text:  # a part of a character
+            text = answer_curves.token_name(tokenizer, token_id)
+        tokens_by_text.setdefault(text, []).append(token_id)
+    return tokens_by_text
+
+
+def shrink_prompt(
+    config: single_prompt.ShrinkConfig,
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    character_span: tuple[int, int],
+    answers: answer_curves.Answers,
+    labels: single_prompt.Labels,
+) -> single_prompt.SweepResult:
+    """The probabilities of the answers as a span of the prompt lasts less."""
+    prompt_sweep = shrink_span(
+        tokenizer, prompt, character_span, config.factors(), config.change
     )
-    angle = np.arccos(cosine)[:, None]
-    sine = np.sin(angle)
-    is_parallel = sine < 1e-4
-    safe_sine = np.where(is_parallel, 1.0, sine)
-    first_weight = np.where(
-        is_parallel, 1 - fraction, np.sin((1 - fraction) * angle) / safe_sine
+    answer_tokens = answer_curves.find_answer_tokens(
+        tokenizer, answers, config.answer_tokens
     )
-    second_weight = np.where(
-        is_parallel, fraction, np.sin(fraction * angle) / safe_sine
+    return sweep_prompt(config, lm, tokenizer, prompt_sweep, answer_tokens, labels)
+
+
+def sweep_prompt(
+    config: single_prompt.SweepConfig,
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    prompt_sweep: PromptSweep,
+    answer_tokens: Mapping[str, Sequence[int]],
+    labels: single_prompt.Labels,
+) -> single_prompt.SweepResult:
+    """The probabilities of the answers along the sweep of one prompt, with a progress bar."""
+    groups = list(answer_tokens.values())
+    arguments = prompt_sweep.sweep.make_arguments()
+    if config.pmap:
+        probabilities = pmap_sweep(lm, groups, devices=None, **arguments)
+    else:
+        probabilities = clm.sweep.probabilities(
+            lm,
+            groups,
+            batch_size=config.batch_size,
+            progress=labels.name if processes.is_first_process() else None,
+            **arguments,
+        )
+    tracked = {
+        answer: tuple(
+            answer_curves.token_name(tokenizer, token_id) for token_id in token_ids
+        )
+        for answer, token_ids in answer_tokens.items()
+    }
+    return single_prompt.SweepResult(
+        prompt=prompt_sweep.prompt,
+        token_names=tuple(prompt_sweep.token_names),
+        token_span=prompt_sweep.token_span,
+        tracked=tracked,
+        curves=answer_curves.Curves(
+            prompt_sweep.points, tuple(answer_tokens), probabilities
+        ),
+        labels=labels,
     )
-    return (first_weight * first + second_weight * second).astype(np.float32)
+
+
+Key = TypeVar("Key")
+
+
+def sweep_prompts(
+    config: single_prompt.SweepConfig,
+    lm: clm.LanguageModel,
+    prompt_sweeps: Mapping[Key, PromptSweep],
+    answer_tokens: Mapping[str, Sequence[int]],
+) -> dict[Key, answer_curves.Curves]:
+    """The sweeps of many prompts, several at once."""
+    keys = list(prompt_sweeps)
+    sweeps = [prompt_sweep.sweep for prompt_sweep in prompt_sweeps.values()]
+    groups = list(answer_tokens.values())
+    curves_by_key: dict[Key, answer_curves.Curves] = {}
+    sweep_groups = clm.sweep.group_by_program(lm, sweeps, config.batch_size)
+    for indices in tqdm.tqdm(sweep_groups, unit="batch"):
+        group_sweeps = [sweeps[i] for i in indices]
+        group_probabilities = run_group(
+            lm, groups, group_sweeps, config.batch_size, config.pmap
+        )
+        for index, probabilities in zip(indices, group_probabilities, strict=True):
+            key = keys[index]
+            curves_by_key[key] = answer_curves.Curves(
+                prompt_sweeps[key].points, tuple(answer_tokens), probabilities
+            )
+    return {key: curves_by_key[key] for key in keys}
+
+
+def run_group(
+    lm: clm.LanguageModel,
+    groups: Sequence[Sequence[int]],
+    sweeps: Sequence[Sweep],
+    batch_size: int,
+    use_pmap: bool,
+) -> list[np.ndarray]:
+    """The probabilities of a set of sweeps that `clm.sweep.group_by_program` has put together."""
+    if use_pmap:
+        return [
+            pmap_sweep(lm, groups, devices=None, **sweep.make_arguments())
+            for sweep in sweeps
+        ]
+    return clm.sweep.run_group(lm, groups, sweeps, batch_size)

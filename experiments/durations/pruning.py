@@ -7,114 +7,167 @@ Durations shrink as far as the log probability of the answer stays within a tole
 been taken. On the embedded model this takes under a minute.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+import tokenizers
+from matplotlib.figure import Figure
 
+import continuous_lm as clm
 from continuous_lm.analysis.attribution import log_probability
 from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.common import (
+    answer_curves,
     plots,
-    prompt,
+    pretrained,
+    program,
+    results,
 )
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
+from continuous_lm.experiments.common import prompt as prompt_lib
 from continuous_lm.parallel import processes
 
-_PROMPT = flags.DEFINE_string("prompt", prompt.DEFAULT_PROMPT, "What the model reads.")
-_ANSWER = flags.DEFINE_string(
-    "answer",
-    None,
-    "What is kept, one token.  [default: the model's most probable answer]",
-)
-_TOLERANCE = flags.DEFINE_float(
-    "tolerance", 0.1, "What its log probability may lose, in nats.", lower_bound=1e-3
-)
-_STEPS = flags.DEFINE_integer("steps", 200, "Steps of gradient descent.", lower_bound=1)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(prompt_lib.PromptConfig):
+    """Flags of pruning."""
 
-def main() -> None:
-    """Prune, verify, table, files."""
-    folder = program.output_dir("pruning")
-    lm, tokenizer = pretrained.load()
-    answered_prompt = prompt.encode_prompt(lm, tokenizer, _PROMPT.value, _ANSWER.value)
-    objective = log_probability(
-        lm, answered_prompt.answer_tokens, tokens=answered_prompt.tokens
+    answer: str | None = program.flag(
+        None,
+        help="Answer to keep, one token.  [default: the model's most probable answer]",
     )
-    ordinary_durations = np.ones(len(answered_prompt.tokens), np.float32)
+    tolerance: float = program.flag(
+        0.1,
+        help="Nats that the answer's log probability may lose.",
+        lower_bound=1e-3,
+    )
+    steps: int = program.flag(200, help="Steps of gradient descent.", lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The shortest prompt that keeps an answer.
+
+    Attributes:
+      prompt: with its answer.
+      durations: what is left of each token, [T].
+      log_prob_before: of the answer after the ordinary prompt.
+      log_prob_after: after what is left, by the plain model.
+      top_token: the name of the most probable token after it.
+      evaluations: how many forward passes the search cost.
+    """
+
+    prompt: prompt_lib.AnsweredPrompt
+    durations: np.ndarray
+    log_prob_before: float
+    log_prob_after: float
+    top_token: str
+    evaluations: int
+
+    @property
+    def total_before(self) -> int:
+        """The duration of the ordinary prompt after its first token."""
+        return len(self.durations) - 1
+
+    @property
+    def total_after(self) -> float:
+        """What is left of it."""
+        return float(self.durations[1:].sum())
+
+    def remaining_tokens(self) -> np.ndarray:
+        """The indices of the tokens that are left."""
+        return np.flatnonzero(self.durations > 0)
+
+    def title(self) -> str:
+        return (
+            f"{self.prompt.answer!r}: {self.total_after:.2f} of {self.total_before} left,"
+            f" log probability {self.log_prob_before:.3f} to {self.log_prob_after:.3f}"
+        )
+
+    def figure(self, title: str) -> Figure:
+        """The text with its durations."""
+        prompt = self.prompt
+        rows = {"pruned": self.durations}
+        return plots.durations_over_text(
+            prompt.token_texts, prompt.separators, rows, title=title
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number, for the results file."""
+        return {
+            **self.prompt.as_json(),
+            "durations": self.durations.tolist(),
+            "kept": self.remaining_tokens().tolist(),
+            "total": {"before": self.total_before, "after": self.total_after},
+            "log_probability": {
+                "before": self.log_prob_before,
+                "after": self.log_prob_after,
+            },
+            "says": self.top_token,
+            "evaluations": self.evaluations,
+        }
+
+    def summary(self) -> str:
+        remaining_tokens = self.remaining_tokens()
+        lines = [
+            f"{self.prompt.text}\n\n{self.title()}\n",
+            f"{'token':<14} {'duration':>9}",
+        ]
+        lines += [
+            f"{self.prompt.token_texts[token]:<14} {self.durations[token]:9.3f}"
+            for token in remaining_tokens
+        ]
+        num_tokens = len(self.durations)
+        lines.append(
+            f"\n{len(remaining_tokens)} of {num_tokens} tokens are left, and the model says"
+            f" {self.top_token!r}."
+        )
+        return "\n".join(lines)
+
+
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> Result:
+    """Prunes, and verifies by the plain model, to which no optimiser or absent token is known."""
+    prompt = prompt_lib.encode_prompt(lm, tokenizer, config.prompt, config.answer)
+    objective = log_probability(lm, prompt.answer_tokens, tokens=prompt.tokens)
+    ordinary_durations = np.ones(len(prompt.tokens), np.float32)
     pruned = prune(
-        objective, ordinary_durations, tolerance=_TOLERANCE.value, steps=_STEPS.value
+        objective, ordinary_durations, tolerance=config.tolerance, steps=config.steps
     )
-    pruned_durations = pruned.durations
-    remaining_tokens = np.flatnonzero(pruned_durations > 0)
-
     log_prob_before = float(objective(jnp.asarray(ordinary_durations)))
-    # The plain model, to which no optimiser or absent token is known.
-    # The query itself has a place, if no time.
-    query_index = [] if pruned_durations[-1] > 0 else [len(pruned_durations) - 1]
-    model_indices = np.array([*remaining_tokens, *query_index])
+    model_tokens = np.flatnonzero(pruned.durations > 0)
+    last_token = len(pruned.durations) - 1
+    if pruned.durations[-1] == 0:  # the query itself has a place, if no time
+        model_tokens = np.append(model_tokens, last_token)
     logits = lm(
-        answered_prompt.tokens[model_indices],
-        durations=pruned_durations[model_indices],
+        prompt.tokens[model_tokens],
+        durations=pruned.durations[model_tokens],
         position=-1,
     )
-    log_prob_after = float(
-        jax.nn.logsumexp(
-            jax.nn.log_softmax(logits)[jnp.array(answered_prompt.answer_tokens)]
-        )
+    answer_log_probs = jax.nn.log_softmax(logits)[jnp.array(prompt.answer_tokens)]
+    return Result(
+        prompt,
+        pruned.durations,
+        log_prob_before,
+        float(jax.nn.logsumexp(answer_log_probs)),
+        answer_curves.token_name(tokenizer, int(np.asarray(logits).argmax())),
+        pruned.evaluations,
     )
-    top_token = tokenizer.id_to_token(int(np.asarray(logits).argmax()))
 
-    title = (
-        f"{answered_prompt.answer!r}: {pruned_durations[1:].sum():.2f} of"
-        f" {len(pruned_durations) - 1} left, log probability {log_prob_before:.3f} to"
-        f" {log_prob_after:.3f}"
-    )
-    figure = plots.durations_over_text(
-        answered_prompt.token_texts,
-        answered_prompt.separators,
-        {"pruned": pruned_durations},
-        title=title,
-    )
-    if not processes.is_first_process():
-        return
-    with write_atomically(folder) as staging_folder:
-        plots.save(figure, staging_folder, "pruning")
-        write_json(
-            staging_folder / "pruning.json",
-            {
-                "prompt": answered_prompt.text,
-                "pieces": list(answered_prompt.token_texts),
-                "answer": answered_prompt.answer,
-                "durations": pruned_durations.tolist(),
-                "kept": remaining_tokens.tolist(),
-                "total": {
-                    "before": len(pruned_durations) - 1,
-                    "after": float(pruned_durations[1:].sum()),
-                },
-                "log_probability": {"before": log_prob_before, "after": log_prob_after},
-                "says": top_token,
-                "evaluations": pruned.evaluations,
-                "run": program.record(),
-            },
-        )
-    print(f"{answered_prompt.text}\n\n{title}\n")
-    print(f"{'token':<14} {'duration':>9}")
-    for j in remaining_tokens:
-        print(f"{answered_prompt.token_texts[j]:<14} {pruned_durations[j]:9.3f}")
-    print(
-        f"\n{len(remaining_tokens)} of {len(pruned_durations)} tokens are left, and the model"
-        f" says {top_token!r}."
-    )
-    print(f"\n{folder}/pruning.json, .png, .pdf")
+
+def run(config: Config) -> Result:
+    """Loads the model, prunes the prompt, and writes a figure and numbers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    if folder is not None and processes.is_first_process():
+        figures = {"pruning": result.figure(result.title())}
+        results.write(config, folder, "pruning", result.as_json(), figures)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True)
+    program.main(Config, run)

@@ -8,17 +8,14 @@ of its table. A scaling makes every token last 0.01 to 1.5, to which no model is
 al., arXiv:2504.03933).
 """
 
-import numpy as np
-from absl import flags
+import dataclasses
+from typing import Literal
 
-from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
-from continuous_lm.experiments.durations import prompt_sweeps
+import tokenizers
+
+import continuous_lm as clm
+from continuous_lm.experiments.common import pretrained, program
+from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
 PROMPTS = (
     "The capital of France is",
@@ -29,54 +26,55 @@ BUNDLED_PROMPT = (
 )
 BUNDLED_PROMPT += " Reply with a single-digit number\nAnswer: "
 
-_TRANSFORM = flags.DEFINE_enum(
-    "transform", "translation", ["translation", "scaling"], "Of all times."
-)
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(
+    single_prompt.SweepConfig,
+    single_prompt.ChangeConfig,
+    single_prompt.ThresholdConfig,
+):
+    """Flags of shifting."""
 
-def main() -> None:
-    """Sweep, table, files."""
-    folder = program.output_dir("shifting")
-    lm, tokenizer = pretrained.load()
-    prompt = single_prompt.prompt() or (
-        BUNDLED_PROMPT if pretrained.is_bundled() else PROMPTS[0]
+    transform: Literal["translation", "scaling"] = program.flag(
+        "translation", help="Transform of all times."
     )
-    if _TRANSFORM.value == "translation":
-        prompt_sweep = prompt_sweeps.shift_prompt(
-            tokenizer, prompt, single_prompt.sweep_points(0.0, 10.0)
-        )
+    prompt: str | None = program.flag(
+        None, help="A prompt of your own, instead of the paper's."
+    )
+
+
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> single_prompt.SweepResult:
+    """The answers as the prompt comes later, or takes longer."""
+    prompt = config.prompt or (BUNDLED_PROMPT if config.is_bundled else PROMPTS[0])
+    if config.transform == "translation":
         xlabel = "shift in tokens"
-    else:
-        prompt_sweep = prompt_sweeps.stretch_prompt(
-            tokenizer,
-            prompt,
-            single_prompt.sweep_points(0.01, 1.5),
-            single_prompt.duration_change(),
+        prompt_sweep = prompt_sweeps.shift_prompt(
+            tokenizer, prompt, config.even_points(0.0, 10.0)
         )
+    else:
         xlabel = "duration of every token"
-    answer_tokens = single_prompt.find_tokens_above_threshold(
-        lm, tokenizer, prompt_sweep
+        prompt_sweep = prompt_sweeps.stretch_prompt(
+            tokenizer, prompt, config.even_points(0.01, 1.5), config.change
+        )
+    answer_tokens = prompt_sweeps.find_tokens_above_threshold(
+        lm, tokenizer, prompt_sweep, config.threshold, config.batch_size
     )
-    answer_curves = single_prompt.run_sweep(
-        lm, prompt_sweep, answer_tokens, _TRANSFORM.value
+    labels = single_prompt.Labels("shifting", xlabel, xlabel, shows_change=True)
+    return prompt_sweeps.sweep_prompt(
+        config, lm, tokenizer, prompt_sweep, answer_tokens, labels
     )
-    single_prompt.write_results(
-        folder,
-        "shifting",
-        tokenizer,
-        prompt_sweep,
-        answer_tokens,
-        answer_curves,
-        xlabel=xlabel,
-        point_name=xlabel,
-    )
-    largest_change = np.abs(
-        answer_curves.probabilities - answer_curves.probabilities[:1]
-    ).max()
-    print(
-        f"largest change of a tracked probability along the sweep: {largest_change:.2g}"
-    )
+
+
+def run(config: Config) -> single_prompt.SweepResult:
+    """Loads the model, moves the prompt in time, and writes the answers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    result.write(config, folder)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True, supports_pmap=True)
+    program.main(Config, run)

@@ -1,16 +1,13 @@
-"""Programs of one prompt: flags of a sweep, its result, and how it is computed and written."""
+"""Programs of one prompt: the flags of a sweep, and its result."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeVar
+from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
-import tokenizers
 from matplotlib.figure import Figure
 
-import continuous_lm as clm
-from continuous_lm.analysis.sweep import pmap_sweep
 from continuous_lm.experiments.common import (
     answer_curves,
     plots,
@@ -18,10 +15,7 @@ from continuous_lm.experiments.common import (
     program,
     results,
 )
-from continuous_lm.experiments.durations.prompt_sweeps import PromptSweep
 from continuous_lm.parallel import processes
-
-MAX_TRACKED_TOKENS = 20  # tokens that are tracked because they reach a threshold
 
 # --- Flags ------------------------------------------------------------------------------------
 
@@ -80,8 +74,8 @@ class PathConfig(program.CheckedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FactorConfig(SweepConfig, ChangeConfig, AnswerConfig):
-    """Flags of a span that lasts less."""
+class FactorConfig(SweepConfig):
+    """Flags of duration factors."""
 
     min_factor: float = program.flag(
         0.1, help="The smallest duration factor.", lower_bound=0.0, upper_bound=1.0
@@ -90,6 +84,11 @@ class FactorConfig(SweepConfig, ChangeConfig, AnswerConfig):
     def factors(self) -> np.ndarray:
         """The duration factors of the sweep, [P], up to 1."""
         return self.even_points(self.min_factor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShrinkConfig(FactorConfig, ChangeConfig, AnswerConfig):
+    """Flags of a span that lasts less."""
 
 
 # --- Results ----------------------------------------------------------------------------------
@@ -104,12 +103,14 @@ class Labels:
       points: the x axis of the figure.
       points_short: the heading of the table's first column.
       marks: points to mark in the figure, by their label.
+      shows_change: whether the summary says how far probabilities move.
     """
 
     name: str
     points: str
     points_short: str = "duration factor"
     marks: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    shows_change: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +148,20 @@ class SweepResult(program.Result):
         if self.curves.probabilities.sum(axis=1).max() < 0.5:
             text += "\n\nWhat is tracked never gets half of the probability: this model answers"
             text += " otherwise."
+        if self.labels.shows_change:
+            text += "\n\nlargest change of a tracked probability along the sweep:"
+            text += f" {self.largest_change(0):.2g}"
         return text
 
-    def write(self, config: program.RunConfig, folder: pathlib.Path) -> None:
-        """Writes the figure and every number."""
+    def largest_change(self, reference_point: int) -> float:
+        """The largest difference of a tracked probability from that at one point."""
+        probabilities = self.curves.probabilities
+        return float(np.abs(probabilities - probabilities[reference_point]).max())
+
+    def write(self, config: program.RunConfig, folder: pathlib.Path | None) -> None:
+        """Writes the figure and every number, if there is a folder; process 0 alone."""
+        if folder is None or not processes.is_first_process():
+            return
         values = {
             "prompt": self.prompt,
             "tokens": self.token_names,
@@ -160,66 +171,6 @@ class SweepResult(program.Result):
         }
         name = self.labels.name
         results.write(config, folder, name, values, {name: self.figure()})
-
-
-# --- Programs ---------------------------------------------------------------------------------
-
-Config = TypeVar("Config", bound=SweepConfig)
-Result = TypeVar("Result", bound=SweepResult)
-
-
-def run(
-    config: Config,
-    compute: Callable[[Config, clm.LanguageModel, tokenizers.Tokenizer], Result],
-) -> Result:
-    """Loads the model, computes the sweep, and writes it if the Config names a folder."""
-    folder = program.output_folder(config)
-    lm, tokenizer = pretrained.load(config)
-    result = compute(config, lm, tokenizer)
-    if folder is not None and processes.is_first_process():
-        result.write(config, folder)
-    return result
-
-
-def sweep_prompt(
-    config: SweepConfig,
-    lm: clm.LanguageModel,
-    tokenizer: tokenizers.Tokenizer,
-    prompt_sweep: PromptSweep,
-    answer_tokens: Mapping[str, Sequence[int]],
-    labels: Labels,
-) -> SweepResult:
-    """The probabilities of the answers along the sweep of one prompt, with a progress bar."""
-    groups = list(answer_tokens.values())
-    arguments = prompt_sweep.sweep.make_arguments()
-    if config.pmap:
-        probabilities = pmap_sweep(lm, groups, devices=None, **arguments)
-    else:
-        probabilities = clm.sweep.probabilities(
-            lm,
-            groups,
-            batch_size=config.batch_size,
-            progress=labels.name if processes.is_first_process() else None,
-            **arguments,
-        )
-    return SweepResult(
-        prompt=prompt_sweep.prompt,
-        token_names=tuple(prompt_sweep.token_names),
-        token_span=prompt_sweep.token_span,
-        tracked={
-            answer: tuple(_token_name(tokenizer, token) for token in tokens)
-            for answer, tokens in answer_tokens.items()
-        },
-        curves=answer_curves.Curves(
-            prompt_sweep.points, tuple(answer_tokens), probabilities
-        ),
-        labels=labels,
-    )
-
-
-def _token_name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
-    """As the tokenizer names it; a model may have more tokens than its tokenizer."""
-    return tokenizer.id_to_token(token) or f"token {token}"
 
 
 def transition_points(count: int, factors: np.ndarray) -> dict[str, float]:

@@ -9,72 +9,89 @@ embedded model knows one-digit numbers, of which every sum is one token: by defa
 4 + 3.
 """
 
-from absl import flags
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import tokenizers
 
 import continuous_lm as clm
-from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.durations import absl_single_prompt as single_prompt
-from continuous_lm.experiments.durations import prompt_sweeps
-
-_NUMBERS = flags.DEFINE_list(
-    "numbers", None, "The two numbers.  [default: 24,13; for the embedded model 4,3]"
-)
-_SHRINK = flags.DEFINE_enum("shrink", "2", ["1", "2"], "Which of them shrinks.")
-_SPACED = flags.DEFINE_bool("spaced", False, "Write a number's digits apart.")
+from continuous_lm.experiments.common import pretrained, program
+from continuous_lm.experiments.durations import prompt_sweeps, single_prompt
 
 
-def prompt_and_span(
-    numbers: tuple[str, str], shrink: int, spaced: bool
-) -> tuple[str, tuple[int, int]]:
-    """The prompt, and the characters of the number that shrinks (1 or 2)."""
-    first, second = (" ".join(number) if spaced else number for number in numbers)
-    prefix = f"The sum of {first} and " if shrink == 2 else "The sum of "
-    shrinking_number = second if shrink == 2 else first
-    return f"The sum of {first} and {second} is ", (
-        len(prefix),
-        len(prefix) + len(shrinking_number),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(single_prompt.ShrinkConfig):
+    """Flags of sums."""
+
+    numbers: tuple[str, ...] | None = program.flag(
+        None, help="The two numbers.  [default: 24,13; for the embedded model 4,3]"
+    )
+    shrink: Literal["1", "2"] = program.flag(
+        "2", help="Number that shrinks, the first or the second."
+    )
+    spaced: bool = program.flag(False, help="Write a number's digits apart.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.numbers is not None and not _are_two_numbers(self.numbers):
+            raise clm.InputError(
+                f"--numbers is {','.join(self.numbers)}; give two whole numbers, as 24,13"
+            )
+
+    def both_numbers(self) -> tuple[str, ...]:
+        """The two numbers, as digits."""
+        return self.numbers or (("4", "3") if self.is_bundled else ("24", "13"))
+
+
+def _are_two_numbers(texts: tuple[str, ...]) -> bool:
+    return len(texts) == 2 and all(
+        text.isdecimal() and text.isascii() for text in texts
     )
 
 
-def main() -> None:
-    """Sweep, table, files."""
-    folder = program.output_dir("sums")
-    lm, tokenizer = pretrained.load()
-    is_bundled = pretrained.is_bundled()
-    numbers = _NUMBERS.value or (["4", "3"] if is_bundled else ["24", "13"])
-    if len(numbers) != 2 or not all(n.isdecimal() and n.isascii() for n in numbers):
-        raise clm.InputError(
-            f"--numbers is {','.join(numbers)}; give two whole numbers, as 24,13"
-        )
+def make_prompt(config: Config) -> tuple[str, tuple[int, int]]:
+    """The prompt, and the characters of the number that shrinks."""
+    numbers = config.both_numbers()
+    if config.spaced:
+        numbers = tuple(" ".join(number) for number in numbers)
     first, second = numbers
-    prompt, character_span = prompt_and_span(
-        (first, second), int(_SHRINK.value), _SPACED.value
+    prompt = f"The sum of {first} and {second} is "
+    if config.shrink == "1":
+        begin = len("The sum of ")
+        return prompt, (begin, begin + len(first))
+    begin = len(f"The sum of {first} and ")
+    return prompt, (begin, begin + len(second))
+
+
+def possible_answers(is_bundled: bool) -> Sequence[str]:
+    """The embedded model gives whole sums, others their first digit."""
+    return [str(i) for i in range(19)] if is_bundled else clm.tokenization.DIGITS
+
+
+def compute(
+    config: Config, lm: clm.LanguageModel, tokenizer: tokenizers.Tokenizer
+) -> single_prompt.SweepResult:
+    """The sums along the sweep."""
+    prompt, character_span = make_prompt(config)
+    shrinking_number = config.both_numbers()[int(config.shrink) - 1]
+    labels = single_prompt.Labels(
+        "sums", f"duration of each token of {shrinking_number}"
     )
-    possible_sums = (
-        [str(i) for i in range(19)] if is_bundled else clm.tokenization.DIGITS
+    answers = possible_answers(config.is_bundled)
+    return prompt_sweeps.shrink_prompt(
+        config, lm, tokenizer, prompt, character_span, answers, labels
     )
-    factors, answer_tokens = (
-        single_prompt.sweep_points(),
-        single_prompt.find_answer_tokens(tokenizer, possible_sums),
-    )
-    prompt_sweep = prompt_sweeps.shrink_span(
-        tokenizer, prompt, character_span, factors, single_prompt.duration_change()
-    )
-    single_prompt.write_results(
-        folder,
-        "sums",
-        tokenizer,
-        prompt_sweep,
-        answer_tokens,
-        single_prompt.run_sweep(lm, prompt_sweep, answer_tokens, "sums"),
-        xlabel=f"duration of each token of {numbers[int(_SHRINK.value) - 1]}",
-    )
+
+
+def run(config: Config) -> single_prompt.SweepResult:
+    """Loads the model, shrinks a number, and writes the answers."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    result = compute(config, lm, tokenizer)
+    result.write(config, folder)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True, supports_pmap=True)
+    program.main(Config, run)

@@ -15,17 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
 from matplotlib.figure import Figure
 
 from continuous_lm.errors import InputError, about
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.common import plots
+from continuous_lm.experiments.common import plots, program, results, tables
 from continuous_lm.experiments.studies import metrics, study_tables
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import read_json, write_json
-
-_STUDIES = flags.DEFINE_list("studies", None, "Folders with a study.json each.")
+from continuous_lm.io.json_files import read_json
 
 DIGITS = tuple("0123456789")
 YES_NO = ("Yes", "No")
@@ -38,6 +33,13 @@ QUESTION_KIND_GROUPS = {
 GLOBAL_ROW = "Global"
 
 MetricValues = dict[str, Any]  # of one model, or of all: what analysis.json holds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(program.RunConfig):
+    """Flags of analysis."""
+
+    studies: tuple[str, ...] = program.flag((), help="Folders with a study.json each.")
 
 
 # --- Reading ----------------------------------------------------------------------------------
@@ -84,43 +86,44 @@ def read_study(folder: str | pathlib.Path) -> Study:
     path = pathlib.Path(folder) / "study.json"
     stored_study = read_json(path)
     with about(str(path)):
-        name, model = (
-            _get_field(stored_study, "study", str),
-            _get_field(stored_study, "model", str),
-        )
-        if name not in STUDY_SPECS:
-            raise InputError(f"study is {name!r}; known are {', '.join(STUDY_SPECS)}")
-        if not model.strip() or model == GLOBAL_ROW:
-            raise InputError(f"model is {model!r}; give it a name of its own")
-        records: dict[int, Record] = {}
-        failed: dict[int, str] = {}
-        for position, stored_record in enumerate(
-            _get_field(stored_study, "records", list)
-        ):
-            if not isinstance(stored_record, dict):
-                raise InputError(
-                    f"records[{position}] must be an object; run the study again"
-                )
-            with about(f"records[{position}]"):
-                index = _get_field(stored_record, "index", int)
-            with about(f"record {index}"):
-                if index in records or index in failed:
-                    raise InputError(
-                        "its index occurs twice; keep one of the two records"
-                    )
-                if "failed" in stored_record:
-                    failed[index] = _get_field(stored_record, "failed", str)
-                else:
-                    records[index] = _parse_record(stored_record, STUDY_SPECS[name])
-        if not records:
-            reason = (
-                f", the first since {next(iter(failed.values()))}" if failed else ""
-            )
+        source = {"folder": str(folder), "run": stored_study.get("run")}
+        return parse_study(stored_study, source)
+
+
+def parse_study(stored_study: Mapping[str, Any], source: Mapping[str, Any]) -> Study:
+    """A study of what `study` has written, or would write.
+
+    Raises:
+      InputError: naming the record and the field that is not as it must be.
+    """
+    name = _get_text(stored_study, "study")
+    model = _get_text(stored_study, "model")
+    if name not in STUDY_SPECS:
+        raise InputError(f"study is {name!r}; known are {', '.join(STUDY_SPECS)}")
+    if not model.strip() or model == GLOBAL_ROW:
+        raise InputError(f"model is {model!r}; give it a name of its own")
+    records: dict[int, Record] = {}
+    failed: dict[int, str] = {}
+    for position, stored_record in enumerate(_get_list(stored_study, "records")):
+        if not isinstance(stored_record, dict):
             raise InputError(
-                f"no record could be analysed: {len(failed)} of {len(failed)} failed{reason};"
-                " run the study on prompts that this model can read"
+                f"records[{position}] must be an object; run the study again"
             )
-    source = {"folder": str(folder), "run": stored_study.get("run")}
+        with about(f"records[{position}]"):
+            index = _get_integer(stored_record, "index")
+        with about(f"record {index}"):
+            if index in records or index in failed:
+                raise InputError("its index occurs twice; keep one of the two records")
+            if "failed" in stored_record:
+                failed[index] = _get_text(stored_record, "failed")
+            else:
+                records[index] = _parse_record(stored_record, STUDY_SPECS[name])
+    if not records:
+        reason = f", the first since {next(iter(failed.values()))}" if failed else ""
+        raise InputError(
+            f"no record could be analysed: {len(failed)} of {len(failed)} failed{reason};"
+            " run the study on prompts that this model can read"
+        )
     return Study(name, model, tuple(records.values()), failed, source)
 
 
@@ -141,64 +144,93 @@ def read_studies(folders: Iterable[str]) -> dict[str, list[Study]]:
 
 
 def _parse_record(stored_record: Mapping[str, Any], study_spec: "StudySpec") -> Record:
-    fields = _get_field(stored_record, "about", dict)
+    fields = _get_object(stored_record, "about")
     with about("about"):
         study_spec.check_fields(fields)
-    stored_curves = _get_field(stored_record, "curves", dict)
+    stored_curves = _get_object(stored_record, "curves")
     with about("curves"):
-        points = _as_float_array(_get_field(stored_curves, "points", list), "points")
-        if len(points) < 2 or not (np.diff(points) > 0).all():
-            raise InputError(
-                "points must be two or more that ascend; run the study again"
-            )
-        if abs(points[-1] - 1) > 1e-6 or (
-            study_spec.starts_at_zero and abs(points[0]) > 1e-6
-        ):
-            raise InputError(
-                f"points go from {points[0]:g} to {points[-1]:g}, not"
-                f" {'from 0 ' if study_spec.starts_at_zero else ''}to 1; run the study on a"
-                " whole sweep"
-            )
-        probability_lists = _get_field(stored_curves, "probabilities", dict)
-        with about("probabilities"):
-            answers = [
-                *study_spec.answers,
-                *(a for a in probability_lists if a not in study_spec.answers),
-            ]
-            curves = {
-                a: _as_float_array(_get_field(probability_lists, a, list), a)
-                for a in answers
-            }
-            for answer, curve in curves.items():
-                if len(curve) != len(points):
-                    raise InputError(
-                        f"{answer} has {len(curve)} values for {len(points)} points; they must"
-                        " be as many"
-                    )
-                if curve.min() < -1e-6 or curve.max() > 1 + 1e-6:
-                    raise InputError(f"{answer} leaves [0, 1]; store probabilities")
-    return Record(fields, points, {a: np.clip(c, 0, 1) for a, c in curves.items()})
+        points = _parse_points(stored_curves, study_spec.starts_at_zero)
+        curves = _parse_curves(stored_curves, study_spec.answers, len(points))
+    return Record(fields, points, curves)
 
 
-def _get_field(stored_object: Mapping[str, Any], name: str, expected_type: type) -> Any:
-    """values[name], which must be of that kind."""
-    type_names = {
-        str: "text",
-        int: "an integer",
-        list: "a list",
-        dict: "an object",
-        bool: "a boolean",
-    }
+def _parse_points(stored_curves: Mapping[str, Any], starts_at_zero: bool) -> np.ndarray:
+    """The points of a sweep, [P], which ascend to 1."""
+    points = _as_float_array(_get_list(stored_curves, "points"), "points")
+    if len(points) < 2 or not (np.diff(points) > 0).all():
+        raise InputError("points must be two or more that ascend; run the study again")
+    starts_wrong = starts_at_zero and abs(points[0]) > 1e-6
+    if abs(points[-1] - 1) > 1e-6 or starts_wrong:
+        raise InputError(
+            f"points go from {points[0]:g} to {points[-1]:g}, not"
+            f" {'from 0 ' if starts_at_zero else ''}to 1; run the study on a whole sweep"
+        )
+    return points
+
+
+def _parse_curves(
+    stored_curves: Mapping[str, Any], answers: Sequence[str], num_points: int
+) -> dict[str, np.ndarray]:
+    """Answer -> probabilities [P]: of those that the study needs, and of all others stored."""
+    probability_lists = _get_object(stored_curves, "probabilities")
+    curves: dict[str, np.ndarray] = {}
+    with about("probabilities"):
+        for answer in dict.fromkeys([*answers, *probability_lists]):
+            curve = _as_float_array(_get_list(probability_lists, answer), answer)
+            if len(curve) != num_points:
+                raise InputError(
+                    f"{answer} has {len(curve)} values for {num_points} points; they must"
+                    " be as many"
+                )
+            if curve.min() < -1e-6 or curve.max() > 1 + 1e-6:
+                raise InputError(f"{answer} leaves [0, 1]; store probabilities")
+            curves[answer] = np.clip(curve, 0, 1)
+    return curves
+
+
+def _get_text(stored_object: Mapping[str, Any], name: str) -> str:
+    value = _get_field(stored_object, name)
+    if not isinstance(value, str):
+        raise _wrong_type(name, "text", value)
+    return value
+
+
+def _get_integer(stored_object: Mapping[str, Any], name: str) -> int:
+    value = _get_field(stored_object, name)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong_type(name, "an integer", value)
+    return value
+
+
+def _get_boolean(stored_object: Mapping[str, Any], name: str) -> bool:
+    value = _get_field(stored_object, name)
+    if not isinstance(value, bool):
+        raise _wrong_type(name, "a boolean", value)
+    return value
+
+
+def _get_list(stored_object: Mapping[str, Any], name: str) -> list[Any]:
+    value = _get_field(stored_object, name)
+    if not isinstance(value, list):
+        raise _wrong_type(name, "a list", value)
+    return value
+
+
+def _get_object(stored_object: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = _get_field(stored_object, name)
+    if not isinstance(value, dict):
+        raise _wrong_type(name, "an object", value)
+    return value
+
+
+def _get_field(stored_object: Mapping[str, Any], name: str) -> object:
     if name not in stored_object:
         raise InputError(f"{name} is missing; run the study again or add it")
-    value = stored_object[name]
-    if not isinstance(value, expected_type) or (
-        expected_type is int and isinstance(value, bool)
-    ):
-        raise InputError(
-            f"{name} must be {type_names[expected_type]}, not {value!r:.40}"
-        )
-    return value
+    return stored_object[name]
+
+
+def _wrong_type(name: str, expected: str, value: object) -> InputError:
+    return InputError(f"{name} must be {expected}, not {value!r:.40}")
 
 
 def _as_float_array(values: list, name: str) -> np.ndarray:
@@ -300,7 +332,7 @@ def _integer_check(
     name: str, minimum: int, maximum: int
 ) -> Callable[[Mapping[str, Any]], None]:
     def check_fields(fields: Mapping[str, Any]) -> None:
-        if not minimum <= _get_field(fields, name, int) <= maximum:
+        if not minimum <= _get_integer(fields, name) <= maximum:
             raise InputError(
                 f"{name} is {fields[name]}; it must be from {minimum} to {maximum}"
             )
@@ -311,11 +343,11 @@ def _integer_check(
 def _check_sum(fields: Mapping[str, Any]) -> None:
     for name in ("item_1", "item_2"):
         _integer_check(name, 0, 10**9)(fields)
-    _get_field(fields, "shrink_1", bool)
+    _get_boolean(fields, "shrink_1")
 
 
 def _check_words(fields: Mapping[str, Any]) -> None:
-    if _get_field(fields, "kind", str) not in QUESTION_KIND_GROUPS:
+    if _get_text(fields, "kind") not in QUESTION_KIND_GROUPS:
         raise InputError(
             f"kind is {fields['kind']!r}; known are {', '.join(QUESTION_KIND_GROUPS)}"
         )
@@ -344,10 +376,8 @@ class StudySpec:
 
 def _counting_spec(field: str) -> StudySpec:
     def compute_metrics(records: Sequence[Record]) -> MetricValues:
-        digit_curves, counts = (
-            [r.answer_matrix(DIGITS) for r in records],
-            [r.fields[field] for r in records],
-        )
+        digit_curves = [record.answer_matrix(DIGITS) for record in records]
+        counts = [record.fields[field] for record in records]
         return metrics.counting_metrics(digit_curves, counts)
 
     return StudySpec(
@@ -391,57 +421,82 @@ def compute_model_metrics(studies: Sequence[Study]) -> dict[str, MetricValues]:
     )
 
 
-def main() -> None:
-    """Tables, figures, numbers."""
-    folder = program.output_dir("analysis")
-    if not _STUDIES.value:
-        raise InputError("--studies must name folders with a study.json each")
-    studies = read_studies(_STUDIES.value)
-    metrics_by_study = {
-        study_name: compute_model_metrics(same_name_studies)
-        for study_name, same_name_studies in studies.items()
-    }
-    run_record = program.record()
-    # No model's.
-    run_record["flags"] = {
-        name: run_record["flags"][name] for name in ("studies", "output_dir")
-    }
-    table_texts: list[str] = []
-    with write_atomically(folder, stale_pattern=_OUTPUT_FILES) as staging_folder:
-        for study_name, metrics_by_model in metrics_by_study.items():
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The numbers of several studies, with their tables and figures.
+
+    Attributes:
+      metrics: study -> model -> its numbers, and those of all models as `GLOBAL_ROW`.
+      sources: study -> model -> where it was read.
+    """
+
+    metrics: Mapping[str, Mapping[str, MetricValues]]
+    sources: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    def all_tables(self) -> list[tables.Table]:
+        """Those of every study."""
+        return [
+            table
+            for study_name, metrics_by_model in self.metrics.items()
             for table in study_tables.make_tables(
                 study_name,
                 metrics_by_model,
                 has_summary_row=GLOBAL_ROW in metrics_by_model,
-            ):
-                table.write(staging_folder)
-                table_texts.append(table.as_text())
-            single_model_metrics = {
-                model: metric_values
-                for model, metric_values in metrics_by_model.items()
+            )
+        ]
+
+    def figures(self) -> dict[str, Figure]:
+        """File name without its ending -> figure, of every study."""
+        figures_by_name = {}
+        for study_name, metrics_by_model in self.metrics.items():
+            single_models = {
+                model: values
+                for model, values in metrics_by_model.items()
                 if model != GLOBAL_ROW
             }
-            for figure_name, figure in (
-                STUDY_SPECS[study_name].make_figures(single_model_metrics).items()
-            ):
-                plots.save(figure, staging_folder, f"{study_name}_{figure_name}")
-        sources = {
-            n: {s.model: s.source for s in same_name_studies}
-            for n, same_name_studies in studies.items()
-        }
-        write_json(
-            staging_folder / "analysis.json",
-            {"studies": metrics_by_study, "sources": sources, "run": run_record},
+            figures = STUDY_SPECS[study_name].make_figures(single_models)
+            for figure_name, figure in figures.items():
+                figures_by_name[f"{study_name}_{figure_name}"] = figure
+        return figures_by_name
+
+    def summary(self) -> str:
+        texts = [table.as_text() for table in self.all_tables()]
+        return "\n\n".join(texts)
+
+    def write(self, config: Config, folder: pathlib.Path) -> None:
+        """Tables, figures and numbers; those of an earlier run that are not written now go."""
+        values = {"studies": self.metrics, "sources": self.sources}
+        results.write(
+            config,
+            folder,
+            "analysis",
+            values,
+            self.figures(),
+            tables=self.all_tables(),
+            stale_pattern=_OUTPUT_FILES,
         )
-    print(
-        "\n\n".join(
-            [
-                *table_texts,
-                f"{folder}/analysis.json, tables (.csv, .md, .tex), figures (.png, .pdf)",
-            ]
-        )
+
+
+def run(config: Config) -> Result:
+    """Reads the studies, computes their numbers, and writes tables and figures."""
+    folder = program.output_folder(config)
+    if not config.studies:
+        raise InputError("--studies must name folders with a study.json each")
+    studies = read_studies(config.studies)
+    result = Result(
+        metrics={
+            study_name: compute_model_metrics(same_name_studies)
+            for study_name, same_name_studies in studies.items()
+        },
+        sources={
+            study_name: {study.model: study.source for study in same_name_studies}
+            for study_name, same_name_studies in studies.items()
+        },
     )
+    if folder is not None:
+        result.write(config, folder)
+    return result
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.main(Config, run)

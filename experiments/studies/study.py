@@ -14,200 +14,284 @@ study.json holds them all in the end, for `analysis`.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import tokenizers
 import tqdm
-from absl import flags
 
 import continuous_lm as clm
 from continuous_lm.errors import InputError
-from continuous_lm.experiments.common import (
-    absl_pretrained as pretrained,
-)
-from continuous_lm.experiments.common import (
-    absl_program as program,
-)
-from continuous_lm.experiments.common import (
-    answer_curves,
-)
-from continuous_lm.experiments.durations import (
-    absl_single_prompt as single_prompt,
-)
+from continuous_lm.experiments.common import answer_curves, pretrained, program, results
 from continuous_lm.experiments.durations import (
     interpolation,
     prompt_sweeps,
+    single_prompt,
+    sums,
 )
 from continuous_lm.experiments.studies import datasets
-from continuous_lm.io.atomic_files import write_atomically
-from continuous_lm.io.json_files import write_json
 from continuous_lm.parallel import processes
 
 PARTIAL_RESULTS_FILE = "records.jsonl"
-
-_STUDY = flags.DEFINE_enum("study", "counting", list(datasets.STUDIES), "Which one.")
-_DATA = flags.DEFINE_string(
-    "data", None, "A data file.  [default: made of the small language]"
-)
-_LIMIT = flags.DEFINE_integer("limit", 200, "At most so many prompts.", lower_bound=1)
+MAX_REASONS = 5  # why prompts could not be run, in the summary
 
 
-def study_answer_tokens(
-    study: str, tokenizer: tokenizers.Tokenizer, is_bundled: bool
-) -> dict[str, list[int]]:
-    """What a study tracks; the embedded model gives whole sums, others their first digit."""
-    if study == "words":
-        return single_prompt.find_answer_tokens(
-            tokenizer, interpolation.YES_NO_SPELLINGS
-        )
-    is_whole_sum = study == "sums" and is_bundled
-    return single_prompt.find_answer_tokens(
-        tokenizer, [str(i) for i in range(19 if is_whole_sum else 10)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(
+    single_prompt.FactorConfig,
+    single_prompt.ChangeConfig,
+    single_prompt.PathConfig,
+    single_prompt.AnswerConfig,
+):
+    """Flags of study."""
+
+    study: str = program.flag(
+        "counting", help="Study to run; see above.", choices=list(datasets.STUDIES)
     )
+    data: str | None = program.flag(
+        None, help="A data file.  [default: made of the small language]"
+    )
+    limit: int = program.flag(200, help="Number of prompts, at most.", lower_bound=1)
+    batch_size: int = program.flag(256, help="Points computed at once.", lower_bound=1)
+
+    def default_folder(self, program_name: str) -> str:
+        return f"{program_name}/{self.study}"
+
+    def sweep_settings(self) -> "SweepSettings":
+        """How each prompt is swept."""
+        starts_at_zero = self.study == "words"
+        points = self.even_points(0.0 if starts_at_zero else self.min_factor)
+        return SweepSettings(points, self.change, self.path, self.batch_size, self.pmap)
+
+
+class SweepSettings(NamedTuple):
+    """How each prompt of a study is swept."""
+
+    points: np.ndarray  # [P]
+    change: str = "both"
+    path: str = "linear"
+    batch_size: int = 256
+    pmap: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(program.Result):
+    """The records of all prompts; as JSON, since a stopped study goes on from a file."""
+
+    study: str
+    model: str
+    records: tuple[Mapping[str, Any], ...]
+
+    def failed(self) -> list[Mapping[str, Any]]:
+        """The records of prompts that could not be run."""
+        return [record for record in self.records if "failed" in record]
+
+    def summary(self) -> str:
+        failed = self.failed()
+        reasons = sorted({record["failed"] for record in failed})[:MAX_REASONS]
+        header = f"{len(self.records)} prompts, of which {len(failed)} could not be run"
+        return "\n".join([header, *(f"  {reason}" for reason in reasons)])
+
+    def as_json(self) -> dict[str, Any]:
+        """Every number, as `analysis` reads it."""
+        return {
+            "study": self.study,
+            "model": self.model,
+            "records": list(self.records),
+        }
+
+    def write(self, config: program.RunConfig, folder: pathlib.Path) -> None:
+        """study.json, whole; the partial results go. Process 0 alone writes."""
+        if not processes.is_first_process():
+            return
+        results.write(config, folder, "study", self.as_json(), {})
+        (folder / PARTIAL_RESULTS_FILE).unlink(missing_ok=True)
+
+
+def study_answers(study: str, is_bundled: bool) -> answer_curves.Answers:
+    """The answers that a study tracks."""
+    if study == "words":
+        return interpolation.YES_NO_SPELLINGS
+    if study == "sums":
+        return sums.possible_answers(is_bundled)
+    return clm.tokenization.DIGITS
 
 
 def make_prompt_sweep(
     lm: clm.LanguageModel,
     tokenizer: tokenizers.Tokenizer,
     task: datasets.Task,
-    points: np.ndarray,
-    change: str = "both",
-    path: str = "linear",
+    settings: SweepSettings,
 ) -> prompt_sweeps.PromptSweep:
     """The sweep that a task asks for."""
+    points = settings.points
     if task.phrases is not None:
         return prompt_sweeps.interpolate_phrases(
-            lm, tokenizer, task.prompt, task.phrases, points, path
+            lm, tokenizer, task.prompt, task.phrases, points, settings.path
         )
     assert task.character_span is not None
     return prompt_sweeps.shrink_span(
-        tokenizer, task.prompt, task.character_span, points, change
+        tokenizer, task.prompt, task.character_span, points, settings.change
     )
 
 
 def run_study(
-    folder: pathlib.Path,
+    folder: pathlib.Path | None,
     lm: clm.LanguageModel,
     tokenizer: tokenizers.Tokenizer,
     tasks: Sequence[datasets.Task],
     answer_tokens: Mapping[str, Sequence[int]],
-    points: np.ndarray,
-    *,
-    batch_size: int = 256,
+    settings: SweepSettings,
     progress_label: str = "study",
-    change: str = "both",
-    path: str = "linear",
-    use_pmap: bool = False,
 ) -> list[dict[str, Any]]:
     """The records of all tasks in their order; those that `folder` has already are not run again.
 
     Sets of prompts are computed and written together, so that where a study was stopped changes no
     number.
     """
-    sweeps_or_errors: list[prompt_sweeps.PromptSweep | str] = []
-    for task in tasks:
+    sweeps_by_task: dict[int, prompt_sweeps.PromptSweep] = {}
+    reasons_by_task: dict[int, str] = {}  # why others cannot be run
+    for task_index, task in enumerate(tasks):
         try:
-            sweeps_or_errors.append(
-                make_prompt_sweep(lm, tokenizer, task, points, change, path)
+            sweeps_by_task[task_index] = make_prompt_sweep(
+                lm, tokenizer, task, settings
             )
         except InputError as error:
-            sweeps_or_errors.append(str(error))
-    runnable_tasks = [
-        i
-        for i, item in enumerate(sweeps_or_errors)
-        if isinstance(item, prompt_sweeps.PromptSweep)
-    ]
-    runnable_sweeps = [
-        t.sweep for t in sweeps_or_errors if isinstance(t, prompt_sweeps.PromptSweep)
-    ]
-    tokens_or_errors = [
-        t if isinstance(t, str) else t.token_names for t in sweeps_or_errors
-    ]
-    task_fields = [
-        [t.prompt, dict(t.fields), t.character_span, t.phrases] for t in tasks
-    ]
-    fingerprint = _study_fingerprint(
-        lm,
-        [
-            task_fields,
-            tokens_or_errors,
-            dict(answer_tokens),
-            points.tolist(),
-            batch_size,
-            change,
-            path,
-        ],
+            reasons_by_task[task_index] = str(error)
+    partial_results = PartialResults(folder)
+    if folder is not None:
+        inputs = _study_inputs(tasks, sweeps_by_task, reasons_by_task)
+        partial_results.read(_study_fingerprint(lm, inputs, answer_tokens, settings))
+    _compute_curves(
+        lm, sweeps_by_task, answer_tokens, settings, partial_results, progress_label
     )
-    # What process 0 finds counts for all.
-    stored_results = (
-        list(_read_partial_results(folder / PARTIAL_RESULTS_FILE, fingerprint))
-        if processes.is_first_process()
-        else []
-    )
-    curves_by_task = dict(processes.broadcast_from_first(stored_results))
-    for indices in tqdm.tqdm(
-        clm.sweep.group_by_program(lm, runnable_sweeps, batch_size),
-        desc=progress_label,
-        unit="batch",
-    ):
-        task_indices = [runnable_tasks[i] for i in indices]
-        if all(task_index in curves_by_task for task_index in task_indices):
-            continue
-        group_sweeps = [runnable_sweeps[i] for i in indices]
-        probabilities = single_prompt.run_group(
-            lm, list(answer_tokens.values()), group_sweeps, batch_size, use_pmap
-        )
-        new_curves = {
-            task_index: answer_curves.Curves(
-                points, tuple(answer_tokens), rows
-            ).as_json()
-            for task_index, rows in zip(task_indices, probabilities, strict=True)
+    records: list[dict[str, Any]] = []
+    for task_index, task in enumerate(tasks):
+        record = {
+            "index": task_index,
+            "prompt": task.prompt,
+            "about": dict(task.fields),
         }
-        if processes.is_first_process():
-            _append_lines(
-                folder / PARTIAL_RESULTS_FILE,
-                [[task_index, values] for task_index, values in new_curves.items()],
+        if task_index in reasons_by_task:
+            record["failed"] = reasons_by_task[task_index]
+        else:
+            record["curves"] = partial_results.curves_by_task[task_index]
+        records.append(record)
+    return records
+
+
+def _compute_curves(
+    lm: clm.LanguageModel,
+    sweeps_by_task: Mapping[int, prompt_sweeps.PromptSweep],
+    answer_tokens: Mapping[str, Sequence[int]],
+    settings: SweepSettings,
+    partial_results: "PartialResults",
+    progress_label: str,
+) -> None:
+    """Runs the sets of prompts that are not in the partial results, and adds them."""
+    runnable_tasks = list(sweeps_by_task)
+    sweeps = [prompt_sweep.sweep for prompt_sweep in sweeps_by_task.values()]
+    groups = list(answer_tokens.values())
+    sweep_groups = clm.sweep.group_by_program(lm, sweeps, settings.batch_size)
+    for indices in tqdm.tqdm(sweep_groups, desc=progress_label, unit="batch"):
+        task_indices = [runnable_tasks[i] for i in indices]
+        if partial_results.curves_by_task.keys() >= set(task_indices):
+            continue
+        group_sweeps = [sweeps[i] for i in indices]
+        group_probabilities = prompt_sweeps.run_group(
+            lm, groups, group_sweeps, settings.batch_size, settings.pmap
+        )
+        new_curves = {}
+        for task_index, probabilities in zip(
+            task_indices, group_probabilities, strict=True
+        ):
+            curves = answer_curves.Curves(
+                settings.points, tuple(answer_tokens), probabilities
             )
-        curves_by_task |= new_curves
-    return [
-        {"index": i, "prompt": task.prompt, "about": dict(task.fields)}
-        | (
-            {"failed": sweep_or_error}
-            if isinstance(sweep_or_error, str)
-            else {"curves": curves_by_task[i]}
-        )
-        for i, (task, sweep_or_error) in enumerate(
-            zip(tasks, sweeps_or_errors, strict=True)
-        )
+            new_curves[task_index] = curves.as_json()
+        partial_results.add(new_curves)
+
+
+# --- Stopped and resumed ----------------------------------------------------------------------
+
+
+class PartialResults:
+    """The curves of the prompts that have been run, and the file that holds them meanwhile.
+
+    Attributes:
+      curves_by_task: index of a task -> its curves, as JSON.
+    """
+
+    def __init__(self, folder: pathlib.Path | None):
+        self._path = None if folder is None else folder / PARTIAL_RESULTS_FILE
+        self.curves_by_task: dict[int, dict[str, Any]] = {}
+
+    def read(self, fingerprint: str) -> None:
+        """Takes over what an earlier run has written; what process 0 finds counts for all."""
+        stored_results: list[tuple[int, dict[str, Any]]] = []
+        if self._path is not None and processes.is_first_process():
+            stored_results = list(_read_partial_results(self._path, fingerprint))
+        self.curves_by_task |= dict(processes.broadcast_from_first(stored_results))
+
+    def add(self, new_curves: Mapping[int, dict[str, Any]]) -> None:
+        """Adds the curves of a set of prompts; process 0 writes them."""
+        if self._path is not None and processes.is_first_process():
+            lines = [[task_index, curves] for task_index, curves in new_curves.items()]
+            _append_lines(self._path, lines)
+        self.curves_by_task |= new_curves
+
+
+def _study_inputs(
+    tasks: Sequence[datasets.Task],
+    sweeps_by_task: Mapping[int, prompt_sweeps.PromptSweep],
+    reasons_by_task: Mapping[int, str],
+) -> list[Any]:
+    """The prompts of a study and the tokens that the model reads, as JSON."""
+    task_fields = [
+        [task.prompt, dict(task.fields), task.character_span, task.phrases]
+        for task in tasks
     ]
+    token_names = {i: sweep.token_names for i, sweep in sweeps_by_task.items()}
+    names_or_reasons = token_names | dict(reasons_by_task)
+    return [task_fields, [names_or_reasons[i] for i in range(len(tasks))]]
 
 
-def _study_fingerprint(lm: clm.LanguageModel, sweep_settings: list) -> str:
+def _study_fingerprint(
+    lm: clm.LanguageModel,
+    inputs: list[Any],
+    answer_tokens: Mapping[str, Sequence[int]],
+    settings: SweepSettings,
+) -> str:
     """What must be the same for results to belong together: data, sweeps, device, and the model."""
+    sweep_settings = [
+        *inputs,
+        dict(answer_tokens),
+        settings.points.tolist(),
+        settings.batch_size,
+        settings.change,
+        settings.path,
+    ]
     run_settings = [
         sweep_settings,
         repr(lm.config),
         jax.__version__,
         jax.devices()[0].device_kind,
     ]
-    parameter_prefixes = [
-        (
-            p.shape,
-            str(p.dtype),
-            processes.gather_to_hosts(p.reshape(-1)[:4096]).tobytes().hex(),
+    parameter_prefixes = []
+    for parameter in jax.tree.leaves(lm.params):
+        prefix = processes.gather_to_hosts(parameter.reshape(-1)[:4096])
+        parameter_prefixes.append(
+            (parameter.shape, str(parameter.dtype), prefix.tobytes().hex())
         )
-        for p in jax.tree.leaves(lm.params)
-    ]
-    return hashlib.sha256(
-        json.dumps([run_settings, parameter_prefixes]).encode()
-    ).hexdigest()
+    fingerprinted = json.dumps([run_settings, parameter_prefixes])
+    return hashlib.sha256(fingerprinted.encode()).hexdigest()
 
 
 def _read_partial_results(
@@ -268,53 +352,44 @@ def _explain_write_errors(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def write_study(
-    folder: pathlib.Path, study: str, model: str, records: Sequence[Mapping]
-) -> None:
-    """study.json, whole; the partial ones go. Process 0 alone writes."""
-    if not processes.is_first_process():
-        return
-    with write_atomically(folder) as staging_folder:
-        study_results = {"study": study, "model": model, "records": list(records)}
-        write_json(
-            staging_folder / "study.json", study_results | {"run": program.record()}
-        )
-    (folder / PARTIAL_RESULTS_FILE).unlink(missing_ok=True)
+# --- Program ----------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Data, sweeps, file."""
-    study = _STUDY.value
-    folder = program.output_dir(f"study/{study}")
-    tasks = (
-        datasets.read_tasks(study, pathlib.Path(_DATA.value))
-        if _DATA.value
-        else datasets.generate_tasks(study)
+def compute(
+    config: Config,
+    lm: clm.LanguageModel,
+    tokenizer: tokenizers.Tokenizer,
+    folder: pathlib.Path | None,
+) -> Result:
+    """Runs the study, or goes on with what is in the folder, if there is one, and writes it."""
+    if config.data is None:
+        tasks = datasets.generate_tasks(config.study)
+    else:
+        tasks = datasets.read_tasks(config.study, pathlib.Path(config.data))
+    answer_tokens = answer_curves.find_answer_tokens(
+        tokenizer, study_answers(config.study, config.is_bundled), config.answer_tokens
     )
-    lm, tokenizer = pretrained.load()
-    answer_tokens = study_answer_tokens(study, tokenizer, pretrained.is_bundled())
-    sweep_points = single_prompt.sweep_points(0.0 if study == "words" else None)
     records = run_study(
         folder,
         lm,
         tokenizer,
-        tasks[: _LIMIT.value],
+        tasks[: config.limit],
         answer_tokens,
-        sweep_points,
-        progress_label=study,
-        change=single_prompt.duration_change(),
-        path=single_prompt.path(),
-        use_pmap=program.uses_pmap(),
+        config.sweep_settings(),
+        progress_label=config.study,
     )
-    write_study(folder, study, pretrained.model_name(), records)
-    if not processes.is_first_process():
-        return
-    failed = [record for record in records if "failed" in record]
-    print(f"{len(records)} prompts, of which {len(failed)} could not be run")
-    for reason in sorted({record["failed"] for record in failed})[:5]:
-        print(f"  {reason}")
-    print(f"{folder}/study.json")
+    result = Result(config.study, config.model_name, tuple(records))
+    if folder is not None:
+        result.write(config, folder)
+    return result
+
+
+def run(config: Config) -> Result:
+    """Loads the model, runs the study, and writes its records."""
+    folder = program.output_folder(config)
+    lm, tokenizer = pretrained.load(config)
+    return compute(config, lm, tokenizer, folder)
 
 
 if __name__ == "__main__":
-    program.run(main, supports_mesh=True, supports_pmap=True)
+    program.main(Config, run)
