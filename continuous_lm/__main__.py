@@ -2,11 +2,10 @@
 
 import difflib
 import importlib
-import importlib.util
-import runpy
 import sys
 
 from continuous_lm.experiments import GROUPS, PROGRAMS
+from continuous_lm.experiments.common import program
 
 
 def overview() -> str:
@@ -38,24 +37,10 @@ def main() -> None:
             f"error: {arguments[0]!r} is not a program{hint}"
             " (python -m continuous_lm lists all programs)"
         )
-    sys.argv = [name, *flags]
-    module_name = f"continuous_lm.experiments.{PROGRAMS[name].module}"
-    if _uses_absl_flags(module_name):
-        runpy.run_module(module_name, run_name="__main__", alter_sys=True)
-        return
-    module = importlib.import_module(module_name)
-    from continuous_lm.experiments.common import program
-
+    module = importlib.import_module(
+        f"continuous_lm.experiments.{PROGRAMS[name].module}"
+    )
     program.main(module.Config, module.run, [name, *flags])
-
-
-def _uses_absl_flags(module_name: str) -> bool:
-    """Whether a program is a module of global flags, and not yet a Config."""
-    spec = importlib.util.find_spec(module_name)
-    assert spec is not None
-    assert spec.origin is not None
-    with open(spec.origin, encoding="utf-8") as source_file:
-        return "class Config(" not in source_file.read()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
 """Programs: `python -m continuous_lm` lists them, `... NAME --help` explains one.
 
-A program is a module with absl flags. `PROGRAMS` is the list, by group.
+A program is a module with a Config, whose fields are its flags, and `run(config)`:
+
+    from continuous_lm.experiments.durations import counting
+    result = counting.run(counting.Config(points=8))
+
+`PROGRAMS` is the list, by group.
 """
 
 from collections.abc import Mapping

@@ -25,7 +25,7 @@ import ml_dtypes  # noqa: F401 (registers bfloat16 with numpy)
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.fixtures.programs import REPOSITORY_ROOT, fork_server
+from tests.fixtures.programs import REPOSITORY_ROOT, run_all
 
 STORED = pathlib.Path(__file__).with_name("golden_outputs.json.gz")
 TOLERANCE = 1e-6  # relative to the larger number, in an array to its largest
@@ -222,23 +222,22 @@ def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
             "JAX_COMPILATION_CACHE_DIR": str(cwd / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        with fork_server(environment(flags) | compiled) as call:
-            for name, (module, given) in PROGRAMS.items():
-                of, _, out = name.partition("/")
-                if of != group:
-                    continue
-                status, _, stderr = call(
-                    cwd, module, *shlex.split(given), f"--output_dir={out}"
-                )
-                if status:
-                    raise RuntimeError(
-                        f"{name}: {module} {given} ended with {status}:\n{stderr}"
-                    )
-                for path in sorted((cwd / out).rglob("*")):
-                    inside = path.relative_to(cwd / out)
-                    if SKIPPED_FILES.isdisjoint(inside.parts):
-                        found |= numbers_of(path, f"{name}/{inside}")
+        names = [name for name in PROGRAMS if name.partition("/")[0] == group]
+        commands = [command(name) for name in names]
+        run_all(cwd, commands, environment(flags) | compiled)
+        for name in names:
+            out_folder = cwd / name.partition("/")[2]
+            for path in sorted(out_folder.rglob("*")):
+                inside = path.relative_to(out_folder)
+                if SKIPPED_FILES.isdisjoint(inside.parts):
+                    found |= numbers_of(path, f"{name}/{inside}")
     return found
+
+
+def command(name: str) -> list[str]:
+    """The program of that name with its flags; it writes to the folder of its name."""
+    program, flags = PROGRAMS[name]
+    return [program, *shlex.split(flags), f"--output_dir={name.partition('/')[2]}"]
 
 
 def numbers_of(path: pathlib.Path, key: str) -> dict[str, Any]:

@@ -337,7 +337,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, name):
 _KILLER = """
 import json, os, pathlib, runpy, signal, sys, time
 import continuous_lm.experiments.calm.calm_training
-import continuous_lm.experiments.common.absl_program
+import continuous_lm.experiments.common.program
 
 program = sys.argv[1]
 for line in sys.stdin:

@@ -1,6 +1,5 @@
 """Every program's numbers on meshes of eight devices, by pmap, and in two processes."""
 
-import contextlib
 import json
 import math
 import time
@@ -12,8 +11,8 @@ from safetensors.numpy import load_file
 
 from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import run_folder
-from tests.fixtures import many_devices, programs
-from tests.fixtures.programs import forked_runner, run_program
+from tests.fixtures import many_devices
+from tests.fixtures.programs import call_program, run_all, run_program
 from tests.fixtures.text_programs import write_text
 
 MESHES = ("--mesh=data=8", "--mesh=model=8", "--mesh=data=4,model=2")
@@ -34,19 +33,18 @@ REFUSED = {
         "--pmap --mesh=data=1": "two ways to the same",
         "--compilation_cache=/dev/null/x": "cannot be written",
     },
-    "attribution": {"--pmap": "nothing that it could spread"},
-    "compare_heads": {"--mesh=data=1": "this program runs on one device"},
+    "attribution": {"--pmap": "Unknown command line flag 'pmap'"},
+    "compare_heads": {"--mesh=data=1": "Unknown command line flag 'mesh'"},
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_flags_are_read_or_refused(name, tmp_path):
-    with forked_runner(name) as run:
-        for given, why in REFUSED[name].items():
-            status, _, stderr = run(tmp_path, *given.split())
-            assert status == 1, given
-            assert why in stderr
-            assert len(stderr.splitlines()) == 1, stderr
+    for given, why in REFUSED[name].items():
+        status, _, stderr = call_program(tmp_path, name, *given.split())
+        assert status == 1, given
+        assert why in stderr
+        assert len(stderr.splitlines()) == 1, stderr
 
 
 def test_what_was_compiled_is_kept_unless_told_otherwise(monkeypatch, tmp_path):
@@ -71,12 +69,9 @@ def test_what_was_compiled_is_kept_unless_told_otherwise(monkeypatch, tmp_path):
 # --- Meshes and pmap ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def on_eight():
-    """Programs see eight devices."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(programs, "ENVIRONMENT", many_devices.device_environment(8))
-        yield
+def run_on_eight(cwd, commands):
+    """Programs, each a name and its flags, run in one process that sees eight devices."""
+    run_all(cwd, commands, many_devices.device_environment(8))
 
 
 def assert_close(one, other, where=""):
@@ -125,13 +120,12 @@ SWEEPS = {
 @pytest.mark.parametrize("name", SWEEPS)
 def test_sweeps_and_searches(name, tmp_path):
     arguments, ways = SWEEPS[name]
-    found = []
-    with on_eight(), forked_runner(name) as run:
-        for i, way in enumerate(("", *ways)):
-            given = (*arguments, *way.split(), f"--output_dir={i}")
-            status, _, stderr = run(tmp_path, *given)
-            assert status == 0, stderr
-            found.append(read(tmp_path / str(i) / f"{name}.json"))
+    commands = [
+        (name, *arguments, *way.split(), f"--output_dir={i}")
+        for i, way in enumerate(("", *ways))
+    ]
+    run_on_eight(tmp_path, commands)
+    found = [read(tmp_path / str(i) / f"{name}.json") for i in range(len(commands))]
     for way, other in zip(ways, found[1:], strict=True):
         assert_close(found[0], other, way)
 
@@ -159,13 +153,12 @@ def trained(tmp_path_factory):
     """A folder with the models of all stages, trained on one device and on meshes."""
     folder = tmp_path_factory.mktemp("many")
     write_text(folder)
-    with on_eight():
-        for name, (program_name, arguments) in STAGES.items():
-            with forked_runner(program_name) as train:
-                for i, way in enumerate(("", *MESHES)):
-                    given = (*arguments, *way.split(), f"--output_dir={name}{i}")
-                    status, _, stderr = train(folder, *given)
-                    assert status == 0, stderr
+    commands = [
+        (program_name, *arguments, *way.split(), f"--output_dir={name}{i}")
+        for name, (program_name, arguments) in STAGES.items()
+        for i, way in enumerate(("", *MESHES))
+    ]
+    run_on_eight(folder, commands)
     return folder
 
 
@@ -186,12 +179,9 @@ def test_training(name, trained):
 def test_training_by_pmap(tmp_path):
     write_text(tmp_path)
     arguments = [*BASELINE, "--accumulate=8"]
-    with on_eight(), forked_runner("train_lm") as train:
-        for name, ways in {"one": [], "pmap": [PMAP]}.items():
-            status, _, stderr = train(
-                tmp_path, *arguments, *ways, f"--output_dir={name}"
-            )
-            assert status == 0, stderr
+    one = ("train_lm", *arguments, "--output_dir=one")
+    by_pmap = ("train_lm", *arguments, PMAP, "--output_dir=pmap")
+    run_on_eight(tmp_path, [one, by_pmap])
     one, other = (
         read(tmp_path / name / "run/metrics.jsonl") for name in ("one", "pmap")
     )
@@ -212,12 +202,13 @@ JUDGED = {
 @pytest.mark.parametrize("name", JUDGED)
 def test_evaluation_and_samples(name, trained):
     file_name = "sample" if name.startswith("sample_") else name
-    found = []
-    with on_eight(), forked_runner(name) as run:
-        for way in ("", *MESHES):
-            status, _, stderr = run(trained, *JUDGED[name].split(), *way.split())
-            assert status == 0, stderr
-            found.append(read(trained / "results" / name / f"{file_name}.json"))
+    folders = [f"results/{name}{i}" for i in range(len(MESHES) + 1)]
+    commands = [
+        (name, *JUDGED[name].split(), *way.split(), f"--output_dir={folder}")
+        for way, folder in zip(("", *MESHES), folders, strict=True)
+    ]
+    run_on_eight(trained, commands)
+    found = [read(trained / folder / f"{file_name}.json") for folder in folders]
     for way, other in zip(MESHES, found[1:], strict=True):
         assert_close(found[0], other, way)
 

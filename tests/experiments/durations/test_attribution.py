@@ -1,5 +1,6 @@
 """The programs on durations' gradients: attribution, inverse, pruning, on the embedded model."""
 
+import dataclasses
 import json
 
 import matplotlib.image
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner
+from continuous_lm.experiments.durations import attribution, inverse, pruning
+from tests.fixtures.programs import call_program
 
 SUM = "What is the sum of 6 and 0?\nAnswer: "
-ARGUMENTS = {
-    "attribution": [f"--prompt={SUM}", "--nodes=32"],
-    "inverse": ["--answer=3", "--span=apple apple", "--steps=20"],
-    "pruning": [f"--prompt={SUM}", "--steps=40", "--tolerance=0.2"],
+CONFIGS = {
+    "attribution": attribution.Config(prompt=SUM, nodes=32),
+    "inverse": inverse.Config(answer="3", span="apple apple", steps=20),
+    "pruning": pruning.Config(prompt=SUM, steps=40, tolerance=0.2),
 }
+MODULES = {"attribution": attribution, "inverse": inverse, "pruning": pruning}
 
 
 SLOW = [
@@ -26,12 +29,9 @@ SLOW = [
 def ran(request, tmp_path_factory):
     """The program's name, its results and what it printed."""
     name, folder = request.param, tmp_path_factory.mktemp("run") / "out"
-    with forked_runner(name) as run:
-        status, table, stderr = run(
-            REPOSITORY_ROOT, f"--output_dir={folder}", *ARGUMENTS[name]
-        )
-    assert status == 0, stderr
-    return name, json.loads((folder / f"{name}.json").read_text()), table, folder
+    config = dataclasses.replace(CONFIGS[name], output_dir=str(folder))
+    summary = MODULES[name].run(config).summary()
+    return name, json.loads((folder / f"{name}.json").read_text()), summary, folder
 
 
 def check_attribution(result, table, folder):
@@ -90,7 +90,6 @@ def check_pruning(result, table, folder):
 def test_results(ran):
     name, result, table, folder = ran
     assert result["run"]["flags"]["model"] == "apples"
-    assert str(folder) in table
     for path in folder.glob("*.png"):
         image = matplotlib.image.imread(path)
         assert min(image.shape[:2]) > 200
@@ -124,12 +123,12 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_with_one_line(name, tmp_path):
-    with forked_runner(name) as run:
-        for culprit, arguments in BAD[name].items():
-            status, stdout, stderr = run(tmp_path, "--output_dir=out", *arguments)
-            assert status == 1
-            assert stdout == ""
-            assert stderr.splitlines()[-1].startswith("error: "), stderr
-            assert "Traceback" not in stderr
-            assert culprit in stderr
-            assert not list(tmp_path.iterdir())
+    for culprit, arguments in BAD[name].items():
+        status, stdout, stderr = call_program(
+            tmp_path, name, "--output_dir=out", *arguments
+        )
+        assert status == 1
+        assert stdout == ""
+        assert stderr.splitlines()[-1].startswith("error: "), stderr
+        assert culprit in stderr
+        assert not list(tmp_path.iterdir())

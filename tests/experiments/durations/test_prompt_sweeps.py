@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import continuous_lm as clm
-from continuous_lm.experiments.durations import prompt_sweeps
+from continuous_lm.experiments.durations import alignment, prompt_sweeps
 from tests.fixtures import tiny
 
 TEMPLATE = "we saw the [] near here"
@@ -103,21 +103,21 @@ def test_slots_may_stand_at_either_end(lm, template):
 
 
 def test_single_tokens_are_aligned_with_each_other():
-    found = prompt_sweeps.align_phrases(1, 1)
+    found = alignment.align_phrases(1, 1)
     np.testing.assert_array_equal(found.end_shares, [1])
     np.testing.assert_array_equal(found.token_indices, [[0], [0]])
     np.testing.assert_array_equal(found.sample_durations, [[1], [1]])
 
 
 def test_two_tokens_with_three():
-    found = prompt_sweeps.align_phrases(2, 3)
+    found = alignment.align_phrases(2, 3)
     np.testing.assert_allclose(found.end_shares, [1 / 3, 1 / 2, 2 / 3, 1], rtol=1e-15)
     np.testing.assert_array_equal(found.token_indices, [[0, 0, 1, 1], [0, 1, 1, 2]])
     np.testing.assert_array_equal(found.sample_durations, [[0, 1, 0, 1], [1, 0, 1, 1]])
 
 
 def test_two_tokens_with_four():
-    found = prompt_sweeps.align_phrases(2, 4)
+    found = alignment.align_phrases(2, 4)
     np.testing.assert_array_equal(found.end_shares, [0.25, 0.5, 0.75, 1])
     np.testing.assert_array_equal(found.token_indices, [[0, 0, 1, 1], [0, 1, 2, 3]])
     np.testing.assert_array_equal(found.sample_durations, [[0, 1, 0, 1], [1, 1, 1, 1]])
@@ -125,7 +125,7 @@ def test_two_tokens_with_four():
 
 @given(counts, counts)
 def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
-    found = prompt_sweeps.align_phrases(first, second)
+    found = alignment.align_phrases(first, second)
     exact = sorted({Fraction(k, n) for n in (first, second) for k in range(1, n + 1)})
     np.testing.assert_allclose(found.end_shares, [float(e) for e in exact], rtol=1e-15)
     for n, tokens, weights in zip(
@@ -140,8 +140,8 @@ def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
 @given(counts, counts)
 def test_an_alignment_the_other_way_round_is_the_same(first, second):
     one, other = (
-        prompt_sweeps.align_phrases(first, second),
-        prompt_sweeps.align_phrases(second, first),
+        alignment.align_phrases(first, second),
+        alignment.align_phrases(second, first),
     )
     np.testing.assert_array_equal(one.end_shares, other.end_shares)
     np.testing.assert_array_equal(one.token_indices, other.token_indices[::-1])
@@ -152,7 +152,7 @@ def test_an_alignment_the_other_way_round_is_the_same(first, second):
 def test_durations_and_times_go_from_one_prompt_to_the_other(
     first, second, before, after, share
 ):
-    found = prompt_sweeps.align_phrases(first, second)
+    found = alignment.align_phrases(first, second)
     points = np.array([0.0, share, 1.0])
     given = found.durations_and_times(points, before, after)
     lengths = before + after + (1 - points) * first + points * second
@@ -186,7 +186,7 @@ seeds, angles = st.integers(0, 2**32 - 1), st.floats(0.05, 3.0)
 def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
     points = np.linspace(0, 1, 9)
     first, second = unit_vectors(seed, angle)
-    arc = prompt_sweeps.interpolate_vectors(first, second, points, "spherical")[:, 0]
+    arc = alignment.interpolate_vectors(first, second, points, "spherical")[:, 0]
     np.testing.assert_allclose(np.linalg.norm(arc, axis=1), 1, atol=2e-5)
     # Components in the plane say how far the arc has turned.
     aside = (second[0] - np.cos(angle) * first[0]) / np.sin(angle)
@@ -199,11 +199,11 @@ def test_a_line_goes_straight(seed, share):
     first, second = (
         np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
     )
-    ends = prompt_sweeps.interpolate_vectors(first, second, ENDS, "linear")
+    ends = alignment.interpolate_vectors(first, second, ENDS, "linear")
     np.testing.assert_array_equal(ends, [first, second])
-    (middle,) = prompt_sweeps.interpolate_vectors(first, second, [0.5], "linear")
+    (middle,) = alignment.interpolate_vectors(first, second, [0.5], "linear")
     np.testing.assert_array_equal(middle, (first + second) / 2)
-    (point,) = prompt_sweeps.interpolate_vectors(first, second, [share], "linear")
+    (point,) = alignment.interpolate_vectors(first, second, [share], "linear")
     np.testing.assert_allclose(point, first + share * (second - first), atol=1e-5)
 
 
@@ -212,7 +212,7 @@ def test_both_ways_begin_and_end_alike(seed):
     first, second = (
         np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
     )
-    arcs = prompt_sweeps.interpolate_vectors(first, second, ENDS, "spherical")
+    arcs = alignment.interpolate_vectors(first, second, ENDS, "spherical")
     np.testing.assert_allclose(arcs, [first, second], atol=1e-6)
 
 
@@ -220,8 +220,8 @@ def test_both_ways_begin_and_end_alike(seed):
 def test_an_arc_of_parallel_vectors_is_a_line(factor):
     first = np.ones((1, 8), np.float32)
     points = np.linspace(0, 1, 5)
-    arc = prompt_sweeps.interpolate_vectors(first, factor * first, points, "spherical")
-    line = prompt_sweeps.interpolate_vectors(first, factor * first, points, "linear")
+    arc = alignment.interpolate_vectors(first, factor * first, points, "spherical")
+    line = alignment.interpolate_vectors(first, factor * first, points, "linear")
     np.testing.assert_allclose(arc, line, atol=1e-6)
 
 

@@ -1,9 +1,8 @@
 """The programs of one prompt, on the embedded model: what they write is what the model says.
 
-Each run is the program in a process of its own; see `programs.forked_runner`.
+Bad input goes through the command line, in this process; see `programs.call_program`.
 """
 
-import contextlib
 import json
 
 import jax
@@ -12,9 +11,15 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from continuous_lm.experiments.durations import boolean
+from continuous_lm.experiments.durations import (
+    boolean,
+    events,
+    interpolation,
+    shifting,
+    sums,
+)
 from tests.fixtures import tiny
-from tests.fixtures.programs import forked_runner
+from tests.fixtures.programs import call_program
 
 POINTS = 5
 MIDDLE = POINTS // 2  # the point that is checked by hand
@@ -25,34 +30,17 @@ def lm():
     return clm.load("apples", dtype="float32")
 
 
-@pytest.fixture(scope="module")
-def call():
-    """Function (program, cwd, *flags): exit status, stdout, stderr."""
-    with contextlib.ExitStack() as servers:
-        started = {}
-
-        def call(program, cwd, *arguments):
-            if program not in started:
-                started[program] = servers.enter_context(forked_runner(program))
-            return started[program](cwd, *arguments)
-
-        yield call
-
-
 @pytest.fixture
-def run(call, tmp_path):
-    """Function (program, *flags): the result and what was printed, all files looked at."""
+def run(tmp_path):
+    """Function (module, ** of its Config): the stored result and the summary, files looked at."""
 
-    def run(program, *arguments):
-        status, printed, stderr = call(
-            program, tmp_path, f"--points={POINTS}", *arguments
-        )
-        assert status == 0, stderr
-        assert_whole(tmp_path / "results" / program, program)
-        assert f"{program}.json" in printed
-        return json.loads(
-            (tmp_path / "results" / program / f"{program}.json").read_text()
-        ), printed
+    def run(module, **values):
+        name = module.__name__.rpartition(".")[2]
+        folder = tmp_path / name
+        config = module.Config(points=POINTS, output_dir=folder, **values)
+        summary = module.run(config).summary()
+        assert_whole(folder, name)
+        return json.loads((folder / f"{name}.json").read_text()), summary
 
     return run
 
@@ -122,23 +110,24 @@ EVENTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("scene", EVENTS)
 def test_events(run, lm, scene):
-    result, _ = run("events", f"--scene={scene}")
+    result, _ = run(events, scene=scene)
     assert_shrinks(lm, result, EVENTS[scene])
     assert list(result["tracked"]) == list("0123456789")
     assert result["curves"]["points"] == pytest.approx(np.linspace(0.1, 1, POINTS))
     assert result["curves"]["ranges"][-1]["answer"] == "4"
 
 
+TWO_DIGITS = {"numbers": ("24", "13"), "spaced": True}
 SUMS = {
-    "default": ([], "The sum of 4 and 3 is", "3"),
-    "first": (["--shrink=1", "--numbers=8,5"], "The sum of 8 and 5 is", "8"),
-    "two digits": (["--numbers=18,13"], "The sum of 18 and 13 is", "13"),
-    "spaced": (["--numbers=24,13", "--spaced"], "The sum of 2 4 and 1 3 is", "1 3"),
-    "spaced first": (
-        ["--numbers=24,13", "--spaced", "--shrink=1"],
-        "The sum of 2 4 and 1 3 is",
-        "2 4",
+    "default": ({}, "The sum of 4 and 3 is", "3"),
+    "first": (
+        {"shrink": "1", "numbers": ("8", "5")},
+        "The sum of 8 and 5 is",
+        "8",
     ),
+    "two digits": ({"numbers": ("18", "13")}, "The sum of 18 and 13 is", "13"),
+    "spaced": (TWO_DIGITS, "The sum of 2 4 and 1 3 is", "1 3"),
+    "spaced first": (TWO_DIGITS | {"shrink": "1"}, "The sum of 2 4 and 1 3 is", "2 4"),
 }
 
 
@@ -146,18 +135,18 @@ SUMS = {
 @pytest.mark.parametrize("name", SUMS)
 def test_sums(run, lm, name):
     arguments, prompt, shrunk = SUMS[name]
-    result, _ = run("sums", *arguments)
+    result, _ = run(sums, **arguments)
     assert result["prompt"].strip() == prompt
     assert_shrinks(lm, result, shrunk)
     assert list(result["tracked"]) == [str(i) for i in range(19)]
 
 
 INTERPOLATIONS = {
-    "question": [],
-    "arc": ["--path=spherical"],
-    "answers": ["--answers=yes,no,red", "--words=apples,cabbages"],
-    "usage": ["--template=We bought two [] at the", "--threshold=0.1"],
-    "lengths": ["--words=red apples,bananas"],
+    "question": {},
+    "arc": {"path": "spherical"},
+    "answers": {"answers": ("yes", "no", "red"), "words": ("apples", "cabbages")},
+    "usage": {"template": "We bought two [] at the", "threshold": 0.1},
+    "lengths": {"words": ("red apples", "bananas")},
 }
 
 
@@ -169,7 +158,7 @@ INTERPOLATIONS = {
     ],
 )
 def test_interpolation(run, lm, name):
-    result, _ = run("interpolation", *INTERPOLATIONS[name])
+    result, _ = run(interpolation, **INTERPOLATIONS[name])
     assert result["curves"]["points"] == pytest.approx(np.linspace(0, 1, POINTS))
     assert_says(lm, result["curves"], result["tracked"], **halfway(lm, result, name))
     curves = result["curves"]["probabilities"]
@@ -209,7 +198,7 @@ def halfway(lm, result, name):
 
 @pytest.mark.slow
 def test_boolean(run, lm):
-    result, printed = run("boolean")
+    result, printed = run(boolean)
     cells = result["sweeps"]
     assert len({(cell["pair"], cell["inputs"]) for cell in cells}) == len(cells) == 40
     cell = next(c for c in cells if (c["pair"], c["inputs"]) == ("OR to XOR", "1, 1"))
@@ -230,7 +219,7 @@ def test_boolean(run, lm):
 
 @pytest.mark.slow
 def test_translation_changes_nothing_in_a_rotary_model(run, lm):
-    result, printed = run("shifting")
+    result, printed = run(shifting)
     assert result["curves"]["points"] == pytest.approx(np.linspace(0, 10, POINTS))
     for row in result["curves"]["probabilities"].values():
         assert np.ptp(row) <= 1e-5
@@ -241,7 +230,7 @@ def test_translation_changes_nothing_in_a_rotary_model(run, lm):
 
 @pytest.mark.slow
 def test_scaling_changes_the_answer(run, lm):
-    result, _ = run("shifting", "--transform=scaling")
+    result, _ = run(shifting, transform="scaling")
     tokens, points = ids_of(lm, result["tokens"]), result["curves"]["points"]
     assert points == pytest.approx(np.linspace(0.01, 1.5, POINTS))
     durations = np.full(len(tokens), points[MIDDLE])
@@ -257,8 +246,8 @@ def test_translation_changes_the_answer_with_learned_positions(run, tmp_path):
     folder = tmp_path / "gpt2"
     tiny.save_reference(folder, "gpt2")
     tiny.word_tokenizer(tiny.COUNTING_TEXT).save(str(folder / "tokenizer.json"))
-    prompt = "--prompt=how many times is apple"
-    result, _ = run("shifting", f"--model={folder}", prompt, "--threshold=0.02")
+    prompt = "how many times is apple"
+    result, _ = run(shifting, model=folder, prompt=prompt, threshold=0.02)
     assert max(np.ptp(row) for row in result["curves"]["probabilities"].values()) > 1e-2
     # The model has more tokens than the tokenizer, and says which are likely all the same.
     assert [a for a in result["tracked"] if a.startswith("token ")]
@@ -288,31 +277,28 @@ REFUSED = {  # program and flags -> what the message names
     ("interpolation", "--path=cubic"): ["path", "cubic"],
     ("shifting", "--prompt=Where is the kumquat"): ["cannot spell", "'kumquat'"],
     ("shifting", "--transform=rotation"): ["transform", "rotation"],
-    ("boolean", "--min_factor=2"): ["min_factor"],
+    ("boolean", "--batch_size=0"): ["batch_size"],
+    ("boolean", "--min_factor=0.5"): ["Unknown command line flag 'min_factor'"],
+    ("events", "--prompt=x"): ["Unknown command line flag 'prompt'"],
 }
 
 
 def refused():
-    """Each case; but those of one program are slow, as starting another is."""
+    """Each case; one that runs a sweep is slow."""
     for case in REFUSED:
-        fast = case[0] == "interpolation" and "--threshold=1" not in case
+        fast = "--threshold=1" not in case
         yield pytest.param(
             case, marks=[] if fast else pytest.mark.slow, id=" ".join(case)
         )
 
 
 @pytest.mark.parametrize("arguments", list(refused()))
-def test_bad_input_is_refused_in_one_line(call, tmp_path, arguments):
-    program, *flags = arguments
-    status, printed, stderr = call(program, tmp_path, *flags)
-    assert status != 0
-    assert "Traceback" not in stderr
-    if not stderr.startswith(
-        "FATAL Flags parsing error"
-    ):  # absl's own, with its usage below
-        assert stderr.startswith("error: ")
-        assert stderr.count("\n") == 1
+def test_bad_input_is_refused_in_one_line(tmp_path, arguments):
+    status, printed, stderr = call_program(tmp_path, *arguments)
+    assert status == 1
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
     for culprit in REFUSED[arguments]:
         assert culprit in stderr
-    assert "probability" not in printed
+    assert printed == ""
     assert not list(tmp_path.iterdir())

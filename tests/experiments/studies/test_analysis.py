@@ -9,18 +9,16 @@ import numpy as np
 import pytest
 
 from continuous_lm.experiments.common import plots, tables
-from continuous_lm.experiments.studies import metrics, study_tables
-from tests.fixtures.programs import REPOSITORY_ROOT, forked_runner
+from continuous_lm.experiments.studies import analysis, metrics, study_tables
+from tests.fixtures.programs import call_program
 
 PROGRAM = "analysis"
 DIGITS = "0123456789"
 SWEEP = np.linspace(0.1, 1.0, 10)
 
 
-@pytest.fixture(scope="module")
-def run():
-    with forked_runner(PROGRAM) as run:
-        yield run
+def run(cwd, *arguments):
+    return call_program(cwd, PROGRAM, *arguments)
 
 
 # --- Hand-made studies ------------------------------------------------------------------------
@@ -135,19 +133,15 @@ def folders(tmp_path_factory):
     ]
 
 
-def analysed(run, cwd, folders, output):
-    named = ",".join(map(str, folders))
-    status, table, stderr = run(cwd, f"--studies={named}", f"--output_dir={output}")
-    assert status == 0, stderr
-    return table
+def analysed(folders, output):
+    config = analysis.Config(studies=list(map(str, folders)), output_dir=output)
+    return analysis.run(config).summary()
 
 
 @pytest.fixture(scope="module")
-def output(run, folders, tmp_path_factory):
+def output(folders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "deep" / "analysis"
-    (folder.parent / "terminal").write_text(
-        analysed(run, REPOSITORY_ROOT, folders, folder)
-    )
+    (folder.parent / "terminal").write_text(analysed(folders, folder))
     return folder
 
 
@@ -243,11 +237,12 @@ def test_json_says_where_the_numbers_come_from(result, folders, output):
     assert result["run"]["flags"] == {
         "studies": list(map(str, folders)),
         "output_dir": str(output),
+        "compilation_cache": None,
     }
     assert {"continuous_lm", "numpy"} <= result["run"]["versions"].keys()
 
 
-def test_whole_sums_of_one_digit_have_no_tiers(run, tmp_path):
+def test_whole_sums_of_one_digit_have_no_tiers(tmp_path):
     answers = {str(i): [0.01] * 10 for i in range(19)} | {"12": [0.5] * 10}
     about = {"item_1": 5, "item_2": 7, "shrink_1": True}
     records = [record(0, about, SWEEP, answers)]
@@ -255,24 +250,22 @@ def test_whole_sums_of_one_digit_have_no_tiers(run, tmp_path):
         record(1, about | {"item_1": 15}, SWEEP, answers)
     )  # not first digits
     folder = write(tmp_path / "sums", "sums", "apples", records)
-    table = analysed(run, tmp_path, [folder], tmp_path / "out")
+    table = analysed([folder], tmp_path / "out")
     sums = json.loads((tmp_path / "out" / "analysis.json").read_text())["studies"][
         "sums"
     ]["apples"]
     assert (sums["not defined"], sums["ambiguous"], sums["defined"]) == (2, 0, 0)
     assert set(sums["shares"].values()) == {None}
-    assert re.search(r"apples +2 +0 +2 +0 +0 +- +- +- +-\n", table)
+    assert re.search(r"apples +2 +0 +2 +0 +0 +- +- +- +-$", table)
 
 
-def test_the_order_of_records_and_of_folders_does_not_matter(
-    run, folders, result, tmp_path
-):
+def test_the_order_of_records_and_of_folders_does_not_matter(folders, result, tmp_path):
     turned = []
     for folder in reversed(folders):
         values = json.loads((folder / "study.json").read_text())
         values["records"].reverse()
         turned.append(write(tmp_path / folder.name, **values))
-    analysed(run, tmp_path, turned, tmp_path / "out")
+    analysed(turned, tmp_path / "out")
     other = json.loads((tmp_path / "out" / "analysis.json").read_text())["studies"]
     for study, models in result["studies"].items():
         assert set(other[study]) == set(models)
@@ -471,10 +464,10 @@ def test_figures_are_real(output):
         assert pdf.rstrip().endswith(b"%%EOF")
 
 
-def test_again_and_with_fewer_studies(run, folders, output, tmp_path):
+def test_again_and_with_fewer_studies(folders, output, tmp_path):
     """The same numbers give the same files; those of studies left out go, and only those."""
     out = tmp_path / "out"
-    first = analysed(run, tmp_path, folders, out)
+    first = analysed(folders, out)
     assert first == (output.parent / "terminal").read_text().replace(
         str(output), str(out)
     )
@@ -483,7 +476,7 @@ def test_again_and_with_fewer_studies(run, folders, output, tmp_path):
             assert (out / path.name).read_bytes() == path.read_bytes()
     (out / "counting.png").write_text("of a study")
     (out / "sums_tiers_of_mine.csv").write_text("mine")
-    analysed(run, tmp_path, folders[2:3], out)
+    analysed(folders[2:3], out)
     assert sorted(p.name for p in out.iterdir()) == sorted(
         [
             "analysis.json",
@@ -495,12 +488,12 @@ def test_again_and_with_fewer_studies(run, folders, output, tmp_path):
     )
 
 
-def test_names_that_plots_could_trip_over(run, tmp_path):
+def test_names_that_plots_could_trip_over(tmp_path):
     folders = [
         write(tmp_path / str(i), "words", model, STUDIES["words"])
         for i, model in enumerate(["_hidden", "$x_{1$", "a" * 200])
     ]
-    analysed(run, tmp_path, folders, tmp_path / "out")
+    analysed(folders, tmp_path / "out")
 
 
 def test_models_in_the_legend():
@@ -595,7 +588,7 @@ def assert_refused(outcome, *culprits):
 
 
 @pytest.mark.parametrize("case", BAD_RECORDS)
-def test_bad_records(run, tmp_path, case):
+def test_bad_records(tmp_path, case):
     study, records, path, value, culprits = BAD_RECORDS[case]
     folder = write(tmp_path / "bad", study, "apples", changed(records, path, value))
     outcome = run(tmp_path, f"--studies={folder}", f"--output_dir={tmp_path / 'out'}")
@@ -621,7 +614,7 @@ BAD_STUDIES = {
 
 
 @pytest.mark.parametrize("case", BAD_STUDIES)
-def test_bad_studies(run, tmp_path, case):
+def test_bad_studies(tmp_path, case):
     changes, culprits = BAD_STUDIES[case]
     good = {"study": "counting", "model": "apples", "records": COUNTED}
     folder = write(tmp_path / "bad", **(good | changes))
@@ -629,7 +622,7 @@ def test_bad_studies(run, tmp_path, case):
     assert_refused(outcome, str(folder), *culprits)
 
 
-def test_bad_folders(run, tmp_path, folders):
+def test_bad_folders(tmp_path, folders):
     assert_refused(run(tmp_path), "--studies")
     assert_refused(run(tmp_path, "--studies="), "--studies")
     assert_refused(run(tmp_path, "--studies=nowhere"), "nowhere/study.json is missing")
@@ -660,7 +653,7 @@ def test_bad_folders(run, tmp_path, folders):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
 
 
-def test_an_output_folder_that_cannot_be(run, tmp_path, folders):
+def test_an_output_folder_that_cannot_be(tmp_path, folders):
     (tmp_path / "file").write_text("")
     outcome = run(tmp_path, f"--studies={folders[2]}", "--output_dir=file/out")
     assert_refused(outcome, "file/out")

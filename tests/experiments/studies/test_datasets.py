@@ -13,7 +13,7 @@ from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.apples.language import WORDS
 from continuous_lm.experiments.durations import prompt_sweeps
 from continuous_lm.experiments.studies import analysis, datasets
-from tests.fixtures.programs import forked_runner
+from tests.fixtures.programs import call_program
 
 PROGRAM = "study"
 PAPER = pathlib.Path(__file__).parents[4] / "shared" / "data" / "paper"
@@ -327,10 +327,8 @@ def test_record_that_is_no_object(tmp_path, record):
 # --- Through the program ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run():
-    with forked_runner(PROGRAM) as run:
-        yield run
+def run(cwd, *arguments):
+    return call_program(cwd, PROGRAM, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +347,7 @@ def run():
     ],
 )
 def test_the_program_ends_with_one_line_and_writes_nothing(
-    run, tmp_path, study, content, culprits
+    tmp_path, study, content, culprits
 ):
     path = store(tmp_path, content)
     status, stdout, stderr = run(

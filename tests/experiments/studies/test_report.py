@@ -4,15 +4,14 @@ import html.parser
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
 from matplotlib.figure import Figure
 
+import continuous_lm as clm
 from continuous_lm.experiments.apples import prompts
-from continuous_lm.experiments.common import tables
+from continuous_lm.experiments.common import program, tables
 from continuous_lm.experiments.studies import (
     analysis,
     datasets,
@@ -21,10 +20,10 @@ from continuous_lm.experiments.studies import (
     study_tables,
 )
 from tests.fixtures import tiny
-from tests.fixtures.programs import ENVIRONMENT, forked_runner
+from tests.fixtures.programs import call_program
 
 STORIES = pathlib.Path(__file__).parents[4] / "shared" / "data" / "stories260k"
-FLAGS = ["--prompts_per_study=4", "--points=5"]
+SMALL = {"prompts_per_study": 4, "points": 5}
 STUDIES = [f"Study: {name}" for name in datasets.STUDIES]
 
 
@@ -169,58 +168,44 @@ def test_a_page_says_what_was_not_run(tmp_path):
 
 
 def test_every_section_has_an_address_of_its_own():
-    titles = [title for title, _ in report.SWEEP_SECTIONS] + STUDIES
+    titles = [section.title for section in report.SECTIONS]
+    assert set(STUDIES) < set(titles)
     assert len({report_page.slug(title) for title in titles}) == len(titles)
 
 
 # --- The program ------------------------------------------------------------------------------
 
-# The report without the sections that search, which take minutes; each says that it is left out.
-_SHORT = """
-import sys
-import continuous_lm as clm
-from continuous_lm.experiments.common import absl_program as program
-from continuous_lm.experiments.studies import report
-
-def left_out(lm, tokenizer):
-    raise clm.InputError("left out")
-
-for name in ("attribution_section", "inverse_section", "pruning_section"):
-    setattr(report, name, left_out)
-program.run(report.main)
-"""
+SEARCHES = ("Duration attribution", "Inverse problem", "Prompt pruning")
 
 
-def short(folder, *arguments):
-    """Runs it, and gives what it printed."""
-    ended = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            _SHORT,
-            f"--output_dir={folder}",
-            *arguments,
-        ],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in ended.stderr
-    return ended.stdout
+@pytest.fixture
+def short(monkeypatch):
+    """The report without the sections that search, which take minutes; each says so."""
+
+    def left_out(inputs):
+        raise clm.InputError("left out")
+
+    sections = [
+        report.OtherSection(section.title, left_out)
+        if section.title in SEARCHES
+        else section
+        for section in report.SECTIONS
+    ]
+    monkeypatch.setattr(report, "SECTIONS", sections)
+
+    def run(folder, **values):
+        """Runs it, and gives its summary."""
+        config = report.Config(output_dir=folder, **SMALL, **values)
+        return report.run(config).summary()
+
+    return run
 
 
 def comparable(folder):
     """What every run must give again."""
     _, stored = read(folder)
-    kept = [
-        s
-        for s in stored["sections"]
-        if s["title"] in dict(report.SWEEP_SECTIONS).keys() | {*STUDIES}
-    ]
-    assert len(kept) == len(report.SWEEP_SECTIONS) + len(STUDIES)
+    kept = [s for s in stored["sections"] if s["title"] not in SEARCHES]
+    assert len(kept) == len(report.SECTIONS) - len(SEARCHES)
     return kept
 
 
@@ -240,19 +225,19 @@ def assert_analysed(folder):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_from_end_to_end_twice(tmp_path):
-    short(tmp_path / "report", *FLAGS)
+def test_the_embedded_model_from_end_to_end_twice(short, tmp_path):
+    short(tmp_path / "report")
     assert_whole(tmp_path / "report")
     assert_analysed(tmp_path / "report")
     assert not any(section["failed"] for section in comparable(tmp_path / "report"))
     before = comparable(tmp_path / "report")
     (tmp_path / "report" / "old.txt").write_text("mine")
-    short(tmp_path / "report", *FLAGS)  # into the same folder
+    short(tmp_path / "report")  # into the same folder
     assert comparable(tmp_path / "report") == before
     assert (tmp_path / "report" / "old.txt").exists()
 
 
-def assert_reasons(folder, stdout):
+def assert_reasons(folder, summary):
     """Each section that was not run gives its reason, and all are counted."""
     _, stored = read(folder)
     failed = [section for section in stored["sections"] if section["failed"]]
@@ -261,7 +246,7 @@ def assert_reasons(folder, stdout):
         assert not section["tables"]
     assert (
         f"{len(stored['sections'])} sections, {len(failed)} of which could not"
-        in stdout
+        in summary
     )
     for name in ("report.html", "report.md"):
         about = f"{len(stored['sections'])} sections, {len(failed)} not run"
@@ -270,12 +255,12 @@ def assert_reasons(folder, stdout):
 
 
 @pytest.mark.slow
-def test_a_model_of_few_words_says_what_it_cannot_read(tmp_path):
+def test_a_model_of_few_words_says_what_it_cannot_read(short, tmp_path):
     words = tiny.word_tokenizer(tiny.COUNTING_TEXT)
     model = tiny.save(tmp_path / "model", tokenizer=words, num_hidden_layers=1)
-    stdout = short(tmp_path / "out", f"--model={model}", *FLAGS)
+    summary = short(tmp_path / "out", model=model)
     assert_whole(tmp_path / "out")
-    reasons = assert_reasons(tmp_path / "out", stdout)
+    reasons = assert_reasons(tmp_path / "out", summary)
     assert "Counting" not in reasons
     assert "cannot spell" in reasons["Events"]
     for title in STUDIES:
@@ -286,31 +271,40 @@ def test_a_model_of_few_words_says_what_it_cannot_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_of_another_language(tmp_path):
+def test_a_model_of_another_language(short, tmp_path):
     if not STORIES.exists():
         pytest.skip(f"{STORIES} is not there")
-    stdout = short(tmp_path / "out", f"--model={STORIES}", *FLAGS)
+    summary = short(tmp_path / "out", model=STORIES)
     assert_whole(tmp_path / "out")
-    reasons = assert_reasons(tmp_path / "out", stdout)
+    reasons = assert_reasons(tmp_path / "out", summary)
     assert {"Counting", "Events"}.isdisjoint(reasons)
 
 
 @pytest.mark.slow
-def test_a_nasty_vocabulary_reaches_the_page_as_text(tmp_path):
+def test_a_nasty_vocabulary_reaches_the_page_as_text(short, tmp_path):
     """Tracked tokens are named after the model's vocabulary, whatever that holds."""
     vocabulary = [*prompts.make_vocabulary()[2:], "<script>", "</script>", "|", "`"]
     words = tiny.word_tokenizer(dict.fromkeys(vocabulary))
     model = tiny.save(tmp_path / "model", tokenizer=words, num_hidden_layers=1)
-    short(tmp_path / "out", f"--model={model}", "--threshold=0", *FLAGS)
+    short(tmp_path / "out", model=model, threshold=0.0)
     assert_whole(tmp_path / "out")
 
 
-def test_flags_of_single_experiments_are_refused(tmp_path):
-    with forked_runner("report") as run:
-        for flag in ("--change=mass", "--path=spherical", "--prompt=Hello"):
-            status, _, stderr = run(tmp_path, flag, "--output_dir=out")
-            assert status != 0
-            assert stderr.startswith(
-                f"error: {flag.partition('=')[0]}: the report has its own"
-            )
+def test_flags_of_single_experiments_are_not_of_the_report(tmp_path):
+    for flag in ("--change=mass", "--path=spherical", "--prompt=Hello"):
+        status, _, stderr = call_program(tmp_path, "report", flag, "--output_dir=out")
+        assert status == 1
+        name = flag.partition("=")[0].removeprefix("--")
+        assert stderr.startswith(f"error: Unknown command line flag '{name}'")
     assert not (tmp_path / "out").exists()
+
+
+def test_sections_take_the_flags_that_their_programs_have():
+    config = report.Config(points=7, threshold=0.2, min_factor=0.3, dtype="bfloat16")
+    for section in report.SECTIONS:
+        if isinstance(section, report.SweepSection):
+            taken = program.with_values_of(section.config, config)
+            assert (taken.points, taken.dtype) == (7, "bfloat16")
+            assert getattr(taken, "min_factor", 0.3) == 0.3
+            assert getattr(taken, "threshold", 0.2) == 0.2
+            assert taken.output_dir is None

@@ -15,7 +15,7 @@ from continuous_lm.experiments.apples import prompts
 from continuous_lm.experiments.common import answer_curves
 from continuous_lm.experiments.studies import datasets, study
 from tests.fixtures import tiny
-from tests.fixtures.programs import ENVIRONMENT, forked_runner
+from tests.fixtures.programs import ENVIRONMENT, call_program
 
 PROGRAM = "study"
 POINTS = np.linspace(0.1, 1.0, 5)
@@ -39,13 +39,11 @@ def tracked(lm, name="counting"):
     return answer_curves.find_answer_tokens(lm.tokenizer, answers, "exact")
 
 
-def studied(folder, lm, name="counting", tasks=None, points=POINTS, **changes):
+def studied(folder, lm, name="counting", tasks=None, points=POINTS, change="both"):
     """`study.run_study` with sets of two prompts, so that there is something to stop between."""
     tasks = datasets.generate_tasks(name)[:8] if tasks is None else tasks
-    answers = tracked(lm, name)
-    return study.run_study(
-        folder, lm, lm.tokenizer, tasks, answers, points, batch_size=10, **changes
-    )
+    settings = study.SweepSettings(points, change, batch_size=10)
+    return study.run_study(folder, lm, lm.tokenizer, tasks, tracked(lm, name), settings)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,8 @@ def whole(lm, tmp_path_factory):
 
 def said(lm, name, task, points, change="both"):
     """What the model says of one prompt by itself."""
-    prompt_sweep = study.make_prompt_sweep(lm, lm.tokenizer, task, points, change)
+    settings = study.SweepSettings(points, change)
+    prompt_sweep = study.make_prompt_sweep(lm, lm.tokenizer, task, settings)
     groups = list(tracked(lm, name).values())
     return clm.sweep.probabilities(lm, groups, **prompt_sweep.sweep.make_arguments())
 
@@ -126,6 +125,19 @@ def test_a_study_of_which_nothing_can_be_run(tmp_path, lm):
     (record,) = studied(tmp_path, lm, tasks=tasks)
     assert "'zeppelin'" in record["failed"]
     assert record["index"] == 0
+
+
+def test_a_study_without_a_folder_writes_nothing(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    result = study.run(study.Config(model=folder, limit=2, points=5))
+    assert not list(tmp_path.iterdir())
+    written = study.run(
+        study.Config(model=folder, limit=2, points=5, output_dir=tmp_path / "out")
+    )
+    assert result.records == written.records
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["records"] == list(
+        result.records
+    )
 
 
 # --- Stopped and resumed ----------------------------------------------------------------------
@@ -260,9 +272,12 @@ def test_a_disk_that_is_full(tmp_path, lm):
 
 @pytest.fixture(scope="module")
 def run(folder):
-    """The program on the random model."""
-    with forked_runner(PROGRAM) as run:
-        yield lambda cwd, *arguments: run(cwd, f"--model={folder}", *arguments)
+    """The program on the random model, as the command line runs it."""
+
+    def run(cwd, *arguments):
+        return call_program(cwd, PROGRAM, f"--model={folder}", *arguments)
+
+    return run
 
 
 def assert_refused(outcome, *culprits):
@@ -315,10 +330,7 @@ def test_folders_and_flags_that_cannot_be_used(run, tmp_path):
     assert_refused(
         run(tmp_path, "--output_dir=file/out"), "cannot write to", "file/out"
     )
-    status, _, stderr = run(tmp_path, "--limit=0", "--output_dir=out")
-    assert status != 0
-    assert "limit" in stderr
-    assert "Traceback" not in stderr
+    assert_refused(run(tmp_path, "--limit=0", "--output_dir=out"), "limit")
     partial(tmp_path / "other", b'"another key"\n')
     outcome = run(tmp_path, "--output_dir=other", "--limit=1", "--points=2")
     assert_refused(outcome, f"other/{study.PARTIAL_RESULTS_FILE}", "another study")
@@ -346,8 +358,7 @@ for line in sys.stdin:
     if child == 0:
         log = os.open(os.devnull, os.O_WRONLY)
         os.dup2(log, 1), os.dup2(log, 2)
-        study.program.flags.FLAGS(["study", *arguments])
-        study.main()
+        study.run(study.program.parse(study.Config, "study", arguments))
         os._exit(0)
     begin, ended = time.monotonic(), 0
     while not ended:
