@@ -28,9 +28,9 @@ def load(
 ) -> LanguageModel[Any]:
     """Loads a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
 
-    What the folder holds decides the kind of the model: a trunk with its softmax, a next-vector
-    model with its autoencoder inside, or an autoencoder. (`calm.load` takes an autoencoder from a
-    folder of its own.)
+    What the folder holds decides the kind of the model: a trunk with its softmax, a density model
+    on a trunk (`density.trunk_of` is the trunk alone), a next-vector model with its autoencoder
+    inside, or an autoencoder. (`calm.load` takes an autoencoder from a folder of its own.)
 
     What the devices hold is read once, cast on the way, and placed; there is never a second copy of
     the model in memory, and on many hosts each reads what its own devices hold.
@@ -80,10 +80,15 @@ class _Loader(Protocol):
 
 def _loader_of_other_kind(folder: pathlib.Path) -> _Loader | None:
     """The function that reads the folder, if it is not of a trunk."""
+    # Other kinds are imported where they are needed.
+    if (folder / hf_folder.DENSITY_FILE).is_file():
+        from continuous_lm.models import density
+
+        return density.load
     fields = read_json(folder / "config.json")
     if fields.get("model_type") in tuple(FAMILIES):
         return None
-    from continuous_lm.models import calm  # only where it is needed
+    from continuous_lm.models import calm
 
     if calm.autoencoder.is_config(fields):
         return calm.autoencoder.load
@@ -128,9 +133,11 @@ def _save_other_kind(
     folder: str | os.PathLike, lm: LanguageModel[Any], shard_size: int
 ) -> None:
     """`save` of what is no trunk."""
-    from continuous_lm.models import calm  # only where it is needed
+    from continuous_lm.models import calm, density  # only where they are needed
 
-    if isinstance(lm.model, calm.Autoencoder):
+    if isinstance(lm.model, density.DensityModel):
+        density.save(folder, lm, shard_size=shard_size)
+    elif isinstance(lm.model, calm.Autoencoder):
         calm.autoencoder.save(folder, lm, shard_size=shard_size)
     elif isinstance(lm.model, calm.NextVectorModel):
         calm.save(folder, lm, shard_size=shard_size)

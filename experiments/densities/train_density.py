@@ -58,7 +58,7 @@ def create_model(config: Config) -> density_programs.NewModel:
         vocab_size = data.tokenizer.get_vocab_size()
     else:
         config.check_no_tokenizer()
-        table_model = clm.load(config.table_from, dtype="float32")
+        table_model = density.trunk_of(clm.load(config.table_from, dtype="float32"))
         table = table_model.params["embedding"]
         data = tokenized_text.read_corpus(config, table_model.tokenizer)
         vocab_size = table_model.config.vocab_size

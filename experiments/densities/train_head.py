@@ -54,7 +54,8 @@ class Config(density_programs.DensityConfig, tokenized_text.TextConfig):
 def create_model(config: Config) -> density_programs.NewModel:
     """The trunk under a new head, and the text in its tokens."""
     folder = train_program.require(config.trunk, "trunk", "a folder or bundled model")
-    trunk_lm = clm.load(folder, dtype="float32", mesh=program.make_mesh(config))
+    mesh = program.make_mesh(config)
+    trunk_lm = density.trunk_of(clm.load(folder, dtype="float32", mesh=mesh))
     if trunk_lm.tokenizer is None:
         raise InputError(f"--trunk: {folder} has no tokenizer.json")
     data = tokenized_text.read_corpus(config, trunk_lm.tokenizer)

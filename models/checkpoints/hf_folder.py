@@ -18,6 +18,7 @@ from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS
 if TYPE_CHECKING:
     import tokenizers
 
+DENSITY_FILE = "density.json"  # beside the files of a trunk: a density model is on it
 BUNDLED_FOLDER = pathlib.Path(__file__).parents[1] / "bundled"
 DTYPES_BY_NAME = {
     "float32": jnp.float32,

@@ -10,7 +10,7 @@ the methods of `DensityModel`, pure functions of parameters and checked inputs.
 """
 
 from continuous_lm.models.density import distributions, heads
-from continuous_lm.models.density.checkpoint import is_folder, load, save, trunk_of
+from continuous_lm.models.density.checkpoint import load, save, trunk_of
 from continuous_lm.models.density.model import DensityModel, standardize_table
 from continuous_lm.models.density.samplers import (
     QUANTIZE_METHODS,
@@ -36,7 +36,6 @@ __all__ = [
     "density_model",
     "distributions",
     "heads",
-    "is_folder",
     "load",
     "log_prob",
     "loss",

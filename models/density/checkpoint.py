@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from continuous_lm.errors import InputError, about
 from continuous_lm.io import safetensors_files
 from continuous_lm.io.atomic_files import absolute_path, write_atomically
 from continuous_lm.io.json_files import read_json, write_json
-from continuous_lm.models.checkpoints import trunk
+from continuous_lm.models.checkpoints import hf_folder, trunk
 from continuous_lm.models.checkpoints.parameter_layout import check_parameters
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
@@ -30,15 +31,24 @@ from continuous_lm.models.parameters import (
 )
 from continuous_lm.models.transformer import Transformer
 
-SETTINGS_FILE = "density.json"
 WEIGHTS_FILE = "density.safetensors"
 _SETTING_NAMES = {"format", "reads", "table", "contrast", "head"}
 
 
-def save(folder: str | os.PathLike, lm: LanguageModel[DensityModel]) -> None:
+def save(
+    folder: str | os.PathLike,
+    lm: LanguageModel[DensityModel],
+    *,
+    shard_size: int = safetensors_files.MAX_SHARD_BYTES,
+) -> None:
     """Writes the model as a folder: a checkpoint of the trunk, and beside it what is above.
 
     `load` reads it back. The files reach the folder when all of them are written, not before.
+
+    Args:
+      folder: made if it is not there.
+      lm: the model.
+      shard_size: the most bytes of the trunk's weights in one file.
 
     Raises:
       InputError: if the folder cannot be written, its config.json cannot express the trunk, or `lm`
@@ -52,14 +62,16 @@ def save(folder: str | os.PathLike, lm: LanguageModel[DensityModel]) -> None:
     with write_atomically(
         folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
     ) as staging_folder:
-        trunk.write(staging_folder, trunk_of(lm))
-        with about(SETTINGS_FILE):
-            write_json(staging_folder / SETTINGS_FILE, _settings(model))
+        trunk.write(staging_folder, trunk_of(lm), shard_size)
+        with about(hf_folder.DENSITY_FILE):
+            write_json(staging_folder / hf_folder.DENSITY_FILE, _settings(model))
         _write_parameters(staging_folder / WEIGHTS_FILE, flat_params)
 
 
-def trunk_of(lm: LanguageModel[DensityModel]) -> LanguageModel[Transformer]:
-    """The language model under the head."""
+def trunk_of(lm: LanguageModel[Any]) -> LanguageModel[Transformer]:
+    """The language model under the head; a language model is its own."""
+    if isinstance(lm.model, Transformer):
+        return lm
     model = density_model(lm)
     trunk_model = Transformer(
         model.config, implementation=model.implementation, remat=model.remat
@@ -72,6 +84,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
+    ignore_fields: Sequence[str] = (),
 ) -> LanguageModel[DensityModel]:
     """Reads what `save` wrote.
 
@@ -79,23 +92,19 @@ def load(
       folder: to read from.
       dtype: of the trunk's parameters; as stored if left out. The head's stay as they are.
       mesh: devices to shard the parameters over, with axes "data" and "model".
+      ignore_fields: fields of config.json that are known not to change what is computed.
 
     Raises:
       InputError: naming the file, setting or tensor that is missing, left over or wrong.
     """
     folder = absolute_path(folder)
-    settings = _read_settings(folder / SETTINGS_FILE)
-    trunk_lm = trunk.read(folder, dtype=dtype, mesh=mesh)
-    with about(str(folder / SETTINGS_FILE)):
+    settings = _read_settings(folder / hf_folder.DENSITY_FILE)
+    trunk_lm = trunk.read(folder, dtype=dtype, mesh=mesh, ignore_fields=ignore_fields)
+    with about(str(folder / hf_folder.DENSITY_FILE)):
         model = _make_model(trunk_lm.config, settings)
     params = _read_parameters(folder / WEIGHTS_FILE, model.table_above_trunk(), mesh)
     all_params = {TRUNK: trunk_lm.params, **params}
     return trunk_lm.with_model(model).with_params(all_params)
-
-
-def is_folder(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds what `save` wrote."""
-    return (absolute_path(folder) / SETTINGS_FILE).is_file()
 
 
 # --- Settings ---------------------------------------------------------------------------------

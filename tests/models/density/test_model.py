@@ -311,11 +311,11 @@ def same(a, b):
 @pytest.mark.parametrize(("name", "reads"), cases(CASES))
 def test_there_and_back(name, reads, tmp_path):
     lm = build(name, reads)
-    density.save(tmp_path / "made", lm)
-    back = density.load(tmp_path / "made")
+    clm.save(tmp_path / "made", lm)
+    back = clm.load(tmp_path / "made")
     assert dataclasses.replace(back.model, config=CONFIG) == lm.model
     same(back.params, lm.params)
-    trunk = clm.load(tmp_path / "made")
+    trunk = density.trunk_of(clm.load(tmp_path / "made"))
     same(trunk.params, lm.params["trunk"])
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [
         "config.json",
@@ -522,10 +522,10 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     expected = density.log_prob(lm, tokens)
     np.testing.assert_array_equal(density.log_prob(back, tokens), expected)
     np.testing.assert_allclose(
-        clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6
+        density.trunk_of(clm.load(tmp_path))(tokens[:-1]), logits, rtol=1e-5, atol=1e-6
     )
     with pytest.raises(clm.InputError, match="that model's own"):
-        density.add_head(clm.load(tmp_path), head, key=KEY)
+        density.add_head(density.trunk_of(clm.load(tmp_path)), head, key=KEY)
     with pytest.raises(clm.InputError, match="if it is tied"):
         head.distribution({}, np.zeros(6, np.float32))
 
