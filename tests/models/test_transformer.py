@@ -267,7 +267,7 @@ def test_bfloat16_parameters_give_float32_logits_close_by():
         ({"embeddings": np.full((3, 32), np.nan)}, r"embeddings\[0, 0\] is nan"),
         (
             {"tokens": [1, 2], "durations": [1.0]},
-            r"durations has shape \[1\].*2 tokens",
+            r"durations has shape \[1\]; .* with T = 2, as in tokens",
         ),
         ({"tokens": [1, 2], "durations": [1.0, np.nan]}, r"durations\[1\] is nan"),
         ({"tokens": [1, 2], "durations": [1.0, -1.0]}, r"durations\[1\] is -1"),
