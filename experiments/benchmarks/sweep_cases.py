@@ -9,8 +9,8 @@ import dataclasses
 import functools
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,9 @@ from continuous_lm.analysis import flops
 from continuous_lm.experiments.benchmarks import baselines, timing
 from continuous_lm.experiments.benchmarks.timing import Row
 from continuous_lm.experiments.densities import density_training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ANSWER_GROUPS = [[i] for i in range(10)]
 # Points of the paper's procedure that are timed: it takes them one by one, all alike.
@@ -164,28 +167,49 @@ def _make_baseline_sweeps(
     with tempfile.TemporaryDirectory() as folder:
         clm.save(folder, lm)
         model = baselines.load_causal_lm(folder)
-    timed_points = np.linspace(
-        0, sizes.num_points - 1, min(NUM_PAPER_POINTS, sizes.num_points)
-    ).astype(int)
-    time_scale = sizes.num_points / len(timed_points)
-    note = f"theirs: {len(timed_points)} points' time, scaled"
-    paper_sweep = functools.partial(
+    return _make_paper_sweeps(model, tokens, durations, expected) | (
+        _make_batched_sweeps(model, tokens, durations, expected, sizes.batch_sizes)
+    )
+
+
+def _make_paper_sweeps(
+    model: "PreTrainedModel",
+    tokens: np.ndarray,
+    durations: np.ndarray,
+    expected: np.ndarray,
+) -> dict[str, BaselineSweep]:
+    """The paper's procedure at some of the points, with and without making the masks."""
+    num_points = len(durations)
+    num_timed = min(NUM_PAPER_POINTS, num_points)
+    timed_points = np.linspace(0, num_points - 1, num_timed).astype(int)
+    time_scale = num_points / num_timed
+    note = f"theirs: {num_timed} points' time, scaled"
+    run_paper = functools.partial(
         baselines.paper_sweep, model, tokens, durations[timed_points]
     )
     timing.require_close(
-        "the paper's procedure", expected[timed_points], paper_sweep()[:, :10], 1e-4
+        "the paper's procedure", expected[timed_points], run_paper()[:, :10], 1e-4
     )
-    paper_sweep_with_masks = functools.partial(
-        paper_sweep, baselines.paper_masks(durations[timed_points])
-    )
-    baseline_sweeps = {
+    masks = baselines.paper_masks(durations[timed_points])
+    return {
         "the paper's procedure, mask included": BaselineSweep(
-            paper_sweep, time_scale, MIN_PAPER_SPEEDUPS.get(len(tokens)), note
+            run_paper, time_scale, MIN_PAPER_SPEEDUPS.get(len(tokens)), note
         ),
         "the paper's procedure, mask excluded": BaselineSweep(
-            paper_sweep_with_masks, time_scale, None, note
+            functools.partial(run_paper, masks), time_scale, None, note
         ),
     }
+
+
+def _make_batched_sweeps(
+    model: "PreTrainedModel",
+    tokens: np.ndarray,
+    durations: np.ndarray,
+    expected: np.ndarray,
+    batch_sizes: tuple[int, ...],
+) -> dict[str, BaselineSweep]:
+    """Batched PyTorch in both dtypes, with the keys of the first quarter and without."""
+    baseline_sweeps = {}
     for dtype, tolerance in {"float32": 1e-4, "bfloat16": 0.2}.items():
         batched_llama = baselines.BatchedLlama(model, dtype)
         for prefix_length, minimum in {0: 2.0, len(tokens) // 4: 1.5}.items():
@@ -195,18 +219,14 @@ def _make_baseline_sweeps(
             run_batched = functools.partial(
                 batched_llama.sweep, tokens, prefix=prefix_length
             )
-            probabilities = run_batched(durations, batch_size=sizes.batch_sizes[-1])
+            probabilities = run_batched(durations, batch_size=batch_sizes[-1])
             timing.require_close(name, expected, probabilities[:, :10], tolerance)
-            batch_size = _fastest_batch_size(run_batched, durations, sizes.batch_sizes)
-            best_sweep = functools.partial(
-                run_batched, durations, batch_size=batch_size
-            )
-            float32_minimum = minimum if dtype == "float32" else None
+            batch_size = _fastest_batch_size(run_batched, durations, batch_sizes)
             baseline_sweeps[name] = BaselineSweep(
-                best_sweep,
-                1.0,
-                float32_minimum,
-                f"its best: {batch_size} points at once",
+                functools.partial(run_batched, durations, batch_size=batch_size),
+                time_scale=1.0,
+                minimum=minimum if dtype == "float32" else None,
+                note=f"its best: {batch_size} points at once",
             )
     return baseline_sweeps
 
@@ -245,6 +265,10 @@ def count_sweep_flops(
 # --- Cold ---------------------------------------------------------------------------------------
 
 
+# A checkpoint, sizes and the tokens of the prompt -> the sweep.
+SweepPreparation = Callable[[str, Sizes, int], Callable[[], Any]]
+
+
 def prepare_our_sweep(folder: str, sizes: Sizes, length: int) -> Callable[[], Any]:
     """For `timing.measure_in_process`."""
     return functools.partial(
@@ -278,23 +302,12 @@ def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """The first sweep of a process, over the short prompt."""
     sizes = QUICK_SIZES if quick else Sizes()
     length = sizes.short_length
-    prepare_by_method = {"ours": prepare_our_sweep}
+    prepare_by_method: dict[str, SweepPreparation] = {"ours": prepare_our_sweep}
     missing_reason = baselines.why_missing("torch", "transformers")
     if not missing_reason:
-        prepare_by_method |= {
-            "paper": prepare_paper_sweep,
-            "batched": prepare_batched_sweep,
-        }
-    runs: dict[str, list[timing.ProcessCost]] = {
-        method: [] for method in prepare_by_method
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        clm.save(folder, random_lm(sizes))
-        for _ in range(min(repeats, 3)):
-            for method, prepare_sweep in prepare_by_method.items():
-                runs[method].append(
-                    timing.measure_in_process(prepare_sweep, folder, sizes, length)
-                )
+        prepare_by_method["paper"] = prepare_paper_sweep
+        prepare_by_method["batched"] = prepare_batched_sweep
+    runs = _time_cold_sweeps(prepare_by_method, sizes, length, min(repeats, 3))
     seconds = {
         method: [run.seconds for run in method_runs]
         for method, method_runs in runs.items()
@@ -327,6 +340,25 @@ def cold_sweep_rows(quick: bool, repeats: int) -> Iterator[Row]:
                 f"{length} tokens, the first sweep: MB of memory above the weights, {method}",
                 peak_megabytes,
             )
+
+
+def _time_cold_sweeps(
+    prepare_by_method: Mapping[str, SweepPreparation],
+    sizes: Sizes,
+    length: int,
+    repeats: int,
+) -> dict[str, list[timing.ProcessCost]]:
+    """The costs of each method in each round, all with the same random weights."""
+    runs: dict[str, list[timing.ProcessCost]] = {
+        method: [] for method in prepare_by_method
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        clm.save(folder, random_lm(sizes))
+        for _ in range(repeats):
+            for method, prepare_sweep in prepare_by_method.items():
+                cost = timing.measure_in_process(prepare_sweep, folder, sizes, length)
+                runs[method].append(cost)
+    return runs
 
 
 def prepare_compile_time(sizes: Sizes, num_layers: int) -> Callable[[], float]:
