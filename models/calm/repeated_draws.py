@@ -41,9 +41,16 @@ class _RejectionState(NamedTuple):
     num_matches: jax.Array  # float [B], how often it has come; 0 before an attempt
     num_misses: (
         jax.Array
-    )  # float [B], of the last stage, where 1 / temperature is no integer
+    )  # float [B], of the last stage, for an exponent with a fraction
     is_done: jax.Array  # bool [B]
     num_rounds: jax.Array  # int32 [B]
+
+
+class _Exponent(NamedTuple):
+    """1 / temperature = n + a with 0 <= a < 1, a scalar or [B] each."""
+
+    n: jax.Array
+    a: jax.Array
 
 
 def rejection_sample(
@@ -83,6 +90,36 @@ def rejection_sample(
       InputError: for a temperature or max_rounds out of range, or draws of another shape or dtype.
     """
     check_count("max_rounds", max_rounds)
+    item_struct = jax.eval_shape(draw, key)
+    if not jnp.issubdtype(item_struct.dtype, jnp.integer) or item_struct.ndim != 2:
+        raise InputError(
+            f"draws are {item_struct.dtype} {list(item_struct.shape)}; they must be int [B, C]"
+        )
+    num_rows = item_struct.shape[0]
+    _check_temperature(temperature, num_rows)
+    exponent = _split_exponent(1 / as_float(temperature))
+
+    def is_unfinished(loop_state: tuple[jax.Array, _RejectionState]) -> jax.Array:
+        round_index, state = loop_state
+        return (round_index < max_rounds) & ~jnp.all(state.is_done)
+
+    def run_round(
+        loop_state: tuple[jax.Array, _RejectionState],
+    ) -> tuple[jax.Array, _RejectionState]:
+        round_index, state = loop_state
+        draw_key, chance_key = jax.random.split(jax.random.fold_in(key, round_index))
+        chance = jax.random.uniform(chance_key, (num_rows,), exponent.n.dtype)
+        next_state = _add_draw(state, draw(draw_key), chance, exponent)
+        return round_index + 1, _keep_done_rows(state, next_state)
+
+    initial_state = _empty_state(item_struct, exponent.n.dtype, is_done)
+    _, state = lax.while_loop(is_unfinished, run_round, (jnp.int32(0), initial_state))
+    # What is accepted is the last draw, always.
+    return RejectionSamples(state.last_draw, state.is_done, state.num_rounds)
+
+
+def _check_temperature(temperature: ArrayLike, num_rows: int) -> None:
+    """Refuses temperatures that cannot be drawn at; values only where they are known."""
     check_numbers("temperature", temperature)
     if not isinstance(temperature, jax.core.Tracer):
         temperatures = np.asarray(temperature)
@@ -91,78 +128,84 @@ def rejection_sample(
                 f"temperature is {temperature}; it must be above 0 and at most 1, as a model that"
                 " can only be sampled cannot be made flatter"
             )
-    item_struct = jax.eval_shape(draw, key)
-    if not jnp.issubdtype(item_struct.dtype, jnp.integer) or item_struct.ndim != 2:
-        raise InputError(
-            f"draws are {item_struct.dtype} {list(item_struct.shape)}; they must be int [B, C]"
-        )
-    num_rows = item_struct.shape[0]
     if jnp.shape(temperature) not in ((), (num_rows,)):
         raise InputError(
             f"temperature has shape {list(jnp.shape(temperature))}; it must be a scalar or"
             f" [{num_rows}], one for each row"
         )
-    exponent = 1 / as_float(temperature)
+
+
+def _split_exponent(exponent: jax.Array) -> _Exponent:
+    """The integer part and the fraction; what is near to an integer counts as that integer."""
     nearest_integer = jnp.round(exponent)
-    is_integer = (
-        jnp.abs(exponent - nearest_integer) <= _INTEGER_TOLERANCE * nearest_integer
-    )
+    tolerance = _INTEGER_TOLERANCE * nearest_integer
+    is_integer = jnp.abs(exponent - nearest_integer) <= tolerance
     n = jnp.where(is_integer, nearest_integer, jnp.floor(exponent))
-    a = jnp.where(is_integer, 0.0, exponent - n)
-    num_required = n + (a > 0)
+    return _Exponent(n, jnp.where(is_integer, 0.0, exponent - n))
 
-    def is_unfinished(state: tuple[jax.Array, _RejectionState]) -> jax.Array:
-        i, row_state = state
-        return (i < max_rounds) & ~jnp.all(row_state.is_done)
 
-    def draw_round(
-        state: tuple[jax.Array, _RejectionState],
-    ) -> tuple[jax.Array, _RejectionState]:
-        i, row_state = state
-        draw_key, chance_key = jax.random.split(jax.random.fold_in(key, i))
-        new_items = draw(draw_key)
-        first_items = jnp.where(
-            (row_state.num_matches == 0)[:, None], new_items, row_state.first_draw
-        )
-        is_match = jnp.all(new_items == first_items, axis=-1)
-        num_matches = row_state.num_matches + is_match
-        is_last_stage = row_state.num_matches >= n
-        num_misses = row_state.num_misses + (is_last_stage & ~is_match)
-        chance = jax.random.uniform(chance_key, (num_rows,), exponent.dtype)
-        # A miss within the first n draws ends the attempt for certain.
-        has_failed = ~is_match & (~is_last_stage | (chance * num_misses < a))
-        next_state = _RejectionState(
-            first_draw=first_items,
-            last_draw=new_items,
-            num_matches=jnp.where(has_failed, 0.0, num_matches),
-            num_misses=jnp.where(has_failed, 0.0, num_misses),
-            is_done=num_matches >= num_required,
-            num_rounds=row_state.num_rounds + 1,
-        )
-
-        def keep_done_rows(previous, updated):
-            return jnp.where(
-                row_state.is_done.reshape(-1, *[1] * (updated.ndim - 1)),
-                previous,
-                updated,
-            )
-
-        return i + 1, jax.tree.map(keep_done_rows, row_state, next_state)
-
+def _empty_state(
+    item_struct: jax.ShapeDtypeStruct,
+    count_dtype: jnp.dtype,
+    is_done: jax.Array | None,
+) -> _RejectionState:
+    """The state of B rows before any draw."""
+    num_rows = item_struct.shape[0]
     no_items = jnp.zeros(item_struct.shape, item_struct.dtype)
-    zeros = jnp.zeros(num_rows, exponent.dtype)
-    initially_done = (
-        jnp.zeros(num_rows, bool) if is_done is None else jnp.asarray(is_done)
+    zero_counts = jnp.zeros(num_rows, count_dtype)
+    return _RejectionState(
+        first_draw=no_items,
+        last_draw=no_items,
+        num_matches=zero_counts,
+        num_misses=zero_counts,
+        is_done=jnp.zeros(num_rows, bool) if is_done is None else jnp.asarray(is_done),
+        num_rounds=jnp.zeros(num_rows, jnp.int32),
     )
-    initial_state = _RejectionState(
-        no_items, no_items, zeros, zeros, initially_done, jnp.zeros(num_rows, jnp.int32)
+
+
+def _add_draw(
+    state: _RejectionState,
+    new_items: jax.Array,
+    chance: jax.Array,
+    exponent: _Exponent,
+) -> _RejectionState:
+    """The state after one more draw of each row.
+
+    Args:
+      state: before.
+      new_items: the draw, int [B, C].
+      chance: uniform in [0, 1), [B], by which a miss of the last stage ends the attempt.
+      exponent: how often the item must come.
+    """
+    n, a = exponent
+    is_first = (state.num_matches == 0)[:, None]
+    first_items = jnp.where(is_first, new_items, state.first_draw)
+    is_match = jnp.all(new_items == first_items, axis=-1)
+    num_matches = state.num_matches + is_match
+    is_last_stage = state.num_matches >= n
+    num_misses = state.num_misses + (is_last_stage & ~is_match)
+    # A miss within the first n draws ends the attempt for certain.
+    has_failed = ~is_match & (~is_last_stage | (chance * num_misses < a))
+    return _RejectionState(
+        first_draw=first_items,
+        last_draw=new_items,
+        num_matches=jnp.where(has_failed, 0.0, num_matches),
+        num_misses=jnp.where(has_failed, 0.0, num_misses),
+        is_done=num_matches >= n + (a > 0),
+        num_rounds=state.num_rounds + 1,
     )
-    _, row_state = lax.while_loop(
-        is_unfinished, draw_round, (jnp.int32(0), initial_state)
-    )
-    return RejectionSamples(
-        row_state.last_draw, row_state.is_done, row_state.num_rounds
-    )  # what is accepted is the last draw, always
+
+
+def _keep_done_rows(
+    state: _RejectionState, next_state: _RejectionState
+) -> _RejectionState:
+    """The next state, but of rows that were done the state as it was."""
+
+    def keep(previous: jax.Array, updated: jax.Array) -> jax.Array:
+        is_done = jnp.expand_dims(state.is_done, range(1, updated.ndim))
+        return jnp.where(is_done, previous, updated)
+
+    return jax.tree.map(keep, state, next_state)
 
 
 def repetition_sample(key: jax.Array, candidates: ArrayLike, *, n: int) -> jax.Array:
@@ -226,36 +269,30 @@ def repetition_weights(candidates: ArrayLike, *, n: int) -> tuple[jax.Array, jax
 
 @functools.partial(jax.jit, static_argnames="n")
 def _repetition_weights(candidates: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    num_candidates, chunk_size = candidates.shape[0], candidates.shape[-1]
-    token_columns = [candidates[..., i] for i in range(chunk_size)]
-    items = jnp.stack(
-        lax.sort(token_columns, dimension=0, num_keys=chunk_size, is_stable=False),
-        axis=-1,
+    num_candidates, *_, chunk_size = candidates.shape
+    columns = [candidates[..., i] for i in range(chunk_size)]
+    sorted_columns = lax.sort(
+        columns, dimension=0, num_keys=chunk_size, is_stable=False
     )
+    items = jnp.stack(sorted_columns, axis=-1)
     differs_from_previous = jnp.any(items[1:] != items[:-1], axis=-1)
     true_row = jnp.ones((1, *differs_from_previous.shape[1:]), bool)
-    is_run_start = jnp.concatenate(
-        [true_row, differs_from_previous]
-    )  # bool [Z, ...]: the first of a run
-    # A run ends where the next begins.
-    indices = jnp.arange(num_candidates).reshape(-1, *[1] * (is_run_start.ndim - 1))
-    run_ends = jnp.where(
-        jnp.concatenate([differs_from_previous, true_row]), indices + 1, num_candidates
-    )
-    run_lengths = (
-        lax.cummin(run_ends, axis=0, reverse=True) - indices
-    )  # right where a run begins
-    repeat_order = jnp.minimum(
-        n, jnp.max(jnp.where(is_run_start, run_lengths, 0), axis=0)
-    )
-    j = jnp.arange(n).reshape(-1, *[1] * run_lengths.ndim)
+    is_run_start = jnp.concatenate([true_row, differs_from_previous])  # [Z, ...]
+    is_run_end = jnp.concatenate([differs_from_previous, true_row])  # [Z, ...]
+    indices = jnp.arange(num_candidates)
+    indices = jnp.expand_dims(indices, range(1, is_run_start.ndim))
+    run_ends = jnp.where(is_run_end, indices + 1, num_candidates)
+    # Right where a run begins.
+    run_lengths = lax.cummin(run_ends, axis=0, reverse=True) - indices
+    largest_count = jnp.max(jnp.where(is_run_start, run_lengths, 0), axis=0)
+    repeat_order = jnp.minimum(n, largest_count)
+    j = jnp.expand_dims(jnp.arange(n), range(1, run_lengths.ndim + 1))
     # Where repeat_order < n, all that are kept have the same count, and so the same weight.
     log_weights = jnp.sum(
         jnp.log(jnp.maximum(run_lengths - j, 1).astype(jnp.float32)), axis=0
     )
-    return items, jnp.where(
-        is_run_start & (run_lengths >= repeat_order), log_weights, -jnp.inf
-    )
+    is_kept = is_run_start & (run_lengths >= repeat_order)
+    return items, jnp.where(is_kept, log_weights, -jnp.inf)
 
 
 def inverse_temperature(temperature: float) -> int:
