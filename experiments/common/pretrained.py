@@ -9,6 +9,7 @@ import tokenizers
 
 import continuous_lm as clm
 from continuous_lm.experiments.common import program
+from continuous_lm.models import density
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,14 @@ def load(config: PretrainedConfig) -> tuple[clm.LanguageModel, tokenizers.Tokeni
     dtype: str = config.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "stored"
-    lm = clm.load(
+    stored_lm = clm.load(
         config.model,
         dtype=None if dtype == "stored" else dtype,
         ignore_fields=config.ignore_config_fields,
         cache_dir=config.cache_dir,
         mesh=program.make_mesh(config),
     )
+    lm = density.trunk_of(stored_lm)
     if lm.tokenizer is None:
         raise clm.InputError(
             f"{config.model} has no tokenizer.json, which this program needs to read its prompt"

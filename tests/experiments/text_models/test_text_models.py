@@ -65,7 +65,8 @@ def test_what_is_trained_is_whole(trained):
         density.load(trained / name) for name in ("baseline", "mixture")
     )
     tokens = np.array([5, 9, 7, 30])
-    lm = clm.load(trained / "baseline")  # an ordinary language model too
+    # An ordinary language model too.
+    lm = density.trunk_of(clm.load(trained / "baseline"))
     np.testing.assert_allclose(
         lm(tokens[:-1]), density.token_logits(baseline, tokens), rtol=1e-5, atol=1e-5
     )
@@ -91,7 +92,8 @@ def test_a_head_on_a_pretrained_trunk_leaves_it_as_it_is(trained):
             **flags, trunk=trained / "baseline", output_dir=trained / "on_trunk"
         )
     )
-    trunk = run_folder.leaves_by_path(clm.load(trained / "baseline").params)
+    trunk_lm = density.trunk_of(clm.load(trained / "baseline"))
+    trunk = run_folder.leaves_by_path(trunk_lm.params)
     for path, leaf in run_folder.leaves_by_path(result.lm.params["trunk"]).items():
         np.testing.assert_array_equal(leaf, trunk[path], err_msg=path)
     loaded = density.load(trained / "on_trunk").params["head"]
