@@ -22,19 +22,28 @@ from continuous_lm.errors import InputError
 MIN_DURATION = float(jnp.finfo(jnp.float32).tiny)
 
 
+# Of JAX as `Inputs.make` returns it, or of NumPy, as where batches are cut from many points.
+Array = jax.Array | np.ndarray
+
+
 class Inputs(NamedTuple):
     """Tokens or vectors, and when they are. Leading axes broadcast; None was not given.
 
     A pytree, so that it goes through jit, vmap and grad as it is.
+
+    Attributes:
+      tokens: int [..., T], or
+      embeddings: [..., T, D] instead of tokens.
+      durations: d >= 0 [..., T]; None: all 1.
+      times: [..., T], when each token ends; None: from the durations.
+      start: [...], when the first token begins; None: 0, or after the cache.
     """
 
-    tokens: jax.Array | None  # int [..., T], or
-    embeddings: jax.Array | None  # [..., T, D] instead of tokens
-    durations: jax.Array | None  # d >= 0 [..., T]; None: all 1
-    times: jax.Array | None  # [..., T], when each token ends; None: from the durations
-    start: (
-        jax.Array | None
-    )  # [...], when the first token begins; None: 0, or after the cache
+    tokens: Array | None = None
+    embeddings: Array | None = None
+    durations: Array | None = None
+    times: Array | None = None
+    start: Array | None = None
 
     @classmethod
     def make(

@@ -161,7 +161,7 @@ def embed(params: Params, inputs: Inputs) -> jax.Array:
     """Rows of the embedding table [..., T, D], or the embeddings that were given."""
     table = params["embedding"]
     if inputs.embeddings is not None:
-        return inputs.embeddings.astype(table.dtype)
+        return jnp.asarray(inputs.embeddings, table.dtype)
     assert inputs.tokens is not None
     return table[inputs.tokens]
 

@@ -17,19 +17,47 @@ function is compiled for each call.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.analysis.sweep import HasModel
-from continuous_lm.arguments import as_float, check_integers
-from continuous_lm.durations import check_durations as check_durations
+from continuous_lm.arguments import (
+    as_float,
+    check_count,
+    check_integers,
+    check_shapes,
+)
+from continuous_lm.durations import check_durations
 from continuous_lm.errors import InputError
-from continuous_lm.models.transformer import make_inputs
+from continuous_lm.inputs import Inputs, check_timing
+from continuous_lm.models import transformer
+from continuous_lm.models.language_model import LanguageModel, trunk_model
+from continuous_lm.models.parameters import Params
+from continuous_lm.models.transformer import Transformer
+
+__all__ = [
+    "EVENLY_SPREAD_SHARE",
+    "NODES_PER_PANEL",
+    "Attribution",
+    "LogProbability",
+    "Objective",
+    "PromptLogits",
+    "answer_tokens",
+    "as_jit_argument",
+    "check_path",
+    "evaluate",
+    "gauss_legendre",
+    "gradient_times_input",
+    "integrated_gradients",
+    "leave_one_out",
+    "log_probability",
+    "next_token_logits",
+    "panel_edges",
+]
 
 Objective = Callable[[jax.Array], jax.Array]  # durations [T] -> a scalar
 
@@ -45,23 +73,27 @@ class PromptLogits:
 
     Attributes:
       params: of the model.
-      inputs: the model's other arguments: tokens int [T] or embeddings [T, D], and start.
+      inputs: all but the durations: tokens int [T] or embeddings [T, D], and start.
       position: index of the token after which the answer stands, int [].
-      model: whose `apply` is a pure function.
+      model: the transformer.
     """
 
-    params: Any
-    inputs: Mapping[str, jax.Array]
+    params: Params
+    inputs: Inputs
     position: jax.Array
-    model: Any
+    model: Transformer
 
     def __call__(self, durations: jax.Array) -> jax.Array:
-        return self.model.apply(
-            {"params": self.params},
-            durations=durations,
+        token_shape = (self.inputs.num_tokens,)
+        check_timing(token_shape, durations, None, None, window=None, follows=False)
+        output = transformer.forward(
+            self.model.config,
+            self.params,
+            self.inputs._replace(durations=durations),
             position=self.position,
-            **self.inputs,
+            execution=self.model.execution,
         )
+        return output.logits
 
 
 @functools.partial(
@@ -87,55 +119,65 @@ class LogProbability:
 
 
 def next_token_logits(
-    lm: HasModel, *, position: int = -1, **inputs: ArrayLike
+    lm: LanguageModel[Transformer],
+    tokens: ArrayLike | None = None,
+    *,
+    embeddings: ArrayLike | None = None,
+    start: ArrayLike | None = None,
+    position: int = -1,
 ) -> PromptLogits:
     """The logits of the token after token `position`, as a function of durations alone.
 
     Args:
       lm: the language model.
+      tokens: int [T].
+      embeddings: [T, D] instead of tokens.
+      start: when the first token begins, a scalar; 0 if left out.
       position: index of the token after which the answer stands.
-      **inputs: of the model: tokens int [T] or embeddings [T, D], and start.
 
     Raises:
       InputError: if an argument does not fit the model, or has a batch axis.
     """
-    arrays = {name: jnp.asarray(value) for name, value in inputs.items()}
-    ranks = {"tokens": 1, "embeddings": 2, "start": 0}
-    for name, array in arrays.items():
-        if name not in ranks:
-            raise InputError(f"{name} is no argument here; only {', '.join(ranks)} are")
-        if array.ndim != ranks[name]:
-            raise InputError(
-                f"{name} has shape {list(array.shape)}; one prompt at a time has {ranks[name]} axes"
-            )
-    make_inputs(
-        lm.config,
-        arrays.get("tokens"),
-        embeddings=arrays.get("embeddings"),
-        start=arrays.get("start"),
-        position=position,
+    model = trunk_model(lm)
+    check_shapes(
+        {
+            "tokens": (tokens, "T"),
+            "embeddings": (embeddings, "T D"),
+            "start": (start, ""),
+        }
     )
-    return PromptLogits(lm.params, arrays, jnp.asarray(position), lm.model)
+    inputs = transformer.make_inputs(
+        model.config, tokens, embeddings=embeddings, start=start, position=position
+    )
+    return PromptLogits(lm.params, inputs, jnp.asarray(position), model)
 
 
 def log_probability(
-    lm: HasModel, answer: Sequence[int], *, position: int = -1, **inputs: ArrayLike
+    lm: LanguageModel[Transformer],
+    answer: Sequence[int],
+    tokens: ArrayLike | None = None,
+    *,
+    embeddings: ArrayLike | None = None,
+    start: ArrayLike | None = None,
+    position: int = -1,
 ) -> LogProbability:
     """The log probability of an answer, a group of tokens, as a function of durations alone.
 
     Args:
       lm: the language model.
       answer: ids of the tokens that count as the answer; their probabilities are summed.
+      tokens: int [T].
+      embeddings: [T, D] instead of tokens.
+      start: when the first token begins, a scalar; 0 if left out.
       position: index of the token after which the answer stands.
-      **inputs: of the model: tokens int [T] or embeddings [T, D], and start.
 
     Raises:
       InputError: if an argument does not fit the model, or the group is empty or names no tokens.
     """
-    return LogProbability(
-        next_token_logits(lm, position=position, **inputs),
-        answer_tokens(answer, lm.config.vocab_size),
+    logits = next_token_logits(
+        lm, tokens, embeddings=embeddings, start=start, position=position
     )
+    return LogProbability(logits, answer_tokens(answer, lm.config.vocab_size))
 
 
 def answer_tokens(answer: Sequence[int], vocab_size: int) -> jax.Array:
@@ -152,11 +194,8 @@ def answer_tokens(answer: Sequence[int], vocab_size: int) -> jax.Array:
 
 def as_jit_argument(objective: Objective) -> Objective:
     """A function that can be an argument of jitted ones."""
-    return (
-        jax.tree_util.Partial(objective)
-        if jax.tree_util.all_leaves([objective])
-        else objective
-    )
+    is_plain_function = jax.tree_util.all_leaves([objective])
+    return jax.tree_util.Partial(objective) if is_plain_function else objective
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -226,12 +265,12 @@ def integrated_gradients(
     Raises:
       InputError: if durations do not fit, or `nodes` is no multiple of `NODES_PER_PANEL`.
     """
-    end, baseline = _path_ends(durations, baseline)
+    end, baseline = check_path(durations, baseline)
     if nodes < NODES_PER_PANEL or nodes % NODES_PER_PANEL:
         raise InputError(
             f"nodes is {nodes}; it must be a positive multiple of {NODES_PER_PANEL}"
         )
-    _check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     grid = np.linspace(0.0, 1.0, 2 * nodes + 1) ** 2
     objective = as_jit_argument(objective)
     objective_values = np.asarray(
@@ -255,9 +294,8 @@ def integrated_gradients(
 
 
 NODES_PER_PANEL = 4  # Gauss-Legendre nodes of a panel
-EVENLY_SPREAD_SHARE = (
-    0.6  # share of the panels spread over the path, however little f changes there
-)
+# The share of the panels that is spread over the path, however little f changes there.
+EVENLY_SPREAD_SHARE = 0.6
 
 
 def panel_edges(
@@ -315,7 +353,7 @@ def gradient_times_input(
 
     Args and errors as of `integrated_gradients`.
     """
-    end, baseline = _path_ends(durations, baseline)
+    end, baseline = check_path(durations, baseline)
     objective = as_jit_argument(objective)
     objective_values = np.asarray(
         evaluate(objective, jnp.stack([baseline, end]), 2), np.float64
@@ -338,7 +376,7 @@ def leave_one_out(
 
     Args and errors as of `integrated_gradients`.
     """
-    end, baseline = _path_ends(durations, baseline)
+    end, baseline = check_path(durations, baseline)
     ablated_rows = jnp.where(jnp.eye(len(end), dtype=bool), baseline, end)
     rows = jnp.concatenate([ablated_rows, jnp.stack([baseline, end])])
     objective_values = np.asarray(
@@ -351,10 +389,14 @@ def leave_one_out(
     )
 
 
-def _path_ends(
+def check_path(
     durations: ArrayLike, baseline: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The ends of the path, [T] each."""
+    """The ends of a path of durations, [T] each: `baseline`, or its default, comes second.
+
+    Raises:
+      InputError: if they do not fit.
+    """
     end = as_float(durations)
     if end.ndim != 1 or not end.size:
         raise InputError(
@@ -378,11 +420,6 @@ def _points_on_path(
     """Durations [P, T] at points of the path; exactly the ends at 0 and 1."""
     share = jnp.asarray(alphas, end.dtype)[:, None]
     return (1.0 - share) * baseline + share * end
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def _check_finite(objective_values: np.ndarray) -> None:

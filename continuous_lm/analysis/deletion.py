@@ -8,11 +8,13 @@ from jax.typing import ArrayLike
 
 from continuous_lm.analysis.attribution import (
     Objective,
-    _path_ends,
     as_jit_argument,
+    check_path,
     evaluate,
 )
 from continuous_lm.errors import InputError
+
+__all__ = ["DeletionCurve", "deletion_curve"]
 
 
 class DeletionCurve(NamedTuple):
@@ -32,9 +34,8 @@ class DeletionCurve(NamedTuple):
 
         The lower, the sooner f falls: the better the order. In the unit of f.
         """
-        return float(
-            np.trapezoid(self.values - self.values[0], dx=1.0 / max(len(self.order), 1))
-        )
+        share_of_token = 1.0 / max(len(self.order), 1)
+        return float(np.trapezoid(self.values - self.values[0], dx=share_of_token))
 
 
 def deletion_curve(
@@ -57,7 +58,7 @@ def deletion_curve(
     Raises:
       InputError: if an array does not fit.
     """
-    end, baseline = _path_ends(durations, baseline)
+    end, baseline = check_path(durations, baseline)
     importance = np.asarray(attribution, np.float64)
     if importance.shape != end.shape or not np.isfinite(importance).all():
         raise InputError(
@@ -69,7 +70,6 @@ def deletion_curve(
     rank = np.full(len(end), len(end))
     rank[order] = np.arange(len(order))
     is_removed = rank < np.arange(len(order) + 1)[:, None]
-    objective_values = evaluate(
-        as_jit_argument(objective), jnp.where(is_removed, baseline, end), batch_size
-    )
+    rows = jnp.where(is_removed, baseline, end)
+    objective_values = evaluate(as_jit_argument(objective), rows, batch_size)
     return DeletionCurve(order, np.asarray(objective_values, np.float64))

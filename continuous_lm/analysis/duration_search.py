@@ -3,8 +3,8 @@
 `find_durations` looks for the smallest change of durations, total sum |d - d0|, after which an
 answer leads by a margin; `pruning.prune` for the smallest total duration that keeps a value, the
 log probability of the answer above all, within a tolerance. Both follow gradients through log
-durations, which keeps them positive, and then `shrink_towards` every duration back (to d0, or to 0)
-as far as the answer still holds. What must hold is a slack >= 0, a function of durations [T] to a
+durations, which keeps them positive, and then `shrinking.shrink_towards` moves every duration back
+(to d0, or to 0) as far as the answer still holds. What must hold is a slack >= 0, a function of durations [T] to a
 scalar; see `Margin` and `pruning.Floor`.
 
 `random_search` is what a search without gradients finds with as many evaluations of the model. One
@@ -24,24 +24,33 @@ from jax.typing import ArrayLike
 
 from continuous_lm.analysis import attribution
 from continuous_lm.analysis.attribution import Objective, PromptLogits
+from continuous_lm.analysis.shrinking import (
+    EVALUATIONS_PER_GRADIENT,
+    MIN_SLACK,
+    SearchResult,
+    check_positive_numbers,
+    make_result,
+    shrink_where_satisfied,
+    validate_durations,
+)
 from continuous_lm.arguments import as_float
 from continuous_lm.durations import Span
-from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.errors import InputError
 
-EVALUATIONS_PER_GRADIENT = 3  # evaluations
+__all__ = [
+    "NUM_PROBE_STARTS",
+    "PENALTY_WEIGHTS",
+    "PROBE_FACTORS",
+    "Margin",
+    "answer_lead",
+    "find_durations",
+    "probe_durations",
+    "random_search",
+]
+
 PENALTY_WEIGHTS = (0.8, 0.3)
 NUM_PROBE_STARTS = 2  # probes that an ascent begins at
 PROBE_FACTORS = (0.25, 0.5, 0.75, 1.5, 2.0)  # of stretches that are probed
-SHRINK_FACTORS = (
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-    0.9,
-)  # of a change, that `shrink_towards` tries to keep
-NUM_BISECTIONS = 8
-MIN_SLACK = 1e-4  # slack that is kept, so that rounding elsewhere does not cross 0
 
 
 @functools.partial(
@@ -63,22 +72,6 @@ class Margin:
 
     def __call__(self, durations: jax.Array) -> jax.Array:
         return answer_lead(self.logits(durations), self.answer) - self.min_lead
-
-
-class SearchResult(NamedTuple):
-    """Durations that a search ended with.
-
-    Attributes:
-      durations: [T], float32 or wider.
-      slack: there; below 0 if the search failed.
-      total: sum |d - target|: the total change, or, of a pruned prompt, the duration left.
-      evaluations: how many forward passes the search cost.
-    """
-
-    durations: np.ndarray
-    slack: float
-    total: float
-    evaluations: int
 
 
 def answer_lead(logits: jax.Array, answer: jax.Array) -> jax.Array:
@@ -133,47 +126,71 @@ def find_durations(
     Raises:
       InputError: if arguments do not fit.
     """
-    d0, is_free = _validate_durations(durations, span)
-    _check_positive(
-        learning_rate=learning_rate, steps=steps, rounds=rounds, batch_size=batch_size
+    initial_durations, is_free = validate_durations(durations, span)
+    check_positive_numbers(
+        {
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "rounds": rounds,
+            "batch_size": batch_size,
+        }
     )
-    if not penalty_weights or not all(0 < w < 1 for w in penalty_weights):
+    if not penalty_weights or not all(0 < weight < 1 for weight in penalty_weights):
         raise InputError(
             f"penalty_weights are {list(penalty_weights)}; they must be numbers between 0 and 1"
         )
     constraint = attribution.as_jit_argument(constraint)
-    probe_rows = probe_durations(d0, is_free)
-    slacks = np.asarray(attribution.evaluate(constraint, probe_rows, batch_size))
-    total_changes = np.abs(np.asarray(probe_rows) - np.asarray(d0)).sum(axis=1)
-    best_probes = np.lexsort(
-        (np.where(slacks >= MIN_SLACK, total_changes, -slacks), slacks < MIN_SLACK)
-    )[:NUM_PROBE_STARTS]
-    starts = jnp.concatenate([d0[None], probe_rows[best_probes]])
-    starts_and_weights = (
-        jnp.repeat(starts, len(penalty_weights), axis=0),
+    starts, num_probes = _choose_starts(
+        constraint, initial_durations, is_free, batch_size
+    )
+    num_weights = len(penalty_weights)
+    ascents = _ascend(
+        constraint,
+        initial_durations,
+        is_free,
+        jnp.repeat(starts, num_weights, axis=0),
         jnp.tile(jnp.asarray(penalty_weights), len(starts)),
+        learning_rate,
+        steps,
     )
-    ascent_durations, shortfalls, changes = _ascend(
-        constraint, d0, is_free, *starts_and_weights, learning_rate, steps
-    )
-    num_evaluations = len(probe_rows) + EVALUATIONS_PER_GRADIENT * steps * len(
-        shortfalls
-    )
-    scores = np.where(np.isfinite(changes), changes, 1e9 + np.asarray(shortfalls))
+    num_ascents = len(starts) * num_weights
+    num_evaluations = num_probes + EVALUATIONS_PER_GRADIENT * steps * num_ascents
     candidates = []
-    for start_indices in np.arange(len(shortfalls)).reshape(len(starts), -1):
-        d, cost = _shrink_towards(
-            constraint,
-            ascent_durations[start_indices[np.argmin(scores[start_indices])]],
-            d0,
-            rounds,
+    for ascent_index in _best_of_each_start(ascents, len(starts)):
+        shrunk, cost = shrink_where_satisfied(
+            constraint, ascents.durations[ascent_index], initial_durations, rounds
         )
-        candidates.append(d)
+        candidates.append(shrunk)
         num_evaluations += int(cost)
-    results = [_make_result(constraint, d, d0, num_evaluations) for d in candidates]
-    return min(
-        results, key=lambda r: (r.slack < 0, r.total if r.slack >= 0 else -r.slack)
-    )
+    results = [
+        make_result(constraint, shrunk, initial_durations, num_evaluations)
+        for shrunk in candidates
+    ]
+    return min(results, key=_rank)
+
+
+def _rank(result: SearchResult) -> tuple[bool, float]:
+    """Results that hold come first, the smallest change before; then those that lack least."""
+    is_failure = result.slack < 0
+    return is_failure, -result.slack if is_failure else result.total
+
+
+def _choose_starts(
+    constraint: Objective,
+    initial_durations: jax.Array,
+    is_free: jax.Array,
+    batch_size: int,
+) -> tuple[jax.Array, int]:
+    """Durations [P, T] where ascents begin, d0 and the best probes, and how many were probed."""
+    probe_rows = probe_durations(initial_durations, is_free)
+    slacks = np.asarray(attribution.evaluate(constraint, probe_rows, batch_size))
+    changes = np.asarray(probe_rows) - np.asarray(initial_durations)
+    total_changes = np.abs(changes).sum(axis=1)
+    is_failure = slacks < MIN_SLACK
+    scores = np.where(is_failure, -slacks, total_changes)
+    best_probes = np.lexsort((scores, is_failure))[:NUM_PROBE_STARTS]
+    starts = jnp.concatenate([initial_durations[None], probe_rows[best_probes]])
+    return starts, len(probe_rows)
 
 
 def probe_durations(durations: jax.Array, is_free: jax.Array) -> jax.Array:
@@ -182,15 +199,14 @@ def probe_durations(durations: jax.Array, is_free: jax.Array) -> jax.Array:
     Stretches have 1, 2, 4, ... tokens and begin at every half of their length; only those of their
     tokens that are `is_free` (bool [T]) change.
     """
-    num_tokens, masks = len(durations), []
+    num_tokens = len(durations)
+    indices = np.arange(num_tokens)
+    masks = []
     length = 1
     while length < 2 * num_tokens:
         stride = max(length // 2, 1)
         for begin in range(0, max(num_tokens - length, 0) + stride, stride):
-            masks.append(
-                (np.arange(num_tokens) >= begin)
-                & (np.arange(num_tokens) < begin + length)
-            )
+            masks.append((indices >= begin) & (indices < begin + length))
         length *= 2
     is_inside = np.stack(masks) & np.asarray(is_free)
     is_inside = np.unique(is_inside[is_inside.any(axis=1)], axis=0)
@@ -216,195 +232,121 @@ def random_search(
 
     Args and errors as of `find_durations`.
     """
-    d0, is_free = _validate_durations(durations, span)
-    _check_positive(evaluations=evaluations, batch_size=batch_size)
+    initial_durations, is_free = validate_durations(durations, span)
+    check_positive_numbers({"evaluations": evaluations, "batch_size": batch_size})
     constraint = attribution.as_jit_argument(constraint)
-    d = _random_search(
-        constraint, d0, is_free, jax.random.key(seed), evaluations, batch_size
+    key = jax.random.key(seed)
+    smallest_change = _random_search(
+        constraint, initial_durations, is_free, key, evaluations, batch_size
     )
-    return _make_result(constraint, d, d0, evaluations)
+    return make_result(constraint, smallest_change, initial_durations, evaluations)
 
 
-def shrink_towards(
-    constraint: Objective, durations: ArrayLike, target: ArrayLike, *, rounds: int = 4
-) -> SearchResult:
-    """Moves durations towards a target as far as the slack stays >= 0.
+class Ascents(NamedTuple):
+    """Where ascents came to, and what was best on their way.
 
-    Token by token, those nearest to their target first: the least of `SHRINK_FACTORS` of a token's
-    distance is kept at which the slack holds; `rounds` times over. At last all distances are scaled
-    together, by bisection.
-
-    Args:
-      constraint: durations [T] -> a scalar, >= 0 at `durations`.
-      durations: where to begin, [T].
-      target: where to go, [T].
-      rounds: over all tokens.
-
-    Returns:
-      what was found; `durations` themselves if the slack is below 0 there.
+    Attributes:
+      durations: [P, T], of the least total change that held; if none did, what lacked least.
+      shortfalls: [P], what they lack; below 0 if they hold.
+      changes: [P], their total change; infinite if they do not hold.
     """
-    d, goal = as_float(durations), as_float(target)
-    check_durations(d, d.shape[-1])
-    check_durations(goal, d.shape[-1], "target")
-    _check_positive(rounds=rounds)
-    constraint = attribution.as_jit_argument(constraint)
-    d, cost = _shrink_towards(constraint, d, goal, rounds)
-    return _make_result(constraint, d, goal, int(cost))
+
+    durations: jax.Array
+    shortfalls: jax.Array
+    changes: jax.Array
 
 
-def _validate_durations(
-    durations: ArrayLike, span: Span | None
-) -> tuple[jax.Array, jax.Array]:
-    """Durations, and which may change: [T] each."""
-    d = as_float(durations)
-    if d.ndim != 1 or not d.size:
-        raise InputError(
-            f"durations have shape {list(d.shape)}; a search needs [T], T >= 1"
-        )
-    check_durations(d, len(d))
-    first, end = (1, len(d)) if span is None else span
-    if not 0 <= first < end <= len(d):
-        raise InputError(
-            f"span ({first}, {end}) is not inside the {len(d)} tokens;"
-            f" it needs 0 <= first < end <= {len(d)}"
-        )
-    indices = jnp.arange(len(d))
-    return d, (indices >= first) & (indices < end)
+class _Ascent(NamedTuple):
+    """The carry of one ascent, in changes z [T] of log durations."""
+
+    z: jax.Array
+    optimizer_state: optax.OptState
+    best_z: jax.Array
+    shortfall: jax.Array
+    change: jax.Array
 
 
-def _check_positive(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not number > 0:
-            raise InputError(f"{name} is {number}; it must be positive")
-
-
-def _make_result(
-    constraint: Objective, durations: jax.Array, target: jax.Array, evaluations: int
-) -> SearchResult:
-    d, goal = np.asarray(durations), np.asarray(target, np.float64)
-    total = float(np.abs(d - goal).sum())
-    return SearchResult(
-        d, float(jax.jit(lambda s, d: s(d))(constraint, durations)), total, evaluations
-    )
+def _best_of_each_start(ascents: Ascents, num_starts: int) -> list[int]:
+    """Indices of ascents, whose starts are equal in blocks."""
+    changes = np.asarray(ascents.changes)
+    is_success = np.isfinite(changes)
+    scores = np.where(is_success, changes, 1e9 + np.asarray(ascents.shortfalls))
+    blocks = np.arange(len(scores)).reshape(num_starts, -1)
+    return [int(block[np.argmin(scores[block])]) for block in blocks]
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _ascend(
     constraint: Objective,
-    d0: jax.Array,
+    initial_durations: jax.Array,
     is_free: jax.Array,
     starts: jax.Array,
     penalty_weights: jax.Array,
     learning_rate: float,
     steps: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """From each start [P, T], with each weight [P]: durations [P, T], lack and change of each.
-
-    The durations are those of the least total change that held; the lack is then below 0. If none
-    did, they are those that lacked least, and the change is infinite.
-    """
+) -> Ascents:
+    """An ascent from each start [P, T], with each weight [P]."""
+    dtype = initial_durations.dtype
     optimizer = optax.sgd(1.0)
 
     def loss(z):
-        return -constraint(d0 * jnp.exp(z))
+        return -constraint(initial_durations * jnp.exp(z))
+
+    def step(ascent, rate, weight):
+        loss_value, gradient = jax.value_and_grad(loss)(ascent.z)
+        is_satisfied = loss_value <= -MIN_SLACK
+        ascent = _keep_best(ascent, loss_value, is_satisfied, initial_durations)
+        gradient = jnp.where(is_free & ~is_satisfied, gradient, 0.0)
+        max_gradient = jnp.maximum(jnp.max(jnp.abs(gradient)), jnp.finfo(dtype).tiny)
+        scaled_gradient = rate * gradient / max_gradient
+        update, optimizer_state = optimizer.update(
+            scaled_gradient, ascent.optimizer_state, ascent.z
+        )
+        z = optax.apply_updates(ascent.z, update)
+        z = jnp.sign(z) * jnp.maximum(jnp.abs(z) - rate * weight, 0.0)
+        return ascent._replace(z=z, optimizer_state=optimizer_state)
 
     def ascend(start, weight):
-        def step(carry, rate):
-            z, optimizer_state, best_z, shortfall, best_change = carry
-            loss_value, gradient = jax.value_and_grad(loss)(z)
-            is_satisfied = loss_value <= -MIN_SLACK
-            new_change = jnp.where(
-                is_satisfied, jnp.sum(jnp.abs(d0 * jnp.expm1(z))), jnp.inf
-            )
-            is_better = jnp.where(
-                is_satisfied,
-                new_change < best_change,
-                jnp.isinf(best_change) & (loss_value < shortfall),
-            )
-            best_z, shortfall, best_change = (
-                jnp.where(is_better, new_value, old_value)
-                for new_value, old_value in (
-                    (z, best_z),
-                    (loss_value, shortfall),
-                    (new_change, best_change),
-                )
-            )
-            gradient = jnp.where(is_free & ~is_satisfied, gradient, 0.0)
-            max_gradient = jnp.maximum(
-                jnp.max(jnp.abs(gradient)), jnp.finfo(z.dtype).tiny
-            )
-            update, optimizer_state = optimizer.update(
-                rate * gradient / max_gradient, optimizer_state, z
-            )
-            z = optax.apply_updates(z, update)
-            z = jnp.sign(z) * jnp.maximum(jnp.abs(z) - rate * weight, 0.0)
-            return (z, optimizer_state, best_z, shortfall, best_change), None
-
-        z = jnp.where(d0 > 0, jnp.log(jnp.where(d0 > 0, start / d0, 1.0)), 0.0)
-        infinite = jnp.asarray(jnp.inf, d0.dtype)
-        carry = (z, optimizer.init(z), z, infinite, infinite)
+        is_present = initial_durations > 0
+        ratio = jnp.where(is_present, start / initial_durations, 1.0)
+        z = jnp.where(is_present, jnp.log(ratio), 0.0)
+        infinite = jnp.asarray(jnp.inf, dtype)
+        initial_ascent = _Ascent(z, optimizer.init(z), z, infinite, infinite)
         rates = optax.cosine_decay_schedule(learning_rate, steps)(jnp.arange(steps))
-        (_, _, best_z, shortfall, best_change), _ = jax.lax.scan(
-            step, carry, rates.astype(d0.dtype)
+        last_ascent, _ = jax.lax.scan(
+            lambda ascent, rate: (step(ascent, rate, weight), None),
+            initial_ascent,
+            rates.astype(dtype),
         )
-        return d0 * jnp.exp(best_z), shortfall, best_change
+        durations = initial_durations * jnp.exp(last_ascent.best_z)
+        return Ascents(durations, last_ascent.shortfall, last_ascent.change)
 
-    return jax.vmap(ascend)(starts, penalty_weights.astype(d0.dtype))
+    return jax.vmap(ascend)(starts, penalty_weights.astype(dtype))
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _shrink_towards(
-    constraint: Objective,
-    d: jax.Array,
-    target: jax.Array,
-    rounds: int,
-    order: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Durations [T], and the evaluations that they cost; in the `order` of tokens if given."""
-    factors = jnp.asarray(SHRINK_FACTORS, d.dtype)
-    indices = jnp.arange(len(d))
-
-    def is_satisfied(d):
-        return constraint(d) >= MIN_SLACK
-
-    def try_factors(d, j):
-        rows = jnp.where(indices == j, target + factors[:, None] * (d - target), d)
-        satisfied = jax.vmap(is_satisfied)(rows)
-        return jnp.where(satisfied.any(), rows[jnp.argmax(satisfied)], d), len(
-            SHRINK_FACTORS
-        )
-
-    def shrink_token(carry, j):
-        d, cost = carry
-        d, extra_cost = jax.lax.cond(
-            d[j] == target[j], lambda d, j: (d, 0), try_factors, d, j
-        )
-        return (d, cost + extra_cost), None
-
-    def bisect(carry, _):
-        low, high = carry
-        midpoint = (low + high) / 2.0
-        satisfied = is_satisfied(target + midpoint * (d - target))
-        return (
-            jnp.where(satisfied, low, midpoint),
-            jnp.where(satisfied, midpoint, high),
-        ), None
-
-    is_feasible = is_satisfied(d)
-    if order is None:
-        order = jnp.tile(jnp.argsort(jnp.abs(d - target)), rounds)
-    (shrunk, cost), _ = jax.lax.scan(shrink_token, (d, jnp.asarray(0)), order)
-    d = jnp.where(is_feasible, shrunk, d)
-    interval = (jnp.zeros((), d.dtype), jnp.ones((), d.dtype))
-    (_, share), _ = jax.lax.scan(bisect, interval, length=NUM_BISECTIONS)
-    d = jnp.where(is_feasible & (share < 1.0), target + share * (d - target), d)
-    return d, cost + NUM_BISECTIONS + 1
+def _keep_best(
+    ascent: _Ascent,
+    loss_value: jax.Array,
+    is_satisfied: jax.Array,
+    initial_durations: jax.Array,
+) -> _Ascent:
+    """The ascent with its present place as the best, if it is better than what was."""
+    total_change = jnp.sum(jnp.abs(initial_durations * jnp.expm1(ascent.z)))
+    change = jnp.where(is_satisfied, total_change, jnp.inf)
+    is_smaller = change < ascent.change
+    lacks_less = jnp.isinf(ascent.change) & (loss_value < ascent.shortfall)
+    is_better = jnp.where(is_satisfied, is_smaller, lacks_less)
+    return ascent._replace(
+        best_z=jnp.where(is_better, ascent.z, ascent.best_z),
+        shortfall=jnp.where(is_better, loss_value, ascent.shortfall),
+        change=jnp.where(is_better, change, ascent.change),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _random_search(
     constraint: Objective,
-    d0: jax.Array,
+    initial_durations: jax.Array,
     is_free: jax.Array,
     key: jax.Array,
     evaluations: int,
@@ -414,45 +356,51 @@ def _random_search(
     num_draws = max(evaluations // 2, 1)
     draw_key, shrink_key = jax.random.split(key)
 
-    def draw_durations(key):
-        share_key, choice_key, scale_key, noise_key = jax.random.split(key, 4)
-        probability = jnp.sum(is_free) ** -jax.random.uniform(share_key, dtype=d0.dtype)
-        is_changed = is_free & jax.random.bernoulli(choice_key, probability, d0.shape)
-        noise_scale = jnp.exp(
-            jax.random.uniform(
-                scale_key, dtype=d0.dtype, minval=np.log(0.05), maxval=np.log(2.0)
-            )
-        )
-        return d0 * jnp.exp(
-            jnp.where(
-                is_changed, noise_scale * jax.random.normal(noise_key, d0.shape), 0.0
-            )
-        )
-
-    def draw_change(key):
-        d = draw_durations(key)
-        return jnp.where(constraint(d) >= MIN_SLACK, jnp.sum(jnp.abs(d - d0)), jnp.inf)
+    def measure_draw(key):
+        d = _draw_durations(initial_durations, is_free, key)
+        change = jnp.sum(jnp.abs(d - initial_durations))
+        return jnp.where(constraint(d) >= MIN_SLACK, change, jnp.inf)
 
     draw_keys = jax.random.split(draw_key, num_draws)
     total_changes = jax.lax.map(
-        draw_change, draw_keys, batch_size=min(batch_size, num_draws)
+        measure_draw, draw_keys, batch_size=min(batch_size, num_draws)
     )
+    best_key = draw_keys[jnp.argmin(total_changes)]
+    best_draw = _draw_durations(initial_durations, is_free, best_key)
     is_any_satisfied = jnp.isfinite(jnp.min(total_changes))
-    best = jnp.where(
-        is_any_satisfied, draw_durations(draw_keys[jnp.argmin(total_changes)]), d0
-    )
+    best = jnp.where(is_any_satisfied, best_draw, initial_durations)
 
     def shrink_step(d, key):
-        choice_key, factor_key = jax.random.split(key)
-        factor = jnp.where(
-            jax.random.bernoulli(choice_key, 0.3, d.shape),
-            jax.random.uniform(factor_key, d.shape),
-            1.0,
-        )
-        shrunk = jnp.where(factor < 1.0, d0 + factor * (d - d0), d)
+        factors = _draw_shrink_factors(key, d.shape)
+        scaled = initial_durations + factors * (d - initial_durations)
+        shrunk = jnp.where(factors < 1.0, scaled, d)
         return jnp.where(constraint(shrunk) >= MIN_SLACK, shrunk, d), None
 
-    best, _ = jax.lax.scan(
-        shrink_step, best, jax.random.split(shrink_key, max(evaluations - num_draws, 1))
-    )
+    num_shrink_steps = max(evaluations - num_draws, 1)
+    shrink_keys = jax.random.split(shrink_key, num_shrink_steps)
+    best, _ = jax.lax.scan(shrink_step, best, shrink_keys)
     return best
+
+
+def _draw_durations(
+    initial_durations: jax.Array, is_free: jax.Array, key: jax.Array
+) -> jax.Array:
+    """Durations [T]: few or many of the free ones times exp of normal numbers."""
+    shape = initial_durations.shape
+    dtype = initial_durations.dtype
+    share_key, choice_key, scale_key, noise_key = jax.random.split(key, 4)
+    exponent = jax.random.uniform(share_key, dtype=dtype)
+    probability = jnp.sum(is_free) ** -exponent
+    is_changed = is_free & jax.random.bernoulli(choice_key, probability, shape)
+    log_scale = jax.random.uniform(
+        scale_key, dtype=dtype, minval=np.log(0.05), maxval=np.log(2.0)
+    )
+    noise = jnp.exp(log_scale) * jax.random.normal(noise_key, shape)
+    return initial_durations * jnp.exp(jnp.where(is_changed, noise, 0.0))
+
+
+def _draw_shrink_factors(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Factors [T]: uniform in [0, 1] with probability 0.3, and else 1."""
+    choice_key, factor_key = jax.random.split(key)
+    is_chosen = jax.random.bernoulli(choice_key, 0.3, shape)
+    return jnp.where(is_chosen, jax.random.uniform(factor_key, shape), 1.0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,18 @@ from jax.typing import ArrayLike
 
 from continuous_lm.analysis import attribution
 from continuous_lm.analysis.attribution import Objective
-from continuous_lm.analysis.duration_search import (
+from continuous_lm.analysis.shrinking import (
     EVALUATIONS_PER_GRADIENT,
     MIN_SLACK,
     SearchResult,
-    _check_positive,
-    _make_result,
-    _shrink_towards,
-    _validate_durations,
+    check_positive_numbers,
+    make_result,
+    shrink_where_satisfied,
+    validate_durations,
 )
 from continuous_lm.durations import Span
+
+__all__ = ["Floor", "prune"]
 
 
 @functools.partial(
@@ -74,73 +77,94 @@ def prune(
     Raises:
       InputError: if arguments do not fit.
     """
-    d0, is_free = _validate_durations(durations, span)
+    initial_durations, is_free = validate_durations(durations, span)
     is_free = is_free.at[0].set(False)
-    _check_positive(
-        tolerance=tolerance, learning_rate=learning_rate, steps=steps, rounds=rounds
+    check_positive_numbers(
+        {
+            "tolerance": tolerance,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            "rounds": rounds,
+        }
     )
     objective = attribution.as_jit_argument(objective)
-    constraint = Floor(objective, float(objective(d0)) - tolerance)
-    target, num_evaluations = (
-        jnp.where(is_free, 0.0, d0),
-        EVALUATIONS_PER_GRADIENT * steps + 1,
+    min_value = float(objective(initial_durations)) - tolerance
+    constraint = Floor(objective, min_value)
+    target = jnp.where(is_free, 0.0, initial_durations)
+    adam_durations = _shrink_with_adam(
+        constraint, initial_durations, is_free, learning_rate, steps
     )
-    adam_durations = _shrink_with_adam(constraint, d0, is_free, learning_rate, steps)
-    candidates = []
-    sensitivity = jax.jit(jax.grad(objective))(d0)
-    num_evaluations += EVALUATIONS_PER_GRADIENT
-    for d, order in (
+    sensitivity = jax.jit(jax.grad(objective))(initial_durations)
+    num_evaluations = 1 + EVALUATIONS_PER_GRADIENT * (steps + 1)
+    least_sensitive_first = jnp.repeat(jnp.argsort(sensitivity), rounds)
+    starts_and_orders = (
         (adam_durations, None),
-        (d0, None),
-        (d0, jnp.repeat(jnp.argsort(sensitivity), rounds)),
-    ):
-        d, cost = _shrink_towards(constraint, d, target, rounds, order)
-        candidates.append(d)
-        num_evaluations += int(cost)
-    return min(
-        (_make_result(constraint, d, target, num_evaluations) for d in candidates),
-        key=lambda r: r.total,
+        (initial_durations, None),
+        (initial_durations, least_sensitive_first),
     )
+    candidates = []
+    for start, order in starts_and_orders:
+        shrunk, cost = shrink_where_satisfied(constraint, start, target, rounds, order)
+        candidates.append(shrunk)
+        num_evaluations += int(cost)
+    results = [
+        make_result(constraint, shrunk, target, num_evaluations)
+        for shrunk in candidates
+    ]
+    return min(results, key=lambda result: result.total)
+
+
+class _Descent(NamedTuple):
+    """The carry of Adam, in log durations z [T] relative to the first ones."""
+
+    z: jax.Array
+    optimizer_state: optax.OptState
+    penalty: jax.Array
+    shortest: jax.Array  # durations [T]
+    min_total: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=4)
 def _shrink_with_adam(
-    constraint: Objective, d0: jax.Array, is_free: jax.Array, learning_rate, steps: int
+    constraint: Objective,
+    initial_durations: jax.Array,
+    is_free: jax.Array,
+    learning_rate: float,
+    steps: int,
 ) -> jax.Array:
     """The shortest durations [T] that Adam met on its way with slack."""
     optimizer = optax.adam(learning_rate)
 
     def to_durations(z):
-        return jnp.where(is_free, d0 * jnp.exp(z), d0)
+        return jnp.where(is_free, initial_durations * jnp.exp(z), initial_durations)
 
     def loss(z, penalty):
-        slack_value = constraint(to_durations(z))
-        return jnp.sum(to_durations(z)) + penalty * jnp.maximum(
-            2.0 * MIN_SLACK - slack_value, 0.0
-        ), slack_value
-
-    def step(carry, _):
-        z, optimizer_state, penalty, best, min_total = carry
-        (_, slack_value), gradient = jax.value_and_grad(loss, has_aux=True)(z, penalty)
         d = to_durations(z)
-        is_better = (slack_value >= MIN_SLACK) & (jnp.sum(d) < min_total)
-        best, min_total = (
-            jnp.where(is_better, d, best),
-            jnp.where(is_better, jnp.sum(d), min_total),
-        )
-        penalty = jnp.clip(
-            penalty * jnp.where(slack_value < MIN_SLACK, 1.2, 0.95), 1e-2, 1e4
-        )
-        update, optimizer_state = optimizer.update(gradient, optimizer_state, z)
-        return (
-            jnp.clip(optax.apply_updates(z, update), -12.0, 0.0),
-            optimizer_state,
-            penalty,
-            best,
-            min_total,
-        ), None
+        slack = constraint(d)
+        shortfall = jnp.maximum(2.0 * MIN_SLACK - slack, 0.0)
+        return jnp.sum(d) + penalty * shortfall, slack
 
-    z = jnp.zeros_like(d0)
-    initial_carry = (z, optimizer.init(z), jnp.asarray(10.0, d0.dtype), d0, jnp.sum(d0))
-    (*_, best, _), _ = jax.lax.scan(step, initial_carry, length=steps)
-    return best
+    def step(descent, _):
+        z, optimizer_state, penalty, shortest, min_total = descent
+        value_and_gradient = jax.value_and_grad(loss, has_aux=True)
+        (_, slack), gradient = value_and_gradient(z, penalty)
+        d = to_durations(z)
+        is_better = (slack >= MIN_SLACK) & (jnp.sum(d) < min_total)
+        shortest = jnp.where(is_better, d, shortest)
+        min_total = jnp.where(is_better, jnp.sum(d), min_total)
+        factor = jnp.where(slack < MIN_SLACK, 1.2, 0.95)
+        penalty = jnp.clip(penalty * factor, 1e-2, 1e4)
+        update, optimizer_state = optimizer.update(gradient, optimizer_state, z)
+        z = jnp.clip(optax.apply_updates(z, update), -12.0, 0.0)
+        return _Descent(z, optimizer_state, penalty, shortest, min_total), None
+
+    z = jnp.zeros_like(initial_durations)
+    initial_descent = _Descent(
+        z,
+        optimizer.init(z),
+        jnp.asarray(10.0, initial_durations.dtype),
+        initial_durations,
+        jnp.sum(initial_durations),
+    )
+    last_descent, _ = jax.lax.scan(step, initial_descent, length=steps)
+    return last_descent.shortest
