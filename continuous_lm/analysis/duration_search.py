@@ -4,8 +4,8 @@
 answer leads by a margin; `pruning.prune` for the smallest total duration that keeps a value, the
 log probability of the answer above all, within a tolerance. Both follow gradients through log
 durations, which keeps them positive, and then `shrinking.shrink_towards` moves every duration back
-(to d0, or to 0) as far as the answer still holds. What must hold is a slack >= 0, a function of durations [T] to a
-scalar; see `Margin` and `pruning.Floor`.
+(to d0, or to 0) as far as the answer still holds. What must hold is a slack >= 0, a function of
+durations [T] to a scalar; see `Margin` and `pruning.Floor`.
 
 `random_search` is what a search without gradients finds with as many evaluations of the model. One
 evaluation is a forward pass; a gradient counts as three (one pass forward, two backward).

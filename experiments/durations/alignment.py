@@ -25,8 +25,8 @@ class Alignment:
 
     def durations_and_times(
         self, points: np.ndarray, num_before: int, num_after: int
-    ) -> dict[str, np.ndarray]:
-        """durations and times [P, T] of the whole prompt: tokens before, samples, tokens after."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Durations and times [P, T] of the whole prompt: tokens before, samples, tokens after."""
         fraction = np.asarray(points, np.float64)[:, None]
         first, second = self.sample_durations
         sample_durations = (1 - fraction) * first + fraction * second
@@ -36,15 +36,15 @@ class Alignment:
             [ones * np.ones(num_before), sample_durations, ones * np.ones(num_after)],
             axis=1,
         )
-        times = [
-            ones * np.arange(1, num_before + 1),
-            num_before + span_length * self.end_shares,
-        ]
-        times.append(num_before + span_length + np.arange(1, num_after + 1))
-        return {
-            "durations": durations.astype(np.float32),
-            "times": np.concatenate(times, axis=1).astype(np.float32),
-        }
+        times = np.concatenate(
+            [
+                ones * np.arange(1, num_before + 1),
+                num_before + span_length * self.end_shares,
+                num_before + span_length + np.arange(1, num_after + 1),
+            ],
+            axis=1,
+        )
+        return durations.astype(np.float32), times.astype(np.float32)
 
     def sample_names(
         self, first_tokens: np.ndarray, second_tokens: np.ndarray

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 import continuous_lm as clm
 from continuous_lm.analysis import duration_search
 from continuous_lm.analysis.attribution import next_token_logits
+from continuous_lm.analysis.shrinking import SearchResult
 from continuous_lm.experiments.common import (
     answer_curves,
     plots,
@@ -59,7 +60,7 @@ class VerifiedSearch:
       holds: whether that is the answer.
     """
 
-    search: duration_search.SearchResult
+    search: SearchResult
     lead: float
     top_token: str
     holds: bool
@@ -200,7 +201,7 @@ def verify(
     lm: clm.LanguageModel,
     tokenizer: tokenizers.Tokenizer,
     prompt: prompt_lib.AnsweredPrompt,
-    search: duration_search.SearchResult,
+    search: SearchResult,
 ) -> VerifiedSearch:
     """Asks the plain model, apart from the search."""
     logits = lm(prompt.tokens, durations=search.durations, position=-1)

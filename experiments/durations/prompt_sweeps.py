@@ -25,6 +25,7 @@ from continuous_lm.experiments.durations.alignment import (
     align_phrases,
     interpolate_vectors,
 )
+from continuous_lm.inputs import Inputs
 from continuous_lm.parallel import processes
 
 SLOT = "[]"  # where a template of an interpolation holds its phrase
@@ -40,7 +41,7 @@ class PromptSweep:
       token_names: of the text, as the tokenizer names them.
       token_span: the tokens that are changed.
       points: what the sweep runs over, [P].
-      sweep: the model's arguments at those points.
+      sweep: the model's inputs at those points.
     """
 
     prompt: str
@@ -69,16 +70,14 @@ def shrink_span(
     token_span = clm.tokenization.token_span(encoding, *character_span)
     num_tokens = len(encoding.ids)
 
-    def make_arguments() -> dict[str, Any]:
-        durations = clm.durations.scale(
-            np.ones(num_tokens, np.float32), factors, token_span
-        )
-        return {
-            "tokens": np.array(encoding.ids),
-            **clm.sweep.change_durations(durations, change),
-        }
+    def make_inputs() -> Inputs:
+        ones = np.ones(num_tokens, np.float32)
+        durations = clm.durations.scale(ones, factors, token_span)
+        changed = clm.sweep.change_durations(durations, change)
+        token_ids = np.array(encoding.ids)
+        return Inputs(token_ids, durations=changed.durations, times=changed.times)
 
-    sweep = Sweep(len(factors), num_tokens, make_arguments)
+    sweep = Sweep(len(factors), num_tokens, make_inputs)
     return PromptSweep(prompt, encoding.tokens, token_span, factors, sweep)
 
 
@@ -88,11 +87,8 @@ def shift_prompt(
     """The whole prompt begins at the times `shifts` [P] instead of 0."""
     encoding = clm.tokenization.encode(tokenizer, prompt)
     token_ids = np.array(encoding.ids)
-
-    def make_arguments() -> dict[str, np.ndarray]:
-        return {"tokens": token_ids, "start": shifts}
-
-    sweep = Sweep(len(shifts), len(token_ids), make_arguments)
+    inputs = Inputs(token_ids, start=shifts)
+    sweep = Sweep(len(shifts), len(token_ids), lambda: inputs)
     return PromptSweep(prompt, encoding.tokens, (0, len(token_ids)), shifts, sweep)
 
 
@@ -108,11 +104,10 @@ def stretch_prompt(
     durations = np.asarray(factors, np.float32)[:, None] * np.ones(
         num_tokens, np.float32
     )
-    arguments = {
-        "tokens": np.array(encoding.ids),
-        **clm.sweep.change_durations(durations, change),
-    }
-    sweep = Sweep(len(factors), num_tokens, lambda: arguments)
+    changed = clm.sweep.change_durations(durations, change)
+    token_ids = np.array(encoding.ids)
+    inputs = Inputs(token_ids, durations=changed.durations, times=changed.times)
+    sweep = Sweep(len(factors), num_tokens, lambda: inputs)
     return PromptSweep(prompt, encoding.tokens, (0, num_tokens), factors, sweep)
 
 
@@ -193,8 +188,8 @@ def interpolate_phrases(
     num_samples = len(alignment.end_shares)
     num_tokens = len(first.prefix_ids) + num_samples + len(first.suffix_ids)
 
-    def make_arguments() -> dict[str, np.ndarray]:
-        return _interpolation_arguments(lm, first, second, alignment, points, path)
+    def make_inputs() -> Inputs:
+        return _interpolation_inputs(lm, first, second, alignment, points, path)
 
     begin, end = first.token_span
     sample_names = alignment.sample_names(
@@ -202,20 +197,20 @@ def interpolate_phrases(
         np.array(second.token_names)[slice(*second.token_span)],
     )
     token_names = [*first.token_names[:begin], *sample_names, *first.token_names[end:]]
-    sweep = Sweep(len(points), num_tokens, make_arguments)
+    sweep = Sweep(len(points), num_tokens, make_inputs)
     token_span = (begin, begin + num_samples)
     return PromptSweep(template, token_names, token_span, points, sweep)
 
 
-def _interpolation_arguments(
+def _interpolation_inputs(
     lm: clm.LanguageModel,
     first: EncodedTemplate,
     second: EncodedTemplate,
     alignment: Alignment,
     points: np.ndarray,
     path: str,
-) -> dict[str, np.ndarray]:
-    """embeddings [P, T, D], durations and times [P, T] of an interpolation."""
+) -> Inputs:
+    """Embeddings [P, T, D], durations and times [P, T] of an interpolation."""
     table = lm.params["embedding"]
 
     def embed(token_ids: np.ndarray) -> np.ndarray:
@@ -236,10 +231,8 @@ def _interpolation_arguments(
     )
     num_before = len(first.prefix_ids)
     num_after = len(first.suffix_ids)
-    return {
-        "embeddings": embeddings,
-        **alignment.durations_and_times(points, num_before, num_after),
-    }
+    durations, times = alignment.durations_and_times(points, num_before, num_after)
+    return Inputs(embeddings=embeddings, durations=durations, times=times)
 
 
 # --- The answers ------------------------------------------------------------------------------
@@ -258,7 +251,10 @@ def find_tokens_above_threshold(
       clm.InputError: if no token does.
     """
     token_ids = clm.sweep.tokens_above(
-        lm, threshold, batch_size=batch_size, **prompt_sweep.sweep.make_arguments()
+        lm,
+        threshold,
+        batch_size=batch_size,
+        **prompt_sweep.sweep.make_inputs()._asdict(),
     )
     if not token_ids:
         raise clm.InputError(
@@ -302,7 +298,7 @@ def sweep_prompt(
 ) -> single_prompt.SweepResult:
     """The probabilities of the answers along the sweep of one prompt, with a progress bar."""
     groups = list(answer_tokens.values())
-    arguments = prompt_sweep.sweep.make_arguments()
+    arguments = prompt_sweep.sweep.make_inputs()._asdict()
     if config.pmap:
         probabilities = pmap_sweep(lm, groups, devices=None, **arguments)
     else:
@@ -369,7 +365,7 @@ def run_group(
     """The probabilities of a set of sweeps that `clm.sweep.group_by_program` has put together."""
     if use_pmap:
         return [
-            pmap_sweep(lm, groups, devices=None, **sweep.make_arguments())
+            pmap_sweep(lm, groups, devices=None, **sweep.make_inputs()._asdict())
             for sweep in sweeps
         ]
     return clm.sweep.run_group(lm, groups, sweeps, batch_size)

@@ -304,7 +304,7 @@ class DensityModel(ParameterModule):
         if inputs.embeddings is not None:
             return as_float(inputs.embeddings[..., 1:, :])
         assert inputs.tokens is not None
-        next_tokens = inputs.tokens[..., 1:]
+        next_tokens = jnp.asarray(inputs.tokens[..., 1:])
         if self.predicts_tokens:
             return next_tokens
         return self.token_table(params)[next_tokens]

@@ -243,15 +243,21 @@ BAD = {
     r"attribution has shape \[1\]": lambda: deletion_curve(square, [1, 1], [1]),
     "answer has no tokens": lambda: attribution.log_probability(LM, [], tokens=[1, 2]),
     "answer.* is 40": lambda: attribution.log_probability(LM, [40], tokens=[1, 2]),
-    "times is no argument": lambda: attribution.next_token_logits(
-        LM, tokens=[1, 2], times=[1, 2]
-    ),
     r"tokens has shape \[1, 2\]": lambda: attribution.next_token_logits(
         LM, tokens=[[1, 2]]
+    ),
+    r"start has shape \[1\]": lambda: attribution.next_token_logits(
+        LM, tokens=[1, 2], start=[0.5]
     ),
     "position is 2": lambda: attribution.next_token_logits(
         LM, tokens=[1, 2], position=2
     ),
+    r"durations has shape \[3\].*T = 2": lambda: attribution.integrated_gradients(
+        attribution.log_probability(LM, [1], tokens=[1, 2]), [1, 1, 1]
+    ),
+    "the first token has duration 0": lambda: attribution.next_token_logits(
+        LM, tokens=[1, 2]
+    )(jnp.zeros(2)),
 }
 
 
@@ -259,3 +265,8 @@ BAD = {
 def test_bad_arguments(message):
     with pytest.raises(clm.InputError, match=message):
         BAD[message]()
+
+
+def test_times_are_no_argument():
+    with pytest.raises(TypeError, match="times"):
+        attribution.next_token_logits(LM, tokens=[1, 2], times=[1, 2])

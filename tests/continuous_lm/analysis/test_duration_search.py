@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import continuous_lm as clm
-from continuous_lm.analysis import attribution, duration_search
+from continuous_lm.analysis import attribution, duration_search, shrinking
 from continuous_lm.analysis.pruning import prune
 from continuous_lm.experiments.common import prompt
 from tests.models.test_transformer import LM, draw
@@ -104,13 +104,13 @@ def test_random_search_finds_and_is_reproducible():
 
 
 def test_pull_stops_where_the_slack_ends():
-    found = duration_search.shrink_towards(
+    found = shrinking.shrink_towards(
         lambda d: d[1] + d[2] - 1.0, [1, 0.9, 2.0], [0, 0, 0], rounds=6
     )
     assert found.durations[0] == 0
     assert found.durations[1] == 0  # the nearest to its target goes first
     assert 1.0 <= found.durations[2] < 1.02
-    lost = duration_search.shrink_towards(lambda d: d[0] - 2.0, [1, 1], [0, 0])
+    lost = shrinking.shrink_towards(lambda d: d[0] - 2.0, [1, 1], [0, 0])
     np.testing.assert_array_equal(lost.durations, [1, 1])
     assert lost.slack < 0
 
@@ -122,7 +122,7 @@ def test_evaluations_are_counted():
         jax.debug.callback(lambda _: calls.append(1), d[0])
         return jnp.sum(W * (d - 1.0)) - 0.5
 
-    found = duration_search.shrink_towards(slack, [1, 2, 1, 1, 1.5], ONES)
+    found = shrinking.shrink_towards(slack, [1, 2, 1, 1, 1.5], ONES)
     jax.effects_barrier()
     assert found.evaluations == len(calls) - 1  # one to report the slack
 
@@ -203,12 +203,8 @@ BAD = {
     ),
     "durations have shape": lambda: duration_search.find_durations(line(1), [ONES]),
     r"durations\[1\] is -1": lambda: prune(line(1), [1, -1, 1, 1, 1]),
-    r"target has shape \[2\]": lambda: duration_search.shrink_towards(
-        line(1), ONES, [1, 1]
-    ),
-    "rounds is 0": lambda: duration_search.shrink_towards(
-        line(1), ONES, ONES, rounds=0
-    ),
+    r"target has shape \[2\]": lambda: shrinking.shrink_towards(line(1), ONES, [1, 1]),
+    "rounds is 0": lambda: shrinking.shrink_towards(line(1), ONES, ONES, rounds=0),
 }
 
 

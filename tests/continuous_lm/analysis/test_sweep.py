@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
+from continuous_lm.analysis import sweep_batches
+from continuous_lm.inputs import Inputs
 from tests.models.test_transformer import CONFIG, LM, N, draw, random_lm
 
 GROUPS = [[3], [5, 7, 39], []]
@@ -62,12 +64,12 @@ def test_vary_separates_mass_from_times():
         clm.sweep.change_durations(d[None], what) for what in ("both", "mass", "times")
     )
     ends, ordinary = clm.durations.end_times(d)[None], np.arange(1.0, N + 1)[None]
-    np.testing.assert_array_equal(both["durations"], d[None])
-    assert "times" not in both
-    np.testing.assert_array_equal(mass["durations"], d[None])
-    np.testing.assert_array_equal(mass["times"], ordinary)
-    np.testing.assert_array_equal(times["durations"], np.ones((1, N)))
-    np.testing.assert_array_equal(times["times"], ends)
+    np.testing.assert_array_equal(both.durations, d[None])
+    assert both.times is None
+    np.testing.assert_array_equal(mass.durations, d[None])
+    np.testing.assert_array_equal(mass.times, ordinary)
+    np.testing.assert_array_equal(times.durations, np.ones((1, N)))
+    np.testing.assert_array_equal(times.times, ends)
     with pytest.raises(clm.InputError, match="'neither'"):
         clm.sweep.change_durations(d, "neither")
 
@@ -84,13 +86,17 @@ def test_vary_separates_mass_from_times():
         ({"durations": np.ones((2, 2, N))}, "durations has shape"),
         ({"durations": np.ones((2, N + 1))}, "durations has shape"),
         ({"durations": np.full((2, N), np.nan)}, r"durations\[0, 0\] is nan"),
-        ({"duration": np.ones((2, N))}, "no argument duration;"),
         ({"durations": np.ones((2, N)), "batch_size": 0}, "batch_size is 0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(arguments, message):
     with pytest.raises(clm.InputError, match=message):
         clm.sweep.probabilities(LM, GROUPS, tokens=draw()[0], **arguments)
+
+
+def test_arguments_that_there_are_not():
+    with pytest.raises(TypeError, match="duration"):
+        clm.sweep.probabilities(LM, GROUPS, draw()[0], duration=np.ones((2, N)))
 
 
 def test_groups_outside_of_the_vocabulary_are_named():
@@ -106,18 +112,18 @@ def test_groups_outside_of_the_vocabulary_are_named():
 @pytest.fixture
 def eager(monkeypatch):
     """Prefixes are computed apart, however little they save."""
-    monkeypatch.setattr(clm.sweep, "MIN_SAVED_FLOPS", 0)
+    monkeypatch.setattr(sweep_batches, "MIN_SAVED_FLOPS", 0)
 
 
 def prefixes(monkeypatch):
     """The lengths of the prefixes that are computed from now on, filled up."""
-    made, remember = [], clm.sweep._prefill
+    made, remember = [], sweep_batches._prefill
 
-    def noted(model, params, arguments):
-        made.append(arguments["durations"].shape[-1])
-        return remember(model, params, arguments)
+    def noted(model, params, inputs):
+        made.append(inputs.durations.shape[-1])
+        return remember(model, params, inputs)
 
-    monkeypatch.setattr(clm.sweep, "_prefill", noted)
+    monkeypatch.setattr(sweep_batches, "_prefill", noted)
     return made
 
 
@@ -135,17 +141,20 @@ def test_a_prefix_changes_nothing(monkeypatch, variant, what):
     lm = random_lm(dataclasses.replace(CONFIG, **VARIANTS[variant]))
     made = prefixes(monkeypatch)
     tokens, d = draw(1, 24)
-    arguments = clm.sweep.change_durations(
+    changed = clm.sweep.change_durations(
         clm.durations.scale(d, np.linspace(0.1, 2, 5), (11, 15)), what
     )
-    arguments["tokens"] = tokens
-    together = clm.sweep.probabilities(lm, GROUPS, batch_size=3, **arguments)
+    together = clm.sweep.probabilities(
+        lm, GROUPS, tokens, batch_size=3, **changed._asdict()
+    )
     assert made == [16]  # eleven tokens, or twelve, filled up
     for row, i in zip(together, range(5), strict=True):
-        point = {
-            n: np.asarray(x)[i] if np.ndim(x) == 2 else x for n, x in arguments.items()
-        }
-        np.testing.assert_allclose(row, direct(lm, **point), atol=2e-6)
+        times = None if changed.times is None else np.asarray(changed.times)
+        if times is not None and times.ndim == 2:
+            times = times[i]
+        point = {"durations": changed.durations[i], "times": times}
+        alone = direct(lm, tokens=tokens, **point)
+        np.testing.assert_allclose(row, alone, atol=2e-6)
 
 
 @pytest.mark.usefixtures("eager")
@@ -178,12 +187,12 @@ def test_prefixes_of_different_lengths_in_one_set(monkeypatch):
     for n, first in ((27, 3), (30, 19), (29, 11)):
         tokens, d = draw(n, n)
         grid = clm.durations.scale(d, np.linspace(0.2, 1, 4), (first, first + 2))
-        arguments = {"tokens": tokens, "durations": grid, "start": 0.5}
-        sweeps.append(clm.sweep.Sweep(4, n, lambda arguments=arguments: arguments))
+        inputs = Inputs(tokens, durations=grid, start=jnp.float32(0.5))
+        sweeps.append(clm.sweep.Sweep(4, n, lambda inputs=inputs: inputs))
     found = clm.sweep.run_group(LM, GROUPS, sweeps, 6)
     assert made == [32]  # nineteen tokens at most, filled up
     for swept, rows in zip(sweeps, found, strict=True):
-        arguments = swept.make_arguments()
+        arguments = swept.make_inputs()._asdict()
         for row, d in zip(rows, arguments.pop("durations"), strict=True):
             np.testing.assert_allclose(row, direct(durations=d, **arguments), atol=2e-6)
 
@@ -207,12 +216,12 @@ def several(count=9, seed=0):
         n, points = int(rng.integers(3, 40)), int(rng.integers(1, 6))
         tokens, d = draw(i, n)
         grid = np.asarray(d) * rng.uniform(0.5, 1.5, (points, 1)).astype(np.float32)
-        arguments = clm.sweep.change_durations(grid, ("both", "mass", "times")[i % 3])
+        changed = clm.sweep.change_durations(grid, ("both", "mass", "times")[i % 3])
+        inputs = Inputs(tokens, None, *changed)
         if i % 2:
-            arguments["embeddings"] = LM.params["embedding"][tokens] * 0.9
-        else:
-            arguments["tokens"] = tokens
-        made.append(clm.sweep.Sweep(points, n, lambda arguments=arguments: arguments))
+            rows = LM.params["embedding"][tokens] * 0.9
+            inputs = inputs._replace(tokens=None, embeddings=rows)
+        made.append(clm.sweep.Sweep(points, n, lambda inputs=inputs: inputs))
     return made
 
 
@@ -222,7 +231,8 @@ def several(count=9, seed=0):
 def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
     kinds = {}
     for swept in several():  # what is computed together has the same arguments
-        kinds.setdefault(tuple(sorted(swept.make_arguments())), []).append(swept)
+        kind = jax.tree.structure(swept.make_inputs())
+        kinds.setdefault(kind, []).append(swept)
     for sweeps in kinds.values():
         sets = clm.sweep.group_by_program(LM, sweeps, batch_size)
         assert sorted(i for indices in sets for i in indices) == list(
@@ -233,24 +243,34 @@ def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
             assert len(indices) == 1 or sum(s.num_points for s in chosen) <= batch_size
             found = clm.sweep.run_group(LM, GROUPS, chosen, batch_size)
             for swept, rows in zip(chosen, found, strict=True):
-                alone = clm.sweep.probabilities(LM, GROUPS, **swept.make_arguments())
+                alone = clm.sweep.probabilities(
+                    LM, GROUPS, **swept.make_inputs()._asdict()
+                )
                 np.testing.assert_allclose(rows, alone, atol=1e-6)
 
 
 def test_many_prompts_run_few_programs():
     rng, sweeps = np.random.default_rng(0), []
     for n in rng.integers(3, 33, 40):  # two widths
-        arguments = {
-            "tokens": np.zeros(n, int),
-            "durations": np.ones((5, n), np.float32),
-        }
-        sweeps.append(clm.sweep.Sweep(5, int(n), lambda arguments=arguments: arguments))
+        inputs = Inputs(np.zeros(n, int), durations=np.ones((5, n), np.float32))
+        sweeps.append(clm.sweep.Sweep(5, int(n), lambda inputs=inputs: inputs))
     before = clm.sweep._group_probabilities._cache_size()
     for indices in clm.sweep.group_by_program(LM, sweeps, 10):
         clm.sweep.run_group(LM, GROUPS, [sweeps[i] for i in indices], 10)
     assert (
         clm.sweep._group_probabilities._cache_size() - before <= 4
     )  # and two numbers of sweeps
+
+
+def test_what_is_computed_together_must_be_alike():
+    tokens, d = draw()
+    grid = np.tile(d, (2, 1))
+    one = clm.sweep.Sweep(2, N, lambda: Inputs(tokens, durations=grid))
+    other = clm.sweep.Sweep(
+        2, N, lambda: Inputs(tokens, durations=grid, start=grid[0, 0])
+    )
+    with pytest.raises(clm.InputError, match="the same arguments"):
+        clm.sweep.run_group(LM, GROUPS, [one, other])
 
 
 def test_tokens_that_reach_a_threshold_are_found():

@@ -43,6 +43,7 @@ def test_more_devices_than_there_are():
 MANY = """
 from continuous_lm.parallel.mesh import make_mesh
 
+from continuous_lm.analysis import sweep_batches
 from continuous_lm.analysis.sweep import pmap_sweep
 
 import jax, numpy as np
@@ -90,7 +91,7 @@ assert many.shape == one.shape == (11, 3)
 np.testing.assert_allclose(many, one, atol=1e-5)
 assert np.ptp(one, axis=0).max() > 1e-4  # else anything would do
 
-clm.sweep.MIN_SAVED_FLOPS = 0  # so that what the points share is computed apart
+sweep_batches.MIN_SAVED_FLOPS = 0  # so that what the points share is computed apart
 tokens = np.tile(tokens, 3)
 d = np.ones((11, len(tokens)), np.float32)
 d[:, 5:] = np.linspace(0.1, 1.0, 11)[:, None]

@@ -50,7 +50,9 @@ def embedded(lm, text):
 @pytest.mark.parametrize("phrases", PAIRS)
 def test_the_ends_of_an_interpolation_are_the_ordinary_prompts(lm, phrases):
     prompt_sweep = interpolating(lm, phrases)
-    found = jax.nn.softmax(lm(position=-1, **prompt_sweep.sweep.make_arguments()))
+    found = jax.nn.softmax(
+        lm(position=-1, **prompt_sweep.sweep.make_inputs()._asdict())
+    )
     for row, phrase in zip(found, phrases, strict=True):
         ids = clm.tokenization.encode(lm.tokenizer, TEMPLATE.replace("[]", phrase)).ids
         plain = jax.nn.softmax(lm(jnp.array(ids), position=-1))
@@ -62,7 +64,7 @@ def test_phrases_of_one_length_mix_token_by_token(lm):
     prompt_sweep = interpolating(
         lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0])
     )
-    given = prompt_sweep.sweep.make_arguments()
+    given = prompt_sweep.sweep.make_inputs()._asdict()
     ends = [embedded(lm, TEMPLATE.replace("[]", p)) for p in ("one two", "three four")]
     np.testing.assert_array_equal(given["embeddings"][[0, 2]], ends)
     np.testing.assert_allclose(given["embeddings"][1], np.mean(ends, axis=0), atol=1e-7)
@@ -81,15 +83,17 @@ def test_a_phrase_turns_into_itself_without_a_change(lm):
     given = interpolating(
         lm, ("one two", "one two"), np.linspace(0, 1, 5), how="spherical"
     )
-    rows = given.sweep.make_arguments()["embeddings"]
+    rows = given.sweep.make_inputs().embeddings
     np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("template", ["[]", "[] here", "we saw []"])
 def test_slots_may_stand_at_either_end(lm, template):
-    given = interpolating(
-        lm, ("one two", "three four five"), template=template
-    ).sweep.make_arguments()
+    given = (
+        interpolating(lm, ("one two", "three four five"), template=template)
+        .sweep.make_inputs()
+        ._asdict()
+    )
     for i, phrase in enumerate(("one two", "three four five")):
         kept = given["durations"][i] > 0
         rows = embedded(lm, template.replace("[]", phrase))
@@ -154,17 +158,17 @@ def test_durations_and_times_go_from_one_prompt_to_the_other(
 ):
     found = alignment.align_phrases(first, second)
     points = np.array([0.0, share, 1.0])
-    given = found.durations_and_times(points, before, after)
+    durations, times = found.durations_and_times(points, before, after)
     lengths = before + after + (1 - points) * first + points * second
-    np.testing.assert_allclose(given["durations"].sum(axis=1), lengths, rtol=1e-6)
+    np.testing.assert_allclose(durations.sum(axis=1), lengths, rtol=1e-6)
     if after:
-        np.testing.assert_allclose(given["times"][:, -1], lengths, rtol=1e-6)
-    assert (np.diff(given["times"], axis=1) > 0).all()
+        np.testing.assert_allclose(times[:, -1], lengths, rtol=1e-6)
+    assert (np.diff(times, axis=1) > 0).all()
     for row in (0, 2):  # where only the ordinary tokens of one prompt are left
-        kept = given["durations"][row] > 0
-        np.testing.assert_array_equal(given["durations"][row][kept], 1)
+        kept = durations[row] > 0
+        np.testing.assert_array_equal(durations[row][kept], 1)
         np.testing.assert_allclose(
-            given["times"][row][kept], np.arange(1, lengths[row] + 1), rtol=1e-6
+            times[row][kept], np.arange(1, lengths[row] + 1), rtol=1e-6
         )
 
 
@@ -243,17 +247,17 @@ def test_shrinking_touches_the_words_that_the_characters_touch(factors):
     expected = np.ones((len(factors), 7))
     expected[:, 3:6] = factors[:, None]
     np.testing.assert_allclose(
-        prompt_sweep.sweep.make_arguments()["durations"], expected, rtol=1e-6
+        prompt_sweep.sweep.make_inputs().durations, expected, rtol=1e-6
     )
 
 
 def test_moving_and_stretching_take_the_whole_prompt():
     words, points = tiny.word_tokenizer(WORDS), np.array([0.5, 2.0])
     moved = prompt_sweeps.shift_prompt(words, "we saw one", points)
-    np.testing.assert_array_equal(moved.sweep.make_arguments()["start"], points)
+    np.testing.assert_array_equal(moved.sweep.make_inputs().start, points)
     slow = prompt_sweeps.stretch_prompt(words, "we saw one", points)
     np.testing.assert_array_equal(
-        slow.sweep.make_arguments()["durations"], [[0.5] * 4, [2.0] * 4]
+        slow.sweep.make_inputs().durations, [[0.5] * 4, [2.0] * 4]
     )
     for prompt_sweep in (moved, slow):
         assert prompt_sweep.token_names == ["<bos>", "we", "saw", "one"]
@@ -270,7 +274,7 @@ def test_moving_and_stretching_take_the_whole_prompt():
 def refused(lm, *culprits, **changes):
     given = {"phrases": ("one", "two"), "template": TEMPLATE} | changes
     with pytest.raises(clm.InputError) as caught:
-        interpolating(lm, **given).sweep.make_arguments()
+        interpolating(lm, **given).sweep.make_inputs()
     for culprit in culprits:
         assert culprit in str(caught.value)
 

@@ -208,7 +208,7 @@ def assert_equal_point_by_point(reference, lm, kind):
     groups = [[i] for i in range(lm.config.vocab_size)]
     sweeps = [prompt_sweep.sweep for prompt_sweep, _ in both]
     alone = clm.sweep.probabilities(
-        lm, groups, batch_size=3, **sweeps[0].make_arguments()
+        lm, groups, batch_size=3, **sweeps[0].make_inputs()._asdict()
     )
     np.testing.assert_allclose(alone, expected[0], atol=TOLERANCE, rtol=0)
     assert sweeps[0].num_tokens > sweeps[1].num_tokens

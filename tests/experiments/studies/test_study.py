@@ -59,7 +59,9 @@ def said(lm, name, task, points, change="both"):
     settings = study.SweepSettings(points, change)
     prompt_sweep = study.make_prompt_sweep(lm, lm.tokenizer, task, settings)
     groups = list(tracked(lm, name).values())
-    return clm.sweep.probabilities(lm, groups, **prompt_sweep.sweep.make_arguments())
+    return clm.sweep.probabilities(
+        lm, groups, **prompt_sweep.sweep.make_inputs()._asdict()
+    )
 
 
 # --- Numbers ----------------------------------------------------------------------------------

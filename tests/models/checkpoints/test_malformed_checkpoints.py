@@ -1273,7 +1273,6 @@ SWEEPS: dict[str, tuple[dict[str, Any], str]] = {
         "3, 4",
     ),
     "axis too many": ({"durations": np.ones((1, 3, 2))}, "durations has shape"),
-    "made up": ({"durations": np.ones((3, 2)), "x": np.ones(3)}, "no argument x"),
     "no batches": ({"durations": np.ones((3, 2)), "batch_size": 0}, "batch_size is 0"),
     "index beyond": ({"durations": np.ones((3, 2)), "position": 2}, "position is 2"),
     "token beyond": ({"durations": np.ones((3, 2)), "tokens": [1, LONG]}, "tokens"),
