@@ -30,7 +30,9 @@ def load(
 
     What the folder holds decides the kind of the model: a trunk with its softmax, a density model
     on a trunk (`density.trunk_of` is the trunk alone), a next-vector model with its autoencoder
-    inside, or an autoencoder. (`calm.load` takes an autoencoder from a folder of its own.)
+    inside, or an autoencoder. (`calm.load` takes an autoencoder from a folder of its own. A density
+    model that is no more than its trunk, with a tied token head, loads as a trunk; `density.load`
+    has its head.)
 
     What the devices hold is read once, cast on the way, and placed; there is never a second copy of
     the model in memory, and on many hosts each reads what its own devices hold.
@@ -84,7 +86,7 @@ def _loader_of_other_kind(folder: pathlib.Path) -> _Loader | None:
     if (folder / hf_folder.DENSITY_FILE).is_file():
         from continuous_lm.models import density
 
-        return density.load
+        return density.load if density.has_head(folder) else None
     fields = read_json(folder / "config.json")
     if fields.get("model_type") in tuple(FAMILIES):
         return None
@@ -124,7 +126,7 @@ def save(
         _save_other_kind(folder, lm, shard_size)
         return
     with write_atomically(
-        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+        folder, stale_pattern=hf_folder.MODEL_FILES
     ) as staging_folder:
         trunk.write(staging_folder, lm, shard_size)
 

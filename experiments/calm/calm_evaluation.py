@@ -283,7 +283,7 @@ def _as_language_model(
     if not isinstance(lm.model, DensityModel):
         return None
     head = lm.model.head
-    if not isinstance(head, TokenHead) or not head.tied:
+    if not isinstance(head, TokenHead) or not head.is_trunks_own:
         return None
     return density.trunk_of(lm)
 

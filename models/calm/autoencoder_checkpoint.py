@@ -252,7 +252,7 @@ def save(
     }
     fields.pop("dtype", None)
     with write_atomically(
-        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+        folder, stale_pattern=hf_folder.MODEL_FILES
     ) as staging_folder:
         write_json(staging_folder / "config.json", fields)
         layout.write(staging_folder, flat_params, dtype, shard_size)

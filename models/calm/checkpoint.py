@@ -474,7 +474,7 @@ def save(
         "torch_dtype": dtype.name,
     }
     with write_atomically(
-        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+        folder, stale_pattern=hf_folder.MODEL_FILES
     ) as staging_folder:
         write_json(staging_folder / "config.json", fields)
         safetensors_files.save_tensors(

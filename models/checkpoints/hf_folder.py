@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from jax.typing import DTypeLike
 
 from continuous_lm import tokenization
 from continuous_lm.errors import InputError
+from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import hub
 from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS
 
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
     import tokenizers
 
 DENSITY_FILE = "density.json"  # beside the files of a trunk: a density model is on it
+DENSITY_WEIGHTS_FILE = "density.safetensors"
+# Files that go when another model is written into their folder.
+MODEL_FILES = re.compile(
+    rf"{safetensors_files.CHECKPOINT_FILES.pattern}"
+    rf"|{re.escape(DENSITY_FILE)}|{re.escape(DENSITY_WEIGHTS_FILE)}"
+)
 BUNDLED_FOLDER = pathlib.Path(__file__).parents[1] / "bundled"
 DTYPES_BY_NAME = {
     "float32": jnp.float32,

@@ -10,7 +10,7 @@ the methods of `DensityModel`, pure functions of parameters and checked inputs.
 """
 
 from continuous_lm.models.density import distributions, heads
-from continuous_lm.models.density.checkpoint import load, save, trunk_of
+from continuous_lm.models.density.checkpoint import has_head, load, save, trunk_of
 from continuous_lm.models.density.model import DensityModel, standardize_table
 from continuous_lm.models.density.samplers import (
     QUANTIZE_METHODS,
@@ -35,6 +35,7 @@ __all__ = [
     "create",
     "density_model",
     "distributions",
+    "has_head",
     "heads",
     "load",
     "log_prob",

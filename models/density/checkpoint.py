@@ -31,7 +31,6 @@ from continuous_lm.models.parameters import (
 )
 from continuous_lm.models.transformer import Transformer
 
-WEIGHTS_FILE = "density.safetensors"
 _SETTING_NAMES = {"format", "reads", "table", "contrast", "head"}
 
 
@@ -60,12 +59,12 @@ def save(
     )
     check_parameters(flat_params, model.table_above_trunk())
     with write_atomically(
-        folder, stale_pattern=safetensors_files.CHECKPOINT_FILES
+        folder, stale_pattern=hf_folder.MODEL_FILES
     ) as staging_folder:
         trunk.write(staging_folder, trunk_of(lm), shard_size)
         with about(hf_folder.DENSITY_FILE):
             write_json(staging_folder / hf_folder.DENSITY_FILE, _settings(model))
-        _write_parameters(staging_folder / WEIGHTS_FILE, flat_params)
+        _write_parameters(staging_folder / hf_folder.DENSITY_WEIGHTS_FILE, flat_params)
 
 
 def trunk_of(lm: LanguageModel[Any]) -> LanguageModel[Transformer]:
@@ -102,9 +101,20 @@ def load(
     trunk_lm = trunk.read(folder, dtype=dtype, mesh=mesh, ignore_fields=ignore_fields)
     with about(str(folder / hf_folder.DENSITY_FILE)):
         model = _make_model(trunk_lm.config, settings)
-    params = _read_parameters(folder / WEIGHTS_FILE, model.table_above_trunk(), mesh)
+    params = _read_parameters(
+        folder / hf_folder.DENSITY_WEIGHTS_FILE, model.table_above_trunk(), mesh
+    )
     all_params = {TRUNK: trunk_lm.params, **params}
     return trunk_lm.with_model(model).with_params(all_params)
+
+
+def has_head(folder: str | os.PathLike) -> bool:
+    """Whether a folder that `save` wrote holds more than a language model.
+
+    A token head on the trunk's own table, without blocks, adds nothing to it.
+    """
+    head = _read_settings(absolute_path(folder) / hf_folder.DENSITY_FILE)["head"]
+    return not (isinstance(head, heads.TokenHead) and head.is_trunks_own)
 
 
 # --- Settings ---------------------------------------------------------------------------------

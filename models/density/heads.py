@@ -131,6 +131,11 @@ class TokenHead(DistributionHead):
     kind: ClassVar[str] = "token"
     tied: bool = field(default=False, metadata=boolean())
 
+    @property
+    def is_trunks_own(self) -> bool:
+        """Whether it is the softmax of the trunk itself, with no parameters beside."""
+        return self.tied and not self.depth
+
     def parameter_table(self, hidden_width: int) -> ParameterTable:
         blocks = self._declare_blocks(hidden_width)
         if self.tied:

@@ -223,7 +223,7 @@ def add_head(
       InputError: if the head does not fit, or `lm` is another kind of model.
     """
     trunk = trunk_model(lm)
-    if isinstance(head, heads.TokenHead) and head.tied and not head.depth:
+    if isinstance(head, heads.TokenHead) and head.is_trunks_own:
         raise InputError(
             "a tied token head on a pretrained trunk is that model's own; load it"
         )

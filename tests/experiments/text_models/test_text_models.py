@@ -65,8 +65,7 @@ def test_what_is_trained_is_whole(trained):
         density.load(trained / name) for name in ("baseline", "mixture")
     )
     tokens = np.array([5, 9, 7, 30])
-    # An ordinary language model too.
-    lm = density.trunk_of(clm.load(trained / "baseline"))
+    lm = clm.load(trained / "baseline")  # an ordinary language model too
     np.testing.assert_allclose(
         lm(tokens[:-1]), density.token_logits(baseline, tokens), rtol=1e-5, atol=1e-5
     )

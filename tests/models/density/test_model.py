@@ -317,6 +317,10 @@ def test_there_and_back(name, reads, tmp_path):
     same(back.params, lm.params)
     trunk = density.trunk_of(clm.load(tmp_path / "made"))
     same(trunk.params, lm.params["trunk"])
+    assert trunk.model == Transformer(back.config)
+    clm.save(tmp_path / "again", back)
+    clm.save(tmp_path / "again", trunk)  # takes the place of all that was there
+    assert clm.load(tmp_path / "again").model == trunk.model
     assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [
         "config.json",
         "density.json",
@@ -522,10 +526,10 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     expected = density.log_prob(lm, tokens)
     np.testing.assert_array_equal(density.log_prob(back, tokens), expected)
     np.testing.assert_allclose(
-        density.trunk_of(clm.load(tmp_path))(tokens[:-1]), logits, rtol=1e-5, atol=1e-6
+        clm.load(tmp_path)(tokens[:-1]), logits, rtol=1e-5, atol=1e-6
     )
     with pytest.raises(clm.InputError, match="that model's own"):
-        density.add_head(density.trunk_of(clm.load(tmp_path)), head, key=KEY)
+        density.add_head(clm.load(tmp_path), head, key=KEY)
     with pytest.raises(clm.InputError, match="if it is tied"):
         head.distribution({}, np.zeros(6, np.float32))
 
