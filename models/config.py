@@ -68,7 +68,7 @@ class TransformerConfig:
     output_bias: bool = False
     mlp_bias: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_sizes()
         self._check_choices()
         for rope in (self.rope, self.local_rope):

@@ -43,7 +43,7 @@ class Head:
     kind: ClassVar[str]
     width: int = dataclasses.field(metadata=settings.integer(1, settings.MAX_SIZE))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         settings.check(self)
 
     def parameter_table(self, hidden_width: int) -> ParameterTable:

@@ -19,8 +19,12 @@ from continuous_lm.models.transformer import Output, Transformer
 
 if TYPE_CHECKING:
     import tokenizers
+    from typing_extensions import TypeVar as TypeVarWithDefault
 
-Model = TypeVar("Model", bound=ParameterModule)
+    # `LanguageModel` alone is one of a trunk.
+    Model = TypeVarWithDefault("Model", bound=ParameterModule, default=Transformer)
+else:
+    Model = TypeVar("Model", bound=ParameterModule)
 OtherModel = TypeVar("OtherModel", bound=ParameterModule)
 
 

@@ -19,12 +19,12 @@ from continuous_lm.models.transformer import Transformer
 
 
 def load(
-    folder_or_name: str | os.PathLike,
+    folder_or_name: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     ignore_fields: Sequence[str] = (),
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LanguageModel[Any]:
     """Loads a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
 
@@ -98,7 +98,7 @@ def _loader_of_other_kind(folder: pathlib.Path) -> _Loader | None:
 
 
 def save(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     lm: LanguageModel[Any],
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
@@ -132,7 +132,7 @@ def save(
 
 
 def _save_other_kind(
-    folder: str | os.PathLike, lm: LanguageModel[Any], shard_size: int
+    folder: str | os.PathLike[str], lm: LanguageModel[Any], shard_size: int
 ) -> None:
     """`save` of what is no trunk."""
     from continuous_lm.models import calm, density  # only where they are needed

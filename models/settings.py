@@ -4,7 +4,7 @@
     class MixtureHead:
         components: int = field(default=8, metadata=integer(1, MAX_SIZE))
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             check(self)
 
 The declaration is in the field's metadata. `check` refuses other values, `parse` reads the text

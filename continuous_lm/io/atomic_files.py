@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from continuous_lm.errors import InputError
 
 
-def absolute_path(folder: str | os.PathLike) -> pathlib.Path:
+def absolute_path(folder: str | os.PathLike[str]) -> pathlib.Path:
     """The absolute path.
 
     Raises:
@@ -37,7 +37,7 @@ def check_regular_file(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def write_atomically(
-    folder: str | os.PathLike, stale_pattern: re.Pattern[str] | None = None
+    folder: str | os.PathLike[str], stale_pattern: re.Pattern[str] | None = None
 ) -> Iterator[pathlib.Path]:
     """A new folder to write into, whose files reach `folder` only when all of them are written.
 
@@ -90,7 +90,7 @@ def write_atomically(
 
 
 @contextlib.contextmanager
-def replace_atomically(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replace_atomically(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A new folder to write into, which takes the place of `folder`, sub-folders and all.
 
     What was there goes. Of several processes that do this at once, one wins. On an exception
@@ -123,7 +123,7 @@ def replace_atomically(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
         ) from error
 
 
-def check_writable(folder: str | os.PathLike) -> None:
+def check_writable(folder: str | os.PathLike[str]) -> None:
     """Refuses a folder that could not be written, before any work is done for it."""
     folder = absolute_path(folder)
     try:

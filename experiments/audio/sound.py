@@ -34,7 +34,7 @@ class MelConfig:
     low: float = 50.0
     floor: float = 1e-8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("rate", "window", "hop", "bands"):
             check_count(name, getattr(self, name))
         if 2 * self.hop > self.window:

@@ -68,7 +68,7 @@ def without_cuda() -> str:
 
 
 def load_causal_lm(
-    folder: str | os.PathLike, attention: str = "eager"
+    folder: str | os.PathLike[str], attention: str = "eager"
 ) -> "PreTrainedModel":
     """The checkpoint in transformers, float32."""
     torch = import_baseline("torch")

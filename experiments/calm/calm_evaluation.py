@@ -371,7 +371,7 @@ def make_reconstruction_table(
 
 
 def plot_learning_curves(
-    folders: Mapping[str, str | os.PathLike],
+    folders: Mapping[str, str | os.PathLike[str]],
 ) -> Figure | None:
     """Brier-1 of held-out text against the seconds of training, of runs that logged it.
 

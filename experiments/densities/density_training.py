@@ -181,7 +181,7 @@ def train(
     train_data: np.ndarray,
     held_out: np.ndarray,
     *,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: fit.FitConfig,
     length: int,
     trunk_is_frozen: bool = False,

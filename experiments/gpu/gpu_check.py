@@ -130,7 +130,7 @@ def describe_device(tiny: bool) -> Iterator[dict[str, Any]]:
     }
 
 
-def find_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
+def find_device(folder: os.PathLike[str], allow_cpu: bool) -> dict[str, Any]:
     """The record of the device, of `describe_device`.
 
     Raises:
@@ -154,7 +154,7 @@ def find_device(folder: os.PathLike, allow_cpu: bool) -> dict[str, Any]:
 
 
 def run_sections(
-    sections: Mapping[str, Section], tiny: bool, folder: os.PathLike, device: str
+    sections: Mapping[str, Section], tiny: bool, folder: os.PathLike[str], device: str
 ) -> dict[str, list[Check]]:
     """The rows of every section, each printed when it is there."""
     rows: dict[str, list[Check]] = {}

@@ -118,7 +118,7 @@ class FitConfig:
     save_every: int = 500
     pmap: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = {
             "steps": self.steps,
             "batch_size": self.batch_size,
@@ -136,7 +136,7 @@ def fit(
     params: Params,
     batch_iterator: BatchIterator[Batch],
     *,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     config: FitConfig,
     is_frozen: Callable[[str], bool] | None = None,
     settings: Mapping[str, Any] | None = None,

@@ -162,7 +162,9 @@ def describe_last_checkpoint(folder: pathlib.Path) -> str:
     return f"the checkpoint of step {steps_and_paths[-1][0]} is kept"
 
 
-def restore_params(folder: str | os.PathLike, params: Params) -> tuple[Params, int]:
+def restore_params(
+    folder: str | os.PathLike[str], params: Params
+) -> tuple[Params, int]:
     """The parameters of a run's last checkpoint, for instance while it is running.
 
     Args:

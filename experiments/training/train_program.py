@@ -107,7 +107,7 @@ class TrainResult(program.Result, Generic[Model]):
 
 def write_result(
     config: TrainConfig,
-    save_model: Callable[[str | os.PathLike, Model], None],
+    save_model: Callable[[str | os.PathLike[str], Model], None],
     lm: Model,
     data: dict[str, Any],
 ) -> TrainResult[Model]:
@@ -129,8 +129,8 @@ def write_result(
 
 
 def save_on_first_process(
-    save_model: Callable[[str | os.PathLike, Model], None],
-    folder: str | os.PathLike,
+    save_model: Callable[[str | os.PathLike[str], Model], None],
+    folder: str | os.PathLike[str],
     lm: Model,
 ) -> None:
     """`save_model(folder, lm)` by process 0, which gets all of the parameters first."""

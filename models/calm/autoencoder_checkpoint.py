@@ -189,7 +189,7 @@ def write_config(config: AutoencoderConfig) -> dict[str, Any]:
 
 
 def load(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
@@ -229,7 +229,7 @@ def load(
 
 
 def save(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     lm: LanguageModel[Autoencoder],
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,

@@ -57,7 +57,7 @@ class AutoencoderConfig:
     kl_weight: float = 0.001
     kl_floor: float = 0.5  # nats of each dimension of the latent that cost nothing
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_types()
         if self.activation not in ACTIVATIONS:
             raise InputError(

@@ -224,8 +224,8 @@ def write_config(model: NextVectorModel) -> dict[str, Any]:
 
 
 def load(
-    folder: str | os.PathLike,
-    autoencoder_folder: str | os.PathLike | None = None,
+    folder: str | os.PathLike[str],
+    autoencoder_folder: str | os.PathLike[str] | None = None,
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
@@ -311,7 +311,7 @@ def _make_model(
 def _check_tensors(
     model: NextVectorModel,
     tensors: safetensors_files.Tensors,
-    autoencoder_folder: str | os.PathLike | None,
+    autoencoder_folder: str | os.PathLike[str] | None,
 ) -> tuple[dict[str, ParameterLayout], dict[str, dict[str, str]]]:
     """Refuses tensors that are not those of the model, before any is read.
 
@@ -358,7 +358,7 @@ def _alias_head_copy(tensors: safetensors_files.Tensors) -> None:
 def _check_same_autoencoder(
     tensors: safetensors_files.Tensors,
     checkpoint_names: Mapping[str, str],
-    autoencoder_folder: str | os.PathLike,
+    autoencoder_folder: str | os.PathLike[str],
 ) -> None:
     """Refuses an autoencoder inside that is not the one in the folder."""
     folder = absolute_path(autoencoder_folder)
@@ -442,7 +442,7 @@ def _count_layers(tensors: safetensors_files.Tensors, side: str) -> int:
 
 
 def save(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     lm: LanguageModel[NextVectorModel],
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,

@@ -199,7 +199,7 @@ class EnergyHead(ImplicitHead):
         ),
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_samples < 2:
             raise InputError(

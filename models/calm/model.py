@@ -76,7 +76,7 @@ class NextVectorModel(ParameterModule):
     implementation: str = "auto"
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         matching_sizes = {
             "vocab_size": (self.config.vocab_size, self.autoencoder_config.vocab_size),

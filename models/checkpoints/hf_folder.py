@@ -41,7 +41,7 @@ def bundled_models() -> list[str]:
     return sorted(folder.name for folder in BUNDLED_FOLDER.iterdir() if folder.is_dir())
 
 
-def find_folder(folder_or_name: str | os.PathLike) -> pathlib.Path:
+def find_folder(folder_or_name: str | os.PathLike[str]) -> pathlib.Path:
     """The folder of a checkpoint: a path, a bundled model's, or one of the hub, downloaded."""
     if not isinstance(folder_or_name, str | os.PathLike):
         raise InputError(

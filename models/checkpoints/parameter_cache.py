@@ -28,7 +28,7 @@ _PARAMS_FOLDER = "params"
 
 
 def load_or_build(
-    cache_dir: str | os.PathLike,
+    cache_dir: str | os.PathLike[str],
     source: pathlib.Path,
     specs: ParameterSpecs,
     build: Callable[[], dict[str, jax.Array]],

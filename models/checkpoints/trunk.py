@@ -32,7 +32,7 @@ def read(
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
     ignore_fields: Sequence[str] = (),
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LanguageModel[Transformer]:
     """The model in a folder; arguments as of `loading.load`."""
     fields = read_json(folder / "config.json")

@@ -35,7 +35,7 @@ _SETTING_NAMES = {"format", "reads", "table", "contrast", "head"}
 
 
 def save(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     lm: LanguageModel[DensityModel],
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
@@ -79,7 +79,7 @@ def trunk_of(lm: LanguageModel[Any]) -> LanguageModel[Transformer]:
 
 
 def load(
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,

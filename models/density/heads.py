@@ -303,7 +303,7 @@ class ExpertsHead(DensityHead):
     expert_size: int | None = field(default=None, metadata=_OPTIONAL_SIZE)
     balance: float = field(default=0.01, metadata=number(minimum=0.0))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.top_k > self.experts:
             raise InputError(

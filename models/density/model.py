@@ -75,7 +75,7 @@ class DensityModel(ParameterModule):
     implementation: str = "auto"
     remat: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         allowed_values = {"input_kind": INPUT_KINDS, "table": TABLE_SOURCES}
         for name, allowed in allowed_values.items():
