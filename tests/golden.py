@@ -343,7 +343,7 @@ def shown(value: Any, other: Any) -> str:
 
 
 def read() -> dict[str, Any]:
-    """What is stored: machine, note, values by key, noise by key."""
+    """What is stored: machine by group, note, values by key, noise by key."""
     stored = json.loads(gzip.decompress(STORED.read_bytes()))
     for key, value in stored["values"].items():
         if isinstance(value, list) and flat_array(value) is not None:
@@ -355,9 +355,19 @@ def read() -> dict[str, Any]:
 
 
 def write(
-    values: Mapping[str, Any], noise: Mapping[str, float], measured: list[str]
+    values: Mapping[str, Any],
+    noise: Mapping[str, float],
+    measured: list[str],
+    machines: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Stores them, the same bytes for the same numbers; `measured` are groups of known noise."""
+    """Stores them, the same bytes for the same numbers.
+
+    Args:
+      values: by key.
+      noise: by key.
+      measured: groups of known noise.
+      machines: on what each group ran.
+    """
     far = [noise.get(key, 0.0) for key in values]
     note = {
         "keys": len(values),
@@ -371,7 +381,7 @@ def write(
     }
     stored = {
         "note": note,
-        "machine": machine(),
+        "machines": dict(sorted(machines.items())),
         "measured": sorted(measured),
         "values": {key: rounded(value) for key, value in sorted(values.items())},
         "noise": {
@@ -398,7 +408,8 @@ def rounded(value: Any) -> Any:
 def incomparable(group: str, stored: Mapping[str, Any]) -> str | None:
     """Why a group cannot be compared here: a CPU or compiler whose rounding was not measured."""
     keys = ("cpu", "jax", "flags")
-    old, new = ({k: m[k] for k in keys} for m in (stored["machine"], machine()))
+    old = {key: stored["machines"][group][key] for key in keys}
+    new = {key: machine()[key] for key in keys}
     if group in stored["measured"] or old == new:
         return None
     return f"{group} was stored with {old}, this is {new}, and the noise between is not known"
@@ -409,7 +420,7 @@ def differing(group: str, stored: Mapping[str, Any]) -> list[str]:
     old = {
         k: value for k, value in stored["values"].items() if k.startswith(f"{group}/")
     }
-    noise = None if stored["machine"] == machine() else stored["noise"]
+    noise = None if stored["machines"][group] == machine() else stored["noise"]
     new = run(group)
     if noise is not None:  # keys that rounding brings forth
         new = {k: v for k, v in new.items() if k in old or noise.get(k) != math.inf}
@@ -423,7 +434,9 @@ def main() -> None:
     parser.add_argument("--noise", action="store_true")
     given = parser.parse_args()
     groups = given.groups or GROUPS
-    stored = read() if STORED.exists() else {"values": {}, "noise": {}, "measured": []}
+    stored: dict[str, Any] = {"values": {}, "noise": {}, "measured": [], "machines": {}}
+    if STORED.exists():
+        stored = {name: part for name, part in read().items() if name in stored}
     if not (given.write or given.noise):
         lines = [line for group in groups for line in differing(group, stored)]
         sys.exit("\n".join(lines) or None)
@@ -439,7 +452,13 @@ def main() -> None:
         if given.noise:
             far = noise_of(group, found)
         measured = list({*stored["measured"], *([group] if given.noise else [])})
-        stored = {"values": values | found, "noise": noise | far, "measured": measured}
+        machines = stored["machines"] | ({group: machine()} if given.write else {})
+        stored = {
+            "values": values | found,
+            "noise": noise | far,
+            "measured": measured,
+            "machines": machines,
+        }
         print(f"{group}: {len(found)} keys", flush=True)
         write(**stored)
 
