@@ -4,7 +4,7 @@ The packages of continuous output, `density` and `calm`, are imported when they 
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
 from continuous_lm.models.checkpoints.hf_folder import bundled_models
 from continuous_lm.models.config import TransformerConfig
@@ -13,15 +13,21 @@ from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.loading import load, save
 from continuous_lm.models.samplers import sample_token
-from continuous_lm.models.transformer import Transformer
+from continuous_lm.models.transformer import Output, Transformer
+
+if TYPE_CHECKING:
+    from continuous_lm.models import calm, density
 
 __all__ = [
     "GeneratedTokens",
     "KVCache",
     "LanguageModel",
+    "Output",
     "Transformer",
     "TransformerConfig",
     "bundled_models",
+    "calm",
+    "density",
     "generate",
     "load",
     "sample_token",
@@ -31,7 +37,9 @@ __all__ = [
 _LATER = ("calm", "density")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LATER:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+if not TYPE_CHECKING:  # with it, checkers would take any name for one of the package
+
+    def __getattr__(name: str) -> object:
+        if name in _LATER:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -108,7 +108,7 @@ def load(
     return trunk_lm.with_model(model).with_params(all_params)
 
 
-def has_head(folder: str | os.PathLike) -> bool:
+def has_head(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder that `save` wrote holds more than a language model.
 
     A token head on the trunk's own table, without blocks, adds nothing to it.
