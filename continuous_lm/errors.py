@@ -2,6 +2,11 @@
 
 import contextlib
 
+__all__ = [
+    "InputError",
+    "about",
+]
+
 
 class InputError(ValueError):
     """A checkpoint, configuration, prompt, array or flag that cannot be used.

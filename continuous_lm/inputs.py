@@ -18,6 +18,13 @@ from continuous_lm.attention.visibility import exact_end_times, visibility_mask
 from continuous_lm.durations import check_durations, durations_from_times
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "MIN_DURATION",
+    "Array",
+    "Inputs",
+    "check_timing",
+]
+
 # A duration below the least normal number is nothing in float32.
 MIN_DURATION = float(jnp.finfo(jnp.float32).tiny)
 

@@ -32,6 +32,14 @@ from continuous_lm.durations import check_durations as check_durations
 from continuous_lm.durations import end_times
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "QUADRATURE_RULES",
+    "SIGNAL_KINDS",
+    "Samples",
+    "interpolate",
+    "sample",
+]
+
 SIGNAL_KINDS = ("constant", "linear", "cubic")
 QUADRATURE_RULES = ("rectangle", "trapezoid", "gauss")
 

@@ -13,6 +13,17 @@ from continuous_lm.errors import InputError
 if TYPE_CHECKING:
     import tokenizers
 
+__all__ = [
+    "DIGITS",
+    "encode",
+    "find_characters",
+    "load",
+    "span",
+    "token_span",
+    "tokens_containing",
+    "tokens_spelling",
+]
+
 DIGITS = tuple("0123456789")
 
 

@@ -10,6 +10,12 @@ from continuous_lm.arguments import check_count
 from continuous_lm.errors import InputError
 from continuous_lm.rotary import LongRope, Rope
 
+__all__ = [
+    "ACTIVATIONS",
+    "NORM_KINDS",
+    "TransformerConfig",
+]
+
 NORM_KINDS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,

@@ -29,6 +29,16 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.language_model import LanguageModel, trunk_model
 from continuous_lm.models.samplers import check_sampling, sample_token
 
+__all__ = [
+    "LENGTH_MULTIPLE",
+    "DecodeSpec",
+    "GeneratedTokens",
+    "decode_batch",
+    "generate",
+    "split_prompts",
+    "stop_tokens",
+]
+
 LENGTH_MULTIPLE = (
     64  # lengths are rounded up to multiples of it, so that few programs are compiled
 )

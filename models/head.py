@@ -28,6 +28,15 @@ from continuous_lm.models.parameters import (
     declare,
 )
 
+__all__ = [
+    "Head",
+    "declare_linear",
+    "fan_in_normal",
+    "from_dict",
+    "linear",
+    "parse_settings",
+]
+
 HeadType = TypeVar("HeadType", bound="Head")
 
 

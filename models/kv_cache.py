@@ -13,6 +13,22 @@ from continuous_lm.arguments import check_count
 from continuous_lm.errors import InputError
 from continuous_lm.models.config import TransformerConfig
 
+__all__ = [
+    "CACHE_AXES",
+    "CachedLayer",
+    "KVCache",
+    "Past",
+    "PrefixLayer",
+    "append",
+    "check_room",
+    "check_shape",
+    "concatenate",
+    "empty",
+    "extend",
+    "place",
+    "update_layer",
+]
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens so far, and when those were; room for S tokens in all."""

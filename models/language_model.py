@@ -27,6 +27,8 @@ else:
     Model = TypeVar("Model", bound=ParameterModule)
 OtherModel = TypeVar("OtherModel", bound=ParameterModule)
 
+__all__ = ["LanguageModel", "trunk_model"]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel(Generic[Model]):

@@ -25,6 +25,21 @@ from continuous_lm.models.parameters import (
     with_prefix,
 )
 
+__all__ = [
+    "CAPTURABLE",
+    "TokenTiming",
+    "attention",
+    "layer_norm",
+    "layer_table",
+    "mlp",
+    "norm",
+    "norm_table",
+    "project",
+    "rms_norm",
+    "take_position",
+    "transformer_layer",
+]
+
 # The intermediates that `transformer.forward` can capture of each layer, [..., T, D] each.
 CAPTURABLE = (
     "residual_before",  # the residual stream that enters the layer

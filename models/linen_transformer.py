@@ -27,6 +27,25 @@ from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
 from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.parameters import Declaration
 
+__all__ = [
+    "Attention",
+    "ConfigModule",
+    "LayerCache",
+    "Mlp",
+    "Norm",
+    "PrefixKeysValues",
+    "TokenTiming",
+    "Transformer",
+    "TransformerLayer",
+    "check_inputs",
+    "interpolate_positions",
+    "layer_norm",
+    "project",
+    "resolve_times",
+    "rms_norm",
+    "table_of_boxes",
+]
+
 _KERNEL_INIT = nn.initializers.normal(0.02)
 _ONES_INIT = nn.initializers.ones
 _ZEROS_INIT = nn.initializers.zeros

@@ -17,6 +17,11 @@ from continuous_lm.models.families.registry import FAMILIES
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.transformer import Transformer
 
+__all__ = [
+    "load",
+    "save",
+]
+
 
 def load(
     folder_or_name: str | os.PathLike[str],

@@ -23,6 +23,24 @@ from jax.typing import DTypeLike
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "ONES",
+    "SMALL_NORMAL",
+    "ZEROS",
+    "Declaration",
+    "Initializer",
+    "ParameterModule",
+    "ParameterTable",
+    "Params",
+    "check_shapes",
+    "declare",
+    "flatten",
+    "initialize",
+    "place",
+    "unflatten",
+    "with_prefix",
+]
+
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 Params = Mapping[str, Any]  # the tree: dicts of dicts of arrays
 

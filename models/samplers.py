@@ -11,6 +11,12 @@ from jax.typing import ArrayLike
 from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "check_sampling",
+    "sample_token",
+    "temper_logits",
+]
+
 
 def sample_token(
     key: jax.Array,

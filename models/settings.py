@@ -18,6 +18,22 @@ from typing import Protocol
 
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "MAX_SIZE",
+    "Declaration",
+    "Metadata",
+    "Value",
+    "boolean",
+    "check",
+    "check_names",
+    "choice",
+    "declarations",
+    "integer",
+    "number",
+    "parse",
+    "values",
+]
+
 Value = bool | int | float | str | None
 Metadata = Mapping[str, "Declaration"]  # of `dataclasses.field`
 

@@ -43,6 +43,26 @@ from continuous_lm.models.parameters import (
     with_prefix,
 )
 
+__all__ = [
+    "DEFAULT_EXECUTION",
+    "Execution",
+    "HiddenStates",
+    "Output",
+    "Transformer",
+    "check_position",
+    "embed",
+    "forward",
+    "hidden_states",
+    "interpolate_positions",
+    "make_inputs",
+    "parameter_table",
+    "prefill",
+    "resolve_times",
+    "scale_and_place",
+    "token_timing",
+    "unembed",
+]
+
 
 class Output(NamedTuple):
     """What a forward pass computes."""

@@ -242,7 +242,7 @@ def random_search(
     return make_result(constraint, smallest_change, initial_durations, evaluations)
 
 
-class Ascents(NamedTuple):
+class _Ascents(NamedTuple):
     """Where ascents came to, and what was best on their way.
 
     Attributes:
@@ -266,7 +266,7 @@ class _Ascent(NamedTuple):
     change: jax.Array
 
 
-def _best_of_each_start(ascents: Ascents, num_starts: int) -> list[int]:
+def _best_of_each_start(ascents: _Ascents, num_starts: int) -> list[int]:
     """Indices of ascents, whose starts are equal in blocks."""
     changes = np.asarray(ascents.changes)
     is_success = np.isfinite(changes)
@@ -284,7 +284,7 @@ def _ascend(
     penalty_weights: jax.Array,
     learning_rate: float,
     steps: int,
-) -> Ascents:
+) -> _Ascents:
     """An ascent from each start [P, T], with each weight [P]."""
     dtype = initial_durations.dtype
     optimizer = optax.sgd(1.0)
@@ -319,7 +319,7 @@ def _ascend(
             rates.astype(dtype),
         )
         durations = initial_durations * jnp.exp(last_ascent.best_z)
-        return Ascents(durations, last_ascent.shortfall, last_ascent.change)
+        return _Ascents(durations, last_ascent.shortfall, last_ascent.change)
 
     return jax.vmap(ascend)(starts, penalty_weights.astype(dtype))
 

@@ -8,6 +8,14 @@ from typing import NamedTuple
 
 from continuous_lm.models.config import TransformerConfig
 
+__all__ = [
+    "LayerWeights",
+    "continuation_flops",
+    "layer_weights",
+    "prefix_flops",
+    "token_flops",
+]
+
 
 class LayerWeights(NamedTuple):
     """Weights of one layer that a token is multiplied by."""

@@ -12,6 +12,14 @@ from collections.abc import Iterator
 
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "absolute_path",
+    "check_regular_file",
+    "check_writable",
+    "replace_atomically",
+    "write_atomically",
+]
+
 
 def absolute_path(folder: str | os.PathLike[str]) -> pathlib.Path:
     """The absolute path.

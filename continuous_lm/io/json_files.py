@@ -8,6 +8,12 @@ from typing import Any
 from continuous_lm.errors import InputError
 from continuous_lm.io.atomic_files import check_regular_file
 
+__all__ = [
+    "read_json",
+    "reject_duplicate_names",
+    "write_json",
+]
+
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in `path`.

@@ -20,6 +20,17 @@ from continuous_lm.errors import InputError
 from continuous_lm.io.atomic_files import check_regular_file
 from continuous_lm.io.json_files import read_json, reject_duplicate_names, write_json
 
+__all__ = [
+    "CHECKPOINT_FILES",
+    "INDEX_FILE",
+    "MAX_SHARD_BYTES",
+    "WEIGHTS_FILE",
+    "Tensors",
+    "open_tensors",
+    "save_file",
+    "save_tensors",
+]
+
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKPOINT_FILES = re.compile(

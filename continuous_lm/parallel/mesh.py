@@ -17,6 +17,11 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from continuous_lm import axes as axes_lib
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "MESH_AXES",
+    "make_mesh",
+]
+
 MESH_AXES = ("data", "model")
 
 

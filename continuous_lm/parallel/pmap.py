@@ -11,6 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+__all__ = [
+    "pmap_rows",
+]
+
 
 def pmap_rows(
     function: Callable[..., Any], devices: Sequence[jax.Device] | None = None

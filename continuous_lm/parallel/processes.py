@@ -17,6 +17,17 @@ from jax.experimental import multihost_utils
 from continuous_lm.errors import InputError
 from continuous_lm.parallel.watchdog import Watchdog
 
+__all__ = [
+    "any_process",
+    "broadcast_from_first",
+    "exit_all",
+    "gather_to_hosts",
+    "initialize",
+    "is_first_process",
+    "wait_for_all",
+    "wait_for_watchdog",
+]
+
 
 def is_first_process() -> bool:
     """Whether this is process 0, which alone writes."""

@@ -13,6 +13,10 @@ from typing import NoReturn
 
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "Watchdog",
+]
+
 _HEARTBEAT, _GOODBYE = b".", b"!"
 
 

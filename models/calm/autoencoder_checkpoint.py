@@ -36,6 +36,21 @@ from continuous_lm.models.families.shared_fields import (
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import flatten, unflatten
 
+__all__ = [
+    "ARCHITECTURE",
+    "TABLE_COPY_TENSOR",
+    "TABLE_TENSOR",
+    "TENSORS",
+    "alias_table_copy",
+    "check_unused_tensors",
+    "checkpoint_layout",
+    "is_config",
+    "load",
+    "read_config",
+    "save",
+    "write_config",
+]
+
 ARCHITECTURE = "Autoencoder"
 TABLE_TENSOR = "encoder.embed_tokens.weight"
 TABLE_COPY_TENSOR = "decoder.lm_head_weight"  # the table again, in some folders

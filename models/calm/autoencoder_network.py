@@ -35,6 +35,17 @@ from continuous_lm.models.parameters import (
     declare,
 )
 
+__all__ = [
+    "Autoencoder",
+    "AutoencoderConfig",
+    "check_chunks",
+    "chunk_losses",
+    "decode_latents",
+    "decode_tokens",
+    "encode_chunks",
+    "parameter_table",
+]
+
 _MAX_LOGITS_AT_ONCE = 2**24  # so many are made at once when latents are decoded
 _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", -1, -2)
 

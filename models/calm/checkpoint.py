@@ -43,6 +43,21 @@ from continuous_lm.models.families import llama
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import flatten, unflatten, with_prefix
 
+__all__ = [
+    "AUTOENCODER_PREFIX",
+    "AUTOENCODER_TENSORS",
+    "COMPRESSION_TENSORS",
+    "HEAD_TENSORS",
+    "TRUNK_TENSORS",
+    "ModelFields",
+    "is_config",
+    "load",
+    "part_layouts",
+    "read_config",
+    "save",
+    "write_config",
+]
+
 # Fields of a published config.json for its own training and loading.
 _UNUSED_FIELDS = ("ae_path", "ae_name_or_path", "tie_word_embeddings")
 # The kind of head -> what it is called in architectures.

@@ -11,6 +11,11 @@ from continuous_lm.arguments import check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs, check_timing
 
+__all__ = [
+    "ChunkInputs",
+    "split_into_chunks",
+]
+
 
 class ChunkInputs(NamedTuple):
     """Chunks, and when they are: what `Inputs` is for tokens. The unit of time is the chunk.

@@ -10,6 +10,15 @@ from jax.typing import ArrayLike
 from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "MIN_SIGNAL_VARIANCE",
+    "SOLVERS",
+    "check_solver",
+    "denoise",
+    "integrate",
+    "signal_variance",
+]
+
 SOLVERS = ("euler", "midpoint")
 
 # Of the variance that is left of the target where diffusion begins.

@@ -55,6 +55,17 @@ from continuous_lm.models.calm.noise_network import (
 from continuous_lm.models.head import Head, linear
 from continuous_lm.models.parameters import ParameterTable, Params
 
+__all__ = [
+    "IMPLICIT_HEADS",
+    "DiffusionHead",
+    "EnergyHead",
+    "FlowHead",
+    "ImplicitHead",
+    "NoisedTargets",
+    "Predictor",
+    "TimeConditionedHead",
+]
+
 MAX_DEPTH, MAX_STEPS = 64, settings.MAX_SIZE
 Predictor = Callable[[jax.Array, jax.Array], jax.Array]
 

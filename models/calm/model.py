@@ -47,6 +47,10 @@ from continuous_lm.models.parameters import (
 )
 from continuous_lm.models.transformer import Execution, HiddenStates
 
+__all__ = [
+    "NextVectorModel",
+]
+
 _LAYER_NORM_EPS = 1e-6  # of the layer norm over compressed chunks, as published
 _FAN_IN = functools.partial(
     nn.initializers.variance_scaling, 1.0, "fan_in", "truncated_normal", out_axis=0

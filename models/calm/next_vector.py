@@ -23,6 +23,15 @@ from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import initialize
 
+__all__ = [
+    "autoencoder_of",
+    "create",
+    "hidden_states",
+    "loss",
+    "next_vector_model",
+    "transform",
+]
+
 _hidden_states = jax.jit(NextVectorModel.hidden_states, static_argnums=0)
 _loss = jax.jit(NextVectorModel.loss, static_argnums=0)
 _transform = jax.jit(NextVectorModel.transform, static_argnums=0)

@@ -20,6 +20,20 @@ from continuous_lm.models.head import declare_linear, linear
 from continuous_lm.models.layers import layer_norm
 from continuous_lm.models.parameters import ONES, ZEROS, Declaration
 
+__all__ = [
+    "LAYER_NORM_EPS",
+    "NUM_TIME_FREQUENCIES",
+    "NetworkParams",
+    "NetworkSizes",
+    "apply_norm",
+    "condition",
+    "declare_norm",
+    "parameter_table",
+    "run_noise_network",
+    "stack_table",
+    "time_features",
+]
+
 LAYER_NORM_EPS = 1e-6  # of the layer norms, as in CALM
 NUM_TIME_FREQUENCIES = 32  # of sines and cosines, enough for smooth functions of [0, 1]
 

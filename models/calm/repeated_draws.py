@@ -21,6 +21,14 @@ from jax.typing import ArrayLike
 from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "RejectionSamples",
+    "inverse_temperature",
+    "rejection_sample",
+    "repetition_sample",
+    "repetition_weights",
+]
+
 # 1 / temperature that is so near to an integer, relative to it, is meant to be that integer.
 _INTEGER_TOLERANCE = 1e-5
 

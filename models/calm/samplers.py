@@ -40,6 +40,11 @@ from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import Params
 from continuous_lm.models.samplers import check_sampling
 
+__all__ = [
+    "SAMPLING_METHODS",
+    "sample",
+]
+
 SAMPLING_METHODS = ("batch", "exact")
 
 

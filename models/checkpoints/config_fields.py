@@ -7,6 +7,13 @@ import numpy as np
 
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "INERT_FIELDS",
+    "MAX_LAYERS",
+    "REQUIRED",
+    "ConfigFields",
+]
+
 REQUIRED: Any = object()
 MAX_LAYERS = 1_000  # more is a mistake, and would cost time and memory before it shows
 

@@ -20,6 +20,22 @@ from continuous_lm.models.checkpoints.config_fields import INERT_FIELDS
 if TYPE_CHECKING:
     import tokenizers
 
+__all__ = [
+    "BUNDLED_FOLDER",
+    "DENSITY_FILE",
+    "DENSITY_WEIGHTS_FILE",
+    "DTYPES_BY_NAME",
+    "MODEL_FILES",
+    "bundled_models",
+    "check_mesh",
+    "fields_to_write",
+    "find_folder",
+    "kept_fields",
+    "parameter_dtype",
+    "read_tokenizer",
+    "write_tokenizer",
+]
+
 DENSITY_FILE = "density.json"  # beside the files of a trunk: a density model is on it
 DENSITY_WEIGHTS_FILE = "density.safetensors"
 # Files that go when another model is written into their folder.

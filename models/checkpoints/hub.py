@@ -5,6 +5,11 @@ import re
 
 from continuous_lm.errors import InputError
 
+__all__ = [
+    "MODEL_NAME",
+    "download",
+]
+
 MODEL_NAME = re.compile(
     r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?", re.ASCII
 )  # org/name, org/name@revision

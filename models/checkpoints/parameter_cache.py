@@ -22,6 +22,11 @@ from continuous_lm.io.atomic_files import check_writable, replace_atomically
 from continuous_lm.io.json_files import read_json, write_json
 from continuous_lm.models.checkpoints.parameter_layout import ParameterSpecs
 
+__all__ = [
+    "FINGERPRINT_FILE",
+    "load_or_build",
+]
+
 FINGERPRINT_FILE = "fingerprint.json"
 _FORMAT_VERSION = 1  # to be raised when the same parameters come to mean something else
 _PARAMS_FOLDER = "params"

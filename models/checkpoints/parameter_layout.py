@@ -25,6 +25,17 @@ from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints.tensor_table import StoredTensor
 from continuous_lm.models.parameters import ParameterTable
 
+__all__ = [
+    "BYTES_PER_COPY",
+    "STACKED_AXES",
+    "ParameterLayout",
+    "ParameterSpecs",
+    "Slices",
+    "are_equal",
+    "check_parameters",
+    "unused_tensor_error",
+]
+
 Slices = tuple[slice, ...]
 ParameterSpecs = Mapping[str, jax.ShapeDtypeStruct]
 BYTES_PER_COPY = 2**24  # bytes that a thread copies at a time, about

@@ -8,6 +8,12 @@ from continuous_lm.errors import InputError
 from continuous_lm.models.checkpoints.config_fields import REQUIRED, ConfigFields
 from continuous_lm.rotary import LinearScaling, Llama3Scaling, LongRope, Rope
 
+__all__ = [
+    "read_rope",
+    "read_rope_parameters",
+    "write_rope",
+]
+
 
 def read_rope(
     fields: ConfigFields, default_theta: float = 10_000.0, fraction: float | None = None

@@ -9,6 +9,11 @@ import numpy as np
 
 from continuous_lm import axes as axes_lib
 
+__all__ = [
+    "StoredTensor",
+    "parse_stored_axes",
+]
+
 
 def parse_stored_axes(axes: str) -> list[tuple[str, ...]]:
     """The axes of a stored tensor, each with the letters and numbers that it merges.

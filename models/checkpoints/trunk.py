@@ -25,6 +25,13 @@ from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import flatten, unflatten
 from continuous_lm.models.transformer import Transformer, parameter_table
 
+__all__ = [
+    "parameter_layout",
+    "read",
+    "read_config",
+    "write",
+]
+
 
 def read(
     folder: pathlib.Path,

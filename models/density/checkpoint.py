@@ -31,6 +31,13 @@ from continuous_lm.models.parameters import (
 )
 from continuous_lm.models.transformer import Transformer
 
+__all__ = [
+    "has_head",
+    "load",
+    "save",
+    "trunk_of",
+]
+
 _SETTING_NAMES = {"format", "reads", "table", "contrast", "head"}
 
 

@@ -26,6 +26,15 @@ from continuous_lm.arguments import as_float
 from continuous_lm.losses.gaussian import cholesky_of_gram
 from continuous_lm.models.samplers import temper_logits
 
+__all__ = [
+    "Categorical",
+    "Density",
+    "FullGaussian",
+    "Gaussian",
+    "LowRankGaussian",
+    "Mixture",
+]
+
 _HIGHEST_PRECISION = jax.lax.Precision.HIGHEST  # a square that is expanded cancels
 
 

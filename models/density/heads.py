@@ -55,6 +55,19 @@ from continuous_lm.models.parameters import (
 )
 from continuous_lm.models.settings import MAX_SIZE, boolean, choice, integer, number
 
+__all__ = [
+    "COVARIANCES",
+    "DISTRIBUTION_HEADS",
+    "DensityHead",
+    "DistributionHead",
+    "ExpertsHead",
+    "GaussianHead",
+    "MixtureHead",
+    "Route",
+    "TokenHead",
+    "from_dict",
+]
+
 COVARIANCES = ("diagonal", "low_rank", "full")
 _SPREAD: Initializer = nn.initializers.normal(0.5)  # or all components learn the same
 _NORM_EPS = 1e-6

@@ -36,6 +36,17 @@ from continuous_lm.models.parameters import (
 )
 from continuous_lm.models.transformer import Execution, HiddenStates
 
+__all__ = [
+    "HEAD",
+    "INPUT_KINDS",
+    "READ",
+    "TABLE",
+    "TABLE_SOURCES",
+    "TRUNK",
+    "DensityModel",
+    "standardize_table",
+]
+
 INPUT_KINDS = ("tokens", "vectors")
 TABLE_SOURCES = ("frozen", "embedding")
 TRUNK = "trunk"  # paths of the parts of the parameter tree

@@ -42,6 +42,13 @@ from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import Params
 from continuous_lm.models.samplers import check_sampling
 
+__all__ = [
+    "QUANTIZE_METHODS",
+    "quantize_to_tokens",
+    "sample",
+    "steering_direction",
+]
+
 QUANTIZE_METHODS = ("euclidean", "cosine", "rerank", "renormalised")
 
 

@@ -34,6 +34,16 @@ from continuous_lm.models.transformer import Transformer
 if TYPE_CHECKING:
     import tokenizers
 
+__all__ = [
+    "add_head",
+    "create",
+    "density_model",
+    "log_prob",
+    "loss",
+    "token_logits",
+    "token_table",
+]
+
 _log_prob = jax.jit(DensityModel.log_prob, static_argnums=0)
 _loss = jax.jit(DensityModel.loss, static_argnums=0)
 _token_logits = jax.jit(DensityModel.token_logits, static_argnums=0)
