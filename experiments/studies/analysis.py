@@ -263,10 +263,10 @@ def sum_metrics(records: Sequence[Record]) -> MetricValues:
 
 
 def _sum_success_tier(record: Record) -> str:
-    numbers = record.fields["item_1"], record.fields["item_2"]
-    shrunk_number, other_number = (
-        numbers if record.fields["shrink_1"] else numbers[::-1]
-    )
+    shrunk_number = record.fields["item_2"]
+    other_number = record.fields["item_1"]
+    if record.fields["shrink_1"]:
+        shrunk_number, other_number = other_number, shrunk_number
     sum_answers = metrics.sum_answers(shrunk_number, other_number)
     if sum_answers is None or set(record.curves) != set(DIGITS):
         return "not defined"

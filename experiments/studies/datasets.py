@@ -167,49 +167,65 @@ def _check_record(study: str, record: Any) -> None:
             raise clm.InputError(
                 f"field {name} is {record[name]!r:.60}, no {expected_type.__name__}"
             )
-    fields = record.get("fields", {})
-    match study:
-        case "counting" if not 1 <= record["repetitions"] <= 9:
+    _RECORD_CHECKS[study](record)
+
+
+def _check_counting(record: Mapping[str, Any]) -> None:
+    _check_count(record, "repetitions")
+    if not record["word"].strip():
+        raise clm.InputError("field word is empty")
+
+
+def _check_tutorial(record: Mapping[str, Any]) -> None:
+    _check_count(record, "num_sentences")
+    if _find_steps(record["sentence"]) == (0, 0):
+        raise clm.InputError('field sentence has no "- " steps before its question')
+
+
+def _check_count(record: Mapping[str, Any], name: str) -> None:
+    """A count that one digit can answer."""
+    if not 1 <= record[name] <= 9:
+        raise clm.InputError(f"field {name} is {record[name]}; only 1 to 9")
+
+
+def _check_sum(record: Mapping[str, Any]) -> None:
+    fields = record["fields"]
+    template_fields = set(re.findall(r"\{(\w+)\}", record["template"]))
+    for name in sorted({"item_1", "item_2", *template_fields}):
+        if name not in fields or name not in template_fields:
+            incomplete_field = "fields" if name not in fields else "template"
+            raise clm.InputError(f"field {incomplete_field} has no {name}")
+    for name in ("item_1", "item_2"):
+        if type(fields[name]) is not int or not 0 <= fields[name] <= MAX_ADDEND:
             raise clm.InputError(
-                f"field repetitions is {record['repetitions']}; only 1 to 9"
+                f"field {name} is {fields[name]!r:.40}; it must be a whole number,"
+                f" {MAX_ADDEND} at most"
             )
-        case "counting" if not record["word"].strip():
-            raise clm.InputError("field word is empty")
-        case "tutorials" if not 1 <= record["num_sentences"] <= 9:
+        if record["template"].count(f"{{{name}}}") > 1:
+            raise clm.InputError(f"field template has {name} more than once")
+
+
+def _check_words(record: Mapping[str, Any]) -> None:
+    options = record["options"]
+    if len(options) != 2 or not all(isinstance(word, str) and word for word in options):
+        raise clm.InputError(f"field options is {options!r:.60}; it must be two words")
+    if not record["questions"]:
+        raise clm.InputError("field questions is empty")
+    for kind, question in record["questions"].items():
+        if kind not in QUESTION_KINDS:
             raise clm.InputError(
-                f"field num_sentences is {record['num_sentences']}; only 1 to 9"
+                f"question {kind!r:.40} is of no kind; {', '.join(QUESTION_KINDS)}"
             )
-        case "tutorials" if _find_steps(record["sentence"]) == (0, 0):
-            raise clm.InputError('field sentence has no "- " steps before its question')
-        case "sums":
-            template_fields = set(re.findall(r"\{(\w+)\}", record["template"]))
-            for name in sorted({"item_1", "item_2", *template_fields}):
-                if name not in fields or name not in template_fields:
-                    incomplete_field = "fields" if name not in fields else "template"
-                    raise clm.InputError(f"field {incomplete_field} has no {name}")
-            for name in ("item_1", "item_2"):
-                if type(fields[name]) is not int or not 0 <= fields[name] <= MAX_ADDEND:
-                    raise clm.InputError(
-                        f"field {name} is {fields[name]!r:.40}; it must be a whole number,"
-                        f" {MAX_ADDEND} at most"
-                    )
-                if record["template"].count(f"{{{name}}}") > 1:
-                    raise clm.InputError(f"field template has {name} more than once")
-        case "words":
-            options, questions = record["options"], record["questions"]
-            if len(options) != 2 or not all(isinstance(o, str) and o for o in options):
-                raise clm.InputError(
-                    f"field options is {options!r:.60}; it must be two words"
-                )
-            if not questions:
-                raise clm.InputError("field questions is empty")
-            for kind, question in questions.items():
-                if kind not in QUESTION_KINDS:
-                    raise clm.InputError(
-                        f"question {kind!r:.40} is of no kind; {', '.join(QUESTION_KINDS)}"
-                    )
-                if not isinstance(question, str) or question.count("{}") != 1:
-                    raise clm.InputError(f"question {kind} must hold {{}} once")
+        if not isinstance(question, str) or question.count("{}") != 1:
+            raise clm.InputError(f"question {kind} must hold {{}} once")
+
+
+_RECORD_CHECKS = {
+    "counting": _check_counting,
+    "tutorials": _check_tutorial,
+    "sums": _check_sum,
+    "words": _check_words,
+}
 
 
 # --- Made of the small language ---------------------------------------------------------------
@@ -256,12 +272,12 @@ def _generate_sums(num_records: int) -> Iterator[dict[str, Any]]:
     plurals = [PLURALS[word] for words in WORDS.values() for word in words]
     for _ in range(num_records):
         template = str(rng.choice(templates))
-        nouns, others = (str(noun) for noun in rng.choice(plurals, 2, replace=False))
+        nouns, others = rng.choice(plurals, 2, replace=False).tolist()
         values = {"name": str(rng.choice(PEOPLE)), "nouns": nouns, "others": others}
         fields: dict[str, Any] = {
             k: v for k, v in values.items() if f"{{{k}}}" in template
         }
-        first, second = (int(number) for number in rng.integers(1, 10, 2))
+        first, second = rng.integers(1, 10, 2).tolist()
         fields |= {"item_1": first, "item_2": second}
         yield {
             "template": template,

@@ -156,13 +156,10 @@ def sum_answers(shrunk_number: int, other_number: int) -> SumAnswers | None:
     def first_digit(x: int) -> str:
         return str(other_number + x)[0]
 
-    unshrunk, shrunk = (
-        first_digit(shrunk_number),
-        frozenset(map(first_digit, divmod(shrunk_number, 10))),
-    )
-    return SumAnswers(
-        unshrunk, shrunk, frozenset(map(first_digit, range(10))) - shrunk - {unshrunk}
-    )
+    unshrunk = first_digit(shrunk_number)
+    shrunk = frozenset(map(first_digit, divmod(shrunk_number, 10)))
+    single_digits = frozenset(map(first_digit, range(10)))
+    return SumAnswers(unshrunk, shrunk, single_digits - shrunk - {unshrunk})
 
 
 def success_tier(
@@ -221,11 +218,9 @@ def lipschitz(points: np.ndarray, values: np.ndarray) -> float | None:
     """
     if _is_constant(values):
         return None
-    left_indices, right_indices = (
-        np.arange(-1, len(points) - 1),
-        np.arange(1, len(points) + 1),
-    )
-    left_indices[0], right_indices[-1] = 0, len(points) - 1
+    last_point = len(points) - 1
+    left_indices = np.maximum(np.arange(-1, last_point), 0)
+    right_indices = np.minimum(np.arange(1, len(points) + 1), last_point)
     slopes = (values[right_indices] - values[left_indices]) / (
         points[right_indices] - points[left_indices]
     )
