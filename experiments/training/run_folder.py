@@ -9,13 +9,16 @@ on any mesh.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
+import logging as python_logging
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -374,10 +377,32 @@ def explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence_orbax() -> Iterator[None]:
-    """Keeps Orbax from printing the traceback of an error that is reported in one line."""
+    """Keeps Orbax from printing tracebacks of an error that is reported in one line.
+
+    A write that fails closes the event loop under the others of its checkpoint. TensorStore's
+    threads give that to `sys.unraisablehook`, and asyncio logs the tasks that nobody waited for; both
+    may be as late as the end of the process, so after a failure they stay silenced.
+    """
     previous_verbosity = logging.get_verbosity()
+    previous_hook = sys.unraisablehook
     logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = functools.partial(_report_unless_loop_is_closed, previous_hook)
     try:
         yield
+    except BaseException:
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        raise
+    else:
+        sys.unraisablehook = previous_hook
     finally:
         logging.set_verbosity(previous_verbosity)
+
+
+def _report_unless_loop_is_closed(
+    hook: Callable[["sys.UnraisableHookArgs"], object],
+    report: "sys.UnraisableHookArgs",
+) -> None:
+    """`hook(report)`, but for errors of writes under a closed event loop."""
+    error = report.exc_value
+    if not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
+        hook(report)
