@@ -18,13 +18,15 @@ the model is causal, padding on the right changes nothing before it.
 import dataclasses
 import functools
 import itertools
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tokenizers
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -35,7 +37,9 @@ from continuous_lm.experiments.common import program
 from continuous_lm.experiments.training import train_program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
+from continuous_lm.models import parameters
 from continuous_lm.models.config import TransformerConfig
+from continuous_lm.models.parameters import Params
 from continuous_lm.models.transformer import Transformer
 from continuous_lm.parallel import processes
 
@@ -44,13 +48,23 @@ STEPS_PER_DISPATCH = 50  # steps in one call of the jitted function
 NEXT_TOKEN_WEIGHT = 0.3  # weight of the next-token loss
 DIGIT_SMOOTHING = 0.05  # share of a digit's target that goes to all ten digits
 EMBEDDING_STD = 0.1
-LENGTH_QUANTILES = (
-    0.0,
-    0.375,
-    0.75,
-    0.917,
-    1.0,
-)  # quantiles of length between which rows share a width
+# Quantiles of length between which rows share a width.
+LENGTH_QUANTILES = (0.0, 0.375, 0.75, 0.917, 1.0)
+
+
+class Rows(NamedTuple):
+    """Rows of one width.
+
+    Attributes:
+      tokens: int32 [..., B, T], the answer as each row's last token before padding.
+      lengths: int32 [..., B], without the answer.
+    """
+
+    tokens: Any
+    lengths: Any
+
+
+# --- The model ------------------------------------------------------------------------------------
 
 
 def apples_config(vocab_size: int) -> TransformerConfig:
@@ -67,37 +81,36 @@ def apples_config(vocab_size: int) -> TransformerConfig:
     )
 
 
-def init_params(key: jax.Array, transformer_config: TransformerConfig):
+def init_params(key: jax.Array, transformer_config: TransformerConfig) -> Params:
     """Initial parameters: the trunk's own, with an embedding table of standard deviation 0.1."""
-    params = nn.unbox(
-        Transformer(transformer_config).init(key, jnp.zeros(1, jnp.int32))["params"]
-    )
-    table = params["embedding"]
-    return params | {"embedding": table * (EMBEDDING_STD / jnp.std(table))}
+    variables = Transformer(transformer_config).init(key, jnp.zeros(1, jnp.int32))
+    params: Params = nn.unbox(variables["params"])
+    embedding = params["embedding"]
+    return {**params, "embedding": embedding * (EMBEDDING_STD / jnp.std(embedding))}
+
+
+# --- The prompts ----------------------------------------------------------------------------------
 
 
 def draw_batches(
-    rng: np.random.Generator, tokenizer, steps: int, prompts_per_step: int
-):
+    rng: np.random.Generator,
+    tokenizer: tokenizers.Tokenizer,
+    steps: int,
+    prompts_per_step: int,
+) -> list[Rows]:
     """Draws `steps` batches of `prompts_per_step` prompts.
 
     Returns:
-        For each group of lengths a pair: tokens int32 [steps, B, T] with the answer as each row's
-        last token before padding, and lengths int32 [steps, B] without the answer. The groups' B
-        add up to `prompts_per_step`.
+        A group for each range of lengths, with a leading axis of steps. The groups' B add up to
+        `prompts_per_step`.
     """
-    sampled_prompts = [
+    drawn_prompts = [
         prompts.sample_prompt(rng) for _ in range(steps * prompts_per_step)
     ]
+    encodings = tokenizer.encode_batch([prompt.text for prompt in drawn_prompts])
     rows = [
         [*encoding.ids, tokenizer.token_to_id(prompt.answer)]
-        for encoding, prompt in zip(
-            tokenizer.encode_batch(
-                [sampled_prompt.text for sampled_prompt in sampled_prompts]
-            ),
-            sampled_prompts,
-            strict=True,
-        )
+        for encoding, prompt in zip(encodings, drawn_prompts, strict=True)
     ]
     rows.sort(key=len)  # stable: chance comes from rng alone
     group_ends = [
@@ -105,68 +118,47 @@ def draw_batches(
     ]
     groups = []
     for start, end in itertools.pairwise(group_ends):
-        group = rows[start:end]
-        if not group:
-            continue
-        padded_length = len(group[-1])
-        tokens = np.zeros((len(group), padded_length), np.int32)
-        for row, ids in zip(
-            tokens,
-            (group[row_index] for row_index in rng.permutation(len(group))),
-            strict=True,
-        ):
-            row[: len(ids)] = ids
-        lengths = np.count_nonzero(tokens, axis=-1).astype(np.int32) - 1
-        groups.append(
-            (tokens.reshape(steps, -1, padded_length), lengths.reshape(steps, -1))
-        )
+        if start < end:
+            group = rows[start:end]
+            order = rng.permutation(len(group))
+            groups.append(_pad_rows([group[index] for index in order], steps))
     return groups
 
 
+def _pad_rows(rows: list[list[int]], steps: int) -> Rows:
+    """Rows as arrays with a leading axis of steps, padded with 0 to the longest."""
+    padded_length = max(map(len, rows))
+    tokens = np.zeros((len(rows), padded_length), np.int32)
+    for token_row, ids in zip(tokens, rows, strict=True):
+        token_row[: len(ids)] = ids
+    lengths = np.count_nonzero(tokens, axis=-1).astype(np.int32) - 1
+    return Rows(tokens.reshape(steps, -1, padded_length), lengths.reshape(steps, -1))
+
+
+# --- The steps ------------------------------------------------------------------------------------
+
+
 def step_loss(
-    params, model: Transformer, groups, digits: jax.Array
+    params: Params, model: Transformer, groups: Sequence[Rows], digits: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one step, in nats, and what is worth watching.
+    """The loss of one step, in nats, and scalars to log.
 
     Args:
         params: The parameter tree.
         model: The transformer.
-        groups: Pairs of tokens int [B, T] and lengths int [B], as from `draw_batches` without the
-          steps.
+        groups: As from `draw_batches`, without the steps.
         digits: The ids of the ten digits, int [10].
     """
-    sums = jnp.zeros(
-        3
-    )  # of the answers' nats, the other tokens' nats, the right answers
+    # Of the answers' nats, the other tokens' nats, the right answers.
+    sums = jnp.zeros(3)
+    num_answers = 0
+    num_others = jnp.zeros((), jnp.int32)
     for tokens, lengths in groups:
-        inputs, targets, answer_index = (
-            tokens[:, :-1],
-            tokens[:, 1:],
-            lengths[:, None] - 1,
-        )
-        logits = cast(
-            jax.Array, model.apply({"params": params}, inputs)
-        )  # [B, T - 1, V]
-        token_losses = optax.losses.softmax_cross_entropy_with_integer_labels(
-            logits, targets
-        )
-        is_right = jnp.argmax(logits, axis=-1) == targets
-        positions = jnp.arange(token_losses.shape[-1])
-        digit_losses = jax.nn.logsumexp(logits, -1) - jnp.mean(logits[..., digits], -1)
-        smoothing = DIGIT_SMOOTHING * jnp.isin(targets, digits)
-        smoothed_losses = (1 - smoothing) * token_losses + smoothing * digit_losses
-        answer_loss = jnp.sum(smoothed_losses, where=positions == answer_index)
-        other_loss = jnp.sum(token_losses, where=positions < answer_index)
-        sums += jnp.stack(
-            [
-                answer_loss,
-                other_loss,
-                jnp.sum(is_right, where=positions == answer_index),
-            ]
-        )
-    num_answers = sum(len(lengths) for _, lengths in groups)
-    num_others = sum(jnp.sum(lengths - 1) for _, lengths in groups)
-    answer_loss, other_loss = sums[0] / num_answers, sums[1] / num_others
+        sums += _group_sums(params, model, Rows(tokens, lengths), digits)
+        num_answers += len(lengths)
+        num_others += jnp.sum(lengths - 1)
+    answer_loss = sums[0] / num_answers
+    other_loss = sums[1] / num_others
     metrics = {
         "answer": answer_loss,
         "next": other_loss,
@@ -175,19 +167,45 @@ def step_loss(
     return answer_loss + NEXT_TOKEN_WEIGHT * other_loss, metrics
 
 
+def _group_sums(
+    params: Params, model: Transformer, rows: Rows, digits: jax.Array
+) -> jax.Array:
+    """Sums over rows [3]: nats of the answers, nats of the other tokens, right answers."""
+    tokens, lengths = rows
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:]
+    answer_index = lengths[:, None] - 1
+    logits: Any = model.apply({"params": params}, inputs)  # [B, T - 1, V]
+    token_losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, targets
+    )
+    is_right = jnp.argmax(logits, axis=-1) == targets
+    positions = jnp.arange(token_losses.shape[-1])
+    digit_losses = jax.nn.logsumexp(logits, -1) - jnp.mean(logits[..., digits], -1)
+    smoothing = DIGIT_SMOOTHING * jnp.isin(targets, digits)
+    smoothed_losses = (1 - smoothing) * token_losses + smoothing * digit_losses
+    return jnp.stack(
+        [
+            jnp.sum(smoothed_losses, where=positions == answer_index),
+            jnp.sum(token_losses, where=positions < answer_index),
+            jnp.sum(is_right, where=positions == answer_index),
+        ]
+    )
+
+
 @functools.partial(
     jax.jit, static_argnames=("model", "optimizer"), donate_argnums=(0, 1)
 )
 def train_steps(
-    params,
-    optimizer_state,
-    groups,
-    digits,
+    params: Params,
+    optimizer_state: optax.OptState,
+    groups: Sequence[Rows],
+    digits: jax.Array,
     *,
     model: Transformer,
     optimizer: optax.GradientTransformation,
-):
-    """As many optimiser steps as the leading axis of `groups`; returns the means of the watched."""
+) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
+    """As many optimiser steps as the leading axis of `groups`; returns the means of the metrics."""
 
     def step(carry, groups):
         params, state = carry
@@ -203,6 +221,21 @@ def train_steps(
     return params, optimizer_state, jax.tree.map(jnp.mean, metrics)
 
 
+def make_optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW of clipped gradients; its rate rises on a line and falls on a cosine to 3 %."""
+    rate_schedule = optax.warmup_cosine_decay_schedule(
+        0.0,
+        learning_rate,
+        min(WARM_UP_STEPS, steps // 2),
+        steps,
+        end_value=0.03 * learning_rate,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rate_schedule, b2=0.98, weight_decay=0.1),
+    )
+
+
 def train(
     *,
     seed: int,
@@ -213,24 +246,11 @@ def train(
 ) -> clm.LanguageModel:
     """Trains a model from scratch; the same arguments give the same one on the same machine."""
     tokenizer = prompts.make_tokenizer()
-    transformer_config = apples_config(tokenizer.get_vocab_size())
-    model = Transformer(transformer_config)
-    params = init_params(jax.random.key(seed), transformer_config)
-    abstract_params = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros(1, jnp.int32)
-    )["params"]
-    params = axes_lib.place_tree(mesh, params, abstract_params)
-    rate_schedule = optax.warmup_cosine_decay_schedule(
-        0.0,
-        learning_rate,
-        min(WARM_UP_STEPS, steps // 2),
-        steps,
-        end_value=0.03 * learning_rate,
+    model = Transformer(apples_config(tokenizer.get_vocab_size()))
+    params = parameters.place(
+        mesh, init_params(jax.random.key(seed), model.config), model.parameter_table()
     )
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate_schedule, b2=0.98, weight_decay=0.1),
-    )
+    optimizer = make_optimizer(learning_rate, steps)
     optimizer_state = jax.tree.map(
         lambda leaf: leaf if leaf.ndim else axes_lib.place(mesh, leaf, ""),
         optimizer.init(params),
@@ -245,18 +265,10 @@ def train(
         total=steps, unit="step", desc=f"seed {seed}", mininterval=1.0
     ) as progress:
         for start in range(0, steps, STEPS_PER_DISPATCH):
-            step_slice = slice(start, start + STEPS_PER_DISPATCH)
-            step_groups = [
-                (
-                    axes_lib.place(mesh, tokens[step_slice], "- B T"),
-                    axes_lib.place(mesh, lengths[step_slice], "- B"),
-                )
-                for tokens, lengths in groups
-            ]
             params, optimizer_state, metrics = train_steps(
                 params,
                 optimizer_state,
-                step_groups,
+                _place_steps(mesh, groups, start),
                 digits,
                 model=model,
                 optimizer=optimizer,
@@ -265,7 +277,22 @@ def train(
                 {name: f"{value:.3f}" for name, value in metrics.items()}
             )
             progress.update(min(STEPS_PER_DISPATCH, steps - start))
-    return clm.LanguageModel(clm.Transformer(transformer_config), params, tokenizer)
+    return clm.LanguageModel(model, params, tokenizer)
+
+
+def _place_steps(mesh: Mesh | None, groups: Sequence[Rows], start: int) -> list[Rows]:
+    """The groups of the steps of one dispatch, their rows over the mesh's data axis."""
+    steps = slice(start, start + STEPS_PER_DISPATCH)
+    return [
+        Rows(
+            axes_lib.place(mesh, tokens[steps], "- B T"),
+            axes_lib.place(mesh, lengths[steps], "- B"),
+        )
+        for tokens, lengths in groups
+    ]
+
+
+# --- The program ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -152,7 +152,7 @@ def _summarize_scores(
     """Means of scores [n, 4], with their intervals."""
     check_count("resamples", resamples)
     if not len(scores):
-        raise InputError("there are no positions to judge")
+        raise InputError("there are no positions to evaluate")
     if groups is not None and (
         np.shape(groups) != (len(scores),) or np.asarray(groups).dtype.kind not in "iu"
     ):
@@ -234,7 +234,8 @@ def collision_probabilities(probabilities: np.ndarray) -> np.ndarray:
 
     That is how often two independent draws are the same.
     """
-    num_contexts, by_length = len(probabilities), []
+    num_contexts = len(probabilities)
+    by_length = []
     for _ in range(probabilities.ndim - 1):
         by_length.append(np.square(probabilities).reshape(num_contexts, -1).sum(axis=1))
         probabilities = probabilities.sum(axis=-1)
@@ -285,11 +286,19 @@ def evaluate_language_model(
         ).tokens.reshape(2, batch_size, CONTINUATION_LENGTH)
         token_batches.append(generated)
     first, second = np.concatenate(token_batches, axis=1)[:, : len(contexts)]
-    bootstrap: Any = {"groups": groups, "seed": seed, "resamples": resamples}
     return {
-        "sampled": brier_lm_from_samples(first, second, reference, **bootstrap),
+        "sampled": brier_lm_from_samples(
+            first, second, reference, groups=groups, seed=seed, resamples=resamples
+        ),
         "closed": brier_lm_from_model(
-            lm, contexts, (first, second), reference, batch_size=batch_size, **bootstrap
+            lm,
+            contexts,
+            (first, second),
+            reference,
+            groups=groups,
+            seed=seed,
+            resamples=resamples,
+            batch_size=batch_size,
         ),
     }
 
@@ -300,8 +309,10 @@ def brier_lm_from_model(
     draws: tuple[np.ndarray, np.ndarray],
     reference: np.ndarray,
     *,
+    groups: np.ndarray | None = None,
+    seed: int = 0,
+    resamples: int = NUM_RESAMPLES,
     batch_size: int = 64,
-    **bootstrap: Any,
 ) -> dict[str, Any]:
     """BrierLM of a model of tokens in closed form, from two draws of its own at each position.
 
@@ -313,8 +324,10 @@ def brier_lm_from_model(
       contexts: int [n, T], of one length.
       draws: two independent continuations that the model drew, int [n, 4] each.
       reference: the tokens that follow, int [n, 4].
+      groups: as of `brier_lm_from_samples`.
+      seed: as of `brier_lm_from_samples`.
+      resamples: as of `brier_lm_from_samples`.
       batch_size: how many contexts go through the model at once.
-      **bootstrap: groups, seed and resamples, as of `brier_lm_from_samples`.
 
     Returns:
       as `brier_lm_from_samples`.
@@ -323,7 +336,8 @@ def brier_lm_from_model(
     config = lm.config.at_length(contexts.shape[1] + CONTINUATION_LENGTH)
     model = lm.model.clone(config=config)
     continuations = np.stack([*draws, reference]).astype(np.int32)
-    reference_batches, collision_batches = [], []
+    reference_batches = []
+    collision_batches = []
     for _, batch_indices in _padded_batches(
         len(contexts), min(batch_size, len(contexts))
     ):
@@ -336,21 +350,21 @@ def brier_lm_from_model(
         collision_estimates[:, 0] = first_collision
         reference_batches.append(np.asarray(batch_log_probs[2]))
         collision_batches.append(collision_estimates)
-    values = (
-        np.concatenate(parts)[: len(contexts)]
-        for parts in (reference_batches, collision_batches)
+    return brier_lm_from_probabilities(
+        np.concatenate(reference_batches)[: len(contexts)],
+        np.concatenate(collision_batches)[: len(contexts)],
+        groups=groups,
+        seed=seed,
+        resamples=resamples,
     )
-    return brier_lm_from_probabilities(*values, **bootstrap)
 
 
 def _check_contexts(
     lm: LanguageModel, contexts: np.ndarray, reference: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both as int32, if they fit the model and each other."""
-    contexts, reference = (
-        np.asarray(contexts),
-        _check_continuations("reference", reference),
-    )
+    contexts = np.asarray(contexts)
+    reference = _check_continuations("reference", reference)
     if (
         contexts.ndim != 2
         or contexts.dtype.kind not in "iu"
@@ -361,7 +375,7 @@ def _check_contexts(
             f" [{len(reference)}, T], one for each reference"
         )
     if not len(contexts):
-        raise InputError("there are no positions to judge")
+        raise InputError("there are no positions to evaluate")
     for name, tokens in {"contexts": contexts, "reference": reference}.items():
         check_integers(name, tokens, 0, lm.config.vocab_size)
     return contexts.astype(np.int32), reference.astype(np.int32)

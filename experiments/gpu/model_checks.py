@@ -213,7 +213,7 @@ class TrainingTask(NamedTuple):
     """A new model and what it is trained on."""
 
     lm: clm.LanguageModel[clm.Transformer]
-    groups: list[tuple[np.ndarray, np.ndarray]]  # tokens, lengths: see `draw_batches`
+    groups: list[train_apples.Rows]  # see `draw_batches`
     digits: np.ndarray  # their tokens
 
     def train(
@@ -224,7 +224,10 @@ class TrainingTask(NamedTuple):
         steps: slice,
     ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
         """Parameters and state after these steps, and the means of losses; donates both."""
-        groups = [(tokens[steps], lengths[steps]) for tokens, lengths in self.groups]
+        groups = [
+            train_apples.Rows(tokens[steps], lengths[steps])
+            for tokens, lengths in self.groups
+        ]
         return train_apples.train_steps(
             params,
             optimizer_state,

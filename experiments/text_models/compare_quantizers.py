@@ -87,14 +87,15 @@ def compare_for_model(
     data: tokenized_text.Corpus,
 ) -> list[dict[str, Any]]:
     """The numbers of each way for one model."""
-    settings = {
-        "length": config.length,
-        "windows": config.windows,
-        "seed": config.seed,
-        "codes": config.codes,
-        "stages": config.stages,
-        "levels": config.levels,
-    }
+    settings = code_comparison.Settings(
+        length=config.length,
+        windows=config.windows,
+        seed=config.seed,
+        codes=config.codes,
+        stages=config.stages,
+        levels=config.levels,
+        candidates=config.candidates or DEFAULT_CANDIDATES,
+    )
     if isinstance(lm.model, NextVectorModel):
         if config.candidates is not None:
             raise InputError(
@@ -102,17 +103,12 @@ def compare_for_model(
             )
         label = pathlib.PurePath(name).name
         latent_results = code_comparison.compare_latent_quantizers(
-            lm, data.train, data.held_out, **settings
+            lm, data.train, data.held_out, settings
         )
         return [{"model": label, **numbers} for numbers in latent_results]
     if len(config.model) > 1:
         raise InputError(f"--model: {name} is a density model; give it alone")
-    return code_comparison.compare_quantizers(
-        lm,
-        data.held_out,
-        candidates=config.candidates or DEFAULT_CANDIDATES,
-        **settings,
-    )
+    return code_comparison.compare_quantizers(lm, data.held_out, settings)
 
 
 def run(config: Config) -> Result:

@@ -66,10 +66,10 @@ class Evaluation(Protocol[Params_contra]):
         """Returns the numbers by name."""
 
 
-# What `make_train_steps` makes: (trained parameters, optimiser state, frozen parameters, batches,
-# steps made before, key) -> trained parameters, optimiser state, metrics [steps].
+# The function of `make_train_steps`: (trained parameters, optimiser state, frozen parameters,
+# batches, steps made before, key) -> trained parameters, optimiser state, metrics [steps].
 TrainSteps = Callable[
-    [NamedArrays, optax.OptState, NamedArrays, Batch, int, jax.Array],
+    [NamedArrays, optax.OptState, NamedArrays, object, int, jax.Array],
     tuple[NamedArrays, optax.OptState, NamedArrays],
 ]
 
@@ -134,7 +134,7 @@ class FitConfig:
 def fit(
     loss_function: LossFunction[Params, Batch],
     params: Params,
-    batch_iterator: BatchIterator[Batch],
+    batch_iterator: BatchIterator[object],
     *,
     folder: str | os.PathLike[str],
     config: FitConfig,
@@ -149,7 +149,7 @@ def fit(
     Args:
       loss_function: of parameters, a batch and a key.
       params: initial parameters, a tree of arrays; not changed.
-      batch_iterator: gives the batch of each step.
+      batch_iterator: gives the batch of each step, a tree of NumPy arrays.
       folder: of the run.
       config: how to train.
       is_frozen: says by a parameter's path ("layers/attention/q") that it is not trained: no
@@ -350,12 +350,12 @@ def _shardings(state: TrainState, mesh: Mesh | None) -> tuple[Any, Any, None] | 
 # --- The batches of a dispatch --------------------------------------------------------------------
 
 
-class _BatchSource(Generic[Batch]):
+class _BatchSource:
     """Draws the batches of one dispatch after the other."""
 
     def __init__(
         self,
-        batch_iterator: BatchIterator[Batch],
+        batch_iterator: BatchIterator[object],
         config: FitConfig,
         mesh: Mesh | None,
     ):
@@ -369,7 +369,7 @@ class _BatchSource(Generic[Batch]):
         steps_to_multiple = steps_per_dispatch - step % steps_per_dispatch
         return min(steps_to_multiple, self.config.steps - step)
 
-    def draw(self, step: int) -> Batch | None:
+    def draw(self, step: int) -> object | None:
         """The batches of the dispatch after `step`, placed; None at the end of the run."""
         num_steps = self.num_steps(step)
         if not num_steps:
@@ -380,7 +380,7 @@ class _BatchSource(Generic[Batch]):
         )
 
 
-def _stack_batches(batches: list[Batch], accumulate: int) -> Batch:
+def _stack_batches(batches: list[object], accumulate: int) -> object:
     """Batches of some steps as one tree with leading axes [steps, micro-batches, rows]."""
 
     def stack(*leaves: np.ndarray) -> np.ndarray:
@@ -392,19 +392,17 @@ def _stack_batches(batches: list[Batch], accumulate: int) -> Batch:
         array = np.stack(leaves)
         return array.reshape(len(leaves), accumulate, -1, *array.shape[2:])
 
-    stacked: Batch = jax.tree.map(stack, *batches)
-    return stacked
+    return jax.tree.map(stack, *batches)
 
 
-def _place_batches(mesh: Mesh | None, batches: Batch) -> Batch:
+def _place_batches(mesh: Mesh | None, batches: object) -> object:
     """Batches as `_stack_batches` makes them, their rows over the mesh's data axis."""
 
     def place_leaf(leaf: np.ndarray) -> ArrayLike:
         row_axes = ["-"] * (leaf.ndim - 3)
         return axes_lib.place(mesh, leaf, " ".join(["- - B", *row_axes]))
 
-    placed: Batch = jax.tree.map(place_leaf, batches)
-    return placed
+    return jax.tree.map(place_leaf, batches)
 
 
 # --- The steps ------------------------------------------------------------------------------------
@@ -416,7 +414,7 @@ def make_train_steps(
     merge: Callable[[NamedArrays], Params],
     config: FitConfig,
     shardings: tuple[Any, Any, None] | None = None,
-) -> TrainSteps[Batch]:
+) -> TrainSteps:
     """The compiled function that makes the steps of a dispatch.
 
     Args:
@@ -488,7 +486,7 @@ def make_train_steps(
     return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=shardings)
 
 
-def _pmap_train_steps(train_steps: TrainSteps[Batch]) -> TrainSteps[Batch]:
+def _pmap_train_steps(train_steps: TrainSteps) -> TrainSteps:
     """The steps with the micro-batches of each device in front."""
     in_axes = (None, None, None, 0, None, None)
     pmapped_steps = jax.pmap(
@@ -532,13 +530,13 @@ def _global_norm(gradients: NamedArrays) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run(Generic[Params, Batch]):
+class _Run(Generic[Params]):
     """The parts of a run that stay the same from dispatch to dispatch."""
 
     folder: pathlib.Path
     config: FitConfig
-    batch_source: _BatchSource[Batch]
-    train_steps: TrainSteps[Batch]
+    batch_source: _BatchSource
+    train_steps: TrainSteps
     merge: Callable[[NamedArrays], Params]
     frozen_params: NamedArrays
     evaluate: Evaluation[Params] | None
@@ -564,7 +562,7 @@ class _Run(Generic[Params, Batch]):
 
 
 def train_loop(
-    run: _Run[Params, Batch],
+    run: _Run[Params],
     state: TrainState,
     log: RunLog,
     progress: tqdm,

@@ -236,7 +236,7 @@ def _remove_old_checkpoints(folder: pathlib.Path) -> None:
 def restore_or_init(
     folder: pathlib.Path,
     initial_state: TrainState,
-    batch_iterator: BatchIterator[Any],
+    batch_iterator: BatchIterator[object],
 ) -> TrainState:
     """The state of the last checkpoint that can be read, or `initial_state` if there is none.
 
@@ -380,8 +380,8 @@ def _silence_orbax() -> Iterator[None]:
     """Keeps Orbax from printing tracebacks of an error that is reported in one line.
 
     A write that fails closes the event loop under the others of its checkpoint. TensorStore's
-    threads give that to `sys.unraisablehook`, and asyncio logs the tasks that nobody waited for; both
-    may be as late as the end of the process, so after a failure they stay silenced.
+    threads give that to `sys.unraisablehook`, and asyncio logs the tasks that nobody waited for.
+    Both may be as late as the end of the process, so after a failure they stay silenced.
     """
     previous_verbosity = logging.get_verbosity()
     previous_hook = sys.unraisablehook

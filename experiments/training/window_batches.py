@@ -10,11 +10,12 @@ s + 1 in epoch 0.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from continuous_lm.errors import InputError
+from continuous_lm.experiments.training.run_folder import BatchIterator
 
 
 class _Epoch(NamedTuple):
@@ -23,16 +24,17 @@ class _Epoch(NamedTuple):
 
 
 class _WindowAtIndex:
-    """What Grain asks for the window of an index, over all epochs."""
+    """Index -> window, over all epochs; Grain calls it."""
 
     def __init__(self, array: np.ndarray, length: int, seed: int):
-        self.array, self.length, self.seed = array, length, seed
+        self.array = array
+        self.length = length
+        self.seed = seed
         # One window fewer than would fit leaves room for every offset from 0 to length - 1.
         self.num_windows = max(1, (len(array) - length) // length)
         self.max_offset = len(array) - 1 - self.num_windows * length
-        self._cached_epoch = functools.lru_cache(maxsize=2)(
-            self._draw_epoch
-        )  # a batch may lie across two
+        # Of two epochs, since a batch may lie across them.
+        self._cached_epoch = functools.lru_cache(maxsize=2)(self._draw_epoch)
 
     def _draw_epoch(self, epoch: int) -> _Epoch:
         rng = np.random.default_rng([self.seed, epoch])
@@ -60,7 +62,7 @@ def check_length(array: np.ndarray, length: int, name: str = "the data") -> None
 
 def shuffled_windows(
     array: np.ndarray, *, length: int, batch_size: int, seed: int
-) -> Any:
+) -> BatchIterator[np.ndarray]:
     """An endless iterator of batches of windows, a Grain `DatasetIterator`.
 
     Its `get_state()` is a small dict that JSON can hold; `set_state` of another iterator over the
@@ -93,7 +95,10 @@ def shuffled_windows(
     # As good as endless; of `repeat` without a number, Grain cannot always tell the length.
     dataset = grain.MapDataset.range(2**48).map(window_at_index)
     read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(dataset.batch(batch_size).to_iter_dataset(read_options))
+    batches: BatchIterator[np.ndarray] = iter(
+        dataset.batch(batch_size).to_iter_dataset(read_options)
+    )
+    return batches
 
 
 def consecutive_windows(

@@ -291,12 +291,9 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
             lm,
             train,
             held_out,
-            length=4,
-            windows=2,
-            seed=0,
-            codes=100_000,
-            stages=2,
-            levels=5,
+            code_comparison.Settings(
+                length=4, windows=2, seed=0, codes=100_000, stages=2, levels=5
+            ),
         )
 
 
