@@ -3,7 +3,7 @@
 import dataclasses
 
 # Category, then its words, singular/plural. The last two words are never counted in training.
-_NOUN_TABLE = """
+NOUN_TABLE = """
 fruit/fruits apple/apples banana/bananas cherry/cherries lemon/lemons pear/pears plum/plums peach/peaches
 animal/animals cat/cats dog/dogs lion/lions elephant/elephants penguin/penguins cow/cows rabbit/rabbits
 flower/flowers rose/roses tulip/tulips daisy/daisies lily/lilies sunflower/sunflowers orchid/orchids poppy/poppies
@@ -15,7 +15,7 @@ vegetable/vegetables potato/potatoes carrot/carrots onion/onions pepper/peppers 
 
 def _parse_nouns() -> dict[str, dict[str, str]]:
     """Category -> {singular: plural}; the category's own plural is the first entry."""
-    rows = [row.replace("/", " ").split() for row in _NOUN_TABLE.split("\n") if row]
+    rows = [row.replace("/", " ").split() for row in NOUN_TABLE.split("\n") if row]
     return {row[0]: dict(zip(row[::2], row[1::2], strict=True)) for row in rows}
 
 

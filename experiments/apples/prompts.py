@@ -27,12 +27,13 @@ Durations are no part of the language: training knows ordinary tokens alone.
 import dataclasses
 import re
 import zlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
 
 from continuous_lm.experiments.apples.language import (
-    _NOUN_TABLE,
     ADJECTIVES,
     ATTRIBUTE_QUESTIONS,
     ATTRIBUTE_TEMPLATES,
@@ -41,6 +42,7 @@ from continuous_lm.experiments.apples.language import (
     COUNTED_WORDS,
     COUNTING_TEMPLATES,
     FILLER_WORDS,
+    NOUN_TABLE,
     OPERATORS,
     PEOPLE,
     PLACES,
@@ -56,9 +58,7 @@ from continuous_lm.experiments.apples.language import (
     WORDS,
 )
 
-# --- Words --------------------------------------------------------------------------------------
-
-# --- Templates ----------------------------------------------------------------------------------
+Option = TypeVar("Option")
 
 # --- Prompts ------------------------------------------------------------------------------------
 
@@ -110,11 +110,11 @@ def counting_prompt(
     word: str,
     gaps: list[str],
     *,
-    wording="times",
-    lead="",
-    end="",
-    between="",
-    style="",
+    wording: str = "times",
+    lead: str = "",
+    end: str = "",
+    between: str = "",
+    style: str = "",
 ) -> Prompt:
     """Asks how often `category` is mentioned in a sentence of `word` len(gaps) + 1 times.
 
@@ -135,9 +135,14 @@ def counting_prompt(
         a_category=f"{_article(category)} {category}",
         categories=CATEGORIES.get(category, category + "s"),
     )
-    prefix, suffix = prefix.format(**fields) + lead, end + suffix.format(**fields)
+    num_words = len(gaps) + 1
     return _prompt_with_span(
-        "counting", prefix, span, suffix, len(gaps) + 1, (word, len(gaps) + 1, style)
+        "counting",
+        prefix.format(**fields) + lead,
+        span,
+        end + suffix.format(**fields),
+        num_words,
+        (word, num_words, style),
     )
 
 
@@ -147,7 +152,7 @@ def events_prompt(
     objects: list[str],
     endings: list[str] | None = None,
     *,
-    between="",
+    between: str = "",
 ) -> Prompt:
     """Asks how many events there were: one for each of `objects`, in `SCENES[scene]`.
 
@@ -180,7 +185,13 @@ def events_prompt(
 
 
 def sum_prompt(
-    a: int, b: int, wording: int = 0, *, name="Alice", nouns="apples", others="pears"
+    a: int,
+    b: int,
+    wording: int = 0,
+    *,
+    name: str = "Alice",
+    nouns: str = "apples",
+    others: str = "pears",
 ) -> Prompt:
     """Asks for a + b; wording 0 is the paper's."""
     prefix, suffix = SUM_TEMPLATES[wording].split("{a}")
@@ -271,8 +282,8 @@ def sample_gaps(
     rng: np.random.Generator,
     style: str,
     n: int,
-    separators=SEPARATORS,
-    filler=FILLER_WORDS,
+    separators: Sequence[str] = SEPARATORS,
+    filler: Sequence[str] = FILLER_WORDS,
 ) -> list[str]:
     """Draws what stands between `n` words: n - 1 strings, spaces included.
 
@@ -299,7 +310,7 @@ def sample_gaps(
     return gap_strings
 
 
-def _sample_counting(rng):
+def _sample_counting(rng: np.random.Generator) -> Prompt:
     category = _choose(rng, _CATEGORIES)
     style = "none" if rng.random() < 0.4 else _choose(rng, SEPARATOR_STYLES[1:])
     num_words = 1 + _random_below(rng, 9)
@@ -324,9 +335,10 @@ def _sample_counting(rng):
     )
 
 
-def _sample_events(rng):
+def _sample_events(rng: np.random.Generator) -> Prompt:
     scene = _choose(rng, tuple(SCENES))
-    scene_spec, num_events = SCENES[scene], 1 + _random_below(rng, 9)
+    scene_spec = SCENES[scene]
+    num_events = 1 + _random_below(rng, 9)
     endings = scene_spec.endings if rng.random() < 0.6 else ("",)
     return events_prompt(
         scene,
@@ -339,27 +351,26 @@ def _sample_events(rng):
     )
 
 
-def _sample_sum(rng):
+def _sample_sum(rng: np.random.Generator) -> Prompt:
     plurals = [
         PLURALS[_choose(rng, WORDS[_choose(rng, _CATEGORIES)])] for _ in range(2)
     ]
-    a, b, wording = (
-        _random_below(rng, num_choices) for num_choices in (10, 10, len(SUM_TEMPLATES))
-    )
+    a = _random_below(rng, 10)
+    b = _random_below(rng, 10)
+    wording = _random_below(rng, len(SUM_TEMPLATES))
     return sum_prompt(
         a, b, wording, name=_choose(rng, PEOPLE), nouns=plurals[0], others=plurals[1]
     )
 
 
-def _sample_boolean(rng):
-    a, b, wording = (
-        _random_below(rng, num_choices)
-        for num_choices in (2, 2, len(BOOLEAN_TEMPLATES))
-    )
+def _sample_boolean(rng: np.random.Generator) -> Prompt:
+    a = _random_below(rng, 2)
+    b = _random_below(rng, 2)
+    wording = _random_below(rng, len(BOOLEAN_TEMPLATES))
     return boolean_prompt(a, _choose(rng, tuple(OPERATORS)), b, wording)
 
 
-def _sample_attribute(rng):
+def _sample_attribute(rng: np.random.Generator) -> Prompt:
     question = _choose(rng, tuple(ATTRIBUTE_QUESTIONS))
     categories = _TRUE_CATEGORIES[question] if rng.random() < 0.6 else _CATEGORIES
     word = _choose(rng, WORDS[_choose(rng, categories)])
@@ -419,7 +430,7 @@ def make_vocabulary() -> list[str]:
         *SENTENCE_TEMPLATES,
     ]
     words = [
-        _NOUN_TABLE.replace("/", " "),
+        NOUN_TABLE.replace("/", " "),
         "a an",
         *PRONOUNS,
         *PRONOUNS.values(),
@@ -458,7 +469,9 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 # --- Small helpers ------------------------------------------------------------------------------
 
 
-def _prompt_with_span(task, prefix, span, suffix, answer, combination) -> Prompt:
+def _prompt_with_span(
+    task: str, prefix: str, span: str, suffix: str, answer: int, combination: tuple
+) -> Prompt:
     span_range = (len(prefix), len(prefix) + len(span))
     return Prompt(task, prefix + span + suffix, str(answer), combination, span_range)
 
@@ -467,11 +480,11 @@ def _article(noun: str) -> str:
     return "an" if noun[0] in "aeiou" else "a"
 
 
-def _stable_hash(*parts) -> int:
+def _stable_hash(*parts: object) -> int:
     return zlib.crc32("|".join(map(str, parts)).encode())
 
 
-def _choose(rng: np.random.Generator, options):
+def _choose(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[_random_below(rng, len(options))]
 
 

@@ -213,7 +213,8 @@ def ngram_probabilities(
     check_count("n", n)
     contexts = np.asarray(contexts)
     p = np.asarray(next_probs(contexts), np.float64)
-    vocab_size, num_contexts = p.shape[-1], len(contexts)
+    vocab_size = p.shape[-1]
+    num_contexts = len(contexts)
     if num_contexts * vocab_size**n > _MAX_ENUMERATED:
         raise InputError(
             f"{num_contexts} contexts of {vocab_size} tokens have"

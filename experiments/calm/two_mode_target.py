@@ -1,4 +1,4 @@
-"""Heads on one target with two modes, which a single Gaussian cannot say.
+"""Heads on one target with two modes, which a single Gaussian cannot fit.
 
 The condition is an angle; the hidden state holds its sines and cosines. With probability 0.7 the
 target lies around sqrt(2) times the unit vector at that angle, else around the opposite point, with
@@ -255,24 +255,19 @@ def evaluate_samples(
         jax.random.uniform(angle_key, (conditions, 1), maxval=2 * math.pi)
     )
     hidden = jnp.broadcast_to(hidden, (conditions, samples, hidden.shape[-1]))
-    x, y = (
-        np.asarray(draw_samples(sample_key, hidden)),
-        np.asarray(draw_target(data_key, hidden)),
-    )
+    x = np.asarray(draw_samples(sample_key, hidden))
+    y = np.asarray(draw_target(data_key, hidden))
     modes = np.asarray(likelier_mode(hidden))
-    is_near_mode = [
-        np.linalg.norm(x - mode_center, axis=-1) < MAX_MODE_DEVIATIONS * MODE_DEVIATION
-        for mode_center in (modes, -modes)
-    ]
+    max_distance = MAX_MODE_DEVIATIONS * MODE_DEVIATION
+    is_near_likelier = np.linalg.norm(x - modes, axis=-1) < max_distance
+    is_near_other = np.linalg.norm(x + modes, axis=-1) < max_distance
+    num_near_both = is_near_likelier.sum() + is_near_other.sum()
     distances = energy_distances(x, y)
     return SampleScores(
         distance=float(distances.mean()),
         interval=bootstrap_interval(distances, seed=0, num_resamples=NUM_RESAMPLES),
-        in_modes=float(np.mean(is_near_mode[0] | is_near_mode[1])),
-        likelier=float(
-            is_near_mode[0].sum()
-            / max(1, is_near_mode[0].sum() + is_near_mode[1].sum())
-        ),
+        in_modes=float(np.mean(is_near_likelier | is_near_other)),
+        likelier=float(is_near_likelier.sum() / max(1, num_near_both)),
     )
 
 

@@ -108,10 +108,10 @@ def _check_groups(what: str, width: int) -> None:
 
 def fit_coders(key: jax.Array, rows: jax.Array, settings: Settings) -> dict[str, Coder]:
     """Name -> from vectors [..., W] to the vectors of their codes, fitted to standardised rows."""
-    codes, stages, levels = settings.codes, settings.stages, settings.levels
-    codebook = quantize.init(key, rows, codes)
+    levels = settings.levels
+    codebook = quantize.init(key, rows, settings.codes)
     residual_codebooks = quantize.init_residual(
-        key, rows, stages, max(codes // stages, 2)
+        key, rows, settings.stages, max(settings.codes // settings.stages, 2)
     )
     codes_per_stage = residual_codebooks.codes.shape[1]
 
@@ -124,8 +124,8 @@ def fit_coders(key: jax.Array, rows: jax.Array, settings: Settings) -> dict[str,
         return scale * jnp.arctanh(clipped).reshape(x.shape)
 
     return {
-        f"VQ, {codes}": lambda x: quantize.quantize(codebook, x).vectors,
-        f"residual VQ, {stages} x {codes_per_stage}": lambda x: (
+        f"VQ, {settings.codes}": lambda x: quantize.quantize(codebook, x).vectors,
+        f"residual VQ, {settings.stages} x {codes_per_stage}": lambda x: (
             quantize.quantize_residual(residual_codebooks, x).vectors
         ),
         f"finite scalar, {levels} levels": round_to_levels,

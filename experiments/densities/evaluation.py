@@ -198,7 +198,8 @@ def _density_metrics(
     key: jax.Array,
 ) -> dict[str, jax.Array]:
     """Numbers [B, T] of a density at the rows of the targets, of its mean and of a draw."""
-    rows, norms = table["rows"], table["norms"]
+    rows = table["rows"]
+    norms = table["norms"]
     drawn_vectors = density.sample(key)
     nearest_two = quantize.k_nearest(drawn_vectors, rows, 2, norms=norms)
     nearest_to_mean = quantize.nearest(density.mean, rows, norms=norms).indices

@@ -96,7 +96,10 @@ class Result(program.Result):
                     f" strength {strength_samples.strength:g},"
                     f" {strength_samples.share.value:.1%} near"
                 )
-            lines += [f"---{label}\n{self.prompt}{text}" for text in sample_texts]
+            lines += [
+                f"---{label}\n{self.prompt}{sample_text}"
+                for sample_text in sample_texts
+            ]
         if self.table is not None:
             lines.append(f"\n{self.table.as_text()}")
         return "\n".join(lines)
