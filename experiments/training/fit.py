@@ -429,32 +429,7 @@ def make_train_steps(
       by pmap), the frozen parameters, batches as `_stack_batches` makes them, the number of steps
       made before and the run's key.
     """
-
-    def objective(trained, frozen, batch, key):
-        params = merge(trained | frozen)
-        return loss_function(_cast_floating(params, config.compute_dtype), batch, key)
-
-    def mean_gradients(trained, frozen, micro_batches, part_indices, key):
-        """Means over the micro-batches of a step: gradients, and metrics."""
-
-        def add_gradients(gradient_sum, part):
-            part_index, batch = part
-            part_key = jax.random.fold_in(key, part_index)
-            (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
-                trained, frozen, batch, part_key
-            )
-            gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradients)
-            return gradient_sum, {**metrics, "loss": loss}
-
-        zeros = jax.tree.map(jnp.zeros_like, trained)
-        gradient_sum, metrics = jax.lax.scan(
-            add_gradients, zeros, (part_indices, micro_batches)
-        )
-        gradients = jax.tree.map(lambda leaf: leaf / len(part_indices), gradient_sum)
-        metrics = jax.tree.map(lambda values: jnp.mean(values, axis=0), metrics)
-        if config.pmap:
-            gradients, metrics = jax.lax.pmean((gradients, metrics), PMAP_AXIS)
-        return gradients, metrics
+    mean_gradients = _make_mean_gradients(loss_function, merge, config)
 
     def train_steps(trained, optimizer_state, frozen, batches, steps_before, key):
         num_steps, num_parts = jax.tree.leaves(batches)[0].shape[:2]
@@ -484,6 +459,46 @@ def make_train_steps(
     if config.pmap:
         return _pmap_train_steps(train_steps)
     return jax.jit(train_steps, donate_argnums=(0, 1), out_shardings=shardings)
+
+
+def _make_mean_gradients(
+    loss_function: LossFunction[Params, Batch],
+    merge: Callable[[NamedArrays], Params],
+    config: FitConfig,
+) -> Callable[..., tuple[NamedArrays, NamedArrays]]:
+    """The function of a step's gradients and metrics, means over its micro-batches.
+
+    It takes the trained and frozen parameters, micro-batches [micro-batches, rows, ...], their
+    indices and the step's key.
+    """
+
+    def objective(trained, frozen, batch, key):
+        params = merge(trained | frozen)
+        return loss_function(_cast_floating(params, config.compute_dtype), batch, key)
+
+    def mean_gradients(trained, frozen, micro_batches, part_indices, key):
+        """Means over the micro-batches of a step: gradients, and metrics."""
+
+        def add_gradients(gradient_sum, part):
+            part_index, batch = part
+            part_key = jax.random.fold_in(key, part_index)
+            (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+                trained, frozen, batch, part_key
+            )
+            gradient_sum = jax.tree.map(jnp.add, gradient_sum, gradients)
+            return gradient_sum, {**metrics, "loss": loss}
+
+        zeros = jax.tree.map(jnp.zeros_like, trained)
+        gradient_sum, metrics = jax.lax.scan(
+            add_gradients, zeros, (part_indices, micro_batches)
+        )
+        gradients = jax.tree.map(lambda leaf: leaf / len(part_indices), gradient_sum)
+        metrics = jax.tree.map(lambda values: jnp.mean(values, axis=0), metrics)
+        if config.pmap:
+            gradients, metrics = jax.lax.pmean((gradients, metrics), PMAP_AXIS)
+        return gradients, metrics
+
+    return mean_gradients
 
 
 def _pmap_train_steps(train_steps: TrainSteps) -> TrainSteps:
