@@ -19,8 +19,11 @@ Models:
   calm                next-vector models of C tokens a step, and their autoencoders
 
 Generation:
-  generate            continues prompts, token by token
-  GeneratedTokens     what it returns
+  generate            continues prompts: new tokens or vectors of a model of any kind
+  Generated           what it returns
+  Greedy              takes the likeliest token each time
+  Temperature         draws tokens at a temperature, cut to the likeliest ones
+  Sampler             what `generate` asks of a sampler; `density` and `calm` have others
   sample_token        draws a token from logits
   tokenization        texts to tokens, and characters to spans of tokens
 
@@ -73,10 +76,13 @@ if TYPE_CHECKING:
     from continuous_lm.errors import InputError
     from continuous_lm.inputs import Inputs
     from continuous_lm.models import (
-        GeneratedTokens,
+        Generated,
+        Greedy,
         KVCache,
         LanguageModel,
         Output,
+        Sampler,
+        Temperature,
         Transformer,
         TransformerConfig,
         bundled_models,
@@ -91,12 +97,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "GeneratedTokens",
+    "Generated",
+    "Greedy",
     "InputError",
     "Inputs",
     "KVCache",
     "LanguageModel",
     "Output",
+    "Sampler",
+    "Temperature",
     "Transformer",
     "TransformerConfig",
     "attention",

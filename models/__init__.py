@@ -8,21 +8,24 @@ from typing import TYPE_CHECKING
 
 from continuous_lm.models.checkpoints.hf_folder import bundled_models
 from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.generation import GeneratedTokens, generate
+from continuous_lm.models.generation import Generated, generate
 from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.loading import load, save
-from continuous_lm.models.samplers import sample_token
+from continuous_lm.models.samplers import Greedy, Sampler, Temperature, sample_token
 from continuous_lm.models.transformer import Output, Transformer
 
 if TYPE_CHECKING:
     from continuous_lm.models import calm, density
 
 __all__ = [
-    "GeneratedTokens",
+    "Generated",
+    "Greedy",
     "KVCache",
     "LanguageModel",
     "Output",
+    "Sampler",
+    "Temperature",
     "Transformer",
     "TransformerConfig",
     "bundled_models",

@@ -1,13 +1,16 @@
-"""Text from a model: prompts in, new tokens out, each of any duration, in one compiled loop.
+"""New items from a model of any kind: prompts in, tokens or vectors out, in one compiled loop.
 
-Prompts of different lengths share a batch by padding on the left with tokens of duration 0, which
-continuous attention does not see and which take no time. So every row's new tokens stand at the
+Prompts of different lengths share a batch by padding on the left with items of duration 0, which
+continuous attention does not see and which take no time. So every row's new items stand at the
 same index, and there are no masks or positions to keep.
+
+    prefill        the prompts go through the model, piece by piece
+    append_item    the sampler draws the next item of each row
+    decode_step    the model reads the last items, and the next ones are appended
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,37 +21,76 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import (
-    check_count,
-    check_integers,
-    check_numbers,
-)
+from continuous_lm.arguments import check_count, check_integers, check_numbers
 from continuous_lm.errors import InputError, about
-from continuous_lm.models import kv_cache, linen_transformer
-from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.language_model import LanguageModel, trunk_model
-from continuous_lm.models.samplers import check_sampling, sample_token
+from continuous_lm.models import kv_cache
+from continuous_lm.models.generative_model import GenerativeModel, generative_model
+from continuous_lm.models.kv_cache import KVCache
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
+from continuous_lm.models.samplers import Draw, Greedy, Sampler, check_key
 
 __all__ = [
+    "GREEDY",
     "LENGTH_MULTIPLE",
+    "PROMPT_AXES",
+    "RESULT_AXES",
+    "STOP_MULTIPLE",
     "DecodeSpec",
-    "GeneratedTokens",
-    "decode_batch",
+    "DecodeState",
+    "Generated",
+    "Prompts",
+    "Request",
+    "append_item",
+    "decode_step",
     "generate",
-    "split_prompts",
+    "initial_state",
+    "is_unfinished",
+    "place_request",
+    "prefill",
+    "read_prompts",
+    "slice_items",
     "stop_tokens",
 ]
 
-LENGTH_MULTIPLE = (
-    64  # lengths are rounded up to multiples of it, so that few programs are compiled
-)
+# Lengths are rounded up to multiples of these, so that few programs are compiled.
+LENGTH_MULTIPLE = 64
+STOP_MULTIPLE = 8
+GREEDY = Greedy()
+
+# One prompt, or several: an array of them, or a list of different lengths.
+Prompts = ArrayLike | Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]]
 
 
-class GeneratedTokens(NamedTuple):
-    """New tokens of B prompts."""
+class Generated(NamedTuple):
+    """New tokens or vectors of B prompts, on the host."""
 
-    tokens: np.ndarray  # int32 [B, T]; 0 after a row's stop token
+    items: (
+        np.ndarray
+    )  # tokens int32 [B, T], 0 after a row's stop token; or vectors [B, T, W]
     lengths: np.ndarray  # int32 [B], the stop token included
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The new tokens int32 [B, T].
+
+        Raises:
+          InputError: if they are vectors.
+        """
+        if self.items.ndim != 2:
+            raise InputError("this model makes vectors; take `vectors`")
+        return self.items
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The new vectors, float [B, T, W].
+
+        Raises:
+          InputError: if they are tokens.
+        """
+        if self.items.ndim != 3:
+            raise InputError("this model makes tokens; take `tokens`")
+        return self.items
 
     def token_lists(self) -> list[list[int]]:
         """The new tokens of each prompt, up to and with its stop token."""
@@ -56,342 +98,329 @@ class GeneratedTokens(NamedTuple):
         return [row[:length].tolist() for row, length in tokens_and_lengths]
 
 
-class DecodeSpec(NamedTuple):
-    """What the compiled loop depends on, apart from shapes."""
-
-    # Takes prompts, durations, cache and position; gives outputs and the cache.
-    model: Any
-    prompt_argument: str  # the name under which the model takes the prompts
-    next_argument: str  # and the items that the sampler makes
-    sampler: Callable[..., jax.Array]  # hashable; see `decode_batch`
-    config: TransformerConfig  # of the trunk
-    prefill_length: int
-    mesh: Mesh | None
-
-
 def generate(
     lm: LanguageModel[Any],
-    tokens: ArrayLike | Sequence[ArrayLike] | None = None,
+    prompts: Prompts,
     *,
+    sampler: Sampler[Any] = GREEDY,
     max_new_tokens: int,
-    embeddings: ArrayLike | Sequence[ArrayLike] | None = None,
-    durations: ArrayLike | Sequence[ArrayLike] | None = None,
+    durations: Prompts | None = None,
     start: ArrayLike = 0.0,
     new_durations: ArrayLike = 1.0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     key: jax.Array | None = None,
     stop: int | Sequence[int] | None = None,
     max_prefill_length: int = 1024,
-) -> GeneratedTokens:
-    """Continues prompts token by token.
+) -> Generated:
+    """Continues prompts item by item: a token, a vector, or a chunk of C tokens at a time.
 
     The program is compiled for a batch size and for lengths in steps of 64; other prompts of
-    similar lengths, temperatures, durations and numbers of new tokens run it again.
+    similar lengths, temperatures, durations and numbers of new items run it again.
 
     Args:
-      lm: the language model. If its parameters lie on a mesh, so does the computation.
-      tokens: the prompts: int [B, T], or a list of B of different lengths; [T] is one prompt.
-      max_new_tokens: how many tokens each prompt gets, at most.
-      embeddings: [B, T, D], or a list of B [T, D], instead of tokens; [T, D] is one prompt.
-      durations: of the prompts' tokens, shaped as these; 1 if left out.
+      lm: a trunk, a density model or a next-vector model. If its parameters lie on a mesh, so does
+        the computation.
+      prompts: what the model reads: int tokens [B, T], or a list of B [T] of different lengths, or
+        floats [B, T, W], or a list of B [T, W]: embeddings instead of a trunk's tokens, or the
+        vectors that a density model reads. Without the axis B they are one prompt.
+      sampler: how items are drawn: `Greedy`, `Temperature`, or one of `models.density` and
+        `models.calm`.
+      max_new_tokens: how many tokens, or vectors, each prompt gets, at most.
+      durations: of the prompts' tokens, vectors or chunks: [B, T], or a list of B; 1 if left out.
       start: the time at which each prompt begins, a scalar or [B].
-      new_durations: d >= 0 of the new tokens: a scalar, [max_new_tokens] or [B, max_new_tokens].
-      temperature: the logits are divided by it; at 0 the likeliest token is taken each time.
-      top_k: draw from the k likeliest tokens only.
-      top_p: draw from the fewest tokens only whose probability adds up to p.
-      key: PRNG key; needed unless the temperature is 0.
+      new_durations: d >= 0 of the new items: a scalar, [T] or [B, T], where T is `max_new_tokens`
+        (over C, rounded up).
+      key: PRNG key; needed unless the sampler takes what is likeliest.
       stop: tokens that end a row, or () for none; config.json's eos_token_id if left out.
-      max_prefill_length: prompts go through the model in pieces of at most so many tokens, so that
+      max_prefill_length: prompts go through the model in pieces of at most so many items, so that
         memory for their activations is bounded.
 
-    LongRoPE's factors are chosen once for all rows, by the number of tokens of the longest prompt
+    LongRoPE's factors are chosen once for all rows, by the number of items of the longest prompt
     with the new ones.
 
-    Returns:
-      The new tokens, on the host.
-
     Raises:
-      InputError: for arguments that do not fit.
+      InputError: for arguments that do not fit, or if the sampler could not draw an item.
     """
-    for name, value in {
-        "max_new_tokens": max_new_tokens,
-        "max_prefill_length": max_prefill_length,
-        "top_k": top_k,
-    }.items():
-        if value is not None or name == "max_new_tokens":
-            check_count(name, value)
-    check_sampling(temperature, top_p, key)
-    if (tokens is None) == (embeddings is None):
-        raise InputError("give either tokens or embeddings")
-    prompt_argument, prompts = (
-        ("tokens", tokens) if embeddings is None else ("embeddings", embeddings)
-    )
-    trunk = trunk_model(lm)
-    param_dtype = lm.params["embedding"].dtype
-    prompt_dtype = np.dtype(np.int32) if prompt_argument == "tokens" else param_dtype
-    prompt_list, duration_list = split_prompts(
-        linen_transformer.Transformer(lm.config),
-        prompt_argument,
-        prompts,
-        durations,
-        prompt_dtype,
-    )
+    check_count("max_new_tokens", max_new_tokens)
+    check_count("max_prefill_length", max_prefill_length)
+    model = generative_model(lm)
+    loop_sampler = sampler.resolve(lm)
+    key = _resolve_key(loop_sampler, key)
+    rows, row_durations = read_prompts(lm, sampler, prompts, durations)
+    stop_ids = stop_tokens(lm, stop)
+    max_new_items = -(-max_new_tokens // model.tokens_per_item)
+    max_length = max(map(len, rows))
+    padded_length, prefill_length = _prefill_lengths(max_length, max_prefill_length)
     spec = DecodeSpec(
-        linen_transformer.Transformer(lm.config, implementation=trunk.implementation),
-        prompt_argument,
-        "tokens",
-        _TokenSampler(greedy=temperature == 0, top_k=top_k, top_p=top_p is not None),
-        lm.config,
-        max_prefill_length,
-        axes_lib.mesh_of(lm.params["embedding"]),
-    )
-    options = {
-        "temperature": np.float32(temperature),
-        "top_p": np.float32(1.0 if top_p is None else top_p),
-    }
-    new_tokens, lengths = decode_batch(
-        spec,
-        lm.params,
-        prompt_list,
-        duration_list,
-        max_new_items=max_new_tokens,
-        start=start,
-        new_durations=new_durations,
-        options=options,
-        stop=stop_tokens(stop, lm.hf_fields, lm.config.vocab_size),
-        key=jax.random.key(0) if key is None or temperature == 0 else key,
-        dtype=param_dtype,
-    )
-    return GeneratedTokens(new_tokens, lengths)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TokenSampler:
-    """Tokens from logits."""
-
-    greedy: bool
-    top_k: int | None
-    top_p: bool
-
-    def __call__(self, params, options, key, logits, is_done):
-        if self.greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        top_p = options["top_p"] if self.top_p else None
-        temperature = options["temperature"]
-        return sample_token(
-            key, logits, temperature=temperature, top_k=self.top_k, top_p=top_p
-        )
-
-
-def decode_batch(
-    spec: DecodeSpec,
-    params: Any,
-    prompts: Sequence[np.ndarray],
-    durations: Sequence[np.ndarray],
-    *,
-    max_new_items: int,
-    start: ArrayLike,
-    new_durations: ArrayLike,
-    options: Any,
-    stop: np.ndarray,
-    key: jax.Array,
-    dtype: np.dtype,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Continues B prompts, whatever they are made of, in one compiled loop.
-
-    At each step `spec.sampler(params, options, key, outputs, is_done)` makes the next items, [B]
-    tokens, [B, C] chunks of them or [B, W] vectors, from the model's outputs at the last ones,
-    [B, ...]. A token of -1 ends its row. What it makes for rows that are done, bool [B], is
-    dropped.
-
-    Args:
-      spec: the program. Its `prefill_length` is an upper bound here.
-      params: of the model.
-      prompts: the prompts.
-      durations: their durations.
-      max_new_items: how many new items are wanted of each, at most.
-      start: as of `generate`.
-      new_durations: as of `generate`.
-      options: tree of arrays that the sampler gets.
-      stop: tokens that end a row.
-      key: PRNG key, from which each step's is folded.
-      dtype: of the cache.
-
-    Returns:
-      the new items [B, max_new_items, ...], and how many each row has [B].
-    """
-    check_numbers("start", start)
-    check_numbers("new_durations", new_durations, 0.0)
-    max_length = max(map(len, prompts))
-    padded_length, prefill_length = _prefill_lengths(max_length, spec.prefill_length)
-    config = spec.config.at_length(max_length + max_new_items)
-    spec = spec._replace(
-        model=spec.model.clone(config=config),
-        config=config,
-        prefill_length=prefill_length,
-    )
-    new_shape, capacity = (
-        (len(prompts), max_new_items),
-        _round_up(max_new_items, LENGTH_MULTIPLE),
-    )
-    batch = {
-        "prompts": _pad_left(prompts, padded_length),
-        "durations": _pad_left(durations, padded_length),
-        "new_durations": _broadcast_and_pad(
-            "new_durations", new_durations, new_shape, capacity
+        model.clone(
+            config=model.config.at_length(max_length + max_new_items), remat=False
         ),
-        "start": _broadcast_and_pad("start", start, new_shape[:1]),
-    }
-    new_items, lengths = _decode_loop(
-        spec, dtype, params, options, batch, stop, np.int32(max_new_items), key
+        prefill_length,
+        axes_lib.mesh_of(model.trunk_params(lm.params)["embedding"]),
     )
-    return np.asarray(new_items)[:, :max_new_items], np.asarray(lengths)
+    request = Request(
+        prompts=_pad_left(rows, padded_length),
+        durations=_pad_left(row_durations, padded_length),
+        start=_broadcast_start(start, len(rows)),
+        new_durations=_pad_new_durations(new_durations, (len(rows), max_new_items)),
+        stop=stop_ids,
+        max_new_items=np.int32(max_new_items),
+        key=key,
+    )
+    new_items, num_items = _decode_loop(spec, lm.params, loop_sampler, request)
+    items = np.asarray(new_items)[:, :max_new_items]
+    lengths = np.asarray(num_items)
+    if model.input_kind == "vectors":
+        return Generated(items, lengths)
+    _check_drawn(items, lengths, sampler)
+    tokens = items.reshape(len(items), -1)
+    token_lengths = lengths * model.tokens_per_item
+    return _cut_after_stop(tokens, token_lengths, stop_ids, max_new_tokens)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# --- The compiled loop ------------------------------------------------------------------------
+
+
+class DecodeSpec(NamedTuple):
+    """What the compiled loop depends on, apart from its sampler and shapes."""
+
+    model: GenerativeModel
+    prefill_length: int  # of the pieces in which prompts are read
+    mesh: Mesh | None
+
+
+class Request(NamedTuple):
+    """The arrays of one call: B prompts, and what is wanted of each."""
+
+    prompts: ArrayLike  # [B, T] tokens, [B, T, W] vectors or [B, T, C] chunks; padded on the left
+    durations: ArrayLike  # [B, T], 0 where there is padding
+    start: ArrayLike  # [B]
+    new_durations: ArrayLike  # [B, capacity]
+    stop: ArrayLike  # int [...], tokens that end a row
+    max_new_items: ArrayLike  # int []
+    key: jax.Array
+
+
+class DecodeState(NamedTuple):
+    """How far B rows are."""
+
+    num_items: jax.Array  # int [], new items of the rows that go on
+    cache: KVCache  # of the prompts and all new items but the last
+    new_items: jax.Array  # [B, capacity, ...]
+    lengths: jax.Array  # int32 [B]
+    is_done: jax.Array  # bool [B]
+
+
+# The letters of the axes of prompts by their number: of tokens, and of vectors or chunks.
+PROMPT_AXES = {2: "B T", 3: "B T D"}
+# Results are whole on every device.
+RESULT_AXES = {1: "-", 2: "- -", 3: "- - -"}
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _decode_loop(
-    spec: DecodeSpec,
-    dtype: np.dtype,
-    params: Any,
-    options: Any,
-    batch: dict[str, jax.Array],
-    stop: jax.Array,
-    max_new_items: jax.Array,
-    key: jax.Array,
+    spec: DecodeSpec, params: Params, sampler: Sampler[Any], request: Request
 ) -> tuple[jax.Array, jax.Array]:
     """New items [B, capacity, ...], at most `max_new_items`, and the number of each row [B]."""
-    (num_rows, capacity), padded_length = (
-        batch["new_durations"].shape,
-        batch["prompts"].shape[1],
+    request = place_request(spec.mesh, request)
+    draw = sampler.draw_function(spec.model, params)
+    hidden, cache = prefill(spec, params, request)
+    state = append_item(
+        request, draw, hidden, initial_state(request, draw, hidden, cache)
     )
-    place = functools.partial(axes_lib.place, spec.mesh)
-    letters = {
-        "prompts": "B T D",
-        "durations": "B T",
-        "new_durations": "B T",
-        "start": "B",
-    }
-    batch = {
-        entry: place(array, letters[entry][: 2 * array.ndim - 1])
-        for entry, array in batch.items()
-    }
-    cache = kv_cache.empty(spec.config, padded_length + capacity, (num_rows,), dtype)
-    cache = kv_cache.place(spec.mesh, cache._replace(end_time=batch["start"]))
-
-    def slice_piece(name, i, size):
-        return lax.dynamic_slice_in_dim(batch[name], i * size, size, axis=1)
-
-    def apply_model(cache, durations, **inputs):
-        variables: Any = {"params": params}
-        return spec.model.apply(
-            variables, durations=durations, cache=cache, position=-1, **inputs
-        )
-
-    def prefill_piece(i, carry):
-        """The i-th piece of the prompts."""
-        cache, _ = carry
-        inputs = {spec.prompt_argument: slice_piece("prompts", i, spec.prefill_length)}
-        outputs, cache = apply_model(
-            cache, slice_piece("durations", i, spec.prefill_length), **inputs
-        )
-        return cache, outputs
-
-    def append(i, outputs, cache, new, lengths, done):
-        """The i-th new item."""
-        item = spec.sampler(params, options, jax.random.fold_in(key, i), outputs, done)
-        item = jnp.where(done.reshape(-1, *[1] * (item.ndim - 1)), 0, item)
-        new = lax.dynamic_update_slice_in_dim(
-            new, item[:, None].astype(new.dtype), i, axis=1
-        )
-        is_ending: jax.Array | bool = False
-        if jnp.issubdtype(item.dtype, jnp.integer):  # a token, or any of a chunk's
-            is_stop = jnp.isin(item, stop) | (item < 0)
-            is_ending = jnp.any(is_stop.reshape(len(item), -1), axis=-1)
-        return i + 1, cache, new, lengths + ~done, done | is_ending
-
-    def unfinished(state):
-        i, *_, is_done = state
-        return (i < max_new_items) & ~jnp.all(is_done)
-
-    def decode_step(state):
-        i, cache, new_items, lengths, is_done = state
-        last_item = lax.dynamic_slice_in_dim(new_items, i - 1, 1, axis=1)
-        outputs, cache = apply_model(
-            cache,
-            slice_piece("new_durations", i - 1, 1),
-            **{spec.next_argument: last_item},
-        )
-        return append(i, outputs, cache, new_items, lengths, is_done)
-
-    _, no_outputs = jax.eval_shape(prefill_piece, 0, (cache, None))
-    no_outputs = jnp.zeros(no_outputs.shape, no_outputs.dtype)
-    cache, outputs = lax.fori_loop(
-        0, padded_length // spec.prefill_length, prefill_piece, (cache, no_outputs)
+    state = lax.while_loop(
+        lambda state: is_unfinished(request, state),
+        lambda state: decode_step(spec, params, request, draw, state),
+        state,
     )
+    new_items = axes_lib.place(
+        spec.mesh, state.new_items, RESULT_AXES[state.new_items.ndim]
+    )
+    return new_items, axes_lib.place(spec.mesh, state.lengths, RESULT_AXES[1])
+
+
+def place_request(mesh: Mesh | None, request: Request) -> Request:
+    """The request with its rows where the letters of their axes say."""
+    place = functools.partial(axes_lib.place, mesh)
+    return request._replace(
+        prompts=place(request.prompts, PROMPT_AXES[np.ndim(request.prompts)]),
+        durations=place(request.durations, "B T"),
+        start=place(request.start, "B"),
+        new_durations=place(request.new_durations, "B T"),
+    )
+
+
+def prefill(
+    spec: DecodeSpec, params: Params, request: Request
+) -> tuple[jax.Array, KVCache]:
+    """The hidden states [B, D] at the prompts' last items, and the cache with room for new ones."""
+    num_rows, capacity = np.shape(request.new_durations)
+    padded_length = np.shape(request.durations)[1]
+    config = spec.model.config
+    dtype = spec.model.trunk_params(params)["embedding"].dtype
+    cache = kv_cache.empty(config, padded_length + capacity, (num_rows,), dtype)
+    cache = cache._replace(end_time=jnp.asarray(request.start))
+    cache = kv_cache.place(spec.mesh, cache)
+
+    def read_piece(
+        i: jax.Array, carry: tuple[jax.Array | None, KVCache]
+    ) -> tuple[jax.Array, KVCache]:
+        _, cache = carry
+        length = spec.prefill_length
+        items = slice_items(request.prompts, i * length, length)
+        durations = slice_items(request.durations, i * length, length)
+        return spec.model.read_items(params, items, durations, cache)
+
+    hidden, _ = jax.eval_shape(read_piece, jnp.int32(0), (None, cache))
+    no_hidden = jnp.zeros(hidden.shape, hidden.dtype)
+    num_pieces = padded_length // spec.prefill_length
+    return lax.fori_loop(0, num_pieces, read_piece, (no_hidden, cache))
+
+
+def initial_state(
+    request: Request, draw: Draw, hidden: jax.Array, cache: KVCache
+) -> DecodeState:
+    """The state before the first item is drawn."""
+    num_rows, capacity = np.shape(request.new_durations)
     none_done = jnp.zeros(num_rows, bool)
-    item = jax.eval_shape(spec.sampler, params, options, key, outputs, none_done)
-    state = append(
-        jnp.int32(0),
-        outputs,
-        cache,
-        jnp.zeros((num_rows, capacity, *item.shape[1:]), item.dtype),
-        jnp.zeros(num_rows, jnp.int32),
-        none_done,
+    item = jax.eval_shape(draw, request.key, hidden, none_done)
+    return DecodeState(
+        num_items=jnp.int32(0),
+        cache=cache,
+        new_items=jnp.zeros((num_rows, capacity, *item.shape[1:]), item.dtype),
+        lengths=jnp.zeros(num_rows, jnp.int32),
+        is_done=none_done,
     )
-    _, _, new_items, lengths, _ = lax.while_loop(unfinished, decode_step, state)
-    return place(new_items, "- - -"[: 2 * new_items.ndim - 1]), place(
-        lengths, "-"
-    )  # all, on every host
 
 
-def split_prompts(
-    model: Any, prompt_argument: str, prompts: Any, durations: Any, dtype: np.dtype
+def append_item(
+    request: Request, draw: Draw, hidden: jax.Array, state: DecodeState
+) -> DecodeState:
+    """The state with the items that are drawn from hidden states [B, D]."""
+    index, is_done = state.num_items, state.is_done
+    item = draw(jax.random.fold_in(request.key, index), hidden, is_done)
+    is_dropped = is_done.reshape(-1, *[1] * (item.ndim - 1))
+    item = jnp.where(is_dropped, 0, item)
+    if jnp.issubdtype(item.dtype, jnp.integer):  # a token, or any of a chunk's
+        is_end = jnp.isin(item, request.stop) | (item < 0)
+        is_done = is_done | jnp.any(is_end.reshape(len(item), -1), axis=-1)
+    return DecodeState(
+        num_items=index + 1,
+        cache=state.cache,
+        new_items=lax.dynamic_update_slice_in_dim(
+            state.new_items, item[:, None], index, axis=1
+        ),
+        lengths=state.lengths + ~state.is_done,
+        is_done=is_done,
+    )
+
+
+def is_unfinished(request: Request, state: DecodeState) -> jax.Array:
+    """Whether any row wants another item."""
+    return (state.num_items < request.max_new_items) & ~jnp.all(state.is_done)
+
+
+def decode_step(
+    spec: DecodeSpec, params: Params, request: Request, draw: Draw, state: DecodeState
+) -> DecodeState:
+    """The model reads the last items, and the next ones are appended."""
+    index = state.num_items - 1
+    last_items = slice_items(state.new_items, index, 1)
+    durations = slice_items(request.new_durations, index, 1)
+    hidden, cache = spec.model.read_items(params, last_items, durations, state.cache)
+    return append_item(request, draw, hidden, state._replace(cache=cache))
+
+
+def slice_items(rows: ArrayLike, start: jax.Array, length: int) -> jax.Array:
+    """[B, length, ...]: of rows [B, T, ...], from index `start` on."""
+    return lax.dynamic_slice_in_dim(jnp.asarray(rows), start, length, axis=1)
+
+
+# --- Prompts ----------------------------------------------------------------------------------
+
+
+def read_prompts(
+    lm: LanguageModel[Any],
+    sampler: Sampler[Any],
+    prompts: Prompts,
+    durations: Prompts | None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Prompts of a kind one by one, checked by the model, and the durations of each.
+    """The items [T, ...] of each prompt, checked by the model, and their durations [T].
 
     One dtype whatever was given, so that one program serves them all.
     """
-    prompt_list = _split_rows(
-        prompt_argument, prompts, "T" if prompt_argument == "tokens" else "T D"
-    )
-    duration_list = [np.ones(len(row)) for row in prompt_list]
+    model = generative_model(lm)
+    param_dtype = model.trunk_params(lm.params)["embedding"].dtype
+    float_dtype = jnp.promote_types(param_dtype, jnp.float32)
+    prompt_rows = _split_prompts(prompts)
+    duration_rows: list[np.ndarray] | None = None
     if durations is not None:
-        duration_list = _split_rows("durations", durations, "T")
-    if len(duration_list) != len(prompt_list):
-        raise InputError(
-            f"durations are given for {len(duration_list)} prompts, and there are"
-            f" {len(prompt_list)} prompts"
-        )
-    for i, (row, row_durations) in enumerate(
-        zip(prompt_list, duration_list, strict=True)
-    ):
+        duration_rows = _split_rows("durations", durations, 1)
+        if len(duration_rows) != len(prompt_rows):
+            raise InputError(
+                f"durations are given for {len(duration_rows)} prompts, and there are"
+                f" {len(prompt_rows)} prompts"
+            )
+    item_rows = []
+    item_durations = []
+    for i, prompt in enumerate(prompt_rows):
         with about(f"prompt {i}"):
-            model.check(**{prompt_argument: row}, durations=row_durations)
-    return [row.astype(dtype) for row in prompt_list], [
-        row.astype(np.float32) for row in duration_list
-    ]
+            items = sampler.prompt_items(lm, prompt)
+            row_durations = np.ones(len(items))
+            if duration_rows is not None:
+                row_durations = duration_rows[i]
+            model.check_prompt(items, row_durations)
+        is_float = jnp.issubdtype(items.dtype, jnp.floating)
+        item_rows.append(items.astype(float_dtype if is_float else np.int32))
+        item_durations.append(row_durations.astype(np.float32))
+    return item_rows, item_durations
 
 
-def _split_rows(name: str, values: Any, axes: str) -> list[np.ndarray]:
-    """The arrays with these axes one by one, from one, from an array of them, or from a list."""
-    rank = len(axes_lib.split(axes))
-    try:
-        values = np.asarray(values) if hasattr(values, "ndim") else values
-        rows = [np.asarray(row) for row in values]
-        rows = [np.asarray(values)] if rows and rows[0].ndim == rank - 1 else rows
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{name} must be one prompt's [{axes}], or a list of them"
-        ) from None
-    if not rows:
-        raise InputError(f"{name} are empty; give at least one prompt")
+def _split_prompts(prompts: Prompts) -> list[np.ndarray]:
+    """Prompts one by one: int [T], or float [T, W]."""
+    rows = _as_rows("prompts", prompts)
+    is_float = jnp.issubdtype(rows[0].dtype, jnp.floating)
+    required_kind = jnp.floating if is_float else jnp.integer
     for i, row in enumerate(rows):
         if row.dtype.kind in "US":
             raise InputError(
-                f"{name} are text; lm.tokenizer.encode(text).ids are its tokens"
+                "prompts are text; lm.tokenizer.encode(text).ids are its tokens"
             )
+        if not row.size:
+            raise InputError(f"prompt {i}: there are no tokens; give at least one")
+        if not jnp.issubdtype(row.dtype, required_kind):
+            raise InputError(
+                f"prompts hold {row.dtype}; all must be integers, which are tokens, or all real"
+                " numbers, which are vectors"
+            )
+    return _split_rows("prompts", prompts, 2 if is_float else 1)
+
+
+def _as_rows(name: str, values: Prompts) -> list[np.ndarray]:
+    """The entries of the first axis."""
+    try:
+        array_or_rows: Any = values
+        if isinstance(values, jax.Array | np.ndarray | np.generic):
+            array_or_rows = np.asarray(values)
+        rows = [np.asarray(row) for row in array_or_rows]
+    except (TypeError, ValueError):
+        raise InputError(f"{name} must be one prompt's, or a list of them") from None
+    if not rows:
+        raise InputError(f"{name} are empty; give at least one prompt")
+    return rows
+
+
+def _split_rows(name: str, values: Prompts, rank: int) -> list[np.ndarray]:
+    """The arrays of `rank` axes one by one, from one, from an array of them, or from a list."""
+    rows = _as_rows(name, values)
+    axes = "T" if rank == 1 else "T, W"
+    if rows[0].ndim == rank - 1:
+        try:
+            rows = [np.asarray(values)]
+        except ValueError:
+            raise InputError(
+                f"{name} must be one prompt's [{axes}], or a list of them"
+            ) from None
+    for i, row in enumerate(rows):
         if row.ndim != rank:
             raise InputError(
                 f"prompt {i}: {name} have shape {list(row.shape)}; it must be [{axes}]"
@@ -400,64 +429,108 @@ def _split_rows(name: str, values: Any, axes: str) -> list[np.ndarray]:
 
 
 def _prefill_lengths(length: int, max_prefill_length: int) -> tuple[int, int]:
-    """To what length prompts are padded, and in pieces of how many tokens they are read.
+    """To what length prompts are padded, and in pieces of how many items they are read.
 
     Pieces are as even as they can be, so that little padding is read.
     """
     padded_length = _round_up(length, LENGTH_MULTIPLE)
     num_pieces = -(-padded_length // max_prefill_length)
-    max_prefill_length = -(-padded_length // num_pieces)
-    return num_pieces * max_prefill_length, max_prefill_length
+    piece_length = -(-padded_length // num_pieces)
+    return num_pieces * piece_length, piece_length
 
 
 def _pad_left(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
     """[B, length, ...]: the rows, with zeros in front."""
-    return np.stack(
-        [
-            np.pad(row, [(length - len(row), 0)] + [(0, 0)] * (row.ndim - 1))
-            for row in rows
-        ]
-    )
+    padded = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
+    for i, row in enumerate(rows):
+        padded[i, length - len(row) :] = row
+    return padded
 
 
-def _broadcast_and_pad(
-    name: str, values: ArrayLike, shape: tuple[int, ...], capacity: int = 0
-) -> np.ndarray:
-    """Values broadcast to `shape`, with ones behind up to `capacity` where that is given."""
+# --- The other arguments ----------------------------------------------------------------------
+
+
+def _broadcast_start(start: ArrayLike, num_rows: int) -> np.ndarray:
+    """The time at which each row begins, float32 [B]."""
+    check_numbers("start", start)
+    return _broadcast("start", start, (num_rows,))
+
+
+def _pad_new_durations(new_durations: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
+    """Durations of new items float32 [B, capacity], from what broadcasts to `shape`."""
+    check_numbers("new_durations", new_durations, 0.0)
+    durations = _broadcast("new_durations", new_durations, shape)
+    num_padding = -shape[1] % LENGTH_MULTIPLE
+    return np.pad(durations, [(0, 0), (0, num_padding)], constant_values=1.0)
+
+
+def _broadcast(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        values = np.broadcast_to(np.asarray(values, np.float32), shape)
+        return np.broadcast_to(np.asarray(values, np.float32), shape)
     except ValueError:
         raise InputError(
             f"{name} has shape {list(np.shape(values))}; it must broadcast to {list(shape)}"
         ) from None
-    return (
-        np.pad(values, [(0, 0), (0, capacity - shape[-1])], constant_values=1.0)
-        if capacity
-        else values
-    )
 
 
 def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def stop_tokens(
-    stop: int | Sequence[int] | None, hf_fields: Mapping[str, Any], vocab_size: int
-) -> np.ndarray:
+def _resolve_key(sampler: Sampler[Any], key: jax.Array | None) -> jax.Array:
+    """The key, checked; any one for a sampler that needs none."""
+    if key is not None:
+        return check_key(key)
+    if sampler.is_random:
+        raise InputError(
+            "sampling at a temperature above 0 needs a key, such as jax.random.key(0)"
+        )
+    return jax.random.key(0)
+
+
+def stop_tokens(lm: LanguageModel[Any], stop: int | Sequence[int] | None) -> np.ndarray:
     """The tokens that end a row, int [any number]; -1, which no token is, fills it up.
 
     Args:
-      stop: the tokens, or none; if left out, those that
-      hf_fields: name as eos_token_id.
-      vocab_size: V.
+      lm: the model, whose hf_fields name them in eos_token_id if
+      stop: is None.
     """
+    model = generative_model(lm)
     name = "stop"
-    if stop is None:
-        name, stop = "field eos_token_id of config.json", hf_fields.get("eos_token_id")
+    if model.input_kind == "vectors" and stop is not None:
+        raise InputError("no vector ends a row; leave out stop")
+    if stop is None and model.input_kind != "vectors":
+        name = "field eos_token_id of config.json"
+        stop = lm.hf_fields.get("eos_token_id")
     tokens = np.asarray(() if stop is None else stop)
     if tokens.size:
-        check_integers(name, tokens, 0, vocab_size)
-    num_padding = (
-        _round_up(max(tokens.size, 1), 8) - tokens.size
-    )  # one program for most numbers of them
-    return np.append(tokens.ravel(), [-1] * num_padding).astype(np.int32)
+        check_integers(name, tokens, 0, model.config.vocab_size)
+    # One program for most numbers of them.
+    num_entries = _round_up(max(tokens.size, 1), STOP_MULTIPLE)
+    padding = [-1] * (num_entries - tokens.size)
+    return np.append(tokens.ravel(), padding).astype(np.int32)
+
+
+# --- Results ----------------------------------------------------------------------------------
+
+
+def _check_drawn(items: np.ndarray, lengths: np.ndarray, sampler: Sampler[Any]) -> None:
+    """Refuses rows that end with an item that the sampler could not draw."""
+    for i, row in enumerate(items):
+        if (row[: lengths[i]] < 0).any():
+            raise InputError(
+                f"prompt {i}: at new item {lengths[i] - 1}, {sampler.describe_failure()}"
+            )
+
+
+def _cut_after_stop(
+    tokens: np.ndarray, lengths: np.ndarray, stop: np.ndarray, max_length: int
+) -> Generated:
+    """Rows of tokens up to and with their first stop token, wherever in a chunk it is."""
+    tokens = tokens[:, :max_length].copy()
+    lengths = np.minimum(lengths, max_length)
+    is_stop = np.isin(tokens, stop)
+    stop_lengths = np.where(is_stop.any(axis=1), is_stop.argmax(axis=1) + 1, max_length)
+    lengths = np.minimum(lengths, stop_lengths).astype(np.int32)
+    tokens[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    return Generated(tokens, lengths)

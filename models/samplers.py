@@ -1,6 +1,12 @@
-"""Samplers: from the logits of the next token to a token."""
+"""Samplers: how the next items are drawn from what a model says of them.
 
-from typing import Any
+`Greedy` and `Temperature` are for all models with logits of the next token. `models.density` has
+those that draw vectors of a density, `models.calm` those of next-vector models.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +16,146 @@ from jax.typing import ArrayLike
 
 from continuous_lm.arguments import as_float, check_count, check_numbers
 from continuous_lm.errors import InputError
+from continuous_lm.models.generative_model import TokenModel, generative_model
+from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.parameters import Params
 
 __all__ = [
-    "check_sampling",
+    "STATIC",
+    "Draw",
+    "Greedy",
+    "Sampler",
+    "Temperature",
+    "check_has_logits",
+    "check_key",
+    "check_scalar",
+    "float_array",
     "sample_token",
     "temper_logits",
 ]
+
+STATIC = {"static": True}  # metadata of a field that is part of the compiled program
+ModelT = TypeVar("ModelT", contravariant=True)
+# From a key, hidden states [B, D] and bool [B], rows that have ended and whose items are dropped,
+# to items: int tokens [B], chunks of them [B, C], or vectors [B, W]. -1 is an item that failed.
+Draw = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Sampler(Protocol[ModelT]):
+    """What `generate` asks of a sampler: a frozen dataclass that is a pytree.
+
+    Its arrays are data of the compiled program, so that other values run the same one; fields with
+    the metadata `STATIC` are part of it.
+    """
+
+    def resolve(self, lm: LanguageModel[Any]) -> Self:
+        """This sampler as the compiled loop takes it: checked, with arrays in float32.
+
+        Raises:
+          InputError: for values that do not fit, or a model of another kind.
+        """
+        ...
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the draws need a key."""
+        return True
+
+    def prompt_items(self, lm: LanguageModel[Any], prompt: np.ndarray) -> np.ndarray:
+        """The items [T, ...] that the model reads, of one prompt."""
+        return prompt
+
+    def draw_function(self, model: ModelT, params: Params) -> Draw:
+        """The function that draws items; what all steps share is computed here, once.
+
+        Called inside jit, on the sampler that `resolve` returned.
+        """
+        ...
+
+    def describe_failure(self) -> str:
+        """Why an item failed, and what to do."""
+        return "nothing was drawn"
+
+
+def float_array(values: ArrayLike) -> np.ndarray:
+    """The array in float32, whatever was given: one program serves them all."""
+    return np.asarray(values, np.float32)
+
+
+# --- Tokens -----------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Greedy(Sampler[TokenModel]):
+    """Takes the likeliest token each time; the first of those that tie.
+
+    For models with logits: trunks, and densities that read tokens (a token head's logits, or the
+    density at each row of the table).
+    """
+
+    def resolve(self, lm: LanguageModel[Any]) -> Self:
+        check_has_logits(self, lm)
+        return self
+
+    @property
+    def is_random(self) -> bool:
+        return False
+
+    def draw_function(self, model: TokenModel, params: Params) -> Draw:
+        def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
+            return jnp.argmax(model.logits(params, hidden), axis=-1).astype(jnp.int32)
+
+        return draw
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Temperature(Sampler[TokenModel]):
+    """Draws tokens from softmax(logits / temperature), cut to the likeliest ones.
+
+    For the same models as `Greedy`.
+
+    Attributes:
+      temperature: >= 0, a scalar; at 0 the likeliest token is taken, and no key is needed.
+      top_k: draw from the k likeliest tokens only; part of the compiled program.
+      top_p: draw from the fewest tokens only whose probability adds up to p, 0 < p <= 1; a scalar.
+    """
+
+    temperature: ArrayLike = 1.0
+    top_k: int | None = dataclasses.field(default=None, metadata=STATIC)
+    top_p: ArrayLike | None = None
+
+    def resolve(self, lm: LanguageModel[Any]) -> Self:
+        check_has_logits(self, lm)
+        check_scalar("temperature", self.temperature, 0.0)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
+        if self.top_p is not None:
+            check_scalar("top_p", self.top_p, 0.0)
+            if not 0.0 < float(np.asarray(self.top_p)) <= 1.0:
+                raise InputError(
+                    f"top_p is {self.top_p}; it must be above 0, and at most 1"
+                )
+        top_p = None if self.top_p is None else float_array(self.top_p)
+        temperature = float_array(self.temperature)
+        return dataclasses.replace(self, temperature=temperature, top_p=top_p)
+
+    @property
+    def is_random(self) -> bool:
+        return bool(np.asarray(self.temperature) > 0)
+
+    def draw_function(self, model: TokenModel, params: Params) -> Draw:
+        def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
+            return sample_token(
+                key,
+                model.logits(params, hidden),
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+            )
+
+        return draw
 
 
 def sample_token(
@@ -31,7 +171,8 @@ def sample_token(
     Args:
       key: PRNG key.
       logits: [..., V].
-      temperature: >= 0, a scalar or [...]; at 0 the likeliest token is drawn.
+      temperature: >= 0, a scalar or [...]; at 0 the likeliest token is taken, the first of those
+        that tie.
       top_k: draw from the k likeliest tokens only, and those that tie with the last of them.
       top_p: then draw from the fewest tokens only whose probability adds up to p (Holtzman et al.,
         arXiv:1904.09751); a scalar or [...].
@@ -42,7 +183,10 @@ def sample_token(
     if top_k is not None:
         check_count("top_k", top_k)
     top_logits = _mask_unlikely(temper_logits(logits, temperature), top_k, top_p)
-    return jax.random.categorical(key, top_logits).astype(jnp.int32)
+    drawn_tokens = jax.random.categorical(key, top_logits)
+    greedy_tokens = jnp.argmax(logits, axis=-1)
+    is_random = jnp.asarray(temperature) > 0
+    return jnp.where(is_random, drawn_tokens, greedy_tokens).astype(jnp.int32)
 
 
 def _mask_unlikely(
@@ -67,34 +211,6 @@ def _mask_unlikely(
     return logits
 
 
-def check_sampling(temperature: Any, top_p: Any, key: Any) -> None:
-    """Refuses what tokens cannot be drawn with."""
-    for name, value in {"temperature": temperature, "top_p": top_p}.items():
-        if value is not None or name == "temperature":
-            check_numbers(name, value, 0.0)
-            if np.ndim(value):
-                raise InputError(
-                    f"{name} has shape {list(np.shape(value))}; it must be a scalar"
-                )
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise InputError(f"top_p is {top_p}; it must be above 0, and at most 1")
-    if temperature > 0 and key is None:
-        raise InputError(
-            "sampling at a temperature above 0 needs a key, such as jax.random.key(0)"
-        )
-    if temperature > 0 and not _is_key(key):
-        raise InputError("key is not a single PRNG key, such as jax.random.key(0)")
-
-
-def _is_key(key: Any) -> bool:
-    """Whether it is one key, of the typed kind or of the older one of raw numbers."""
-    if not isinstance(key, jax.Array):
-        return False
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return key.ndim == 0
-    return key.dtype == jnp.uint32 and key.ndim == 1
-
-
 def temper_logits(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
     """logits / temperature [..., V], the largest of which is 0; at temperature 0 it stands alone.
 
@@ -104,3 +220,36 @@ def temper_logits(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
     logits_float = logits_float - jnp.max(logits_float, axis=-1, keepdims=True)
     temperature = jnp.asarray(temperature, logits_float.dtype)[..., None]
     return logits_float / jnp.maximum(temperature, jnp.finfo(logits_float.dtype).tiny)
+
+
+# --- Checks -----------------------------------------------------------------------------------
+
+
+def check_has_logits(sampler: Sampler[TokenModel], lm: LanguageModel[Any]) -> None:
+    """Refuses models without logits of the next token."""
+    model = generative_model(lm)
+    if model.input_kind != "tokens":
+        package = "calm" if model.input_kind == "chunks" else "density"
+        raise InputError(
+            f"{type(sampler).__name__} draws from logits of tokens, and this model predicts"
+            f" vectors; give a sampler of models.{package}"
+        )
+
+
+def check_scalar(name: str, value: ArrayLike, minimum: float = -np.inf) -> None:
+    """Refuses what is not one finite number of at least `minimum`."""
+    check_numbers(name, value, minimum)
+    if np.ndim(value):
+        raise InputError(
+            f"{name} has shape {list(np.shape(value))}; it must be a scalar"
+        )
+
+
+def check_key(key: object) -> jax.Array:
+    """One PRNG key, of the typed kind or of the older one of raw numbers."""
+    if isinstance(key, jax.Array):
+        is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        is_raw = key.dtype == jnp.uint32
+        if (is_typed and key.ndim == 0) or (is_raw and key.ndim == 1):
+            return key
+    raise InputError("key is not a single PRNG key, such as jax.random.key(0)")

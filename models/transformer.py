@@ -571,8 +571,67 @@ class Transformer(ParameterModule):
         """How it is computed."""
         return Execution(self.implementation, self.remat)
 
+    @property
+    def input_kind(self) -> str:
+        """As of `GenerativeModel`, also the following."""
+        return "tokens"
+
+    @property
+    def tokens_per_item(self) -> int:
+        return 1
+
     def parameter_table(self) -> dict[str, Declaration]:
         return parameter_table(self.config)
+
+    def trunk_params(self, params: Params) -> Params:
+        """All of them."""
+        return params
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Logits [..., V] from hidden states [..., D]."""
+        return unembed(self.config, params, hidden)
+
+    def check_prompt(self, items: ArrayLike, durations: ArrayLike) -> None:
+        """Refuses int tokens [T] or embeddings [T, D], with durations [T], that do not fit."""
+        self._item_inputs(items, durations, None)
+
+    def read_items(
+        self,
+        params: Params,
+        items: jax.Array,
+        durations: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        """The hidden states [B, D] at the last of these items, and the cache with all of them.
+
+        Args:
+          params: of `parameter_table`.
+          items: int tokens [B, T] or embeddings [B, T, D].
+          durations: d >= 0 [B, T].
+          cache: of the items before these.
+        """
+        states = hidden_states(
+            self.config,
+            params,
+            self._item_inputs(items, durations, cache),
+            position=-1,
+            cache=cache,
+            execution=self.execution,
+        )
+        assert states.cache is not None
+        return states.hidden, states.cache
+
+    def _item_inputs(
+        self, items: ArrayLike, durations: ArrayLike, cache: KVCache | None
+    ) -> Inputs:
+        are_tokens = jnp.issubdtype(jnp.result_type(items), jnp.integer)
+        return make_inputs(
+            self.config,
+            items if are_tokens else None,
+            embeddings=None if are_tokens else items,
+            durations=durations,
+            cache=cache,
+        )
 
     @nn.compact
     def __call__(

@@ -24,8 +24,10 @@ from continuous_lm.models.density.distributions import (
     Mixture,
 )
 from continuous_lm.models.density.model import DensityModel
+from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import Params
+from continuous_lm.models.samplers import Temperature
 
 MIN_SCALE = 0.05  # of all densities here, in deviations of a band
 HOP_FACTORS = (0.8, 1.0, 1.25)  # hops of the sweep, in those of training
@@ -147,19 +149,24 @@ class AudioModel:
         self, key: jax.Array, prompts: np.ndarray, num_frames: int, temperature: float
     ) -> np.ndarray:
         """Frames [B, new, W] after prompts [B, T, W]: of the mixture, or the codes' vectors."""
-        sample_options: dict[str, Any] = {
-            "max_new_items": num_frames,
-            "temperature": temperature,
-            "key": key,
-        }
         if self.codes is None:
-            return np.asarray(
-                density.sample(self.lm, vectors=prompts, **sample_options)
+            generated = generate(
+                self.lm,
+                prompts,
+                sampler=density.NextVector(temperature=temperature),
+                max_new_tokens=num_frames,
+                key=key,
             )
-        generated: Any = density.sample(
-            self.lm, self.model_inputs(prompts), stop=(), **sample_options
+            return generated.vectors
+        generated = generate(
+            self.lm,
+            self.model_inputs(prompts),
+            sampler=Temperature(temperature),
+            max_new_tokens=num_frames,
+            key=key,
+            stop=(),
         )
-        return self.codes.vectors[np.asarray(generated.tokens)]
+        return self.codes.vectors[generated.tokens]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from continuous_lm.experiments.calm import calm_training
 from continuous_lm.experiments.densities import density_training
 from continuous_lm.models import calm
 from continuous_lm.models.calm.implicit_heads import EnergyHead
+from continuous_lm.models.samplers import Sampler
 
 PROMPT_LENGTH, NUM_NEW_TOKENS, BATCH_SIZES = 64, 128, (1, 8)
 TRUNK_SIZES: Mapping[str, int] = dict(
@@ -102,24 +103,22 @@ def next_vector_rows(quick: bool, repeats: int) -> Iterator[Row]:
         shared_arguments: dict[str, Any] = dict(
             max_new_tokens=num_new_tokens, key=jax.random.key(0), stop=()
         )
-        softmax_generate = functools.partial(
-            clm.generate, temperature=1.0, **shared_arguments
-        )
-        next_vector_sample = functools.partial(calm.sample, **shared_arguments)
-        low_temperature_sample = functools.partial(
-            next_vector_sample, temperature=0.5, num_candidates=64
-        )
-        models_and_samplers: dict[str, tuple[Any, Callable[..., Any]]] = {
-            "softmax of equal size": (equal_size_lm, softmax_generate),
-            "softmax with the same trunk": (same_trunk_lm, softmax_generate),
+        models_and_samplers: dict[str, tuple[Any, Sampler[Any]]] = {
+            "softmax of equal size": (equal_size_lm, clm.Temperature()),
+            "softmax with the same trunk": (same_trunk_lm, clm.Temperature()),
         }
         for chunk_size, lm in models.items():
             models_and_samplers |= {
-                f"K = {chunk_size}": (lm, next_vector_sample),
-                f"K = {chunk_size}, T = 1/2": (lm, low_temperature_sample),
+                f"K = {chunk_size}": (lm, calm.Repetition()),
+                f"K = {chunk_size}, T = 1/2": (
+                    lm,
+                    calm.Repetition(0.5, num_candidates=64),
+                ),
             }
         callables = {
-            side_name: functools.partial(sampler, lm, prompts)
+            side_name: functools.partial(
+                clm.generate, lm, prompts, sampler=sampler, **shared_arguments
+            )
             for side_name, (lm, sampler) in models_and_samplers.items()
         }
         seconds = timing.time_in_turns(callables, repeats)

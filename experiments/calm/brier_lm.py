@@ -31,6 +31,7 @@ from continuous_lm.losses import brier_n
 from continuous_lm.models import kv_cache
 from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.samplers import Temperature
 from continuous_lm.models.transformer import Transformer, forward, make_inputs
 
 NGRAM_LENGTHS = (1, 2, 3, 4)
@@ -280,8 +281,8 @@ def evaluate_language_model(
         generated = generate(
             lm,
             np.concatenate([contexts[batch_indices], contexts[batch_indices]]),
+            sampler=Temperature(1.0),
             max_new_tokens=CONTINUATION_LENGTH,
-            temperature=1.0,
             key=jax.random.fold_in(key, i),
             stop=(),
         ).tokens.reshape(2, batch_size, CONTINUATION_LENGTH)

@@ -31,9 +31,10 @@ from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig
 from continuous_lm.models.calm.model import NextVectorModel
 from continuous_lm.models.density.heads import TokenHead
 from continuous_lm.models.density.model import DensityModel
-from continuous_lm.models.generation import GeneratedTokens
+from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import Params
+from continuous_lm.models.samplers import Temperature
 from continuous_lm.models.transformer import Transformer
 
 CHUNKS_PER_BATCH = 4096
@@ -202,24 +203,16 @@ def _draw_tokens(
     key: jax.Array,
 ) -> np.ndarray:
     """A continuation of each context, int [n, 4]; no token ends it."""
-    if isinstance(lm.model, NextVectorModel):
-        return calm.sample(
-            lm,
-            contexts,
-            max_new_tokens=brier_lm.CONTINUATION_LENGTH,
-            key=key,
-            stop=(),
-        ).tokens
-    generated = density.sample(
+    # A density is renormalised over the table, which makes logits of it.
+    is_next_vector = isinstance(lm.model, NextVectorModel)
+    return generate(
         lm,
         contexts,
-        max_new_items=brier_lm.CONTINUATION_LENGTH,
+        sampler=calm.Repetition() if is_next_vector else Temperature(),
+        max_new_tokens=brier_lm.CONTINUATION_LENGTH,
         key=key,
         stop=(),
-        quantize="renormalised",
-    )
-    assert isinstance(generated, GeneratedTokens)  # as the model reads tokens
-    return generated.tokens
+    ).tokens
 
 
 def evaluate_brier_lm(

@@ -22,9 +22,11 @@ from continuous_lm.experiments.training import text, train_program
 from continuous_lm.io.atomic_files import write_atomically
 from continuous_lm.io.json_files import write_json
 from continuous_lm.models import calm
+from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.parallel import processes
 
+SAMPLING_METHODS = ("batch", "exact")
 DEFAULT_CANDIDATES = 128
 DEFAULT_MAX_ROUNDS = 10_000
 
@@ -54,7 +56,7 @@ class Config(program.DeviceConfig):
     method: str = program.flag(
         "batch",
         help="How vectors are drawn at a temperature.",
-        choices=calm.SAMPLING_METHODS,
+        choices=SAMPLING_METHODS,
     )
     candidates: int | None = program.flag(
         None,
@@ -106,6 +108,21 @@ class Result(program.Result):
         return "\n".join(lines)
 
 
+def make_sampler(config: Config, pad_token: int) -> calm.Repetition | calm.Rejection:
+    """The sampler of --method."""
+    if config.method == "exact":
+        return calm.Rejection(
+            config.temperature,
+            max_rounds=config.max_rounds or DEFAULT_MAX_ROUNDS,
+            pad_token=pad_token,
+        )
+    return calm.Repetition(
+        config.temperature,
+        num_candidates=config.candidates or DEFAULT_CANDIDATES,
+        pad_token=pad_token,
+    )
+
+
 def draw_texts(
     config: Config,
     lm: LanguageModel[calm.NextVectorModel],
@@ -114,15 +131,11 @@ def draw_texts(
     """The new text of each sample."""
     prompt = tokenizer.encode(config.prompt, add_special_tokens=False).ids
     end_token = text.end_of_text_id(tokenizer)
-    generated = calm.sample(
+    generated = generate(
         lm,
         np.tile(prompt or [end_token], (config.samples, 1)),
+        sampler=make_sampler(config, end_token),
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        method=config.method,
-        num_candidates=config.candidates or DEFAULT_CANDIDATES,
-        max_rounds=config.max_rounds or DEFAULT_MAX_ROUNDS,
-        pad_token=end_token,
         stop=None if "eos_token_id" in lm.hf_fields else end_token,
         key=jax.random.key(config.seed),
     )

@@ -69,6 +69,7 @@ def make_quantizers(
 ) -> dict[str, Quantizer]:
     """Name -> (vectors [..., W], their density) to codes' vectors [..., W] and tokens [...]."""
     rows = table["rows"]
+    norms = table["norms"]
     if settings.codes > len(rows):
         raise InputError(
             f"--codes={settings.codes}, but the table has {len(rows)} rows"
@@ -77,9 +78,12 @@ def make_quantizers(
 
     def search_quantizer(method: str) -> Quantizer:
         def quantize_to_tokens(x, density):
-            tokens = density_lib.quantize_to_tokens(
-                method, density, x, table, num_candidates=settings.candidates
-            )
+            if method == "rerank":
+                tokens = density_lib.rerank(
+                    density, x, rows, settings.candidates, norms=norms
+                )
+            else:
+                tokens = quantize.nearest(x, rows, metric=method, norms=norms).indices
             return rows[tokens], tokens
 
         return quantize_to_tokens
@@ -87,7 +91,7 @@ def make_quantizers(
     def coder_quantizer(code: Coder) -> Quantizer:
         def quantize_to_tokens(x, density):
             vectors = code(x)
-            nearest = quantize.nearest(vectors, rows, norms=table["norms"])
+            nearest = quantize.nearest(vectors, rows, norms=norms)
             return vectors, nearest.indices
 
         return quantize_to_tokens

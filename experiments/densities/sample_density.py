@@ -47,7 +47,7 @@ class Config(program.DeviceConfig):
         0.7, help="Temperature of the draws; at 0 the mean is taken.", lower_bound=0.0
     )
     quantize: str = program.flag(
-        "rerank", help="Way from vectors to tokens.", choices=density.QUANTIZE_METHODS
+        "rerank", help="Way from vectors to tokens.", choices=steering.QUANTIZE_METHODS
     )
     towards: tuple[str, ...] = program.flag((), help="Words to steer towards.")
     away: tuple[str, ...] = program.flag((), help="Words to steer away from.")

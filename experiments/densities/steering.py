@@ -20,8 +20,11 @@ from continuous_lm.experiments.common import plots, tables
 from continuous_lm.experiments.common.statistics import bootstrap_interval
 from continuous_lm.models import density
 from continuous_lm.models.density.model import DensityModel
-from continuous_lm.models.generation import GeneratedTokens
+from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
+from continuous_lm.models.samplers import Temperature
+
+QUANTIZE_METHODS = ("euclidean", "cosine", "rerank", "renormalised")
 
 
 class SampleSettings(NamedTuple):
@@ -30,7 +33,7 @@ class SampleSettings(NamedTuple):
     Attributes:
       max_new_tokens: of each.
       temperature: at 0 the mean is taken.
-      quantize: the way from vectors to tokens.
+      quantize: the way from vectors to tokens, one of `QUANTIZE_METHODS`.
       seed: of the draws, the same for each strength, and of the bootstrap over samples.
     """
 
@@ -110,6 +113,31 @@ def nearest_tokens(
     return np.unique(np.asarray(nearest_indices))
 
 
+def make_sampler(
+    model: DensityModel,
+    settings: SampleSettings,
+    direction: jax.Array | None,
+    strength: float,
+) -> density.DensitySampler | Temperature:
+    """The sampler of the settings; a token head draws tokens themselves, whatever the way."""
+    if model.predicts_tokens:
+        return Temperature(settings.temperature)
+    if settings.quantize == "rerank":
+        return density.Rerank(
+            temperature=settings.temperature, direction=direction, strength=strength
+        )
+    if settings.quantize == "renormalised":
+        return density.Renormalized(
+            temperature=settings.temperature, direction=direction, strength=strength
+        )
+    return density.NearestRow(
+        settings.quantize,
+        temperature=settings.temperature,
+        direction=direction,
+        strength=strength,
+    )
+
+
 def sample_steered(
     lm: LanguageModel[DensityModel],
     prompts: list[np.ndarray],
@@ -126,17 +154,13 @@ def sample_steered(
     bootstrap_generator = np.random.default_rng(settings.seed)
     results = []
     for strength in strengths:
-        generated = density.sample(
+        generated = generate(
             lm,
             prompts,
-            max_new_items=settings.max_new_tokens,
-            temperature=settings.temperature,
-            quantize=settings.quantize,
+            sampler=make_sampler(lm.model, settings, direction, strength),
+            max_new_tokens=settings.max_new_tokens,
             key=jax.random.key(settings.seed),
-            direction=direction,
-            strength=strength,
         )
-        assert isinstance(generated, GeneratedTokens)  # as the model reads tokens
         token_rows = generated.token_lists()
         share = _share_of(listed_tokens, token_rows, bootstrap_generator)
         results.append(SteeredSamples(strength, share, token_rows))

@@ -2,7 +2,7 @@
 
 lm = calm.load("path/to/a/calm/folder", "path/to/its/autoencoder/folder")
 hidden = calm.hidden_states(lm, calm.split_into_chunks(tokens, lm.model.chunk_size))
-new = calm.sample(lm, tokens, max_new_tokens=64, temperature=0.5, key=key)
+new = clm.generate(lm, tokens, sampler=calm.Repetition(0.5), max_new_tokens=64, key=key)
 
 The functions here take a `LanguageModel[NextVectorModel]` and check their arguments. Under them are
 the methods of `NextVectorModel`, pure functions of parameters and checked inputs.
@@ -27,13 +27,14 @@ from continuous_lm.models.calm.next_vector import (
     next_vector_model,
     transform,
 )
-from continuous_lm.models.calm.samplers import SAMPLING_METHODS, sample
+from continuous_lm.models.calm.samplers import Rejection, Repetition
 
 __all__ = [
-    "SAMPLING_METHODS",
     "Autoencoder",
     "ChunkInputs",
     "NextVectorModel",
+    "Rejection",
+    "Repetition",
     "autoencoder",
     "autoencoder_of",
     "create",
@@ -45,7 +46,6 @@ __all__ = [
     "next_vector_model",
     "read_config",
     "repeated_draws",
-    "sample",
     "save",
     "split_into_chunks",
     "transform",

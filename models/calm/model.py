@@ -104,6 +104,15 @@ class NextVectorModel(ParameterModule):
         return self.autoencoder_config.chunk_size
 
     @property
+    def input_kind(self) -> str:
+        """As of `GenerativeModel`, also the following."""
+        return "chunks"
+
+    @property
+    def tokens_per_item(self) -> int:
+        return self.chunk_size
+
+    @property
     def trunk_config(self) -> TransformerConfig:
         """The trunk's config, without a head of its own."""
         return dataclasses.replace(self.config, tie_embeddings=True)
@@ -234,6 +243,34 @@ class NextVectorModel(ParameterModule):
             cache=cache,
             execution=self.execution,
         )
+
+    def trunk_params(self, params: Params) -> Params:
+        """The parameters of the trunk."""
+        return params["trunk"]
+
+    def check_prompt(self, items: ArrayLike, durations: ArrayLike) -> None:
+        """Refuses chunks int [T, C], with durations [T], that do not fit."""
+        self.make_inputs(items, durations=durations)
+
+    def read_items(
+        self,
+        params: Params,
+        items: jax.Array,
+        durations: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        """The hidden states [B, D] at the last of these chunks, and the cache with all of them.
+
+        Args:
+          params: of `parameter_table`.
+          items: chunks int [B, T, C].
+          durations: d >= 0 [B, T].
+          cache: of the chunks before these.
+        """
+        inputs = self.make_inputs(items, durations=durations, follows=True)
+        states = self.hidden_states(params, inputs, position=-1, cache=cache)
+        assert states.cache is not None
+        return states.hidden, states.cache
 
     def context_states(self, params: Params, inputs: ChunkInputs) -> jax.Array:
         """The hidden states [..., T - 1, D] from which all but the first chunk are predicted."""

@@ -3,7 +3,7 @@
 head = density.heads.MixtureHead(width=96, depth=1)
 lm = density.add_head(clm.load("apples"), head, key=key)
 density.log_prob(lm, tokens, durations=d)  # nats, [..., T - 1]
-new = density.sample(lm, tokens, max_new_items=8, key=key)
+new = clm.generate(lm, tokens, sampler=density.NearestRow(), max_new_tokens=8, key=key)
 
 The functions here take a `LanguageModel[DensityModel]` and check their arguments. Under them are
 the methods of `DensityModel`, pure functions of parameters and checked inputs.
@@ -13,9 +13,12 @@ from continuous_lm.models.density import distributions, heads
 from continuous_lm.models.density.checkpoint import has_head, load, save, trunk_of
 from continuous_lm.models.density.model import DensityModel, standardize_table
 from continuous_lm.models.density.samplers import (
-    QUANTIZE_METHODS,
-    quantize_to_tokens,
-    sample,
+    DensitySampler,
+    NearestRow,
+    NextVector,
+    Renormalized,
+    Rerank,
+    rerank,
     steering_direction,
 )
 from continuous_lm.models.density.scoring import (
@@ -29,8 +32,12 @@ from continuous_lm.models.density.scoring import (
 )
 
 __all__ = [
-    "QUANTIZE_METHODS",
     "DensityModel",
+    "DensitySampler",
+    "NearestRow",
+    "NextVector",
+    "Renormalized",
+    "Rerank",
     "add_head",
     "create",
     "density_model",
@@ -40,8 +47,7 @@ __all__ = [
     "load",
     "log_prob",
     "loss",
-    "quantize_to_tokens",
-    "sample",
+    "rerank",
     "save",
     "standardize_table",
     "steering_direction",

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from continuous_lm import losses
 from continuous_lm.arguments import as_float
 from continuous_lm.losses.gaussian import cholesky_of_gram
-from continuous_lm.models.samplers import temper_logits
+from continuous_lm.models.samplers import sample_token
 
 __all__ = [
     "Categorical",
@@ -57,15 +57,7 @@ class Categorical(NamedTuple):
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Tokens int32 [...]."""
-        sampled_tokens = jax.random.categorical(
-            key, temper_logits(self.logits, temperature)
-        )
-        greedy_tokens = jnp.argmax(
-            self.logits, axis=-1
-        )  # the first among equals, whatever the key
-        return jnp.where(
-            jnp.asarray(temperature) > 0, sampled_tokens, greedy_tokens
-        ).astype(jnp.int32)
+        return sample_token(key, self.logits, temperature=temperature)
 
 
 class Gaussian(NamedTuple):

@@ -127,6 +127,11 @@ class DensityModel(ParameterModule):
         """How the trunk is computed."""
         return Execution(self.implementation, self.remat)
 
+    @property
+    def tokens_per_item(self) -> int:
+        """As of `GenerativeModel`."""
+        return 1
+
     # --- Parameters and inputs ----------------------------------------------------------------
 
     def parameter_table(self) -> dict[str, Declaration]:
@@ -247,6 +252,45 @@ class DensityModel(ParameterModule):
             position=position,
             cache=cache,
             execution=self.execution,
+        )
+
+    def trunk_params(self, params: Params) -> Params:
+        """The parameters of the trunk."""
+        return params[TRUNK]
+
+    def check_prompt(self, items: ArrayLike, durations: ArrayLike) -> None:
+        """Refuses int tokens [T] or vectors [T, W], with durations [T], that do not fit."""
+        self._item_inputs(items, durations, follows=False)
+
+    def read_items(
+        self,
+        params: Params,
+        items: jax.Array,
+        durations: jax.Array,
+        cache: KVCache,
+    ) -> tuple[jax.Array, KVCache]:
+        """The hidden states [B, D] at the last of these items, and the cache with all of them.
+
+        Args:
+          params: of `parameter_table`.
+          items: int tokens [B, T] or vectors [B, T, W].
+          durations: d >= 0 [B, T].
+          cache: of the items before these.
+        """
+        inputs = self._item_inputs(items, durations, follows=True)
+        states = self.hidden_states(params, inputs, position=-1, cache=cache)
+        assert states.cache is not None
+        return states.hidden, states.cache
+
+    def _item_inputs(
+        self, items: ArrayLike, durations: ArrayLike, *, follows: bool
+    ) -> Inputs:
+        are_tokens = jnp.issubdtype(jnp.result_type(items), jnp.integer)
+        return self.make_inputs(
+            items if are_tokens else None,
+            vectors=None if are_tokens else items,
+            durations=durations,
+            follows=follows,
         )
 
     def context_states(self, params: Params, inputs: Inputs) -> jax.Array:

@@ -1,290 +1,241 @@
-"""Samples of density models: a vector is drawn, and mapped back to a token where tokens are read.
+"""Samplers of density models, for `generate`: a vector is drawn, and mapped back to a token.
 
-The ways back, `quantize=`, from a vector x to a token:
-
-    euclidean      the row nearest to x
-    cosine         the row whose angle with x is smallest
-    rerank         of the k rows nearest to x, the one where the density is highest
-    renormalised   no vector is drawn: the tokens' probabilities are proportional to the density at
+    NearestRow     the token whose row is nearest to the vector that was drawn
+    Rerank         of the k rows nearest to it, the token of that where the density is highest
+    Renormalized   no vector is drawn: the tokens' probabilities are proportional to the density at
                    their rows
+    NextVector     the vector itself, for models that read vectors
+
+Models with a token head have logits: `Greedy` and `Temperature` are theirs.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm import axes as axes_lib
-from continuous_lm import quantize as quantize_lib
-from continuous_lm.arguments import (
-    check_count,
-    check_integers,
-    check_numbers,
-)
+from continuous_lm import quantize
+from continuous_lm.arguments import check_count, check_integers, check_numbers
 from continuous_lm.errors import InputError
-from continuous_lm.models.config import TransformerConfig
-from continuous_lm.models.density.distributions import Categorical
-from continuous_lm.models.density.model import TRUNK, DensityModel
+from continuous_lm.models.density.distributions import Categorical, Density
+from continuous_lm.models.density.model import DensityModel
 from continuous_lm.models.density.scoring import density_model, token_table
-from continuous_lm.models.generation import (
-    DecodeSpec,
-    GeneratedTokens,
-    decode_batch,
-    split_prompts,
-    stop_tokens,
-)
-from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import Params
-from continuous_lm.models.samplers import check_sampling
+from continuous_lm.models.samplers import (
+    STATIC,
+    Draw,
+    Sampler,
+    check_scalar,
+    float_array,
+    sample_token,
+)
 
 __all__ = [
-    "QUANTIZE_METHODS",
-    "quantize_to_tokens",
-    "sample",
+    "METRICS",
+    "DensitySampler",
+    "NearestRow",
+    "NextVector",
+    "Renormalized",
+    "Rerank",
+    "rerank",
     "steering_direction",
 ]
 
-QUANTIZE_METHODS = ("euclidean", "cosine", "rerank", "renormalised")
+METRICS = ("euclidean", "cosine")
 
 
-def sample(
-    lm: LanguageModel[DensityModel],
-    tokens: ArrayLike | Sequence[ArrayLike] | None = None,
-    *,
-    max_new_items: int,
-    vectors: ArrayLike | Sequence[ArrayLike] | None = None,
-    durations: ArrayLike | Sequence[ArrayLike] | None = None,
-    start: ArrayLike = 0.0,
-    new_durations: ArrayLike = 1.0,
-    temperature: float = 1.0,
-    quantize: str = "euclidean",
-    num_candidates: int = 16,
-    direction: ArrayLike | None = None,
-    strength: float = 0.0,
-    key: jax.Array | None = None,
-    stop: int | Sequence[int] | None = None,
-    max_prefill_length: int = 1024,
-) -> GeneratedTokens | np.ndarray:
-    """Continues prompts with draws from the density of each next vector.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class DensitySampler(Sampler[DensityModel]):
+    """What the samplers of densities share: temperature, and steering.
 
-    The program is compiled as that of `generate` is; temperature, direction and strength are values
-    that it runs with.
-
-    Args:
-      lm: the density model.
-      tokens: the prompts, as of `generate`, for a model that reads tokens, or
-      vectors: [B, T, W], or a list of B [T, W], for one that reads vectors; [T, W] is one prompt.
-      max_new_items: how many tokens or vectors each prompt gets, at most.
-      durations: of the prompts, shaped as these; 1 if left out.
-      start: the time at which each prompt begins, a scalar or [B].
-      new_durations: d >= 0 of what is new: a scalar, [max_new_items] or
-        [B, max_new_items].
-      temperature: >= 0; see `distributions`. At 0 the likeliest component's mean is taken.
-      quantize: the way back to tokens; see the top of the module.
-      num_candidates: k of "rerank".
+    Attributes:
+      temperature: >= 0, a scalar; see `distributions`. At 0 the likeliest component's mean is
+        taken, and no key is needed.
       direction: [W], steers: each density is shifted by strength * direction before it is drawn
         from; see `steering_direction`.
-      strength: 0 changes nothing, bit for bit.
-      key: PRNG key; needed unless the temperature is 0.
-      stop: tokens that end a row, or () for none; the trunk's eos_token_id if left out.
-      max_prefill_length: prompts go through the model in pieces of at most so many.
-
-    Returns:
-      `GeneratedTokens` tokens, or the new vectors, float [B, max_new_items, W]; on the
-      host.
-
-    Raises:
-      InputError: for arguments that do not fit.
+      strength: a scalar; 0 changes nothing, bit for bit.
     """
-    for name, count in {
-        "max_new_items": max_new_items,
-        "max_prefill_length": max_prefill_length,
-        "num_candidates": num_candidates,
-    }.items():
-        check_count(name, count)
-    check_sampling(temperature, None, key)
-    if quantize not in QUANTIZE_METHODS:
-        raise InputError(
-            f"quantize is {quantize!r:.60}; it must be one of {', '.join(QUANTIZE_METHODS)}"
-        )
-    check_numbers("strength", strength)
-    if np.ndim(strength):
-        raise InputError(
-            f"strength has shape {list(np.shape(strength))}; it must be a scalar"
-        )
-    model = density_model(lm)
-    trunk = lm.params[TRUNK]
-    prompt_argument, prompts, other_prompts = "tokens", tokens, vectors
-    if model.input_kind == "vectors":
-        prompt_argument, prompts, other_prompts = "vectors", vectors, tokens
-    if prompts is None or other_prompts is not None:
-        raise InputError(
-            f"this model reads {prompt_argument}; give {prompt_argument} alone as its prompts"
-        )
-    if prompt_argument == "vectors" and stop is not None:
-        raise InputError("no vector ends a row; leave out stop")
-    prompt_dtype = np.dtype(np.int32 if prompt_argument == "tokens" else np.float32)
-    decode_model = _DecodeModel(model)
-    prompt_list, duration_list = split_prompts(
-        decode_model, prompt_argument, prompts, durations, prompt_dtype
-    )
 
-    options: dict[str, Any] = {"temperature": np.float32(temperature)}
-    if direction is not None:
-        if model.predicts_tokens:
-            raise InputError("a token head has no mean to shift; leave out direction")
-        if np.shape(direction) != (model.head.width,):
+    temperature: ArrayLike = 1.0
+    direction: ArrayLike | None = None
+    strength: ArrayLike = 0.0
+
+    def resolve(self, lm: LanguageModel[Any]) -> Self:
+        self.check_model(density_model(lm))
+        check_scalar("temperature", self.temperature, 0.0)
+        check_scalar("strength", self.strength)
+        direction = None
+        if self.direction is not None:
+            width = density_model(lm).head.width
+            if np.shape(self.direction) != (width,):
+                raise InputError(
+                    f"direction has shape {list(np.shape(self.direction))}; it must be [{width}]"
+                )
+            check_numbers("direction", self.direction)
+            direction = float_array(self.direction)
+        elif np.any(self.strength):
+            raise InputError("strength needs a direction to steer along")
+        return dataclasses.replace(
+            self,
+            temperature=float_array(self.temperature),
+            direction=direction,
+            strength=float_array(self.strength),
+        )
+
+    @property
+    def is_random(self) -> bool:
+        return bool(np.asarray(self.temperature) > 0)
+
+    def check_model(self, model: DensityModel) -> None:
+        """Refuses models without a table of tokens, to whose rows vectors are mapped back."""
+        if not model.has_token_table:
+            other = "Greedy or Temperature" if model.predicts_tokens else "NextVector"
+            kind = "token head" if model.predicts_tokens else "model that reads vectors"
             raise InputError(
-                f"direction has shape {list(np.shape(direction))}; it must be [{model.head.width}]"
+                f"{type(self).__name__} needs a density over a table of tokens, and this is a"
+                f" {kind}; give {other}"
             )
-        check_numbers("direction", direction)
-        options["shift"] = np.float32(strength) * np.asarray(direction, np.float32)
-    elif strength:
-        raise InputError("strength needs a direction to steer along")
-    if model.has_token_table:
-        table = token_table(lm)
-        if quantize == "rerank" and num_candidates > len(table):
+
+    def density(
+        self, model: DensityModel, params: Params, hidden: jax.Array
+    ) -> Density:
+        """The density of the next vector from hidden states [..., D], shifted."""
+        density = model.distribution(params, hidden)
+        assert not isinstance(density, Categorical)
+        if self.direction is None:
+            return density
+        return density.shifted(self.strength * jnp.asarray(self.direction))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NearestRow(DensitySampler):
+    """Draws a vector, and takes the token whose row is nearest to it.
+
+    For densities over a table of tokens.
+
+    Attributes:
+      metric: "euclidean", or "cosine": the row whose angle with the vector is smallest.
+    """
+
+    metric: str = dataclasses.field(default="euclidean", metadata=STATIC)
+
+    def resolve(self, lm: LanguageModel[Any]) -> Self:
+        if self.metric not in METRICS:
             raise InputError(
-                f"num_candidates is {num_candidates}, but there are {len(table)} tokens"
+                f"metric is {self.metric!r:.60}; it must be one of {', '.join(METRICS)}"
             )
-        options |= {"rows": table, "norms": quantize_lib.squared_norms(table)}
-    spec = DecodeSpec(
-        decode_model,  # type: ignore[arg-type]
-        prompt_argument,
-        prompt_argument,
-        _VectorSampler(model, quantize, num_candidates),
-        lm.config,
-        max_prefill_length,
-        axes_lib.mesh_of(trunk["embedding"]),
-    )
-    new_items, lengths = decode_batch(
-        spec,
-        lm.params,
-        prompt_list,
-        duration_list,
-        max_new_items=max_new_items,
-        start=start,
-        new_durations=new_durations,
-        options=options,
-        stop=stop_tokens(
-            () if prompt_argument == "vectors" else stop,
-            lm.hf_fields,
-            lm.config.vocab_size,
-        ),
-        key=jax.random.key(0) if key is None or temperature == 0 else key,
-        dtype=trunk["embedding"].dtype,
-    )
-    return (
-        new_items
-        if prompt_argument == "vectors"
-        else GeneratedTokens(new_items, lengths)
-    )
+        return super().resolve(lm)
+
+    def draw_function(self, model: DensityModel, params: Params) -> Draw:
+        rows = model.token_table(params)
+        norms = quantize.squared_norms(rows)
+
+        def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
+            x = self.density(model, params, hidden).sample(key, self.temperature)
+            return quantize.nearest(x, rows, metric=self.metric, norms=norms).indices
+
+        return draw
 
 
-@dataclasses.dataclass(frozen=True)
-class _DecodeModel:
-    """What the decode loop asks of a model."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rerank(DensitySampler):
+    """Draws a vector, and takes the token where the density is highest among the nearest rows.
 
-    model: DensityModel
+    For densities over a table of tokens.
 
-    def clone(self, *, config: TransformerConfig) -> "_DecodeModel":
-        """The same with another configuration of the trunk."""
-        return _DecodeModel(self.model.clone(config=config))
+    Attributes:
+      num_candidates: how many rows, the nearest to the vector, are compared.
+    """
 
-    def check(
-        self,
-        *,
-        tokens: ArrayLike | None = None,
-        vectors: ArrayLike | None = None,
-        durations: ArrayLike | None = None,
-    ) -> None:
-        """Refuses a prompt that does not fit."""
-        self.model.make_inputs(tokens, vectors=vectors, durations=durations)
+    num_candidates: int = dataclasses.field(default=16, metadata=STATIC)
 
-    def apply(
-        self,
-        variables: Mapping[str, Params],
-        *,
-        cache: KVCache,
-        position: ArrayLike,
-        tokens: ArrayLike | None = None,
-        vectors: ArrayLike | None = None,
-        durations: ArrayLike | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """The hidden states [B, D] at one position, and the cache with all of them."""
-        inputs = self.model.make_inputs(
-            tokens, vectors=vectors, durations=durations, follows=True
-        )
-        output = self.model.hidden_states(
-            variables["params"], inputs, position=position, cache=cache
-        )
-        return output.hidden, output.cache
-
-
-@dataclasses.dataclass(frozen=True)
-class _VectorSampler:
-    """The next tokens or vectors from hidden states."""
-
-    model: DensityModel
-    quantize_method: str
-    num_candidates: int
-
-    def __call__(self, params, options, key, hidden, is_done):
-        density = self.model.distribution(params, hidden)
-        temperature = options["temperature"]
-        if isinstance(density, Categorical):
-            return density.sample(key, temperature)
-        if "shift" in options:
-            density = density.shifted(options["shift"])
-        if self.model.input_kind == "tokens" and self.quantize_method == "renormalised":
-            return Categorical(density.log_probs(options["rows"])).sample(
-                key, temperature
+    def resolve(self, lm: LanguageModel[Any]) -> Self:
+        check_count("num_candidates", self.num_candidates)
+        vocab_size = lm.config.vocab_size
+        if self.num_candidates > vocab_size:
+            raise InputError(
+                f"num_candidates is {self.num_candidates}, but there are {vocab_size} tokens"
             )
-        x = density.sample(key, temperature)
-        if self.model.input_kind == "vectors":
-            return x
-        return quantize_to_tokens(
-            self.quantize_method,
-            density,
-            x,
-            options,
-            num_candidates=self.num_candidates,
-        )
+        return super().resolve(lm)
+
+    def draw_function(self, model: DensityModel, params: Params) -> Draw:
+        rows = model.token_table(params)
+        norms = quantize.squared_norms(rows)
+
+        def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
+            density = self.density(model, params, hidden)
+            x = density.sample(key, self.temperature)
+            return rerank(density, x, rows, self.num_candidates, norms=norms)
+
+        return draw
 
 
-def quantize_to_tokens(
-    quantize_method: str,
-    density: Any,
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Renormalized(DensitySampler):
+    """Draws tokens with probabilities proportional to density(row)^(1 / temperature).
+
+    For densities over a table of tokens. Without steering this is `Temperature`.
+    """
+
+    def draw_function(self, model: DensityModel, params: Params) -> Draw:
+        rows = model.token_table(params)
+
+        def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
+            logits = self.density(model, params, hidden).log_probs(rows)
+            return sample_token(key, logits, temperature=self.temperature)
+
+        return draw
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextVector(DensitySampler):
+    """Draws the next vector from the density, for models that read vectors."""
+
+    def check_model(self, model: DensityModel) -> None:
+        if model.input_kind != "vectors":
+            raise InputError(
+                "NextVector draws vectors, and this model reads tokens; give NearestRow, Rerank or"
+                " Renormalized, or Greedy or Temperature for a token head"
+            )
+
+    def draw_function(self, model: DensityModel, params: Params) -> Draw:
+        def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
+            return self.density(model, params, hidden).sample(key, self.temperature)
+
+        return draw
+
+
+def rerank(
+    density: Density,
     x: jax.Array,
-    table: dict[str, jax.Array],
+    rows: jax.Array,
+    num_candidates: int,
     *,
-    num_candidates: int = 16,
+    norms: jax.Array | None = None,
 ) -> jax.Array:
-    """Tokens int32 [...] of vectors [..., W], by one of `QUANTIZE_METHODS` that maps a vector.
+    """Tokens int32 [...] of vectors [..., W]: of the nearest rows, that of the highest density.
 
     Args:
-      quantize_method: "euclidean", "cosine" or "rerank"; see the top of the module.
       density: that the vectors were drawn from, with the same leading axes.
       x: the vectors.
-      table: "rows" [V, W], and "norms", their squared norms [V].
-      num_candidates: k of "rerank".
+      rows: of the tokens [V, W].
+      num_candidates: how many rows, the nearest to each vector, are compared.
+      norms: `quantize.squared_norms(rows)`; computed if left out.
     """
-    rows, norms = table["rows"], table["norms"]
-    if quantize_method == "rerank":
-        candidate_tokens = quantize_lib.k_nearest(
-            x, rows, num_candidates, norms=norms
-        ).indices
-        candidate_log_probs = jax.vmap(density.log_prob, in_axes=-2, out_axes=-1)(
-            rows[candidate_tokens]
-        )
-        best_candidate = jnp.argmax(candidate_log_probs, axis=-1)[..., None]
-        return jnp.take_along_axis(candidate_tokens, best_candidate, axis=-1)[..., 0]
-    return quantize_lib.nearest(x, rows, metric=quantize_method, norms=norms).indices
+    candidates = quantize.k_nearest(x, rows, num_candidates, norms=norms).indices
+    log_prob_of_each = jax.vmap(density.log_prob, in_axes=-2, out_axes=-1)
+    log_probs = log_prob_of_each(rows[candidates])
+    best_candidate = jnp.argmax(log_probs, axis=-1)[..., None]
+    return jnp.take_along_axis(candidates, best_candidate, axis=-1)[..., 0]
 
 
 def steering_direction(

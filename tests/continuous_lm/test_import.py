@@ -16,7 +16,7 @@ EARLY = "load generate sweep durations attention tokenization rotary axes".split
 FACE = {
     "Models": "load save bundled_models LanguageModel Transformer TransformerConfig Inputs Output"
     " KVCache density calm",
-    "Generation": "generate GeneratedTokens sample_token tokenization",
+    "Generation": "generate Generated Greedy Temperature Sampler sample_token tokenization",
     "Time": "durations signals attention rotary",
     "Analysis": "sweep attribution deletion duration_search pruning",
     "Losses and codes": "losses quantize",

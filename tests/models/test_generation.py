@@ -14,7 +14,12 @@ from scipy import stats
 import continuous_lm as clm
 from continuous_lm.models import generation, kv_cache
 from continuous_lm.models.generation import generate
-from continuous_lm.models.samplers import _mask_unlikely, sample_token
+from continuous_lm.models.samplers import (
+    Greedy,
+    Temperature,
+    _mask_unlikely,
+    sample_token,
+)
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT
 from tests.models.families.test_parity import LONGROPE, STORIES
@@ -246,12 +251,12 @@ def test_learned_positions_at_real_times():
 def test_embeddings_in_place_of_tokens(lm):
     table = np.asarray(lm.params["embedding"])
     vectors = [table[row] for row in prompts()]
-    made = generate(lm, embeddings=vectors, max_new_tokens=NEW)
+    made = generate(lm, vectors, max_new_tokens=NEW)
     np.testing.assert_array_equal(
         made.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens
     )
     between = [row + 0.1 * uniform(*row.shape) for row in vectors]
-    made = generate(lm, embeddings=between, max_new_tokens=NEW)
+    made = generate(lm, between, max_new_tokens=NEW)
     assert made.tokens.tolist() == [
         naive(lm, r, [1.0] * NEW, name="rows") for r in between
     ]
@@ -373,14 +378,18 @@ def test_memory_for_long_prompts_is_that_of_the_cache_and_a_piece(monkeypatch):
 
 @pytest.mark.parametrize("top_p", [None, pytest.param(0.9, marks=slow)])
 def test_one_program_serves_all_that_is_alike(lm, top_p):
-    def run(n, **options):
-        usual = {"max_new_tokens": 5, "temperature": 0.5, "top_p": top_p, "key": KEY}
-        generate(lm, prompts(lengths=(n, 2)), **usual | options)
+    def run(n, temperature=0.5, top_p=top_p, **options):
+        usual = {"max_new_tokens": 5, "key": KEY}
+        sampler = Temperature(temperature, top_p=top_p)
+        rows = prompts(lengths=(n, 2))
+        generate(lm, rows, sampler=sampler, **usual | options)
 
     run(3)
     before = generation._decode_loop._cache_size()
     run(64)
     run(9, temperature=3.0, top_p=top_p and 0.1)
+    run(9, temperature=np.int64(2), top_p=top_p and jnp.float32(1.0))
+    run(9, temperature=0.0)
     run(9, new_durations=0.3, start=4, durations=[[1] * 9, [2.5] * 2])
     run(9, new_durations=np.ones((2, 5), int))
     run(9, max_new_tokens=64)
@@ -579,7 +588,7 @@ def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
     )
 
     def draw(key):
-        options = {"max_new_tokens": 60, "temperature": 1, "stop": ()}
+        options = {"max_new_tokens": 60, "sampler": Temperature(1), "stop": ()}
         return generate(lm, np.ones((8, 3), int), key=key, **options).tokens
 
     a, b = draw(KEY), draw(jax.random.key(1))
@@ -599,7 +608,7 @@ def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
 def test_sampled_tokens_have_the_models_probabilities(lm):
     row = prompts()[1]
     made = generate(
-        lm, [row] * 512, max_new_tokens=2, temperature=3, top_k=6, key=KEY
+        lm, [row] * 512, max_new_tokens=2, sampler=Temperature(3, top_k=6), key=KEY
     ).tokens
     common = np.bincount(made[:, 0]).argmax()
     after = made[made[:, 0] == common]
@@ -611,9 +620,23 @@ def test_sampled_tokens_have_the_models_probabilities(lm):
 
 @slow
 def test_a_low_temperature_is_greedy(lm):
-    cold = generate(lm, prompts(), max_new_tokens=NEW, temperature=1e-4, key=KEY)
+    cold = generate(
+        lm, prompts(), max_new_tokens=NEW, sampler=Temperature(1e-4), key=KEY
+    )
     np.testing.assert_array_equal(
         cold.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens
+    )
+
+
+def test_temperature_0_is_greedy_and_needs_no_key(lm):
+    """Also where all tokens tie: the first one is taken, whatever the key."""
+    greedy = generate(lm, prompts(), sampler=Greedy(), max_new_tokens=NEW)
+    for options in ({}, {"key": KEY}):
+        sampler = Temperature(0.0, top_p=0.9)
+        cold = generate(lm, prompts(), sampler=sampler, max_new_tokens=NEW, **options)
+        np.testing.assert_array_equal(cold.tokens, greedy.tokens)
+    np.testing.assert_array_equal(
+        sample_token(KEY, jnp.zeros((9, 5)), temperature=0.0), np.zeros(9)
     )
 
 
@@ -628,9 +651,14 @@ from continuous_lm.models import generation
 assert jax.device_count() == 8
 mesh = jax.make_mesh((2, 4), ("data", "model"))
 rows = [np.arange(1 + n) % 64 for n in (3, 9, 17, 12)]
-options = {"temperature": 1.0, "key": jax.random.key(3), "top_p": 0.9} if sys.argv[2:] else {}
+sampler = clm.Temperature(1.0, top_p=0.9) if sys.argv[2:] else clm.Greedy()
 generate = functools.partial(
-    generation.generate, tokens=rows, max_new_tokens=16, stop=(), **options
+    generation.generate,
+    prompts=rows,
+    sampler=sampler,
+    max_new_tokens=16,
+    key=jax.random.key(3),
+    stop=(),
 )
 one = generate(clm.load(sys.argv[1])).tokens
 original = generation._decode_loop
@@ -669,98 +697,104 @@ def test_a_mesh_gives_the_same_tokens_and_holds_the_cache_in_parts(tmp_path, sam
 
 ROW = [1, 2, 3]
 BAD = [
-    ({}, "give either tokens or embeddings"),
+    ({"prompts": [1, 64]}, r"prompt 0: tokens\[1\] is 64"),
+    ({"prompts": [ROW, [-1]]}, r"prompt 1: tokens\[0\] is -1"),
     (
-        {"tokens": ROW, "embeddings": np.ones((3, 48))},
-        "give either tokens or embeddings",
+        {"prompts": [1.0, 2.0]},
+        r"prompt 0: prompts have shape \[\]; it must be \[T, W\]",
     ),
-    ({"tokens": [1, 64]}, r"prompt 0: tokens\[1\] is 64"),
-    ({"tokens": [ROW, [-1]]}, r"prompt 1: tokens\[0\] is -1"),
-    ({"tokens": [1.0, 2.0]}, "tokens has dtype float64"),
-    ({"tokens": [True, False]}, "tokens has dtype bool"),
-    ({"tokens": []}, "tokens are empty"),
-    ({"tokens": np.zeros((0, 3), int)}, "tokens are empty"),
-    ({"tokens": [ROW, []]}, "prompt 1: there are no tokens"),
-    ({"tokens": [[]]}, "prompt 0: there are no tokens"),
-    ({"tokens": np.zeros((2, 0), int)}, "prompt 0: there are no tokens"),
-    ({"tokens": 3}, "tokens must be one prompt"),
-    ({"tokens": jnp.int32(3)}, "tokens must be one prompt"),
-    ({"tokens": [[1, [2, 3]]]}, "tokens must be one prompt"),
-    ({"tokens": np.zeros((2, 3, 4), int)}, r"prompt 0: tokens have shape \[3, 4\]"),
-    ({"tokens": [ROW, 3]}, r"prompt 1: tokens have shape \[\]"),
-    ({"tokens": [None]}, "tokens"),
-    ({"tokens": "Once upon a time"}, "tokens are text"),
-    ({"tokens": ["Once", "upon"]}, "tokens are text"),
-    ({"embeddings": np.ones((3, 47))}, "prompt 0: embeddings are 47 wide"),
-    ({"embeddings": np.ones(48)}, "embeddings have shape"),
-    ({"embeddings": np.full((3, 48), np.nan)}, r"prompt 0: embeddings\[0, 0\] is nan"),
-    ({"tokens": ROW, "durations": [1.0, 2.0]}, r"prompt 0: durations has shape \[2\]"),
+    ({"prompts": [True, False]}, "prompts hold bool"),
+    ({"prompts": []}, "prompts are empty"),
+    ({"prompts": np.zeros((0, 3), int)}, "prompts are empty"),
+    ({"prompts": [ROW, []]}, "prompt 1: there are no tokens"),
+    ({"prompts": [[]]}, "prompt 0: there are no tokens"),
+    ({"prompts": np.zeros((2, 0), int)}, "prompt 0: there are no tokens"),
+    ({"prompts": 3}, "prompts must be one prompt"),
+    ({"prompts": jnp.int32(3)}, "prompts must be one prompt"),
+    ({"prompts": [[1, [2, 3]]]}, "prompts must be one prompt"),
+    ({"prompts": np.zeros((2, 3, 4), int)}, r"prompt 0: prompts have shape \[3, 4\]"),
+    ({"prompts": [ROW, 3]}, r"prompt 1: prompts have shape \[\]"),
+    ({"prompts": [None]}, "prompts hold object"),
+    ({"prompts": None}, "prompts must be one prompt"),
+    ({"prompts": "Once upon a time"}, "prompts are text"),
+    ({"prompts": ["Once", "upon"]}, "prompts are text"),
+    ({"prompts": np.ones((3, 47))}, "prompt 0: embeddings are 47 wide"),
+    ({"prompts": np.ones(48)}, "prompts have shape"),
+    ({"prompts": [ROW, np.ones((3, 48))]}, "prompts hold float64; all must be"),
+    ({"prompts": np.full((3, 48), np.nan)}, r"prompt 0: embeddings\[0, 0\] is nan"),
+    ({"prompts": ROW, "durations": [1.0, 2.0]}, r"prompt 0: durations has shape \[2\]"),
     (
-        {"tokens": [ROW, [1]], "durations": [[1.0] * 3, [1.0] * 2]},
+        {"prompts": [ROW, [1]], "durations": [[1.0] * 3, [1.0] * 2]},
         "prompt 1: durations has shape",
     ),
     (
-        {"tokens": [ROW, [1]], "durations": [[1.0] * 3]},
+        {"prompts": [ROW, [1]], "durations": [[1.0] * 3]},
         "durations are given for 1 prompts",
     ),
     (
-        {"tokens": [ROW, ROW], "durations": [1.0] * 3},
+        {"prompts": [ROW, ROW], "durations": [1.0] * 3},
         "durations are given for 1 prompts",
     ),
     (
-        {"tokens": ROW, "durations": [1.0, np.nan, 1.0]},
+        {"prompts": ROW, "durations": [1.0, np.nan, 1.0]},
         r"prompt 0: durations\[1\] is nan",
     ),
-    ({"tokens": ROW, "durations": [1.0, -1.0, 1.0]}, r"prompt 0: durations\[1\] is -1"),
     (
-        {"tokens": ROW, "durations": [0.0, 1.0, 1.0]},
+        {"prompts": ROW, "durations": [1.0, -1.0, 1.0]},
+        r"prompt 0: durations\[1\] is -1",
+    ),
+    (
+        {"prompts": ROW, "durations": [0.0, 1.0, 1.0]},
         "prompt 0: durations: the first token",
     ),
-    ({"tokens": ROW, "durations": 2.0}, "durations must be"),
-    ({"tokens": ROW, "start": np.nan}, "start is nan"),
-    ({"tokens": ROW, "start": [0.0, 1.0]}, r"start has shape \[2\]"),
-    ({"tokens": ROW, "new_durations": -0.5}, "new_durations is -0.5"),
+    ({"prompts": ROW, "durations": 2.0}, "durations must be"),
+    ({"prompts": ROW, "start": np.nan}, "start is nan"),
+    ({"prompts": ROW, "start": [0.0, 1.0]}, r"start has shape \[2\]"),
+    ({"prompts": ROW, "new_durations": -0.5}, "new_durations is -0.5"),
     (
-        {"tokens": ROW, "new_durations": [1.0, np.inf, 1, 1]},
+        {"prompts": ROW, "new_durations": [1.0, np.inf, 1, 1]},
         r"new_durations\[1\] is inf",
     ),
     (
-        {"tokens": ROW, "new_durations": [1.0, 2.0]},
+        {"prompts": ROW, "new_durations": [1.0, 2.0]},
         r"new_durations has shape \[2\].*\[1, 4\]",
     ),
     (
-        {"tokens": ROW, "new_durations": np.ones((2, 4))},
+        {"prompts": ROW, "new_durations": np.ones((2, 4))},
         r"new_durations has shape \[2, 4\]",
     ),
-    ({"tokens": ROW, "new_durations": "long"}, "new_durations has dtype"),
-    ({"tokens": ROW, "top_k": 0}, "top_k is 0"),
-    ({"tokens": ROW, "top_k": 2.0}, "top_k is 2.0"),
-    ({"tokens": ROW, "top_p": 0.0}, "top_p is 0"),
-    ({"tokens": ROW, "top_p": 2.0}, "top_p is 2"),
-    ({"tokens": ROW, "top_p": np.nan}, "top_p is nan"),
-    ({"tokens": ROW, "top_p": [0.5]}, r"top_p has shape \[1\]"),
-    ({"tokens": ROW, "temperature": -1.0}, "temperature is -1"),
-    ({"tokens": ROW, "temperature": np.nan}, "temperature is nan"),
-    ({"tokens": ROW, "temperature": np.inf}, "temperature is inf"),
-    ({"tokens": ROW, "temperature": 1e39}, "temperature is inf"),
-    ({"tokens": ROW, "temperature": "hot"}, "temperature has dtype"),
-    ({"tokens": ROW, "temperature": None}, "temperature"),
-    ({"tokens": ROW, "temperature": 1.0}, "needs a key"),
-    ({"tokens": ROW, "temperature": 1.0, "key": 0}, "key is not a single PRNG key"),
+    ({"prompts": ROW, "new_durations": "long"}, "new_durations has dtype"),
+    ({"prompts": ROW, "sampler": Temperature(top_k=0)}, "top_k is 0"),
+    ({"prompts": ROW, "sampler": Temperature(top_k=2.0)}, "top_k is 2.0"),
+    ({"prompts": ROW, "sampler": Temperature(top_p=0.0)}, "top_p is 0"),
+    ({"prompts": ROW, "sampler": Temperature(top_p=2.0)}, "top_p is 2"),
+    ({"prompts": ROW, "sampler": Temperature(top_p=np.nan)}, "top_p is nan"),
+    ({"prompts": ROW, "sampler": Temperature(top_p=[0.5])}, r"top_p has shape \[1\]"),
+    ({"prompts": ROW, "sampler": Temperature(-1.0)}, "temperature is -1"),
+    ({"prompts": ROW, "sampler": Temperature(np.nan)}, "temperature is nan"),
+    ({"prompts": ROW, "sampler": Temperature(np.inf)}, "temperature is inf"),
+    ({"prompts": ROW, "sampler": Temperature(1e39)}, "temperature is inf"),
+    ({"prompts": ROW, "sampler": Temperature("hot")}, "temperature has dtype"),
+    ({"prompts": ROW, "sampler": Temperature(None)}, "temperature"),
+    ({"prompts": ROW, "sampler": Temperature(1.0)}, "needs a key"),
     (
-        {"tokens": ROW, "temperature": 1.0, "key": jax.random.split(KEY)},
+        {"prompts": ROW, "sampler": Temperature(1.0), "key": 0},
+        "key is not a single PRNG key",
+    ),
+    (
+        {"prompts": ROW, "sampler": Temperature(1.0), "key": jax.random.split(KEY)},
         "key is not a single",
     ),
-    ({"tokens": ROW, "max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"tokens": ROW, "max_new_tokens": -1}, "max_new_tokens is -1"),
-    ({"tokens": ROW, "max_new_tokens": True}, "max_new_tokens is True"),
-    ({"tokens": ROW, "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
-    ({"tokens": ROW, "max_new_tokens": None}, "max_new_tokens is None"),
-    ({"tokens": ROW, "max_prefill_length": 0}, "max_prefill_length is 0"),
-    ({"tokens": ROW, "stop": 64}, "stop is 64"),
-    ({"tokens": ROW, "stop": [1, -1]}, r"stop\[1\] is -1"),
-    ({"tokens": ROW, "stop": "."}, "stop has dtype"),
-    ({"tokens": ROW, "stop": 1.0}, "stop has dtype"),
+    ({"prompts": ROW, "max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"prompts": ROW, "max_new_tokens": -1}, "max_new_tokens is -1"),
+    ({"prompts": ROW, "max_new_tokens": True}, "max_new_tokens is True"),
+    ({"prompts": ROW, "max_new_tokens": 1.5}, "max_new_tokens is 1.5"),
+    ({"prompts": ROW, "max_new_tokens": None}, "max_new_tokens is None"),
+    ({"prompts": ROW, "max_prefill_length": 0}, "max_prefill_length is 0"),
+    ({"prompts": ROW, "stop": 64}, "stop is 64"),
+    ({"prompts": ROW, "stop": [1, -1]}, r"stop\[1\] is -1"),
+    ({"prompts": ROW, "stop": "."}, "stop has dtype"),
+    ({"prompts": ROW, "stop": 1.0}, "stop has dtype"),
 ]
 
 

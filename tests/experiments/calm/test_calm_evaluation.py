@@ -11,6 +11,7 @@ import continuous_lm as clm
 from continuous_lm.experiments.calm import calm_evaluation, calm_training
 from continuous_lm.models import calm
 from continuous_lm.models.calm import autoencoder
+from continuous_lm.models.generation import generate
 from tests.fixtures import tiny
 
 KEY = jax.random.key(0)
@@ -216,9 +217,10 @@ def test_continuations_have_4_tokens_whatever_a_chunk_has(size):
     assert (first != second).any()
     for i in (0, 2, 4):
         picked = contexts[np.minimum([i, i + 1], 4)]
-        new = calm.sample(
+        new = generate(
             lm,
             np.concatenate([picked, picked]),
+            sampler=calm.Repetition(),
             max_new_tokens=4,
             key=jax.random.fold_in(KEY, i),
             stop=(),

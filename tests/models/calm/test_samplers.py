@@ -12,11 +12,12 @@ import pytest
 from scipy import stats
 
 import continuous_lm as clm
-from continuous_lm.models import calm
+from continuous_lm.models import calm, density, generation
 from continuous_lm.models.calm import autoencoder, repeated_draws
 from continuous_lm.models.calm.chunk_inputs import ChunkInputs
 from continuous_lm.models.calm.implicit_heads import FlowHead, ImplicitHead
-from continuous_lm.models.calm.samplers import sample
+from continuous_lm.models.calm.samplers import Rejection, Repetition
+from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
 from tests.fixtures import tiny
 
@@ -28,6 +29,7 @@ V, SIZE, W = (
 )
 ROOM = 8  # chunks of a whole pass
 slow = pytest.mark.slow
+ONE_DRAW = Repetition()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,8 @@ def test_chunks_are_those_of_whole_passes(head):
         expected = by_whole_passes(lm, prompts(), 3, **options)
         names = {"d": "durations", "new_d": "new_durations", "start": "start"}
         given: Any = {names[name]: value for name, value in options.items()}
-        made = sample(lm, prompts(), max_new_tokens=3 * SIZE, key=KEY, stop=(), **given)
+        given |= dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
+        made = generate(lm, prompts(), **given)
         np.testing.assert_array_equal(made.tokens, expected)
         np.testing.assert_array_equal(made.lengths, 3 * SIZE)
         assert len(np.unique(made.tokens)) > 3
@@ -129,19 +132,19 @@ def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
 
 def test_durations_count(lm):
     d, new_d, _ = timed()
-    options = dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
-    plain = sample(lm, prompts(), **options).tokens
-    moved = sample(lm, prompts(), durations=d, **options).tokens
+    options = dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
+    plain = generate(lm, prompts(), **options).tokens
+    moved = generate(lm, prompts(), durations=d, **options).tokens
     assert (plain != moved).any()
-    later = sample(lm, prompts(), new_durations=4 * new_d, **options).tokens
+    later = generate(lm, prompts(), new_durations=4 * new_d, **options).tokens
     np.testing.assert_array_equal(later[:, :SIZE], plain[:, :SIZE])
     assert (later != plain).any()
 
 
 def test_chunks_of_no_duration_are_as_absent(lm):
-    options = dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
+    options = dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
     rows, rng = prompts(), np.random.default_rng(5)
-    plain = sample(lm, rows, **options).tokens
+    plain = generate(lm, rows, **options).tokens
     longer, d = [], []
     for i, row in enumerate(rows):  # after the first chunk: that one must be there
         count, more = len(row) // SIZE - 1, i + 1
@@ -150,9 +153,9 @@ def test_chunks_of_no_duration_are_as_absent(lm):
         )
         d.append([1.0] + [0.0] * more + [1.0] * count)
     np.testing.assert_array_equal(
-        sample(lm, longer, durations=d, **options).tokens, plain
+        generate(lm, longer, durations=d, **options).tokens, plain
     )
-    assert (sample(lm, longer, **options).tokens != plain).any()
+    assert (generate(lm, longer, **options).tokens != plain).any()
 
 
 def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
@@ -162,26 +165,31 @@ def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
         np.concatenate([[fill] * (-len(row) % SIZE), row]).astype(int) for row in rows
     ]
     assert [len(row) for row in by_hand] == [3, 9, 15]
-    expected = sample(lm, by_hand, **options).tokens
-    np.testing.assert_array_equal(
-        sample(lm, rows, pad_token=fill, **options).tokens, expected
-    )
-    noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
-    np.testing.assert_array_equal(sample(noted, rows, **options).tokens, expected)
-    assert (sample(lm, rows, pad_token=7, **options).tokens != expected).any()
-    with pytest.raises(
-        clm.InputError, match="prompt 0: 1 tokens are no multiple of a chunk of 3"
-    ):
-        sample(lm, rows, **options)
+    for kind in (Repetition, Rejection):
+        expected = generate(lm, by_hand, sampler=kind(), **options).tokens
+        made = generate(lm, rows, sampler=kind(pad_token=fill), **options).tokens
+        np.testing.assert_array_equal(made, expected)
+        noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
+        made = generate(noted, rows, sampler=kind(), **options).tokens
+        np.testing.assert_array_equal(made, expected)
+        others = [
+            generate(lm, rows, sampler=kind(pad_token=token), **options).tokens
+            for token in (0, 7, 9)
+        ]
+        assert any((other != expected).any() for other in others)
+        with pytest.raises(
+            clm.InputError, match="prompt 0: 1 tokens are no multiple of a chunk of 3"
+        ):
+            generate(lm, rows, sampler=kind(), **options)
 
 
 def test_stop_tokens_end_rows_within_chunks(lm):
     """In any chunk, and not only at its end."""
-    options = dict(max_new_tokens=6 * SIZE, key=KEY)
-    free = sample(lm, prompts(), stop=(), **options)
+    options = dict(sampler=ONE_DRAW, max_new_tokens=6 * SIZE, key=KEY)
+    free = generate(lm, prompts(), stop=(), **options)
     places = set()
     for stop in range(V):
-        made = sample(lm, prompts(), stop=stop, **options)
+        made = generate(lm, prompts(), stop=stop, **options)
         for row, length, before in zip(
             made.tokens, made.lengths, free.tokens, strict=True
         ):
@@ -194,7 +202,7 @@ def test_stop_tokens_end_rows_within_chunks(lm):
         assert [len(row) for row in made.token_lists()] == made.lengths.tolist()
         noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
         np.testing.assert_array_equal(
-            sample(noted, prompts(), **options).tokens, made.tokens
+            generate(noted, prompts(), **options).tokens, made.tokens
         )
     assert {0, 1} <= {place % SIZE for _, place in places}
     assert {min(chunk, 1) for chunk, _ in places} == {0, 1}
@@ -202,13 +210,15 @@ def test_stop_tokens_end_rows_within_chunks(lm):
 
 @pytest.mark.parametrize("count", [1, SIZE - 1, SIZE, SIZE + 1, 2 * SIZE + 2])
 def test_any_number_of_new_tokens(lm, count):
-    options = dict(key=KEY, stop=())
-    long = sample(lm, prompts(), max_new_tokens=3 * SIZE, **options)
-    made = sample(lm, prompts(), max_new_tokens=count, **options)
+    options = dict(sampler=ONE_DRAW, key=KEY, stop=())
+    long = generate(lm, prompts(), max_new_tokens=3 * SIZE, **options)
+    made = generate(lm, prompts(), max_new_tokens=count, **options)
     np.testing.assert_array_equal(made.tokens, long.tokens[:, :count])
     np.testing.assert_array_equal(made.lengths, count)
     stop = int(long.tokens[0, count - 1])  # the last that is wanted, or one before
-    made = sample(lm, prompts(), max_new_tokens=count, key=KEY, stop=stop)
+    made = generate(
+        lm, prompts(), sampler=ONE_DRAW, max_new_tokens=count, key=KEY, stop=stop
+    )
     assert made.lengths[0] == np.flatnonzero(long.tokens[0] == stop)[0] + 1
     assert made.lengths.max() <= count
 
@@ -216,14 +226,14 @@ def test_any_number_of_new_tokens(lm, count):
 @slow
 def test_prompts_in_pieces_and_one_alone(lm):
     """Pieces of the prompt change nothing, nor does its form."""
-    options = dict(max_new_tokens=2 * SIZE, key=KEY, stop=())
+    options = dict(sampler=ONE_DRAW, max_new_tokens=2 * SIZE, key=KEY, stop=())
     row = prompts()[2]
-    alone = sample(lm, row, **options).tokens
+    alone = generate(lm, row, **options).tokens
     assert alone.shape == (1, 2 * SIZE)
     for given in ([row], row[None], row.tolist(), [row.tolist()]):
-        np.testing.assert_array_equal(sample(lm, given, **options).tokens, alone)
+        np.testing.assert_array_equal(generate(lm, given, **options).tokens, alone)
     np.testing.assert_array_equal(
-        sample(lm, row, max_prefill_length=2, **options).tokens, alone
+        generate(lm, row, max_prefill_length=2, **options).tokens, alone
     )
 
 
@@ -281,35 +291,35 @@ def tempered(t):
     return weights / weights.sum()
 
 
-def many(known, **options):
+def many(known, sampler):
     """Two chunks of 4000 rows, and which they are: [2, 3]."""
     lm, chunks = known
     row = np.arange(2 * SIZE) % V
-    made = sample(
+    made = generate(
         lm,
         np.tile(row, (ROWS, 1)),
+        sampler=sampler,
         max_new_tokens=2 * SIZE,
         stop=(),
         key=KEY,
-        **options,
     )
     return made.tokens, counted(made.tokens, chunks)
 
 
 @slow
 @pytest.mark.parametrize(
-    ("t", "options"),
+    ("t", "kind"),
     [
-        (1.0, {}),
-        (1.0, dict(method="exact")),
-        (0.7, dict(method="exact")),
-        (1 / 2, dict(method="exact")),
-        (1 / 3, dict(method="exact")),
+        (1.0, Repetition),
+        (1.0, Rejection),
+        (0.7, Rejection),
+        (1 / 2, Rejection),
+        (1 / 3, Rejection),
     ],
     ids=str,
 )
-def test_draws_are_those_of_the_tempered_distribution(known, t, options):
-    tokens, counts = many(known, temperature=t, **options)
+def test_draws_are_those_of_the_tempered_distribution(known, t, kind):
+    tokens, counts = many(known, kind(t))
     for found in counts:
         assert stats.chisquare(found, ROWS * tempered(t)).pvalue > 1e-3
         for other in (1.0, 0.7, 1 / 2, 1 / 3):  # neighbours are told apart
@@ -347,7 +357,7 @@ def of_batches(candidates, n):
 def test_the_batch_form_draws_what_its_counts_say(known, t, candidates):
     """For few candidates that is not the tempered distribution, and for many nearly."""
     exact = of_batches(candidates, round(1 / t))
-    _, counts = many(known, temperature=t, num_candidates=candidates)
+    _, counts = many(known, Repetition(t, num_candidates=candidates))
     for found in counts:
         assert stats.chisquare(found, ROWS * exact).pvalue > 1e-3
         if candidates > 2:  # two candidates, equal or not, are drawn as one is
@@ -362,9 +372,10 @@ def test_the_batch_form_draws_what_its_counts_say(known, t, candidates):
 def test_temperature_0_takes_what_comes_most_often(known):
     lm, chunks = known
     rows = [np.arange(SIZE), np.arange(2 * SIZE) % V]
-    options = dict(max_new_tokens=3 * SIZE, temperature=0.0, stop=())
+    sampler = Repetition(0.0, num_candidates=400)
+    options = dict(sampler=sampler, max_new_tokens=3 * SIZE, stop=())
     for key in ({}, {"key": KEY}):
-        made = sample(lm, rows, num_candidates=400, **options, **key)
+        made = generate(lm, rows, **options, **key)
         np.testing.assert_array_equal(made.tokens, np.tile(chunks[0], (2, 3)))
 
 
@@ -390,10 +401,35 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
     row = np.argmin(accepted.all(axis=0))
     assert not accepted[:, row].all()
     step = np.argmin(accepted[:, row])
-    options = dict(temperature=0.5, method="exact", max_rounds=rounds, key=key, stop=())
-    message = f"prompt {row}: no draw was accepted in 2 rounds at new chunk {step};"
+    options = dict(sampler=Rejection(0.5, max_rounds=rounds), key=key, stop=())
+    message = (
+        f"prompt {row}: at new item {step}, no draw was accepted in 2 rounds; raise"
+    )
     with pytest.raises(clm.InputError, match=message):
-        sample(lm, rows, max_new_tokens=steps * SIZE, **options)
+        generate(lm, rows, max_new_tokens=steps * SIZE, **options)
+
+
+def test_one_program_serves_temperatures_prompts_and_fillings(lm):
+    def run(sampler, rows, **options):
+        options = dict(max_new_tokens=2 * SIZE, stop=()) | options
+        key = options.pop("key", KEY)
+        generate(lm, rows, sampler=sampler, key=key, **options)
+
+    run(Rejection(0.9), prompts())
+    run(Repetition(0.5, num_candidates=4), prompts())
+    run(ONE_DRAW, prompts())
+    before = generation._decode_loop._cache_size()
+    rows = [row[1:] for row in prompts(1)]
+    for sampler in (
+        Rejection(1, pad_token=3),
+        Rejection(np.float32(0.95), pad_token=5),
+        Repetition(np.float32(0.5), num_candidates=4, pad_token=5),
+        Repetition(0.5 + 1e-7, num_candidates=4, pad_token=0),
+        Repetition(1, num_candidates=9, pad_token=5),
+    ):
+        run(sampler, rows, new_durations=0.5, start=1.0, key=jax.random.key(1))
+        run(sampler, rows, max_new_tokens=3, stop=[1])
+    assert generation._decode_loop._cache_size() == before
 
 
 # --- What is refused -------------------------------------------------------------------------
@@ -402,47 +438,59 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(temperature=0.7), "1, 1/2, 1/3 or another 1/n"),
-        (dict(temperature=2.0), "temperature is 2.0"),
-        (dict(temperature=2.0, method="exact"), "temperature is 2.0"),
+        (dict(sampler=Repetition(0.7)), "1, 1/2, 1/3 or another 1/n"),
+        (dict(sampler=Repetition(2.0)), "temperature is 2.0"),
+        (dict(sampler=Rejection(2.0)), "temperature is 2.0"),
         (
-            dict(temperature=0.0, method="exact"),
-            "temperature is 0.0; exact needs one above 0",
+            dict(sampler=Rejection(0.0)),
+            "temperature is 0.0; Rejection needs one above 0",
         ),
-        (dict(temperature=-0.5), "temperature"),
-        (dict(temperature=float("nan")), "temperature"),
-        (dict(temperature=np.array([0.5, 0.5])), r"temperature has shape \[2\]"),
+        (dict(sampler=Repetition(-0.5)), "temperature"),
+        (dict(sampler=Rejection(-0.5)), "temperature"),
+        (dict(sampler=Repetition(float("nan"))), "temperature"),
+        (dict(sampler=Rejection(float("nan"))), "temperature"),
         (
-            dict(temperature=1 / 3, num_candidates=2),
+            dict(sampler=Repetition(np.array([0.5, 0.5]))),
+            r"temperature has shape \[2\]",
+        ),
+        (dict(sampler=Rejection(np.array([0.5, 0.5]))), r"temperature has shape \[2\]"),
+        (
+            dict(sampler=Repetition(1 / 3, num_candidates=2)),
             "1/3 needs at least 3 candidates, not 2",
         ),
-        (dict(method="greedy"), "method is 'greedy'; it must be one of batch, exact"),
+        (dict(sampler=clm.Greedy()), "Greedy draws .* give a sampler of models.calm"),
+        (dict(sampler=clm.Temperature(0.5)), "Temperature draws from logits of tokens"),
+        (dict(sampler=density.NearestRow()), "this needs a DensityModel"),
         (dict(key=None), "needs a key"),
         (dict(key=3), "key is not a single PRNG key"),
-        (dict(num_candidates=0), "num_candidates is 0"),
-        (dict(max_rounds=0), "max_rounds is 0"),
+        (dict(sampler=Repetition(num_candidates=0)), "num_candidates is 0"),
+        (dict(sampler=Rejection(max_rounds=0)), "max_rounds is 0"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
         (dict(max_new_tokens=2.0), "max_new_tokens is 2.0"),
         (dict(max_prefill_length=0), "max_prefill_length is 0"),
-        (dict(pad_token=V), "pad_token"),
-        (dict(pad_token=-1), "pad_token"),
+        (dict(sampler=Repetition(pad_token=V)), "pad_token"),
+        (dict(sampler=Rejection(pad_token=-1)), "pad_token"),
         (dict(stop=V), "stop"),
         (
-            dict(tokens=np.arange(SIZE + 1)),
+            dict(prompts=np.arange(SIZE + 1)),
             "prompt 0: 4 tokens are no multiple of a chunk of 3",
         ),
         (
-            dict(tokens=[np.arange(SIZE), np.arange(2)]),
+            dict(prompts=[np.arange(SIZE), np.arange(2)]),
             "prompt 1: 2 tokens are no multiple",
         ),
-        (dict(tokens=[[1, 2, V]]), "prompt 0: tokens"),
-        (dict(tokens=[[1, 2, 3], [1, -2, 3]]), "prompt 1: tokens"),
-        (dict(tokens=[0.5, 1.5, 2.0]), "prompt 0: tokens has dtype float32"),
-        (dict(tokens=[[1, 2, 3], []]), "prompt 1: tokens"),
-        (dict(tokens=[]), "prompt"),
-        (dict(tokens=5), "prompt"),
-        (dict(tokens="text"), "prompt"),
-        (dict(tokens=["text"]), "prompt"),
+        (dict(prompts=[[1, 2, V]]), "prompt 0: tokens"),
+        (dict(prompts=[[1, 2, 3], [1, -2, 3]]), "prompt 1: tokens"),
+        (
+            dict(prompts=[0.5, 1.5, 2.0]),
+            r"prompt 0: prompts have shape \[\]; it must be \[T, W\]",
+        ),
+        (dict(prompts=[[1, 2, 3], []]), "prompt 1: there are no tokens"),
+        (dict(prompts=np.ones((2, 3))), "prompt 0: tokens has dtype float64"),
+        (dict(prompts=[]), "prompt"),
+        (dict(prompts=5), "prompt"),
+        (dict(prompts="text"), "prompt"),
+        (dict(prompts=["text"]), "prompt"),
         (dict(durations=[1.0, 1.0]), "prompt 0: durations"),
         (dict(durations=[[1.0], [1.0]]), "durations are given for 2 prompts"),
         (dict(durations=[-1.0]), "durations"),
@@ -456,11 +504,17 @@ def test_draws_that_are_never_accepted_name_the_prompt(known, key):
     ids=str,
 )
 def test_bad_arguments_are_refused(lm, options, message):
-    given: Any = (
-        dict(tokens=np.arange(SIZE), max_new_tokens=2 * SIZE, key=KEY) | options
-    )
+    given: Any = dict(prompts=np.arange(SIZE), sampler=ONE_DRAW, key=KEY)
+    given |= dict(max_new_tokens=2 * SIZE) | options
     with pytest.raises(clm.InputError, match=message):
-        sample(lm, **given)
+        generate(lm, **given)
+
+
+def test_samplers_of_chunks_refuse_other_models():
+    trunk = LanguageModel(clm.Transformer(tiny.TRUNK_CONFIG), {})
+    for sampler in (ONE_DRAW, Rejection()):
+        with pytest.raises(clm.InputError, match="this needs a NextVectorModel"):
+            generate(trunk, [1], sampler=sampler, max_new_tokens=1, key=KEY)
 
 
 # --- Derivatives in time ---------------------------------------------------------------------

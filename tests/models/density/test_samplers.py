@@ -9,9 +9,20 @@ import pytest
 from scipy import stats
 
 import continuous_lm as clm
-from continuous_lm.models import density, generation
+from continuous_lm import quantize
+from continuous_lm.models import calm, density, generation
 from continuous_lm.models.density.distributions import Categorical, Gaussian, Mixture
-from continuous_lm.models.density.samplers import sample, steering_direction
+from continuous_lm.models.density.samplers import (
+    NearestRow,
+    NextVector,
+    Renormalized,
+    Rerank,
+    rerank,
+    steering_direction,
+)
+from continuous_lm.models.generation import generate
+from continuous_lm.models.samplers import Greedy, Temperature
+from tests.fixtures import tiny
 from tests.models.density.test_distributions import at, reference
 from tests.models.density.test_model import CONFIG, WIDTH, build
 
@@ -53,14 +64,15 @@ def test_ways_back_are_those_of_numpy(way):
     )
     mixture = jax.tree.map(jnp.asarray, mixture)
     x = (2 * rng.normal(size=(25, 3))).astype(np.float32)
-    table = {"rows": jnp.asarray(rows), "norms": jnp.sum(rows**2, axis=-1)}
+    norms = jnp.sum(rows**2, axis=-1)
     exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
     tokens = {}
-    back = jax.jit(
-        density.quantize_to_tokens, static_argnums=0, static_argnames="num_candidates"
-    )
+    reranked = jax.jit(rerank, static_argnums=3)
     for k in (1, 7, 40) if way == "rerank" else (1,):
-        found = back(way, mixture, jnp.asarray(x), table, num_candidates=k)
+        if way == "rerank":
+            found = reranked(mixture, jnp.asarray(x), jnp.asarray(rows), k, norms=norms)
+        else:
+            found = quantize.nearest(x, rows, metric=way, norms=norms).indices
         expected = [
             by_numpy(way, at(exact, i), x[i], rows.astype(float), k) for i in range(25)
         ]
@@ -88,6 +100,19 @@ def test_renormalised_draws_are_proportional_to_the_density():
 # --- The loop --------------------------------------------------------------------------------
 
 ROOM = 16
+
+
+def sampler_of(way, lm=None, **settings):
+    """The sampler of a way back; a token head draws tokens itself."""
+    if lm is not None and lm.model.predicts_tokens:
+        return Temperature(**settings)
+    samplers = {
+        "euclidean": NearestRow,
+        "cosine": functools.partial(NearestRow, "cosine"),
+        "rerank": functools.partial(Rerank, 4),
+        "renormalised": Renormalized,
+    }
+    return samplers[way](**settings)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -154,9 +179,9 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
     new_d = rng.uniform(0.3, 2.0, (3, NEW)).astype(np.float32)
     start = np.array([0.0, 2.0, -1.5], np.float32)
     options = dict(
-        max_new_items=NEW, temperature=0.0, quantize=way, num_candidates=4, stop=()
+        max_new_tokens=NEW, sampler=sampler_of(way, lm, temperature=0.0), stop=()
     )
-    made = sample(lm, rows, durations=d, new_durations=new_d, start=start, **options)
+    made = generate(lm, rows, durations=d, new_durations=new_d, start=start, **options)
     expected = [
         naive(lm, row, NEW, d=d[i], new_d=new_d[i], start=start[i], way=way)
         for i, row in enumerate(rows)
@@ -164,7 +189,7 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
     np.testing.assert_array_equal(made.tokens, expected)
     np.testing.assert_array_equal(made.lengths, NEW)
     assert len(np.unique(made.tokens)) > 1
-    alone = sample(
+    alone = generate(
         lm,
         rows[1],
         durations=d[1],
@@ -181,20 +206,18 @@ def test_vectors_of_a_batch_are_those_of_whole_passes(name):
     lm, rows, rng = build(name, "vectors"), vectors(), np.random.default_rng(4)
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, NEW).astype(np.float32)
-    made = sample(
-        lm,
-        vectors=rows,
-        durations=d,
-        new_durations=new_d,
-        max_new_items=NEW,
-        temperature=0.0,
-    )
+    options = dict(max_new_tokens=NEW, sampler=NextVector(temperature=0.0))
+    generated = generate(lm, rows, durations=d, new_durations=new_d, **options)
+    np.testing.assert_array_equal(generated.lengths, NEW)
+    with pytest.raises(clm.InputError, match="makes vectors"):
+        generated.token_lists()
+    made = generated.vectors
     assert made.shape == (3, NEW, WIDTH)
     assert made.dtype == np.float32
     for i, row in enumerate(rows):
         expected = naive(lm, row, NEW, d=d[i], new_d=new_d)
         np.testing.assert_allclose(made[i], expected, rtol=1e-3, atol=1e-4)
-    other = sample(lm, vectors=rows, durations=d, max_new_items=NEW, temperature=0.0)
+    other = generate(lm, rows, durations=d, **options).vectors
     np.testing.assert_array_equal(other[:, 0], made[:, 0])
     assert np.abs(other[:, 1:] - made[:, 1:]).max() > 1e-3
 
@@ -212,7 +235,8 @@ def test_draws_follow_the_density():
     w, means, scales = (np.asarray(a, np.float64) for a in (found.weights, *found[1:]))
     mean = w @ means
     std = np.sqrt(w @ (means**2 + scales**2) - mean**2)
-    made = sample(lm, vectors=many, max_new_items=1, key=KEY)[:, 0]
+    made = generate(lm, many, sampler=NextVector(), max_new_tokens=1, key=KEY)
+    made = made.vectors[:, 0]
     assert (np.abs(made.mean(axis=0) - mean) < 5 * std / 3000**0.5).all()
     np.testing.assert_allclose(made.std(axis=0), std, rtol=0.1)
 
@@ -223,9 +247,10 @@ def test_a_token_heads_samples_are_those_of_generate():
     params = lm.params["trunk"] | {"head": lm.params["head"]["logits"]}
     bare = lm.with_params(without_bias(lm.params))
     plain = clm.LanguageModel(clm.Transformer(CONFIG), params)
-    for options in ({"temperature": 1.0, "key": KEY}, {"temperature": 0.0}):
-        ours = sample(bare, prompts(), max_new_items=8, stop=(), **options)
-        theirs = clm.generate(plain, prompts(), max_new_tokens=8, stop=(), **options)
+    for sampler in (Temperature(), Temperature(2.0, top_k=4, top_p=0.9), Greedy()):
+        options = dict(sampler=sampler, max_new_tokens=8, key=KEY, stop=())
+        ours = generate(bare, prompts(), **options)
+        theirs = generate(plain, prompts(), **options)
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     assert len(np.unique(theirs.tokens)) > 1
 
@@ -239,10 +264,10 @@ def without_bias(params):
 
 def test_stop_tokens_end_rows():
     lm = build("mixture")
-    options = dict(max_new_items=12, key=KEY)
-    free = sample(lm, prompts(), stop=(), **options)
+    options = dict(max_new_tokens=12, sampler=NearestRow(), key=KEY)
+    free = generate(lm, prompts(), stop=(), **options)
     stop = int(free.tokens[0, 2])
-    made = sample(lm, prompts(), stop=stop, **options)
+    made = generate(lm, prompts(), stop=stop, **options)
     for row, length, before in zip(made.tokens, made.lengths, free.tokens, strict=True):
         where = np.flatnonzero(before == stop)
         expected = where[0] + 1 if len(where) else 12
@@ -251,7 +276,7 @@ def test_stop_tokens_end_rows():
         np.testing.assert_array_equal(row[length:], 0)
     noted = clm.LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
     np.testing.assert_array_equal(
-        sample(noted, prompts(), **options).tokens, made.tokens
+        generate(noted, prompts(), **options).tokens, made.tokens
     )
 
 
@@ -278,19 +303,15 @@ def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
     assert (
         lm.config.vocab_size < 16
     )  # fewer tokens than there are candidates for "rerank"
-    options = dict(max_new_items=20, key=KEY, quantize=way, stop=())
-    if way == "rerank":
-        options["num_candidates"] = 4
-    plain = sample(lm, prompts(), **options).tokens
-    np.testing.assert_array_equal(
-        sample(lm, prompts(), direction=direction, strength=0.0, **options).tokens,
-        plain,
-    )
+
+    def draw(**steering):
+        sampler = sampler_of(way, **steering)
+        options = dict(max_new_tokens=20, key=KEY, stop=())
+        return generate(lm, prompts(), sampler=sampler, **options).tokens
+
+    np.testing.assert_array_equal(draw(direction=direction, strength=0.0), draw())
     shares = [
-        np.mean(
-            sample(lm, prompts(), direction=direction, strength=s, **options).tokens
-            == target
-        )
+        np.mean(draw(direction=direction, strength=s) == target)
         for s in (0.0, 1.0, 50.0)
     ]
     assert shares[0] < 0.5
@@ -301,12 +322,16 @@ def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
 
 def test_strength_0_changes_no_bit_of_vectors():
     lm, rows = build("mixture", "vectors"), vectors()
-    options = dict(max_new_items=10, key=KEY)
-    plain = sample(lm, vectors=rows, **options)
+
+    def draw(**steering):
+        sampler = NextVector(**steering)
+        return generate(lm, rows, sampler=sampler, max_new_tokens=10, key=KEY).vectors
+
+    plain = draw()
     direction = np.array([1.0, -2.0, 0.5])
-    still = sample(lm, vectors=rows, direction=direction, strength=0.0, **options)
+    still = draw(direction=direction, strength=0.0)
     np.testing.assert_array_equal(still, plain)
-    moved = sample(lm, vectors=rows, direction=direction, strength=0.5, **options)
+    moved = draw(direction=direction, strength=0.5)
     np.testing.assert_allclose(
         moved[:, 0], plain[:, 0] + 0.5 * direction, rtol=1e-4, atol=1e-5
     )  # the later ones have read what was moved
@@ -329,46 +354,78 @@ def test_directions_are_differences_of_means():
 # --- Programs and errors ---------------------------------------------------------------------
 
 
-def test_one_program_serves_temperatures_strengths_and_directions():
-    lm, options = build("mixture"), dict(max_new_items=5, key=KEY)
-    sample(lm, prompts(), direction=np.ones(6), strength=1.0, **options)
+@pytest.mark.parametrize("kind", [NearestRow, pytest.param(Renormalized, marks=slow)])
+def test_one_program_serves_temperatures_strengths_and_directions(kind):
+    lm = build("mixture")
+
+    def run(rows, seed, *, max_new_tokens=5, **settings):
+        key = jax.random.key(seed)
+        options = dict(max_new_tokens=max_new_tokens, key=key, new_durations=0.5)
+        generate(lm, rows, sampler=kind(**settings), start=2.0, **options)
+
+    run(prompts(), 0, direction=np.ones(6), strength=1.0)
     before = generation._decode_loop._cache_size()
-    for temperature, strength in ((0.5, 2.0), (1.0, -1.0), (0.0, 0.0)):
-        direction = np.arange(6.0) * strength
-        sample(
-            lm,
+    for temperature, strength in ((0.5, 2), (1, -1.0), (0.0, np.float64(0.0))):
+        direction = (np.arange(6.0) * strength).tolist()
+        run(
             prompts((4, 1, 30)),
+            1,
+            max_new_tokens=9,
             direction=direction,
             strength=strength,
             temperature=temperature,
-            new_durations=0.5,
-            start=2.0,
-            max_new_items=9,
-            key=jax.random.key(1),
         )
     assert generation._decode_loop._cache_size() == before
+
+
+def test_logits_of_a_density_are_those_of_the_renormalised_one():
+    """`Temperature` and `Greedy` draw as `Renormalized` does; cuts come on top."""
+    lm, options = build("mixture"), dict(max_new_tokens=9, key=KEY, stop=())
+    for sampler, other in (
+        (Renormalized(temperature=0.6), Temperature(0.6)),
+        (Renormalized(temperature=0.0), Greedy()),
+        (Renormalized(temperature=0.0), Temperature(0.6, top_k=1)),
+    ):
+        made = generate(lm, prompts(), sampler=sampler, **options).tokens
+        np.testing.assert_array_equal(
+            generate(lm, prompts(), sampler=other, **options).tokens, made
+        )
+        assert len(np.unique(made)) > 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_items": 0}, "max_new_items is 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_prefill_length": 0}, "max_prefill_length is 0"),
-        ({"num_candidates": 0}, "num_candidates is 0"),
-        ({"num_candidates": 12, "quantize": "rerank"}, "there are 11 tokens"),
-        ({"quantize": "nearest"}, "quantize is 'nearest'"),
-        ({"temperature": -1.0}, "temperature is -1"),
-        ({"temperature": np.ones(3)}, "temperature has shape"),
+        ({"sampler": Rerank(0)}, "num_candidates is 0"),
+        ({"sampler": Rerank(12)}, "there are 11 tokens"),
+        ({"sampler": Rerank()}, "num_candidates is 16, but there are 11 tokens"),
+        ({"sampler": NearestRow("nearest")}, "metric is 'nearest'"),
+        ({"sampler": NearestRow(temperature=-1.0)}, "temperature is -1"),
+        ({"sampler": Rerank(4, temperature=-1.0)}, "temperature is -1"),
+        ({"sampler": Renormalized(temperature=-1.0)}, "temperature is -1"),
+        ({"sampler": NearestRow(temperature=np.ones(3))}, "temperature has shape"),
+        ({"sampler": NearestRow(temperature=None)}, "temperature has dtype"),
         ({"key": None}, "needs a key"),
-        ({"strength": 1.0}, "needs a direction"),
-        ({"strength": np.nan, "direction": np.ones(6)}, "strength is nan"),
-        ({"strength": np.ones(3), "direction": np.ones(6)}, "strength has shape [3]"),
-        ({"direction": np.ones(5)}, "direction has shape [5]"),
-        ({"direction": np.full(6, np.inf)}, "direction[0] is inf"),
-        ({"tokens": None}, "this model reads tokens"),
-        ({"vectors": np.ones((2, 6))}, "this model reads tokens"),
-        ({"tokens": [[1, 11]]}, "prompt 0: tokens[1] is 11"),
-        ({"tokens": []}, "empty"),
+        ({"sampler": NearestRow(strength=1.0)}, "needs a direction"),
+        (
+            {"sampler": NearestRow(strength=np.nan, direction=np.ones(6))},
+            "strength is nan",
+        ),
+        (
+            {"sampler": NearestRow(strength=np.ones(3), direction=np.ones(6))},
+            "strength has shape [3]",
+        ),
+        ({"sampler": NearestRow(direction=np.ones(5))}, "direction has shape [5]"),
+        (
+            {"sampler": NearestRow(direction=np.full(6, np.inf))},
+            "direction[0] is inf",
+        ),
+        ({"prompts": None}, "prompts must be"),
+        ({"prompts": np.ones((2, 6))}, "this model reads tokens"),
+        ({"prompts": [[1, 11]]}, "prompt 0: tokens[1] is 11"),
+        ({"prompts": []}, "empty"),
         ({"durations": np.ones(3)}, "durations"),
         ({"durations": [0.0, 1.0]}, "duration 0"),
         ({"new_durations": -1.0}, "new_durations is -1"),
@@ -377,27 +434,53 @@ def test_one_program_serves_temperatures_strengths_and_directions():
     ],
 )
 def test_arguments_that_do_not_fit(changes, message):
-    given = {"tokens": [1, 2], "max_new_items": 2, "key": KEY} | changes
+    given = {
+        "prompts": [1, 2],
+        "sampler": NearestRow(),
+        "max_new_tokens": 2,
+        "key": KEY,
+    } | changes
     with pytest.raises(clm.InputError) as refused:
-        sample(build("gaussian"), **given)
+        generate(build("gaussian"), **given)
     assert message in str(refused.value)
+
+
+def test_samplers_that_do_not_fit_the_model():
+    """Each says what it needs, and which other one to give."""
+    speaks, plain = build("token"), build("gaussian", "vectors")
+    lm, trunk = build("gaussian"), clm.LanguageModel(clm.Transformer(CONFIG), {})
+    for model, sampler, message in (
+        (speaks, NearestRow(direction=np.ones(11)), "token head; give Greedy or Temp"),
+        (speaks, Rerank(4), "Rerank needs a density over a table of tokens"),
+        (speaks, NextVector(), "this model reads tokens"),
+        (lm, NextVector(), "this model reads tokens; give NearestRow"),
+        (plain, NearestRow(), "model that reads vectors; give NextVector"),
+        (plain, Renormalized(), "Renormalized needs a density over a table of tokens"),
+        (plain, Greedy(), "give a sampler of models.density"),
+        (plain, Temperature(), "Temperature draws from logits of tokens"),
+        (trunk, NearestRow(), "this needs a DensityModel"),
+        (trunk, NextVector(), "this needs a DensityModel"),
+    ):
+        with pytest.raises(clm.InputError) as refused:
+            generate(model, [1], sampler=sampler, max_new_tokens=1, key=KEY)
+        assert message in str(refused.value)
+
+
+def test_models_that_generate_nothing_are_refused():
+    lm = calm.autoencoder_of(tiny.next_vector_lm())
+    with pytest.raises(clm.InputError, match="Autoencoder, which generates nothing"):
+        generate(lm, [1], max_new_tokens=1)
 
 
 def test_arguments_that_do_not_fit_the_model():
     speaks, plain = build("token"), build("gaussian", "vectors")
-    lm = build("gaussian")
+    lm, options = build("gaussian"), dict(max_new_tokens=1, key=KEY)
+    vector_options = options | {"sampler": NextVector()}
     for call, message in {
-        lambda: sample(
-            speaks, [1], max_new_items=1, key=KEY, direction=np.ones(11)
-        ): "token head",
-        lambda: sample(
-            plain, [1, 2], max_new_items=1, key=KEY
-        ): "this model reads vectors",
-        lambda: sample(
-            plain, vectors=np.ones((2, 4)), max_new_items=1, key=KEY
-        ): "prompt 0",
-        lambda: sample(
-            plain, vectors=np.ones((2, 3)), max_new_items=1, key=KEY, stop=3
+        lambda: generate(plain, [1, 2], **vector_options): "this model reads vectors",
+        lambda: generate(plain, np.ones((2, 4)), **vector_options): "prompt 0",
+        lambda: generate(
+            plain, np.ones((2, 3)), stop=3, **vector_options
         ): "leave out stop",
         lambda: steering_direction(plain, [1]): "table of tokens",
         lambda: steering_direction(speaks, [1]): "table of tokens",
