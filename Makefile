@@ -97,6 +97,7 @@ lint: $(VENV)/.has-lint ## Style, format, imports, types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy -p continuous_lm
+	$(python) -m tests.type_completeness
 
 .PHONY: clean
 clean: ## Remove what was set up, built and cached; results stay

@@ -372,11 +372,14 @@ def _default_batch_size(num_tokens: int, num_shards: int) -> int:
 def _take_points(all_points: Batch, point_indices: np.ndarray) -> Batch:
     """These points of each prompt; what does not differ stays as it is."""
 
-    def take(array: np.ndarray) -> np.ndarray:
-        return array[:, point_indices] if array.shape[1] > 1 else array
+    def take(array: Array | None) -> Array | None:
+        if array is None or array.shape[1] == 1:
+            return array
+        return array[:, point_indices]
 
-    inputs, position, prefix = all_points
-    return Batch(jax.tree.map(take, inputs), take(np.asarray(position)), prefix)
+    inputs = Inputs(*map(take, all_points.inputs))
+    position = all_points.position[:, point_indices]
+    return Batch(inputs, position, all_points.prefix)
 
 
 def _place(mesh: Mesh, batch: Batch) -> Batch:

@@ -25,12 +25,10 @@ class Watchdog:
 
     def __init__(
         self, process_index: int, num_processes: int, heartbeat_timeout: float
-    ):
-        self.process_index, self.num_processes, self.heartbeat_timeout = (
-            process_index,
-            num_processes,
-            heartbeat_timeout,
-        )
+    ) -> None:
+        self.process_index: int = process_index
+        self.num_processes: int = num_processes
+        self.heartbeat_timeout: float = heartbeat_timeout
         self.peers: dict[int, socket.socket] = {}
 
     def connect_all(self, host: str, port: int, timeout: float) -> None:
