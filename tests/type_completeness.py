@@ -1,4 +1,4 @@
-"""How many public names of the library have types that a checker knows: a number that may only fall.
+"""How many public names of the library have no type that a checker knows; it may only fall.
 
     python -m tests.type_completeness [--write]
 

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -28,13 +28,15 @@ __all__ = [
     "wait_for_watchdog",
 ]
 
+Tree = TypeVar("Tree")
+
 
 def is_first_process() -> bool:
     """Whether this is process 0, which alone writes."""
     return jax.process_index() == 0
 
 
-def gather_to_hosts(tree: Any) -> Any:
+def gather_to_hosts(tree: Tree) -> Tree:
     """The tree's arrays as NumPy arrays, whole, in every process; all of them must call it."""
 
     def gather_leaf(leaf: Any) -> np.ndarray:
@@ -47,7 +49,7 @@ def gather_to_hosts(tree: Any) -> Any:
     return jax.tree.map(gather_leaf, tree)
 
 
-def broadcast_from_first(value: Any) -> Any:
+def broadcast_from_first(value: Tree) -> Tree:
     """What process 0 gives, in every process; JSON must be able to hold it. All must call it."""
     if jax.process_count() == 1:
         return value

@@ -126,7 +126,7 @@ class FlagField:
     is_optional: bool
     is_tuple: bool
 
-    def check(self, value: Any) -> Any:
+    def check(self, value: object) -> object:
         """The value as the field holds it: a path becomes text, a list a tuple.
 
         Raises:
@@ -140,8 +140,7 @@ class FlagField:
             raise InputError(f"--{self.name} is {value!r}; it must be a list")
         return tuple(self._check_part(part) for part in value)
 
-    def _check_part(self, value: Any) -> Any:
-        description = self.description
+    def _check_part(self, value: object) -> object:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if self.value_type is float and type(value) is int:
@@ -153,12 +152,21 @@ class FlagField:
         if self.choices and value not in self.choices:
             known = ", ".join(self.choices)
             raise InputError(f"--{self.name} is {value!r:.60}; it must be of {known}")
-        lower, upper = description.lower_bound, description.upper_bound
-        if lower is not None and not value >= lower:
-            raise InputError(f"--{self.name} is {value}; it must be at least {lower:g}")
-        if upper is not None and not value <= upper:
-            raise InputError(f"--{self.name} is {value}; it must be at most {upper:g}")
+        if isinstance(value, int | float):
+            self._check_bounds(value)
         return value
+
+    def _check_bounds(self, value: float) -> None:
+        lower_bound = self.description.lower_bound
+        upper_bound = self.description.upper_bound
+        if lower_bound is not None and not value >= lower_bound:
+            raise InputError(
+                f"--{self.name} is {value}; it must be at least {lower_bound:g}"
+            )
+        if upper_bound is not None and not value <= upper_bound:
+            raise InputError(
+                f"--{self.name} is {value}; it must be at most {upper_bound:g}"
+            )
 
 
 def _flag_field(config_class: type, name: str, annotation: Any) -> FlagField:

@@ -644,7 +644,10 @@ def _progress_bar(config: FitConfig, step: int, label: str) -> tqdm:
 def _gather_metrics(step_metrics: NamedArrays) -> dict[str, np.ndarray]:
     """The metrics of each step [steps] in every process; the loss comes first."""
     names = dict.fromkeys(["loss", *step_metrics])
-    return {name: processes.gather_to_hosts(step_metrics[name]) for name in names}
+    return {
+        name: np.asarray(processes.gather_to_hosts(step_metrics[name]))
+        for name in names
+    }
 
 
 def _check_finite(

@@ -1,7 +1,7 @@
 """What a family of checkpoints has to say: how its config.json is read, and its tensors' names."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class ConfigFields:
     def __init__(self, values: Mapping[str, Any], prefix: str = ""):
         self._values, self._prefix, self._read_names = dict(values), prefix, set[str]()
 
-    def get(self, name: str, default: Any = REQUIRED) -> Any:
+    def get(self, name: str, default: Any = REQUIRED) -> object:
         """The value; the default if it is absent or null."""
         self._read_names.add(name)
         value = self._values.get(name)
@@ -67,7 +67,12 @@ class ConfigFields:
             lambda v: 0 < v <= maximum,
         )
 
-    def number(self, name: str, default: Any = REQUIRED) -> Any:
+    @overload
+    def number(self, name: str, default: float = REQUIRED) -> float: ...
+    @overload
+    def number(self, name: str, default: None) -> float | None: ...
+
+    def number(self, name: str, default: float | None = REQUIRED) -> float | None:
         return self._get_typed(
             name,
             default,

@@ -112,27 +112,27 @@ def read_windows(
     if layer_types is None:
         pattern = tuple(map(is_windowed, range(num_layers)))
     else:
-        window_by_type = {"sliding_attention": True, "full_attention": False}
-        is_list_of_names = isinstance(layer_types, list) and all(
-            isinstance(layer_type, str) for layer_type in layer_types
-        )
-        if (
-            not is_list_of_names
-            or len(layer_types) != num_layers
-            or set(layer_types) - set(window_by_type)
-        ):
-            raise InputError(
-                f"field layer_types must be a list of {num_layers}, each one of"
-                f" {', '.join(window_by_type)}"
-            )
-        pattern = tuple(window_by_type[layer_type] for layer_type in layer_types)
+        pattern = _window_pattern(layer_types, num_layers)
         if window is None and any(pattern):
             raise InputError(
                 "field layer_types has windows, but sliding_window says none"
             )
-    return (
-        {} if window is None else {"window": float(window), "window_pattern": pattern}
-    )
+    if window is None:
+        return {}
+    return {"window": float(window), "window_pattern": pattern}
+
+
+def _window_pattern(layer_types: object, num_layers: int) -> tuple[bool, ...]:
+    """Whether each layer has the window, as a config.json says it."""
+    window_by_type = {"sliding_attention": True, "full_attention": False}
+    names = layer_types if isinstance(layer_types, list) else []
+    is_known = [isinstance(name, str) and name in window_by_type for name in names]
+    if len(names) != num_layers or not all(is_known):
+        raise InputError(
+            f"field layer_types must be a list of {num_layers}, each one of"
+            f" {', '.join(window_by_type)}"
+        )
+    return tuple(window_by_type[name] for name in names)
 
 
 def write_windows(config: TransformerConfig) -> dict[str, Any]:
