@@ -452,6 +452,20 @@ def test_ancestral_denoising_draws_the_normal_density():
     assert abs(np.corrcoef(found, z)[0, 1]) < 0.2  # where it begins is nearly forgotten
 
 
+def test_fresh_noise_has_the_posteriors_variance():
+    """Of two steps without predicted noise; Ho et al. (arXiv:2006.11239), equation 7."""
+    x, fresh_noise = np.float32([0.3]), np.float32([[2.0], [5.0]])
+    nothing = jax.jit(
+        lambda noise: denoise(lambda x, t: jnp.zeros_like(x), x, noise, steps=2)
+    )
+    last, middle, first = np.asarray(signal_variance(np.float32([1.0, 0.5, 0.0])))
+    fresh_variance = (1 - middle) / (1 - last) * (1 - last / middle)
+    after_one = x * np.sqrt(middle / last) + np.sqrt(fresh_variance) * fresh_noise[0]
+    expected = after_one * np.sqrt(first / middle)
+    np.testing.assert_allclose(nothing(fresh_noise), expected, rtol=1e-5)
+    assert 0.1 < fresh_variance < 0.9 * (1 - last / middle)
+
+
 def test_signal_is_the_cosine_schedule():
     time = np.linspace(0.0, 0.97, 30)
     f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
