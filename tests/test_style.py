@@ -27,11 +27,11 @@ class Density(NamedTuple):
 
 # Folder -> at most so many nodes a line, at least so many letters a name.
 RATCHETS = {
-    "continuous_lm": Density(5.6, 7.2),
-    "losses": Density(5.4, 9.2),
-    "quantize": Density(5.4, 7.2),
-    "models": Density(5.2, 7.75),
-    "experiments": Density(5.25, 7.7),
+    "continuous_lm": Density(5.5, 7.3),
+    "losses": Density(5.4, 9.3),
+    "quantize": Density(5.4, 7.3),
+    "models": Density(5.1, 7.8),
+    "experiments": Density(5.25, 7.75),
 }
 
 

@@ -29,7 +29,7 @@ MAX_DENSE_SCORES = 256**2  # scores of a head, up to which the dense form is as 
 Form = Callable[[AttentionProblem], jax.Array]
 
 
-def attend(
+def attend(  # noqa: PLR0913 (a problem's arguments, and how to compute it)
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
