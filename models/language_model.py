@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs
-from continuous_lm.models import transformer
+from continuous_lm.models import transformer, trunk_inputs
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.parameters import ParameterModule, Params
@@ -99,7 +99,7 @@ class LanguageModel(Generic[Model]):
         compiled over, where they are known.
         """
         model = trunk_model(self)
-        inputs = transformer.make_inputs(
+        inputs = trunk_inputs.make_inputs(
             model.config,
             tokens,
             embeddings=embeddings,
@@ -128,7 +128,7 @@ class LanguageModel(Generic[Model]):
         Arguments are those of `Transformer.__call__` and of `transformer.forward`.
         """
         model = trunk_model(self)
-        inputs = transformer.make_inputs(
+        inputs = trunk_inputs.make_inputs(
             model.config,
             tokens,
             embeddings=embeddings,
@@ -160,7 +160,7 @@ class LanguageModel(Generic[Model]):
     ) -> KVCache:
         """Keys and values of tokens, as the `prefix` of later calls of `forward`, jitted."""
         model = trunk_model(self)
-        inputs = transformer.make_inputs(
+        inputs = trunk_inputs.make_inputs(
             model.config,
             tokens,
             embeddings=embeddings,

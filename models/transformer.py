@@ -1,6 +1,6 @@
 """The trunk: a decoder-only transformer over tokens that last any time, as pure functions.
 
-    output = forward(config, params, make_inputs(config, tokens, durations=d))
+    output = forward(config, params, trunk_inputs.make_inputs(config, tokens, durations=d))
     output.logits                                                           # [..., T, V]
 
 `parameter_table` declares the parameters, `Transformer` holds them for Flax Linen. All ways through
@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from continuous_lm import axes as axes_lib
 from continuous_lm import rotary
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float
 from continuous_lm.attention.softmax import softcap
 from continuous_lm.durations import durations_from_times, end_times
-from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs
-from continuous_lm.models import kv_cache
+from continuous_lm.models import kv_cache, trunk_inputs
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.kv_cache import CachedLayer, KVCache, PrefixLayer
 from continuous_lm.models.layers import (
@@ -49,12 +47,10 @@ __all__ = [
     "HiddenStates",
     "Output",
     "Transformer",
-    "check_position",
     "embed",
     "forward",
     "hidden_states",
     "interpolate_positions",
-    "make_inputs",
     "parameter_table",
     "prefill",
     "resolve_times",
@@ -114,12 +110,13 @@ def forward(
     """Logits of the next token at each token, or at one position.
 
     A pure function: jit it with `config`, `capture` and `execution` static. Values are not checked
-    here; `make_inputs` does that.
+    here; `trunk_inputs.make_inputs` does that.
 
     Args:
       config: of the model.
       params: of `parameter_table(config)`.
-      inputs: tokens or embeddings with their durations, from `make_inputs`. Leading axes broadcast.
+      inputs: tokens or embeddings with their durations, from `trunk_inputs.make_inputs`. Leading
+        axes broadcast.
       position: index of the token whose logits are wanted, an int or int [...] (-1: the last); only
         that position is unembedded.
       cache: of the tokens before these, as from `kv_cache.empty` or an earlier call. If it is too
@@ -161,17 +158,19 @@ def hidden_states(
         config, embedded, inputs, position, cache, prefix
     )
     x = scale_and_place(config, params, embedded, times)
-    batch_shape = _batch_shape(inputs, position, prefix if cache is None else cache)
+    full_batch = trunk_inputs.batch_shape(
+        inputs, position, prefix if cache is None else cache
+    )
     captured: Mapping[str, jax.Array] = {}
     if prefix is None:
-        x = jnp.broadcast_to(x, (*batch_shape, *x.shape[-2:]))
+        x = jnp.broadcast_to(x, (*full_batch, *x.shape[-2:]))
         x, cache, captured = _run_layers(
             config, params, x, timing, cache, capture, execution
         )
         x = x if position is None else take_position(x, position)[..., 0, :]
     else:
         x = _run_layers_after_prefix(
-            config, params, x, timing, prefix, position, batch_shape, execution
+            config, params, x, timing, prefix, position, full_batch, execution
         )[..., 0, :]
     hidden = norm(config, params["final_norm"], x)
     return HiddenStates(hidden, cache, captured)
@@ -454,83 +453,6 @@ def _run_layers_after_prefix(
     return run_layer(x, last_layer, position)[0]
 
 
-def _batch_shape(
-    inputs: Inputs, position: ArrayLike | None, past: KVCache | None
-) -> tuple[int, ...]:
-    """The leading axes of everything that a call gets."""
-    position_shape = () if position is None else np.shape(position)
-    past_shape = () if past is None else past.end_time.shape
-    return jnp.broadcast_shapes(inputs.batch_shape(), position_shape, past_shape)
-
-
-# --- The door: inputs of a call, checked ------------------------------------------------------
-
-
-def make_inputs(
-    config: TransformerConfig,
-    tokens: ArrayLike | None = None,
-    *,
-    embeddings: ArrayLike | None = None,
-    durations: ArrayLike | None = None,
-    times: ArrayLike | None = None,
-    start: ArrayLike | None = None,
-    position: ArrayLike | None = None,
-    cache: KVCache | None = None,
-    prefix: KVCache | None = None,
-) -> Inputs:
-    """The inputs of one call of this model, checked: shapes always, values where they are known.
-
-    Arguments are as of `Transformer.__call__` and `forward`.
-
-    Raises:
-      InputError: which argument is wrong, where, and how.
-    """
-    past = prefix if cache is None else cache
-    inputs = Inputs.make(
-        tokens,
-        vocab_size=config.vocab_size,
-        width=config.hidden_size,
-        embeddings=embeddings,
-        durations=durations,
-        times=times,
-        start=start,
-        window=config.window,
-        follows=past is not None,
-    )
-    check_position(inputs, position, cache, prefix)
-    if prefix is not None:
-        if position is None or cache is not None:
-            raise InputError(
-                "a prefix needs `position`, the one position that is asked for, and no cache"
-            )
-        kv_cache.check_shape(config, prefix, "prefix")
-    elif cache is not None:
-        kv_cache.check_shape(config, cache, "cache")
-        kv_cache.check_room(cache, inputs.num_tokens)
-        if _batch_shape(inputs, position, cache) != cache.end_time.shape:
-            raise InputError(
-                f"the cache is for leading axes {list(cache.end_time.shape)}, and those of the"
-                " arguments do not fit into them"
-            )
-    return inputs
-
-
-def check_position(
-    inputs: Inputs,
-    position: ArrayLike | None,
-    cache: KVCache | None = None,
-    prefix: KVCache | None = None,
-) -> None:
-    """Refuses a position outside of the tokens, and leading axes that do not broadcast."""
-    if position is not None:
-        check_integers("position", position, -inputs.num_tokens, inputs.num_tokens)
-    leading_axes = dict(inputs.leading_axes())
-    leading_axes["position"] = () if position is None else np.shape(position)
-    leading_axes["the cache"] = () if cache is None else cache.end_time.shape
-    leading_axes["the prefix"] = () if prefix is None else prefix.end_time.shape
-    axes_lib.broadcast_leading_axes(leading_axes)
-
-
 # --- Linen ------------------------------------------------------------------------------------
 
 
@@ -625,7 +547,7 @@ class Transformer(ParameterModule):
         self, items: ArrayLike, durations: ArrayLike, cache: KVCache | None
     ) -> Inputs:
         are_tokens = jnp.issubdtype(jnp.result_type(items), jnp.integer)
-        return make_inputs(
+        return trunk_inputs.make_inputs(
             self.config,
             items if are_tokens else None,
             embeddings=None if are_tokens else items,
@@ -668,7 +590,7 @@ class Transformer(ParameterModule):
             token that sees no duration at all, such as a first one of duration 0, is refused: its
             attention would be 0 / 0 (inside jit it attends to nothing).
         """
-        inputs = make_inputs(
+        inputs = trunk_inputs.make_inputs(
             self.config,
             tokens,
             embeddings=embeddings,

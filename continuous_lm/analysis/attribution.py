@@ -34,7 +34,7 @@ from continuous_lm.arguments import (
 from continuous_lm.durations import check_durations
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs, check_timing
-from continuous_lm.models import transformer
+from continuous_lm.models import transformer, trunk_inputs
 from continuous_lm.models.language_model import LanguageModel, trunk_model
 from continuous_lm.models.parameters import Params
 from continuous_lm.models.transformer import Transformer
@@ -146,7 +146,7 @@ def next_token_logits(
             "start": (start, ""),
         }
     )
-    inputs = transformer.make_inputs(
+    inputs = trunk_inputs.make_inputs(
         model.config, tokens, embeddings=embeddings, start=start, position=position
     )
     return PromptLogits(lm.params, inputs, jnp.asarray(position), model)

@@ -23,7 +23,7 @@ from continuous_lm.analysis import flops
 from continuous_lm.arguments import check_count
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Array, Inputs
-from continuous_lm.models import transformer
+from continuous_lm.models import transformer, trunk_inputs
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.kv_cache import KVCache
 from continuous_lm.models.language_model import LanguageModel, trunk_model
@@ -137,7 +137,7 @@ def make_points(
             "start": (start, 0),
         }
     )
-    inputs = transformer.make_inputs(
+    inputs = trunk_inputs.make_inputs(
         config,
         tokens,
         embeddings=embeddings,

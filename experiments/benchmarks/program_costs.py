@@ -36,8 +36,8 @@ from continuous_lm.models.transformer import (
     DEFAULT_EXECUTION,
     Execution,
     forward,
-    make_inputs,
 )
+from continuous_lm.models.trunk_inputs import make_inputs
 
 
 class SweepBatch(NamedTuple):

@@ -32,7 +32,8 @@ from continuous_lm.models import kv_cache
 from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.samplers import Temperature
-from continuous_lm.models.transformer import Transformer, forward, make_inputs
+from continuous_lm.models.transformer import Transformer, forward
+from continuous_lm.models.trunk_inputs import make_inputs
 
 NGRAM_LENGTHS = (1, 2, 3, 4)
 CONTINUATION_LENGTH = max(NGRAM_LENGTHS)  # of a continuation

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from continuous_lm.arguments import as_float
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs
-from continuous_lm.models import transformer
+from continuous_lm.models import transformer, trunk_inputs
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.density.distributions import Categorical, Density
@@ -219,7 +219,7 @@ class DensityModel(ParameterModule):
         inputs = self.make_inputs(
             tokens, vectors=vectors, durations=durations, times=times, start=start
         )
-        transformer.check_position(inputs, position)
+        trunk_inputs.check_position(inputs, position)
         return self.hidden_states(self.parameters(), inputs, position=position).hidden
 
     # --- Pure functions -----------------------------------------------------------------------

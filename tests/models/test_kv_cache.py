@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 import continuous_lm as clm
-from continuous_lm.models import kv_cache, transformer
+from continuous_lm.models import kv_cache, transformer, trunk_inputs
 from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import tiny
@@ -46,14 +46,14 @@ def draw(lm, *shape, seed=0):
 def call(model, params, tokens, *, position=None, cache=None, prefix=None, **timing):
     """The output of one call, of which nothing is jitted."""
     past = {"position": position, "cache": cache, "prefix": prefix}
-    inputs = transformer.make_inputs(model.config, tokens, **timing, **past)
+    inputs = trunk_inputs.make_inputs(model.config, tokens, **timing, **past)
     return transformer.forward(
         model.config, params, inputs, **past, execution=model.execution
     )
 
 
 def prefill(model, params, tokens, **timing):
-    inputs = transformer.make_inputs(model.config, tokens, **timing)
+    inputs = trunk_inputs.make_inputs(model.config, tokens, **timing)
     return transformer.prefill(model.config, params, inputs, model.execution)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from continuous_lm.analysis import flops
-from continuous_lm.models import transformer
+from continuous_lm.models import transformer, trunk_inputs
 from continuous_lm.models.checkpoints import trunk
 from tests.fixtures import tiny
 from tests.fixtures.product_flops import product_flops
@@ -27,7 +27,7 @@ def abstract_params(config):
 @pytest.mark.parametrize("config", [LLAMA, GPT2])
 def test_a_token_in_all_layers(config):
     def logits(params, tokens):
-        inputs = transformer.make_inputs(config, tokens)
+        inputs = trunk_inputs.make_inputs(config, tokens)
         return transformer.forward(config, params, inputs, execution=DENSE).logits
 
     tokens = jnp.zeros(NUM_TOKENS, jnp.int32)

@@ -15,7 +15,7 @@ import pytest
 from scipy.special import log_softmax
 
 import continuous_lm as clm
-from continuous_lm.models import density, transformer
+from continuous_lm.models import density, transformer, trunk_inputs
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.density import heads
 from continuous_lm.models.density.model import DensityModel
@@ -106,7 +106,7 @@ def sequence(reads, seed=0):
 @jax.jit
 def states(params, durations, **inputs):
     """Hidden states of the trunk alone."""
-    given = transformer.make_inputs(CONFIG, durations=durations, **inputs)
+    given = trunk_inputs.make_inputs(CONFIG, durations=durations, **inputs)
     return transformer.hidden_states(CONFIG, params, given).hidden
 
 
@@ -546,7 +546,7 @@ def check_on(lm, tokens, vectors_wide):
     assert logs.shape == (len(tokens) - 1,)
     assert np.isfinite(logs).all()
     rows = density.standardize_table(lm.params["embedding"])
-    context = transformer.make_inputs(lm.config, tokens[:-1])
+    context = trunk_inputs.make_inputs(lm.config, tokens[:-1])
     hidden = transformer.hidden_states(lm.config, lm.params, context).hidden
     mixture = head.distribution(made.params["head"], hidden)
     np.testing.assert_allclose(logs, mixture.log_prob(rows[tokens[1:]]), rtol=1e-3)
