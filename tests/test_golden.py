@@ -37,8 +37,9 @@ def test_outputs_of_long_programs_are_as_stored(group, stored):
 
 def test_every_program_is_run(stored):
     ran = {program for program, _ in golden.PROGRAMS.values()}
-    # The first three measure this machine; device_costs is run through small_growth.
-    others = {"benchmark", "gpu_check", "vector_quantizers", "device_costs"}
+    # The first three measure this machine; device_costs is run through small_growth, and recipe
+    # runs other programs.
+    others = {"benchmark", "gpu_check", "vector_quantizers", "device_costs", "recipe"}
     assert set(PROGRAMS) - ran == others
     assert {key.partition("/")[0] for key in stored["values"]} == set(golden.GROUPS)
 

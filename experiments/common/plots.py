@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from continuous_lm.experiments.common.answer_curves import Curves
 
 MATPLOTLIB_STYLE: dict[Any, Any] = {
-    "font.family": "STIXGeneral",
+    "font.family": ["STIXGeneral", "DejaVu Sans"],  # the second has more symbols
     "mathtext.fontset": "stix",
     "font.size": 10,
     "axes.spines.top": False,
