@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from continuous_lm import rotary
 from continuous_lm.arguments import as_float
-from continuous_lm.attention import attend
+from continuous_lm.attention import AttentionProblem, attend_problem
 from continuous_lm.models import kv_cache
 from continuous_lm.models.config import ACTIVATIONS, TransformerConfig
 from continuous_lm.models.parameters import (
@@ -181,7 +181,7 @@ def attention(
     position: ArrayLike | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, kv_cache.Past]:
-    """The attention of one layer: projections around `attend`.
+    """The attention of one layer: projections around `attend_problem`.
 
     Args:
       config: of the model.
@@ -191,7 +191,7 @@ def attention(
       past: keys and values of earlier tokens; None if there are none.
       is_windowed: bool [], whether this layer has the config's window.
       position: int or int [...], the one query that is wanted; all if left out.
-      implementation: of `attend`.
+      implementation: of `attend_problem`.
 
     Returns:
       [..., T, D] ([..., 1, D] with a position), and the past with the new keys and values.
@@ -220,7 +220,7 @@ def attention(
     window: ArrayLike | None = config.window
     if window is not None and not all(config.windowed_layers):
         window = jnp.where(is_windowed, window, jnp.inf)
-    y = attend(
+    problem = AttentionProblem.make(
         q,
         k,
         v,
@@ -230,8 +230,8 @@ def attention(
         window=window,
         intervals=timing.intervals,
         query_offset=timing.query_offset,
-        implementation=implementation,
     )
+    y = attend_problem(problem, implementation)
     heads_width = config.num_heads * config.head_dim
     heads = y.reshape(*y.shape[:-2], heads_width)
     output = project(heads, params["o"].reshape(-1, heads_width))

@@ -18,10 +18,10 @@ from jax.typing import ArrayLike
 
 from continuous_lm.arguments import check_count
 from continuous_lm.attention import blocked, dense
-from continuous_lm.attention.problem import AttentionProblem
+from continuous_lm.attention.problem import AttentionProblem, check_arguments
 from continuous_lm.errors import InputError
 
-__all__ = ["IMPLEMENTATIONS", "AttentionProblem", "attend"]
+__all__ = ["IMPLEMENTATIONS", "AttentionProblem", "attend", "attend_problem"]
 
 IMPLEMENTATIONS = ("auto", "dense", "blocked", "cudnn", "splash", "pallas")
 MAX_DENSE_SCORES = 256**2  # scores of a head, up to which the dense form is as fast
@@ -87,7 +87,7 @@ def attend(  # noqa: PLR0913 (a problem's arguments, and how to compute it)
     Raises:
       InputError: if shapes do not fit, the implementation is not known, or does not take them.
     """
-    _check_options(implementation, block_size)
+    check_arguments(q, k, v, key_weights, intervals)
     problem = AttentionProblem.make(
         q,
         k,
@@ -99,8 +99,24 @@ def attend(  # noqa: PLR0913 (a problem's arguments, and how to compute it)
         intervals=intervals,
         query_offset=query_offset,
     )
+    return attend_problem(problem, implementation, block_size)
+
+
+def attend_problem(
+    problem: AttentionProblem,
+    implementation: str = "auto",
+    block_size: int | None = None,
+) -> jax.Array:
+    """`attend`, of arguments whose shapes are known to fit: those of a model's layers.
+
+    Returns:
+      y [..., T, N, H] in the dtype of q.
+    """
+    _check_options(implementation, block_size)
     y = _attend_by(implementation, problem, block_size)
-    return y.reshape(*y.shape[:-3], *q.shape[-2:]).astype(q.dtype)
+    num_heads = problem.q.shape[-3] * problem.q.shape[-2]
+    y = y.reshape(*y.shape[:-3], num_heads, problem.head_width)
+    return y.astype(problem.q.dtype)
 
 
 def _attend_by(

@@ -48,10 +48,8 @@ class AttentionProblem(NamedTuple):
     ) -> "AttentionProblem":
         """The problem of the arguments of `attention.attend`, with q [..., T, N, H].
 
-        Raises:
-          InputError: if shapes do not fit.
+        Shapes are not checked; see `check_arguments`.
         """
-        _check(q, k, v, key_weights, intervals)
         num_queries, num_heads, head_width = q.shape[-3:]
         num_keys, num_kv_heads, _ = k.shape[-3:]
         dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -177,13 +175,14 @@ def find_array(values: Mapping[str, object]) -> str | None:
     return next(names, None)
 
 
-def _check(
+def check_arguments(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     key_weights: jax.Array | None,
     intervals: jax.Array | None,
 ) -> None:
+    """Refuses arguments of `attention.attend` whose shapes do not fit each other."""
     check_shapes(
         {
             "q": (q, "... T N H"),
