@@ -48,8 +48,8 @@ class Sampler(Protocol[ModelT]):
     the metadata `STATIC` are part of it.
     """
 
-    def resolve(self, lm: LanguageModel[Any]) -> Self:
-        """This sampler as the compiled loop takes it: checked, with arrays in float32.
+    def resolve(self, lm: LanguageModel[Any]) -> "Sampler[ModelT]":
+        """The sampler that the compiled loop takes: checked, with arrays in float32.
 
         Raises:
           InputError: for values that do not fit, or a model of another kind.
@@ -117,7 +117,7 @@ class Temperature(Sampler[TokenModel]):
     For the same models as `Greedy`.
 
     Attributes:
-      temperature: >= 0, a scalar; at 0 the likeliest token is taken, and no key is needed.
+      temperature: >= 0, a scalar; at 0 this is `Greedy`, and no key is needed.
       top_k: draw from the k likeliest tokens only; part of the compiled program.
       top_p: draw from the fewest tokens only whose probability adds up to p, 0 < p <= 1; a scalar.
     """
@@ -126,7 +126,7 @@ class Temperature(Sampler[TokenModel]):
     top_k: int | None = dataclasses.field(default=None, metadata=STATIC)
     top_p: ArrayLike | None = None
 
-    def resolve(self, lm: LanguageModel[Any]) -> Self:
+    def resolve(self, lm: LanguageModel[Any]) -> Sampler[TokenModel]:
         check_has_logits(self, lm)
         check_scalar("temperature", self.temperature, 0.0)
         if self.top_k is not None:
@@ -137,6 +137,8 @@ class Temperature(Sampler[TokenModel]):
                 raise InputError(
                     f"top_p is {self.top_p}; it must be above 0, and at most 1"
                 )
+        if not self.is_random:
+            return Greedy()
         top_p = None if self.top_p is None else float_array(self.top_p)
         temperature = float_array(self.temperature)
         return dataclasses.replace(self, temperature=temperature, top_p=top_p)
@@ -171,8 +173,7 @@ def sample_token(
     Args:
       key: PRNG key.
       logits: [..., V].
-      temperature: >= 0, a scalar or [...]; at 0 the likeliest token is taken, the first of those
-        that tie.
+      temperature: >= 0, a scalar or [...]; at 0 the likeliest token is drawn.
       top_k: draw from the k likeliest tokens only, and those that tie with the last of them.
       top_p: then draw from the fewest tokens only whose probability adds up to p (Holtzman et al.,
         arXiv:1904.09751); a scalar or [...].
@@ -183,10 +184,7 @@ def sample_token(
     if top_k is not None:
         check_count("top_k", top_k)
     top_logits = _mask_unlikely(temper_logits(logits, temperature), top_k, top_p)
-    drawn_tokens = jax.random.categorical(key, top_logits)
-    greedy_tokens = jnp.argmax(logits, axis=-1)
-    is_random = jnp.asarray(temperature) > 0
-    return jnp.where(is_random, drawn_tokens, greedy_tokens).astype(jnp.int32)
+    return jax.random.categorical(key, top_logits).astype(jnp.int32)
 
 
 def _mask_unlikely(

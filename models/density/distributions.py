@@ -57,7 +57,11 @@ class Categorical(NamedTuple):
 
     def sample(self, key: jax.Array, temperature: ArrayLike = 1.0) -> jax.Array:
         """Tokens int32 [...]."""
-        return sample_token(key, self.logits, temperature=temperature)
+        drawn_tokens = sample_token(key, self.logits, temperature=temperature)
+        # The first among equals, whatever the key.
+        greedy_tokens = jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+        is_random = jnp.asarray(temperature) > 0
+        return jnp.where(is_random, drawn_tokens, greedy_tokens)
 
 
 class Gaussian(NamedTuple):

@@ -32,7 +32,6 @@ from continuous_lm.models.samplers import (
     Sampler,
     check_scalar,
     float_array,
-    sample_token,
 )
 
 __all__ = [
@@ -190,7 +189,7 @@ class Renormalized(DensitySampler):
 
         def draw(key: jax.Array, hidden: jax.Array, is_done: jax.Array) -> jax.Array:
             logits = self.density(model, params, hidden).log_probs(rows)
-            return sample_token(key, logits, temperature=self.temperature)
+            return Categorical(logits).sample(key, self.temperature)
 
         return draw
 
