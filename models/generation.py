@@ -46,6 +46,7 @@ __all__ = [
     "generate",
     "initial_state",
     "is_unfinished",
+    "make_spec",
     "place_request",
     "prefill",
     "read_prompts",
@@ -146,35 +147,28 @@ def generate(
     loop_sampler = sampler.resolve(lm)
     key = _resolve_key(loop_sampler, key)
     rows, row_durations = read_prompts(lm, sampler, prompts, durations)
-    stop_ids = stop_tokens(lm, stop)
-    max_new_items = -(-max_new_tokens // model.tokens_per_item)
     max_length = max(map(len, rows))
+    max_new_items = -(-max_new_tokens // model.tokens_per_item)
     padded_length, prefill_length = _prefill_lengths(max_length, max_prefill_length)
-    spec = DecodeSpec(
-        model.clone(
-            config=model.config.at_length(max_length + max_new_items), remat=False
-        ),
-        prefill_length,
-        axes_lib.mesh_of(model.trunk_params(lm.params)["embedding"]),
-    )
+    spec = make_spec(lm, max_length + max_new_items, prefill_length)
+    new_shape = (len(rows), max_new_items)
     request = Request(
         prompts=_pad_left(rows, padded_length),
         durations=_pad_left(row_durations, padded_length),
         start=_broadcast_start(start, len(rows)),
-        new_durations=_pad_new_durations(new_durations, (len(rows), max_new_items)),
-        stop=stop_ids,
+        new_durations=_pad_new_durations(new_durations, new_shape),
+        stop=stop_tokens(lm, stop),
         max_new_items=np.int32(max_new_items),
         key=key,
     )
-    new_items, num_items = _decode_loop(spec, lm.params, loop_sampler, request)
+    new_items, lengths = _decode_loop(spec, lm.params, loop_sampler, request)
     items = np.asarray(new_items)[:, :max_new_items]
-    lengths = np.asarray(num_items)
     if model.input_kind == "vectors":
-        return Generated(items, lengths)
-    _check_drawn(items, lengths, sampler)
-    tokens = items.reshape(len(items), -1)
-    token_lengths = lengths * model.tokens_per_item
-    return _cut_after_stop(tokens, token_lengths, stop_ids, max_new_tokens)
+        return Generated(items, np.asarray(lengths))
+    _check_drawn(items, np.asarray(lengths), sampler)
+    tokens = items.reshape(len(rows), -1)
+    token_lengths = np.asarray(lengths) * model.tokens_per_item
+    return _cut_after_stop(tokens, token_lengths, request.stop, max_new_tokens)
 
 
 # --- The compiled loop ------------------------------------------------------------------------
@@ -186,6 +180,17 @@ class DecodeSpec(NamedTuple):
     model: GenerativeModel
     prefill_length: int  # of the pieces in which prompts are read
     mesh: Mesh | None
+
+
+def make_spec(
+    lm: LanguageModel[Any], num_items: int, prefill_length: int
+) -> DecodeSpec:
+    """The spec for sequences of so many items, as the model would read all of them at once."""
+    model = generative_model(lm)
+    config = model.config.at_length(num_items)
+    embedding = model.trunk_params(lm.params)["embedding"]
+    mesh = axes_lib.mesh_of(embedding)
+    return DecodeSpec(model.clone(config=config, remat=False), prefill_length, mesh)
 
 
 class Request(NamedTuple):
@@ -224,17 +229,13 @@ def _decode_loop(
     request = place_request(spec.mesh, request)
     draw = sampler.draw_function(spec.model, params)
     hidden, cache = prefill(spec, params, request)
-    state = append_item(
-        request, draw, hidden, initial_state(request, draw, hidden, cache)
-    )
-    state = lax.while_loop(
-        lambda state: is_unfinished(request, state),
-        lambda state: decode_step(spec, params, request, draw, state),
-        state,
-    )
-    new_items = axes_lib.place(
-        spec.mesh, state.new_items, RESULT_AXES[state.new_items.ndim]
-    )
+    state = initial_state(request, draw, hidden, cache)
+    state = append_item(request, draw, hidden, state)
+    has_more = functools.partial(is_unfinished, request)
+    step = functools.partial(decode_step, spec, params, request, draw)
+    state = lax.while_loop(has_more, step, state)
+    item_axes = RESULT_AXES[state.new_items.ndim]
+    new_items = axes_lib.place(spec.mesh, state.new_items, item_axes)
     return new_items, axes_lib.place(spec.mesh, state.lengths, RESULT_AXES[1])
 
 
@@ -300,15 +301,16 @@ def append_item(
     item = draw(jax.random.fold_in(request.key, index), hidden, is_done)
     is_dropped = is_done.reshape(-1, *[1] * (item.ndim - 1))
     item = jnp.where(is_dropped, 0, item)
+    new_items = lax.dynamic_update_slice_in_dim(
+        state.new_items, item[:, None], index, axis=1
+    )
     if jnp.issubdtype(item.dtype, jnp.integer):  # a token, or any of a chunk's
         is_end = jnp.isin(item, request.stop) | (item < 0)
         is_done = is_done | jnp.any(is_end.reshape(len(item), -1), axis=-1)
     return DecodeState(
         num_items=index + 1,
         cache=state.cache,
-        new_items=lax.dynamic_update_slice_in_dim(
-            state.new_items, item[:, None], index, axis=1
-        ),
+        new_items=new_items,
         lengths=state.lengths + ~state.is_done,
         is_done=is_done,
     )
@@ -524,7 +526,7 @@ def _check_drawn(items: np.ndarray, lengths: np.ndarray, sampler: Sampler[Any]) 
 
 
 def _cut_after_stop(
-    tokens: np.ndarray, lengths: np.ndarray, stop: np.ndarray, max_length: int
+    tokens: np.ndarray, lengths: np.ndarray, stop: ArrayLike, max_length: int
 ) -> Generated:
     """Rows of tokens up to and with their first stop token, wherever in a chunk it is."""
     tokens = tokens[:, :max_length].copy()

@@ -192,21 +192,21 @@ def _mask_unlikely(
 ) -> jax.Array:
     """The logits [..., V], with -inf in place of those that `sample_token` does not draw from."""
     if top_k is not None and top_k < logits.shape[-1]:
-        min_logit = lax.top_k(logits, top_k)[0][..., -1:]
-        logits = jnp.where(logits >= min_logit, logits, -jnp.inf)
-    if top_p is not None:
-        top_p = jnp.asarray(top_p, logits.dtype)[..., None]
-        ranking = jnp.argsort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(jnp.take_along_axis(logits, ranking, axis=-1))
-        # At 1 all are kept: the rounded sums before the least likely ones can be 1 already.
-        is_kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) | (
-            top_p >= 1
-        )
-        is_kept = jnp.take_along_axis(
-            is_kept.at[..., 0].set(True), jnp.argsort(ranking, axis=-1), axis=-1
-        )
-        logits = jnp.where(is_kept, logits, -jnp.inf)
-    return logits
+        top_logits, _ = lax.top_k(logits, top_k)
+        logits = jnp.where(logits >= top_logits[..., -1:], logits, -jnp.inf)
+    if top_p is None:
+        return logits
+    top_p = jnp.asarray(top_p, logits.dtype)[..., None]
+    ranking = jnp.argsort(logits, axis=-1, descending=True)
+    ranked_logits = jnp.take_along_axis(logits, ranking, axis=-1)
+    probabilities = jax.nn.softmax(ranked_logits)
+    probability_before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # At 1 all are kept: the rounded sums before the least likely ones can be 1 already.
+    is_kept = (probability_before < top_p) | (top_p >= 1)
+    is_kept = is_kept.at[..., 0].set(True)
+    rank = jnp.argsort(ranking, axis=-1)
+    is_kept = jnp.take_along_axis(is_kept, rank, axis=-1)
+    return jnp.where(is_kept, logits, -jnp.inf)
 
 
 def temper_logits(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
