@@ -166,7 +166,7 @@ NEW = 6
         ("mixture", "euclidean"),
         pytest.param("gaussian", "rerank", marks=slow),
         pytest.param("token", "euclidean", marks=slow),
-        pytest.param("full", "cosine", marks=slow),
+        ("full", "cosine"),
         pytest.param("experts", "renormalised", marks=slow),
         pytest.param("low rank", "renormalised", marks=slow),
         pytest.param("experts", "rerank", marks=slow),
