@@ -179,6 +179,10 @@ def _as_array(values: ArrayLike | None) -> jax.Array | None:
     return None if values is None else jnp.asarray(values)
 
 
+def _is_text(values: object) -> bool:
+    return isinstance(values, str)
+
+
 def _check_tokens(
     tokens: ArrayLike | None,
     vocab_size: int,
@@ -188,6 +192,10 @@ def _check_tokens(
 ) -> tuple[int, ...]:
     """The shape [..., T] of tokens or vectors, of which there must be one kind and at least one."""
     if tokens is not None and embeddings is None:
+        if _is_text(tokens):
+            raise InputError(
+                "tokens are text; lm.tokenizer.encode(text).ids are its tokens"
+            )
         token_shape = np.shape(tokens)
         if token_shape and token_shape[-1]:
             check_integers("tokens", tokens, 0, vocab_size)

@@ -21,11 +21,13 @@ from continuous_lm import rotary
 from continuous_lm.arguments import as_float
 from continuous_lm.attention.softmax import softcap
 from continuous_lm.durations import durations_from_times, end_times
+from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs
 from continuous_lm.models import kv_cache, trunk_inputs
 from continuous_lm.models.config import TransformerConfig
 from continuous_lm.models.kv_cache import CachedLayer, KVCache, PrefixLayer
 from continuous_lm.models.layers import (
+    CAPTURABLE,
     TokenTiming,
     layer_table,
     norm,
@@ -125,7 +127,8 @@ def forward(
         axes broadcast too, so that many continuations share it. The last layer's query and MLP then
         see that one position. Gradients for parameters take O(L) times their memory traffic:
         differentiate for the other arguments.
-      capture: names of `layers.CAPTURABLE` intermediates to return of every layer.
+      capture: names of `layers.CAPTURABLE` intermediates to return of every layer; not after a
+        prefix.
       execution: how it is computed.
     """
     states = hidden_states(
@@ -153,6 +156,7 @@ def hidden_states(
     execution: Execution = DEFAULT_EXECUTION,
 ) -> HiddenStates:
     """`forward` without the unembedding."""
+    _check_capture(capture, prefix)
     embedded = embed(params, inputs)
     timing, times, cache = token_timing(
         config, embedded, inputs, position, cache, prefix
@@ -174,6 +178,19 @@ def hidden_states(
         )[..., 0, :]
     hidden = norm(config, params["final_norm"], x)
     return HiddenStates(hidden, cache, captured)
+
+
+def _check_capture(capture: tuple[str, ...], prefix: KVCache | None) -> None:
+    """Refuses names that no layer has, and a prefix, after which layers run on fewer positions."""
+    for name in capture:
+        if name not in CAPTURABLE:
+            raise InputError(
+                f"capture has {name!r}; it may have {', '.join(CAPTURABLE)}"
+            )
+    if capture and prefix is not None:
+        raise InputError(
+            "nothing can be captured after a prefix; leave one of them out"
+        )
 
 
 def embed(params: Params, inputs: Inputs) -> jax.Array:

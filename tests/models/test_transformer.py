@@ -399,3 +399,22 @@ def test_an_unknown_form_is_refused():
     tokens, _ = draw()
     with pytest.raises(clm.InputError, match="implementation is 'flash'"):
         LM.model.clone(implementation="flash").apply({"params": LM.params}, tokens)
+
+
+def test_intermediates_are_captured_by_name():
+    lm = random_lm()
+    tokens = jnp.arange(5)
+    names = layers.CAPTURABLE
+    captured = lm.forward(tokens, capture=names).captured
+    assert set(captured) == set(names)
+    states = captured["residual_before"]
+    table = lm.params["embedding"]
+    assert states.shape == (lm.config.num_layers, 5, lm.config.hidden_size)
+    np.testing.assert_allclose(states[0], table[tokens], rtol=1e-6)
+    added = captured["attention_output"] + captured["mlp_output"]
+    np.testing.assert_allclose(states[1:], (states + added)[:-1], rtol=1e-5, atol=1e-6)
+    with pytest.raises(clm.InputError, match="capture has 'nope'; it may have res"):
+        lm.forward(tokens, capture=("nope",))
+    prefix = lm.prefill(tokens)
+    with pytest.raises(clm.InputError, match="captured after a prefix"):
+        lm.forward(tokens, prefix=prefix, position=-1, capture=names)
