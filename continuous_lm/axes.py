@@ -7,7 +7,7 @@ Einsums have the letters in lower case, and in upper case a second axis of the s
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import overload
 
 import jax
 import numpy as np
@@ -24,12 +24,10 @@ __all__ = [
     "letter_each_axis",
     "mesh_of",
     "place",
-    "place_tree",
     "sharding",
     "split",
 ]
 
-Tree = TypeVar("Tree")  # of arrays
 
 LETTERS: Mapping[str, str] = {
     "A": "tracked answers",
@@ -136,33 +134,6 @@ def place(mesh: Mesh | None, array: ArrayLike, axes: str) -> ArrayLike:
     return jax.make_array_from_callback(
         host_array.shape, target, lambda index: host_array[index]
     )
-
-
-def place_tree(
-    mesh: Mesh | None,
-    tree: Tree,
-    abstract_tree: Any,
-) -> Tree:
-    """Parameters where their declarations say; those that are not declared stay where they are.
-
-    Args:
-      mesh: None: where they are.
-      tree: of arrays.
-      abstract_tree: the same tree as the modules declare it, `jax.eval_shape(module.init, ...)`:
-        leaves have the `names` of their axes.
-    """
-    boxes = jax.tree.leaves_with_path(
-        abstract_tree, is_leaf=lambda x: hasattr(x, "names")
-    )
-    axes_by_path = {
-        jax.tree_util.keystr(path): " ".join(box.names) for path, box in boxes
-    }
-
-    def place_leaf(path: Any, leaf: jax.Array) -> jax.Array:
-        axes = axes_by_path.get(jax.tree_util.keystr(path))
-        return leaf if axes is None else place(mesh, leaf, axes)
-
-    return jax.tree.map_with_path(place_leaf, tree)
 
 
 def broadcast_leading_axes(

@@ -74,9 +74,16 @@ class LanguageModel(Generic[Model]):
         Args:
           implementation: of attention; as it is if left out.
           remat: whether the backward pass computes layers anew; as it is if left out.
+
+        Raises:
+          InputError: for a model without a trunk, an autoencoder.
         """
         changes: dict[str, Any] = {"implementation": implementation, "remat": remat}
         given = {name: value for name, value in changes.items() if value is not None}
+        for name in given:
+            if not hasattr(self.model, name):
+                kind = type(self.model).__name__
+                raise InputError(f"{name} is no setting of {kind}; leave it out")
         return self.with_model(self.model.clone(**given))
 
     def with_params(self, params: Params) -> "LanguageModel[Model]":

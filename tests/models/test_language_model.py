@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm.io import safetensors_files
+from continuous_lm.models.calm import autoencoder
+from continuous_lm.models.calm.autoencoder_network import AutoencoderConfig
 from continuous_lm.models.checkpoints import trunk
 from tests.fixtures import tiny
 from tests.fixtures.programs import ENVIRONMENT, REPOSITORY_ROOT
@@ -800,3 +802,28 @@ def test_loading_holds_no_second_copy(tmp_path, model_type, dtype, least):
     )
     assert weights > least
     assert 1 <= ratio <= 1.05
+
+
+def test_how_a_model_is_computed_is_chosen_by_name():
+    lm = clm.load("apples", dtype="float32")
+    other = lm.with_execution(implementation="blocked", remat=True)
+    assert (other.model.implementation, other.model.remat) == ("blocked", True)
+    assert lm.model.remat is False
+    assert other.params is lm.params
+    tokens = jnp.arange(1, 9)
+    durations = jnp.linspace(0.3, 1.5, 8)
+    expected = lm(tokens, durations=durations)
+    found = other(tokens, durations=durations)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    config = AutoencoderConfig(
+        vocab_size=8,
+        hidden_size=8,
+        mlp_size=8,
+        encoder_layers=2,
+        decoder_layers=2,
+        latent_size=4,
+        chunk_size=2,
+    )
+    autoencoder_lm = autoencoder.create(jax.random.key(0), config)
+    with pytest.raises(clm.InputError, match="remat is no setting of Autoencoder"):
+        autoencoder_lm.with_execution(remat=True)
