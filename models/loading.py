@@ -58,7 +58,7 @@ def load(
     """
     folder = hf_folder.find_folder(folder_or_name)
     hf_folder.check_mesh(mesh)
-    load_other_kind = _loader_of_other_kind(folder)
+    load_other_kind = _loader_of_other_kind(folder, ignore_fields)
     if load_other_kind is None:
         return trunk.read(
             folder,
@@ -85,13 +85,15 @@ class _Loader(Protocol):
     ) -> LanguageModel[Any]: ...
 
 
-def _loader_of_other_kind(folder: pathlib.Path) -> _Loader | None:
+def _loader_of_other_kind(
+    folder: pathlib.Path, ignore_fields: Sequence[str]
+) -> _Loader | None:
     """The function that reads the folder, if it is not of a trunk."""
     # Other kinds are imported where they are needed.
     if (folder / hf_folder.DENSITY_FILE).is_file():
         from continuous_lm.models import density
 
-        return density.load if density.has_head(folder) else None
+        return density.load if density.has_head(folder, ignore_fields) else None
     fields = read_json(folder / "config.json")
     if fields.get("model_type") in tuple(FAMILIES):
         return None

@@ -29,7 +29,6 @@ from continuous_lm.models import calm, density
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder import Autoencoder, AutoencoderConfig
 from continuous_lm.models.calm.model import NextVectorModel
-from continuous_lm.models.density.heads import TokenHead
 from continuous_lm.models.density.model import DensityModel
 from continuous_lm.models.generation import generate
 from continuous_lm.models.language_model import LanguageModel
@@ -273,10 +272,7 @@ def _as_language_model(
     lm: LanguageModel[NextVectorModel] | LanguageModel[DensityModel],
 ) -> LanguageModel[Transformer] | None:
     """The ordinary language model that a tied token head makes of a trunk; None for others."""
-    if not isinstance(lm.model, DensityModel):
-        return None
-    head = lm.model.head
-    if not isinstance(head, TokenHead) or not head.is_trunks_own:
+    if not isinstance(lm.model, DensityModel) or not lm.model.is_trunks_own:
         return None
     return density.trunk_of(lm)
 

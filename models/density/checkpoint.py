@@ -115,13 +115,27 @@ def load(
     return trunk_lm.with_model(model).with_params(all_params)
 
 
-def has_head(folder: str | os.PathLike[str]) -> bool:
+def has_head(folder: str | os.PathLike[str], ignore_fields: Sequence[str] = ()) -> bool:
     """Whether a folder that `save` wrote holds more than a language model.
 
-    A token head on the trunk's own table, without blocks, adds nothing to it.
+    A token head on the trunk's own table, without blocks, adds nothing to a trunk whose logits are
+    the products with that table: one with tied embeddings and no soft-cap of the logits.
+
+    Args:
+      folder: of the model.
+      ignore_fields: fields of config.json that are known not to change what is computed.
     """
-    head = _read_settings(absolute_path(folder) / hf_folder.DENSITY_FILE)["head"]
-    return not (isinstance(head, heads.TokenHead) and head.is_trunks_own)
+    folder = absolute_path(folder)
+    settings_path = folder / hf_folder.DENSITY_FILE
+    settings = _read_settings(settings_path)
+    head = settings["head"]
+    if not isinstance(head, heads.TokenHead) or not head.is_tied_without_blocks:
+        return True
+    fields = read_json(folder / "config.json")
+    with about(str(folder / "config.json")):
+        config = trunk.read_config(fields, ignore_fields)
+    with about(str(settings_path)):
+        return not _make_model(config, settings).is_trunks_own
 
 
 # --- Settings ---------------------------------------------------------------------------------

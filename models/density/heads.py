@@ -145,8 +145,8 @@ class TokenHead(DistributionHead):
     tied: bool = field(default=False, metadata=boolean())
 
     @property
-    def is_trunks_own(self) -> bool:
-        """Whether it is the softmax of the trunk itself, with no parameters beside."""
+    def is_tied_without_blocks(self) -> bool:
+        """Whether it has no parameters of its own: a product with the embedding table."""
         return self.tied and not self.depth
 
     def parameter_table(self, hidden_width: int) -> ParameterTable:

@@ -118,6 +118,16 @@ class DensityModel(ParameterModule):
         return isinstance(self.head, heads.TokenHead)
 
     @property
+    def is_trunks_own(self) -> bool:
+        """Whether the logits are those of the trunk itself, with no parameters beside its own."""
+        return (
+            isinstance(self.head, heads.TokenHead)
+            and self.head.is_tied_without_blocks
+            and self.config.tie_embeddings
+            and self.config.logits_softcap is None
+        )
+
+    @property
     def has_token_table(self) -> bool:
         """Whether the vectors that are predicted are the rows of a table of tokens."""
         return self.input_kind == "tokens" and not self.predicts_tokens

@@ -233,10 +233,6 @@ def add_head(
       InputError: if the head does not fit, or `lm` is another kind of model.
     """
     trunk = trunk_model(lm)
-    if isinstance(head, heads.TokenHead) and head.is_trunks_own:
-        raise InputError(
-            "a tied token head on a pretrained trunk is that model's own; load it"
-        )
     model = DensityModel(
         lm.config,
         head,
@@ -245,6 +241,10 @@ def add_head(
         implementation=trunk.implementation,
         remat=trunk.remat,
     )
+    if model.is_trunks_own:
+        raise InputError(
+            "a tied token head on a pretrained trunk is that model's own; load it"
+        )
     above_trunk = jax.jit(
         functools.partial(initialize, table=model.table_above_trunk())
     )(key)

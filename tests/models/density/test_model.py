@@ -534,6 +534,43 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
         head.distribution({}, np.zeros(6, np.float32))
 
 
+UNTIED = dataclasses.replace(CONFIG, tie_embeddings=False)
+SOFTCAPPED = TransformerConfig(
+    family="gemma2",
+    vocab_size=11,
+    hidden_size=6,
+    mlp_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    norm="rms_plus_one",
+    norm_eps=1e-6,
+    post_norms=True,
+    activation="gelu_tanh",
+    logits_softcap=0.5,
+    scale_embeddings=True,
+    tie_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("config", [UNTIED, SOFTCAPPED], ids=["untied", "softcapped"])
+def test_a_tied_token_head_differs_from_a_trunk_with_other_logits(tmp_path, config):
+    lm = density.create(KEY, config, heads.TokenHead(width=11, tied=True))
+    larger = jax.tree.map(lambda leaf: 5.0 * leaf, lm.params)
+    lm = lm.with_params(larger)
+    tokens = sequence("tokens")[0]["tokens"]
+    logits = density.token_logits(lm, tokens)
+    trunk_logits = density.trunk_of(lm)(tokens[:-1])
+    assert np.abs(logits - trunk_logits).max() > 0.1
+    clm.save(tmp_path, lm)
+    loaded = clm.load(tmp_path)
+    np.testing.assert_array_equal(density.token_logits(loaded, tokens), logits)
+    assert not lm.model.is_trunks_own
+    on_trunk = density.add_head(density.trunk_of(lm), lm.model.head, key=KEY)
+    np.testing.assert_array_equal(density.token_logits(on_trunk, tokens), logits)
+
+
 # --- Pretrained trunks -----------------------------------------------------------------------
 
 
