@@ -255,7 +255,14 @@ def save(
       folder: made if it is not there.
       lm: the autoencoder.
       shard_size: the most bytes of weights in one file.
+
+    Raises:
+      InputError: if `lm` is another kind of model, or the folder cannot be written.
     """
+    if not isinstance(lm.model, Autoencoder):
+        raise InputError(
+            f"lm holds a {type(lm.model).__name__}, and this needs an Autoencoder"
+        )
     layout = checkpoint_layout(lm.model.config)
     flat_params = flatten(lm.params)
     check_parameters(flat_params, layout.declarations)

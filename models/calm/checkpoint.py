@@ -30,6 +30,7 @@ from continuous_lm.models.calm.implicit_heads import (
     ImplicitHead,
 )
 from continuous_lm.models.calm.model import NextVectorModel
+from continuous_lm.models.calm.next_vector import next_vector_model
 from continuous_lm.models.checkpoints import hf_folder
 from continuous_lm.models.checkpoints.config_fields import MAX_LAYERS, ConfigFields
 from continuous_lm.models.checkpoints.parameter_layout import (
@@ -468,11 +469,16 @@ def save(
       folder: made if it is not there.
       lm: the model.
       shard_size: the most bytes of weights in one file.
+
+    Raises:
+      InputError: if `lm` is another kind of model, config.json cannot express it, or the folder
+        cannot be written.
     """
+    model = next_vector_model(lm)
     flat_params = flatten(lm.params)
-    check_parameters(flat_params, lm.model.parameter_table())
+    check_parameters(flat_params, model.parameter_table())
     dtype = flat_params["trunk/embedding"].dtype
-    layouts = part_layouts(lm.model).values()
+    layouts = part_layouts(model).values()
     layout_by_tensor = {
         name: layout for layout in layouts for name in layout.tensor_shapes
     }
@@ -485,9 +491,15 @@ def save(
 
     fields = {
         **hf_folder.fields_to_write(lm.hf_fields),
-        **write_config(lm.model),
+        **write_config(model),
         "torch_dtype": dtype.name,
     }
+    written_trunk = read_config(fields).config
+    if written_trunk != dataclasses.replace(model.trunk_config, family="llama"):
+        raise InputError(
+            "a config.json of a next-vector model describes a trunk like Llama's and cannot express"
+            f" this one: {model.config}"
+        )
     with write_atomically(
         folder, stale_pattern=hf_folder.MODEL_FILES
     ) as staging_folder:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import check_integers
+from continuous_lm.arguments import check_integers, is_integer
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs, check_timing
 
@@ -129,13 +129,13 @@ def split_into_chunks(
         out, that is refused.
     """
     tokens = np.asarray(tokens)
-    is_integer = np.issubdtype(tokens.dtype, np.integer)
-    if not is_integer or not tokens.ndim or not tokens.shape[-1]:
+    holds_integers = np.issubdtype(tokens.dtype, np.integer)
+    if not holds_integers or not tokens.ndim or not tokens.shape[-1]:
         raise InputError(
             f"tokens are {tokens.dtype} {list(tokens.shape)}; they must be integers [..., n]"
         )
     check_integers("tokens", tokens, 0, np.iinfo(np.int32).max)
-    if pad_token is not None and not isinstance(pad_token, int | np.integer):
+    if pad_token is not None and not (is_integer(pad_token) and pad_token >= 0):
         raise InputError(f"pad_token is {pad_token!r:.60}; it must be one token")
     num_padding = -tokens.shape[-1] % chunk_size
     if num_padding and pad_token is None:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import check_integers
+from continuous_lm.arguments import check_count, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.models import transformer
 from continuous_lm.models.calm import autoencoder_network
@@ -93,10 +93,9 @@ class NextVectorModel(ParameterModule):
                 )
         if self.head.depth < 1:
             raise InputError("depth of the head is 0; it must be at least 1")
-        if self.num_targets < 1:
-            raise InputError(
-                f"num_targets is {self.num_targets}; it must be at least 1"
-            )
+        check_count("num_targets", self.num_targets)
+        if self.inner_size is not None:
+            check_count("inner_size", self.inner_size)
 
     @property
     def chunk_size(self) -> int:
@@ -284,8 +283,12 @@ class NextVectorModel(ParameterModule):
         """
         hidden = self.context_states(params, inputs)
         target_key, head_key = jax.random.split(key)
-        posterior = self.encode(params, inputs.chunks[..., 1:, :])
-        mean, log_scale = jax.lax.stop_gradient(posterior)
+        posterior = jax.lax.stop_gradient(
+            self.encode(params, inputs.chunks[..., 1:, :])
+        )
+        # Hidden states have more leading axes than chunks where durations do.
+        latents_shape = (*hidden.shape[:-1], self.head.width)
+        mean, log_scale = (jnp.broadcast_to(x, latents_shape) for x in posterior)
         noise_shape = (self.num_targets, *mean.shape)
         target_noise = jax.random.normal(target_key, noise_shape, mean.dtype)
         targets = mean + jnp.exp(log_scale) * target_noise

@@ -76,6 +76,17 @@ def test_loss_by_hand(lm, options):
     assert np.ptp(np.asarray(log_scale)) > 0.5  # neither the scale nor its square is 1
 
 
+@pytest.mark.parametrize("num_targets", [1, 4, 7])
+def test_loss_of_many_durations(lm, num_targets):
+    model = lm.model.clone(num_targets=num_targets)
+    lm = lm.with_model(model)
+    durations = np.stack([DURATIONS * factor for factor in (0.5, 1.0, 1.5, 2.0)])
+    nats = calm.loss(lm, CHUNKS[0], KEY, durations=durations)
+    repeated_chunks = np.stack([CHUNKS[0]] * len(durations))
+    expected = calm.loss(lm, repeated_chunks, KEY, durations=durations)
+    np.testing.assert_allclose(nats, expected, rtol=1e-5)
+
+
 def test_the_autoencoder_gets_no_gradient(lm):
     inputs = lm.model.make_inputs(CHUNKS)
 
@@ -171,18 +182,52 @@ def test_a_single_chunk_is_predicted_from_nothing(lm):
         calm.loss(lm, CHUNKS[:, :1], KEY)
 
 
-def test_other_kinds_of_models_are_refused(lm):
+def test_other_kinds_of_models_are_refused(lm, tmp_path):
     trunk = LanguageModel(Transformer(tiny.TRUNK_CONFIG), {})
     for call in (
         lambda: calm.hidden_states(trunk, CHUNKS),
         lambda: calm.loss(trunk, CHUNKS, KEY),
         lambda: calm.transform(trunk, np.zeros(5), np.zeros(8)),
         lambda: calm.autoencoder_of(calm.autoencoder_of(lm)),
+        lambda: calm.save(tmp_path, calm.autoencoder_of(lm)),
     ):
         with pytest.raises(clm.InputError, match="this needs a NextVectorModel"):
             call()
     with pytest.raises(clm.InputError, match="this needs an Autoencoder"):
         calm.create(KEY, tiny.TRUNK_CONFIG, lm, tiny.ENERGY_HEAD)
+    with pytest.raises(clm.InputError, match="this needs an Autoencoder"):
+        autoencoder.save(tmp_path, lm)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": True},
+        {"qkv_bias": True},
+        {"window": 2.0},
+        {"post_norms": True},
+        {"gated": False},
+        {"attention_softcap": 5.0},
+        {"rope": None, "max_positions": 9},
+    ],
+    ids=str,
+)
+def test_a_trunk_that_its_config_json_cannot_express_is_not_saved(
+    lm, tmp_path, changes
+):
+    config = dataclasses.replace(tiny.TRUNK_CONFIG, **changes)
+    codec = calm.autoencoder_of(lm)
+    other_lm = calm.create(KEY, config, codec, tiny.ENERGY_HEAD)
+    with pytest.raises(clm.InputError, match="cannot express"):
+        clm.save(tmp_path, other_lm)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pad_token", [-1, True, 1.0, "a"])
+def test_padding_is_a_token(pad_token):
+    with pytest.raises(clm.InputError, match=r"pad_token is .*; it must be one token"):
+        calm.split_into_chunks([1, 2], 3, pad_token)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +236,8 @@ def test_other_kinds_of_models_are_refused(lm):
         ({"head": EnergyHead(width=5)}, "latent_size is 5, but 4 in the autoencoder"),
         ({"head": EnergyHead(width=4, depth=0)}, "depth of the head is 0"),
         ({"num_targets": 0}, "num_targets is 0"),
+        ({"num_targets": 1.5}, "num_targets is 1.5"),
+        ({"inner_size": -1}, "inner_size is -1"),
         (
             {"config": dataclasses.replace(tiny.TRUNK_CONFIG, vocab_size=12)},
             "vocab_size is 12, but 11 in the autoencoder",
