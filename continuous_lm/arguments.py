@@ -18,6 +18,7 @@ from continuous_lm.errors import InputError
 
 __all__ = [
     "as_float",
+    "as_indices",
     "check",
     "check_at_least",
     "check_count",
@@ -132,7 +133,7 @@ def check_labels(
     check_integer_dtype(name, array)
     if is_concrete(array):
         check_integers(name, array, 0, num_classes)
-    return array
+    return as_indices(array)
 
 
 def is_concrete(values: jax.Array) -> bool:
@@ -141,15 +142,32 @@ def is_concrete(values: jax.Array) -> bool:
 
 
 def _as_real(name: str, values: ArrayLike) -> jax.Array:
-    array = jnp.asarray(values)
-    _check_real(name, array.dtype)
-    return as_float(array)
+    if not hasattr(values, "dtype"):
+        values = jnp.asarray(values)
+    _check_real(name, values.dtype)
+    return as_float(values)
 
 
 def as_float(values: ArrayLike) -> jax.Array:
     """`values` as an array of at least float32; float64 stays float64."""
+    if isinstance(values, int | np.ndarray | np.generic):
+        host_values = np.asarray(values)
+        if host_values.dtype.kind in "iu":  # int32, as JAX reads them, would wrap
+            values = host_values.astype(
+                jnp.promote_types(host_values.dtype, jnp.float32)
+            )
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def as_indices(values: ArrayLike) -> jax.Array:
+    """Integer `values` as an array of at least 32 bits.
+
+    JAX compares indices with the size of their axis in the dtype of the indices: sizes above 127
+    overflow int8, and one_hot wraps.
+    """
+    indices = jnp.asarray(values)
+    return indices if indices.dtype.itemsize >= 4 else indices.astype(jnp.int32)
 
 
 def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> None:

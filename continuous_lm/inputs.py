@@ -4,7 +4,7 @@ Every door of the library makes one `Inputs` with `Inputs.make` and carries it w
 Nothing behind the door looks at the values again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import axes as axes_lib
-from continuous_lm.arguments import as_float, check_integers, check_numbers
+from continuous_lm.arguments import (
+    as_float,
+    as_indices,
+    check_integers,
+    check_numbers,
+)
 from continuous_lm.attention.visibility import exact_end_times, visibility_mask
 from continuous_lm.durations import check_durations, durations_from_times
 from continuous_lm.errors import InputError
@@ -88,7 +93,13 @@ class Inputs(NamedTuple):
         check_timing(
             token_shape, durations, times, start, window=window, follows=follows
         )
-        return cls(*map(_as_array, (tokens, embeddings, durations, times, start)))
+        return cls(
+            tokens=_as_optional(as_indices, tokens),
+            embeddings=_as_optional(jnp.asarray, embeddings),
+            durations=_as_optional(as_float, durations),
+            times=_as_optional(as_float, times),
+            start=_as_optional(as_float, start),
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -175,8 +186,10 @@ def check_timing(
         _check_visible_keys(durations, times, window)
 
 
-def _as_array(values: ArrayLike | None) -> jax.Array | None:
-    return None if values is None else jnp.asarray(values)
+def _as_optional(
+    convert: Callable[[ArrayLike], jax.Array], values: ArrayLike | None
+) -> jax.Array | None:
+    return None if values is None else convert(values)
 
 
 def _is_text(values: object) -> bool:

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_count, check_integers
+from continuous_lm.arguments import (
+    as_float,
+    as_indices,
+    check_count,
+    check_integers,
+)
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.kmeans import check_vectors, count_codes
 from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, k_nearest
@@ -54,7 +59,7 @@ def code_use(indices: ArrayLike, num_codes: int) -> CodeUse:
     if not np.size(indices):
         raise InputError("indices are empty; code use needs at least one")
     check_integers("indices", indices, 0, num_codes)
-    counts = count_codes(jnp.asarray(indices).reshape(-1), num_codes, jnp.int32)
+    counts = count_codes(as_indices(indices).reshape(-1), num_codes, jnp.int32)
     frequencies = counts / jnp.sum(counts)
     used_share = jnp.mean(counts > 0, dtype=frequencies.dtype)
     return CodeUse(counts, _perplexity(frequencies), used_share)

@@ -12,7 +12,13 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_count, check_integers, check_shapes
+from continuous_lm.arguments import (
+    as_float,
+    as_indices,
+    check_count,
+    check_integers,
+    check_shapes,
+)
 from continuous_lm.errors import InputError
 from continuous_lm.quantize import vq
 from continuous_lm.quantize.kmeans import check_vectors
@@ -157,7 +163,7 @@ def lookup_residual(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
     codes = jnp.asarray(codes)
     check_shapes({"codes": (codes, "Q E W"), "indices": (indices, "... Q")})
     check_integers("indices", indices, 0, codes.shape[1])
-    return _lookup(codes, jnp.moveaxis(jnp.asarray(indices), -1, 0))
+    return _lookup(codes, jnp.moveaxis(as_indices(indices), -1, 0))
 
 
 @jax.jit
@@ -209,7 +215,7 @@ def update_residual_ema(
             f"indices have shape {list(np.shape(indices))}; for vectors {list(x.shape)} and"
             f" {len(codebooks.codes)} stages it must be {[*x.shape[:-1], len(codebooks.codes)]}"
         )
-    stage_indices = jnp.moveaxis(jnp.asarray(indices), -1, 0)
+    stage_indices = jnp.moveaxis(as_indices(indices), -1, 0)
     return _update_ema(codebooks, x, stage_indices, decay, epsilon, axis_name)
 
 

@@ -17,7 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import as_float, check_integers, check_shapes
+from continuous_lm.arguments import (
+    as_float,
+    as_indices,
+    check_integers,
+    check_shapes,
+)
 from continuous_lm.errors import InputError
 from continuous_lm.losses import codebook_loss, commitment_loss
 from continuous_lm.quantize.kmeans import (
@@ -137,7 +142,7 @@ def lookup(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
     codes = jnp.asarray(codes)
     check_shapes({"codes": (codes, "E W")})
     check_integers("indices", indices, 0, len(codes))
-    return codes[jnp.asarray(indices)]
+    return codes[as_indices(indices)]
 
 
 def update_ema(
@@ -178,7 +183,7 @@ def update_ema(
     [[1. 2.]]
     """
     x = as_float(x)
-    code_indices = jnp.asarray(indices)
+    code_indices = as_indices(indices)
     num_codes, width = codebook.codes.shape
     check_vectors(x, codebook.codes)
     if code_indices.shape != x.shape[:-1]:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm import losses
-from continuous_lm.arguments import as_float, check_integers
+from continuous_lm.arguments import as_float, as_indices, check_integers
 from continuous_lm.errors import InputError
 from continuous_lm.models.config import ACTIVATIONS
 from continuous_lm.models.layers import rms_norm
@@ -186,7 +186,7 @@ def encode_chunks(
     """
     check_chunks(config, chunks)
     num_before_squeeze = config.encoder_layers // 2
-    x = params["embedding"][jnp.asarray(chunks)]  # [..., C, D]
+    x = params["embedding"][as_indices(chunks)]  # [..., C, D]
     x = x if token_mask is None else jnp.where(token_mask[..., None], x, 0)
     x = _run_layers(config, params, "encoder", slice(num_before_squeeze), x)
     x = jnp.einsum("...cD,dcD->...d", x, params["squeeze"]) + params["squeeze_bias"]

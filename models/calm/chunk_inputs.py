@@ -3,11 +3,15 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import check_integers, is_integer
+from continuous_lm.arguments import (
+    as_float,
+    as_indices,
+    check_integers,
+    is_integer,
+)
 from continuous_lm.errors import InputError
 from continuous_lm.inputs import Inputs, check_timing
 
@@ -75,10 +79,10 @@ class ChunkInputs(NamedTuple):
             name="chunks",
         )
         return cls(
-            jnp.asarray(chunks),
-            durations=None if durations is None else jnp.asarray(durations),
-            times=None if times is None else jnp.asarray(times),
-            start=None if start is None else jnp.asarray(start),
+            as_indices(chunks),
+            durations=None if durations is None else as_float(durations),
+            times=None if times is None else as_float(times),
+            start=None if start is None else as_float(start),
         )
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
-from continuous_lm import losses
+from continuous_lm import arguments, losses
 
 W, V = 3, 4
 CHOLESKY = np.tril(np.ones((2, W, W)))
@@ -147,3 +147,23 @@ def test_tokens_that_do_not_fit_are_refused():
 def test_what_is_no_number_is_refused(dtype):
     with pytest.raises(clm.InputError, match="mean has dtype"):
         losses.gaussian_nll(np.ones(3), np.ones(3, dtype), np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int64"])
+def test_labels_of_any_integer_dtype(dtype):
+    logits = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    labels = np.array([1, 43, 127])
+    for function, x in (
+        (losses.cross_entropy, logits),
+        (losses.brier, probabilities),
+    ):
+        expected = function(x, labels)
+        np.testing.assert_array_equal(function(x, labels.astype(dtype)), expected)
+
+
+def test_integers_of_64_bits_do_not_wrap():
+    mean = np.int64(2**40)
+    (array,) = arguments.check(mean=(mean, "..."))
+    assert array == np.float32(2**40)
+    assert arguments.as_float(2**40) == np.float32(2**40)

@@ -418,3 +418,27 @@ def test_intermediates_are_captured_by_name():
     prefix = lm.prefill(tokens)
     with pytest.raises(clm.InputError, match="captured after a prefix"):
         lm.forward(tokens, prefix=prefix, position=-1, capture=names)
+
+
+def test_tokens_and_times_of_any_integer_dtype():
+    config = clm.TransformerConfig(
+        vocab_size=300,
+        hidden_size=8,
+        mlp_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    model = clm.Transformer(config)
+    tokens = np.array([1, 127, 5])
+    variables = model.init(jax.random.key(0), tokens)
+    expected = model.apply(variables, tokens)
+    for dtype in ("int8", "uint8", "int16", "int64"):
+        logits = model.apply(variables, tokens.astype(dtype))
+        np.testing.assert_array_equal(logits, expected)
+    start = 2**32 + 7  # times that int32 would wrap
+    expected = model.apply(variables, tokens, start=float(start))
+    for integer_start in (np.int64(start), start):
+        logits = model.apply(variables, tokens, start=integer_start)
+        np.testing.assert_array_equal(logits, expected)

@@ -345,3 +345,20 @@ def test_losses_are_those_of_the_losses_package():
     coded = quantize.quantize(BOOK, x)
     expected = losses.commitment_loss(x, coded.vectors)
     np.testing.assert_array_equal(coded.commitment_loss, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+def test_indices_of_any_integer_dtype(dtype):
+    rng = np.random.default_rng(0)
+    codes = jnp.asarray(rng.normal(size=(2, 300, 3)), jnp.float32)
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    indices = np.array([[1, 127], [0, 3], [9, 9], [1, 127]])
+    narrow_indices = indices.astype(dtype)
+    codebook = quantize.Codebook(codes[0], jnp.ones(300), codes[0])
+    for call in (
+        lambda i: quantize.lookup(codes[0], i),
+        lambda i: quantize.lookup_residual(codes, i),
+        lambda i: quantize.code_use(i, 300).counts,
+        lambda i: quantize.update_ema(codebook, x, i[:, 0]).codes,
+    ):
+        np.testing.assert_array_equal(call(narrow_indices), call(indices))
