@@ -189,11 +189,11 @@ def create(
         implementation=implementation,
         remat=remat,
     )
+    rows = None if table is None else _check_table(model, table)
     parameter_table = model.parameter_table()
     params = jax.jit(functools.partial(initialize, table=parameter_table))(key)
-    if table is not None:
-        rows = _check_table(model, table)
-        params = params | ({TABLE: rows} if model.has_token_table else {})
+    if rows is not None and model.has_token_table:
+        params = params | {TABLE: rows}
     return LanguageModel(model, params, tokenizer)
 
 

@@ -33,18 +33,18 @@ def make(name, lead=(), width=2, seed=0, scale=1.0, dtype=np.float64):
     positive = lambda *shape: (scale * np.exp(0.3 * normal(*shape))).astype(dtype)  # noqa: E731
     match name:
         case "gaussian":
-            made = Gaussian(normal(width), positive(width))
+            density = Gaussian(normal(width), positive(width))
         case "low rank":
             factor = (0.8 * scale * normal(width, RANK)).astype(dtype)
-            made = LowRankGaussian(normal(width), positive(width), factor)
+            density = LowRankGaussian(normal(width), positive(width), factor)
         case "full":
             lower = np.tril(0.8 * scale * normal(width, width), -1) / width**0.5
             cholesky = lower + positive(width)[..., None] * np.eye(width)
-            made = FullGaussian(normal(width), cholesky.astype(dtype))
+            density = FullGaussian(normal(width), cholesky.astype(dtype))
         case "mixture":
             shape = (COMPONENTS, width)
-            made = Mixture(normal(COMPONENTS), 2 * normal(*shape), positive(*shape))
-    return jax.tree.map(jnp.asarray, made)
+            density = Mixture(normal(COMPONENTS), 2 * normal(*shape), positive(*shape))
+    return jax.tree.map(jnp.asarray, density)
 
 
 def parts(density):
@@ -84,7 +84,16 @@ def reference(density, x):
 
 
 def at(density, *index):
-    return jax.tree.map(lambda a: a[index], density)
+    """The distribution at an index of the leading axes, in float64 numpy."""
+    return jax.tree.map(lambda a: np.asarray(a, np.float64)[index], density)
+
+
+# Each compiles once for a kind and a shape. Without jit, every operation is a program.
+log_prob = jax.jit(lambda density, x: density.log_prob(x))
+log_probs = jax.jit(lambda density, rows: density.log_probs(rows))
+mean_of = jax.jit(lambda density: density.mean)
+shift = jax.jit(lambda density, offset: density.shifted(offset))
+sample = jax.jit(lambda density, key, temperature: density.sample(key, temperature))
 
 
 @pytest.fixture(autouse=True)
@@ -96,20 +105,17 @@ def float64():
 @pytest.mark.parametrize("name", NAMES)
 def test_log_density_is_that_of_scipy(name):
     density = make(name, (2,), 3)
-    x = 2 * np.random.default_rng(1).normal(size=(4, 1, 3))
-    found = density.log_prob(x)
-    assert found.shape == (4, 2)
-    assert found.dtype == jnp.float64
-    table = x[:, 0]
-    rows = density.log_probs(table)
-    assert rows.shape == (2, 4)
+    table = 2 * np.random.default_rng(1).normal(size=(4, 3))
+    by_vector = np.asarray(log_prob(density, table[:, None]))
+    assert by_vector.shape == (4, 2)
+    assert by_vector.dtype == np.float64
+    by_row, means = np.asarray(log_probs(density, table)), np.asarray(mean_of(density))
+    assert by_row.shape == (2, 4)
     for i in range(2):
         expected = reference(at(density, i), table)
-        np.testing.assert_allclose(found[:, i], expected, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(rows[i], expected, rtol=1e-11, atol=1e-11)
-        np.testing.assert_allclose(
-            density.mean[i], moments(at(density, i))[0], rtol=1e-12
-        )
+        np.testing.assert_allclose(by_vector[:, i], expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(by_row[i], expected, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(means[i], moments(at(density, i))[0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -120,7 +126,7 @@ def test_densities_integrate_to_one(name, width):
     line = np.linspace(-16.0, 16.0, 301)
     grid = np.stack(np.meshgrid(*[line] * width), axis=-1).reshape(-1, width)
     cell = (line[1] - line[0]) ** width
-    for logs in (density.log_prob(grid), density.log_probs(grid)):
+    for logs in (log_prob(density, grid), log_probs(density, grid)):
         assert np.exp(logs).sum() * cell == pytest.approx(1.0, abs=1e-6)
 
 
@@ -134,67 +140,62 @@ def draw(density, temperature, count):
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_have_the_moments(name):
     density = make(name, width=3)
-    if name == "full":  # what is above the diagonal is nobody's business
+    if name == "full":  # values above the diagonal have no effect
         density = density._replace(
-            cholesky=density.cholesky + np.triu(np.ones((3, 3)), 1)
+            cholesky=np.asarray(density.cholesky) + np.triu(np.ones((3, 3)), 1)
         )
     count = 20000
     mean, covariance = moments(density)
-    likely = reference(density, mean)  # and with it, that the shape is right
-    entropies = []
+    log_probs_of_samples = []
     for temperature in (1.0, 0.25):
         x = np.asarray(draw(density, temperature, count))
-        if name == "mixture" and temperature != 1.0:
-            mean, covariance = moments(
-                Mixture(
-                    density.logits / temperature,
-                    density.means,
-                    density.scales * temperature**0.5,
-                )
+        expected = temperature * covariance
+        if name == "mixture":
+            exact = at(density, ...)
+            tempered = Mixture(
+                exact.logits / temperature, exact.means, exact.scales * temperature**0.5
             )
-            wanted = covariance
-        else:
-            wanted = temperature * covariance
-        error = np.sqrt(np.diag(wanted) / count)
-        assert (np.abs(x.mean(axis=0) - mean) < 5 * error).all()
-        spread = np.sqrt(np.diag(wanted))
-        found = np.cov(x.T) / np.outer(spread, spread)
-        np.testing.assert_allclose(found, wanted / np.outer(spread, spread), atol=0.06)
-        entropies.append(np.mean(reference(density, x)))
-    assert entropies[1] > entropies[0]  # colder is likelier
-    assert np.isfinite(likely)
+            mean, expected = moments(tempered)
+        deviations = np.sqrt(np.diag(expected))
+        assert (np.abs(x.mean(axis=0) - mean) < 5 * deviations / count**0.5).all()
+        scale = np.outer(deviations, deviations)
+        np.testing.assert_allclose(np.cov(x.T) / scale, expected / scale, atol=0.06)
+        log_probs_of_samples.append(np.mean(reference(density, x)))
+    assert log_probs_of_samples[1] > log_probs_of_samples[0]
+    assert np.isfinite(log_probs_of_samples).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_at_temperature_0_the_likeliest_is_drawn(name):
+def test_sampling_at_temperature_0_returns_the_mode(name):
     density = make(name, (4,), 3)
-    drawn = density.sample(KEY, 0.0)
-    expected = density.mean
     if name == "mixture":
-        best = np.argmax(density.logits, axis=-1)
-        expected = density.means[np.arange(4), best]
-    np.testing.assert_array_equal(drawn, expected)
+        mode = at(density, np.arange(4), np.argmax(density.logits, axis=-1)).means
+    else:
+        mode = mean_of(density)
+    np.testing.assert_array_equal(sample(density, KEY, 0.0), mode)
 
 
-def test_ties_at_temperature_0_go_to_the_first_whatever_the_key():
-    tied = Mixture(jnp.zeros(5), jnp.arange(5.0)[:, None], jnp.ones((5, 1)))
-    drawn = jax.vmap(lambda key: tied.sample(key, 0.0))(jax.random.split(KEY, 20))
-    np.testing.assert_array_equal(drawn, np.zeros((20, 1)))
+def test_ties_at_temperature_0_go_to_the_first_component_for_every_key():
+    tied = Mixture(np.zeros(5), np.arange(5.0)[:, None], np.ones((5, 1)))
+    np.testing.assert_array_equal(draw(tied, 0.0, 20), np.zeros((20, 1)))
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_a_shifted_density_is_moved(name):
+def test_shifted_densities(name):
     density = make(name, (), 3)
     rng = np.random.default_rng(3)
-    x, by = rng.normal(size=3), rng.normal(size=(4, 3))
-    moved = density.shifted(by)  # several shifts at once
-    expected = [reference(density, x - one) for one in by]
-    np.testing.assert_allclose(moved.log_prob(x), expected, rtol=1e-11)
-    np.testing.assert_allclose(moved.log_probs(x[None])[:, 0], expected, rtol=1e-10)
-    np.testing.assert_allclose(moved.mean, density.mean + by, rtol=1e-12)
-    assert moved.sample(KEY).shape == (4, 3)
-    still = density.shifted(np.zeros(3))
-    np.testing.assert_array_equal(still.sample(KEY), density.sample(KEY))
+    x, offsets = rng.normal(size=3), rng.normal(size=(4, 3))
+    shifted = shift(density, offsets)
+    expected = [reference(density, x - offset) for offset in offsets]
+    np.testing.assert_allclose(log_prob(shifted, x), expected, rtol=1e-11)
+    by_row = np.asarray(log_probs(shifted, x[None]))[:, 0]
+    np.testing.assert_allclose(by_row, expected, rtol=1e-10)
+    means = np.asarray(mean_of(density)) + offsets
+    np.testing.assert_allclose(mean_of(shifted), means, rtol=1e-12)
+    assert sample(shifted, KEY, 1.0).shape == (4, 3)
+    np.testing.assert_array_equal(
+        sample(shift(density, np.zeros(3)), KEY, 1.0), sample(density, KEY, 1.0)
+    )
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -210,13 +211,18 @@ def test_transformations_and_gradients(name):
     value = jax.jit(total)
     gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(density, x)
     rng = np.random.default_rng(5)
-    towards = jax.tree.map(
-        lambda a: rng.normal(size=a.shape), (density, jnp.asarray(x))
+    point = jax.tree.map(np.asarray, (density, x))
+    direction = jax.tree.map(lambda a: rng.normal(size=a.shape), point)
+
+    def value_at(step):
+        moved = jax.tree.map(lambda a, b: a + step * b, point, direction)
+        return float(value(*moved))
+
+    slope = (value_at(1e-5) - value_at(-1e-5)) / 2e-5
+    products = jax.tree.map(
+        lambda g, b: (np.asarray(g) * b).sum(), gradients, direction
     )
-    step = lambda h: jax.tree.map(lambda a, b: a + h * b, (density, x), towards)  # noqa: E731
-    slope = (value(*step(1e-5)) - value(*step(-1e-5))) / 2e-5
-    products = jax.tree.map(lambda g, b: (g * b).sum(), gradients, towards)
-    assert slope == pytest.approx(float(sum(jax.tree.leaves(products))), rel=1e-7)
+    assert slope == pytest.approx(sum(jax.tree.leaves(products)), rel=1e-7)
     assert abs(slope) > 1e-2
 
 
@@ -229,45 +235,42 @@ def test_log_probs_in_float32_lose_little(name):
     the squares are of the order 5e4 nats.
     """
     density = make(name, (3,), 48, scale=0.05, dtype=np.float32)
-    away = np.float32(50.0)
-    table = np.random.default_rng(6).normal(size=(40, 48)).astype(np.float32) + away
-    density = density.shifted(jnp.full(48, away))
-    exact = [
-        reference(
-            jax.tree.map(lambda a, i=i: np.asarray(a[i], np.float64), density), table
-        )
-        for i in range(3)
-    ]
-    found = density.log_probs(table)
-    assert found.dtype == jnp.float32
+    offset = np.float32(50.0)
+    table = np.random.default_rng(6).normal(size=(40, 48)).astype(np.float32) + offset
+    density = density.shifted(jnp.full(48, offset))
+    exact = [reference(at(density, i), table) for i in range(3)]
+    by_row = log_probs(density, table)
+    assert by_row.dtype == jnp.float32
     size = np.abs(exact).max()
     assert size > 1e4
-    np.testing.assert_allclose(found, exact, atol=2e-6 * size, rtol=0)
-    np.testing.assert_allclose(
-        density.log_prob(table[:, None]).T, exact, atol=2e-6 * size, rtol=0
-    )
+    np.testing.assert_allclose(by_row, exact, atol=2e-6 * size, rtol=0)
+    by_vector = log_prob(density, table[:, None]).T
+    np.testing.assert_allclose(by_vector, exact, atol=2e-6 * size, rtol=0)
 
 
-def test_a_component_without_weight_is_not_there():
-    some = make("mixture", width=2)
-    never = some._replace(logits=some.logits.at[0].set(-jnp.inf))
-    rest = jax.tree.map(lambda a: a[1:], some)
+def test_components_of_weight_zero_have_no_effect():
+    mixture = at(make("mixture", width=2), ...)
+    without_first = mixture._replace(logits=np.append(-np.inf, mixture.logits[1:]))
     x = np.random.default_rng(7).normal(size=(5, 2))
-    np.testing.assert_allclose(never.log_probs(x), reference(rest, x), rtol=1e-12)
-    gradient = jax.grad(lambda means: never._replace(means=means).log_probs(x).sum())(
-        never.means
-    )
+    expected = reference(at(mixture, slice(1, None)), x)
+    np.testing.assert_allclose(log_probs(without_first, x), expected, rtol=1e-12)
+
+    def total(means):
+        return without_first._replace(means=means).log_probs(x).sum()
+
+    gradient = np.asarray(jax.jit(jax.grad(total))(mixture.means))
     assert np.isfinite(gradient).all()
     np.testing.assert_array_equal(gradient[0], [0.0, 0.0])
-    drawn = np.asarray(draw(never._replace(scales=1e-9 * never.scales), 1.0, 200))
-    assert (np.abs(drawn - never.means[0]).max(axis=-1) > 1e-3).all()
+    narrow = without_first._replace(scales=1e-9 * mixture.scales)
+    samples = np.asarray(draw(narrow, 1.0, 200))
+    assert (np.abs(samples - mixture.means[0]).max(axis=-1) > 1e-3).all()
 
 
-def test_dtypes_mix():
-    """A float32 density over a float64 table."""
+def test_float32_densities_score_float64_tables():
     density = make("mixture", width=2, dtype=np.float32)
     x = np.random.default_rng(8).normal(size=(5, 2))
-    np.testing.assert_allclose(density.log_probs(x), density.log_prob(x), rtol=1e-5)
+    by_row, by_vector = log_probs(density, x), log_prob(density, x)
+    np.testing.assert_allclose(by_row, by_vector, rtol=1e-5)
 
 
 # --- Categorical -----------------------------------------------------------------------------
@@ -277,32 +280,30 @@ def test_a_categorical_is_a_softmax():
     logits = np.random.default_rng(0).normal(size=(4, 1, 6)) * 2
     categorical = Categorical(jnp.asarray(logits))
     p = np.exp(logits - logsumexp(logits, axis=-1, keepdims=True))
-    np.testing.assert_allclose(categorical.probabilities, p, rtol=1e-12)
-    tokens = np.array(
-        [5, 0]
-    )  # broadcast over the first axis, and the logits over the second
-    found = categorical.log_prob(tokens)
-    np.testing.assert_allclose(found, np.log(p[:, 0])[:, tokens], rtol=1e-12)
+    probabilities = jax.jit(lambda categorical: categorical.probabilities)
+    np.testing.assert_allclose(probabilities(categorical), p, rtol=1e-12)
+    tokens = np.array([5, 0])  # broadcast with the first axis, logits with the second
+    expected = np.log(p[:, 0])[:, tokens]
+    np.testing.assert_allclose(log_prob(categorical, tokens), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
-def test_tokens_are_drawn_by_their_probability(temperature):
-    logits = jnp.array([0.3, -1.0, 1.2, 0.0])
-    keys = jax.random.split(KEY, 4000)
-    drawn = jax.vmap(lambda key: Categorical(logits).sample(key, temperature))(keys)
-    assert drawn.dtype == jnp.int32
+def test_frequencies_of_sampled_tokens_match_their_probabilities(temperature):
+    logits, count = np.array([0.3, -1.0, 1.2, 0.0]), 4000
+    tokens = draw(Categorical(logits), temperature, count)
+    assert tokens.dtype == jnp.int32
     p = np.exp(logits / temperature)
-    counts = np.bincount(drawn, minlength=4)
-    assert stats.chisquare(counts, len(keys) * p / p.sum()).pvalue > 1e-3
+    counts = np.bincount(tokens, minlength=4)
+    assert stats.chisquare(counts, count * p / p.sum()).pvalue > 1e-3
 
 
 def test_tempered_logits_do_not_overflow():
-    logits = jnp.array([[1e5, 0.0, -1e5], [1.0, 1.0, -jnp.inf]], jnp.float32)
+    temper = jax.jit(temper_logits)
+    logits = np.array([[1e5, 0.0, -1e5], [1.0, 1.0, -np.inf]], np.float32)
     for temperature in (0.0, 1e-45, 1e-30, 1.0, 1e30):
-        found = temper_logits(logits, temperature)
-        assert not np.isnan(found).any()
-        np.testing.assert_array_equal(found.max(axis=-1), [0.0, 0.0])
-    np.testing.assert_allclose(
-        temper_logits(logits, jnp.array([2.0, 1.0]))[0], [0.0, -5e4, -1e5]
-    )
-    assert Categorical(logits[0]).sample(KEY, 0.0) == 0
+        tempered = np.asarray(temper(logits, temperature))
+        assert not np.isnan(tempered).any()
+        np.testing.assert_array_equal(tempered.max(axis=-1), [0.0, 0.0])
+    by_row = np.asarray(temper(logits, np.array([2.0, 1.0])))
+    np.testing.assert_allclose(by_row[0], [0.0, -5e4, -1e5])
+    assert sample(Categorical(logits[0]), KEY, 0.0) == 0

@@ -67,13 +67,14 @@ def cases(quick):
 
 
 def random_like(table, seed=0):
-    """Parameters far from where they start, by their paths."""
-    rng, made = np.random.default_rng(seed), {}
-    for path, a in table.items():
-        norm = path.startswith("trunk/") and path.endswith("scale")
+    """Path -> random parameter, far from its initial value."""
+    rng, flat_params = np.random.default_rng(seed), {}
+    for path, declaration in table.items():
+        mean = float(path.startswith("trunk/") and path.endswith("scale"))
         spread = 0.8 if path in ("head/mean", "head/logits", "table") else 0.4
-        made[path] = jnp.asarray(norm + spread * rng.normal(size=a.shape), jnp.float32)
-    return made
+        values = mean + spread * rng.normal(size=declaration.shape)
+        flat_params[path] = jnp.asarray(values, jnp.float32)
+    return flat_params
 
 
 @functools.cache
@@ -100,83 +101,82 @@ def sequence(reads, seed=0):
     return inputs, rng.uniform(0.3, 2.0, N).astype(np.float32)
 
 
-# --- What it computes ------------------------------------------------------------------------
+# --- Log densities, hidden states and gradients ----------------------------------------------
 
 
 @jax.jit
-def states(params, durations, **inputs):
-    """Hidden states of the trunk alone."""
-    given = trunk_inputs.make_inputs(CONFIG, durations=durations, **inputs)
-    return transformer.hidden_states(CONFIG, params, given).hidden
+def trunk_hidden_states(params, durations, **context):
+    """Hidden states of the trunk, computed without the density model."""
+    inputs = trunk_inputs.make_inputs(CONFIG, durations=durations, **context)
+    return transformer.hidden_states(CONFIG, params, inputs).hidden
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def distribution_of(head, params, hidden):
+    return head.distribution(params, hidden)
 
 
 @pytest.mark.parametrize(("name", "reads"), cases(QUICK))
-def test_log_density_is_that_of_the_head_on_the_trunk(name, reads):
-    """Position by position, by scipy, at hidden states that the trunk alone gives."""
+def test_log_prob_equals_scipy_on_the_trunks_hidden_states(name, reads):
     lm, (inputs, d) = build(name, reads), sequence(reads)
     if reads == "tokens":
-        given, target = {"tokens": inputs["tokens"][:-1]}, lm.params.get("table")
-        target = (
-            inputs["tokens"][1:] if target is None else target[inputs["tokens"][1:]]
-        )
+        context, targets = {"tokens": inputs["tokens"][:-1]}, inputs["tokens"][1:]
+        if "table" in lm.params:
+            targets = np.asarray(lm.params["table"])[targets]
     else:
         embeddings = inputs["vectors"] @ np.asarray(lm.params["read"]).T
-        given, target = {"embeddings": embeddings[:-1]}, inputs["vectors"][1:]
-    hidden = states(lm.params["trunk"], d[:-1], **given)
+        context, targets = {"embeddings": embeddings[:-1]}, inputs["vectors"][1:]
+    hidden = trunk_hidden_states(lm.params["trunk"], d[:-1], **context)
     assert hidden.shape == (N - 1, 6)
-    distribution = lm.model.head.distribution(lm.params["head"], hidden)
+    distribution = distribution_of(lm.model.head, lm.params["head"], hidden)
     if name == "token":
         logits = np.asarray(distribution.logits, np.float64)
-        expected = log_softmax(logits, axis=-1)[np.arange(N - 1), target]
+        expected = log_softmax(logits, axis=-1)[np.arange(N - 1), targets]
     else:
-        exact = jax.tree.map(lambda a: np.asarray(a, np.float64), distribution)
-        expected = [
-            reference(at(exact, i), np.asarray(target[i])) for i in range(N - 1)
-        ]
-    found = density.log_prob(lm, **inputs, durations=d)
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
-    assert np.abs(np.diff(found)).min() > 1e-3
+        expected = [reference(at(distribution, i), targets[i]) for i in range(N - 1)]
+    log_probs = density.log_prob(lm, **inputs, durations=d)
+    np.testing.assert_allclose(log_probs, expected, rtol=2e-5, atol=2e-5)
+    assert np.abs(np.diff(log_probs)).min() > 1e-3
 
 
 @slow
-def test_hidden_states_are_what_the_trunks_head_reads():
+def test_apply_returns_the_hidden_states_of_the_trunk():
     lm, (inputs, d) = build("gaussian"), sequence("tokens")
     trunk, params = Transformer(CONFIG), lm.params["trunk"]
-    hidden = states(params, d, **inputs)
+    hidden = trunk_hidden_states(params, d, **inputs)
     logits = trunk.apply({"params": params}, **inputs, durations=d)
     np.testing.assert_allclose(hidden @ params["head"].T, logits, rtol=1e-5, atol=1e-5)
-    # `apply` of the density model gives them, all or one.
-    found = lm.model.apply({"params": lm.params}, **inputs, durations=d)
-    np.testing.assert_allclose(found, hidden, rtol=1e-5, atol=1e-6)
-    for position in (-1, 2):
-        found = lm.model.apply(
+    for position in (None, -1, 2):
+        states = lm.model.apply(
             {"params": lm.params}, **inputs, durations=d, position=position
         )
-        np.testing.assert_allclose(found, hidden[position], rtol=1e-5, atol=1e-6)
+        expected = hidden if position is None else hidden[position]
+        np.testing.assert_allclose(states, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("reads", [pytest.param("tokens", marks=slow), "vectors"])
-def test_durations_of_1_are_none_and_the_last_one_has_no_influence(reads):
+def test_log_prob_by_durations_times_and_start(reads):
+    """Durations are 1 by default, and the last one has no effect."""
     lm, (inputs, d) = build("mixture", reads), sequence(reads)
-    log_prob = functools.partial(density.log_prob, lm)
-    plain = log_prob(**inputs)
-    assert plain.shape == (N - 1,)
-    np.testing.assert_allclose(
-        log_prob(**inputs, durations=np.ones(N)), plain, rtol=1e-6
-    )
-    timed = log_prob(**inputs, durations=d)
-    assert np.abs(timed - plain).max() > 1e-3
-    other = np.append(d[:-1], np.float32(0.0))
-    np.testing.assert_array_equal(log_prob(**inputs, durations=other), timed)
-    ends = 3.0 + np.cumsum(d)  # the same, said in times
-    moved = log_prob(**inputs, durations=d, times=ends.astype(np.float32))
-    np.testing.assert_allclose(moved, timed, rtol=1e-3, atol=1e-4)
-    started = log_prob(**inputs, durations=d, start=3.0)
-    np.testing.assert_allclose(started, moved, rtol=1e-4, atol=1e-5)
+
+    def log_prob(**timing):
+        return np.asarray(density.log_prob(lm, **inputs, **timing))
+
+    by_default, by_durations = log_prob(), log_prob(durations=d)
+    assert by_default.shape == (N - 1,)
+    np.testing.assert_allclose(log_prob(durations=np.ones(N)), by_default, rtol=1e-6)
+    assert np.abs(by_durations - by_default).max() > 1e-3
+    last_is_0 = np.append(d[:-1], np.float32(0.0))
+    np.testing.assert_array_equal(log_prob(durations=last_is_0), by_durations)
+    end_times = (3.0 + np.cumsum(d)).astype(np.float32)
+    by_times = log_prob(durations=d, times=end_times)
+    np.testing.assert_allclose(by_times, by_durations, rtol=1e-3, atol=1e-4)
+    by_start = log_prob(durations=d, start=3.0)
+    np.testing.assert_allclose(by_start, by_times, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "reads"), cases([("gaussian", "tokens")]))
-def test_gradients_in_the_durations_are_finite_differences(name, reads):
+def test_gradients_of_durations_match_finite_differences(name, reads):
     """Central differences in float64, one duration at a time."""
     lm, (inputs, d) = build(name, reads), sequence(reads)
     with jax.enable_x64(True):
@@ -185,8 +185,8 @@ def test_gradients_in_the_durations_are_finite_differences(name, reads):
         @jax.jit
         @jax.value_and_grad
         def total(d):
-            given = lm.model.make_inputs(**inputs, durations=d)
-            return lm.model.log_prob(params, given).sum()
+            model_inputs = lm.model.make_inputs(**inputs, durations=d)
+            return lm.model.log_prob(params, model_inputs).sum()
 
         d = d.astype(np.float64)
         gradient, step = np.asarray(total(d)[1]), 1e-5
@@ -208,17 +208,16 @@ def test_gradients_in_the_durations_are_finite_differences(name, reads):
         pytest.param("mixture", "vectors", 0.0, marks=slow),
     ],
 )
-def test_a_sweep_of_durations_runs_at_once(name, reads, contrast):
+def test_batches_of_durations_equal_one_call_for_each(name, reads, contrast):
     lm, (inputs, d) = build(name, reads, contrast=contrast), sequence(reads)
-    sweep = clm.durations.scale(d, jnp.array([0.5, 1.0, 2.0, 3.0]), (1, 3))
+    sweep = np.asarray(clm.durations.scale(d, [0.5, 1.0, 2.0, 3.0], (1, 3)))
     for score in (density.log_prob, density.loss):
-        found = score(lm, **inputs, durations=sweep)
-        assert found.shape == (4, N - 1)
-        for row, each in zip(found, sweep, strict=True):
-            np.testing.assert_allclose(
-                row, score(lm, **inputs, durations=each), rtol=2e-4, atol=1e-5
-            )
-    assert np.abs(found[0] - found[3]).max() > 1e-3
+        scores = np.asarray(score(lm, **inputs, durations=sweep))
+        assert scores.shape == (4, N - 1)
+        for row, durations in zip(scores, sweep, strict=True):
+            alone = score(lm, **inputs, durations=durations)
+            np.testing.assert_allclose(row, alone, rtol=2e-4, atol=1e-5)
+    assert np.abs(scores[0] - scores[3]).max() > 1e-3
 
 
 # --- Tables ----------------------------------------------------------------------------------
@@ -228,80 +227,94 @@ def loss_gradient(lm, tokens):
     def loss(params):
         return lm.model.loss(params, lm.model.make_inputs(tokens)).sum()
 
-    return jax.jit(jax.grad(loss))(lm.params)
+    return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(lm.params))
 
 
-def test_a_frozen_table_gets_no_gradient_and_a_learned_one_does():
+def test_only_learned_tables_have_gradients():
     tokens = np.array([1, 2, 3, 4])  # the last is not read, only predicted
     frozen = loss_gradient(build("gaussian", contrast=0.5), tokens)
     np.testing.assert_array_equal(frozen["table"], 0.0)
-    np.testing.assert_array_equal(frozen["trunk"]["embedding"][4], 0.0)
-    assert np.abs(frozen["trunk"]["embedding"][1]).max() > 1e-4
+    of_embedding = np.asarray(frozen["trunk"]["embedding"])
+    np.testing.assert_array_equal(of_embedding[4], 0.0)
+    assert np.abs(of_embedding[1]).max() > 1e-4
     assert np.abs(frozen["head"]["mean"]).max() > 1e-4
     learned = loss_gradient(build("gaussian", table="embedding"), tokens)
     assert "table" not in learned
-    assert np.abs(learned["trunk"]["embedding"][4]).max() > 1e-4
-    assert (
-        np.abs(learned["trunk"]["embedding"][9]).max() > 1e-6
-    )  # by the standardisation
+    of_embedding = np.asarray(learned["trunk"]["embedding"])
+    assert np.abs(of_embedding[4]).max() > 1e-4
+    assert np.abs(of_embedding[9]).max() > 1e-6  # by the standardisation
 
 
 @pytest.mark.parametrize("table", ["frozen", pytest.param("embedding", marks=slow)])
-def test_contrast_is_the_cross_entropy_of_the_renormalised_density(table):
+def test_loss_adds_the_weighted_cross_entropy_of_the_renormalised_density(table):
     lm, (inputs, d) = build("mixture", table=table, contrast=0.7), sequence("tokens")
     tokens = inputs["tokens"]
-    rows = np.asarray(lm.params["table" if table == "frozen" else "trunk"])
-    if table == "embedding":
+    if table == "frozen":
+        rows = np.asarray(lm.params["table"])
+    else:
         rows = np.asarray(lm.params["trunk"]["embedding"])
         rows = (rows - rows.mean(axis=0)) / rows.std(axis=0)
     np.testing.assert_allclose(density.token_table(lm), rows, rtol=1e-4, atol=1e-5)
-    hidden = states(lm.params["trunk"], d[:-1], tokens=tokens[:-1])
-    mixture = lm.model.head.distribution(lm.params["head"], hidden)
-    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
-    logits = np.stack([reference(at(exact, i), rows) for i in range(N - 1)])
+    hidden = trunk_hidden_states(lm.params["trunk"], d[:-1], tokens=tokens[:-1])
+    mixture = distribution_of(lm.model.head, lm.params["head"], hidden)
+    logits = np.stack([reference(at(mixture, i), rows) for i in range(N - 1)])
     np.testing.assert_allclose(
         density.token_logits(lm, tokens, durations=d), logits, rtol=1e-4, atol=1e-3
     )
-    picked = np.arange(N - 1), tokens[1:]
-    expected = (
-        -logits[picked] - 0.7 * 6 * log_softmax(logits, axis=-1)[picked]
-    )  # 6 dimensions
+    targets = np.arange(N - 1), tokens[1:]
+    dimensions = 6
+    cross_entropy = -log_softmax(logits, axis=-1)[targets]
+    expected = -logits[targets] + 0.7 * dimensions * cross_entropy
     np.testing.assert_allclose(
         density.loss(lm, tokens, durations=d), expected, rtol=1e-4, atol=1e-3
     )
 
 
-def test_standardised_tables():
+def test_standardize_table():
     rng = np.random.default_rng(0)
     table = (5.0 + rng.normal(size=(40, 4)) * [1e-6, 0.02, 1.0, 0.0]).astype(np.float32)
     table[:, 0] -= 5.0
-    found = density.standardize_table(jnp.asarray(table))
-    np.testing.assert_allclose(found.mean(axis=0), 0.0, atol=1e-4)
-    np.testing.assert_allclose(found.std(axis=0), [1.0, 1.0, 1.0, 0.0], rtol=0.02)
-    gradient = jax.grad(lambda t: (density.standardize_table(t) ** 3).sum())(
-        jnp.asarray(table)
-    )
-    assert np.isfinite(gradient).all()
+    standardize = jax.jit(density.standardize_table)
+    rows = np.asarray(standardize(table))
+    np.testing.assert_allclose(rows.mean(axis=0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(rows.std(axis=0), [1.0, 1.0, 1.0, 0.0], rtol=0.02)
+    gradient = jax.jit(jax.grad(lambda t: (density.standardize_table(t) ** 3).sum()))
+    assert np.isfinite(gradient(table)).all()
     with jax.enable_x64(True):
-        assert (
-            density.standardize_table(jnp.asarray(table, jnp.float64)).dtype
-            == jnp.float64
-        )
+        assert standardize(table.astype(np.float64)).dtype == jnp.float64
 
 
-def test_a_given_table_is_standardised_and_frozen():
+def test_new_models_standardise_and_freeze_their_table():
+    """All heads start from the same trunk: initial values depend on path and key."""
     table = 3.0 + 0.1 * np.random.default_rng(0).normal(size=(11, 6))
-    lm = density.create(KEY, CONFIG, KINDS["gaussian"], table=table)
+    lm, other = (
+        density.create(KEY, CONFIG, KINDS[name], table=table)
+        for name in ("gaussian", "mixture")
+    )
     assert lm.model.table == "frozen"
     expected = (table - table.mean(axis=0)) / table.std(axis=0)
     np.testing.assert_allclose(lm.params["table"], expected, rtol=1e-3, atol=1e-4)
     assert np.isfinite(density.log_prob(lm, sequence("tokens")[0]["tokens"])).all()
+    assert_same_params(lm.params["trunk"], other.params["trunk"])
+    on_trunk = density.add_head(density.trunk_of(lm), KINDS["gaussian"], key=KEY)
+    assert_same_params(on_trunk.params["head"], lm.params["head"])
+
+
+@slow
+def test_initial_values_of_the_trunk_depend_only_on_path_and_key():
+    lm = density.create(KEY, CONFIG, KINDS["gaussian"])
+    trunk_table = lm.model.parameter_table()
+    trunk_table = {k: d for k, d in trunk_table.items() if k.startswith("trunk/")}
+    same_within = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(
+        same_within, lm.params["trunk"], initialize(KEY, trunk_table)["trunk"]
+    )
 
 
 # --- Folders ---------------------------------------------------------------------------------
 
 
-def same(a, b):
+def assert_same_params(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
@@ -309,19 +322,19 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(("name", "reads"), cases(CASES))
-def test_there_and_back(name, reads, tmp_path):
-    lm = build(name, reads)
-    clm.save(tmp_path / "made", lm)
-    back = clm.load(tmp_path / "made")
-    assert dataclasses.replace(back.model, config=CONFIG) == lm.model
-    same(back.params, lm.params)
-    trunk = density.trunk_of(clm.load(tmp_path / "made"))
-    same(trunk.params, lm.params["trunk"])
-    assert trunk.model == Transformer(back.config)
-    clm.save(tmp_path / "again", back)
-    clm.save(tmp_path / "again", trunk)  # takes the place of all that was there
-    assert clm.load(tmp_path / "again").model == trunk.model
-    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == [
+def test_saved_models_and_their_trunks_load_bit_for_bit(name, reads, tmp_path):
+    lm, folder, other_folder = build(name, reads), tmp_path / "a", tmp_path / "b"
+    clm.save(folder, lm)
+    loaded = clm.load(folder)
+    assert dataclasses.replace(loaded.model, config=CONFIG) == lm.model
+    assert_same_params(loaded.params, lm.params)
+    trunk = density.trunk_of(clm.load(folder))
+    assert_same_params(trunk.params, lm.params["trunk"])
+    assert trunk.model == Transformer(loaded.config)
+    clm.save(other_folder, loaded)
+    clm.save(other_folder, trunk)  # replaces all files of the folder
+    assert clm.load(other_folder).model == trunk.model
+    assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
         "density.json",
         "density.safetensors",
@@ -340,7 +353,7 @@ def test_settings_tokenizer_and_notes_come_back(tmp_path):
     assert back.hf_fields["eos_token_id"] == 3
     assert back.tokenizer.get_vocab() == tokenizer.get_vocab()
     assert back.params["trunk"]["embedding"].dtype == jnp.bfloat16
-    same(back.params["head"], lm.params["head"])
+    assert_same_params(back.params["head"], lm.params["head"])
     assert np.isfinite(density.log_prob(back, np.array([1, 2, 3]))).all()
 
 
@@ -357,11 +370,11 @@ for folder in sys.argv[1:]:
         assert len(a.sharding.device_set) == 8 and len(b.sharding.device_set) == 1
         np.testing.assert_array_equal(a, b)
     rng = np.random.default_rng(0)
-    given = {"tokens": rng.integers(0, 11, (2, 6))}
+    inputs = {"tokens": rng.integers(0, 11, (2, 6))}
     if many.model.input_kind == "vectors":
-        given = {"vectors": rng.normal(size=(2, 6, 3)).astype(np.float32)}
-    found, expected = density.log_prob(many, **given), density.log_prob(one, **given)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        inputs = {"vectors": rng.normal(size=(2, 6, 3)).astype(np.float32)}
+    expected = density.log_prob(one, **inputs)
+    np.testing.assert_allclose(density.log_prob(many, **inputs), expected, rtol=1e-4, atol=1e-5)
 """
 
 
@@ -410,9 +423,9 @@ def of_head(name, value):
 def tensors(change):
     def edit(folder):
         path = folder / "density.safetensors"
-        found = tensors_in(path.read_bytes())
-        change(found)
-        path.write_bytes(written(found))
+        tensors_by_name = tensors_in(path.read_bytes())
+        change(tensors_by_name)
+        path.write_bytes(written(tensors_by_name))
 
     return edit
 
@@ -514,8 +527,8 @@ def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
     assert set(lm.params) == {"trunk"}
     tokens = sequence("tokens")[0]["tokens"]
     logits = Transformer(config).apply({"params": lm.params["trunk"]}, tokens[:-1])
-    found = density.token_logits(lm, tokens)
-    np.testing.assert_allclose(found, logits, rtol=1e-5, atol=1e-6)
+    token_logits = density.token_logits(lm, tokens)
+    np.testing.assert_allclose(token_logits, logits, rtol=1e-5, atol=1e-6)
     nats = -log_softmax(np.asarray(logits, np.float64), axis=-1)[
         np.arange(N - 1), tokens[1:]
     ]
@@ -576,16 +589,16 @@ def test_a_tied_token_head_differs_from_a_trunk_with_other_logits(tmp_path, conf
 
 def check_on(lm, tokens, vectors_wide):
     head = heads.MixtureHead(width=vectors_wide, components=2, depth=1, mlp_size=8)
-    made = density.add_head(lm, head, key=KEY, token_loss_weight=0.1)
-    assert made.params["trunk"] is lm.params
-    assert made.model.table == "embedding"
-    logs = density.log_prob(made, tokens)
+    density_lm = density.add_head(lm, head, key=KEY, token_loss_weight=0.1)
+    assert density_lm.params["trunk"] is lm.params
+    assert density_lm.model.table == "embedding"
+    logs = density.log_prob(density_lm, tokens)
     assert logs.shape == (len(tokens) - 1,)
     assert np.isfinite(logs).all()
     rows = density.standardize_table(lm.params["embedding"])
     context = trunk_inputs.make_inputs(lm.config, tokens[:-1])
     hidden = transformer.hidden_states(lm.config, lm.params, context).hidden
-    mixture = head.distribution(made.params["head"], hidden)
+    mixture = head.distribution(density_lm.params["head"], hidden)
     np.testing.assert_allclose(logs, mixture.log_prob(rows[tokens[1:]]), rtol=1e-3)
 
 
@@ -698,27 +711,12 @@ def test_init_of_linen_has_the_table_of_parameters(name, reads):
     lm, (inputs, _) = build(name, reads), sequence(reads)
     table = lm.model.parameter_table()
     boxes = jax.eval_shape(lambda: lm.model.init(KEY, **inputs))["params"]
-    found = {path: (box.names, box.value.shape) for path, box in flatten(boxes).items()}
-    assert found == {path: (d.axes, d.shape) for path, d in table.items()}
+    initial = {
+        path: (box.names, box.value.shape) for path, box in flatten(boxes).items()
+    }
+    assert initial == {path: (d.axes, d.shape) for path, d in table.items()}
     assert ("read" in table) == (reads == "vectors")
     missing = {key: part for key, part in lm.params.items() if key != "head"}
     with pytest.raises(clm.InputError, match=r"parameter head/.* is missing"):
         lm.model.apply({"params": missing}, **inputs)
 
-
-def test_a_trunk_begins_alike_under_all_heads():
-    """A parameter's first values depend on its path and the key alone."""
-    made = [
-        density.create(KEY, CONFIG, KINDS[name], table=np.eye(11, 6))
-        for name in ("gaussian", "mixture")
-    ]
-    same(made[0].params["trunk"], made[1].params["trunk"])
-    trunk_table = made[0].model.parameter_table()
-    trunk_table = {k: d for k, d in trunk_table.items() if k.startswith("trunk/")}
-    expected = initialize(KEY, trunk_table)["trunk"]
-    same_within = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(same_within, made[0].params["trunk"], expected)
-    on_trunk = density.add_head(
-        LanguageModel(Transformer(CONFIG), expected), KINDS["gaussian"], key=KEY
-    )
-    same(on_trunk.params["head"], made[0].params["head"])
