@@ -1,8 +1,5 @@
 """Generation against transformers, against loops of whole forward passes, and by its statistics."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +17,7 @@ from continuous_lm.models.samplers import (
     _mask_unlikely,
     sample_token,
 )
-from tests.fixtures import tiny
-from tests.fixtures.programs import ENVIRONMENT
+from tests.fixtures import many_devices, tiny
 from tests.models.families.test_parity import LONGROPE, STORIES
 from tests.models.test_kv_cache import random_lm
 
@@ -678,20 +674,13 @@ print((one == many).all(), len(set(one.ravel().tolist())))
 
 @slow
 @pytest.mark.parametrize("sampled", [[], ["sampled"]], ids=["greedy", "sampled"])
-def test_a_mesh_gives_the_same_tokens_and_holds_the_cache_in_parts(tmp_path, sampled):
+def test_tokens_on_a_mesh_equal_those_on_one_device(tmp_path, sampled):
+    """The cache is sharded: a device holds half of the rows and a quarter of the heads."""
     folder = tiny.save(tmp_path / "x", num_key_value_heads=4)
-    ended = subprocess.run(
-        [sys.executable, "-c", MESH_PROGRAM, str(folder), *sampled],
-        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 0, ended.stderr
-    cache, tokens = (line.split() for line in ended.stdout.splitlines())
-    # A device holds its half of the rows and its quarter of the heads, and never all of them.
-    assert cache == ["True", "False"]
-    assert tokens[0] == "True"
-    assert int(tokens[1]) >= 5
+    output = many_devices.run_on_devices(MESH_PROGRAM, 8, str(folder), *sampled)
+    (has_part, has_all), (is_same, num_tokens) = map(str.split, output.splitlines())
+    assert (has_part, has_all, is_same) == ("True", "False", "True")
+    assert int(num_tokens) >= 5
 
 
 # --- Arguments that do not fit ---------------------------------------------------------------

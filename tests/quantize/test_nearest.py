@@ -1,8 +1,6 @@
 """Against faiss, a plain float64 search, and itself in other blocks and on other devices."""
 
 import functools
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 
 import continuous_lm as clm
 from continuous_lm import quantize
-from tests.fixtures.programs import ENVIRONMENT
+from tests.fixtures import many_devices
 
 METRICS = quantize.METRICS
 
@@ -334,10 +332,10 @@ for mesh, rows, vectors, k, metric, table in (
     many_x = jax.device_put(x, NamedSharding(mesh, vectors))
     many = jax.device_put(table, NamedSharding(mesh, rows))
     one = quantize.k_nearest(x, table, k, metric=metric, block_size=32)
-    found = quantize.k_nearest(many_x, many, k, metric=metric, block_size=32)
-    np.testing.assert_array_equal(found.indices, one.indices)
-    slack = 0 if table is codes else 5e-7  # sums of real numbers round by their order
-    np.testing.assert_allclose(found.distances, one.distances, rtol=0, atol=slack)
+    sharded = quantize.k_nearest(many_x, many, k, metric=metric, block_size=32)
+    np.testing.assert_array_equal(sharded.indices, one.indices)
+    tolerance = 0 if table is codes else 5e-7  # sums of real numbers round by their order
+    np.testing.assert_allclose(sharded.distances, one.distances, rtol=0, atol=tolerance)
 
 # Inside of jit, with gradients; what crosses between the devices is k candidates of each.
 mesh = Mesh(devices, ("data", "model"))
@@ -356,12 +354,6 @@ print(*sorted(set(shapes)))
 """
 
 
-def test_a_codebook_on_a_mesh_gives_the_same():
-    process = subprocess.run(
-        [sys.executable, "-c", MESH_PROGRAM],
-        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.split() == ["50,20"]  # 50 vectors, 5 candidates of 4 devices
+def test_codebooks_on_a_mesh_equal_those_on_one_device():
+    output = many_devices.run_on_devices(MESH_PROGRAM)
+    assert output.split() == ["50,20"]  # 50 vectors, 5 candidates of 4 devices

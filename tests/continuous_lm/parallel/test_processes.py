@@ -11,7 +11,7 @@ from tests.fixtures import many_devices
 # --- Meshes ---------------------------------------------------------------------------------------
 
 
-def test_one_device_is_a_mesh():
+def test_mesh_of_one_device():
     mesh = make_mesh("data=1")
     assert dict(mesh.shape) == {"data": 1, "model": 1}
     assert make_mesh().size == jax.device_count()
@@ -30,12 +30,12 @@ def test_one_device_is_a_mesh():
         "data=1;model=1",
     ],
 )
-def test_what_is_no_mesh_is_refused(text):
+def test_malformed_meshes_are_refused(text):
     with pytest.raises(clm.InputError, match="data=2,model=4"):
         make_mesh(text)
 
 
-def test_more_devices_than_there_are():
+def test_meshes_of_too_many_devices_are_refused():
     with pytest.raises(clm.InputError, match="takes 4096 devices, and there are"):
         make_mesh("data=64,model=64")
 
@@ -70,16 +70,14 @@ assert axes.place(mesh, x, "- T -").sharding.is_fully_replicated
 assert axes.place(mesh, x[:3], "B T F").sharding.spec[0] is None  # 2 does not divide 3
 
 rows = {"a": np.arange(11.0), "b": np.ones((11, 2), np.float32)}
-seen = []
+shapes = []
 def double(shared, rows):
-    seen.append(rows["a"].shape)
+    shapes.append(rows["a"].shape)
     return {"sum": shared * (rows["a"] + rows["b"].sum(1))}
-found = pmap.pmap_rows(double)(np.float32(2.0), rows)
-np.testing.assert_array_equal(found["sum"], 2 * np.arange(11.0) + 4)
-assert seen[0] == (2,)  # 11 rows over 8 devices
-found = pmap.pmap_rows(double, jax.devices()[:3])(np.float32(2.0), rows)
-np.testing.assert_array_equal(found["sum"], 2 * np.arange(11.0) + 4)
-assert seen[-1] == (4,)
+for devices, shape in ((None, (2,)), (jax.devices()[:3], (4,))):  # of 11 rows
+    doubled = pmap.pmap_rows(double, devices)(np.float32(2.0), rows)
+    np.testing.assert_array_equal(doubled["sum"], 2 * np.arange(11.0) + 4)
+    assert shapes[-1] == shape
 
 lm = clm.load("apples", dtype="float32")
 tokens = np.array(lm.tokenizer.encode("apple apple apple").ids)
@@ -99,16 +97,16 @@ one = clm.sweep.probabilities(lm, groups, tokens=tokens, durations=d)
 assert np.ptp(one, axis=0).max() > 1e-4
 for shape in ("data=8", "data=2,model=4"):
     spread = clm.load("apples", dtype="float32", mesh=make_mesh(shape))
-    found = clm.sweep.probabilities(spread, groups, tokens=tokens, durations=d, batch_size=6)
-    np.testing.assert_allclose(found, one, atol=1e-5)
+    many = clm.sweep.probabilities(spread, groups, tokens=tokens, durations=d, batch_size=6)
+    np.testing.assert_allclose(many, one, atol=1e-5)
 """
 
 
-def test_eight_devices():
+def test_placement_pmap_and_sweeps_on_eight_devices():
     many_devices.run_on_devices(MANY)
 
 
-def test_sweeps_that_pmap_refuses():
+def test_pmap_sweep_refuses_wrong_arguments():
     lm = clm.load("apples", dtype="float32")
     for arguments, why in (
         ({"tokens": [1, 2]}, "number of points"),
@@ -123,7 +121,7 @@ def test_sweeps_that_pmap_refuses():
 # --- Processes ------------------------------------------------------------------------------------
 
 
-def test_alone_it_is_first_and_agrees():
+def test_collectives_of_a_single_process():
     assert processes.is_first_process()
     assert processes.broadcast_from_first({"a": [1]}) == {"a": [1]}
     assert processes.any_process(True)
@@ -147,14 +145,14 @@ def test_alone_it_is_first_and_agrees():
         (("auto", 2, None), "leave out num_processes"),
     ],
 )
-def test_who_takes_part_must_be_said(monkeypatch, arguments, why):
+def test_incomplete_arguments_of_initialize_are_refused(monkeypatch, arguments, why):
     for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
         monkeypatch.delenv(f"JAX_{name}", raising=False)
     with pytest.raises(clm.InputError, match=why):
         processes.initialize(*arguments)
 
 
-def test_the_environment_says_it_too(monkeypatch):
+def test_malformed_environment_variables_are_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1234")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(clm.InputError, match="num_processes is 'two'"):
@@ -165,7 +163,7 @@ def test_the_environment_says_it_too(monkeypatch):
         processes.initialize()
 
 
-def test_processes_that_do_not_come():
+def test_missing_processes_are_named():
     address = f"localhost:{many_devices.find_free_port()}"
     with pytest.raises(
         clm.InputError, match=r"of 3 processes these have not come: \[1, 2\]"
@@ -175,7 +173,7 @@ def test_processes_that_do_not_come():
         processes.initialize(address, 3, 1, startup_timeout=1)
 
 
-# A watch alone: what it sees does not depend on what JAX does.
+# The watchdog is tested without JAX's distributed runtime, which it does not need.
 WATCHED = """
 from continuous_lm.parallel.watchdog import Watchdog
 
@@ -204,29 +202,25 @@ time.sleep(4.0 if how == "well" else 60.0)
     ("how", "why"),
     [
         ("killed", "process 1 has ended early"),
-        ("raises", "process 1 has ended early"),
+        pytest.param("raises", "process 1 has ended early", marks=pytest.mark.slow),
         ("silent", "nothing was heard of process 1 for 2 seconds"),
-        ("well", None),
+        pytest.param("well", None, marks=pytest.mark.slow),
     ],
 )
 def test_one_lost_process_ends_the_other(how, why):
     port = str(many_devices.find_free_port())
-    with many_devices.run_processes(
-        [("-c", WATCHED, str(i), port, how) for i in (0, 1)], 1
-    ) as (
-        first,
-        second,
-    ):
-        _, told = first.communicate(timeout=60)
+    commands = [("-c", WATCHED, str(i), port, how) for i in (0, 1)]
+    with many_devices.run_processes(commands, 1) as (first, second):
+        _, message = first.communicate(timeout=60)
         if how != "silent":
-            _, other = second.communicate(timeout=60)
-            assert ("of its own" in other) == (how == "raises")
+            _, other_message = second.communicate(timeout=60)
+            assert ("of its own" in other_message) == (how == "raises")
     if why is None:
-        assert (first.returncode, told) == (0, "")
-        assert (second.returncode, other) == (0, "")
+        assert (first.returncode, message) == (0, "")
+        assert (second.returncode, other_message) == (0, "")
         return
-    assert first.returncode == 1, told
+    assert first.returncode == 1, message
     assert (
-        told
+        message
         == f"\nerror: {why}, so process 0 ends too; start all again with the same flags to go on\n"
     )

@@ -1,11 +1,9 @@
-"""Parameters in stored tensors: what is read for which device, and what is written."""
+"""Parameters in stored tensors: elements that devices read, and files that are written."""
 
 import contextlib
 import itertools
 import json
 import pathlib
-import socket
-import subprocess
 import sys
 import tracemalloc
 
@@ -18,8 +16,7 @@ import continuous_lm as clm
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import parameter_layout, trunk
 from continuous_lm.models.transformer import parameter_table
-from tests.fixtures import tiny
-from tests.fixtures.programs import ENVIRONMENT
+from tests.fixtures import many_devices, tiny
 
 
 def draw(model_type, dtype="float32", **fields):
@@ -49,7 +46,7 @@ def assert_same(params, others):
 
 @contextlib.contextmanager
 def counted_reads(folder):
-    """Gives, by file, an array that says how often the element that begins at each byte is read."""
+    """Yield {file: counts}, where counts[i] tells how often the element at byte i is read."""
     counts = {
         path.name: np.zeros(path.stat().st_size, np.uint8)
         for path in folder.glob("*.safetensors")
@@ -85,23 +82,30 @@ def number_stored(params):
 
 @pytest.mark.parametrize("model_type", tiny.CONFIG_MAKERS)
 def test_one_device_reads_every_element_once(tmp_path, monkeypatch, model_type):
-    monkeypatch.setattr(
-        parameter_layout, "BYTES_PER_COPY", 1000
-    )  # many threads copy, some of them uneven pieces
+    # Many threads copy, some of them uneven pieces.
+    monkeypatch.setattr(parameter_layout, "BYTES_PER_COPY", 1000)
     lm = draw(model_type)
     clm.save(tmp_path, lm, shard_size=50_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     with counted_reads(tmp_path) as counts:
-        again = clm.load(tmp_path)
-    assert_same(again.params, lm.params)
+        loaded = clm.load(tmp_path)
+    assert_same(loaded.params, lm.params)
     assert max(count.max() for count in counts.values()) == 1
     assert number_read(counts) == number_stored(lm.params)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(family, marks=() if family == "phi3" else pytest.mark.slow)
+        for family in ("llama", "phi3", "gpt_neox", "gpt2")
+    ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_memory_is_that_of_the_parameters(tmp_path, monkeypatch, model_type, dtype):
-    """Counted, not sampled: what NumPy allocates, and that JAX takes it over without a copy."""
+def test_loading_allocates_only_the_parameters(
+    tmp_path, monkeypatch, model_type, dtype
+):
+    """NumPy allocates their bytes, and JAX takes them over without a copy."""
     gpt2 = {"n_embd": 512, "vocab_size": 4000}
     other = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4000}
     if model_type == "phi3":
@@ -109,7 +113,7 @@ def test_memory_is_that_of_the_parameters(tmp_path, monkeypatch, model_type, dty
     lm = draw(model_type, "bfloat16", **(gpt2 if model_type == "gpt2" else other))
     clm.save(tmp_path, lm)
     del lm
-    clm.load(tmp_path, dtype=dtype)  # traces and imports
+    clm.load(tmp_path, dtype=dtype)  # imports and traces shapes
     plain, allocated = parameter_layout._aligned_empty, []
 
     def recorded(*arguments):
@@ -142,21 +146,14 @@ def logits(folder, tokens):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
-    assert not any(info.values())  # nothing missing, left over or misshapen
+    assert not any(info.values())  # no missing, unexpected or misshapen tensor
     with torch.no_grad():
         return model(torch.tensor(tokens)[None]).logits[0].numpy()
 
 
-TIED = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-)  # what is tied unless it says otherwise
-QUICK = [
-    (name, name in TIED)
-    for name in ("llama", "gemma3_text", "phi3", "gpt_neox", "gpt2")
-]
+# Families whose embeddings are tied by default.
+TIED = ("gemma", "gemma2", "gemma3_text", "gpt2")
+QUICK = [(name, name in TIED) for name in ("gemma3_text", "phi3", "gpt2")]
 CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(tiny.CONFIG_MAKERS, (True, False))
@@ -164,69 +161,62 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model_type", "tied"), CASES)
-def test_saved_in_one_file_or_in_shards(tmp_path, model_type, tied):
-    """From transformers' files to ours and back to transformers, which computes the same."""
+def test_transformers_loads_saved_files_and_shards(tmp_path, model_type, tied):
+    """Transformers computes the same logits from its own files and from ours."""
     pytest.importorskip("torch")
     tiny.save_reference(tmp_path / "theirs", model_type, tie_word_embeddings=tied)
     lm = clm.load(tmp_path / "theirs")
     assert ("head" not in lm.params) == tied
     tokens = np.arange(12)
-    wanted = logits(tmp_path / "theirs", tokens)
-    assert np.abs(lm(tokens) - wanted).max() <= 2e-5 * np.abs(wanted).max()
+    expected = logits(tmp_path / "theirs", tokens)
+    largest = np.abs(expected).max()
+    assert np.abs(lm(tokens) - expected).max() <= 2e-5 * largest
     for name, shard_size in {"single": 10**9, "sharded": 60_000}.items():
         folder = tmp_path / name
         clm.save(folder, lm, shard_size=shard_size)
         assert (folder / safetensors_files.INDEX_FILE).exists() == (name == "sharded")
         assert_same(clm.load(folder).params, lm.params)
-        np.testing.assert_allclose(
-            logits(folder, tokens), wanted, rtol=0, atol=2e-6 * np.abs(wanted).max()
-        )
+        actual = logits(folder, tokens)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * largest)
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_no_weights_of_an_older_checkpoint_remain(tmp_path):
-    """A single file left beside an index, or shards beyond the last, would be mistaken."""
+def test_saving_replaces_all_weights_of_an_older_checkpoint(tmp_path):
+    """A single file beside an index, or shards beyond the last, would be mistaken for weights."""
     large, small = draw("llama"), draw("llama", num_hidden_layers=1)
     (tmp_path / "notes.safetensors").write_text("mine")
+    single = 10**9
     numbers = []
-    for lm, shard_size in [
-        (large, 10**9),
+    for lm, size in (
+        (large, single),
         (large, 80_000),
         (small, 80_000),
-        (small, 10**9),
-    ]:
-        clm.save(tmp_path, lm, shard_size=shard_size)
-        files = {path.name for path in tmp_path.iterdir()} - {
-            "config.json",
-            "notes.safetensors",
-        }
-        if shard_size == 10**9:
+        (small, single),
+    ):
+        clm.save(tmp_path, lm, shard_size=size)
+        others = {"config.json", "notes.safetensors"}
+        files = {path.name for path in tmp_path.iterdir()} - others
+        if size == single:
             assert files == {"model.safetensors"}
         else:
             index = json.loads((tmp_path / safetensors_files.INDEX_FILE).read_text())
-            assert files == {
-                safetensors_files.INDEX_FILE,
-                *index["weight_map"].values(),
-            }
+            shards = index["weight_map"].values()
+            assert files == {safetensors_files.INDEX_FILE, *shards}
         assert_same(clm.load(tmp_path).params, lm.params)
         numbers.append(len(files))
     assert numbers[0] == numbers[3] == 1 < numbers[2] < numbers[1]
 
 
-def test_failure_on_the_way_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+def test_failed_saves_leave_the_older_checkpoint(tmp_path, monkeypatch):
     lm = draw("llama")
     clm.save(tmp_path, lm)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    plain, written = safetensors_files.save_file, []
+    save_file, paths = safetensors_files.save_file, []
 
     def fail(path, *arguments):
-        if written:
+        if paths:
             raise OSError(28, "No space left on device")
-        written.append(path)
-        plain(path, *arguments)
+        paths.append(path)
+        save_file(path, *arguments)
 
     monkeypatch.setattr(safetensors_files, "save_file", fail)
     with pytest.raises(clm.InputError, match="No space left"):
@@ -234,9 +224,9 @@ def test_failure_on_the_way_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_saving_holds_one_tensor(tmp_path):
+def test_saving_allocates_two_tensors_at_most(tmp_path):
+    """It writes a tensor while it fills the next one."""
     lm = draw("gpt_neox", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
-    clm.save(tmp_path, lm)
     largest = 4 * 2048 * 512
     size = number_stored(lm.params) * 4
     tracemalloc.start()
@@ -246,9 +236,7 @@ def test_saving_holds_one_tensor(tmp_path):
     finally:
         tracemalloc.stop()
     assert size > 70e6
-    assert (
-        peak < 2.5 * largest
-    )  # the tensor being written, and the next one while it is filled
+    assert peak < 2.5 * largest
 
 
 # --- Meshes ----------------------------------------------------------------------------------
@@ -264,7 +252,7 @@ NAMES = ("data", "model")
 assert jax.device_count() == 8
 mesh = jax.make_mesh((2, 4), NAMES)
 
-for model_type in tiny.CONFIG_MAKERS:
+for model_type in sys.argv[2:]:
     folder = pathlib.Path(sys.argv[1], model_type)
     lm = draw(model_type, "bfloat16")
     clm.save(folder, lm, shard_size=50_000)
@@ -284,41 +272,36 @@ for model_type in tiny.CONFIG_MAKERS:
 
     # As on a host that has one of the eight devices.
     plain, device = jax.make_array_from_callback, jax.devices()[6]
-    held = []
+    shards = []
 
     def alone(shape, sharding, callback, dtype):
-        held.append(callback(sharding.devices_indices_map(shape)[device]))
+        shards.append(callback(sharding.devices_indices_map(shape)[device]))
         return plain(shape, sharding, lambda index: np.zeros(shape, dtype)[index], dtype=dtype)
 
     jax.make_array_from_callback = alone
     with counted_reads(folder) as counts:
         clm.load(folder, mesh=mesh)
     jax.make_array_from_callback = plain
-    assert number_read(counts) == sum(part.size for part in held)
+    assert number_read(counts) == sum(shard.size for shard in shards)
     share = number_read(counts) / number_stored(lm.params)
     print(model_type, share)
 """
 
 
-def python(program, *arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        env=ENVIRONMENT | environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_mesh_holds_the_same_and_reads_no_more_than_it_holds(tmp_path):
-    flag = "--xla_force_host_platform_device_count=8"
-    process = python(MESH_PROGRAM, tmp_path, XLA_FLAGS=flag)
-    out, _ = process.communicate()
-    assert process.returncode == 0
-    shares = {name: float(share) for name, share in map(str.split, out.splitlines())}
-    assert shares.keys() == tiny.CONFIG_MAKERS.keys()
-    assert all(0.25 < share < 0.36 for share in shares.values()), (
-        shares
-    )  # norms are on all
+@pytest.mark.parametrize(
+    "families",
+    [
+        ["llama", "gpt_neox"],
+        pytest.param([*tiny.CONFIG_MAKERS], marks=pytest.mark.slow),
+    ],
+    ids=["two families", "all families"],
+)
+def test_mesh_loads_the_same_parameters_and_reads_only_its_shards(tmp_path, families):
+    output = many_devices.run_on_devices(MESH_PROGRAM, 8, str(tmp_path), *families)
+    shares = {name: float(share) for name, share in map(str.split, output.splitlines())}
+    assert [*shares] == families
+    # Every device holds all norms.
+    assert all(0.25 < share < 0.36 for share in shares.values()), shares
     # The families without grouped heads split all but norms, some biases and positions in four.
     assert shares["gpt_neox"] < 0.27
 
@@ -342,10 +325,10 @@ with counted_reads(folder) as counts:
     lm = clm.load(folder, mesh=mesh)
 flat = traverse_util.flatten_dict(lm.params, sep="/")
 print(number_read(counts) / number_stored(lm.params), flush=True)
-with np.load(sys.argv[4]) as whole:
+with np.load(sys.argv[4]) as arrays:
     for path, x in flat.items():
         for shard in x.addressable_shards:
-            np.testing.assert_array_equal(shard.data, whole[path][shard.index])
+            np.testing.assert_array_equal(shard.data, arrays[path][shard.index])
 try:
     clm.save(folder.parent / "out", lm)
 except clm.InputError as error:
@@ -353,29 +336,20 @@ except clm.InputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs JAX's collectives for CPUs")
-def test_two_hosts_read_what_their_devices_hold(tmp_path):
-    lm = draw("gpt_neox")
-    clm.save(tmp_path / "x", lm)
-    np.savez(tmp_path / "whole.npz", **traverse_util.flatten_dict(lm.params, sep="/"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flag = "--xla_force_host_platform_device_count=4"
+def test_two_hosts_read_the_shards_of_their_devices(tmp_path):
+    lm, folder, arrays = draw("gpt_neox"), tmp_path / "x", tmp_path / "params.npz"
+    clm.save(folder, lm)
+    np.savez(arrays, **traverse_util.flatten_dict(lm.params, sep="/"))
+    port = many_devices.find_free_port()
     processes = [
-        python(
-            HOSTS_PROGRAM,
-            tmp_path / "x",
-            port,
-            rank,
-            tmp_path / "whole.npz",
-            XLA_FLAGS=flag,
-        )
+        many_devices.start(HOSTS_PROGRAM, folder, port, rank, arrays, num_devices=4)
         for rank in range(2)
     ]
     for process in processes:
-        out, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 0
-        share, refused = out.splitlines()
+        share, message = output.splitlines()
         assert 0.5 < float(share) < 0.52
-        assert "lies in part on devices of other processes" in refused
+        assert "lies in part on devices of other processes" in message

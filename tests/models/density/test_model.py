@@ -5,8 +5,6 @@ import functools
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +21,7 @@ from continuous_lm.models.language_model import LanguageModel
 from continuous_lm.models.parameters import flatten, initialize, unflatten
 from continuous_lm.models.transformer import Transformer
 from tests.continuous_lm.test_tokenization import STORIES
-from tests.fixtures import tiny
-from tests.fixtures.programs import ENVIRONMENT
+from tests.fixtures import many_devices, tiny
 from tests.models.checkpoints.test_malformed_checkpoints import (
     compose,
     parse,
@@ -306,9 +303,7 @@ def test_initial_values_of_the_trunk_depend_only_on_path_and_key():
     trunk_table = lm.model.parameter_table()
     trunk_table = {k: d for k, d in trunk_table.items() if k.startswith("trunk/")}
     same_within = functools.partial(np.testing.assert_allclose, rtol=1e-6)
-    jax.tree.map(
-        same_within, lm.params["trunk"], initialize(KEY, trunk_table)["trunk"]
-    )
+    jax.tree.map(same_within, lm.params["trunk"], initialize(KEY, trunk_table)["trunk"])
 
 
 # --- Folders ---------------------------------------------------------------------------------
@@ -384,13 +379,7 @@ def test_onto_a_mesh(tmp_path):
     for name, reads in CASES:
         folders.append(str(tmp_path / f"{name}-{reads}"))
         density.save(folders[-1], build(name, reads))
-    process = subprocess.run(
-        [sys.executable, "-c", MESH_PROGRAM, *folders],
-        env=ENVIRONMENT | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
+    many_devices.run_on_devices(MESH_PROGRAM, 8, *folders)
 
 
 @pytest.fixture(scope="module")
@@ -719,4 +708,3 @@ def test_init_of_linen_has_the_table_of_parameters(name, reads):
     missing = {key: part for key, part in lm.params.items() if key != "head"}
     with pytest.raises(clm.InputError, match=r"parameter head/.* is missing"):
         lm.model.apply({"params": missing}, **inputs)
-

@@ -1,7 +1,7 @@
 """Logits against PyTorch transformers, on tiny random checkpoints and on real weights.
 
-The reference of the continuous model is transformers itself, given the times as float position_ids
-and a 4-D mask that holds log d, causality by index, and the window in time.
+Transformers is the reference of the continuous model too. Its position_ids are the float times. Its
+4-D mask holds log d, causality by index, and the window in time.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import continuous_lm as clm
+from continuous_lm import rotary
+from continuous_lm.rotary import Llama3Scaling, Rope
 from tests.fixtures import tiny
 
 torch = pytest.importorskip("torch")
@@ -114,6 +116,29 @@ CASES = {
 }
 
 
+# One case for each family in the quick run.
+QUICK = (
+    "llama, grouped heads",
+    "mistral, window 3",
+    "gemma",
+    "gemma2, window 3",
+    "gemma3, window 3",
+    "phi3",
+    "qwen2, window 3 from layer 1",
+    "qwen3",
+    "gpt_neox",
+    "gpt2",
+)
+PARAMETERS = [
+    pytest.param(
+        case,
+        id=case.replace(", ", "-"),
+        marks=() if case in QUICK else pytest.mark.slow,
+    )
+    for case in CASES
+]
+
+
 def error(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
@@ -171,7 +196,7 @@ def interpolated_rows(reference):
     reference.transformer.wpe = plain
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(", ", "-"))
+@pytest.fixture(scope="module", params=PARAMETERS)
 def pair(request, tmp_path_factory):
     """A random checkpoint in both implementations."""
     family, config = CASES[request.param]
@@ -182,10 +207,9 @@ def pair(request, tmp_path_factory):
 
 
 def draw(vocab_size, n=LENGTH, seed=0):
+    """Random tokens [T] and durations [T]."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.integers(0, vocab_size, n)), jnp.asarray(
-        rng.uniform(0.05, 3.0, n), jnp.float32
-    )
+    return rng.integers(0, vocab_size, n), rng.uniform(0.05, 3.0, n).astype(np.float32)
 
 
 def test_ordinary_tokens(pair):
@@ -194,7 +218,7 @@ def test_ordinary_tokens(pair):
     with torch.no_grad():
         theirs = reference(torch.tensor(np.array(tokens))[None]).logits[0].numpy()
     assert error(lm(tokens), theirs) <= TOLERANCE
-    assert error(lm(tokens, durations=jnp.ones(LENGTH)), theirs) <= TOLERANCE
+    assert error(lm(tokens, durations=np.ones(LENGTH)), theirs) <= TOLERANCE
 
 
 def test_random_durations(pair):
@@ -232,7 +256,31 @@ def test_saved_checkpoints_give_transformers_the_same_logits(pair, tmp_path):
     assert clm.load(tmp_path / "saved").config == lm.config
 
 
-def test_windows_of_64_hide_something_at_length_100(tmp_path):
+def test_llama3_frequencies_equal_transformers():
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    fields = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config = transformers.LlamaConfig(
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "original_max_position_embeddings": 8192,
+            **fields,
+        }
+    )
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    ours = rotary.frequencies(
+        Rope(theta=5e5, scaling=Llama3Scaling(original_length=8192, **fields)), 128
+    )
+    plain = rotary.frequencies(Rope(theta=5e5), 128)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6)
+    assert (ours < plain * 0.99).any()
+    assert (ours == plain).any()
+
+
+@pytest.mark.slow
+def test_windows_of_64_at_length_100(tmp_path):
     reference = tiny.save_reference(tmp_path, "mistral", sliding_window=64)
     lm = clm.load(tmp_path)
     tokens, d = draw(lm.config.vocab_size, 100)
@@ -260,6 +308,7 @@ def stories():
     return reference.eval(), clm.load(STORIES)
 
 
+@pytest.mark.slow
 def test_real_weights_continue_the_story_with_the_same_100_tokens(stories):
     reference, lm = stories
     prompt = clm.tokenization.encode(lm.tokenizer, PROMPT).ids
@@ -282,9 +331,7 @@ def test_real_weights_continue_the_story_with_the_same_100_tokens(stories):
 
         return jax.lax.fori_loop(len(prompt), length, step, tokens)
 
-    ours = greedy(
-        lm.params, jnp.zeros(length, jnp.int32).at[: len(prompt)].set(jnp.array(prompt))
-    )
+    ours = greedy(lm.params, np.array([*prompt, *[0] * 100], np.int32))
     assert ours.tolist() == theirs
     text = lm.tokenizer.decode(ours.tolist())
     assert text.startswith(PROMPT)
@@ -293,14 +340,14 @@ def test_real_weights_continue_the_story_with_the_same_100_tokens(stories):
 
 def test_real_weights_at_random_durations(stories):
     reference, lm = stories
-    tokens = jnp.array(clm.tokenization.encode(lm.tokenizer, PROMPT).ids)
+    tokens = np.array(clm.tokenization.encode(lm.tokenizer, PROMPT).ids)
     _, d = draw(1, len(tokens))
     theirs = continuous_reference(reference, tokens, d, clm.durations.end_times(d))
     assert error(lm(tokens, durations=d), theirs) <= TOLERANCE
 
 
-def test_real_weights_sweep(stories):
-    """Every point of a sweep equals transformers at that point."""
+@pytest.mark.slow
+def test_every_point_of_a_sweep_of_real_weights(stories):
     reference, lm = stories
     encoding = clm.tokenization.encode(lm.tokenizer, PROMPT)
     span = clm.tokenization.span(encoding, PROMPT, "little girl")
