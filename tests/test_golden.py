@@ -54,4 +54,7 @@ def test_differences_are_named():
     assert lines[2].startswith("a/x: 1.0 -> 1.1")
     assert not golden.differences({"x": 1.0}, {"x": 1.1}, {"x": 0.03})
     assert golden.differences({"x": 1.0}, {"x": 1.1}, {"x": 0.01})
+    assert golden.differences({"x": 1e-4}, {"x": 1.005e-4})
+    assert not golden.differences({"x": 1e-4}, {"x": 1.005e-4}, {})
+    assert golden.differences({"x": 1e-4}, {"x": 1.2e-4}, {})
     assert not golden.differences({"x": "a"}, {"x": "b"}, {"x": math.inf})
