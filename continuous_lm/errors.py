@@ -1,6 +1,7 @@
 """The one error for things that a user gave and that cannot be used."""
 
 import contextlib
+from collections.abc import Iterator
 
 __all__ = [
     "InputError",
@@ -16,13 +17,13 @@ class InputError(ValueError):
     in a line, in the name of a tensor say, is escaped.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str) -> None:
         printable = (c if c.isprintable() else ascii(c)[1:-1] for c in message)
         super().__init__("".join(printable))
 
 
 @contextlib.contextmanager
-def about(subject: str):
+def about(subject: str) -> Iterator[None]:
     """Puts `subject` in front of every `InputError` raised inside, to say where it happened."""
     try:
         yield

@@ -186,7 +186,15 @@ def _quadrature_rule(rule: str, points: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(1, points + 1) / points, np.full(points, 1.0 / points)
 
 
-def _check(embeddings, durations, start, initial, kind, rule, points) -> None:
+def _check(
+    embeddings: ArrayLike,
+    durations: ArrayLike,
+    start: ArrayLike,
+    initial: ArrayLike | None,
+    kind: str,
+    rule: str,
+    points: int,
+) -> None:
     shape = np.shape(embeddings)
     if len(shape) != 2 or not shape[0]:
         raise InputError(

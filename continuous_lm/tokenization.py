@@ -34,9 +34,7 @@ def load(folder: pathlib.Path) -> "tokenizers.Tokenizer | None":
     path = folder / "tokenizer.json"
     if not os.path.lexists(path):
         return None
-    if not os.path.isfile(
-        path
-    ):  # a link that leads nowhere, a folder, a pipe to wait for
+    if not path.is_file():  # a broken link, a folder, a pipe
         raise InputError(f"{path} is not a file that can be read")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -63,7 +61,7 @@ def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding
     """
     try:
         encoding = tokenizer.encode(text)
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
         raise InputError(
             f"the tokenizer cannot encode {text!r} ({_one_line(error)})"
         ) from None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from continuous_lm.arguments import as_float, check_integers, is_integer
 from continuous_lm.errors import InputError
@@ -139,7 +139,7 @@ def _place_values(levels: tuple[int, ...]) -> np.ndarray:
 def _check_levels(
     levels: Sequence[int],
     shape: tuple[int, ...],
-    dtype,
+    dtype: DTypeLike,
 ) -> np.ndarray:
     """The levels as an array, if they can be used for vectors of this shape."""
     are_integers = all(map(is_integer, levels))

@@ -73,12 +73,12 @@ def init_residual(
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def _init(
-    keys,
-    x,
-    num_codes,
-    steps,
-    axis_name,
-    block_size,
+    keys: jax.Array,
+    x: jax.Array,
+    num_codes: int,
+    steps: int,
+    axis_name: str | None,
+    block_size: int,
 ) -> Codebook:
     def init_stage(rest, key):
         codebook = vq.init(
@@ -130,10 +130,10 @@ def quantize_residual(
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _quantize(
-    codebooks,
-    x,
-    gradient,
-    block_size,
+    codebooks: Codebook,
+    x: jax.Array,
+    gradient: str,
+    block_size: int,
 ) -> Quantized:
     def quantize_stage(rest, codebook):
         quantized = vq.quantize(codebook, rest, block_size=block_size)
@@ -221,12 +221,12 @@ def update_residual_ema(
 
 @functools.partial(jax.jit, static_argnums=5)
 def _update_ema(
-    codebooks,
-    x,
-    indices,
-    decay,
-    epsilon,
-    axis_name,
+    codebooks: Codebook,
+    x: jax.Array,
+    indices: jax.Array,
+    decay: ArrayLike,
+    epsilon: float,
+    axis_name: str | None,
 ) -> Codebook:
     def update_stage(rest, one):
         codebook, code_indices = one
@@ -282,12 +282,12 @@ def revive_residual(
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _revive(
-    keys,
-    codebooks,
-    x,
-    threshold,
-    axis_name,
-    block_size,
+    keys: jax.Array,
+    codebooks: Codebook,
+    x: jax.Array,
+    threshold: ArrayLike,
+    axis_name: str | None,
+    block_size: int,
 ) -> Codebook:
     def revive_stage(rest, one):
         codebook, key = one

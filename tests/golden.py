@@ -29,8 +29,8 @@ from tests.fixtures.programs import REPOSITORY_ROOT, run_all
 
 STORED = pathlib.Path(__file__).with_name("golden_outputs.json.gz")
 TOLERANCE = 1e-6  # relative to the larger number, in an array to its largest
-# Another CPU rounds each float32 operation differently. A number of order 1 moves by some 1e-7, and so
-# does a difference of two such numbers, which may be small itself (1 - the sum of probabilities).
+# Another CPU rounds float32 operations differently. A number of order 1 moves by some 1e-7, and so
+# does a small difference of such numbers (1 - the sum of probabilities).
 ROUNDING = 1e-6  # absolute, allowed in addition on another machine
 
 # --- The programs -----------------------------------------------------------------------------

@@ -82,12 +82,12 @@ def write_atomically(
                 if (folder / name).is_dir():
                     raise IsADirectoryError(errno.EISDIR, f"{name} is a folder there")
             for name in new_names:
-                os.replace(staging_folder / name, folder / name)
+                (staging_folder / name).replace(folder / name)
             for name in stale_names:
                 (folder / name).unlink(missing_ok=True)
         else:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(staging_folder, folder)
+            staging_folder.rename(folder)
     except OSError as error:
         raise InputError(
             f"cannot write to {folder}: {error.strerror or error}; choose another folder"
@@ -119,9 +119,9 @@ def replace_atomically(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]
             with contextlib.suppress(
                 FileNotFoundError
             ):  # never there, or another was faster
-                os.rename(folder, pathlib.Path(staging_folder, "old"))
+                folder.rename(pathlib.Path(staging_folder, "old"))
             try:
-                os.rename(new_folder, folder)
+                new_folder.rename(folder)
             except OSError:
                 if not folder.is_dir():  # another was faster
                     raise

@@ -27,7 +27,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
     try:
         check_regular_file(path)
-        with open(path, encoding="utf-8") as file:
+        with path.open(encoding="utf-8") as file:
             values = json.load(
                 file,
                 parse_constant=refuse_constant,

@@ -153,7 +153,7 @@ def _map_file(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
     """The header of a safetensors file and its data, or an error that says what it is instead."""
     try:
         check_regular_file(path)
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             first_bytes = file.read(4)
     except FileNotFoundError:
         raise InputError(f"{path} is missing, although the index names it") from None
@@ -268,7 +268,7 @@ def save_file(
         }
     header_bytes = json.dumps(header).encode()
     header_bytes += b" " * (-len(header_bytes) % 8)  # so that the tensors are aligned
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header_bytes)) + header_bytes)
         for name, shape in shapes.items():
             values = np.asarray(get_tensor(name), dtype, order="C")

@@ -258,7 +258,12 @@ def _target_formants(
 
 
 def _synthesize_voice(
-    frequency, formants, voice_levels, control_times, times, rate
+    frequency: np.ndarray,
+    formants: Sequence[np.ndarray],
+    voice_levels: np.ndarray,
+    control_times: np.ndarray,
+    times: np.ndarray,
+    rate: float,
 ) -> np.ndarray:
     """Harmonics h of a pitch, 1 / h strong, through resonances; values at `control_times`."""
     phase = 2 * np.pi * np.cumsum(np.interp(times, control_times, frequency)) / rate

@@ -123,7 +123,7 @@ def run_cases(
         try:
             for row in row_generator(quick, repeats):
                 rows.append(dataclasses.replace(row, target=None) if quick else row)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (a failed case is a row)
             traceback.print_exc()
             rows.append(Row("failed", note=" ".join(f"{error!r}".split())))
         print(f"{case_table(case_name, rows).as_text()}\n", flush=True)

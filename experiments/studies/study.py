@@ -334,7 +334,7 @@ def _encode_line(value: Any) -> bytes:
 
 def _append_lines(path: pathlib.Path, lines: Sequence[Any]) -> None:
     """Adds lines, and waits until they are on the disk."""
-    with _explain_write_errors(path), open(path, "ab") as file:
+    with _explain_write_errors(path), path.open("ab") as file:
         file.write(b"".join(map(_encode_line, lines)))
         file.flush()
         os.fsync(file.fileno())

@@ -229,7 +229,7 @@ def _remove_old_checkpoints(folder: pathlib.Path) -> None:
         temporary_folder = pathlib.Path(
             tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
         )
-        os.rename(path, temporary_folder / path.name)
+        path.rename(temporary_folder / path.name)
         shutil.rmtree(temporary_folder)
 
 
@@ -261,7 +261,7 @@ def restore_or_init(
         try:
             data_position = read_json(path / STATE_FILE)["position"]
             state = _read_state(path, step, initial_state)
-        except Exception as error:  # of Orbax, for torn files: it may be of any class
+        except Exception as error:  # noqa: BLE001 (Orbax raises any class for torn files)
             error_line = " ".join(str(error).split())
         if processes.any_process(error_line is not None):
             logging.warning(

@@ -68,7 +68,7 @@ def _append_line(path: pathlib.Path, step: int, values: Mapping[str, float]) -> 
     json_values: dict[str, float | None] = {"step": step}
     for name, value in values.items():
         json_values[name] = value if math.isfinite(value) else None
-    with open(path, "a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(json_values) + "\n")
 
 

@@ -350,7 +350,7 @@ def encode_documents(
                 batch, add_special_tokens=False
             ):
                 id_lists += [encoding.ids, end_ids]
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # noqa: BLE001 (the library raises bare Exception)
         message = " ".join(str(error).split())
         raise InputError(
             f"the tokenizer cannot encode the text ({message:.200})"

@@ -64,12 +64,13 @@ def find_folder(folder_or_name: str | os.PathLike[str]) -> pathlib.Path:
             f"{folder_or_name!r:.60} is neither the path of a folder nor a name"
         )
     folder = pathlib.Path(folder_or_name)
-    if os.path.isdir(folder):  # False, not an error, for names that no file can have
+    # os.path returns False for names that no file can have; pathlib raises an error.
+    if os.path.isdir(folder):  # noqa: PTH112
         return folder
     name = str(folder_or_name)
     if name in bundled_models():
         return BUNDLED_FOLDER / name
-    if os.path.exists(folder):
+    if os.path.exists(folder):  # noqa: PTH110
         raise InputError(f"{folder} is a file; give the folder of a checkpoint")
     if hub.MODEL_NAME.fullmatch(name):
         return hub.download(name)

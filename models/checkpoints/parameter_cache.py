@@ -57,7 +57,7 @@ def load_or_build(
     folder = pathlib.Path(cache_dir).absolute() / _cache_name(
         source, source_state["dtype"]
     )
-    if os.path.exists(folder):
+    if folder.exists():
         cached_params = _restore_if_valid(folder, source_state, specs)
         if cached_params is not None:
             return cached_params
@@ -121,9 +121,7 @@ def _restore_if_valid(
         if fingerprint.get("contents") != _file_sizes(folder):
             raise ValueError("files are missing or not of their size")
         return _restore_params(folder / _PARAMS_FOLDER, specs)
-    except (
-        Exception
-    ) as error:  # whatever Orbax makes of torn files, the source still has it all
+    except Exception as error:  # noqa: BLE001 (Orbax raises any class for torn files)
         message = " ".join(str(error).split())
         logging.warning("%s cannot be used and is made again: %.200s", folder, message)
         return None
