@@ -147,7 +147,7 @@ def _check_levels(
         raise InputError(
             f"levels are {tuple(levels)}; they must be whole numbers, at least 2"
         )
-    if math.prod(int(num_levels) for num_levels in levels) > np.iinfo(np.int32).max:
+    if math.prod(map(int, levels)) > np.iinfo(np.int32).max:
         raise InputError(
             f"levels {tuple(levels)} have more combinations than int32 can count"
         )
