@@ -7,9 +7,11 @@ rules on the whole repository.
 """
 
 import ast
+import functools
 import io
 import pathlib
 import re
+import statistics
 import sys
 import tokenize
 from collections.abc import Callable, Iterator, Sequence
@@ -43,15 +45,27 @@ BANNED_PHRASES = {
     r"\bnothing but\b": "only",
     r"\bgo(?:es)? on\b": "continue or resume",
     r"\b(?:of|for|to|than|with|by|from|on|at|in) what\b": "a noun",
-    r"\b[Ww]hat (?:is|are|was|were|has|had|can|does|did|it|they|the|a|an|no|none|one)\b": "a noun",
+    r"\bwhat (?:is|are|was|were|has|had|can|does|did|it|they|the|a|an|no|none|one)\b": "a noun",
     r"\bsays? (?:what|which|how|whether|so|it)\b": "a verb of the field",
     r"\bone after the other\b": "in turn, or sequentially",
     r"\bof which none\b": "none of which",
     r"\bthe likes? of\b": "such as",
 }
+ANY_BANNED_PHRASE = re.compile("|".join(BANNED_PHRASES), re.IGNORECASE)
+# A contract of arrays by their names needs keywords; each is an (array, axes) of its own.
+ALLOWED_KWARGS = {"continuous_lm/arguments.py: check"}
 MODULE_ALIASES = re.compile(
     r"^import \S+ as time$|^from \S+ import \S+ as time$", re.MULTILINE
 )
+
+
+class Density(NamedTuple):
+    """How much a line of code holds, in a folder."""
+
+    nodes_per_line: (
+        float  # nodes of the syntax tree; docstrings and comments are no lines
+    )
+    mean_name_length: float  # letters of names that are assigned
 
 
 class Prose(NamedTuple):
@@ -61,18 +75,29 @@ class Prose(NamedTuple):
     text: str
 
 
-def docstrings(tree: ast.Module) -> Iterator[tuple[ast.AST, Prose]]:
-    """Each documented node with its docstring."""
+@functools.cache
+def nodes(source: str) -> Sequence[ast.AST]:
+    """All nodes of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
+def docstrings(source: str) -> Iterator[Prose]:
+    """The docstrings of a file."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, kinds):
             text = ast.get_docstring(node)
             if text:
-                yield node, Prose(node.body[0].lineno, text)
+                yield Prose(node.body[0].lineno, text)
 
 
-def comments(source: str) -> Iterator[Prose]:
+@functools.cache
+def comments(source: str) -> list[Prose]:
     """Comments; consecutive full-line comments are one piece."""
+    return list(_comments(source))
+
+
+def _comments(source: str) -> Iterator[Prose]:
     block: list[str] = []
     first = last = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -92,9 +117,9 @@ def comments(source: str) -> Iterator[Prose]:
         yield Prose(first, "\n".join(block))
 
 
-def messages(tree: ast.Module) -> Iterator[Prose]:
+def messages(source: str) -> Iterator[Prose]:
     """The text of raised exceptions and of flag helps."""
-    for node in ast.walk(tree):
+    for node in nodes(source):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             yield from (Prose(node.lineno, text) for text in _strings(node.exc.args))
         if isinstance(node, ast.Call):
@@ -170,7 +195,7 @@ def sentences(prose: Prose) -> Iterator[Prose]:
 def banned_names(path: str, source: str) -> list[str]:
     """Names that do not tell what they hold: told, made, found, given, ..."""
     faults = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         names: list[str] = []
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names = [node.id]
@@ -198,18 +223,17 @@ def docstring_openings(path: str, source: str) -> list[str]:
     """Docstrings that do not start with a noun or a verb."""
     return [
         f"{path}:{prose.line}: docstring starts with {word!r}"
-        for _, prose in docstrings(ast.parse(source))
+        for prose in docstrings(source)
         if (word := re.match(r"\W*(\w*)", prose.text)[1]).lower() in BANNED_OPENINGS
     ]
 
 
+@functools.cache
 def all_prose(path: str, source: str) -> list[Prose]:
     """Everything in a file that people read."""
     if path.endswith(".md"):
         return list(markdown_prose(source))
-    tree = ast.parse(source)
-    texts = [prose for _, prose in docstrings(tree)]
-    return [*texts, *comments(source), *messages(tree)]
+    return [*docstrings(source), *comments(source), *messages(source)]
 
 
 def long_sentences(path: str, source: str) -> list[str]:
@@ -228,8 +252,10 @@ def banned_phrases(path: str, source: str) -> list[str]:
     return [
         f"{path}:{prose.line}: {match[0]!r}: write {replacement}"
         for prose in all_prose(path, source)
+        for text in [re.sub(r"\s+", " ", prose.text)]
+        if ANY_BANNED_PHRASE.search(text)
         for pattern, replacement in BANNED_PHRASES.items()
-        for match in re.finditer(pattern, re.sub(r"\s+", " ", prose.text))
+        for match in re.finditer(pattern, text, re.IGNORECASE)
     ]
 
 
@@ -238,11 +264,9 @@ def unlisted_axes(path: str, source: str) -> list[str]:
     shape = re.compile(
         r"(?<![\w\])`\"'])\[((?:\*?[A-Z]|\.\.\.|\d+)(?:, (?:\*?[A-Z]|\.\.\.|\d+))*)\]"
     )
-    tree = ast.parse(source)
-    texts = [prose for _, prose in docstrings(tree)]
     return [
         f"{path}:{prose.line}: axis {letter!r} is not in axes.LETTERS"
-        for prose in [*texts, *comments(source)]
+        for prose in [*docstrings(source), *comments(source)]
         for match in shape.finditer(prose.text)
         for letter in re.findall("[A-Z]", match[1])
         if letter not in LETTERS
@@ -253,7 +277,7 @@ def short_helps(path: str, source: str) -> list[str]:
     """Helps of flags under MIN_HELP_WORDS words."""
     return [
         f"{path}:{node.lineno}: help {text!r} does not stand alone"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.Call)
         for keyword in node.keywords
         if keyword.arg == "help"
@@ -262,7 +286,93 @@ def short_helps(path: str, source: str) -> list[str]:
     ]
 
 
+# --- Signatures -------------------------------------------------------------------------------
+
+
+def public_functions(source: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions of a module and methods of its classes, with their names from the module's."""
+    for node in ast.iter_child_nodes(nodes(source)[0]):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and _is_public(method.name):
+                    yield f"{node.name}.{method.name}", method
+
+
+def _is_public(method: str) -> bool:
+    return not method.startswith("_") or method == "__call__"
+
+
+def with_kwargs(path: str, source: str) -> list[str]:
+    """Public functions that take any keywords."""
+    functions = public_functions(source)
+    names = [f"{path}: {name}" for name, function in functions if function.args.kwarg]
+    return [name for name in names if name not in ALLOWED_KWARGS]
+
+
+def with_any_result(path: str, source: str) -> list[str]:
+    """Public functions whose result has no type: -> Any."""
+    return [
+        f"{path}: {name}"
+        for name, function in public_functions(source)
+        if function.returns is not None and ast.unparse(function.returns) == "Any"
+    ]
+
+
+def with_method_names(path: str, source: str) -> list[str]:
+    """Calls of a Linen module's method by its name: model.apply(..., method="loss")."""
+    return [
+        f"{path}:{node.lineno}"
+        for node in nodes(source)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("apply", "init", "init_with_output")
+        and any(keyword.arg == "method" for keyword in node.keywords)
+    ]
+
+
+def casts(path: str, source: str) -> list[str]:
+    """Calls of typing.cast."""
+    return [
+        f"{path}:{node.lineno}"
+        for node in nodes(source)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("cast", "typing.cast")
+    ]
+
+
+def density(texts: list[str]) -> Density:
+    """Of these sources together."""
+    num_nodes = 0
+    num_lines = 0
+    name_lengths = []
+    for text in texts:
+        docstring_lines: set[int] = set()
+        for node in nodes(text):
+            num_nodes += not isinstance(node, ast.Load | ast.Store | ast.Del)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                name_lengths.append(len(node.id))
+            if _has_docstring(node):
+                first = node.body[0]
+                docstring_lines |= set(range(first.lineno, first.end_lineno + 1))
+        for number, line in enumerate(text.splitlines(), 1):
+            is_code = line.strip() and not line.strip().startswith("#")
+            num_lines += bool(is_code and number not in docstring_lines)
+    return Density(num_nodes / num_lines, statistics.mean(name_lengths))
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    return isinstance(node, kinds) and ast.get_docstring(node) is not None
+
+
 Rule = Callable[[str, str], list[str]]
+SOURCE_RULES: Sequence[Rule] = (
+    with_kwargs,
+    with_any_result,
+    with_method_names,
+)  # not in tests
 CODE_RULES: Sequence[Rule] = (
     banned_names,
     standard_module_names,
@@ -293,20 +403,33 @@ def files(paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
 
 def faults_of(file: pathlib.Path) -> list[str]:
     """The offences of one file against all rules."""
-    rules = MARKDOWN_RULES if file.suffix == ".md" else CODE_RULES
     path = file.resolve().relative_to(ROOT).as_posix()
+    rules = MARKDOWN_RULES if file.suffix == ".md" else CODE_RULES
+    if file.suffix == ".py" and not path.startswith("tests/"):
+        rules = [*rules, *SOURCE_RULES]
     text = file.read_text()
     return [fault for rule in rules for fault in rule(path, text)]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints the offences in these paths, or in the whole repository."""
-    names = arguments or [*FOLDERS, "docs", *(path.name for path in ROOT.glob("*.md"))]
-    faults = [
-        fault
-        for file in files([ROOT / name for name in names])
-        for fault in faults_of(file)
+def all_paths() -> list[pathlib.Path]:
+    """The folders and files that the rules hold for."""
+    return [ROOT / name for name in (*FOLDERS, "docs")] + sorted(ROOT.glob("*.md"))
+
+
+def sources(folder: str | None = None) -> list[tuple[str, str]]:
+    """Path from the root and text of each Python file of a folder, or of all but tests."""
+    folders = [folder] if folder else [name for name in FOLDERS if name != "tests"]
+    return [
+        (file.relative_to(ROOT).as_posix(), file.read_text())
+        for file in files([ROOT / name for name in folders])
+        if file.suffix == ".py"
     ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the offences in these paths, or in the whole repository."""
+    paths = [ROOT / name for name in arguments] or all_paths()
+    faults = [fault for file in files(paths) for fault in faults_of(file)]
     print("\n".join(faults))
     print(f"{len(faults)} offences")
     return bool(faults)
