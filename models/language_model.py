@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 from jax.typing import ArrayLike
 
 from continuous_lm.errors import InputError
@@ -90,6 +92,12 @@ class LanguageModel(Generic[Model]):
         """The same model with other parameters."""
         return LanguageModel(self.model, params, self.tokenizer, self.hf_fields)
 
+    def __post_init__(self) -> None:
+        # The boxes of `Transformer.init`, which hold the names of axes, are no arrays.
+        leaves = jax.tree.leaves(self.params, is_leaf=_is_box)
+        if any(map(_is_box, leaves)):
+            object.__setattr__(self, "params", nn.unbox(self.params))
+
     def __call__(
         self,
         tokens: ArrayLike | None = None,
@@ -128,7 +136,7 @@ class LanguageModel(Generic[Model]):
         position: ArrayLike | None = None,
         cache: KVCache | None = None,
         prefix: KVCache | None = None,
-        capture: tuple[str, ...] = (),
+        capture: Sequence[str] = (),
     ) -> Output:
         """Logits, hidden states, the cache and captured intermediates, jitted.
 
@@ -146,6 +154,8 @@ class LanguageModel(Generic[Model]):
             cache=cache,
             prefix=prefix,
         )
+        if isinstance(capture, str):
+            raise InputError(f"capture is {capture!r:.60}; it must be a tuple of names")
         return _forward(
             model,
             self.params,
@@ -153,7 +163,7 @@ class LanguageModel(Generic[Model]):
             _optional_array(position),
             cache,
             prefix,
-            capture,
+            tuple(capture),
         )
 
     def prefill(
@@ -186,6 +196,10 @@ def trunk_model(lm: LanguageModel[Any]) -> Transformer:
         f"lm holds a {type(lm.model).__name__}, and this needs a Transformer; use the functions of"
         " models.density or models.calm"
     )
+
+
+def _is_box(node: object) -> bool:
+    return isinstance(node, meta.AxisMetadata)
 
 
 def _optional_array(values: ArrayLike | None) -> jax.Array | None:

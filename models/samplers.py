@@ -132,11 +132,8 @@ class Temperature(Sampler[TokenModel]):
         if self.top_k is not None:
             check_count("top_k", self.top_k)
         if self.top_p is not None:
-            check_scalar("top_p", self.top_p, 0.0)
-            if not 0.0 < float(np.asarray(self.top_p)) <= 1.0:
-                raise InputError(
-                    f"top_p is {self.top_p}; it must be above 0, and at most 1"
-                )
+            check_scalar("top_p", self.top_p)
+            _check_top_p(self.top_p)
         if not self.is_random:
             return Greedy()
         top_p = None if self.top_p is None else float_array(self.top_p)
@@ -180,9 +177,15 @@ def sample_token(
 
     Returns:
       tokens int32 [...].
+
+    Raises:
+      InputError: if top_k is no positive integer, or a value is out of range; traced ones pass.
     """
+    check_numbers("temperature", temperature, 0.0)
     if top_k is not None:
         check_count("top_k", top_k)
+    if top_p is not None:
+        _check_top_p(top_p)
     top_logits = _mask_unlikely(temper_logits(logits, temperature), top_k, top_p)
     return jax.random.categorical(key, top_logits).astype(jnp.int32)
 
@@ -241,6 +244,16 @@ def check_scalar(name: str, value: ArrayLike, minimum: float = -np.inf) -> None:
         raise InputError(
             f"{name} has shape {list(np.shape(value))}; it must be a scalar"
         )
+
+
+def _check_top_p(top_p: ArrayLike) -> None:
+    """Raise InputError unless the values are above 0 and at most 1; traced ones pass."""
+    check_numbers("top_p", top_p)
+    if isinstance(top_p, jax.core.Tracer):
+        return
+    values = np.asarray(top_p)
+    if ((values <= 0) | (values > 1)).any():
+        raise InputError(f"top_p is {top_p}; it must be above 0, and at most 1")
 
 
 def check_key(key: object) -> jax.Array:

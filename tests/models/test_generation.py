@@ -805,3 +805,18 @@ def test_a_stop_token_of_the_config_that_is_none_is_named(lm):
 def test_counts_of_sampling_are_checked():
     with pytest.raises(clm.InputError, match="top_k is 0"):
         sample_token(KEY, jnp.zeros(4), top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": np.array([1.0, np.nan])}, r"temperature\[1\] is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be above 0"),
+        ({"top_p": np.array([0.5, 1.5])}, "top_p is .*at most 1"),
+        ({"top_k": 0}, "top_k is 0"),
+    ],
+)
+def test_sample_token_refuses_settings_out_of_range(settings, message):
+    with pytest.raises(clm.InputError, match=message):
+        clm.sample_token(jax.random.key(0), jnp.zeros((2, 5)), **settings)

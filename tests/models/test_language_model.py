@@ -817,3 +817,32 @@ def test_with_execution_changes_only_how_a_model_is_computed():
     autoencoder_lm = clm.LanguageModel(autoencoder.Autoencoder(config), {})
     with pytest.raises(clm.InputError, match="remat is no setting of Autoencoder"):
         autoencoder_lm.with_execution(remat=True)
+
+
+def test_parameters_that_init_makes_are_taken_out_of_their_boxes(tmp_path):
+    config = clm.TransformerConfig(
+        vocab_size=11,
+        hidden_size=8,
+        mlp_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+    )
+    model = clm.Transformer(config)
+    variables = model.init(jax.random.key(0), np.arange(3))
+    lm = clm.LanguageModel(model, variables["params"])
+    logits = model.apply(variables, np.arange(3))
+    np.testing.assert_allclose(lm(np.arange(3)), logits, atol=1e-6)
+    clm.save(tmp_path, lm)
+    np.testing.assert_allclose(clm.load(tmp_path)(np.arange(3)), logits, atol=1e-6)
+    tokens = clm.generate(lm, [1, 2], max_new_tokens=1).tokens
+    assert tokens[0, 0] == np.argmax(lm([1, 2])[-1])
+
+
+def test_captured_names_may_be_a_list():
+    lm = clm.load("apples")
+    captured = lm.forward([1, 2], capture=["mlp_input"]).captured
+    assert set(captured) == {"mlp_input"}
+    with pytest.raises(clm.InputError, match="capture is 'mlp_input'; it must be a"):
+        lm.forward([1, 2], capture="mlp_input")
