@@ -1,9 +1,9 @@
-"""Malformed next-vector checkpoints: every tensor and field that is wrong is named.
+"""Malformed next-vector checkpoints: errors name the wrong tensor or field.
 
-Nothing is compiled, as all of it is refused before the model runs. A folder is written once, and
-each case writes the one file that it changes.
+No model is compiled. A folder is written once, and each case writes the one file that it changes.
 """
 
+import itertools
 import json
 import pathlib
 import re
@@ -24,7 +24,7 @@ pytest.importorskip(
 from continuous_lm.models import calm
 from continuous_lm.models.calm import autoencoder
 from tests.fixtures import calm_reference as reference
-from tests.models.checkpoints import test_malformed_checkpoints
+from tests.fixtures import malformed
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MODELS = {
@@ -38,26 +38,25 @@ TENSORS = {
     for kind, (_, make) in MODELS.items()
 }
 FIELDS = {kind: fields() for kind, (fields, _) in MODELS.items()}
-EVERY = [(kind, name) for kind, tensors in TENSORS.items() for name in tensors]
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     for kind in MODELS:
-        files_of(folder / kind, FIELDS[kind], TENSORS[kind])
+        write_files(folder / kind, FIELDS[kind], TENSORS[kind])
     return folder
 
 
-def files_of(folder, fields, tensors):
+def write_files(folder, fields, tensors):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(fields))
-    (folder / WEIGHTS).write_bytes(test_malformed_checkpoints.written(tensors))
+    (folder / WEIGHTS).write_bytes(malformed.serialize(tensors))
 
 
 @pytest.fixture
 def folder(good, tmp_path):
-    """Links to the two good folders' files; a case puts its own file in a link's place."""
+    """Two folders of links to the valid files; a case replaces a link by its own file."""
     for kind in MODELS:
         (tmp_path / kind).mkdir()
         for name in (CONFIG, WEIGHTS):
@@ -66,11 +65,15 @@ def folder(good, tmp_path):
 
 
 def put(path: pathlib.Path, content: bytes | str | dict) -> None:
-    """A file of this content in the link's place."""
+    """Replace a link by a file of this content."""
     path.unlink()
     if isinstance(content, dict):
         content = json.dumps(content)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def put_tensors(folder: pathlib.Path, kind: str, tensors) -> None:
+    put(folder / kind / WEIGHTS, malformed.serialize(tensors))
 
 
 def load(folder, kind="calm"):
@@ -80,19 +83,19 @@ def load(folder, kind="calm"):
 
 
 def refusal(folder, kind="calm"):
-    """The line with which it is refused; for an autoencoder alone and beside its model alike."""
-    messages = []
-    for which in dict.fromkeys(("calm", kind)):
+    """Return the message of the error; an autoencoder has the same with and without its model."""
+    messages = set()
+    for which in {"calm", kind}:
         with pytest.raises(clm.InputError) as refused:
             load(folder, which)
-        messages.append(str(refused.value))
-        assert messages[-1].isprintable()
-        assert len(messages[-1]) < 1000
-    assert len(set(messages)) == 1
-    return messages[0]
+        messages.add(str(refused.value))
+    (message,) = messages
+    assert message.isprintable()
+    assert len(message) < 1000
+    return message
 
 
-def test_the_good_ones_load(folder):
+def test_valid_folders_load(folder):
     load(folder)
     load(folder, "autoencoder")
 
@@ -101,140 +104,102 @@ def test_the_good_ones_load(folder):
 
 
 def deeper(name):
-    """The same of a layer that is not there, for tensors of layers; one with a suffix else."""
-    return (
-        re.sub(r"(layers|blocks)\.\d+", r"\1.7", name) if layered(name) else name + ".2"
-    )
+    """Return the name in a layer that does not exist; outside of layers, with a suffix."""
+    in_layer_7 = re.sub(r"(layers|blocks)\.\d+", r"\1.7", name)
+    return in_layer_7 if in_layer_7 != name else name + ".2"
 
 
-def layered(name):
-    return re.search(r"(layers|blocks)\.\d+", name)
+def is_representative(name):
+    """Return whether a tensor is outside of the layers or in the first one."""
+    return not re.search(r"(layers|blocks)\.[1-9]", name)
 
 
-def turned(values):
-    """Turned round where that shows, else a row short."""
-    return (
-        values.T
-        if values.ndim == 2 and values.shape[0] != values.shape[1]
-        else values[:-1]
-    )
+def without(tensors, name):
+    return {other: values for other, values in tensors.items() if other != name}
+
+
+def misshapen(values):
+    """Return the transposed matrix if its shape differs, else one row less."""
+    is_square = values.ndim != 2 or values.shape[0] == values.shape[1]
+    return np.ascontiguousarray(values[:-1] if is_square else values.T)
 
 
 def assert_names(message, name, folder, kind):
-    """As a whole word, with the folder it lies in."""
+    """Assert that a message has the name as one word, and the path of the folder."""
     assert re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.]*\w)", message), message
     assert str(folder / kind) in message, message
 
 
-@pytest.mark.parametrize(("kind", "name"), EVERY)
-def test_tensor(folder, kind, name):
-    """Missing; one too many; turned round or a row short."""
+@pytest.mark.parametrize("kind", MODELS)
+def test_missing_unexpected_and_misshapen_tensors_are_named(folder, kind):
     tensors = TENSORS[kind]
-    values, path = tensors[name], folder / kind / WEIGHTS
-    rest = {other: tensor for other, tensor in tensors.items() if other != name}
+    for name in filter(is_representative, tensors):
+        values = tensors[name]
+        put_tensors(folder, kind, without(tensors, name))
+        message = refusal(folder, kind)
+        assert_names(message, name, folder, kind)
+        assert "missing" in message
 
-    put(path, test_malformed_checkpoints.written(rest))
-    message = refusal(folder, kind)
-    assert_names(message, name, folder, kind)
-    assert "missing" in message
+        put_tensors(folder, kind, tensors | {deeper(name): values})
+        assert_names(refusal(folder, kind), deeper(name), folder, kind)
 
-    put(path, test_malformed_checkpoints.written(tensors | {deeper(name): values}))
-    message = refusal(folder, kind)
-    assert_names(message, deeper(name), folder, kind)
-
-    wrong = np.ascontiguousarray(turned(values))
-    put(path, test_malformed_checkpoints.written(rest | {name: wrong}))
-    message = refusal(folder, kind)
-    assert_names(message, name, folder, kind)
-    assert str(list(wrong.shape)) in message
-    if name != "embed_proj.0.weight":  # of which only the second size is known
-        assert str(list(values.shape)) in message
+        wrong = misshapen(values)
+        put_tensors(folder, kind, tensors | {name: wrong})
+        message = refusal(folder, kind)
+        assert_names(message, name, folder, kind)
+        assert str(list(wrong.shape)) in message
+        if name != "embed_proj.0.weight":  # its first size is not known
+            assert str(list(values.shape)) in message
 
 
-ALIASES = {  # names that may be there beside the others: the folder, the alias and what it repeats
-    "the head": ("calm", "generative_head.", "calm", "mlp_generator."),
-    "the autoencoder": ("calm", "ae_model.", "autoencoder", ""),
+# Tensors that may be stored again: prefix of the second name, folder and prefix of the first one.
+ALIASES = {
+    "the head": ("generative_head.", "calm", "mlp_generator."),
+    "the autoencoder": ("ae_model.", "autoencoder", ""),
 }
 
 
-def copies(case):
-    """Alias -> values, for all that it repeats."""
-    _, new, source, old = ALIASES[case]
-    return {
-        new + name.removeprefix(old): values
-        for name, values in TENSORS[source].items()
-        if name.startswith(old)
-    }
-
-
 @pytest.mark.parametrize("case", ALIASES)
-def test_alias(folder, case):
-    """Missing, too many, misshapen or of other values, for each of its names."""
-    path, copy = folder / "calm" / WEIGHTS, copies(case)
-    put(path, test_malformed_checkpoints.written(TENSORS["calm"] | copy))
+def test_second_names_must_have_the_tensors_of_the_first(folder, case):
+    """The errors take turns over the names: unexpected, misshapen, other values, missing."""
+    prefix, source, old_prefix = ALIASES[case]
+    aliases = {
+        prefix + name.removeprefix(old_prefix): values
+        for name, values in TENSORS[source].items()
+        if name.startswith(old_prefix)
+    }
+    tensors = TENSORS["calm"] | aliases
+    put_tensors(folder, "calm", tensors)
     load(folder)
-    for name, values in copy.items():
-        if re.search(r"(layers|blocks)\.[1-9]", name):
-            continue  # the first layer stands for all
-        rest = {other: tensor for other, tensor in copy.items() if other != name}
-        if (
-            case == "the autoencoder"
-        ):  # a head may be there in part: each tensor has two names
-            put(path, test_malformed_checkpoints.written(TENSORS["calm"] | rest))
-            assert_names(refusal(folder), name, folder, "calm")
-        put(
-            path,
-            test_malformed_checkpoints.written(
-                TENSORS["calm"] | copy | {deeper(name): values}
-            ),
-        )
-        assert_names(refusal(folder), deeper(name), folder, "calm")
-        for wrong in (
-            np.ascontiguousarray(turned(values)),
-            np.nextafter(values, np.inf),
-        ):
-            put(
-                path,
-                test_malformed_checkpoints.written(
-                    TENSORS["calm"] | rest | {name: wrong}
-                ),
-            )
-            assert_names(refusal(folder), name, folder, "calm")
+    changes = [
+        lambda name, values: (deeper(name), tensors | {deeper(name): values}),
+        lambda name, values: (name, tensors | {name: misshapen(values)}),
+        lambda name, values: (name, tensors | {name: np.nextafter(values, np.inf)}),
+    ]
+    if case == "the autoencoder":
+        changes.append(lambda name, values: (name, without(tensors, name)))
+    names = filter(is_representative, aliases)
+    for name, change in zip(names, itertools.cycle(changes), strict=False):
+        culprit, wrong_tensors = change(name, aliases[name])
+        put_tensors(folder, "calm", wrong_tensors)
+        assert_names(refusal(folder), culprit, folder, "calm")
 
 
-def test_alias_of_the_table(folder):
-    path, name = folder / "autoencoder" / WEIGHTS, "decoder.lm_head_weight"
+def test_second_name_of_the_embedding_table(folder):
+    name = "decoder.lm_head_weight"
     table = TENSORS["autoencoder"]["encoder.embed_tokens.weight"]
     for wrong in (table[:-1], table[:, :-1], table + np.float32(1e-3)):
-        put(
-            path,
-            test_malformed_checkpoints.written(
-                TENSORS["autoencoder"] | {name: np.ascontiguousarray(wrong)}
-            ),
-        )
+        tensors = TENSORS["autoencoder"] | {name: np.ascontiguousarray(wrong)}
+        put_tensors(folder, "autoencoder", tensors)
         assert_names(refusal(folder, "autoencoder"), name, folder, "autoencoder")
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", ["I8", "I64", "F8_E4M3"])
-def test_tensor_of_another_type(folder, kind, dtype):
-    """The first of the file, so that the others' places need no change but a shift."""
-    content = test_malformed_checkpoints.written(TENSORS[kind])
-    header, data = test_malformed_checkpoints.parse(content)
-    name = next(iter(header))
-    end, size = (
-        header[name]["data_offsets"][1],
-        test_malformed_checkpoints.SIZES[dtype] * TENSORS[kind][name].size,
-    )
-    for entry in header.values():
-        entry["data_offsets"] = [
-            offset + size - end for offset in entry["data_offsets"]
-        ]
-    header[name] |= {"dtype": dtype, "data_offsets": [0, size]}
-    put(
-        folder / kind / WEIGHTS,
-        test_malformed_checkpoints.compose(header, bytes(size) + data[end:]),
-    )
+def test_tensors_of_another_type_are_named(folder, kind, dtype):
+    content, name = malformed.serialize(TENSORS[kind]), next(iter(TENSORS[kind]))
+    size = TENSORS[kind][name].size
+    put(folder / kind / WEIGHTS, malformed.change_kind(content, name, dtype, size))
     message = refusal(folder, kind)
     assert_names(message, name, folder, kind)
     assert dtype in message
@@ -242,33 +207,33 @@ def test_tensor_of_another_type(folder, kind, dtype):
 
 # --- Fields of config.json -------------------------------------------------------------------
 
-SIZES = {  # without these nobody knows what to build
+REQUIRED_SIZES = {
     "calm": """hidden_size intermediate_size latent_size noise_size num_attention_heads
         num_hidden_layers num_mlp_layers patch_size vocab_size""".split(),
     "autoencoder": """hidden_size intermediate_size latent_size num_decoder_layers
         num_encoder_layers patch_size vocab_size""".split(),
 }
 WRONG = [0, -1, 1.5, "4", True, [], {}, 10**12]
-EVERY_SIZE = [(kind, name) for kind, names in SIZES.items() for name in names]
 
 
-def with_fields(folder, kind, *drop, **fields):
-    kept = {name: value for name, value in FIELDS[kind].items() if name not in drop}
-    put(folder / kind / CONFIG, kept | fields)
+def change_fields(folder, kind, **fields):
+    put(folder / kind / CONFIG, FIELDS[kind] | fields)
 
 
-@pytest.mark.parametrize(("kind", "name"), EVERY_SIZE)
-def test_size_is_missing_or_no_number(folder, kind, name):
-    with_fields(folder, kind, name)
-    assert_names(refusal(folder, kind), name, folder, kind)
-    for wrong in WRONG:
-        with_fields(folder, kind, **{name: wrong})
-        message = refusal(folder, kind)
-        assert_names(message, name, folder, kind)
-        assert CONFIG in message
+@pytest.mark.parametrize("kind", MODELS)
+def test_missing_and_wrong_sizes_are_named(folder, kind):
+    for name in REQUIRED_SIZES[kind]:
+        put(folder / kind / CONFIG, without(FIELDS[kind], name))
+        assert_names(refusal(folder, kind), name, folder, kind)
+        for wrong in WRONG:
+            change_fields(folder, kind, **{name: wrong})
+            message = refusal(folder, kind)
+            assert_names(message, name, folder, kind)
+            assert CONFIG in message
 
 
-OTHERS = {  # of another type, or a value that would change what is computed
+# Values of another type, or that would change the results.
+OTHERS = {
     "calm": {
         "beta": [0, -1, 2, 2.5, "1", True, []],
         "num_samples": [0, 1.5, "8", True],
@@ -292,29 +257,29 @@ OTHERS = {  # of another type, or a value that would change what is computed
         "kl_clamp": [-1, "1", True],
     },
 }
-SAID = {  # of the trunk's fields in the words of its own checks
+# Fields of the trunk, which its own checks name otherwise.
+NAMES_IN_MESSAGES = {
     "torch_dtype": "dtype",
     "rope_scaling": "rope.(type|scaling)",
     "num_key_value_heads": "num_key_value_heads|num_kv_heads 3",
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [(kind, name) for kind, fields in OTHERS.items() for name in fields],
-)
-def test_field_of_another_type_or_value(folder, kind, name):
-    for wrong in OTHERS[kind][name]:
-        with_fields(folder, kind, **{name: wrong})
-        message = refusal(folder, kind)
-        assert re.search(SAID.get(name, name), message), (wrong, message)
-        assert str(folder / kind) in message, (wrong, message)
+@pytest.mark.parametrize("kind", MODELS)
+def test_wrong_values_of_fields_are_named(folder, kind):
+    for name, values in OTHERS[kind].items():
+        for wrong in values:
+            change_fields(folder, kind, **{name: wrong})
+            message = refusal(folder, kind)
+            pattern = NAMES_IN_MESSAGES.get(name, name)
+            assert re.search(pattern, message), (wrong, message)
+            assert str(folder / kind) in message, (wrong, message)
 
 
 @pytest.mark.parametrize("wrong", ["int8", 3])
-def test_dtype_of_an_autoencoder_alone(folder, wrong):
-    """Beside a model it is read as the model's own."""
-    with_fields(folder, "autoencoder", torch_dtype=wrong)
+def test_wrong_dtypes_of_an_autoencoder_are_named(folder, wrong):
+    """Without a model: with one, the dtype is the model's."""
+    change_fields(folder, "autoencoder", torch_dtype=wrong)
     with pytest.raises(clm.InputError, match=r"config\.json: field dtype"):
         load(folder, "autoencoder")
 
@@ -329,17 +294,17 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_field(folder, kind, name):
-    with_fields(folder, kind, **{name: UNKNOWN[name]})
-    message = refusal(folder, kind)
-    assert ascii(name)[1:-1] in message
-    assert str(folder / kind / CONFIG) in message
+def test_unknown_fields_are_named(folder, kind):
+    for name, value in UNKNOWN.items():
+        change_fields(folder, kind, **{name: value})
+        message = refusal(folder, kind)
+        assert ascii(name)[1:-1] in message
+        assert str(folder / kind / CONFIG) in message
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_tells_what_it_is(folder, kind):
-    """Neither architectures nor the fields that only such a model has."""
+def test_configs_of_no_known_model_are_refused(folder, kind):
+    """The config has neither architectures nor a field of these models only."""
     put(folder / kind / CONFIG, {"model_type": "", "hidden_size": 24, "vocab_size": 40})
     message = refusal(folder, kind)
     assert "architectures" in message
@@ -348,8 +313,8 @@ def test_nothing_tells_what_it_is(folder, kind):
 
 @pytest.mark.parametrize("name", ["num_encoder_layers", "num_decoder_layers"])
 @pytest.mark.parametrize("number", [1, 3])
-def test_layers_that_cannot_be_halved(folder, name, number):
-    with_fields(folder, "autoencoder", **{name: number})
+def test_odd_numbers_of_layers_are_refused(folder, name, number):
+    change_fields(folder, "autoencoder", **{name: number})
     message = refusal(folder, "autoencoder")
     assert_names(message, name, folder, "autoencoder")
     assert "even" in message
@@ -358,8 +323,8 @@ def test_layers_that_cannot_be_halved(folder, name, number):
 @pytest.mark.parametrize(
     "name", ["num_encoder_layers", "num_decoder_layers", "num_hidden_layers"]
 )
-def test_another_number_of_layers(folder, name):
-    """Then the first tensor too many or too few is named, not an array in the middle of it."""
+def test_wrong_numbers_of_layers_name_the_first_tensor(folder, name):
+    """The first tensor is named that is missing or unexpected."""
     kind = "calm" if name == "num_hidden_layers" else "autoencoder"
     number = FIELDS[kind][name]
     layer = {
@@ -369,15 +334,15 @@ def test_another_number_of_layers(folder, name):
     for other, culprit in ((number + 2, number), (number - 2, number - 2)):
         if other < 1:
             continue
-        with_fields(folder, kind, **{name: other})
+        change_fields(folder, kind, **{name: other})
         assert f"{layer.get(name, 'layers')}.{culprit}." in refusal(folder, kind)
 
 
 # --- Two folders that do not belong together --------------------------------------------------
 
 
-def remade(folder, kind, **fields):
-    """A folder of these fields, whole in itself."""
+def rewrite(folder, kind, **fields):
+    """Replace a folder by another valid one with these fields."""
     for name in (CONFIG, WEIGHTS):
         (folder / kind / name).unlink()
     make = MODELS[kind][1]
@@ -385,14 +350,13 @@ def remade(folder, kind, **fields):
         name: tensor.numpy()
         for name, tensor in reference.clone_tensors(make(**fields)).items()
     }
-    files_of(folder / kind, FIELDS[kind] | fields, tensors)
+    write_files(folder / kind, FIELDS[kind] | fields, tensors)
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(("name", "other"), [("patch_size", 2), ("latent_size", 6)])
-def test_two_that_differ(folder, kind, name, other):
-    """Each is whole, but the field says something else in the other folder."""
-    remade(folder, kind, **{name: other})
+def test_valid_folders_of_different_sizes_are_refused(folder, kind, name, other):
+    rewrite(folder, kind, **{name: other})
     if kind == "autoencoder":
         load(folder, "autoencoder")
     message = refusal(folder)
@@ -404,29 +368,28 @@ def test_two_that_differ(folder, kind, name, other):
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("other", [39, 48])
-def test_two_vocabularies(folder, kind, other):
-    remade(folder, kind, vocab_size=other)
+def test_valid_folders_of_different_vocabularies_are_refused(folder, kind, other):
+    rewrite(folder, kind, vocab_size=other)
     message = refusal(folder)
     assert "vocab_size" in message
     assert {"40", str(other)} <= set(re.findall(r"\d+", message))
 
 
 @pytest.mark.parametrize("patch", [1, 2, 3, 5, 8])
-def test_tensors_that_tell_another_patch(folder, patch):
-    """config.json says 4, the matrix over a chunk's embeddings is of another number."""
-    tensors = dict(TENSORS["calm"])
-    tensors["embed_proj.0.weight"] = np.ones((64, patch * 32), np.float32)
-    put(folder / "calm" / WEIGHTS, test_malformed_checkpoints.written(tensors))
+def test_projections_of_another_patch_size_are_refused(folder, patch):
+    """The matrix of a chunk's embeddings contradicts config.json, whose patch size is 4."""
+    weight = np.ones((64, patch * 32), np.float32)
+    put_tensors(folder, "calm", TENSORS["calm"] | {"embed_proj.0.weight": weight})
     message = refusal(folder)
     assert_names(message, "embed_proj.0.weight", folder, "calm")
     assert str([64, patch * 32]) in message
 
 
 @pytest.mark.parametrize("patch", [1, 3, 8])
-def test_fields_that_tell_another_patch(folder, patch):
-    """Both config.json agree on it, and the tensors do not."""
+def test_patch_sizes_that_no_tensor_has_are_refused(folder, patch):
+    """The two config.json agree."""
     for kind in MODELS:
-        with_fields(folder, kind, patch_size=patch)
+        change_fields(folder, kind, patch_size=patch)
     message = refusal(folder)
     names = (
         "encoder.squeeze_layer.weight",
@@ -447,26 +410,20 @@ TORN = [case.strip() for case in TORN if case.strip()]
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("case", TORN)
-def test_file(folder, kind, case):
-    name = list(TENSORS[kind])[-1]
-    put(
-        folder / kind / WEIGHTS,
-        test_malformed_checkpoints.FILES[case](
-            test_malformed_checkpoints.written(TENSORS[kind]), name
-        ),
-    )
-    message = refusal(folder, kind)
-    assert WEIGHTS in message or f"tensor {name}" in message, message
-    assert str(folder / kind) in message, message
+def test_damaged_files_are_named(folder, kind):
+    content, name = malformed.serialize(TENSORS[kind]), list(TENSORS[kind])[-1]
+    for case in TORN:
+        put(folder / kind / WEIGHTS, malformed.FILES[case](content, name))
+        message = refusal(folder, kind)
+        assert WEIGHTS in message or f"tensor {name}" in message, (case, message)
+        assert str(folder / kind) in message, (case, message)
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_pickle_beside_nothing(folder, kind):
-    """A folder that has its weights as a pickle only: it is never opened."""
+def test_pickles_are_not_opened(folder, kind):
     (folder / kind / WEIGHTS).unlink()
     (folder / kind / "pytorch_model.bin").write_bytes(
-        test_malformed_checkpoints.FILES["pickle"](b"", "")
+        malformed.FILES["pickle"](b"", "")
     )
     assert "pytorch_model.bin is a pickle" in refusal(folder, kind)
 
@@ -475,10 +432,10 @@ def test_pickle_beside_nothing(folder, kind):
 @pytest.mark.parametrize(
     "case", ["missing", "empty", "a list", "null", "with NaN", "not UTF-8"]
 )
-def test_config(folder, kind, case):
+def test_damaged_configs_are_named(folder, kind, case):
     path = folder / kind / CONFIG
     path.unlink()
-    test_malformed_checkpoints.NO_FILE[case](path)
+    malformed.NO_FILE[case](path)
     message = refusal(folder, kind)
     assert str(folder / kind) in message
     assert CONFIG in message
@@ -488,22 +445,20 @@ def test_config(folder, kind, case):
 @pytest.mark.parametrize(
     "case", ["a file", "nowhere", "empty", "no name", "with a zero byte"]
 )
-def test_place(folder, kind, case, monkeypatch):
+def test_paths_of_no_checkpoint_are_refused(folder, kind, case, monkeypatch):
     (folder / kind / "empty").mkdir()
     monkeypatch.chdir(folder / kind / "empty")
-    place = test_malformed_checkpoints.PLACES[case](folder / kind)
-    given = (
-        (place, folder / "autoencoder") if kind == "calm" else (folder / "calm", place)
-    )
+    place = malformed.PLACES[case](folder / kind)
+    paths = {"calm": folder / "calm", "autoencoder": folder / "autoencoder"}
+    paths[kind] = place
     with pytest.raises(clm.InputError) as refused:
-        calm.load(*given)
+        calm.load(*paths.values())
     assert str(refused.value).isprintable()
 
 
-def test_nothing_is_written(folder):
-    """Of a refusal nothing stays behind."""
+def test_refused_loads_write_no_file(folder):
     shutil.copy(folder / "calm" / WEIGHTS, folder / "copy")
     put(folder / "calm" / WEIGHTS, (folder / "copy").read_bytes()[:-1])
-    before = test_malformed_checkpoints.tree(folder)
+    before = malformed.file_states(folder)
     refusal(folder)
-    assert test_malformed_checkpoints.tree(folder) == before
+    assert malformed.file_states(folder) == before

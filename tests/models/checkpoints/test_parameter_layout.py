@@ -225,7 +225,7 @@ def test_failed_saves_leave_the_older_checkpoint(tmp_path, monkeypatch):
 
 
 def test_saving_allocates_two_tensors_at_most(tmp_path):
-    """It writes a tensor while it fills the next one."""
+    """One tensor is written while the next one is filled."""
     lm = draw("gpt_neox", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
     largest = 4 * 2048 * 512
     size = number_stored(lm.params) * 4

@@ -22,11 +22,11 @@ from continuous_lm.models.parameters import flatten, initialize, unflatten
 from continuous_lm.models.transformer import Transformer
 from tests.continuous_lm.test_tokenization import STORIES
 from tests.fixtures import many_devices, tiny
-from tests.models.checkpoints.test_malformed_checkpoints import (
+from tests.fixtures.malformed import (
     compose,
     parse,
+    serialize,
     tensors_in,
-    written,
 )
 from tests.models.density.test_distributions import at, reference
 
@@ -414,7 +414,7 @@ def tensors(change):
         path = folder / "density.safetensors"
         tensors_by_name = tensors_in(path.read_bytes())
         change(tensors_by_name)
-        path.write_bytes(written(tensors_by_name))
+        path.write_bytes(serialize(tensors_by_name))
 
     return edit
 
