@@ -112,8 +112,8 @@ def save(
 ) -> None:
     """Writes `lm`, of any kind, as a checkpoint folder that `load` reads, in its dtype.
 
-    The files reach the folder when all of them are written, not before; weights that were there are
-    then gone. Parameters are fetched from their devices tensor by tensor.
+    The files reach the folder when all of them are written, not before; weights and a tokenizer
+    that were there are then gone. Parameters are fetched from their devices tensor by tensor.
 
     Args:
       folder: made if it is not there.

@@ -41,7 +41,7 @@ DENSITY_WEIGHTS_FILE = "density.safetensors"
 # Files that go when another model is written into their folder.
 MODEL_FILES = re.compile(
     rf"{safetensors_files.CHECKPOINT_FILES.pattern}"
-    rf"|{re.escape(DENSITY_FILE)}|{re.escape(DENSITY_WEIGHTS_FILE)}"
+    rf"|{re.escape(DENSITY_FILE)}|{re.escape(DENSITY_WEIGHTS_FILE)}|tokenizer\.json"
 )
 BUNDLED_FOLDER = pathlib.Path(__file__).parents[1] / "bundled"
 DTYPES_BY_NAME = {

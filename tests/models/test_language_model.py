@@ -846,3 +846,11 @@ def test_captured_names_may_be_a_list():
     assert set(captured) == {"mlp_input"}
     with pytest.raises(clm.InputError, match="capture is 'mlp_input'; it must be a"):
         lm.forward([1, 2], capture="mlp_input")
+
+
+def test_a_model_without_a_tokenizer_takes_over_none(tmp_path):
+    lm = clm.load("apples")
+    clm.save(tmp_path, lm)
+    assert clm.load(tmp_path).tokenizer is not None
+    clm.save(tmp_path, clm.LanguageModel(lm.model, lm.params))
+    assert clm.load(tmp_path).tokenizer is None
