@@ -87,6 +87,8 @@ def sample(
         pieces, where the signal jumps.
     """
     e, d, start = jnp.asarray(embeddings), as_float(durations), as_float(start)
+    if jnp.issubdtype(e.dtype, jnp.integer):
+        e = as_float(e)
     _check(e, d, start, initial, kind, rule, points)
     vector_width = e.shape[1]
     e0 = e[0] if initial is None else jnp.asarray(initial, e.dtype)

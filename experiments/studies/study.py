@@ -40,6 +40,7 @@ from continuous_lm.experiments.studies import datasets
 from continuous_lm.parallel import processes
 
 PARTIAL_RESULTS_FILE = "records.jsonl"
+NUM_FINGERPRINT_ENTRIES = 4096  # of each parameter, at most
 MAX_REASONS = 5  # why prompts could not be run, in the summary
 
 
@@ -284,13 +285,15 @@ def _study_fingerprint(
         jax.__version__,
         jax.devices()[0].device_kind,
     ]
-    parameter_prefixes = []
+    parameter_samples = []
     for parameter in jax.tree.leaves(lm.params):
-        prefix = processes.gather_to_hosts(parameter.reshape(-1)[:4096])
-        parameter_prefixes.append(
-            (parameter.shape, str(parameter.dtype), prefix.tobytes().hex())
+        # Entries from all layers, which are stacked: not the first ones only.
+        stride = -(-parameter.size // NUM_FINGERPRINT_ENTRIES)
+        entries = processes.gather_to_hosts(parameter.reshape(-1)[::stride])
+        parameter_samples.append(
+            (parameter.shape, str(parameter.dtype), entries.tobytes().hex())
         )
-    fingerprinted = json.dumps([run_settings, parameter_prefixes])
+    fingerprinted = json.dumps([run_settings, parameter_samples])
     return hashlib.sha256(fingerprinted.encode()).hexdigest()
 
 

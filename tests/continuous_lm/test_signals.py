@@ -221,3 +221,12 @@ BAD = {
 def test_bad_arguments(message):
     with pytest.raises(clm.InputError, match=message):
         BAD[message]()
+
+
+@pytest.mark.parametrize("kind", signals.SIGNAL_KINDS)
+def test_integers_are_interpolated_as_numbers(kind):
+    values = np.array([[0], [1], [3]])
+    durations = np.array([1.0, 2.0, 1.0])
+    samples = signals.sample(values, durations, kind=kind, points=4)
+    expected = signals.sample(values.astype(np.float32), durations, kind=kind, points=4)
+    np.testing.assert_array_equal(samples.embeddings, expected.embeddings)

@@ -418,3 +418,19 @@ def test_killed_at_random_moments_and_started_again(killed, tmp_path):
         assert stored(folder) == expected, kills
         assert not (folder / study.PARTIAL_RESULTS_FILE).exists()
     assert partly  # some were stopped amid their results
+
+
+def test_the_fingerprint_sees_every_layer(tmp_path):
+    lm = clm.load(tiny.save(tmp_path, num_hidden_layers=4))
+
+    def fingerprint(lm):
+        settings = study.SweepSettings(np.linspace(0.1, 1.0, 3))
+        return study._study_fingerprint(lm, [], {"1": [1]}, settings)
+
+    for layer in range(4):
+        queries = lm.params["layers"]["attention"]["q"]
+        other_queries = queries.at[layer].multiply(1.5)
+        layers = lm.params["layers"]
+        attention = layers["attention"] | {"q": other_queries}
+        params = lm.params | {"layers": layers | {"attention": attention}}
+        assert fingerprint(lm.with_params(params)) != fingerprint(lm)
