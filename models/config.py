@@ -37,7 +37,7 @@ _SIZE_FIELDS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """What a `Transformer` computes. Every field changes the mathematics; letters as in `axes`."""
+    """Sizes and constants of a `Transformer`; every field changes its output."""
 
     family: str = "llama"  # whose checkpoint layout it has: a key of FAMILIES
     vocab_size: int  # V
@@ -64,7 +64,7 @@ class TransformerConfig:
         True,
     )  # which layers have it, repeated over the layers
     query_width: float | None = (
-        None  # scores are divided by its root; head_dim if left out
+        None  # scores are divided by its root; head_dim if omitted
     )
     attention_softcap: float | None = None
     logits_softcap: float | None = None
@@ -98,11 +98,11 @@ class TransformerConfig:
 
     def _check_choices(self) -> None:
         choices = {"norm": NORM_KINDS, "activation": tuple(ACTIVATIONS)}
-        for name, known in choices.items():
+        for name, valid_names in choices.items():
             value = getattr(self, name)
-            if value not in known:
+            if value not in valid_names:
                 raise InputError(
-                    f"{name} {value!r} is not known; known are {', '.join(known)}"
+                    f"{name} {value!r} is not known; known are {', '.join(valid_names)}"
                 )
 
     def _check_rope(self, rope: Rope) -> None:
@@ -139,7 +139,7 @@ class TransformerConfig:
             )
 
     def _turn_alike(self) -> bool:
-        """Whether both ropes turn the same channels, as strongly."""
+        """Return whether both ropes rotate the same channels with the same attention factor."""
         if self.rope is None or self.local_rope is None:
             return False
         has_same_fraction = self.local_rope.fraction == self.rope.fraction
@@ -151,7 +151,7 @@ class TransformerConfig:
 
     @property
     def windowed_layers(self) -> tuple[bool, ...]:
-        """Which of the L layers have the window."""
+        """For each of the L layers, whether it has the window."""
         cycle = itertools.cycle(self.window_pattern)
         return tuple(
             self.window is not None and next(cycle) for _ in range(self.num_layers)

@@ -120,18 +120,18 @@ def generate(
     Args:
       lm: a trunk, a density model or a next-vector model. If its parameters lie on a mesh, so does
         the computation.
-      prompts: what the model reads: int tokens [B, T], or a list of B [T] of different lengths, or
-        floats [B, T, W], or a list of B [T, W]: embeddings instead of a trunk's tokens, or the
-        vectors that a density model reads. Without the axis B they are one prompt.
-      sampler: how items are drawn: `Greedy`, `Temperature`, or one of `models.density` and
+      prompts: int tokens [B, T], or a list of B arrays [T] of different lengths. A trunk also takes
+        embeddings, and a density model of vectors takes vectors: floats [B, T, W], or a list of B
+        arrays [T, W]. Without the axis B they are one prompt.
+      sampler: the sampler of items: `Greedy`, `Temperature`, or one of `models.density` and
         `models.calm`.
-      max_new_tokens: how many tokens, or vectors, each prompt gets, at most.
-      durations: of the prompts' tokens, vectors or chunks: [B, T], or a list of B; 1 if left out.
+      max_new_tokens: largest number of new tokens, or vectors, of each prompt.
+      durations: of the prompts' tokens, vectors or chunks: [B, T], or a list of B; 1 if omitted.
       start: the time at which each prompt begins, a scalar or [B].
       new_durations: d >= 0 of the new items: a scalar, [T] or [B, T], where T is `max_new_tokens`
         (over C, rounded up).
-      key: PRNG key; needed unless the sampler takes what is likeliest.
-      stop: tokens that end a row, or () for none; config.json's eos_token_id if left out.
+      key: PRNG key; needed unless the sampler is deterministic.
+      stop: tokens that end a row, or () for none; config.json's eos_token_id if omitted.
       max_prefill_length: prompts go through the model in pieces of at most so many items, so that
         memory for their activations is bounded.
 
@@ -175,7 +175,7 @@ def generate(
 
 
 class DecodeSpec(NamedTuple):
-    """What the compiled loop depends on, apart from its sampler and shapes."""
+    """Static arguments of the compiled decoding loop, besides its sampler."""
 
     model: GenerativeModel
     prefill_length: int  # of the pieces in which prompts are read
@@ -194,7 +194,7 @@ def make_spec(
 
 
 class Request(NamedTuple):
-    """The arrays of one call: B prompts, and what is wanted of each."""
+    """The arrays of one call: B prompts and the limits of their new items."""
 
     prompts: ArrayLike  # [B, T] tokens, [B, T, W] vectors or [B, T, C] chunks; padded on the left
     durations: ArrayLike  # [B, T], 0 where there is padding
@@ -206,9 +206,9 @@ class Request(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """How far B rows are."""
+    """State of the decoding loop for B rows."""
 
-    num_items: jax.Array  # int [], new items of the rows that go on
+    num_items: jax.Array  # int [], new items of unfinished rows
     cache: KVCache  # of the prompts and all new items but the last
     new_items: jax.Array  # [B, capacity, ...]
     lengths: jax.Array  # int32 [B]
@@ -317,7 +317,7 @@ def append_item(
 
 
 def is_unfinished(request: Request, state: DecodeState) -> jax.Array:
-    """Whether any row wants another item."""
+    """Return whether any row is unfinished."""
     return (state.num_items < request.max_new_items) & ~jnp.all(state.is_done)
 
 
@@ -431,9 +431,9 @@ def _split_rows(name: str, values: Prompts, rank: int) -> list[np.ndarray]:
 
 
 def _prefill_lengths(length: int, max_prefill_length: int) -> tuple[int, int]:
-    """To what length prompts are padded, and in pieces of how many items they are read.
+    """Return the padded length of the prompts, and the length of a prefill piece.
 
-    Pieces are as even as they can be, so that little padding is read.
+    Pieces are as equal as possible, so that padding is short.
     """
     padded_length = _round_up(length, LENGTH_MULTIPLE)
     num_pieces = -(-padded_length // max_prefill_length)
@@ -459,7 +459,7 @@ def _broadcast_start(start: ArrayLike, num_rows: int) -> np.ndarray:
 
 
 def _pad_new_durations(new_durations: ArrayLike, shape: tuple[int, int]) -> np.ndarray:
-    """Durations of new items float32 [B, capacity], from what broadcasts to `shape`."""
+    """Return durations of new items float32 [B, capacity], broadcast to `shape` and padded."""
     check_numbers("new_durations", new_durations, 0.0)
     durations = _broadcast("new_durations", new_durations, shape)
     num_padding = -shape[1] % LENGTH_MULTIPLE

@@ -1,4 +1,4 @@
-"""What generation asks of a model: one way to read items, whatever they are."""
+"""The protocol of models that `generate` can run: one way to read tokens, vectors or chunks."""
 
 from typing import Any, Protocol, Self, runtime_checkable
 

@@ -42,11 +42,11 @@ HeadType = TypeVar("HeadType", bound="Head")
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What all heads share.
+    """Base class of heads.
 
     Attributes:
-      width: W of the vectors that are predicted, or V, how many tokens there are.
-      kind: the name of the class in folders and flags.
+      width: width W of the predicted vectors, or number of tokens V.
+      kind: name of the class in folders and flags.
     """
 
     kind: ClassVar[str]
@@ -67,14 +67,14 @@ class Head:
 def from_dict(
     fields: Mapping[str, object], registry: Mapping[str, type[HeadType]]
 ) -> HeadType:
-    """A head from its kind and its settings.
+    """Make a head from its kind and its settings.
 
     Args:
-      fields: "kind", "width" and what is not as by default.
+      fields: "kind", "width" and the settings that differ from their defaults.
       registry: kind -> class.
 
     Raises:
-      InputError: for a kind that is not known, and a setting that it does not have or take.
+      InputError: for an unknown kind or setting, or an invalid value.
     """
     kind = fields.get("kind")
     if not isinstance(kind, str) or kind not in registry:
@@ -91,10 +91,10 @@ def from_dict(
 def parse_settings(
     kind: str, assignments: Sequence[str], registry: Mapping[str, type["Head"]]
 ) -> dict[str, settings.Value]:
-    """Settings of a kind of head from their text form, "name=value", ...
+    """Parse settings of a kind of head from their text form, "name=value", ...
 
     Raises:
-      InputError: for what is no assignment, and for the name of no setting of such a head.
+      InputError: for text that is not an assignment, or an unknown setting.
     """
     return settings.parse(f"a {kind} head", registry[kind], assignments)
 

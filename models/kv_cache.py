@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the tokens so far, from which a transformer goes on."""
+"""KV cache: keys and values of the tokens so far."""
 
 from typing import NamedTuple
 
@@ -67,7 +67,9 @@ class PrefixLayer(NamedTuple):
     values: jax.Array  # [..., S, K, H]
 
 
-Past = CachedLayer | PrefixLayer | None  # what a layer knows of earlier tokens
+Past = (
+    CachedLayer | PrefixLayer | None
+)  # keys and values of earlier tokens in one layer
 
 
 def empty(

@@ -44,8 +44,8 @@ class LanguageModel(Generic[Model]):
       model: the Linen module, whose `apply` is a pure function.
       params: parameter tree, layers stacked on a leading axis.
       tokenizer: of the `tokenizers` library, or None.
-      hf_fields: fields of config.json that do not change what is computed (special tokens, length
-        of the context), kept for `save`.
+      hf_fields: fields of config.json that do not change the output (special tokens, length of the
+        context), stored for `save`.
     """
 
     model: Model
@@ -71,22 +71,24 @@ class LanguageModel(Generic[Model]):
     def with_execution(
         self, *, implementation: str | None = None, remat: bool | None = None
     ) -> "LanguageModel[Model]":
-        """The same model, computed in another way; see `transformer.Execution`.
+        """Return the same model with another form of execution; see `transformer.Execution`.
 
         Args:
-          implementation: of attention; as it is if left out.
-          remat: whether the backward pass computes layers anew; as it is if left out.
+          implementation: form of attention; unchanged if omitted.
+          remat: whether the backward pass recomputes layers; unchanged if omitted.
 
         Raises:
           InputError: for a model without a trunk, an autoencoder.
         """
         changes: dict[str, Any] = {"implementation": implementation, "remat": remat}
-        given = {name: value for name, value in changes.items() if value is not None}
-        for name in given:
+        new_settings = {
+            name: value for name, value in changes.items() if value is not None
+        }
+        for name in new_settings:
             if not hasattr(self.model, name):
                 kind = type(self.model).__name__
-                raise InputError(f"{name} is no setting of {kind}; leave it out")
-        return self.with_model(self.model.clone(**given))
+                raise InputError(f"{name} is not a setting of {kind}; omit it")
+        return self.with_model(self.model.clone(**new_settings))
 
     def with_params(self, params: Params) -> "LanguageModel[Model]":
         """The same model with other parameters."""

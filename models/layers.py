@@ -51,7 +51,7 @@ CAPTURABLE = (
 
 
 class TokenTiming(NamedTuple):
-    """When the tokens are and how much they weigh, for every layer alike."""
+    """Times and weights of the tokens, the same in every layer."""
 
     durations: jax.Array  # [..., S]
     intervals: jax.Array | None  # [..., S] that windows sum; None: the durations
@@ -190,7 +190,7 @@ def attention(
       timing: of the tokens.
       past: keys and values of earlier tokens; None if there are none.
       is_windowed: bool [], whether this layer has the config's window.
-      position: int or int [...], the one query that is wanted; all if left out.
+      position: int or int [...], the only query to compute; all if omitted.
       implementation: of `attend_problem`.
 
     Returns:
@@ -266,7 +266,7 @@ def transformer_layer(
     position: ArrayLike | None = None,
     implementation: str = "auto",
 ) -> tuple[jax.Array, kv_cache.Past, Mapping[str, jax.Array]]:
-    """One layer: arguments as of `attention`, `params` those of the whole layer.
+    """Apply one layer. Arguments are as in `attention`; `params` are the whole layer's.
 
     Returns:
       the residual stream [..., T, D] ([..., 1, D] with a position), the past with the new keys and

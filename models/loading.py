@@ -31,27 +31,27 @@ def load(
     ignore_fields: Sequence[str] = (),
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> LanguageModel[Any]:
-    """Loads a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
+    """Load a checkpoint folder in the Hugging Face layout, a bundled model, or one of the hub.
 
-    What the folder holds decides the kind of the model: a trunk with its softmax, a density model
-    on a trunk (`density.trunk_of` is the trunk alone), a next-vector model with its autoencoder
-    inside, or an autoencoder. (`calm.load` takes an autoencoder from a folder of its own. A density
-    model that is no more than its trunk, with a tied token head, loads as a trunk; `density.load`
-    has its head.)
+    The files of the folder decide the kind of the model. It is a trunk with its softmax, a density
+    model, a next-vector model with its autoencoder, or an autoencoder. `density.trunk_of` returns
+    the trunk of a density model. `calm.load` takes an autoencoder from a separate folder. A density
+    model with a tied token head, which adds nothing to its trunk, loads as a trunk; `density.load`
+    loads it with its head.
 
-    What the devices hold is read once, cast on the way, and placed; there is never a second copy of
-    the model in memory, and on many hosts each reads what its own devices hold.
+    Each parameter is read once, cast, and placed on its devices; there is never a second copy of
+    the model in memory. On many hosts, each host reads only the parts of its own devices.
 
     Args:
-      folder_or_name: a folder with config.json, model.safetensors (or shards with their index) and,
-        if it has one, tokenizer.json; or the name of a bundled model, such as "apples"; or
-        "org/name" or "org/name@revision" on the Hugging Face hub, which needs the extra `hub`.
-      dtype: of the parameters, and so of the computation; as config.json says if left out.
+      folder_or_name: a folder with config.json, model.safetensors (or shards with their index) and
+        optionally tokenizer.json. Or the name of a bundled model, such as "apples". Or "org/name"
+        or "org/name@revision" on the Hugging Face hub, which needs the extra `hub`.
+      dtype: dtype of the parameters and of the computation; config.json's dtype if omitted.
       mesh: devices to shard the parameters over, with axes "data" and "model" (see
-        `axes.SHARDING_RULES`); all on the default device if left out.
-      ignore_fields: fields of config.json that are known not to change what the model computes.
-      cache_dir: where to keep the converted parameters of a trunk for the next time; nowhere if
-        left out. They are converted again when the folder's files have changed.
+        `axes.SHARDING_RULES`); all on the default device if omitted.
+      ignore_fields: fields of config.json that are known not to change the result.
+      cache_dir: folder for the converted parameters of a trunk, for later calls; not stored if
+        omitted. They are converted again when the folder's files have changed.
 
     Raises:
       InputError: naming the file, field or tensor that is missing, left over or not handled.
@@ -141,7 +141,7 @@ def save(
 def _save_other_kind(
     folder: str | os.PathLike[str], lm: LanguageModel[Any], shard_size: int
 ) -> None:
-    """`save` of what is no trunk."""
+    """Save a model that is not a trunk."""
     from continuous_lm.models import calm, density  # only where they are needed
 
     if isinstance(lm.model, density.DensityModel):

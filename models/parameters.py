@@ -48,11 +48,11 @@ ONES: Initializer = nn.initializers.ones
 ZEROS: Initializer = nn.initializers.zeros
 SMALL_NORMAL: Initializer = nn.initializers.normal(0.02)
 
-Entry = TypeVar("Entry")  # what a table says of one parameter
+Entry = TypeVar("Entry")  # the entry of one parameter in a table
 
 
 class Declaration(NamedTuple):
-    """What a table says of one parameter."""
+    """Entry of one parameter in a table: its axes, shape and initializer."""
 
     axes: tuple[str, ...]  # letters of `axes.LETTERS`, or "-" for an axis without one
     shape: tuple[int, ...]
@@ -83,8 +83,8 @@ def with_prefix(prefix: str, table: Mapping[str, Entry]) -> dict[str, Entry]:
     """The table of a part of a model, under `prefix` in the whole tree.
 
     Args:
-      prefix: of the paths.
-      table: path -> `Declaration`, or something else that is said of a parameter.
+      prefix: first part of the paths.
+      table: path -> `Declaration`, or another entry.
     """
     return {f"{prefix}/{path}": entry for path, entry in table.items()}
 

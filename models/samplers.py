@@ -1,4 +1,4 @@
-"""Samplers: how the next items are drawn from what a model says of them.
+"""Samplers of the next token from a model's logits.
 
 `Greedy` and `Temperature` are for all models with logits of the next token. `models.density` has
 those that draw vectors of a density, `models.calm` those of next-vector models.
@@ -42,10 +42,10 @@ Draw = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Sampler(Protocol[ModelT]):
-    """What `generate` asks of a sampler: a frozen dataclass that is a pytree.
+    """Protocol of the samplers of `generate`: a frozen dataclass that is a pytree.
 
-    Its arrays are data of the compiled program, so that other values run the same one; fields with
-    the metadata `STATIC` are part of it.
+    Its arrays are inputs of the compiled program, so other values do not recompile it. Fields with
+    the metadata `STATIC` are static arguments.
     """
 
     def resolve(self, lm: LanguageModel[Any]) -> "Sampler[ModelT]":
@@ -58,7 +58,7 @@ class Sampler(Protocol[ModelT]):
 
     @property
     def is_random(self) -> bool:
-        """Whether the draws need a key."""
+        """Return whether the draws need a key."""
         return True
 
     def prompt_items(self, lm: LanguageModel[Any], prompt: np.ndarray) -> np.ndarray:
@@ -238,7 +238,7 @@ def check_has_logits(sampler: Sampler[TokenModel], lm: LanguageModel[Any]) -> No
 
 
 def check_scalar(name: str, value: ArrayLike, minimum: float = -np.inf) -> None:
-    """Refuses what is not one finite number of at least `minimum`."""
+    """Raise InputError unless `value` is one finite number of at least `minimum`."""
     check_numbers(name, value, minimum)
     if np.ndim(value):
         raise InputError(

@@ -1,4 +1,4 @@
-"""Settings: fields of a frozen dataclass that say which values they take.
+"""Settings: fields of a frozen dataclass with a declaration of their valid values.
 
     @dataclasses.dataclass(frozen=True)
     class MixtureHead:
@@ -7,8 +7,8 @@
         def __post_init__(self) -> None:
             check(self)
 
-The declaration is in the field's metadata. `check` refuses other values, `parse` reads the text
-form ("components=4") by the same declarations, and a field without one is no setting.
+The declaration is in the field's metadata. `check` raises InputError for other values. `parse`
+reads the text form ("components=4") by the same declarations. A field without one is not a setting.
 """
 
 import dataclasses
@@ -37,18 +37,18 @@ __all__ = [
 Value = bool | int | float | str | None
 Metadata = Mapping[str, "Declaration"]  # of `dataclasses.field`
 
-MAX_SIZE = 2**24  # of an axis: what is larger is a mistake
+MAX_SIZE = 2**24  # largest plausible size of an axis
 _KEY = "setting"
 
 
 class Declaration(Protocol):
-    """Which values a setting takes."""
+    """The valid values of a setting."""
 
     def accepts(self, value: object) -> bool:
-        """Whether it takes this value."""
+        """Return whether the value is valid."""
 
     def requirement(self) -> str:
-        """What values must be, as errors say it."""
+        """The condition on values, in the words of errors."""
 
     def parse(self, text: str) -> Value:
         """The value of a text; the text itself where it is none."""
@@ -171,10 +171,10 @@ def values(instance: object) -> dict[str, Value]:
 
 
 def check(instance: object) -> None:
-    """Refuses an instance with a value that its field does not take.
+    """Check all settings of an instance.
 
     Raises:
-      InputError: with the setting, its value and what it must be.
+      InputError: naming the setting, its value and the condition on it.
     """
     for name, declaration in declarations(type(instance)).items():
         value = getattr(instance, name)
@@ -197,17 +197,17 @@ def check_names(subject: str, settings_class: type, names: Sequence[str]) -> Non
 def parse(
     subject: str, settings_class: type, assignments: Sequence[str]
 ) -> dict[str, Value]:
-    """Settings of a dataclass from their text form.
+    """Parse settings of a dataclass from their text form.
 
-    A value that a setting does not take stays text, which `check` refuses.
+    A value that cannot be parsed stays text, for which `check` raises InputError.
 
     Args:
-      subject: what errors call the dataclass, as in "a mixture head".
+      subject: name of the dataclass in errors, as in "a mixture head".
       settings_class: the dataclass.
       assignments: "name=value", ...
 
     Raises:
-      InputError: for what is no assignment, and for the name of no setting.
+      InputError: for text that is not an assignment, or an unknown setting.
     """
     texts: dict[str, str] = {}
     for assignment in assignments:

@@ -3,9 +3,9 @@
     output = forward(config, params, trunk_inputs.make_inputs(config, tokens, durations=d))
     output.logits                                                           # [..., T, V]
 
-`parameter_table` declares the parameters, `Transformer` holds them for Flax Linen. All ways through
-the model, with and without gradient checkpointing, a KV cache or a prefix, run the same
-`layers.transformer_layer`, scanned over layers that are stacked on a leading axis L.
+`parameter_table` declares the parameters, `Transformer` holds them for Flax Linen. Every forward
+pass scans `layers.transformer_layer` over layers that are stacked on a leading axis L. That
+includes gradient checkpointing, a KV cache and a prefix.
 """
 
 from collections.abc import Mapping
@@ -63,7 +63,7 @@ __all__ = [
 
 
 class Output(NamedTuple):
-    """What a forward pass computes."""
+    """Results of a forward pass."""
 
     logits: jax.Array  # [..., T, V], or [..., V] with a position; at least float32
     hidden: jax.Array  # [..., T, D] or [..., D]: the states that the unembedding reads
@@ -80,12 +80,13 @@ class HiddenStates(NamedTuple):
 
 
 class Execution(NamedTuple):
-    """How a forward pass is computed; the results are the same within rounding.
+    """Options of a forward pass that change its results only by rounding.
 
     Attributes:
-      implementation: of attention; see `continuous_lm.attention.attend`.
-      remat: keeps each layer's input alone for the backward pass, and computes the rest anew.
-      unroll: how many layers are one step of the compiled loop over layers.
+      implementation: form of attention; see `continuous_lm.attention.attend`.
+      remat: gradient checkpointing: store only each layer's input, and recompute the rest in the
+        backward pass.
+      unroll: number of layers in one step of the compiled loop over layers.
     """
 
     implementation: str = "auto"
@@ -109,7 +110,7 @@ def forward(
     capture: tuple[str, ...] = (),
     execution: Execution = DEFAULT_EXECUTION,
 ) -> Output:
-    """Logits of the next token at each token, or at one position.
+    """Return the logits of the next token at each token, or at one position.
 
     A pure function: jit it with `config`, `capture` and `execution` static. Values are not checked
     here; `trunk_inputs.make_inputs` does that.
@@ -119,17 +120,17 @@ def forward(
       params: of `parameter_table(config)`.
       inputs: tokens or embeddings with their durations, from `trunk_inputs.make_inputs`. Leading
         axes broadcast.
-      position: index of the token whose logits are wanted, an int or int [...] (-1: the last); only
-        that position is unembedded.
-      cache: of the tokens before these, as from `kv_cache.empty` or an earlier call. If it is too
-        full for T more, the last tokens are overwritten.
-      prefix: the tokens before these, as `prefill` returns them; only with `position`. Its leading
-        axes broadcast too, so that many continuations share it. The last layer's query and MLP then
-        see that one position. Gradients for parameters take O(L) times their memory traffic:
-        differentiate for the other arguments.
-      capture: names of `layers.CAPTURABLE` intermediates to return of every layer; not after a
-        prefix.
-      execution: how it is computed.
+      position: index of the only token to return logits for, an int or int [...] (-1: the last).
+        Only that position is unembedded.
+      cache: KV cache of the tokens before these, from `kv_cache.empty` or an earlier call. If it
+        has no room for T more, the last tokens are overwritten.
+      prefix: the tokens before these, from `prefill`; only with `position`. Its leading axes
+        broadcast, so many continuations share it. The last layer's query and MLP run only at that
+        position. Gradients for parameters take O(L) times their memory traffic: use a prefix for
+        gradients in the other arguments.
+      capture: names of `layers.CAPTURABLE` intermediates to return for every layer; not available
+        with a prefix.
+      execution: options of the computation.
     """
     states = hidden_states(
         config,
@@ -486,18 +487,18 @@ def parameter_table(config: TransformerConfig) -> dict[str, Declaration]:
 
 
 class Transformer(ParameterModule):
-    """A pretrained-compatible causal transformer over continuous time.
+    """A causal transformer over continuous time, compatible with pretrained weights.
 
     `Transformer(config).apply({"params": params}, tokens, durations=d)` is a pure function of its
-    arrays: jit, vmap, grad and shard it. `param_dtype` is that of `init` alone; `apply` computes in
-    the dtype of the parameters that it gets (norms, angles, attention and logits in at least
-    float32). With a cache or a prefix, call `forward`.
+    arrays: jit, vmap, grad and shard it. `param_dtype` is used by `init` only. `apply` computes in
+    the dtype of its parameters (norms, angles, attention and logits in at least float32). With a
+    cache or a prefix, call `forward`.
 
     Attributes:
-      config: what it computes.
-      param_dtype: of the parameters that `init` makes.
-      implementation: of attention; see `Execution`.
-      remat: see `Execution`.
+      config: sizes and constants of the model.
+      param_dtype: dtype of the parameters that `init` makes.
+      implementation: form of attention; see `Execution`.
+      remat: gradient checkpointing; see `Execution`.
     """
 
     config: TransformerConfig
@@ -507,12 +508,12 @@ class Transformer(ParameterModule):
 
     @property
     def execution(self) -> Execution:
-        """How it is computed."""
+        """Options of the computation."""
         return Execution(self.implementation, self.remat)
 
     @property
     def input_kind(self) -> str:
-        """As of `GenerativeModel`, also the following."""
+        """Kind of the items; this and the next properties implement `GenerativeModel`."""
         return "tokens"
 
     @property
@@ -583,7 +584,7 @@ class Transformer(ParameterModule):
         start: ArrayLike | None = None,
         position: ArrayLike | None = None,
     ) -> jax.Array:
-        """Logits of the next token.
+        """Return the logits of the next token.
 
         Leading axes of the arguments are free and broadcast: tokens [T] with durations [P, T] give
         logits [P, T, V].
@@ -591,21 +592,21 @@ class Transformer(ParameterModule):
         Args:
           tokens: int [..., T].
           embeddings: [..., T, D] instead of tokens: rows of the embedding table, or any others.
-          durations: d >= 0 of each token, [..., T]; 1 if left out. They weight the keys and, unless
-            `times` is given, say when each token ends.
-          times: when each token ends, [..., T], instead of start + cumulative durations. Windows
-            then are differences of these times.
-          start: the time at which the first token begins, scalar or [...]; 0 if left out.
-          position: index of the token whose logits are wanted, an int or int [...] (-1: the last);
-            only that position is unembedded.
+          durations: d >= 0 of each token, [..., T]; 1 if omitted. They weight the keys. Without
+            `times`, their cumulative sums are the tokens' end times.
+          times: end time of each token, [..., T], instead of start + cumulative durations. Windows
+            then compare these times.
+          start: start time of the first token, scalar or [...]; 0 if omitted.
+          position: index of the only token to return logits for, an int or int [...] (-1: the
+            last). Only that position is unembedded.
 
         Returns:
           logits [..., T, V], or [..., V] with `position`; at least float32.
 
         Raises:
-          InputError: for arguments that do not fit and, outside of jit, for values out of range. A
-            token that sees no duration at all, such as a first one of duration 0, is refused: its
-            attention would be 0 / 0 (inside jit it attends to nothing).
+          InputError: for arguments that do not fit and, outside jit, for values out of range. That
+            includes a token whose visible durations are all 0, such as a first token of duration 0:
+            its attention would be 0 / 0. Inside jit its attention is 0.
         """
         inputs = trunk_inputs.make_inputs(
             self.config,

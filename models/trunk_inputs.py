@@ -27,9 +27,9 @@ def make_inputs(
     cache: KVCache | None = None,
     prefix: KVCache | None = None,
 ) -> Inputs:
-    """The inputs of one call of this model, checked: shapes always, values where they are known.
+    """Make the checked inputs of one call of this model: shapes always, values outside jit.
 
-    Arguments are as of `Transformer.__call__` and `forward`.
+    Arguments are as in `Transformer.__call__` and `forward`.
 
     Raises:
       InputError: which argument is wrong, where, and how.
@@ -50,7 +50,7 @@ def make_inputs(
     if prefix is not None:
         if position is None or cache is not None:
             raise InputError(
-                "a prefix needs `position`, the one position that is asked for, and no cache"
+                "a prefix needs `position`, the only position to compute, and no cache"
             )
         kv_cache.check_shape(config, prefix, "prefix")
     elif cache is not None:

@@ -68,7 +68,7 @@ class CountingSweep:
 
     @property
     def is_in_order(self) -> bool:
-        """Whether they are 1..n in this order, and nothing else."""
+        """Return whether they are 1..n in this order, and nothing else."""
         return self.peaks == [str(k) for k in range(1, self.count + 1)]
 
     @property
@@ -94,7 +94,7 @@ class CountingSweep:
 
     @property
     def meets_bar(self) -> bool:
-        """Whether the sweep meets the bar."""
+        """Return whether the sweep meets the bar."""
         return self.error is not None and self.error <= MAX_TRANSITION_ERROR
 
 

@@ -84,7 +84,7 @@ class Prompt:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether training never shows this prompt's combination."""
+        """Return whether training never shows this prompt's combination."""
         return is_held_out(self.task, self.combination)
 
     def with_leading_text(self, text: str) -> "Prompt":
@@ -94,7 +94,7 @@ class Prompt:
 
 
 def is_held_out(task: str, combination: tuple) -> bool:
-    """Whether `combination` is kept from training: about one in ten, by a hash of its text.
+    """Return whether `combination` is kept from training: about one in ten, by a hash of its text.
 
     The last entry of a fact's combination is its wording's number. A fact is kept from training in
     one wording at most.

@@ -105,7 +105,7 @@ def istft(
       spectra: [T, bins].
       window: samples that a spectrum sees.
       hop: samples between spectra.
-      length: n; all that the spectra tell of, (T - 1) hop + 1, if left out.
+      length: n; all that the spectra tell of, (T - 1) hop + 1, if omitted.
 
     Returns:
       samples [n]. Of what `stft` gave it is the sound itself, up to the last window's middle.
@@ -204,7 +204,7 @@ def magnitudes_from_log_mel(
     (Lee and Seung, 2001, eq. 4), which start from the bands' mean powers, spread over their bins.
 
     Args:
-      frames: as of `log_mel`.
+      frames: as in `log_mel`.
       mel_config: that they were made with.
       num_updates: updates.
     """

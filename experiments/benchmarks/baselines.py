@@ -114,10 +114,10 @@ def paper_sweep(
     All positions' logits and their softmax are made, as there.
 
     Args:
-      model: as of `load_causal_lm`.
+      model: as in `load_causal_lm`.
       tokens: [T].
       durations: [P, T], all > 0.
-      masks: `paper_mask` of every point; made here if left out.
+      masks: `paper_mask` of every point; made here if omitted.
     """
     torch = import_baseline("torch")
     embed = model.get_input_embeddings()

@@ -107,8 +107,8 @@ class Result(program.Result):
     """Costs by model.
 
     Attributes:
-      growth: model -> a row a case, as of `measure_case`.
-      memory: model -> a row a number of devices, as of `measure_memory`.
+      growth: model -> a row a case, as in `measure_case`.
+      memory: model -> a row a number of devices, as in `measure_memory`.
     """
 
     growth: Mapping[str, Sequence[Mapping[str, Any]]]

@@ -36,7 +36,7 @@ class Target:
     maximum: float | None = None
 
     def is_met(self, value: float) -> bool:
-        """Whether the value is within the bounds."""
+        """Return whether the value is within the bounds."""
         is_above_minimum = self.minimum is None or value >= self.minimum
         return is_above_minimum and (self.maximum is None or value <= self.maximum)
 
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the target is met; None without a target or a value."""
+        """Return whether the target is met; None without a target or a value."""
         if self.target is None or self.value is None:
             return None
         return self.target.is_met(self.value)
@@ -97,7 +97,7 @@ def median_row(
     target: Target | None = None,
     note: str = "",
 ) -> Row:
-    """The row of some figures, one a round; the rest as of `Row`."""
+    """The row of some figures, one a round; the rest as in `Row`."""
     return Row(
         label,
         statistics.median(values),

@@ -232,7 +232,7 @@ def run_our_fsq(config: Config, seed: int, data: Data) -> Score:
 def run_their_codebook(
     config: Config, seed: int, data: Data, num_stages: int = 0
 ) -> Score:
-    """vector-quantize-pytorch's score, as of `run_our_codebook`."""
+    """vector-quantize-pytorch's score, as in `run_our_codebook`."""
     torch = baselines.import_baseline("torch")
     torch.manual_seed(seed)
     module = codebooks.make_theirs(config.width, config.codebook_settings(num_stages))

@@ -96,9 +96,9 @@ def brier_lm_from_probabilities(
       reference_log_probs: of each token of the references given those before it, nats [n, 4].
       collision: sum_x P(x)^2 over n-grams x for n = 1, ..., 4, [n, 4], or unbiased estimates of it,
         such as P(x) of an x that is drawn from P.
-      groups: as of `brier_lm_from_samples`.
-      seed: as of `brier_lm_from_samples`.
-      resamples: as of `brier_lm_from_samples`.
+      groups: as in `brier_lm_from_samples`.
+      seed: as in `brier_lm_from_samples`.
+      resamples: as in `brier_lm_from_samples`.
 
     Returns:
       as `brier_lm_from_samples`.
@@ -263,9 +263,9 @@ def evaluate_language_model(
       contexts: int [n, T], of one length.
       reference: the tokens that follow, int [n, 4].
       key: PRNG key of the two continuations, which no token ends.
-      groups: as of `brier_lm_from_samples`.
-      seed: as of `brier_lm_from_samples`.
-      resamples: as of `brier_lm_from_samples`.
+      groups: as in `brier_lm_from_samples`.
+      seed: as in `brier_lm_from_samples`.
+      resamples: as in `brier_lm_from_samples`.
       batch_size: how many contexts go through the model at once. Draws depend on it.
 
     Returns:
@@ -327,9 +327,9 @@ def brier_lm_from_model(
       contexts: int [n, T], of one length.
       draws: two independent continuations that the model drew, int [n, 4] each.
       reference: the tokens that follow, int [n, 4].
-      groups: as of `brier_lm_from_samples`.
-      seed: as of `brier_lm_from_samples`.
-      resamples: as of `brier_lm_from_samples`.
+      groups: as in `brier_lm_from_samples`.
+      seed: as in `brier_lm_from_samples`.
+      resamples: as in `brier_lm_from_samples`.
       batch_size: how many contexts go through the model at once.
 
     Returns:

@@ -228,9 +228,9 @@ def evaluate_brier_lm(
     Args:
       lm: the model.
       held_out: tokens [m].
-      context: as of `evaluation_positions`.
-      stride: as of `evaluation_positions`.
-      limit: as of `evaluation_positions`.
+      context: as in `evaluation_positions`.
+      stride: as in `evaluation_positions`.
+      limit: as in `evaluation_positions`.
       seed: of positions, draws and the bootstrap.
 
     Returns:

@@ -150,7 +150,7 @@ def _label_positions(
 
 
 def _labels_fit(label_positions: np.ndarray) -> bool:
-    """Whether names at these shares of the axes [A, 2] do not lie over each other."""
+    """Return whether names at these shares of the axes [A, 2] do not lie over each other."""
     distances = np.abs(label_positions[:, None] - label_positions)
     is_overlapping = (distances < [0.1, 0.1]).all(axis=-1)
     return not np.triu(is_overlapping, 1).any()

@@ -41,7 +41,7 @@ class PretrainedConfig(program.DeviceConfig):
 
     @property
     def is_bundled(self) -> bool:
-        """Whether it is a bundled model, which knows the small language alone."""
+        """Return whether it is a bundled model, which knows the small language alone."""
         return self.model in clm.bundled_models()
 
 

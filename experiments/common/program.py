@@ -393,7 +393,7 @@ def main(
     Args:
       config_class: the program's Config.
       run: the program.
-      argv: its name and flags; those of the command line if left out.
+      argv: its name and flags; those of the command line if omitted.
     """
     name, *arguments = sys.argv if argv is None else argv
     name = pathlib.PurePath(name).stem

@@ -54,6 +54,6 @@ def bootstrap_interval(
     seed: Seed,
     num_resamples: int = NUM_RESAMPLES,
 ) -> tuple[float, float]:
-    """The 95 % interval of a mean; arguments as of `bootstrap_means`, `sums` [num_units]."""
+    """The 95 % interval of a mean; arguments as in `bootstrap_means`, `sums` [num_units]."""
     means = bootstrap_means(sums, sizes, seed=seed, num_resamples=num_resamples)
     return percentile_interval(means)

@@ -26,7 +26,7 @@ class Column:
     Attributes:
         title: Its name.
         path: Where its numbers are among those of a model, "peaks.pure".
-        format: How they are written, as of `format`; percentages carry their sign in the head.
+        format: How they are written, as in `format`; percentages carry their sign in the head.
     """
 
     title: str

@@ -256,7 +256,7 @@ def load_text_model(
 def load_next_vector_model(
     folder: str, codec: str | None = None, mesh: Mesh | None = None
 ) -> LanguageModel[NextVectorModel]:
-    """The next-vector model in a folder, with a tokenizer; arguments as of `load_text_model`."""
+    """The next-vector model in a folder, with a tokenizer; arguments as in `load_text_model`."""
     if not _holds_next_vector_model(folder):
         raise InputError(
             f"{folder} holds no next-vector model; give one that train_calm wrote"
@@ -302,7 +302,7 @@ def require_tokenizer(
 
 
 def _holds_next_vector_model(folder: str) -> bool:
-    """Whether a model's folder holds a next-vector model, by its config.json.
+    """Return whether a model's folder holds a next-vector model, by its config.json.
 
     Raises:
       InputError: if it holds no model, or an autoencoder.

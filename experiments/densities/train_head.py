@@ -47,7 +47,7 @@ class Config(density_programs.DensityConfig, tokenized_text.TextConfig):
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether the head is a softmax over tokens."""
+        """Return whether the head is a softmax over tokens."""
         return self.head == density_programs.TOKEN_HEAD
 
 

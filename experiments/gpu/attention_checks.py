@@ -353,7 +353,7 @@ def float64_reference(
 
 
 def _visible_keys(durations: np.ndarray, window: float | None) -> np.ndarray:
-    """Whether each query sees each key, [B, T, S]."""
+    """Return whether each query sees each key, [B, T, S]."""
     num_tokens = durations.shape[1]
     visible = np.tri(num_tokens, dtype=bool)[None]
     if window is None:

@@ -114,7 +114,7 @@ def run_steps(steps: Sequence[Step], data: Sequence[str]) -> Iterator[StepOutcom
 
 
 def is_done(step: Step, data: Sequence[str]) -> bool:
-    """Whether a step's results are there: from the same flags and versions, newer than the text."""
+    """Return whether results of the same flags and versions exist, newer than the text."""
     path = step.result_file
     text_paths = [pathlib.Path(name) for name in data]
     if not all(file_path.is_file() for file_path in (path, *text_paths)):

@@ -103,7 +103,7 @@ def leading_digits(probabilities: np.ndarray) -> list[int]:
 
 
 def is_never_falling(probabilities: np.ndarray) -> bool:
-    """Whether the most probable digit never falls along the sweep; a constant one does not."""
+    """Return whether the most probable digit never falls along the sweep (True if constant)."""
     leaders = leading_digits(probabilities)
     return leaders == sorted(leaders)
 
@@ -125,7 +125,7 @@ def trend(values: np.ndarray) -> float | None:
 
 
 def is_monotone(values: np.ndarray) -> bool:
-    """Whether a curve [P] goes back by no more than `MONOTONE_TOLERANCE` in all."""
+    """Return whether a curve [P] goes back by no more than `MONOTONE_TOLERANCE` in all."""
     reversal = (np.abs(np.diff(values)).sum() - abs(values[-1] - values[0])) / 2
     return bool(reversal <= MONOTONE_TOLERANCE)
 
@@ -234,7 +234,7 @@ def variation(values: np.ndarray) -> float:
 
 
 def _is_constant(values: np.ndarray) -> bool:
-    """Whether there are no two values apart by more than rounding."""
+    """Return whether there are no two values apart by more than rounding."""
     return len(values) < 2 or bool(
         np.ptp(values) <= _CONSTANT_TOLERANCE * np.abs(values).max()
     )

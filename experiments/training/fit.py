@@ -282,7 +282,7 @@ def make_schedule(config: FitConfig) -> optax.Schedule:
 
 
 def has_weight_decay(name: str, array: jax.Array) -> bool:
-    """Whether weight decay is for this parameter: not for vectors, scales and biases.
+    """Return whether weight decay is for this parameter: not for vectors, scales and biases.
 
     The leading axis of parameters under "layers" counts the layers.
     """
@@ -418,7 +418,7 @@ def make_train_steps(
     """The compiled function that makes the steps of a dispatch.
 
     Args:
-      loss_function: as of `fit`.
+      loss_function: as in `fit`.
       optimizer: of the trained parameters by path.
       merge: from all parameters by path to the tree that the loss takes.
       config: of which `compute_dtype` and `pmap` are read.

@@ -86,7 +86,7 @@ def _truncate_log(path: pathlib.Path, step: int) -> None:
 
 
 def _is_record_until(line: bytes, step: int) -> bool:
-    """Whether a line is whole and of a step up to `step`."""
+    """Return whether a line is whole and of a step up to `step`."""
     try:
         record = json.loads(line)
     except ValueError:

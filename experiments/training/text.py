@@ -73,7 +73,7 @@ def default_text(library_folder: pathlib.Path | None = None) -> SourceText:
     """The help topics and docstrings of this Python, each of them once.
 
     Args:
-      library_folder: the folder of the standard library's modules; this Python's if left out.
+      library_folder: the folder of the standard library's modules; this Python's if omitted.
 
     Raises:
       InputError: if it has no source files to read them from.

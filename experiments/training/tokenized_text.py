@@ -78,7 +78,7 @@ def read_corpus(
 
     Args:
       config: where the text is.
-      tokenizer: of the model; if left out, `config` is a `TokenizerConfig` and says it, or one is
+      tokenizer: of the model; if omitted, `config` is a `TokenizerConfig` and says it, or one is
         trained now.
     """
     source_text = (

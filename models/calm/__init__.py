@@ -1,8 +1,8 @@
 """CALM: next-vector models of C tokens a step (Shao et al., arXiv:2510.27688).
 
-lm = calm.load("path/to/a/calm/folder", "path/to/its/autoencoder/folder")
-hidden = calm.hidden_states(lm, calm.split_into_chunks(tokens, lm.model.chunk_size))
-new = clm.generate(lm, tokens, sampler=calm.Repetition(0.5), max_new_tokens=64, key=key)
+    lm = calm.load("path/to/a/calm/folder", "path/to/its/autoencoder/folder")
+    hidden = calm.hidden_states(lm, calm.split_into_chunks(tokens, lm.model.chunk_size))
+    new = clm.generate(lm, tokens, sampler=calm.Repetition(0.5), max_new_tokens=64, key=key)
 
 The functions here take a `LanguageModel[NextVectorModel]` and check their arguments. Under them are
 the methods of `NextVectorModel`, pure functions of parameters and checked inputs.

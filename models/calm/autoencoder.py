@@ -4,7 +4,7 @@
     mean, log_scale = autoencoder.encode(lm, chunks)                    # [..., C] -> [..., W] each
     logits = autoencoder.decode(lm, mean)                               # [..., W] -> [..., C, V]
 
-`encode` and `decode` are jitted and check what they are given. The pure functions under them, for
+`encode` and `decode` are jitted and check their arguments. The pure functions under them, for
 training and for use inside of jit, take (config, params, ...) and have longer names:
 `encode_chunks`, `decode_latents`, `decode_tokens`, `chunk_losses`.
 """

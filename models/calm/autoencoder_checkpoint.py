@@ -66,7 +66,7 @@ _UNUSED_FIELDS = frozenset(
 
 
 def _layers_tensors(side: str) -> dict[str, StoredTensor]:
-    """Where the layers and the last norm of the encoder or the decoder are stored."""
+    """Return the stored tensors of the layers and the last norm of the encoder or the decoder."""
     layer_prefix = f"{side}.{side}_layers.{{layer}}."
     return {
         f"{side}_norm": StoredTensor(f"{layer_prefix}layernorm.weight", "D"),
@@ -99,7 +99,7 @@ TENSORS: Mapping[str, StoredTensor] = {
 
 
 def checkpoint_layout(config: AutoencoderConfig) -> ParameterLayout:
-    """Where the parameters lie in a folder of an autoencoder."""
+    """Return the layout of an autoencoder's parameters in a checkpoint folder."""
     return ParameterLayout(TENSORS, parameter_table(config), config.sizes)
 
 
@@ -130,7 +130,7 @@ def check_unused_tensors(
 
 
 def is_config(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is an autoencoder's: by its architectures, or else by its fields."""
+    """Return whether a config.json is an autoencoder's: by `architectures`, else by its fields."""
     architectures = fields.get("architectures")
     if isinstance(architectures, list) and architectures:
         return any(ARCHITECTURE in str(name) for name in architectures)
@@ -210,13 +210,13 @@ def load(
     mesh: Mesh | None = None,
     ignore_fields: Sequence[str] = (),
 ) -> LanguageModel[Autoencoder]:
-    """Loads an autoencoder from a folder, as they are published.
+    """Load an autoencoder from a folder in the published layout.
 
     Args:
       folder: with config.json, model.safetensors (or shards) and, if it has one, tokenizer.json.
-      dtype: of the parameters; as config.json says if left out.
+      dtype: of the parameters; as config.json says if omitted.
       mesh: devices to shard the parameters over, with axes "data" and "model".
-      ignore_fields: fields of config.json that are known not to change what is computed.
+      ignore_fields: fields of config.json that are known not to change the result.
 
     Raises:
       InputError: naming the file, field or tensor that is missing, left over or not handled.

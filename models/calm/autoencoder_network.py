@@ -52,7 +52,7 @@ _FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """What an `Autoencoder` computes; letters as in `axes`."""
+    """Sizes and constants of an `Autoencoder`; letters as in `axes`."""
 
     vocab_size: int  # V
     hidden_size: int  # D
@@ -158,7 +158,7 @@ def _layers_table(
 
 
 def check_chunks(config: AutoencoderConfig, chunks: ArrayLike) -> None:
-    """Refuses what are no chunks of this model; values only where they are known."""
+    """Raise InputError unless these are chunks of this model; values are checked outside jit."""
     if np.shape(chunks)[-1:] != (config.chunk_size,):
         raise InputError(
             f"chunks have shape {list(np.shape(chunks))}; it must be"
@@ -176,10 +176,10 @@ def encode_chunks(
     """Mean and log standard deviation of the latent vector of each chunk.
 
     Args:
-      config: what is computed.
+      config: sizes and constants of the model.
       params: as in `parameter_table`.
       chunks: tokens int [..., C].
-      token_mask: bool [..., C], the tokens that the encoder sees; all if left out.
+      token_mask: bool [..., C], True for tokens that the encoder sees; all if omitted.
 
     Returns:
       [..., W] each, at least float32.
@@ -248,9 +248,10 @@ def chunk_losses(
 ) -> jax.Array:
     """The training loss of each chunk of int [..., C], in nats: [...].
 
-    Cross-entropy of its C tokens from a latent that is drawn, with tokens hidden from the encoder
-    and dimensions of the latent dropped (config.dropout of either), and kl_weight times the
-    divergence from the standard normal, of which each dimension has kl_floor nats free.
+    The sum of two terms. The first is the cross-entropy of the chunk's C tokens, decoded from a
+    sampled latent. A share config.dropout of the encoder's tokens is hidden, and the same share
+    of the latent's dimensions is dropped. The second is kl_weight times the KL divergence from
+    the standard normal; each dimension has kl_floor nats free.
     """
     token_key, noise_key, dropout_key = jax.random.split(key, 3)
     keep_rate = 1.0 - config.dropout

@@ -61,7 +61,7 @@ __all__ = [
 
 # Fields of a published config.json for its own training and loading.
 _UNUSED_FIELDS = ("ae_path", "ae_name_or_path", "tie_word_embeddings")
-# The kind of head -> what it is called in architectures.
+# Kind of head -> prefix of its name in config.json's `architectures`.
 _ARCHITECTURE_PREFIXES = {
     "energy": "Energy",
     "flow": "Flow",
@@ -88,7 +88,7 @@ _HEAD_LAYERS = {
     "last_norm": "final_layer.in_ln",
     "last_inner": "final_layer.linears.0",
     "last": "final_layer.linears.2",
-    "time": "time_embd",  # of the heads that are told a time: not published
+    "time": "time_embd",  # of heads with a time input: not published
 }
 
 
@@ -155,7 +155,7 @@ def part_layouts(model: NextVectorModel) -> dict[str, ParameterLayout]:
 
 
 class ModelFields(NamedTuple):
-    """What a config.json says of a next-vector model."""
+    """The fields of a next-vector model's config.json."""
 
     config: TransformerConfig  # of the trunk
     chunk_size: int  # C
@@ -164,7 +164,7 @@ class ModelFields(NamedTuple):
 
 
 def is_config(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is a next-vector model's: by its architectures, or by its fields."""
+    """Return whether a config.json is a next-vector model's: by `architectures` or its fields."""
     architectures = fields.get("architectures")
     if isinstance(architectures, list) and architectures:
         joined_names = " ".join(map(str, architectures))
@@ -178,7 +178,7 @@ def is_config(fields: Mapping[str, Any]) -> bool:
 def read_config(
     fields: Mapping[str, Any], ignore_fields: Sequence[str] = ()
 ) -> ModelFields:
-    """What a config.json describes."""
+    """Read the model's settings from the fields of its config.json."""
     if not is_config(fields):
         raise InputError(
             f"this is no next-vector model: architectures is {fields.get('architectures')!r:.60},"
@@ -247,17 +247,19 @@ def load(
     mesh: Mesh | None = None,
     ignore_fields: Sequence[str] = (),
 ) -> LanguageModel[NextVectorModel]:
-    """Loads a next-vector model with its autoencoder, as they are published or as `save` writes.
+    """Load a next-vector model with its autoencoder, as published or as written by `save`.
 
     Args:
-      folder: of the model: config.json, model.safetensors (or shards), perhaps tokenizer.json.
-      autoencoder_folder: of its autoencoder. It can be left out if the model's folder holds the
-        autoencoder too (tensors ae_model.*); if both do, they must be equal. Without a config of
-        its own, that autoencoder's sizes are those of its tensors (that its last layers are
-        missing cannot be seen), and its activation and the constant of its norms the trunk's.
-      dtype: of all parameters; as the model's config.json says if left out.
+      folder: the model's folder: config.json, model.safetensors (or shards), and optionally
+        tokenizer.json.
+      autoencoder_folder: the autoencoder's folder. Omit it if the model's folder holds the
+        autoencoder too (tensors ae_model.*). If both folders hold one, they must be equal. An
+        autoencoder inside the model's folder may lack a config. Its sizes are then read from its
+        tensors, so missing last layers are not noticed. Its activation and its norms' epsilon
+        are then the trunk's.
+      dtype: dtype of all parameters; config.json's dtype if omitted.
       mesh: devices to shard the parameters over, with axes "data" and "model".
-      ignore_fields: fields of config.json that are known not to change what is computed.
+      ignore_fields: fields of config.json that are known not to change the result.
 
     Raises:
       InputError: naming the file, field or tensor that is missing, left over or not handled.
@@ -391,7 +393,7 @@ def _check_same_autoencoder(
 def _read_autoencoder_config(
     tensors: safetensors_files.Tensors, fields: Mapping[str, Any], chunk_size: int
 ) -> AutoencoderConfig:
-    """Of the autoencoder in a model's own folder."""
+    """Return the config of the autoencoder in a model's own folder."""
     autoencoder_fields = fields.get("autoencoder")
     if not isinstance(autoencoder_fields, dict):
         return _config_of_tensors(tensors, fields, chunk_size)
@@ -407,7 +409,7 @@ def _read_autoencoder_config(
 def _config_of_tensors(
     tensors: safetensors_files.Tensors, fields: Mapping[str, Any], chunk_size: int
 ) -> AutoencoderConfig:
-    """Of an autoencoder without a config of its own: sizes of the tensors, the rest the trunk's."""
+    """Return the config of an autoencoder without config.json, from its tensors and the trunk."""
     vocab_size, hidden_size = _matrix_shape(tensors, "encoder.embed_tokens")
     mlp_size, _ = _matrix_shape(tensors, "encoder.encoder_layers.0.mlp.gate_proj")
     config_fields = ConfigFields(fields)
@@ -442,7 +444,7 @@ def _matrix_shape(tensors: safetensors_files.Tensors, name: str) -> tuple[int, i
 
 
 def _count_layers(tensors: safetensors_files.Tensors, side: str) -> int:
-    """How many layers the encoder or the decoder in a model's own folder has."""
+    """Count the layers of the encoder or the decoder in a model's own folder."""
     prefix = f"{AUTOENCODER_PREFIX}{side}.{side}_layers."
     names = [
         name.removeprefix(prefix) for name in tensors.names if name.startswith(prefix)

@@ -1,4 +1,4 @@
-"""What a next-vector model reads: chunks of tokens, and their place in time."""
+"""Inputs of a next-vector model: chunks of tokens, their durations and times."""
 
 from typing import NamedTuple
 
@@ -45,13 +45,13 @@ class ChunkInputs(NamedTuple):
         window: float | None = None,
         follows: bool = False,
     ) -> "ChunkInputs":
-        """Inputs from what a user gave, checked: shapes always, values where they are known.
+        """Make checked inputs from a user's arguments: shapes always, values outside jit.
 
         Args:
           chunks: tokens int [..., T, C], from 0 to `vocab_size` - 1.
           vocab_size: V.
           chunk_size: C.
-          durations: d >= 0 [..., T] of each chunk; 1 if left out.
+          durations: d >= 0 [..., T] of each chunk; 1 if omitted.
           times: when each chunk ends, [..., T], instead of start + cumulative durations.
           start: the time at which the first chunk begins, scalar or [...].
           window: of the trunk's attention, in chunks; None if it has none.

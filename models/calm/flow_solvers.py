@@ -37,8 +37,8 @@ def integrate(
     Args:
       velocity: of x [..., W] at a scalar time, [..., W].
       x: [..., W], with all leading axes that velocities have.
-      steps: equal ones, one after the other; the error falls with their number (euler) or its
-        square (midpoint).
+      steps: number of equal steps. The error is proportional to 1 / steps (euler) or
+        1 / steps^2 (midpoint).
       solver: one of SOLVERS.
 
     Raises:
@@ -61,9 +61,9 @@ def integrate(
 def signal_variance(time: ArrayLike) -> jax.Array:
     """Share of the target's variance at a time in [0, 1], from 1 to `MIN_SIGNAL_VARIANCE`.
 
-    The cosine schedule of Nichol and Dhariwal (arXiv:2102.09672), with their offset of 0.008. They
-    bound each step's noise for the same reason for which the least is bounded here: the first step
-    divides by its root, and would magnify what the network gets wrong.
+    The cosine schedule of Nichol and Dhariwal (arXiv:2102.09672), with their offset of 0.008. The
+    first step divides by the root of the variance, so a small variance would magnify the network's
+    errors. The lower bound prevents that; the paper bounds each step's noise for the same reason.
     """
     angle = (as_float(time) + 0.008) / 1.008 * (0.5 * math.pi)
     variance = jnp.square(jnp.cos(angle) / math.cos(0.004 * math.pi / 1.008))
@@ -119,7 +119,7 @@ def denoise(
 
 
 def check_solver(solver: str) -> None:
-    """Refuses what is none of SOLVERS."""
+    """Raise InputError unless `solver` is one of SOLVERS."""
     if solver not in SOLVERS:
         raise InputError(
             f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}"

@@ -1,28 +1,27 @@
 """Heads without a likelihood: from noise and the hidden state to the next vector.
 
-What such a head knows of the distribution is a map from noise to a sample, so that it can be drawn
-from, and never be asked for a probability:
+Such a head is a map from noise to a sample. It can be sampled, but it has no probabilities:
 
-    loss(params, hidden, target, key)            [...], in expectation least at the data's
+    loss(params, hidden, target, key)            [...], least in expectation at the data's law
     sample(params, key, hidden, temperature)     [..., W]
     noise(key, shape)                            [*shape, U]
     transform(params, noise, hidden)             [..., W], the map itself
 
-with hidden [..., D] and target [..., W], and params of `parameter_table(D)`. Where a target was
-drawn several times (from the posterior of an autoencoder, say), target is [num_targets, ..., W]:
-one axis more than hidden has. Leading axes of noise and hidden broadcast, so that noise [Z, ..., U]
-gives Z samples of each hidden state.
+with hidden [..., D] and target [..., W], and params of `parameter_table(D)`. A target with several
+draws (from the posterior of an autoencoder, for example) is [num_targets, ..., W], with one axis
+more than hidden. Leading axes of noise and hidden broadcast: noise [Z, ..., U] gives Z samples of
+each hidden state.
 
     energy      one step, trained by the energy score (the generative head of CALM)
     flow        the solution of an ordinary differential equation, trained by flow matching
     diffusion   steps of denoising, trained to predict the noise
 
-Flow and diffusion begin at a standard normal density: they ask for targets of mean 0 and deviation
-1 in each dimension, or near to it.
+Flow and diffusion start from a standard normal density. Targets should have a mean near 0 and a
+standard deviation near 1 in each dimension.
 
-`temperature` multiplies the noise. It makes samples more or less alike, but it is no tempered
-density, p^(1/temperature) normalised: of two modes of which one is rarer, a low temperature keeps
-both, or what lies between them.
+`temperature` multiplies the noise. It makes samples more or less alike. It does not give the
+tempered density p^(1/temperature) normalised: of two modes of which one is rarer, a low temperature
+keeps both, or what lies between them.
 """
 
 import dataclasses
@@ -72,12 +71,12 @@ Predictor = Callable[[jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ImplicitHead(Head):
-    """What all of them share: the network of `noise_network`.
+    """Base class of the heads without a likelihood: the network of `noise_network`.
 
     Attributes:
-      hidden_size: D of the blocks; the hidden state's width if left out.
-      depth: J, how many blocks.
-      num_samples: Z, how often a loss draws noise for each hidden state.
+      hidden_size: width D of the blocks; the hidden state's width if omitted.
+      depth: number of blocks, J.
+      num_samples: number of noise draws a loss takes for each hidden state, Z.
     """
 
     hidden_size: int | None = dataclasses.field(
@@ -96,7 +95,7 @@ class ImplicitHead(Head):
 
     @property
     def num_evaluations(self) -> int:
-        """How often a sample goes through the blocks."""
+        """Number of passes through the blocks for one sample."""
         return 1
 
     def network_sizes(self, hidden_width: int) -> NetworkSizes:
@@ -115,7 +114,7 @@ class ImplicitHead(Head):
     def loss(
         self, params: Params, hidden: jax.Array, target: ArrayLike, key: jax.Array
     ) -> jax.Array:
-        """[...], of hidden [..., D] and target [(num_targets,) ..., W]; noise is drawn by `key`."""
+        """Return the loss [...] of hidden [..., D] and target [(num_targets,) ..., W]."""
         raise NotImplementedError
 
     def transform(
@@ -311,9 +310,10 @@ class TimeConditionedHead(ImplicitHead):
 class FlowHead(TimeConditionedHead):
     """A velocity field that carries normal noise to the target along straight lines.
 
-    Conditional flow matching (Lipman et al., arXiv:2210.02747; the straight paths with no noise
-    left at their ends): from z at time 0 to the target y at time 1 goes (1 - t) z + t y, and the
-    blocks predict y - z there. A sample is the solution of dx/dt = velocity(x, t) from noise.
+    Conditional flow matching (Lipman et al., arXiv:2210.02747), on straight paths without noise at
+    their ends. The path from z at time 0 to the target y at time 1 is (1 - t) z + t y, and the
+    blocks predict its velocity y - z. A sample is the solution of dx/dt = velocity(x, t) from
+    noise.
 
     Attributes:
       solver: "euler", of first order, or "midpoint", of second order with two evaluations a step.
@@ -326,7 +326,7 @@ class FlowHead(TimeConditionedHead):
 
     @property
     def num_evaluations(self) -> int:
-        """How often a sample goes through the blocks."""
+        """Number of passes through the blocks for one sample."""
         return self.steps * (1 if self.solver == "euler" else 2)
 
     def loss(
@@ -371,7 +371,7 @@ class DiffusionHead(TimeConditionedHead):
 
     @property
     def num_evaluations(self) -> int:
-        """How often a sample goes through the blocks."""
+        """Number of passes through the blocks for one sample."""
         return self.steps
 
     def loss(
@@ -395,7 +395,7 @@ class DiffusionHead(TimeConditionedHead):
         return denoise(predict_noise, initial_noise, step_noise, steps=self.steps)
 
     def _split_into_steps(self, noise: jax.Array) -> jax.Array:
-        """What comes in at each step, [steps, ..., W], of noise [..., steps * W].
+        """Split noise [..., steps * W] into the noise of each step, [steps, ..., W].
 
         The first W are the initial noise; they stand in for the last step's, which is not read.
         """

@@ -1,9 +1,9 @@
 """Next-vector models: text C tokens at a time (CALM, Shao et al., arXiv:2510.27688).
 
-The embeddings of a chunk's C tokens are compressed to one input vector of the trunk, and a head
-without a likelihood (see `implicit_heads`) draws the latent vector of the next chunk, which the
-autoencoder decodes to its tokens. A chunk has a duration, as a token of a `Transformer` has: the
-unit of time is the chunk. `samplers` draws text.
+The embeddings of a chunk's C tokens are compressed to one input vector of the trunk. A head without
+a likelihood (see `implicit_heads`) draws the latent vector of the next chunk. The autoencoder
+decodes that vector to tokens. A chunk has a duration, like a token of a `Transformer`; the unit of
+time is the chunk. `samplers` draws text.
 
 The methods of `NextVectorModel` are pure functions of parameters and inputs: jit them with the
 model static, take gradients, vmap them.
@@ -63,13 +63,13 @@ class NextVectorModel(ParameterModule):
     Parameters: "trunk/...", "read_*" (of the compression), "head/..." and "autoencoder/...".
 
     Attributes:
-      config: of the trunk; its head, if it says that it has one, is none of this model's.
-      autoencoder_config: of the autoencoder.
-      head: draws latent vectors; see `implicit_heads`.
-      inner_size: F of the MLP that compresses a chunk's embeddings; 2 D if left out.
-      num_targets: how many draws of the autoencoder's posterior the loss takes for each chunk.
-      implementation: of the trunk's attention, and
-      remat: whether its layers are computed anew for the backward pass; see `Execution`.
+      config: config of the trunk. Its fields of an output layer are not used.
+      autoencoder_config: config of the autoencoder.
+      head: the head that draws latent vectors; see `implicit_heads`.
+      inner_size: width F of the MLP that compresses a chunk's embeddings; 2 D if omitted.
+      num_targets: number of posterior draws the loss takes for each chunk.
+      implementation: form of the trunk's attention; see `Execution`.
+      remat: whether the backward pass recomputes the trunk's layers; see `Execution`.
     """
 
     config: TransformerConfig
@@ -104,7 +104,7 @@ class NextVectorModel(ParameterModule):
 
     @property
     def input_kind(self) -> str:
-        """As of `GenerativeModel`, also the following."""
+        """Kind of the items; this and the next properties implement `GenerativeModel`."""
         return "chunks"
 
     @property
@@ -125,7 +125,7 @@ class NextVectorModel(ParameterModule):
 
     @property
     def execution(self) -> Execution:
-        """How the trunk is computed."""
+        """Execution of the trunk: form of attention and gradient checkpointing."""
         return Execution(self.implementation, self.remat)
 
     # --- Parameters and inputs ----------------------------------------------------------------
@@ -160,10 +160,10 @@ class NextVectorModel(ParameterModule):
 
         Args:
           chunks: tokens int [..., T, C].
-          durations: d >= 0 of each chunk, [..., T]; 1 if left out.
+          durations: d >= 0 of each chunk, [..., T]; 1 if omitted.
           times: when each chunk ends, [..., T], instead of start + cumulative durations.
           start: the time at which the first chunk begins, scalar or [...].
-          position: index of the one chunk whose hidden state is wanted, an int or int [...].
+          position: index of the only chunk to return the hidden state of, an int or int [...].
           follows: whether there are chunks before these, in a cache.
 
         Raises:
@@ -225,12 +225,12 @@ class NextVectorModel(ParameterModule):
         position: ArrayLike | None = None,
         cache: KVCache | None = None,
     ) -> HiddenStates:
-        """The trunk's states, of which `.hidden` [..., T, D] is what the head reads.
+        """Return the trunk's states; `.hidden` [..., T, D] is the head's input.
 
         Args:
           params: of `parameter_table`.
           inputs: of `make_inputs`.
-          position: the one position that is wanted, as of `transformer.hidden_states`.
+          position: the only position to return, as in `transformer.hidden_states`.
           cache: of the chunks before these.
         """
         embeddings = self.compress(params, inputs.chunks)

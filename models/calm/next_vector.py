@@ -1,4 +1,4 @@
-"""Next-vector language models: made on a trained autoencoder, and what they say of chunks.
+"""Functions of next-vector language models: creation, hidden states, losses.
 
     lm = calm.create(key, config, autoencoder_lm, head)             # or calm.load(...)
     hidden = calm.hidden_states(lm, chunks, durations=d)            # int [..., T, C] -> [..., T, D]
@@ -46,15 +46,15 @@ def hidden_states(
     start: ArrayLike | None = None,
     position: ArrayLike | None = None,
 ) -> jax.Array:
-    """Hidden states, which the head reads.
+    """Return the hidden states, the head's input.
 
     Args:
       lm: the model.
       chunks: tokens int [..., T, C].
-      durations: d >= 0 of each chunk, [..., T]; 1 if left out.
+      durations: d >= 0 of each chunk, [..., T]; 1 if omitted.
       times: when each chunk ends, [..., T], instead of start + cumulative durations.
-      start: the time at which the first chunk begins, scalar or [...]; 0 if left out.
-      position: index of the chunk whose hidden state is wanted, an int or int [...] (-1: the last).
+      start: the time at which the first chunk begins, scalar or [...]; 0 if omitted.
+      position: index of the only chunk to return, an int or int [...] (-1: the last).
 
     Returns:
       [..., T, D], or [..., D] with `position`.

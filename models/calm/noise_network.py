@@ -44,12 +44,12 @@ class NetworkSizes(NamedTuple):
     """The sizes of a network.
 
     Attributes:
-      block_width: D of the blocks.
-      depth: J, how many blocks.
-      input_width: U, of what the blocks turn into a sample: noise, or a noisy vector.
-      hidden_width: of the hidden states.
-      output_width: W.
-      time_width: features of a time; 0 if the blocks are given none.
+      block_width: width of the blocks, D.
+      depth: number of blocks, J.
+      input_width: width of the blocks' input, noise or a noisy vector, U.
+      hidden_width: width of the hidden states.
+      output_width: width of a sample, W.
+      time_width: number of features of a time; 0 if the blocks have no time input.
     """
 
     block_width: int
@@ -61,13 +61,12 @@ class NetworkSizes(NamedTuple):
 
 
 def parameter_table(sizes: NetworkSizes) -> dict[str, Declaration]:
-    """Name -> declaration of every parameter; those of the blocks are stacked on an axis J.
+    """Return name -> declaration of every parameter; parameters of blocks are stacked on axis J.
 
-    F is the axis that a mesh divides: what a block computes between its first map and its last.
+    F is the axis that a mesh shards: the inner width of a block.
 
-    The last map begins at 0. All samples coincide then, and the loss cannot tell apart what noise
-    they come from; but the map's gradient can, as it is an outer product with features of that
-    noise, and after one step no two samples are equal.
+    The last map starts at 0, so all samples are equal at first. Its gradient is an outer product
+    with features of the noise, so samples differ after one step.
     """
     width = sizes.block_width
     square = {"D": width, "F": width}
@@ -143,7 +142,7 @@ def run_noise_network(
 
 
 def condition(params: NetworkParams, embedding: jax.Array) -> jax.Array:
-    """What the blocks are given besides the noise, y [..., D], from its embedding [..., D]."""
+    """Return the blocks' condition y [..., D], from the hidden state's embedding [..., D]."""
     return apply_norm(params, "hidden_norm", embedding)
 
 

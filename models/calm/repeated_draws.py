@@ -1,11 +1,11 @@
-"""Draws from P(x)^(1 / temperature), normalized, of a model that can only be sampled.
+"""Sampling from P(x)^(1 / temperature), normalized, of a model that can only be sampled.
 
-A draw x of a model with probabilities P, and n - 1 more that all equal it, come with probability
-P(x)^n, which is what a temperature of 1/n wants (Shao et al., arXiv:2510.27688).
-`rejection_sample` draws until that happens; `repetition_sample` counts repetitions among Z draws,
-which takes one step and is biased for finite Z.
+n independent draws of a model with probabilities P all equal x with probability P(x)^n. That is the
+distribution at temperature 1/n, up to normalization (Shao et al., arXiv:2510.27688).
+`rejection_sample` draws until n draws are equal. `repetition_sample` counts repetitions among Z
+draws; it takes one step and is biased for finite Z.
 
-An item is a chunk of C tokens, and two are equal when all of these are.
+An item is a chunk of C tokens. Two items are equal when all their tokens are equal.
 """
 
 import functools
@@ -34,7 +34,7 @@ _INTEGER_TOLERANCE = 1e-5
 
 
 class RejectionSamples(NamedTuple):
-    """What `rejection_sample` found for B rows."""
+    """Results of `rejection_sample` for B rows."""
 
     items: jax.Array  # int [B, C]; the last draw where none was accepted
     accepted: jax.Array  # bool [B]
@@ -69,30 +69,30 @@ def rejection_sample(
     max_rounds: int,
     is_done: jax.Array | None = None,
 ) -> RejectionSamples:
-    """Draws from P(x)^(1 / temperature), normalized, by rejection.
+    """Draw from P(x)^(1 / temperature), normalized, by rejection.
 
     Let 1 / temperature = n + a with 0 <= a < 1. An attempt fails unless its first n draws are
-    equal. For a > 0 it then goes on until the item comes again, and fails at the i-th miss with
-    probability a / i. With p = P(x) it ends well with probability
+    equal. For a > 0 it then draws until the item is drawn again, and fails at the i-th miss with
+    probability a / i. With p = P(x) the second part succeeds with probability
 
         sum_k (1 - p)^k p prod_{i <= k} (1 - a / i) = p (1 - (1 - p))^(a - 1) = p^a,
 
-    by the binomial series: a Bernoulli factory. An attempt that fails is followed by another with
-    fresh draws; to begin it with the draw that failed would favour items that follow others.
+    by the binomial series (a Bernoulli factory). A failed attempt is followed by another with fresh
+    draws. Restarting with the failed draw would bias the samples.
 
-    An attempt at temperature 1/n succeeds with probability sum_x P(x)^n, so that flat distributions
-    take long. Rows are independent, and one that is done keeps its item while others go on.
+    An attempt at temperature 1/n succeeds with probability sum_x P(x)^n, so flat distributions take
+    many rounds. Rows are independent: a finished row keeps its item while others continue.
 
     Args:
       key: PRNG key.
-      draw: from a key to items int [B, C], one independent draw for each of B rows, which may have
-        distributions of their own. It is traced, once.
+      draw: function of a key that returns items int [B, C], one independent draw for each of B
+        rows. Rows may have different distributions. It is traced once.
       temperature: above 0 and at most 1, a scalar or [B].
-      max_rounds: how often `draw` is called at most.
-      is_done: bool [B], rows for which nobody waits; none if left out. Their items are zeros.
+      max_rounds: largest number of calls of `draw`.
+      is_done: bool [B], rows that need no item; none if omitted. Their items are zeros.
 
     Returns:
-      items, which of them are drawn as they should be, and at what cost.
+      the items, whether each was accepted, and its number of draws.
 
     Raises:
       InputError: for a temperature or max_rounds out of range, or draws of another shape or dtype.
@@ -122,7 +122,7 @@ def rejection_sample(
 
     initial_state = _empty_state(item_struct, exponent.n.dtype, is_done)
     _, state = lax.while_loop(is_unfinished, run_round, (jnp.int32(0), initial_state))
-    # What is accepted is the last draw, always.
+    # The accepted item is always the last draw.
     return RejectionSamples(state.last_draw, state.is_done, state.num_rounds)
 
 
@@ -144,7 +144,7 @@ def _check_temperature(temperature: ArrayLike, num_rows: int) -> None:
 
 
 def _split_exponent(exponent: jax.Array) -> _Exponent:
-    """The integer part and the fraction; what is near to an integer counts as that integer."""
+    """Return the integer part and the fraction; values near an integer count as that integer."""
     nearest_integer = jnp.round(exponent)
     tolerance = _INTEGER_TOLERANCE * nearest_integer
     is_integer = jnp.abs(exponent - nearest_integer) <= tolerance
@@ -217,12 +217,12 @@ def _keep_done_rows(
 
 
 def repetition_sample(key: jax.Array, candidates: ArrayLike, *, n: int) -> jax.Array:
-    """Draws from P(x)^n, normalized, approximately: by what repeats among Z candidates.
+    """Draw from P(x)^n, normalized, approximately: by repetitions among Z candidates.
 
-    An item that came c times is drawn in proportion to binomial(c, n), the number of ways to choose
-    n of its copies; see `repetition_weights`. The expectation of binomial(c, n) is
-    binomial(Z, n) P(x)^n, but that of the ratio is not P(x)^n, normalized: what is drawn is too
-    flat, by an amount that falls as Z grows.
+    An item with c copies is drawn in proportion to binomial(c, n), the number of ways to choose n
+    copies; see `repetition_weights`. The expectation of binomial(c, n) is binomial(Z, n) P(x)^n.
+    The expectation of the normalized weight is not the normalized P(x)^n: draws are too uniform,
+    by an amount that falls as Z grows.
 
     Args:
       key: PRNG key.
@@ -233,7 +233,7 @@ def repetition_sample(key: jax.Array, candidates: ArrayLike, *, n: int) -> jax.A
       items int [..., C].
 
     Raises:
-      InputError: if candidates are no such integers, or n is no positive integer.
+      InputError: if candidates are not integers [Z, ..., C], or n is not a positive integer.
     """
     items, log_weights = repetition_weights(candidates, n=n)
     item_index = jax.random.categorical(key, log_weights, axis=0)
@@ -241,15 +241,15 @@ def repetition_sample(key: jax.Array, candidates: ArrayLike, *, n: int) -> jax.A
 
 
 def repetition_weights(candidates: ArrayLike, *, n: int) -> tuple[jax.Array, jax.Array]:
-    """The candidates in order, and the log-weights that `repetition_sample` draws them with.
+    """Return the sorted candidates and the log-weights that `repetition_sample` uses.
 
-    Log binomial(c, m) at one copy of each item that came c times, -inf at its other copies; m is n,
-    or the largest count of the row where none came n times. It is the sum of log(c - j) over j < m,
-    up to a constant of the row: that loses no digits at any c, as log-gamma functions would.
+    An item with c copies has log-weight log binomial(c, m) at one copy and -inf at the others. Here
+    m is n, or the row's largest count if no item has n copies. It is computed as the sum of
+    log(c - j) over j < m, up to a constant of the row; log-gamma functions would lose digits.
 
-    Equal items are brought together by a sort over tokens, and counted as the lengths of runs:
-    O(Z C) memory for a row and O(Z C log Z) time, where comparing pairs takes O(Z^2 C) time, and
-    hashes could collide.
+    Candidates are sorted by their tokens, and copies are counted as lengths of runs. A row takes
+    O(Z C) memory and O(Z C log Z) time. Comparing pairs would take O(Z^2 C) time, and hashes could
+    collide.
 
     Args:
       candidates: int [Z, ..., C].
@@ -259,7 +259,7 @@ def repetition_weights(candidates: ArrayLike, *, n: int) -> tuple[jax.Array, jax
       items int [Z, ..., C], sorted along Z, and log-weights float32 [Z, ...].
 
     Raises:
-      InputError: as of `repetition_sample`.
+      InputError: as in `repetition_sample`.
     """
     check_count("n", n)
     candidates = jnp.asarray(candidates)

@@ -45,11 +45,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkSampler(Sampler[NextVectorModel]):
-    """What the samplers of next-vector models share: prompts become chunks of C tokens.
+    """Base class of the samplers of next-vector models: prompts become chunks of C tokens.
 
     Attributes:
-      pad_token: a token that is put in front of prompts whose length C does not divide; the model's
-        eos_token_id if left out: the end of the text before.
+      pad_token: token put in front of prompts whose length is not a multiple of C; the model's
+        eos_token_id if omitted, as at the end of an earlier text.
     """
 
     pad_token: int | None = dataclasses.field(default=None, metadata=STATIC)
@@ -114,7 +114,7 @@ class Repetition(ChunkSampler):
         return self.temperature > 0
 
     def order(self) -> int:
-        """How many equal draws are looked for: n of a temperature of 1/n."""
+        """Number of equal draws required: n at temperature 1/n."""
         if self.temperature == 0:
             return self.num_candidates
         return repeated_draws.inverse_temperature(self.temperature)

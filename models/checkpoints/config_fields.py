@@ -1,4 +1,4 @@
-"""What a family of checkpoints has to say: how its config.json is read, and its tensors' names."""
+"""Fields of a config.json, each read once, and those that have no effect."""
 
 from collections.abc import Mapping
 from typing import Any, overload
@@ -17,7 +17,7 @@ __all__ = [
 REQUIRED: Any = object()
 MAX_LAYERS = 1_000  # more is a mistake, and would cost time and memory before it shows
 
-# Fields that do not change what a causal model computes at inference, so that they may be there.
+# Fields that do not change the output of a causal model at inference.
 INERT_FIELDS = frozenset(
     """
     _attn_implementation _name_or_path architectures attention_dropout
@@ -53,7 +53,7 @@ class ConfigFields:
         return default
 
     def __contains__(self, name: str) -> bool:
-        """Whether it is written down, even as null."""
+        """Return whether config.json has the field, even as null."""
         return name in self._values
 
     def integer(
@@ -122,16 +122,15 @@ class ConfigFields:
             )
 
     def check_all_read(self, ignore: tuple[str, ...] = ()) -> None:
-        """Refuses the first field that nobody has read and that may change what is computed."""
+        """Raise InputError for the first unread field that may change the model's output."""
         for name, value in self._values.items():
             if (
                 name not in self._read_names | INERT_FIELDS | set(ignore)
                 and value is not None
             ):
                 raise InputError(
-                    f"field {self._prefix}{_printable_name(name)} ({value!r:.60}) is not"
-                    " handled and may"
-                    " change what the model computes; if it does not, name it in ignore_fields"
+                    f"field {self._prefix}{_printable_name(name)} ({value!r:.60}) is not handled"
+                    " and may change the result; if it does not, name it in ignore_fields"
                 )
 
     def _get_typed(self, name, default, types, expected, is_valid=lambda v: True):
@@ -150,7 +149,7 @@ class ConfigFields:
 
 
 def _is_positive(value: int | float) -> bool:
-    """Whether it is a positive number in float32 too, neither 0 nor infinite there."""
+    """Return whether a number is positive and finite in float32 too."""
     limits = np.finfo(np.float32)
     return float(limits.tiny) <= value <= float(limits.max)
 

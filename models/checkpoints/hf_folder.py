@@ -1,4 +1,4 @@
-"""What all checkpoint folders in the Hugging Face layout share: place, dtype, tokenizer, fields."""
+"""Folders in the Hugging Face layout: location, dtype, tokenizer, fields of config.json."""
 
 import os
 import pathlib
@@ -81,7 +81,7 @@ def find_folder(folder_or_name: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def check_mesh(mesh: Mesh | None) -> None:
-    """Refuses what is no mesh."""
+    """Raise InputError unless `mesh` is a Mesh or None."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise InputError(
             f"mesh is a {type(mesh).__name__}; make one with jax.make_mesh"
@@ -89,7 +89,7 @@ def check_mesh(mesh: Mesh | None) -> None:
 
 
 def parameter_dtype(fields: Mapping[str, Any], dtype: DTypeLike | None) -> jnp.dtype:
-    """The dtype that is asked for, or else what a config.json says."""
+    """Return `dtype`, or config.json's dtype if it is None."""
     if dtype is not None:
         return _as_float_dtype(dtype)
     dtype_names = [
@@ -141,7 +141,7 @@ def read_tokenizer(
 
 
 def _has_tokens_beyond(tokenizer: "tokenizers.Tokenizer", vocab_size: int) -> bool:
-    """Whether it has tokens beyond the vocabulary, special ones aside (Gemma 3's for images)."""
+    """Return whether ordinary tokens lie beyond the vocabulary (Gemma 3 has special ones there)."""
     added_tokens = tokenizer.get_added_tokens_decoder()
     special_ids = {
         token_id for token_id, token in added_tokens.items() if token.special
@@ -164,6 +164,6 @@ def kept_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields_to_write(hf_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Kept fields that are still true of a folder that is written anew."""
+    """Return the fields of the source's config.json that also hold for a newly written folder."""
     stale = ("dtype", "transformers_version")
     return {name: value for name, value in hf_fields.items() if name not in stale}

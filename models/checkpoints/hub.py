@@ -65,8 +65,8 @@ def download(name: str) -> pathlib.Path:
         ) from None
     except errors.LocalEntryNotFoundError:
         raise InputError(
-            f"{name} is neither a folder here nor wholly in the cache of the Hugging Face hub, and"
-            " the hub cannot be reached: go online once (without HF_HUB_OFFLINE), or check the name"
+            f"{name} is neither a folder nor complete in the Hugging Face cache, and the hub cannot"
+            " be reached: go online once (without HF_HUB_OFFLINE), or check the name"
         ) from None
     except errors.HFValidationError:
         raise InputError(

@@ -1,7 +1,7 @@
 """Converted parameters kept with Orbax, to be read back straight onto any devices.
 
-A cache is a folder with Orbax's own files and a fingerprint: what the source was, and which files
-with how many bytes the cache consists of. It is used only if both are still true.
+A cache is a folder with Orbax's files and a fingerprint. The fingerprint describes the source and
+lists the cache's files with their sizes. A cache is used only if both still match.
 """
 
 import hashlib
@@ -38,13 +38,13 @@ def load_or_build(
     specs: ParameterSpecs,
     build: Callable[[], dict[str, jax.Array]],
 ) -> dict[str, jax.Array]:
-    """The parameters that `build` makes from the folder `source`, from the cache if they are there.
+    """Return the parameters that `build` makes from the folder `source`, cached if possible.
 
     Args:
-      cache_dir: holds one folder for each source and dtype.
-      source: the folder that they come from.
+      cache_dir: folder of caches, with one sub-folder for each source and dtype.
+      source: folder of the checkpoint.
       specs: parameter path -> its shape, dtype and sharding.
-      build: makes them; what it makes is then cached.
+      build: function that makes the parameters, which are then cached.
 
     Raises:
       InputError: if the cache has to be written and cannot be.
@@ -77,7 +77,7 @@ def _cache_name(source: pathlib.Path, dtype: str) -> str:
 
 
 def _describe_source(source: pathlib.Path, specs: ParameterSpecs) -> dict[str, Any]:
-    """What must not have changed for a cache to be good."""
+    """Return the properties of the source that must be unchanged for a cache to be valid."""
     config_path = source / "config.json"
     paths = {
         config_path,
@@ -110,7 +110,7 @@ def _file_sizes(folder: pathlib.Path) -> dict[str, int]:
 def _restore_if_valid(
     folder: pathlib.Path, source_state: dict[str, Any], specs: ParameterSpecs
 ) -> dict[str, jax.Array] | None:
-    """What is cached, or None if it is torn or of another state of the source."""
+    """Return the cached parameters, or None if the cache is incomplete or out of date."""
     try:
         fingerprint = read_json(folder / FINGERPRINT_FILE)
         if fingerprint.get("origin") != source_state:

@@ -1,8 +1,8 @@
-"""Where a model's parameters lie in the tensors of a checkpoint: their names, checks, both ways.
+"""Map a model's parameters to the tensors of a checkpoint, for loading and for saving.
 
-One idea serves loading, on one device or a mesh, and saving: a stored tensor that is sliced,
-reshaped and transposed without a copy *is* the parameter (`StoredTensor.view`). Any part of it is
-then an index away, and since the stored tensors are mapped files, a part is all that is read.
+A stored tensor that is sliced, reshaped and transposed without a copy is the parameter
+(`StoredTensor.view`). Loading on one device or a mesh and saving all use this view. The stored
+tensors are memory-mapped files, so reading a part of a parameter reads only that part.
 """
 
 import concurrent.futures
@@ -48,13 +48,13 @@ STACKED_AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class ParameterLayout:
-    """Where the parameters of a model, or of a part of one, lie in the tensors of a checkpoint.
+    """Map from the parameters of a model, or of a part of one, to the tensors of a checkpoint.
 
     Attributes:
-      tensors: parameter path -> where it is stored; others may be among them.
+      tensors: parameter path -> its stored tensor; may have entries for other parameters.
       declarations: parameter path -> its axes and shape.
-      sizes: the size of each letter of the tensors' axes.
-      tensor_prefix: of the tensors' names, which checkpoints saved without a head leave out.
+      sizes: axis letter of the stored tensors -> its size.
+      tensor_prefix: prefix of the tensors' names; checkpoints saved without a head omit it.
       ignored_tensors: regular expressions of tensors that hold nothing to load.
     """
 
@@ -82,7 +82,7 @@ class ParameterLayout:
         }
 
     def parameter_specs(self, dtype: np.dtype, mesh: Mesh | None) -> ParameterSpecs:
-        """Parameter path -> what is to be made: shape, dtype, sharding (None without a mesh)."""
+        """Return parameter path -> its shape, dtype and sharding (None without a mesh)."""
 
         def parameter_spec(path: str) -> jax.ShapeDtypeStruct:
             shape = self.declarations[path].shape
@@ -225,7 +225,7 @@ class ParameterLayout:
     def _check_unused_tensors(
         self, tensors: safetensors_files.Tensors, checkpoint_names: Mapping[str, str]
     ) -> None:
-        """Refuses what is left over."""
+        """Raise InputError for a tensor that no parameter uses."""
         head_name = self.tensors["head"].name
         is_unprefixed = any(
             full_name != name for full_name, name in checkpoint_names.items()
@@ -310,14 +310,14 @@ def _copy_parts(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
 
 
 def unused_tensor_error(tensors: safetensors_files.Tensors, name: str) -> InputError:
-    """What is to be said of a tensor that no parameter reads."""
+    """Return the error for a tensor that no parameter uses."""
     return InputError(
         f"tensor {name} in {tensors.path(name).name} is left over: it has no place"
     )
 
 
 def are_equal(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two tables are equal, row by row: that takes no memory."""
+    """Return whether two tables are equal; comparing row by row needs no extra memory."""
     return first.shape == second.shape and all(map(np.array_equal, first, second))
 
 

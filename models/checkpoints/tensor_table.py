@@ -27,16 +27,16 @@ def parse_stored_axes(axes: str) -> list[tuple[str, ...]]:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """How a parameter lies in a checkpoint.
+    """Location of a parameter in a checkpoint.
 
     Attributes:
       name: the tensor's name, with {layer} for the layer's number.
       axes: the tensor's axes in letters; "(N H) D" is two axes, the first of size N H. A number is
         an axis that the parameter does not have: "(N 3 H) D" holds three parameters. None: the
-        tensor is the parameter as it is, or one layer of it.
-      part_index: which of those this is.
-      group_axes: if the first axis is several groups one after the other, the axes of each group;
-        `axes` then describes this one, the `part_index`-th.
+        tensor is the parameter itself, or one layer of it.
+      part_index: index of this parameter on the numbered axis.
+      group_axes: axes of each group, if the first axis concatenates several groups; `axes` then
+        describes group `part_index`.
     """
 
     name: str
@@ -80,7 +80,7 @@ class StoredTensor:
 
 
 def _number_repeats(axes: Iterable[str]) -> list[tuple[str, int]]:
-    """Each axis with how often it stood before: of "C D D", D 0 is told apart from D 1."""
+    """Number the repetitions of each axis: "C D D" gives C 0, D 0, D 1."""
     axes = list(axes)
     return [(axis, axes[:place].count(axis)) for place, axis in enumerate(axes)]
 

@@ -41,7 +41,7 @@ def read(
     ignore_fields: Sequence[str] = (),
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> LanguageModel[Transformer]:
-    """The model in a folder; arguments as of `loading.load`."""
+    """Load the trunk in a folder; arguments as in `loading.load`."""
     fields = read_json(folder / "config.json")
     with about(str(folder / "config.json")):
         config = read_config(fields, ignore_fields)
@@ -117,7 +117,7 @@ def read_config(
 
 
 def parameter_layout(config: TransformerConfig) -> ParameterLayout:
-    """Where the parameters of a model lie in the tensors of its family's checkpoints."""
+    """Return the layout of a model's parameters in its family's checkpoints."""
     family = FAMILIES[config.family]
     return ParameterLayout(
         family.tensors,

@@ -1,9 +1,9 @@
 """Density models: the trunk under a head that is a density over the next vector.
 
-head = density.heads.MixtureHead(width=96, depth=1)
-lm = density.add_head(clm.load("apples"), head, key=key)
-density.log_prob(lm, tokens, durations=d)  # nats, [..., T - 1]
-new = clm.generate(lm, tokens, sampler=density.NearestRow(), max_new_tokens=8, key=key)
+    head = density.heads.MixtureHead(width=96, depth=1)
+    lm = density.add_head(clm.load("apples"), head, key=key)
+    density.log_prob(lm, tokens, durations=d)  # nats, [..., T - 1]
+    new = clm.generate(lm, tokens, sampler=density.NearestRow(), max_new_tokens=8, key=key)
 
 The functions here take a `LanguageModel[DensityModel]` and check their arguments. Under them are
 the methods of `DensityModel`, pure functions of parameters and checked inputs.

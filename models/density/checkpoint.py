@@ -47,9 +47,9 @@ def save(
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model as a folder: a checkpoint of the trunk, and beside it what is above.
+    """Write the model as a folder: a checkpoint of the trunk, with density.json and the head.
 
-    `load` reads it back. The files reach the folder when all of them are written, not before.
+    `load` reads it back. The files move to the folder only when all of them are written.
 
     Args:
       folder: made if it is not there.
@@ -92,13 +92,13 @@ def load(
     mesh: Mesh | None = None,
     ignore_fields: Sequence[str] = (),
 ) -> LanguageModel[DensityModel]:
-    """Reads what `save` wrote.
+    """Load a folder that `save` wrote.
 
     Args:
-      folder: to read from.
-      dtype: of the trunk's parameters; as stored if left out. The head's stay as they are.
+      folder: the folder.
+      dtype: dtype of the trunk's parameters; as stored if omitted. The head keeps its dtype.
       mesh: devices to shard the parameters over, with axes "data" and "model".
-      ignore_fields: fields of config.json that are known not to change what is computed.
+      ignore_fields: fields of config.json that are known not to change the result.
 
     Raises:
       InputError: naming the file, setting or tensor that is missing, left over or wrong.
@@ -116,14 +116,14 @@ def load(
 
 
 def has_head(folder: str | os.PathLike[str], ignore_fields: Sequence[str] = ()) -> bool:
-    """Whether a folder that `save` wrote holds more than a language model.
+    """Return whether a folder that `save` wrote holds more than a language model.
 
     A token head on the trunk's own table, without blocks, adds nothing to a trunk whose logits are
     the products with that table: one with tied embeddings and no soft-cap of the logits.
 
     Args:
       folder: of the model.
-      ignore_fields: fields of config.json that are known not to change what is computed.
+      ignore_fields: fields of config.json that are known not to change the result.
     """
     folder = absolute_path(folder)
     settings_path = folder / hf_folder.DENSITY_FILE

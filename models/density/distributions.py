@@ -1,4 +1,4 @@
-"""Densities over vectors as trees of arrays: what the density heads return.
+"""Densities over vectors as trees of arrays, the results of density heads.
 
 Each is a NamedTuple of arrays with any leading axes `...`, and has
 
@@ -8,10 +8,11 @@ Each is a NamedTuple of arrays with any leading axes `...`, and has
     sample(key, temperature)   [..., W]
     shifted(by)                the density moved by a vector [..., W]
 
-`Categorical` has the same face over tokens. At temperature 0 a sample is the likeliest component's
-mean (the token of the largest logit). In between, a Gaussian's standard deviations are multiplied
-by the root of the temperature, which is p^(1/temperature) normalised; for a mixture, weights and
-components are tempered one by one, since its own power has no closed form.
+`Categorical` has the same methods over tokens. At temperature 0 a sample is the likeliest
+component's mean (the token of the largest logit). At other temperatures a Gaussian's standard
+deviations are multiplied by the root of the temperature, which gives p^(1/temperature), normalised.
+The power of a mixture has no closed form, so its weights and its components are tempered
+separately.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,7 @@
-"""Heads: from the trunk's hidden state to what comes next, as a distribution.
+"""Heads of density models: from the trunk's hidden state to a distribution of the next item.
 
-A head is a frozen dataclass that holds no parameters (see `models.head`); `params` is the tree of
-those that its `parameter_table` declares. `distribution` is one of `distributions`, and four
-functions stand on it:
+A head is a frozen dataclass without parameters (see `models.head`). `params` is the tree that its
+`parameter_table` declares. `distribution` returns one of `distributions`; four functions use it:
 
     distribution(params, hidden)
     loss(params, hidden, target)                [...], nats, lower is better
@@ -13,10 +12,10 @@ functions stand on it:
 with hidden [..., D] and target [..., W], or int tokens [...] for the token head. Heads that have no
 distribution, and can only be sampled, are in `calm.implicit_heads`.
 
-Standard deviations are `min_scale + softplus(.)`. Without that bound the likelihood of vectors that
-lie on a line, or on a few points, has no maximum: training would make the density ever narrower
-there. With it no density exceeds (sqrt(2 pi) min_scale)^-W. The unit is the target's own; targets
-with standard deviation 1 in each dimension give the bound its meaning.
+Standard deviations are `min_scale + softplus(.)`. Without that bound the likelihood of vectors on a
+line, or on a few points, has no maximum: training would make the density ever narrower there. With
+it no density exceeds (sqrt(2 pi) min_scale)^-W. `min_scale` is in units of the target; it is meant
+for targets with standard deviation 1 in each dimension.
 """
 
 import dataclasses
@@ -81,18 +80,18 @@ class DistributionHead(Head):
     Attributes:
       depth: residual MLP blocks between the hidden state and the output. A head on a trunk that is
         not trained with it needs one or two.
-      mlp_size: F of these blocks; four times the hidden state's width if left out.
+      mlp_size: F of these blocks; four times the hidden state's width if omitted.
     """
 
     depth: int = field(default=0, metadata=integer(0, 64))
     mlp_size: int | None = field(default=None, metadata=_OPTIONAL_SIZE)
 
     def distribution(self, params: Params, hidden: jax.Array) -> Density | Categorical:
-        """The distribution of what comes next, with the leading axes of hidden [..., D]."""
+        """Return the distribution of the next item, with the leading axes of hidden [..., D]."""
         raise NotImplementedError
 
     def loss(self, params: Params, hidden: jax.Array, target: ArrayLike) -> jax.Array:
-        """What training minimises: the negative log-likelihood, [...] in nats."""
+        """Return the training loss: the negative log-likelihood, [...] in nats."""
         return -self.log_prob(params, hidden, target)
 
     def log_prob(
@@ -146,7 +145,7 @@ class TokenHead(DistributionHead):
 
     @property
     def is_tied_without_blocks(self) -> bool:
-        """Whether it has no parameters of its own: a product with the embedding table."""
+        """Return whether the head is only a product with the embedding table."""
         return self.tied and not self.depth
 
     def parameter_table(self, hidden_width: int) -> ParameterTable:
@@ -285,7 +284,7 @@ class MixtureHead(DensityHead):
 
 
 class Route(NamedTuple):
-    """Where `ExpertsHead` sends hidden states, and what the experts say there."""
+    """Selected experts of `ExpertsHead` and their outputs."""
 
     router_logits: jax.Array  # [..., X]
     expert_indices: jax.Array  # int [..., top_k], the experts chosen
@@ -306,7 +305,7 @@ class ExpertsHead(DensityHead):
       experts: X.
       top_k: how many of them make the mixture. With one alone the router learns from `balance`
         only, as the weight is 1 whatever its logit is.
-      expert_size: F of each expert's MLP; the hidden state's width if left out.
+      expert_size: F of each expert's MLP; the hidden state's width if omitted.
       balance: weight of the balancing term, against the nats of one of the W dimensions.
     """
 
@@ -357,15 +356,15 @@ class ExpertsHead(DensityHead):
         hidden = self._run_blocks(params, hidden)
         router_logits = as_float(linear(params, "router", hidden))
         selected_logits, expert_indices = jax.lax.top_k(router_logits, self.top_k)
-        # All experts, of whom the chosen ones' answers are kept: at these sizes one product over
-        # all is faster than many gathered ones.
+        # Compute all experts, then gather the selected ones: one dense product is faster than many
+        # gathers at these sizes.
         activations = jax.nn.gelu(linear(params, "inner", hidden))
 
         def expert_outputs(name: str) -> jax.Array:  # [..., top_k, W]
             products = jnp.einsum("...xf,xwf->...xw", activations, params[name])
             all_outputs = products + params[f"{name}_bias"]
-            chosen = expert_indices[..., None]
-            return as_float(jnp.take_along_axis(all_outputs, chosen, axis=-2))
+            indices = expert_indices[..., None]
+            return as_float(jnp.take_along_axis(all_outputs, indices, axis=-2))
 
         means = expert_outputs("mean")
         scales = self._bounded_scale(expert_outputs("scale"))

@@ -1,8 +1,8 @@
-"""Continuous autoregressive models: the trunk, under a head that is a density over the next vector.
+"""Continuous autoregressive models: the trunk with a head that is a density over the next vector.
 
-The vectors are the rows of a table, one for each token, or anything at all ([T, W], sound or
-images), with no tokenizer. Durations mean what they mean in the trunk, and the log-density of what
-comes next is differentiable in them.
+The vectors are the rows of a table, one for each token, or any vectors [T, W], such as sound or
+images, without a tokenizer. Durations have the same meaning as in the trunk. The log-density of the
+next vector is differentiable in them.
 
 The methods of `DensityModel` are pure functions of parameters and inputs: jit them with the model
 static, take gradients, vmap them.
@@ -59,23 +59,22 @@ _UNIT_NORMAL: Initializer = nn.initializers.normal(1.0)
 class DensityModel(ParameterModule):
     """A trunk that reads tokens or vectors, and a head on it.
 
-    Parameters are "trunk/...", "head/..." and "read" [D, W], where vectors are read, or "table"
-    [V, W], where it is frozen.
+    Parameters are "trunk/..." and "head/...". Models that read vectors also have "read" [D, W];
+    models with a frozen table have "table" [V, W].
 
     Attributes:
-      config: of the trunk.
-      head: what predicts; see `heads`.
+      config: config of the trunk.
+      head: the head; see `heads`.
       input_kind: "tokens", whose vectors are a table's rows, or "vectors" of the head's width.
-      table: where the rows come from: "frozen", a table of the model's own that no gradient
-        reaches, or "embedding", the trunk's own embedding table, which learns with it. Either is
-        standardised: each dimension has mean 0 and standard deviation 1 over the rows.
-      token_loss_weight: weight of the tokens' cross-entropy when the density is renormalised over
-        the table, against the negative log-density of one of the W dimensions. It keeps a learned
-        table from collapsing, as the likelihood alone is best when all tokens that are hard to tell
-        apart have the same row; and it makes densities at different rows comparable, which the
-        likelihood of many dimensions does not.
-      implementation: of the trunk's attention, and
-      remat: whether its layers are computed anew for the backward pass; see `Execution`.
+      table: source of the rows: "frozen", a separate table without gradients, or "embedding", the
+        trunk's embedding table, which is trained. Rows are standardised: each dimension has mean 0
+        and standard deviation 1 over the rows.
+      token_loss_weight: weight of the token cross-entropy (density renormalised over the table),
+        relative to the negative log-density of one of the W dimensions. Likelihood alone collapses
+        a learned table: tokens that are hard to distinguish get equal rows. It also leaves
+        densities at different rows incomparable.
+      implementation: form of the trunk's attention; see `Execution`.
+      remat: whether the backward pass recomputes the trunk's layers; see `Execution`.
     """
 
     config: TransformerConfig
@@ -114,12 +113,12 @@ class DensityModel(ParameterModule):
 
     @property
     def predicts_tokens(self) -> bool:
-        """Whether the head predicts tokens themselves, and no vectors."""
+        """Return whether the head predicts tokens, not vectors."""
         return isinstance(self.head, heads.TokenHead)
 
     @property
     def is_trunks_own(self) -> bool:
-        """Whether the logits are those of the trunk itself, with no parameters beside its own."""
+        """Return whether the logits are the trunk's, without further parameters."""
         return (
             isinstance(self.head, heads.TokenHead)
             and self.head.is_tied_without_blocks
@@ -129,17 +128,17 @@ class DensityModel(ParameterModule):
 
     @property
     def has_token_table(self) -> bool:
-        """Whether the vectors that are predicted are the rows of a table of tokens."""
+        """Return whether the predicted vectors are the rows of a table of tokens."""
         return self.input_kind == "tokens" and not self.predicts_tokens
 
     @property
     def execution(self) -> Execution:
-        """How the trunk is computed."""
+        """Execution of the trunk: form of attention and gradient checkpointing."""
         return Execution(self.implementation, self.remat)
 
     @property
     def tokens_per_item(self) -> int:
-        """As of `GenerativeModel`."""
+        """Number of tokens of an item; see `GenerativeModel`."""
         return 1
 
     # --- Parameters and inputs ----------------------------------------------------------------
@@ -183,11 +182,11 @@ class DensityModel(ParameterModule):
           InputError: which argument is wrong, where, and how.
         """
         reads_tokens = self.input_kind == "tokens"
-        wanted, unwanted = (tokens, vectors) if reads_tokens else (vectors, tokens)
-        if wanted is None or unwanted is not None:
+        items, other_items = (tokens, vectors) if reads_tokens else (vectors, tokens)
+        if items is None or other_items is not None:
             other_kind = "vectors" if reads_tokens else "tokens"
             raise InputError(
-                f"this model reads {self.input_kind}; give {self.input_kind}, and no {other_kind}"
+                f"this model reads {self.input_kind}; give {self.input_kind}, not {other_kind}"
             )
         return Inputs.make(
             tokens,
@@ -213,15 +212,15 @@ class DensityModel(ParameterModule):
         start: ArrayLike | None = None,
         position: ArrayLike | None = None,
     ) -> jax.Array:
-        """Hidden states, which the head reads.
+        """Return the hidden states, the head's input.
 
         Args:
-          tokens: int [..., T], or
+          tokens: int [..., T]; or give `vectors`.
           vectors: [..., T, W].
-          durations: as of `Transformer.__call__`, also the following.
-          times: when each token or vector ends, [..., T].
-          start: when the first one begins, [...].
-          position: index of the one whose hidden state is wanted.
+          durations: as in `Transformer.__call__`, like the next arguments.
+          times: end time of each token or vector, [..., T].
+          start: start time of the first token or vector, [...].
+          position: index of the only token or vector to return the hidden state of.
 
         Returns:
           [..., T, D], or [..., D] with `position`.
@@ -242,12 +241,12 @@ class DensityModel(ParameterModule):
         position: ArrayLike | None = None,
         cache: KVCache | None = None,
     ) -> HiddenStates:
-        """The trunk's hidden states [..., T, D], which the head reads, and its cache.
+        """Return the trunk's hidden states [..., T, D], the head's input, and its cache.
 
         Args:
           params: of `parameter_table`.
           inputs: of `make_inputs`.
-          position: the one position that is wanted, as of `transformer.hidden_states`.
+          position: the only position to return, as in `transformer.hidden_states`.
           cache: of the tokens or vectors before these.
         """
         if inputs.embeddings is not None:
@@ -365,7 +364,7 @@ class DensityModel(ParameterModule):
         return standardize_table(params[TRUNK]["embedding"])
 
     def next_targets(self, params: Params, inputs: Inputs) -> jax.Array:
-        """What the head is to predict: int tokens [..., T - 1] or vectors [..., T - 1, W]."""
+        """Return the head's targets: int tokens [..., T - 1] or vectors [..., T - 1, W]."""
         if inputs.embeddings is not None:
             return as_float(inputs.embeddings[..., 1:, :])
         assert inputs.tokens is not None

@@ -50,14 +50,14 @@ METRICS = ("euclidean", "cosine")
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DensitySampler(Sampler[DensityModel]):
-    """What the samplers of densities share: temperature, and steering.
+    """Base class of the samplers of densities: temperature and steering.
 
     Attributes:
-      temperature: >= 0, a scalar; see `distributions`. At 0 the likeliest component's mean is
-        taken, and no key is needed.
-      direction: [W], steers: each density is shifted by strength * direction before it is drawn
-        from; see `steering_direction`.
-      strength: a scalar; 0 changes nothing, bit for bit.
+      temperature: >= 0, a scalar; see `distributions`. At 0 a sample is the likeliest component's
+        mean, and no key is needed.
+      direction: [W], steering direction. Each density is shifted by strength * direction before
+        sampling; see `steering_direction`.
+      strength: a scalar; 0 leaves the samples bitwise unchanged.
     """
 
     temperature: ArrayLike = 1.0
@@ -228,7 +228,7 @@ def rerank(
       x: the vectors.
       rows: of the tokens [V, W].
       num_candidates: how many rows, the nearest to each vector, are compared.
-      norms: `quantize.squared_norms(rows)`; computed if left out.
+      norms: `quantize.squared_norms(rows)`; computed if omitted.
     """
     candidates = quantize.k_nearest(x, rows, num_candidates, norms=norms).indices
     log_prob_of_each = jax.vmap(density.log_prob, in_axes=-2, out_axes=-1)

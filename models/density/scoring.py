@@ -1,4 +1,4 @@
-"""Density language models: made anew or on a pretrained trunk, and what they say of sequences.
+"""Functions of density language models: creation, log-densities, losses.
 
     lm = density.create(key, config, heads.GaussianHead(width=config.hidden_size))
     lm = density.add_head(clm.load("apples"), heads.MixtureHead(width=96, depth=1), key=key)
@@ -67,10 +67,10 @@ def log_prob(
       lm: the density model.
       tokens: int [..., T], for a model that reads tokens, or
       vectors: [..., T, W], for one that reads vectors.
-      durations: d >= 0 of each token or vector, [..., T]; 1 if left out. The last one has no
+      durations: d >= 0 of each token or vector, [..., T]; 1 if omitted. The last one has no
         influence.
       times: when each ends, [..., T], instead of start + cumulative durations.
-      start: the time at which the first one begins, scalar or [...]; 0 if left out.
+      start: the time at which the first one begins, scalar or [...]; 0 if omitted.
 
     Raises:
       InputError: for arguments that do not fit, a single vector, or another kind of model.
@@ -124,7 +124,7 @@ def token_logits(
 
 
 def token_table(lm: LanguageModel[DensityModel]) -> jax.Array:
-    """The tokens' vectors [V, W], standardised: what the head predicts.
+    """Return the standardised vectors of the tokens [V, W], the head's targets.
 
     Raises:
       InputError: if the model reads vectors, or predicts tokens themselves.
@@ -171,14 +171,14 @@ def create(
     Args:
       key: PRNG key.
       config: of the trunk.
-      head: what predicts.
+      head: the head.
       input_kind: "tokens" or "vectors"; see `DensityModel`, also for the settings below.
-      table: [V, W] rows for the tokens, of another model, say: they are standardised and frozen. If
-        left out, the rows are the trunk's embedding table, and learned with it.
+      table: [V, W] rows of the tokens, for example of another model; they are standardised and
+        frozen. If omitted, the rows are the trunk's embedding table, which is trained.
       token_loss_weight: weight of the tokens' cross-entropy in the loss.
-      implementation: of attention.
-      remat: whether layers are computed anew for the backward pass.
-      tokenizer: kept with the model.
+      implementation: form of attention.
+      remat: whether the backward pass recomputes layers.
+      tokenizer: tokenizer stored with the model.
     """
     model = DensityModel(
         config,

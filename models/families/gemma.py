@@ -16,7 +16,7 @@ from continuous_lm.models.families.shared_fields import (
 
 
 def read_gemma_fields(fields: ConfigFields) -> dict[str, Any]:
-    """What all Gemmas share, as arguments of `TransformerConfig`."""
+    """Return the settings that all Gemmas share, as arguments of `TransformerConfig`."""
     require_fields(fields, "head_dim", "num_key_value_heads")
     fields.must_be("attention_bias", False)
     fields.must_be("use_bidirectional_attention", None, False)

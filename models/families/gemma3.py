@@ -47,7 +47,7 @@ def _read_windows(fields: ConfigFields, num_layers: int) -> dict[str, Any]:
 
 
 def _read_ropes(fields: ConfigFields) -> tuple[Rope, Rope]:
-    """Of layers without a window, and of those with one."""
+    """Return the ropes of layers without a window and of layers with one."""
     parameters = fields.nested("rope_parameters")
     if parameters is None:
         local_rope = Rope(theta=float(fields.number("rope_local_base_freq", 10_000.0)))

@@ -15,7 +15,7 @@ from continuous_lm.models.families.shared_fields import (
 
 
 def read_config(fields: ConfigFields) -> TransformerConfig:
-    """As Llama's; sliding_window is a distance in tokens, null for none."""
+    """Read a Mistral config: Llama's fields, and sliding_window in tokens, null for none."""
     require_fields(fields, "sliding_window", "num_key_value_heads")
     fields.must_be("attention_bias", False)
     fields.must_be("mlp_bias", False)

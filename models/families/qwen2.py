@@ -18,7 +18,7 @@ from continuous_lm.models.families.shared_fields import (
 
 
 def read_qwen_windows(fields: ConfigFields, num_layers: int) -> dict[str, Any]:
-    """Windows: of the layers from max_window_layers on, if use_sliding_window says so."""
+    """Read the window of the layers from max_window_layers on, if use_sliding_window is true."""
     fields.must_be("use_mrope", False)
     has_windows, first_windowed = (
         fields.flag("use_sliding_window", False),

@@ -64,7 +64,7 @@ def read_common_fields(
 
 
 def default_head_dim(hidden_size: int, num_heads: int, *field_names: str) -> int:
-    """The width of a head where nothing else says it; `field_names` are those of the two fields."""
+    """Return hidden_size / num_heads, the default width of a head; `field_names` are for errors."""
     if hidden_size % num_heads:
         size_name, heads_name = field_names
         raise InputError(
@@ -105,7 +105,7 @@ def read_windows(
     Args:
       fields: of config.json.
       num_layers: L.
-      is_windowed: whether layer i has the window, if layer_types does not say so.
+      is_windowed: whether layer i has the window, if layer_types is absent.
     """
     window = fields.number("sliding_window", None)
     layer_types = fields.get("layer_types", None)
@@ -123,7 +123,7 @@ def read_windows(
 
 
 def _window_pattern(layer_types: object, num_layers: int) -> tuple[bool, ...]:
-    """Whether each layer has the window, as a config.json says it."""
+    """Return whether each layer has the window, from config.json's layer_types."""
     window_by_type = {"sliding_attention": True, "full_attention": False}
     names = layer_types if isinstance(layer_types, list) else []
     is_known = [isinstance(name, str) and name in window_by_type for name in names]

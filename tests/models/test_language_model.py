@@ -815,7 +815,7 @@ def test_with_execution_changes_only_how_a_model_is_computed():
         chunk_size=2,
     )
     autoencoder_lm = clm.LanguageModel(autoencoder.Autoencoder(config), {})
-    with pytest.raises(clm.InputError, match="remat is no setting of Autoencoder"):
+    with pytest.raises(clm.InputError, match="remat is not a setting of Autoencoder"):
         autoencoder_lm.with_execution(remat=True)
 
 
