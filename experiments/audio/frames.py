@@ -184,6 +184,12 @@ def prepare_sounds(config: Config) -> Sounds:
         config.length,
         "--held_out_seconds: the held-out sound",
     )
+    longest_hop = round(max(audio_models.HOP_FACTORS) * mel_config.hop)
+    window_batches.check_length(
+        sounds.held_out_at_hop(longest_hop),
+        config.length,
+        f"--held_out_seconds: the held-out sound, a frame every {longest_hop} samples,",
+    )
     return sounds
 
 

@@ -44,6 +44,7 @@ results, to which the others look when a run goes on, must be one that all of th
 import dataclasses
 import datetime
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
@@ -157,6 +158,8 @@ class FlagField:
         return value
 
     def _check_bounds(self, value: float) -> None:
+        if math.isinf(value):
+            raise InputError(f"--{self.name} is {value}; it must be finite")
         lower_bound = self.description.lower_bound
         upper_bound = self.description.upper_bound
         if lower_bound is not None and not value >= lower_bound:

@@ -99,7 +99,7 @@ class FitConfig:
         multiple of their number. A mesh does more (see `parallel`).
 
     Raises:
-      InputError: if a count is below 1.
+      InputError: if a count is below 1, or `clip` is not above 0.
     """
 
     steps: int
@@ -129,6 +129,10 @@ class FitConfig:
         for name, count in counts.items():
             if count < 1:
                 raise InputError(f"{name} must be at least 1, not {count}")
+        if not self.clip > 0:
+            raise InputError(
+                f"clip is {self.clip}; it must be above 0, or all gradients would be 0"
+            )
 
 
 def fit(

@@ -355,6 +355,7 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
         ({"sound": "speech"}, "apt install espeak-ng"),
         ({"seconds": 0.2}, "--seconds: the sound is too short"),
         ({"held_out_seconds": 0.2}, "--held_out_seconds: the held-out sound is too"),
+        ({"held_out_seconds": 0.34}, "sound, a frame every 125 samples, is too short"),
         ({"seconds": 0.01}, "too short: a window has 400 samples"),
         ({"seconds": 0.0}, "seconds of sound are too short"),
         ({"prompt": 24}, "--prompt=24 leaves nothing"),

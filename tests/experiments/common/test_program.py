@@ -210,3 +210,8 @@ def test_a_notebook_runs_a_program(tmp_path):
     )
     assert ended.stdout == "['1', '2', '3', '4']\n", ended.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_flags_are_finite():
+    with pytest.raises(InputError, match="--margin is inf; it must be fin"):
+        program.parse(inverse.Config, "inverse", ["--margin=inf"])

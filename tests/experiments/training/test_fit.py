@@ -619,3 +619,9 @@ def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, whole, monkeypatch
         "tensorboardX is not installed: nothing is written for TensorBoard"
     ]
     assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
+def test_a_clip_that_leaves_no_gradient_is_refused(clip):
+    with pytest.raises(clm.InputError, match=r"clip is .*; it must be above 0"):
+        fit.FitConfig(steps=1, learning_rate=0.1, clip=clip)
