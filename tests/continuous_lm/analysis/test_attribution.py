@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import logsumexp
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution
@@ -18,28 +19,29 @@ METHODS = [
     attribution.gradient_times_input,
     attribution.leave_one_out,
 ]
-W = jnp.array([0.5, -1.0, 2.0, 0.25, 0.0])
-D, BASE = jnp.array([1.0, 2.0, 0.5, 0.0, 1.0]), jnp.array([1.0, 0.5, 1.5, 1.0, 0.0])
+W = np.array([0.5, -1.0, 2.0, 0.25, 0.0], np.float32)
+D = np.array([1.0, 2.0, 0.5, 0.0, 1.0], np.float32)
+BASE = np.array([1.0, 0.5, 1.5, 1.0, 0.0], np.float32)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_linear_function_is_shared_out_exactly(method):
-    found = method(lambda d: W @ d + 3.0, D, BASE)
-    np.testing.assert_allclose(found.contributions, W * (D - BASE), atol=1e-6)
-    assert found.end_value == pytest.approx(float(W @ D + 3))
-    assert found.baseline_value == pytest.approx(float(W @ BASE + 3))
-    assert abs(found.residual) < 1e-5
-    assert found.contributions[0] == 0.0  # its duration does not change
+def test_contributions_of_a_linear_function_are_exact(method):
+    result = method(lambda d: W @ d + 3.0, D, BASE)
+    np.testing.assert_allclose(result.contributions, W * (D - BASE), atol=1e-6)
+    assert result.end_value == pytest.approx(float(W @ D + 3))
+    assert result.baseline_value == pytest.approx(float(W @ BASE + 3))
+    assert abs(result.residual) < 1e-5
+    assert result.contributions[0] == 0.0  # its duration does not change
 
 
 @pytest.mark.parametrize("steep", [0.0, 4.0, 9.0])
-def test_softmax_has_a_known_integral(steep):
-    """f = N / Z, the attention of one query, from the first token alone to all of them."""
+def test_contributions_of_a_softmax_match_its_integral(steep):
+    """f = N / Z, the attention of one query, from only the first token to all tokens."""
     rng = np.random.default_rng(0)
     mass = np.exp(rng.normal(size=6) + np.array([0.0] + [steep] * 5))
     v = rng.normal(size=6)
-    found = attribution.integrated_gradients(
-        lambda d: jnp.sum(d * (mass * v)) / jnp.sum(d * mass), np.ones(6, np.float32)
+    result = attribution.integrated_gradients(
+        jax.tree_util.Partial(attention_output, mass, v), np.ones(6, np.float32)
     )
     # Along the path Z = z0 + alpha z1 and N = n0 + alpha n1; df/dd_j = m_j (v_j Z - N) / Z^2.
     z0, z1 = mass[0], mass[1:].sum()
@@ -49,8 +51,12 @@ def test_softmax_has_a_known_integral(steep):
     expected = mass * (v * inverse_z - n_over_z2)
     expected[0] = 0.0
     np.testing.assert_allclose(
-        found.contributions, expected, atol=3e-3 * np.abs(expected).max()
+        result.contributions, expected, atol=3e-3 * np.abs(expected).max()
     )
+
+
+def attention_output(mass, v, d):
+    return jnp.sum(d * (mass * v)) / jnp.sum(d * mass)
 
 
 def cliff(w, middle, width, height, d):
@@ -58,16 +64,16 @@ def cliff(w, middle, width, height, d):
 
 
 @given(st.floats(0.05, 0.95), st.floats(0.01, 0.2), st.floats(-30, 30))
-def test_a_cliff_anywhere_is_found(middle, width, height):
-    """A function of w . d alone shares its change out in proportion to w_j (d_j - base_j)."""
+def test_contributions_at_a_steep_cliff(middle, width, height):
+    """A function of w . d only: its change is distributed in proportion to w_j (d_j - base_j)."""
     w = np.array([1.0, 2.0, 0.5, 1.5])
     value = jax.tree_util.Partial(cliff, w, middle, width, height)
-    found = attribution.integrated_gradients(value, np.ones(4))
+    result = attribution.integrated_gradients(value, np.ones(4))
     share = np.where(np.arange(4) > 0, w, 0) / 4.0
     np.testing.assert_allclose(
-        found.contributions, share * found.change, atol=0.005 * abs(height) + 1e-6
+        result.contributions, share * result.change, atol=0.005 * abs(height) + 1e-6
     )
-    assert found.relative_residual() < 0.01
+    assert result.relative_residual() < 0.01
 
 
 @pytest.mark.slow
@@ -98,13 +104,14 @@ def test_panels_cover_the_path_and_are_narrow_at_cliffs():
 def test_log_probability_is_that_of_a_group():
     tokens, d = draw()
     value = attribution.log_probability(LM, [7, 3, 3], tokens=tokens, position=5)
-    p = jax.nn.softmax(LM(tokens, durations=d, position=5))
-    np.testing.assert_allclose(once(value, d), jnp.log(p[3] + p[7]), rtol=1e-5)
-    rows = LM.params["embedding"][tokens]
-    same = attribution.log_probability(
+    logits = np.asarray(LM(tokens, durations=d, position=5), np.float64)
+    expected = logsumexp(logits[[3, 7]]) - logsumexp(logits)
+    np.testing.assert_allclose(once(value, d), expected, rtol=1e-5)
+    rows = np.asarray(LM.params["embedding"])[tokens]
+    by_rows = attribution.log_probability(
         LM, [3, 7], embeddings=rows, start=2.0, position=5
     )
-    np.testing.assert_allclose(once(same, d), once(value, d), rtol=1e-5)
+    np.testing.assert_allclose(once(by_rows, d), expected, rtol=1e-5)
 
 
 def model_value(lm=LM, position=8):
@@ -116,78 +123,73 @@ def once(value, d):
     return float(attribution.evaluate(value, d[None], 1)[0])
 
 
-def test_completeness_from_any_durations_to_any():
+def test_completeness_between_any_durations():
     value, d = model_value()
-    found = attribution.integrated_gradients(value, d, jnp.roll(d, 1), batch_size=5)
-    assert found.relative_residual() < 1e-3
-    assert found.end_value == pytest.approx(once(value, d), rel=1e-5)
-    assert found.baseline_value == pytest.approx(once(value, jnp.roll(d, 1)), rel=1e-5)
-    assert (
-        found.contributions[9:] == 0
-    ).all()  # what follows the answer's place has no part in it
-    assert (found.contributions[1:9] != 0).all()
+    baseline = np.roll(d, 1)
+    result = attribution.integrated_gradients(value, d, baseline, batch_size=5)
+    assert result.relative_residual() < 1e-3
+    assert result.end_value == pytest.approx(once(value, d), rel=1e-5)
+    assert result.baseline_value == pytest.approx(once(value, baseline), rel=1e-5)
+    # Tokens after the position of the answer have no effect.
+    assert (result.contributions[9:] == 0).all()
+    assert (result.contributions[1:9] != 0).all()
 
 
 @pytest.mark.slow
-def test_a_window_makes_jumps_that_show_in_the_residual():
+def test_the_residual_shows_jumps_of_windows():
     value, _ = model_value(LM_WINDOWED, position=-1)
     inside, across = np.full(N, 0.3), np.full(N, 1.0)
     assert attribution.integrated_gradients(value, inside).relative_residual() < 1e-3
     assert attribution.integrated_gradients(value, across).relative_residual() > 1e-2
 
 
-def test_gradient_times_input_is_a_finite_difference():
+def without(d, indices):
+    """Durations with zeros at some indices."""
+    d = d.copy()
+    d[indices] = 0.0
+    return d
+
+
+def test_gradient_times_input_matches_finite_differences():
     value, d = model_value()
-    base = d.at[jnp.array([2, 5])].set(0.0)
-    found = attribution.gradient_times_input(value, d, base)
-    h, value = 1e-2, jax.jit(value)
+    result = attribution.gradient_times_input(value, d, without(d, [2, 5]))
+    h = np.float32(1e-2)
     for j in (2, 5):
-        step = h * jnp.eye(N)[j]
-        slope = (value(d + step) - value(d - step)) / (2 * h)
-        np.testing.assert_allclose(found.contributions[j], slope * d[j], atol=2e-4)
-    assert (np.delete(found.contributions, [2, 5]) == 0).all()
+        step = h * np.eye(N, dtype=np.float32)[j]
+        slope = (once(value, d + step) - once(value, d - step)) / (2 * h)
+        np.testing.assert_allclose(result.contributions[j], slope * d[j], atol=2e-4)
+    assert (np.delete(result.contributions, [2, 5]) == 0).all()
 
 
-def test_leave_one_out_is_calls_without_each_token():
+def test_leave_one_out_equals_calls_without_each_token():
     value, d = model_value()
-    found = attribution.leave_one_out(value, d, batch_size=4)
-    value = jax.jit(value)
-    expected = [0.0] + [float(value(d) - value(d.at[j].set(0.0))) for j in range(1, N)]
-    np.testing.assert_allclose(found.contributions, expected, atol=1e-5)
+    result = attribution.leave_one_out(value, d, batch_size=4)
+    plain = once(value, d)
+    expected = [0.0] + [plain - once(value, without(d, j)) for j in range(1, N)]
+    np.testing.assert_allclose(result.contributions, expected, atol=1e-5)
 
 
-def test_deletion_takes_the_most_important_first():
+def test_deletion_starts_with_the_most_important_token():
+    """The first token stays."""
     value, d = model_value()
     importance = np.array([9.0, 1, 5, 5, -2, 0, 3, 4, 2, 8, -1, 7])
-    found = deletion_curve(value, d, importance)
-    assert list(found.order) == [
-        9,
-        11,
-        2,
-        3,
-        7,
-        6,
-        8,
-        1,
-        5,
-        10,
-        4,
-    ]  # the first one stays
+    curve = deletion_curve(value, d, importance)
+    assert curve.order.tolist() == [9, 11, 2, 3, 7, 6, 8, 1, 5, 10, 4]
     for k in (0, 1, 4, 11):
-        gone = d.at[found.order[:k]].set(0.0)
-        np.testing.assert_allclose(found.values[k], once(value, gone), atol=1e-5)
+        expected = once(value, without(d, curve.order[:k]))
+        np.testing.assert_allclose(curve.values[k], expected, atol=1e-5)
 
 
-def test_area_of_deletion():
-    found = deletion_curve(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 2, 1])
-    np.testing.assert_allclose(found.values, [3, 1, 0])
-    assert found.area == pytest.approx((0 - 2) / 4 + (-2 - 3) / 4)
+def test_area_of_a_deletion_curve():
+    curve = deletion_curve(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 2, 1])
+    np.testing.assert_allclose(curve.values, [3, 1, 0])
+    assert curve.area == pytest.approx((0 - 2) / 4 + (-2 - 3) / 4)
     worse = deletion_curve(lambda d: 2.0 * d[1] + d[2], [1, 1, 1], [0, 1, 2])
-    assert worse.area > found.area
+    assert worse.area > curve.area
 
 
-def asked(task, number, seed=5):
-    """Prompts of a task, padded to one length, and the index of the last token of each."""
+def sample_prompts(task, number, seed=5):
+    """Yield the embedded model, tokens of a prompt padded to one length, and its last index."""
     lm, rng = clm.load("apples", dtype="float32"), np.random.default_rng(seed)
     for i in range(number):
         prompt = prompts.sample_prompt(rng, task, held_out=bool(i % 2))
@@ -207,13 +209,14 @@ def residual(lm, tokens, position):
 
 @pytest.mark.parametrize("task", ["sum"])
 def test_completeness_on_the_embedded_model(task):
-    assert max(residual(*prompt) for prompt in asked(task, 1)) < 0.01
+    assert max(residual(*prompt) for prompt in sample_prompts(task, 1)) < 0.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", prompts.TASK_WEIGHTS)
 def test_completeness_on_every_task(task):
-    assert max(residual(*prompt) for prompt in asked(task, 10, seed=11)) < 0.01
+    prompts_of_task = sample_prompts(task, 10, seed=11)
+    assert max(residual(*prompt) for prompt in prompts_of_task) < 0.01
 
 
 def square(d):
@@ -267,6 +270,6 @@ def test_bad_arguments(message):
         BAD[message]()
 
 
-def test_times_are_no_argument():
+def test_the_argument_times_is_refused():
     with pytest.raises(TypeError, match="times"):
         attribution.next_token_logits(LM, tokens=[1, 2], times=[1, 2])

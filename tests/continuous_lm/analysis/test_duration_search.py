@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 
 import continuous_lm as clm
 from continuous_lm.analysis import attribution, duration_search, shrinking
@@ -22,76 +23,79 @@ def _line(w, b, d):
 
 
 def line(b, w=W):
-    """A slack that lacks b at durations of 1: the least total change is b / max |w|."""
+    """Return a slack that is -b at durations of 1: the least total change is b / max |w|."""
     return jax.tree_util.Partial(_line, w, b)  # compiled once for all
 
 
-def test_lead_is_the_log_odds_against_the_best_other():
-    logits = jnp.array([[1.0, 2.0, 3.0, 0.5], [4.0, 0.0, -1.0, 0.0]])
-    p = jax.nn.softmax(logits)
-    found = duration_search.answer_lead(logits, jnp.array([0, 1]))
-    expected = jnp.log((p[:, 0] + p[:, 1]) / jnp.array([p[0, 2], p[1, 3]]))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert (duration_search.answer_lead(logits, jnp.array([0])) > 0).tolist() == [
-        False,
-        True,
-    ]
+def test_answer_lead_is_the_log_odds_against_the_best_other_token():
+    answer_lead = jax.jit(duration_search.answer_lead)
+    logits = np.array([[1.0, 2.0, 3.0, 0.5], [4.0, 0.0, -1.0, 0.0]], np.float32)
+    p = softmax(logits, axis=-1)
+    leads = answer_lead(logits, np.array([0, 1]))
+    expected = np.log((p[:, 0] + p[:, 1]) / [p[0, 2], p[1, 3]])
+    np.testing.assert_allclose(leads, expected, rtol=1e-5)
+    leads = np.asarray(answer_lead(logits, np.array([0])))
+    assert (leads > 0).tolist() == [False, True]
 
 
 @settings(max_examples=4)
 @given(st.floats(0.1, 1.2))
-def test_steering_a_line_is_nearly_optimal_and_sparse(b):
-    """The first token may not change; of the others the third, of slope -3, is the strongest."""
-    found = duration_search.find_durations(line(b), ONES, steps=40)
-    assert found.slack >= 0
-    assert b / 3 <= found.total <= 1.1 * b / 3 + 0.01
-    assert found.total == pytest.approx(np.abs(found.durations - 1).sum())
-    assert found.durations[0] == 1
-    assert found.durations[3] == 1  # the weakest
-    assert found.durations[2] < 1
+def test_durations_for_a_linear_slack_are_nearly_optimal_and_sparse(b):
+    """The first token may not change. Of the others, the third has the steepest slope, -3."""
+    result = duration_search.find_durations(line(b), ONES, steps=40)
+    assert result.slack >= 0
+    assert b / 3 <= result.total <= 1.1 * b / 3 + 0.01
+    assert result.total == pytest.approx(np.abs(result.durations - 1).sum())
+    assert result.durations[0] == 1
+    assert result.durations[3] == 1  # the flattest slope
+    assert result.durations[2] < 1
 
 
-def test_a_span_is_all_that_changes():
-    found = duration_search.find_durations(line(0.3), ONES, span=(3, 5))
-    assert found.slack >= 0
-    assert (found.durations[:3] == 1).all()
-    assert found.total <= 1.1 * 0.3 / 2
+def test_only_durations_in_the_span_change():
+    result = duration_search.find_durations(line(0.3), ONES, span=(3, 5))
+    assert result.slack >= 0
+    assert (result.durations[:3] == 1).all()
+    assert result.total <= 1.1 * 0.3 / 2
     with_first = duration_search.find_durations(line(0.3), ONES, span=(0, 5))
     assert with_first.total <= 1.1 * 0.3 / 5
 
 
-def test_other_durations_than_one_and_absent_tokens():
+def slack_around(d0, d):
+    return jnp.sum(W * (d - d0)) - 0.5
+
+
+def test_search_from_other_durations_than_one():
     d0 = np.array([1.0, 2.0, 0.5, 0.0, 1.0], np.float32)
-    found = duration_search.find_durations(lambda d: jnp.sum(W * (d - d0)) - 0.5, d0)
-    assert found.slack >= 0
-    assert found.durations[3] == 0
-    assert found.total == pytest.approx(np.abs(found.durations - d0).sum())
+    slack = jax.tree_util.Partial(slack_around, d0)
+    result = duration_search.find_durations(slack, d0)
+    assert result.slack >= 0
+    assert result.durations[3] == 0
+    assert result.total == pytest.approx(np.abs(result.durations - d0).sum())
 
 
-def test_what_can_not_be_reached_comes_as_close_as_it_can():
-    found = duration_search.find_durations(
+def test_unreachable_slacks_are_approached():
+    result = duration_search.find_durations(
         lambda d: -1.0 - (d[1] - 1.5) ** 2, ONES, steps=60
     )
-    assert -1.05 < found.slack < 0
-    chance = duration_search.random_search(line(100.0), ONES, evaluations=50)
-    np.testing.assert_array_equal(chance.durations, ONES)
-    assert chance.slack < 0
+    assert -1.05 < result.slack < 0
+    by_chance = duration_search.random_search(line(100.0), ONES, evaluations=50)
+    np.testing.assert_array_equal(by_chance.durations, ONES)
+    assert by_chance.slack < 0
 
 
-def test_probes_are_stretches_of_free_tokens():
-    d, free = jnp.array([1.0, 1.0, 2.0, 1.0]), jnp.array([False, True, True, True])
-    rows = np.asarray(duration_search.probe_durations(d, free))
+def test_probes_scale_runs_of_free_tokens():
+    d = np.array([1.0, 1.0, 2.0, 1.0], np.float32)
+    is_free = np.array([False, True, True, True])
+    rows = np.asarray(duration_search.probe_durations(d, is_free))
     assert len(np.unique(rows, axis=0)) == len(rows)
     assert (rows[:, 0] == 1).all()
-    masks = {tuple(row) for row in (rows != np.asarray(d)).tolist()}
+    masks = {tuple(row) for row in (rows != d).tolist()}
     assert {(False, True, False, False), (False, True, True, True)} <= masks
-    factors = np.where(rows != np.asarray(d), rows / np.asarray(d), np.nan)
-    assert set(np.unique(factors[np.isfinite(factors)])) == set(
-        duration_search.PROBE_FACTORS
-    )
+    factors = (rows / d)[rows != d]
+    assert set(np.unique(factors)) == set(duration_search.PROBE_FACTORS)
 
 
-def test_random_search_finds_and_is_reproducible():
+def test_random_search_is_reproducible():
     first = duration_search.random_search(line(0.5), ONES, evaluations=400, seed=3)
     again = duration_search.random_search(line(0.5), ONES, evaluations=400, seed=3)
     other = duration_search.random_search(line(0.5), ONES, evaluations=400, seed=4)
@@ -103,16 +107,16 @@ def test_random_search_finds_and_is_reproducible():
     assert 0.5 / 3 <= longer.total < first.total
 
 
-def test_pull_stops_where_the_slack_ends():
-    found = shrinking.shrink_towards(
+def test_shrinking_stops_at_slack_zero():
+    result = shrinking.shrink_towards(
         lambda d: d[1] + d[2] - 1.0, [1, 0.9, 2.0], [0, 0, 0], rounds=6
     )
-    assert found.durations[0] == 0
-    assert found.durations[1] == 0  # the nearest to its target goes first
-    assert 1.0 <= found.durations[2] < 1.02
-    lost = shrinking.shrink_towards(lambda d: d[0] - 2.0, [1, 1], [0, 0])
-    np.testing.assert_array_equal(lost.durations, [1, 1])
-    assert lost.slack < 0
+    assert result.durations[0] == 0
+    assert result.durations[1] == 0  # the nearest to its target shrinks first
+    assert 1.0 <= result.durations[2] < 1.02
+    failed = shrinking.shrink_towards(lambda d: d[0] - 2.0, [1, 1], [0, 0])
+    np.testing.assert_array_equal(failed.durations, [1, 1])
+    assert failed.slack < 0
 
 
 def test_evaluations_are_counted():
@@ -122,66 +126,68 @@ def test_evaluations_are_counted():
         jax.debug.callback(lambda _: calls.append(1), d[0])
         return jnp.sum(W * (d - 1.0)) - 0.5
 
-    found = shrinking.shrink_towards(slack, [1, 2, 1, 1, 1.5], ONES)
+    result = shrinking.shrink_towards(slack, [1, 2, 1, 1, 1.5], ONES)
     jax.effects_barrier()
-    assert found.evaluations == len(calls) - 1  # one to report the slack
+    assert result.evaluations == len(calls) - 1  # one to report the slack
 
 
 @settings(max_examples=4)
 @given(st.lists(st.floats(0, 3, width=32), min_size=4, max_size=4), st.floats(0.05, 2))
-@example(
-    [0.0, 1.0, 2.0, 0.5], 1.5
-)  # Adam alone, and pulling in any order, were 0.11 off
-def test_pruning_a_line_is_a_knapsack(w, tolerance):
-    """What weighs least goes, whole; the best total is that of the fractional knapsack."""
+@example([0.0, 1.0, 2.0, 0.5], 1.5)  # 0.11 off with only Adam, or with another order
+def test_pruning_a_linear_slack_solves_a_fractional_knapsack(w, tolerance):
+    """Durations shrink to 0 in the order of their slopes, until the tolerance is used up."""
     weights = np.array([1.0, *w], np.float32)
-    found = prune(line(0.0, weights), ONES, tolerance=tolerance, steps=100)
-    left, best = tolerance, 4.0
-    for x in np.sort(w):
-        gone = 1.0 if x <= 0 else min(1.0, left / x)
-        left, best = left - gone * x, best - gone
-        if gone < 1:
+    result = prune(line(0.0, weights), ONES, tolerance=tolerance, steps=100)
+    capacity, least_total = tolerance, 4.0
+    for weight in np.sort(w):
+        removed = 1.0 if weight <= 0 else min(1.0, capacity / weight)
+        capacity, least_total = capacity - removed * weight, least_total - removed
+        if removed < 1:
             break
-    assert best - 1e-3 <= found.total <= best + 0.1
-    assert found.durations[0] == 1
-    assert (weights * (1 - found.durations)).sum() <= tolerance + 1e-4
-    assert (found.durations <= 1).all()
+    assert least_total - 1e-3 <= result.total <= least_total + 0.1
+    assert result.durations[0] == 1
+    assert (weights * (1 - result.durations)).sum() <= tolerance + 1e-4
+    assert (result.durations <= 1).all()
 
 
 @pytest.mark.slow
-def test_a_pruned_prompt_holds_without_its_absent_tokens():
+def test_pruned_prompts_have_the_value_without_their_absent_tokens():
     tokens, d = draw()
     value = attribution.log_probability(LM, [3, 7], tokens=tokens)
-    found = prune(value, d, tolerance=1.0, steps=60, rounds=2)
-    assert found.total < d[1:].sum() - 0.1
-    kept = np.union1d(np.flatnonzero(found.durations), [len(d) - 1])
-    shorter = attribution.log_probability(LM, [3, 7], tokens=tokens[kept])
-    left = attribution.evaluate(shorter, jnp.asarray(found.durations[kept])[None], 1)[0]
-    assert left >= attribution.evaluate(value, d[None], 1)[0] - 1.0 - 1e-5
+    result = prune(value, d, tolerance=1.0, steps=60, rounds=2)
+    assert result.total < d[1:].sum() - 0.1
+    present = np.union1d(np.flatnonzero(result.durations), [len(d) - 1])
+    shorter = attribution.log_probability(LM, [3, 7], tokens=tokens[present])
+    durations = jnp.asarray(result.durations[present])[None]
+    pruned_value = attribution.evaluate(shorter, durations, 1)[0]
+    assert pruned_value >= attribution.evaluate(value, d[None], 1)[0] - 1.0 - 1e-5
 
 
-def paper(answer):
+def counting_problem(answer):
+    """The embedded model, the counting prompt, and a slack that an answer leads."""
     lm = clm.load("apples", dtype="float32")
-    read = prompt.encode_prompt(lm, lm.tokenizer, prompt.DEFAULT_PROMPT, answer)
-    logits = attribution.next_token_logits(lm, tokens=read.tokens)
-    slack = duration_search.Margin(logits, jnp.array(read.answer_tokens), 0.1)
-    return lm, read, slack
+    encoded = prompt.encode_prompt(lm, lm.tokenizer, prompt.DEFAULT_PROMPT, answer)
+    logits = attribution.next_token_logits(lm, tokens=encoded.tokens)
+    slack = duration_search.Margin(logits, jnp.array(encoded.answer_tokens), 0.1)
+    return lm, encoded, slack
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("answer", "most"), [("3", 0.6), ("2", 1.6), ("1", 2.7), ("5", 0.6)]
+    ("answer", "max_total"), [("3", 0.6), ("2", 1.6), ("1", 2.7), ("5", 0.6)]
 )
-def test_four_apples_become_another_number(answer, most):
-    lm, read, slack = paper(answer)
-    plain = np.ones(len(read.tokens))
-    found = duration_search.find_durations(slack, plain)
-    logits = lm(read.tokens, durations=found.durations, position=-1)
-    assert int(logits.argmax()) in read.answer_tokens
-    assert duration_search.answer_lead(logits, jnp.array(read.answer_tokens)) >= 0.1
-    assert found.total < most
-    chance = duration_search.random_search(slack, plain, evaluations=found.evaluations)
-    assert chance.slack < 0 or found.total < chance.total
+def test_durations_turn_four_apples_into_another_number(answer, max_total):
+    lm, encoded, slack = counting_problem(answer)
+    ones, answers = np.ones(len(encoded.tokens)), jnp.array(encoded.answer_tokens)
+    result = duration_search.find_durations(slack, ones)
+    logits = lm(encoded.tokens, durations=result.durations, position=-1)
+    assert int(logits.argmax()) in encoded.answer_tokens
+    assert duration_search.answer_lead(logits, answers) >= 0.1
+    assert result.total < max_total
+    by_chance = duration_search.random_search(
+        slack, ones, evaluations=result.evaluations
+    )
+    assert by_chance.slack < 0 or result.total < by_chance.total
 
 
 BAD = {

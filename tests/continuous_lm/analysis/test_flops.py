@@ -49,8 +49,7 @@ def test_a_layer_by_hand():
     assert flops.layer_weights(GPT2).mlp == 2 * GPT2.hidden_size * GPT2.mlp_size
 
 
-def test_scores_are_with_the_tokens_before():
-    """Of later tokens none are counted, unless all are asked for."""
+def test_scores_of_later_tokens_are_not_counted_by_default():
     options = {"num_points": 1, "num_tokens": 8, "num_shared_tokens": 4}
     few = flops.continuation_flops(LLAMA, **options)
     every = flops.continuation_flops(LLAMA, **options, all_scores=True)
@@ -60,13 +59,11 @@ def test_scores_are_with_the_tokens_before():
 
 
 @pytest.mark.parametrize("config", [LLAMA, GPT2])
-def test_a_prefix_and_its_continuation_are_the_whole(config):
-    """One point costs the same wherever it is cut, but for what the last layer leaves out."""
-
-    def whole(num_shared):
-        rest = flops.continuation_flops(
+def test_flops_of_one_point_do_not_depend_on_the_length_of_its_prefix(config):
+    def total_flops(num_shared):
+        continuation = flops.continuation_flops(
             config, num_points=1, num_tokens=12, num_shared_tokens=num_shared
         )
-        return flops.prefix_flops(config, num_shared) + rest
+        return flops.prefix_flops(config, num_shared) + continuation
 
-    assert whole(4) == whole(0) == whole(8)
+    assert total_flops(4) == total_flops(0) == total_flops(8)

@@ -1,9 +1,12 @@
+"""Sweeps against calls of the model, their shared prefixes, and groups of sweeps."""
+
 import dataclasses
+import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 import continuous_lm as clm
 from continuous_lm.analysis import sweep_batches
@@ -14,14 +17,19 @@ GROUPS = [[3], [5, 7, 39], []]
 
 
 def direct(lm=LM, **arguments):
-    p = jax.nn.softmax(lm(position=-1, **arguments))
-    return np.array([sum(float(p[i]) for i in group) for group in GROUPS])
+    """Probabilities of the groups, from one call of the model."""
+    p = softmax(np.asarray(lm(position=-1, **arguments), np.float64))
+    return np.array([p[group].sum() for group in GROUPS])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_every_point_equals_a_call_of_its_own(batch_size):
+def scale(*arguments):
+    return np.asarray(clm.durations.scale(*arguments))
+
+
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, 7])
+def test_every_point_equals_a_call_for_it(batch_size):
     tokens, d = draw()
-    grid = clm.durations.scale(d, np.linspace(0, 1, 7), (3, 8))
+    grid = scale(d, np.linspace(0, 1, 7), (3, 8))
     swept = clm.sweep.probabilities(
         LM, GROUPS, tokens=tokens, durations=grid, batch_size=batch_size
     )
@@ -34,8 +42,10 @@ def test_every_point_equals_a_call_of_its_own(batch_size):
 
 def test_embeddings_starts_and_times_can_vary():
     tokens, d = draw()
-    rows = LM.params["embedding"][tokens] * jnp.linspace(0.5, 1, 4)[:, None, None]
-    times = clm.durations.end_times(d * jnp.linspace(0.5, 2, 4)[:, None])
+    table = np.asarray(LM.params["embedding"])
+    rows = table[tokens] * np.linspace(0.5, 1, 4, dtype=np.float32)[:, None, None]
+    stretched = d * np.linspace(0.5, 2, 4, dtype=np.float32)[:, None]
+    times = np.asarray(clm.durations.end_times(stretched))
     varied = {"embeddings": rows, "times": times, "durations": d}
     swept = clm.sweep.probabilities(LM, GROUPS, batch_size=3, **varied)
     np.testing.assert_allclose(
@@ -52,13 +62,13 @@ def test_embeddings_starts_and_times_can_vary():
     assert np.abs(moved[0] - moved[1]).max() > 1e-4
 
 
-def test_all_tokens_together_are_certain():
+def test_the_group_of_all_tokens_has_probability_1():
     tokens, d = draw()
     swept = clm.sweep.probabilities(LM, [range(40)], tokens=tokens, durations=d[None])
     np.testing.assert_allclose(swept, 1.0, atol=1e-6)
 
 
-def test_vary_separates_mass_from_times():
+def test_change_durations_changes_mass_or_times_or_both():
     _, d = draw()
     both, mass, times = (
         clm.sweep.change_durations(d[None], what) for what in ("both", "mass", "times")
@@ -94,7 +104,7 @@ def test_arguments_that_do_not_fit_are_named(arguments, message):
         clm.sweep.probabilities(LM, GROUPS, tokens=draw()[0], **arguments)
 
 
-def test_arguments_that_there_are_not():
+def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="duration"):
         clm.sweep.probabilities(LM, GROUPS, draw()[0], duration=np.ones((2, N)))
 
@@ -106,25 +116,26 @@ def test_groups_outside_of_the_vocabulary_are_named():
         )
 
 
-# --- What the points share ---------------------------------------------------------------------
+# --- Prefixes that all points share --------------------------------------------------------------
 
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Prefixes are computed apart, however little they save."""
+    """Prefixes are computed separately, even if they save little."""
     monkeypatch.setattr(sweep_batches, "MIN_SAVED_FLOPS", 0)
 
 
-def prefixes(monkeypatch):
-    """The lengths of the prefixes that are computed from now on, filled up."""
-    made, remember = [], sweep_batches._prefill
+@pytest.fixture
+def prefix_lengths(monkeypatch):
+    """Padded lengths of the prefixes that are computed."""
+    lengths, prefill = [], sweep_batches._prefill
 
-    def noted(model, params, inputs):
-        made.append(inputs.durations.shape[-1])
-        return remember(model, params, inputs)
+    def recorded(model, params, inputs):
+        lengths.append(inputs.durations.shape[-1])
+        return prefill(model, params, inputs)
 
-    monkeypatch.setattr(sweep_batches, "_prefill", noted)
-    return made
+    monkeypatch.setattr(sweep_batches, "_prefill", recorded)
+    return lengths
 
 
 VARIANTS = {
@@ -135,117 +146,125 @@ VARIANTS = {
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("what", ["both", "mass", "times"])
-def test_a_prefix_changes_nothing(monkeypatch, variant, what):
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        case
+        if case
+        in (("plain", "both"), ("windows", "mass"), ("learned positions", "times"))
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(VARIANTS, ("both", "mass", "times"))
+    ],
+)
+def test_a_shared_prefix_does_not_change_probabilities(prefix_lengths, variant, change):
     lm = random_lm(dataclasses.replace(CONFIG, **VARIANTS[variant]))
-    made = prefixes(monkeypatch)
     tokens, d = draw(1, 24)
-    changed = clm.sweep.change_durations(
-        clm.durations.scale(d, np.linspace(0.1, 2, 5), (11, 15)), what
-    )
-    together = clm.sweep.probabilities(
+    grid = scale(d, np.linspace(0.1, 2, 5), (11, 15))
+    changed = clm.sweep.change_durations(grid, change)
+    swept = clm.sweep.probabilities(
         lm, GROUPS, tokens, batch_size=3, **changed._asdict()
     )
-    assert made == [16]  # eleven tokens, or twelve, filled up
-    for row, i in zip(together, range(5), strict=True):
-        times = None if changed.times is None else np.asarray(changed.times)
-        if times is not None and times.ndim == 2:
-            times = times[i]
-        point = {"durations": changed.durations[i], "times": times}
-        alone = direct(lm, tokens=tokens, **point)
+    assert prefix_lengths == [16]  # eleven tokens, or twelve, padded
+    durations = np.asarray(changed.durations)
+    times = None if changed.times is None else np.asarray(changed.times)
+    for i, row in enumerate(swept):
+        point_times = times[i] if np.ndim(times) == 2 else times
+        alone = direct(lm, tokens=tokens, durations=durations[i], times=point_times)
         np.testing.assert_allclose(row, alone, atol=2e-6)
 
 
 @pytest.mark.usefixtures("eager")
-def test_a_prefix_ends_where_points_differ_or_the_answer_stands(monkeypatch):
-    made = prefixes(monkeypatch)
+def test_a_prefix_ends_at_the_first_difference_or_answer(prefix_lengths):
     tokens, d = draw(1, 24)
     grid = np.tile(d, (3, 1))
     grid[1, 20] = 9.0
-    at = np.array([9, 21, 23])
-    found = clm.sweep.probabilities(
-        LM, GROUPS, tokens=tokens, durations=grid, position=at
+    positions = np.array([9, 21, 23])
+    swept = clm.sweep.probabilities(
+        LM, GROUPS, tokens=tokens, durations=grid, position=positions
     )
-    assert made == [16]  # nine tokens
-    for row, place, point in zip(found, at, grid, strict=True):
-        alone = direct(tokens=tokens[: place + 1], durations=point[: place + 1])
-        np.testing.assert_allclose(row, alone, atol=2e-6)
+    assert prefix_lengths == [16]  # nine tokens, padded
+    for row, position, d in zip(swept, positions, grid, strict=True):
+        logits = LM(tokens, durations=d, position=position)
+        p = softmax(np.asarray(logits, np.float64))
+        expected = [p[group].sum() for group in GROUPS]
+        np.testing.assert_allclose(row, expected, atol=2e-6)
     grid[:, 0] = [1.0, 2.0, 3.0]
     clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid)
     clm.sweep.probabilities(
         LM, GROUPS, tokens=tokens, durations=d, start=np.arange(3.0)
     )
-    assert made == [
-        16
-    ]  # no more: they differ from the first token on, or begin at other times
+    # No prefix: these differ at the first token, or begin at different times.
+    assert prefix_lengths == [16]
 
 
 @pytest.mark.usefixtures("eager")
-def test_prefixes_of_different_lengths_in_one_set(monkeypatch):
-    made, sweeps = prefixes(monkeypatch), []
+def test_prefixes_of_different_lengths_in_one_group(prefix_lengths):
+    sweeps = []
     for n, first in ((27, 3), (30, 19), (29, 11)):
         tokens, d = draw(n, n)
-        grid = clm.durations.scale(d, np.linspace(0.2, 1, 4), (first, first + 2))
-        inputs = Inputs(tokens, durations=grid, start=jnp.float32(0.5))
+        grid = scale(d, np.linspace(0.2, 1, 4), (first, first + 2))
+        inputs = Inputs(tokens, durations=grid, start=np.float32(0.5))
         sweeps.append(clm.sweep.Sweep(4, n, lambda inputs=inputs: inputs))
-    found = clm.sweep.run_group(LM, GROUPS, sweeps, 6)
-    assert made == [32]  # nineteen tokens at most, filled up
-    for swept, rows in zip(sweeps, found, strict=True):
+    results = clm.sweep.run_group(LM, GROUPS, sweeps, 6)
+    assert prefix_lengths == [32]  # nineteen tokens at most, padded
+    for swept, rows in zip(sweeps, results, strict=True):
         arguments = swept.make_inputs()._asdict()
-        for row, d in zip(rows, arguments.pop("durations"), strict=True):
-            np.testing.assert_allclose(row, direct(durations=d, **arguments), atol=2e-6)
+        for i in (0, 3):
+            alone = direct(**arguments | {"durations": arguments["durations"][i]})
+            np.testing.assert_allclose(rows[i], alone, atol=2e-6)
 
 
-def test_a_prefix_is_worth_a_program_of_its_own_for_large_models_alone(monkeypatch):
-    made = prefixes(monkeypatch)
+def test_small_models_compute_no_prefix(prefix_lengths):
     tokens, d = draw(1, 24)
-    grid = clm.durations.scale(d, np.linspace(0, 2, 5), (11, 15))
+    grid = scale(d, np.linspace(0, 2, 5), (11, 15))
     clm.sweep.probabilities(LM, GROUPS, tokens=tokens, durations=grid)
-    assert not made
+    assert not prefix_lengths
 
 
 # --- Many prompts ----------------------------------------------------------------------------
 
 
 def several(count=9, seed=0):
-    """Sweeps of different lengths and numbers of points, in mass, in time, of embeddings."""
+    """Sweeps of tokens or embeddings with different lengths, numbers of points and changes."""
     rng = np.random.default_rng(seed)
-    made = []
+    sweeps = []
     for i in range(count):
         n, points = int(rng.integers(3, 40)), int(rng.integers(1, 6))
         tokens, d = draw(i, n)
-        grid = np.asarray(d) * rng.uniform(0.5, 1.5, (points, 1)).astype(np.float32)
+        grid = d * rng.uniform(0.5, 1.5, (points, 1)).astype(np.float32)
         changed = clm.sweep.change_durations(grid, ("both", "mass", "times")[i % 3])
         inputs = Inputs(tokens, None, *changed)
         if i % 2:
-            rows = LM.params["embedding"][tokens] * 0.9
+            rows = np.asarray(LM.params["embedding"])[tokens] * np.float32(0.9)
             inputs = inputs._replace(tokens=None, embeddings=rows)
-        made.append(clm.sweep.Sweep(points, n, lambda inputs=inputs: inputs))
-    return made
+        sweeps.append(clm.sweep.Sweep(points, n, lambda inputs=inputs: inputs))
+    return sweeps
 
 
 @pytest.mark.parametrize(
-    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 100]
+    "batch_size",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        7,
+        pytest.param(100, marks=pytest.mark.slow),
+    ],
 )
-def test_sweeps_of_many_prompts_equal_one_by_one(batch_size):
-    kinds = {}
-    for swept in several():  # what is computed together has the same arguments
-        kind = jax.tree.structure(swept.make_inputs())
-        kinds.setdefault(kind, []).append(swept)
-    for sweeps in kinds.values():
-        sets = clm.sweep.group_by_program(LM, sweeps, batch_size)
-        assert sorted(i for indices in sets for i in indices) == list(
-            range(len(sweeps))
-        )
-        for indices in sets:
-            chosen = [sweeps[i] for i in indices]
-            assert len(indices) == 1 or sum(s.num_points for s in chosen) <= batch_size
-            found = clm.sweep.run_group(LM, GROUPS, chosen, batch_size)
-            for swept, rows in zip(chosen, found, strict=True):
-                alone = clm.sweep.probabilities(
-                    LM, GROUPS, **swept.make_inputs()._asdict()
-                )
+def test_groups_of_sweeps_equal_each_sweep(batch_size):
+    sweeps_by_structure = {}  # sweeps of one group have the same arguments
+    for swept in several():
+        structure = jax.tree.structure(swept.make_inputs())
+        sweeps_by_structure.setdefault(structure, []).append(swept)
+    for sweeps in sweeps_by_structure.values():
+        index_groups = clm.sweep.group_by_program(LM, sweeps, batch_size)
+        indices = sorted(itertools.chain.from_iterable(index_groups))
+        assert indices == list(range(len(sweeps)))
+        for indices in index_groups:
+            group = [sweeps[i] for i in indices]
+            assert len(indices) == 1 or sum(s.num_points for s in group) <= batch_size
+            results = clm.sweep.run_group(LM, GROUPS, group, batch_size)
+            for swept, rows in zip(group, results, strict=True):
+                inputs = swept.make_inputs()._asdict()
+                alone = clm.sweep.probabilities(LM, GROUPS, **inputs)
                 np.testing.assert_allclose(rows, alone, atol=1e-6)
 
 
@@ -257,12 +276,11 @@ def test_many_prompts_run_few_programs():
     before = clm.sweep._group_probabilities._cache_size()
     for indices in clm.sweep.group_by_program(LM, sweeps, 10):
         clm.sweep.run_group(LM, GROUPS, [sweeps[i] for i in indices], 10)
-    assert (
-        clm.sweep._group_probabilities._cache_size() - before <= 4
-    )  # and two numbers of sweeps
+    # Two widths, and two numbers of sweeps.
+    assert clm.sweep._group_probabilities._cache_size() - before <= 4
 
 
-def test_what_is_computed_together_must_be_alike():
+def test_groups_of_different_arguments_are_refused():
     tokens, d = draw()
     grid = np.tile(d, (2, 1))
     one = clm.sweep.Sweep(2, N, lambda: Inputs(tokens, durations=grid))
@@ -273,16 +291,15 @@ def test_what_is_computed_together_must_be_alike():
         clm.sweep.run_group(LM, GROUPS, [one, other])
 
 
-def test_tokens_that_reach_a_threshold_are_found():
+def test_tokens_above_a_threshold_are_sorted_by_their_peaks():
     tokens, d = draw()
-    grid = clm.durations.scale(d, np.linspace(0, 1, 7), (3, 8))
-    each = clm.sweep.probabilities(
+    grid = scale(d, np.linspace(0, 1, 7), (3, 8))
+    peaks = clm.sweep.probabilities(
         LM, [[i] for i in range(40)], tokens=tokens, durations=grid
-    )
+    ).max(axis=0)
     for threshold in (0.02, 0.05, 0.9):
-        found = clm.sweep.tokens_above(
+        above = clm.sweep.tokens_above(
             LM, threshold, tokens=tokens, durations=grid, batch_size=3
         )
-        assert set(found) == set(np.flatnonzero(each.max(axis=0) >= threshold))
-        peaks = each.max(axis=0)[found]
-        assert (np.diff(peaks) <= 0).all()
+        assert set(above) == set(np.flatnonzero(peaks >= threshold))
+        assert (np.diff(peaks[above]) <= 0).all()
