@@ -28,6 +28,7 @@ from continuous_lm.analysis.shrinking import (
     EVALUATIONS_PER_GRADIENT,
     MIN_SLACK,
     SearchResult,
+    check_counts,
     check_positive_numbers,
     make_result,
     shrink_where_satisfied,
@@ -127,14 +128,8 @@ def find_durations(
       InputError: if arguments do not fit.
     """
     initial_durations, is_free = validate_durations(durations, span)
-    check_positive_numbers(
-        {
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "rounds": rounds,
-            "batch_size": batch_size,
-        }
-    )
+    check_positive_numbers({"learning_rate": learning_rate})
+    check_counts({"steps": steps, "rounds": rounds, "batch_size": batch_size})
     if not penalty_weights or not all(0 < weight < 1 for weight in penalty_weights):
         raise InputError(
             f"penalty_weights are {list(penalty_weights)}; they must be numbers between 0 and 1"
@@ -233,7 +228,7 @@ def random_search(
     Args and errors as of `find_durations`.
     """
     initial_durations, is_free = validate_durations(durations, span)
-    check_positive_numbers({"evaluations": evaluations, "batch_size": batch_size})
+    check_counts({"evaluations": evaluations, "batch_size": batch_size})
     constraint = attribution.as_jit_argument(constraint)
     key = jax.random.key(seed)
     smallest_change = _random_search(

@@ -15,6 +15,7 @@ from continuous_lm.analysis.shrinking import (
     EVALUATIONS_PER_GRADIENT,
     MIN_SLACK,
     SearchResult,
+    check_counts,
     check_positive_numbers,
     make_result,
     shrink_where_satisfied,
@@ -79,14 +80,8 @@ def prune(
     """
     initial_durations, is_free = validate_durations(durations, span)
     is_free = is_free.at[0].set(False)
-    check_positive_numbers(
-        {
-            "tolerance": tolerance,
-            "learning_rate": learning_rate,
-            "steps": steps,
-            "rounds": rounds,
-        }
-    )
+    check_positive_numbers({"tolerance": tolerance, "learning_rate": learning_rate})
+    check_counts({"steps": steps, "rounds": rounds})
     objective = attribution.as_jit_argument(objective)
     min_value = float(objective(initial_durations)) - tolerance
     constraint = Floor(objective, min_value)

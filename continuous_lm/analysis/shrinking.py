@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from continuous_lm.analysis.attribution import Objective, as_jit_argument
-from continuous_lm.arguments import as_float
+from continuous_lm.arguments import as_float, check_count
 from continuous_lm.durations import Span, check_durations
 from continuous_lm.errors import InputError
 
@@ -24,6 +24,7 @@ __all__ = [
     "NUM_BISECTIONS",
     "SHRINK_FACTORS",
     "SearchResult",
+    "check_counts",
     "check_positive_numbers",
     "make_result",
     "shrink_towards",
@@ -77,7 +78,7 @@ def shrink_towards(
     num_tokens = initial_durations.shape[-1]
     check_durations(initial_durations, num_tokens)
     check_durations(goal, num_tokens, "target")
-    check_positive_numbers({"rounds": rounds})
+    check_counts({"rounds": rounds})
     constraint = as_jit_argument(constraint)
     shrunk, cost = shrink_where_satisfied(constraint, initial_durations, goal, rounds)
     return make_result(constraint, shrunk, goal, int(cost))
@@ -98,6 +99,10 @@ def validate_durations(
         )
     num_tokens = len(initial_durations)
     check_durations(initial_durations, num_tokens)
+    if span is None and num_tokens == 1:
+        raise InputError(
+            "durations have one token, the first, which may not change without a span; give more"
+        )
     first, end = (1, num_tokens) if span is None else span
     if not 0 <= first < end <= num_tokens:
         raise InputError(
@@ -106,6 +111,12 @@ def validate_durations(
         )
     indices = jnp.arange(num_tokens)
     return initial_durations, (indices >= first) & (indices < end)
+
+
+def check_counts(counts: Mapping[str, object]) -> None:
+    """Raise InputError unless all settings, by their names, are positive integers."""
+    for name, count in counts.items():
+        check_count(name, count)
 
 
 def check_positive_numbers(numbers: Mapping[str, float]) -> None:

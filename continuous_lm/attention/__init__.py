@@ -87,7 +87,7 @@ def attend(  # noqa: PLR0913 (a problem's arguments, and how to compute it)
     Raises:
       InputError: if shapes do not fit, the implementation is not known, or does not take them.
     """
-    check_arguments(q, k, v, key_weights, intervals)
+    check_arguments(q, k, v, key_weights, intervals, window, query_offset)
     problem = AttentionProblem.make(
         q,
         k,

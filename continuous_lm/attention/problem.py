@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from continuous_lm.arguments import check_shapes
+from continuous_lm.arguments import check_shapes, is_integer
 from continuous_lm.attention.visibility import WindowTimes, exact_end_times
 from continuous_lm.errors import InputError
 
@@ -181,8 +181,13 @@ def check_arguments(
     v: jax.Array,
     key_weights: jax.Array | None,
     intervals: jax.Array | None,
+    window: ArrayLike | None,
+    query_offset: int | jax.Array | None,
 ) -> None:
-    """Refuses arguments of `attention.attend` whose shapes do not fit each other."""
+    """Refuses arguments of `attention.attend` that do not fit each other.
+
+    Shapes always; the window and the offset where they are Python's numbers.
+    """
     check_shapes(
         {
             "q": (q, "... T N H"),
@@ -202,3 +207,11 @@ def check_arguments(
         raise InputError(
             f"{num_queries} queries for {num_keys} keys; queries are the last tokens of the keys"
         )
+    last_offset = num_keys - num_queries
+    if is_integer(query_offset) and not 0 <= query_offset <= last_offset:
+        raise InputError(
+            f"query_offset is {query_offset}; it must be from 0 to {last_offset}, or queries have"
+            " no keys of their own"
+        )
+    if isinstance(window, int | float) and not window > 0:
+        raise InputError(f"window is {window}; it must be above 0")

@@ -200,6 +200,9 @@ BAD = {
     "weights are": lambda: duration_search.find_durations(
         line(1), ONES, penalty_weights=(0.5, 1.0)
     ),
+    "durations have one token": lambda: duration_search.find_durations(line(1), [1.0]),
+    "steps is 2.5": lambda: prune(line(1), ONES, steps=2.5),
+    "rounds is 1.5": lambda: duration_search.find_durations(line(1), ONES, rounds=1.5),
     "steps is 0": lambda: duration_search.find_durations(line(1), ONES, steps=0),
     "learning_rate is -1": lambda: prune(line(1), ONES, learning_rate=-1),
     "tolerance is 0": lambda: prune(line(1), ONES, tolerance=0),

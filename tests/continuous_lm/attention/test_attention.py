@@ -286,3 +286,18 @@ def test_low_precision_accumulates_in_float32(attend):
 def test_shapes_that_do_not_fit_are_named(attend, shapes, message):
     with pytest.raises(clm.InputError, match=message):
         attend(*map(np.zeros, shapes))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_offset": 2}, "query_offset is 2; it must be from 0 to 1"),
+        ({"query_offset": -1}, "query_offset is -1"),
+        ({"window": 0}, "window is 0; it must be above 0"),
+        ({"window": float("nan")}, "window is nan"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_named(options, message):
+    shapes = ((2, 4, 8), (3, 2, 8), (3, 2, 8), (3,))
+    with pytest.raises(clm.InputError, match=message):
+        clm.attention.attend(*map(np.zeros, shapes), **options)
