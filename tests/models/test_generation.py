@@ -30,6 +30,11 @@ def prompts(vocab_size=64, lengths=LENGTHS, seed=0):
     return [rng.integers(0, vocab_size, n) for n in lengths]
 
 
+# Without jit, every operation is a program.
+sample = jax.jit(sample_token, static_argnames="top_k")
+mask_unlikely = jax.jit(_mask_unlikely, static_argnames="top_k")
+
+
 # --- transformers ----------------------------------------------------------------------------
 
 # Tied to their embeddings, random models repeat the last token; others do for some seeds.
@@ -59,7 +64,7 @@ CASES = {
 
 
 def theirs(reference, rows, num_new) -> list[list[int]]:
-    """transformers' greedy tokens for prompts padded on the left, with no end of the text."""
+    """Return transformers' greedy tokens for prompts padded on the left, without stop token."""
     import torch
 
     width = max(map(len, rows))
@@ -81,9 +86,8 @@ def theirs(reference, rows, num_new) -> list[list[int]]:
         return_dict_in_generate=True,
     )
     best = torch.stack(out.scores).topk(2, dim=-1).values
-    assert (
-        best[..., 0] - best[..., 1]
-    ).min() > 2e-5  # no tie, which rounding could turn
+    # Rounding must not decide between the two best tokens.
+    assert (best[..., 0] - best[..., 1]).min() > 2e-5
     return out.sequences[:, width:].tolist()
 
 
@@ -107,22 +111,21 @@ def pair(request, tmp_path_factory):
     return tiny.save_reference(folder, family, **config), clm.load(folder)
 
 
-def test_greedy_tokens_of_a_batch_are_those_of_transformers(pair):
+def test_greedy_tokens_of_a_batch_equal_those_of_transformers(pair):
     reference, lm = pair
-    expected = theirs(reference, prompts(), 64)
+    expected = theirs(reference, prompts(), 32)
     assert min(len(set(row)) for row in expected) >= 5  # not a constant loop
-    made = generate(lm, prompts(), max_new_tokens=64, stop=())
-    assert made.tokens.tolist() == expected
-    assert made.lengths.tolist() == [64] * 3
+    generated = generate(lm, prompts(), max_new_tokens=32, stop=())
+    assert generated.tokens.tolist() == expected
+    assert generated.lengths.tolist() == [32] * 3
 
 
 @slow
-def test_greedy_tokens_of_single_prompts_are_those_of_transformers(pair):
+def test_greedy_tokens_of_single_prompts_equal_those_of_transformers(pair):
     reference, lm = pair
     for row in prompts():
-        assert generate(lm, row, max_new_tokens=64, stop=()).tokens.tolist() == theirs(
-            reference, [row], 64
-        )
+        generated = generate(lm, row, max_new_tokens=64, stop=())
+        assert generated.tokens.tolist() == theirs(reference, [row], 64)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +142,8 @@ def stories():
     )
 
 
-def test_real_weights_tell_the_stories_of_transformers(stories):
+@slow
+def test_real_weights_continue_stories_as_transformers_does(stories):
     reference, lm = stories
     texts = [
         "Once upon a time, there was a little girl named",
@@ -157,7 +161,7 @@ def test_real_weights_tell_the_stories_of_transformers(stories):
 
 @pytest.fixture(scope="module")
 def lm():
-    """With windows in one of two layers, so that both kinds are there."""
+    """A model with windows in one of two layers."""
     return random_lm("gemma2", sliding_window=4, final_logit_softcapping=30.0, **UNTIED)
 
 
@@ -165,21 +169,21 @@ ROOM = 48
 
 
 def naive(lm, row, new_d, d=None, start=0.0, name="tokens"):
-    """Greedy tokens of one prompt: a whole forward pass for each, over a buffer of one length."""
+    """Return greedy tokens of one prompt: a forward pass over all tokens for each of them."""
     table = np.asarray(lm.params["embedding"])
     vectors = np.zeros((ROOM, table.shape[-1]), np.float32)
     times = np.ones(ROOM, np.float32)
-    n, made = len(row), []
+    n, tokens = len(row), []
     vectors[:n] = table[row] if name == "tokens" else row
     times[:n] = 1.0 if d is None else d
     for duration in new_d:
         logits = lm(
             embeddings=vectors, durations=times, start=np.float32(start), position=n - 1
         )
-        made.append(int(jnp.argmax(logits)))
-        vectors[n], times[n] = table[made[-1]], duration
+        tokens.append(int(np.argmax(logits)))
+        vectors[n], times[n] = table[tokens[-1]], duration
         n += 1
-    return made
+    return tokens
 
 
 def uniform(*shape, seed=0):
@@ -199,107 +203,83 @@ TIMES = {
 }
 
 
-@pytest.mark.parametrize("timing", TIMES.values(), ids=TIMES)
-def test_any_durations_equal_a_loop_of_forward_passes(lm, timing):
-    made = generate(lm, prompts(), max_new_tokens=NEW, **timing).tokens.tolist()
-    new_d = np.broadcast_to(timing.get("new_durations", 1.0), (3, NEW))
-    start = np.broadcast_to(timing.get("start", 0.0), 3)
-    d = timing.get("durations", [None] * 3)
-    expected = [
-        naive(lm, *each) for each in zip(prompts(), new_d, d, start, strict=True)
-    ]
-    assert made == expected
-    assert min(len(set(row)) for row in made) >= 5
+def test_tokens_at_any_durations_equal_a_loop_of_forward_passes(lm):
+    results = []
+    for case, timing in TIMES.items():
+        generated = generate(lm, prompts(), max_new_tokens=NEW, **timing)
+        tokens = generated.tokens.tolist()
+        new_d = np.broadcast_to(timing.get("new_durations", 1.0), (3, NEW))
+        start = np.broadcast_to(timing.get("start", 0.0), 3)
+        d = timing.get("durations", [None] * 3)
+        rows = zip(prompts(), new_d, d, start, strict=True)
+        assert tokens == [naive(lm, *row) for row in rows], case
+        assert min(len(set(row)) for row in tokens) >= 5, case
+        results.append(generated.tokens.tobytes())
+    assert len(set(results[:5])) == 5  # durations have an effect
 
 
-def test_durations_matter(lm):
-    """Else the test above would show nothing."""
-    made = [
-        generate(lm, prompts(), max_new_tokens=NEW, **timing)
-        for timing in TIMES.values()
-    ]
-    made = [row.tokens.tobytes() for row in made]
-    assert len(set(made[:5])) == 5
-
-
-def test_the_last_duration_is_of_a_token_that_nothing_follows(lm):
+def test_the_duration_of_the_last_token_has_no_effect(lm):
     d = uniform(NEW)
-    made = [
-        generate(
-            lm, prompts(), max_new_tokens=NEW, new_durations=np.r_[d[:-1], last]
-        ).tokens
+    short, long = (
+        generate(lm, prompts(), max_new_tokens=NEW, new_durations=np.r_[d[:-1], last])
         for last in (0.1, 9.0)
-    ]
-    np.testing.assert_array_equal(*made)
+    )
+    np.testing.assert_array_equal(short.tokens, long.tokens)
 
 
 def test_learned_positions_at_real_times():
-    """Also from a start, which models that know distances alone cannot tell."""
+    """With a start, which has no effect on models of relative positions."""
     lm = random_lm("gpt2")
-    made = generate(
-        lm, prompts(), max_new_tokens=NEW, new_durations=0.7, start=0.25, stop=()
-    )
-    assert made.tokens.tolist() == [
-        naive(lm, row, [0.7] * NEW, start=0.25) for row in prompts()
-    ]
+    timing = {"new_durations": 0.7, "start": 0.25}
+    generated = generate(lm, prompts(), max_new_tokens=NEW, stop=(), **timing)
+    expected = [naive(lm, row, [0.7] * NEW, start=0.25) for row in prompts()]
+    assert generated.tokens.tolist() == expected
 
 
 def test_embeddings_in_place_of_tokens(lm):
     table = np.asarray(lm.params["embedding"])
     vectors = [table[row] for row in prompts()]
-    made = generate(lm, vectors, max_new_tokens=NEW)
-    np.testing.assert_array_equal(
-        made.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens
-    )
-    between = [row + 0.1 * uniform(*row.shape) for row in vectors]
-    made = generate(lm, between, max_new_tokens=NEW)
-    assert made.tokens.tolist() == [
-        naive(lm, r, [1.0] * NEW, name="rows") for r in between
-    ]
+    by_rows = generate(lm, vectors, max_new_tokens=NEW)
+    by_tokens = generate(lm, prompts(), max_new_tokens=NEW)
+    np.testing.assert_array_equal(by_rows.tokens, by_tokens.tokens)
+    moved = [row + 0.1 * uniform(*row.shape) for row in vectors]
+    generated = generate(lm, moved, max_new_tokens=NEW)
+    expected = [naive(lm, row, [1.0] * NEW, name="rows") for row in moved]
+    assert generated.tokens.tolist() == expected
 
 
-def test_neighbours_in_a_batch_change_nothing(lm):
+def test_rows_of_a_batch_do_not_affect_each_other(lm):
     durations = TIMES["of the prompts"]["durations"]
-    together = generate(lm, prompts(), max_new_tokens=NEW, durations=durations).tokens
-    for row, d, made in zip(prompts(), durations, together, strict=True):
-        alone = generate(lm, row, durations=d, max_new_tokens=NEW)
-        np.testing.assert_array_equal(alone.tokens, made[None])
+    batch = generate(lm, prompts(), max_new_tokens=NEW, durations=durations)
+    for prompt, d, row in zip(prompts(), durations, batch.tokens, strict=True):
+        alone = generate(lm, prompt, durations=d, max_new_tokens=NEW)
+        np.testing.assert_array_equal(alone.tokens, row[None])
 
 
-def test_prompts_come_as_lists_arrays_or_alone(lm):
-    row, new = prompts()[1], {"max_new_tokens": 4}
-    expected = generate(lm, row, **new).tokens
+def test_prompts_may_be_lists_arrays_or_a_single_row(lm):
+    row, options = prompts()[1], {"max_new_tokens": 4}
+    expected = generate(lm, row, **options).tokens
     assert expected.shape == (1, 4)
-    array, numbers = jnp.asarray(row), row.tolist()
-    for way in (
-        numbers,
-        array,
-        [row],
-        [numbers],
-        (array,),
-        row[None],
-        row.astype(np.uint8),
+    array, ints = jnp.asarray(row), row.tolist()
+    for prompt in (
+        *(ints, array, [row], [ints], (array,), row[None], row.astype(np.uint8)),
     ):
-        np.testing.assert_array_equal(generate(lm, way, **new).tokens, expected)
+        np.testing.assert_array_equal(generate(lm, prompt, **options).tokens, expected)
     d = uniform(9).tolist()
-    expected = generate(lm, row, durations=[d], **new).tokens
-    np.testing.assert_array_equal(
-        generate(lm, [row], durations=d, **new).tokens, expected
-    )
+    expected = generate(lm, row, durations=[d], **options)
+    generated = generate(lm, [row], durations=d, **options)
+    np.testing.assert_array_equal(generated.tokens, expected.tokens)
 
 
 @slow
-def test_bfloat16_parameters_make_tokens():
+def test_tokens_of_bfloat16_parameters_are_nearly_the_likeliest():
     lm = random_lm("llama", jnp.bfloat16)
-    made = generate(lm, prompts(), max_new_tokens=8, stop=())
-    whole = [
-        np.append(row, new) for row, new in zip(prompts(), made.tokens, strict=True)
-    ]
-    for row, n in zip(whole, LENGTHS, strict=True):
-        logits = np.asarray(lm(row))[n - 1 : -1]
-        likeliest = logits.max(axis=-1)
-        picked = np.take_along_axis(logits, row[n:, None], axis=-1)[:, 0]
-        assert (likeliest - picked).max() < 0.05 * np.abs(logits).max()
+    generated = generate(lm, prompts(), max_new_tokens=8, stop=())
+    for prompt, new in zip(prompts(), generated.tokens, strict=True):
+        logits = np.asarray(lm(np.append(prompt, new)))[len(prompt) - 1 : -1]
+        generated_logits = np.take_along_axis(logits, new[:, None], axis=-1)[:, 0]
+        difference = logits.max(axis=-1) - generated_logits
+        assert difference.max() < 0.05 * np.abs(logits).max()
 
 
 # --- Pieces of prompts, memory and programs --------------------------------------------------
@@ -307,14 +287,12 @@ def test_bfloat16_parameters_make_tokens():
 
 @slow
 @pytest.mark.parametrize("chunk", [7, 64])
-def test_prompts_in_pieces(lm, chunk):
+def test_prefill_in_pieces_does_not_change_tokens(lm, chunk):
     rows = prompts(lengths=(70, 2, 66))
-    d = [uniform(len(row)) for row in rows]
-    made = generate(
-        lm, rows, durations=d, max_new_tokens=8, max_prefill_length=chunk
-    ).tokens
-    expected = generate(lm, rows, durations=d, max_new_tokens=8).tokens
-    np.testing.assert_array_equal(made, expected)
+    options = {"durations": [uniform(len(row)) for row in rows], "max_new_tokens": 8}
+    generated = generate(lm, rows, max_prefill_length=chunk, **options)
+    expected = generate(lm, rows, **options)
+    np.testing.assert_array_equal(generated.tokens, expected.tokens)
 
 
 @pytest.mark.parametrize(
@@ -329,27 +307,27 @@ def test_prompts_in_pieces(lm, chunk):
         (3, 1, (64, 1)),
     ],
 )
-def test_pieces_are_even(length, chunk, expected):
+def test_prefill_lengths_are_multiples_of_equal_pieces(length, chunk, expected):
     assert generation._prefill_lengths(length, chunk) == expected
 
 
 def compiled(monkeypatch, lm, tokens, **options):
-    """The program that `generate` would run."""
-    found = []
+    """Return the program that `generate` would run."""
+    programs = []
 
     def catch(*arguments):
-        found.append(original.lower(*arguments).compile())
+        programs.append(original.lower(*arguments).compile())
         return np.zeros((1, 1), np.int32), np.ones(1, np.int32)
 
     with monkeypatch.context() as patch:
         original = generation._decode_loop
         patch.setattr(generation, "_decode_loop", catch)
         generate(lm, tokens, **options)
-    return found[0]
+    return programs[0]
 
 
 @slow
-def test_memory_for_long_prompts_is_that_of_the_cache_and_a_piece(monkeypatch):
+def test_memory_of_prefill_in_pieces_grows_as_the_cache(monkeypatch):
     lm = random_lm("llama", hidden_size=96, intermediate_size=1024)
 
     def bytes_of(length, chunk):
@@ -367,13 +345,13 @@ def test_memory_for_long_prompts_is_that_of_the_cache_and_a_piece(monkeypatch):
         cache = kv_cache.empty(lm.config, length + 64)
         return sum(leaf.nbytes for leaf in cache)
 
-    small, large, whole = bytes_of(1024, 64), bytes_of(2048, 64), bytes_of(2048, 2048)
-    assert large - small < 3 * (cache_of(2048) - cache_of(1024))
-    assert large < 0.5 * whole
+    short, long = bytes_of(1024, 64), bytes_of(2048, 64)
+    assert long - short < 3 * (cache_of(2048) - cache_of(1024))
+    assert long < 0.5 * bytes_of(2048, 2048)
 
 
 @pytest.mark.parametrize("top_p", [None, pytest.param(0.9, marks=slow)])
-def test_one_program_serves_all_that_is_alike(lm, top_p):
+def test_one_program_serves_all_values_of_the_options(lm, top_p):
     def run(n, temperature=0.5, top_p=top_p, **options):
         usual = {"max_new_tokens": 5, "key": KEY}
         sampler = Temperature(temperature, top_p=top_p)
@@ -398,55 +376,57 @@ def test_one_program_serves_all_that_is_alike(lm, top_p):
 
 
 @slow
-def test_numbers_of_new_tokens_below_and_across_the_bucket(lm):
+def test_any_number_of_new_tokens(lm):
+    """Also below, at and above the length of the compiled buffer."""
     row = prompts()[0]
     long = generate(lm, row, max_new_tokens=65).tokens
     for n in (1, 63, 64):
-        made = generate(lm, row, max_new_tokens=n)
-        np.testing.assert_array_equal(made.tokens, long[:, :n])
-        assert made.lengths.tolist() == [n]
+        generated = generate(lm, row, max_new_tokens=n)
+        np.testing.assert_array_equal(generated.tokens, long[:, :n])
+        assert generated.lengths.tolist() == [n]
 
 
-# --- Ends ------------------------------------------------------------------------------------
+# --- Stop tokens -----------------------------------------------------------------------------
 
 
 def test_rows_end_with_their_stop_tokens(lm):
     rows = prompts()
-    free = generate(lm, rows, max_new_tokens=NEW, stop=()).tokens
-    stop = [int(free[0, 3]), int(free[1, 9])]
-    made = generate(lm, rows, max_new_tokens=NEW, stop=stop)
-    ends = [next((i + 1 for i, t in enumerate(row) if t in stop), NEW) for row in free]
+    endless = generate(lm, rows, max_new_tokens=NEW, stop=()).tokens
+    stop = [int(endless[0, 3]), int(endless[1, 9])]
+    generated = generate(lm, rows, max_new_tokens=NEW, stop=stop)
+    ends = [
+        next((i + 1 for i, t in enumerate(row) if t in stop), NEW) for row in endless
+    ]
     assert len(set(ends)) > 1
-    assert made.lengths.tolist() == ends
-    assert made.token_lists() == [
-        row[:end].tolist() for row, end in zip(free, ends, strict=True)
+    assert generated.lengths.tolist() == ends
+    assert generated.token_lists() == [
+        row[:end].tolist() for row, end in zip(endless, ends, strict=True)
     ]
     after = np.arange(NEW) >= np.array(ends)[:, None]
-    assert (made.tokens[after] == 0).all()
+    assert (generated.tokens[after] == 0).all()
 
 
-def test_the_stop_token_is_that_of_the_config(lm):
+def test_the_default_stop_token_is_that_of_the_config(lm):
     rows = prompts()
-    free = generate(lm, rows, max_new_tokens=NEW, stop=())
-    token = int(free.tokens[0, 3])
-    for eos in (token, [token, int(free.tokens[1, 9])]):
-        noted = clm.LanguageModel(
-            clm.Transformer(lm.config), lm.params, hf_fields={"eos_token_id": eos}
-        )
-        made = generate(noted, rows, max_new_tokens=NEW)
+    endless = generate(lm, rows, max_new_tokens=NEW, stop=())
+    token = int(endless.tokens[0, 3])
+
+    def with_eos(eos, **options):
+        fields = {"eos_token_id": eos}
+        model = clm.Transformer(lm.config)
+        with_field = clm.LanguageModel(model, lm.params, hf_fields=fields)
+        return generate(with_field, rows, max_new_tokens=NEW, **options)
+
+    for eos in (token, [token, int(endless.tokens[1, 9])]):
         expected = generate(lm, rows, max_new_tokens=NEW, stop=eos)
-        assert made.token_lists() == expected.token_lists()
-        assert made.lengths[0] <= 4
-        made = generate(noted, rows, max_new_tokens=NEW, stop=())
-        assert made.token_lists() == free.token_lists()
-    noted = clm.LanguageModel(
-        clm.Transformer(lm.config), lm.params, hf_fields={"eos_token_id": None}
-    )
-    assert generate(noted, rows, max_new_tokens=NEW).token_lists() == free.token_lists()
+        assert with_eos(eos).token_lists() == expected.token_lists()
+        assert with_eos(eos).lengths[0] <= 4
+        assert with_eos(eos, stop=()).token_lists() == endless.token_lists()
+    assert with_eos(None).token_lists() == endless.token_lists()
 
 
-def test_nothing_is_computed_after_the_last_row_ended(monkeypatch):
-    """Counted in the compiled program: calls of the model with one token."""
+def test_decoding_ends_with_the_last_row(monkeypatch):
+    """The compiled program counts calls of the model with one token."""
     lm, steps = random_lm("llama", rms_norm_eps=1.5e-5), []
     append = kv_cache.append
 
@@ -457,34 +437,34 @@ def test_nothing_is_computed_after_the_last_row_ended(monkeypatch):
 
     monkeypatch.setattr(kv_cache, "append", counted)
 
-    def count(**options):
+    def count_steps(**options):
         steps.clear()
-        made = generate(lm, prompts(), **options)
+        generated = generate(lm, prompts(), **options)
         jax.effects_barrier()
-        return made, len(steps) // 2  # durations and steps of a call
+        return generated, len(steps) // 2  # durations and intervals of a call
 
-    free, number = count(max_new_tokens=20, stop=())
+    endless, number = count_steps(max_new_tokens=20, stop=())
     assert number == 19  # the last token is not read
-    stop = sorted({int(row[7]) for row in free.tokens})
-    made, number = count(max_new_tokens=20, stop=stop)
-    assert number == made.lengths.max() - 1 <= 7
+    stop = sorted({int(row[7]) for row in endless.tokens})
+    generated, number = count_steps(max_new_tokens=20, stop=stop)
+    assert number == generated.lengths.max() - 1 <= 7
 
 
 # --- Sampling --------------------------------------------------------------------------------
 
 logits_and_cuts = st.tuples(
-    st.lists(st.integers(-12, 12), min_size=2, max_size=12),
+    st.lists(st.integers(-12, 12), min_size=9, max_size=9),
     st.sampled_from([0.3, 0.7, 1.0, 2.5]),
-    st.one_of(st.none(), st.integers(1, 14)),
+    st.sampled_from([None, 1, 4, 14]),
     st.one_of(st.none(), st.floats(0.01, 1.0)),
 )
 
 
 @given(logits_and_cuts)
-def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
+def test_top_k_and_top_p_equal_those_of_transformers(case):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    logits, temperature, top_k, top_p = drawn
+    logits, temperature, top_k, top_p = case
     logits = np.asarray(logits, np.float32) / 3
     warpers = [transformers.TemperatureLogitsWarper(temperature)]
     warpers += [transformers.TopKLogitsWarper(top_k)] if top_k else []
@@ -493,10 +473,11 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
     for warp in warpers:
         expected = warp(None, expected)
     expected = expected[0].numpy()
-    ours = np.asarray(_mask_unlikely(jnp.asarray(logits / temperature), top_k, top_p))
-    if top_p is not None and on_the_edge(logits / temperature, top_k, top_p):
+    tempered = logits / np.float32(temperature)
+    ours = np.asarray(mask_unlikely(tempered, top_k=top_k, top_p=top_p))
+    if top_p is not None and rounding_decides(tempered, top_k, top_p):
         return
-    # Which of tied tokens are cut is transformers' own order: the kept values are compared.
+    # Transformers cuts tied tokens in its own order: only the remaining values are compared.
     np.testing.assert_allclose(
         np.sort(ours[np.isfinite(ours)]),
         np.sort(expected[np.isfinite(expected)]),
@@ -506,25 +487,26 @@ def test_the_tokens_drawn_from_are_those_of_transformers(drawn):
         np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(expected))
 
 
-def on_the_edge(logits, top_k, top_p):
-    """Whether rounding decides about a token."""
-    p = np.exp(np.float64(_mask_unlikely(jnp.asarray(logits), top_k, None)))
+def rounding_decides(logits, top_k, top_p):
+    """Return whether a sum of probabilities is so near to top_p that rounding cuts a token."""
+    p = np.exp(np.float64(mask_unlikely(logits, top_k=top_k, top_p=None)))
     sums = np.cumsum(np.sort(p / p.sum())[::-1])
     return np.abs(sums - top_p).min() < 1e-5
 
 
-def assert_drawn(counts, p):
-    """Whether counts [V] are those of draws from probabilities p [V]."""
+def assert_frequencies(counts, p):
+    """Assert that counts [V] are those of samples from probabilities p [V]."""
     expected = counts.sum() * p / p.sum()
     assert (counts[p == 0] == 0).all()
-    some = expected > 5
-    assert some.sum() >= 2
-    expected *= counts[some].sum() / expected[some].sum()
-    assert stats.chisquare(counts[some], expected[some]).pvalue > 1e-3
+    is_frequent = expected > 5
+    assert is_frequent.sum() >= 2
+    counts, expected = counts[is_frequent], expected[is_frequent]
+    expected *= counts.sum() / expected.sum()
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("options", "likeliest"),
+    ("options", "num_tokens"),
     [
         ({}, 6),
         ({"temperature": 0.5}, 6),
@@ -533,50 +515,52 @@ def assert_drawn(counts, p):
         ({"temperature": 2.0, "top_k": 4, "top_p": 0.9}, 4),
     ],
 )
-def test_frequencies_are_the_probabilities(options, likeliest):
+def test_frequencies_match_the_probabilities(options, num_tokens):
     logits = np.array([0.5, 1.5, -1.0, 2.0, 0.0, -9.0], np.float32)
-    drawn = sample_token(KEY, np.tile(logits, (20_000, 1)), **options)
+    tokens = sample(KEY, np.tile(logits, (20_000, 1)), **options)
     p = np.exp(np.float64(logits) / options.get("temperature", 1.0))
-    p[np.argsort(-p)[likeliest:]] = 0
-    assert_drawn(np.bincount(drawn, minlength=6), p)
+    p[np.argsort(-p)[num_tokens:]] = 0
+    assert_frequencies(np.bincount(tokens, minlength=6), p)
 
 
-def test_no_cut_changes_no_draw():
+def random_logits(vocab_size, scale):
+    rng = np.random.default_rng(1)
+    return (scale * rng.normal(size=(50, vocab_size))).astype(np.float32)
+
+
+def test_cuts_that_allow_all_tokens_change_no_sample():
     """Even where rounded sums of probabilities reach 1 before the last token."""
-    logits = jax.random.normal(jax.random.key(1), (50, 5000)) * 4
-    plain = sample_token(KEY, logits)
-    np.testing.assert_array_equal(sample_token(KEY, logits, top_p=1.0), plain)
-    np.testing.assert_array_equal(sample_token(KEY, logits, top_k=5000), plain)
-    np.testing.assert_array_equal(sample_token(KEY, logits, top_k=9999), plain)
-    assert jnp.isfinite(_mask_unlikely(logits, 5000, 1.0)).all()
+    logits = random_logits(5000, 4)
+    expected = sample(KEY, logits)
+    for options in ({"top_p": 1.0}, {"top_k": 5000}, {"top_k": 9999}):
+        np.testing.assert_array_equal(sample(KEY, logits, **options), expected)
+    assert np.isfinite(mask_unlikely(logits, top_k=5000, top_p=1.0)).all()
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-44, 0.0])
-def test_cold_draws_are_the_likeliest(temperature):
-    logits = jax.random.normal(jax.random.key(1), (50, 500)) * 40
-    drawn = sample_token(KEY, logits, temperature=temperature)
-    np.testing.assert_array_equal(drawn, logits.argmax(-1))
-    np.testing.assert_array_equal(sample_token(KEY, logits, top_k=1), logits.argmax(-1))
-    np.testing.assert_array_equal(
-        sample_token(KEY, logits, top_p=1e-6), logits.argmax(-1)
-    )
+def test_cold_and_cut_samples_are_the_likeliest():
+    logits = random_logits(500, 40)
+    expected = logits.argmax(-1)
+    for temperature in (1e-3, 1e-30, 1e-44, 0.0):
+        tokens = sample(KEY, logits, temperature=temperature)
+        np.testing.assert_array_equal(tokens, expected)
+    for options in ({"top_k": 1}, {"top_p": 1e-6}):
+        np.testing.assert_array_equal(sample(KEY, logits, **options), expected)
 
 
 def test_temperatures_and_cuts_of_each_row():
-    logits = jnp.tile(jnp.arange(4.0), (2000, 1))
-    drawn = sample_token(
-        KEY, logits, temperature=jnp.tile(jnp.array([0.0, 50.0]), 1000)
-    )
-    assert set(drawn[::2].tolist()) == {3}
-    assert set(drawn[1::2].tolist()) == {0, 1, 2, 3}
-    drawn = sample_token(KEY, logits, top_p=jnp.tile(jnp.array([0.7, 1.0]), 1000))
-    assert set(drawn[::2].tolist()) == {2, 3}
-    assert set(drawn[1::2].tolist()) == {0, 1, 2, 3}
+    logits = np.tile(np.arange(4, dtype=np.float32), (2000, 1))
+    for options, even in (
+        ({"temperature": np.tile([0.0, 50.0], 1000)}, {3}),
+        ({"top_p": np.tile([0.7, 1.0], 1000)}, {2, 3}),
+    ):
+        tokens = np.asarray(sample(KEY, logits, **options))
+        assert set(tokens[::2].tolist()) == even
+        assert set(tokens[1::2].tolist()) == {0, 1, 2, 3}
 
 
 @slow
-def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
-    """Of a model that finds all tokens equally likely."""
+def test_samples_are_independent_over_rows_steps_and_keys():
+    """All tokens are equally likely."""
     lm = random_lm("llama")
     lm = clm.LanguageModel(
         clm.Transformer(lm.config), jax.tree.map(jnp.zeros_like, lm.params)
@@ -589,7 +573,7 @@ def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
     a, b = draw(KEY), draw(jax.random.key(1))
     np.testing.assert_array_equal(a, draw(jax.random.key(0)))
     np.testing.assert_array_equal(a, draw(jax.random.PRNGKey(0)))
-    assert_drawn(np.bincount(a.ravel(), minlength=64), np.ones(64))
+    assert_frequencies(np.bincount(a.ravel(), minlength=64), np.ones(64))
     for x, y in [
         (a, b),
         (a[:, 1:], a[:, :-1]),
@@ -602,35 +586,25 @@ def test_draws_are_independent_over_rows_and_steps_and_go_by_the_key():
 @slow
 def test_sampled_tokens_have_the_models_probabilities(lm):
     row = prompts()[1]
-    made = generate(
+    tokens = generate(
         lm, [row] * 512, max_new_tokens=2, sampler=Temperature(3, top_k=6), key=KEY
     ).tokens
-    common = np.bincount(made[:, 0]).argmax()
-    after = made[made[:, 0] == common]
-    for before, counted in (([], made[:, 0]), ([common], after[:, 1])):
+    common = np.bincount(tokens[:, 0]).argmax()
+    after = tokens[tokens[:, 0] == common]
+    for before, new_tokens in (([], tokens[:, 0]), ([common], after[:, 1])):
         logits = np.float64(lm(np.append(row, before).astype(int), position=-1)) / 3
         p = np.where(logits >= np.sort(logits)[-6], np.exp(logits - logits.max()), 0)
-        assert_drawn(np.bincount(counted, minlength=64), p)
+        assert_frequencies(np.bincount(new_tokens, minlength=64), p)
 
 
-@slow
-def test_a_low_temperature_is_greedy(lm):
-    cold = generate(
-        lm, prompts(), max_new_tokens=NEW, sampler=Temperature(1e-4), key=KEY
-    )
-    np.testing.assert_array_equal(
-        cold.tokens, generate(lm, prompts(), max_new_tokens=NEW).tokens
-    )
-
-
-def test_temperature_0_is_greedy_and_needs_no_key(lm):
-    """Also where all tokens tie: the first one is taken, whatever the key."""
+def test_cold_temperatures_are_greedy_and_0_needs_no_key(lm):
+    """Of tied tokens the first is taken, for every key."""
     greedy = generate(lm, prompts(), sampler=Greedy(), max_new_tokens=NEW)
-    for options in ({}, {"key": KEY}):
-        sampler = Temperature(0.0, top_p=0.9)
+    for temperature, options in ((0.0, {}), (0.0, {"key": KEY}), (1e-4, {"key": KEY})):
+        sampler = Temperature(temperature, top_p=0.9)
         cold = generate(lm, prompts(), sampler=sampler, max_new_tokens=NEW, **options)
         np.testing.assert_array_equal(cold.tokens, greedy.tokens)
-    params = jax.tree.map(jnp.zeros_like, lm.params)
+    params = jax.tree.map(np.zeros_like, lm.params)
     flat = generate(
         lm.with_params(params), ROW, sampler=Temperature(0), max_new_tokens=2, stop=()
     )

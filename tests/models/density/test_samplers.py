@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
@@ -40,11 +39,11 @@ def vectors(lengths=(2, 5, 9), seed=0):
     return [rng.normal(size=(n, WIDTH)).astype(np.float32) for n in lengths]
 
 
-# --- Ways back to tokens ---------------------------------------------------------------------
+# --- Tokens of a vector ----------------------------------------------------------------------
 
 
 def by_numpy(way, density, x, rows, k):
-    """The token of a vector x [W], in float64."""
+    """Return the token of a vector x [W], in float64."""
     near = np.argsort(((rows - x) ** 2).sum(axis=-1), kind="stable")
     if way == "cosine":
         lengths = np.linalg.norm(rows, axis=-1) * np.linalg.norm(x)
@@ -55,55 +54,56 @@ def by_numpy(way, density, x, rows, k):
 
 
 @pytest.mark.parametrize("way", ["euclidean", "cosine", "rerank"])
-def test_ways_back_are_those_of_numpy(way):
+def test_tokens_of_vectors_equal_those_of_numpy(way):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(40, 3)).astype(np.float32)
     mixture = Mixture(
         *(rng.normal(size=(25, *shape)).astype(np.float32) for shape in [(2,), (2, 3)]),
         rng.uniform(0.3, 1.0, (25, 2, 3)).astype(np.float32),
     )
-    mixture = jax.tree.map(jnp.asarray, mixture)
     x = (2 * rng.normal(size=(25, 3))).astype(np.float32)
-    norms = jnp.sum(rows**2, axis=-1)
-    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), mixture)
+    norms = np.sum(rows**2, axis=-1)
     tokens = {}
     reranked = jax.jit(rerank, static_argnums=3)
     for k in (1, 7, 40) if way == "rerank" else (1,):
         if way == "rerank":
-            found = reranked(mixture, jnp.asarray(x), jnp.asarray(rows), k, norms=norms)
+            tokens[k] = reranked(mixture, x, rows, k, norms=norms)
         else:
-            found = quantize.nearest(x, rows, metric=way, norms=norms).indices
+            tokens[k] = quantize.nearest(x, rows, metric=way, norms=norms).indices
         expected = [
-            by_numpy(way, at(exact, i), x[i], rows.astype(float), k) for i in range(25)
+            by_numpy(way, at(mixture, i), x[i], rows.astype(float), k)
+            for i in range(25)
         ]
-        np.testing.assert_array_equal(found, expected)
-        tokens[k] = np.asarray(found)
-    if (
-        way == "rerank"
-    ):  # 1 candidate: the nearest; all of them: the mode, whatever was drawn
-        assert np.mean(tokens[1] != tokens[7]) * 25 > 3
-        assert np.mean(tokens[40] != tokens[7]) * 25 > 3
+        np.testing.assert_array_equal(tokens[k], expected)
+    if way == "rerank":
+        # With 1 candidate it is the nearest row; with all, the mode for every x.
+        assert np.sum(np.asarray(tokens[1]) != np.asarray(tokens[7])) > 3
+        assert np.sum(np.asarray(tokens[40]) != np.asarray(tokens[7])) > 3
 
 
-def test_renormalised_draws_are_proportional_to_the_density():
+def test_renormalised_frequencies_are_proportional_to_the_density():
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(5, 2)).astype(np.float32)
-    gaussian = Gaussian(jnp.zeros((4000, 2)), jnp.full((4000, 2), 0.9))
-    logs = reference(at(jax.tree.map(np.float64, gaussian), 0), rows.astype(float))
+    gaussian = Gaussian(*np.broadcast_to(np.float32([[[0.0]], [[0.9]]]), (2, 4000, 2)))
+    logs = reference(at(gaussian, 0), rows.astype(float))
+
+    @jax.jit
+    def sample(gaussian, temperature):
+        return Categorical(gaussian.log_probs(rows)).sample(KEY, temperature)
+
     for temperature in (1.0, 0.5):
-        drawn = Categorical(gaussian.log_probs(rows)).sample(KEY, temperature)
         p = np.exp((logs - logs.max()) / temperature)
-        counts = np.bincount(drawn, minlength=5)
+        counts = np.bincount(sample(gaussian, temperature), minlength=5)
         assert stats.chisquare(counts, 4000 * p / p.sum()).pvalue > 1e-3
 
 
-# --- The loop --------------------------------------------------------------------------------
+# --- Generation ------------------------------------------------------------------------------
 
 ROOM = 16
 
 
 def sampler_of(way, lm=None, **settings):
-    """The sampler of a way back; a token head draws tokens itself."""
+    """Return the sampler by its name; a token head draws tokens itself."""
     if lm is not None and lm.model.predicts_tokens:
         return Temperature(**settings)
     samplers = {
@@ -116,45 +116,38 @@ def sampler_of(way, lm=None, **settings):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole(model, params, durations, start, at, **inputs):
-    """The distribution after token `at`, of one whole forward pass and without any cache."""
-    hidden = model.apply(
-        {"params": params}, durations=durations, start=start, position=at, **inputs
-    )
+def distribution_after(model, params, durations, start, position, **inputs):
+    """Return the distribution after a position, of one forward pass without a cache."""
+    options = {"durations": durations, "start": start, "position": position}
+    hidden = model.apply({"params": params}, **options, **inputs)
     return model.distribution(params, hidden)
 
 
 def naive(lm, prompt, count, *, d=None, new_d=1.0, start=0.0, way="euclidean"):
-    """What is drawn at temperature 0, one forward pass over everything for each."""
-    reads, n, made = lm.model.input_kind, len(prompt), []
+    """Return the samples at temperature 0, by a forward pass over all tokens for each."""
+    reads, n, samples = lm.model.input_kind, len(prompt), []
     buffer = np.zeros((ROOM, *np.shape(prompt)[1:]), np.asarray(prompt).dtype)
     times = np.ones(ROOM, np.float32)
     buffer[:n], times[:n] = prompt, 1.0 if d is None else d
     new_d = np.broadcast_to(new_d, count)
     for i in range(count):
-        found = whole(
-            lm.model,
-            lm.params,
-            times,
-            np.float32(start),
-            n + i - 1,
-            **{reads: buffer.copy()},
-        )
-        found = jax.tree.map(lambda a: np.asarray(a, np.float64), found)
+        inputs = {reads: buffer.copy()}
+        start = np.float32(start)
+        p = distribution_after(lm.model, lm.params, times, start, n + i - 1, **inputs)
+        p = at(p, ...)
         if lm.model.predicts_tokens:
-            item = np.argmax(found.logits)
+            item = np.argmax(p.logits)
         else:
-            likeliest = np.argmax(found.logits) if hasattr(found, "logits") else None
-            item = found.mean if likeliest is None else found.means[likeliest]
+            item = p.means[np.argmax(p.logits)] if hasattr(p, "logits") else p.mean
             if reads == "tokens":
                 rows = np.asarray(density.token_table(lm), np.float64)
                 if way == "renormalised":
-                    item = np.argmax(reference(found, rows))
+                    item = np.argmax(reference(p, rows))
                 else:
-                    item = by_numpy(way, found, item, rows, 4)
-        made.append(item)
+                    item = by_numpy(way, p, item, rows, 4)
+        samples.append(item)
         buffer[n + i], times[n + i] = item, new_d[i]
-    return np.asarray(made)
+    return np.asarray(samples)
 
 
 NEW = 6
@@ -163,7 +156,7 @@ NEW = 6
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("mixture", "euclidean"),
+        pytest.param("mixture", "euclidean", marks=slow),
         pytest.param("gaussian", "rerank", marks=slow),
         pytest.param("token", "euclidean", marks=slow),
         ("full", "cosine"),
@@ -172,8 +165,8 @@ NEW = 6
         pytest.param("experts", "rerank", marks=slow),
     ],
 )
-def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
-    """Prompts of different lengths, durations and beginnings; the cache changes nothing."""
+def test_tokens_of_a_batch_equal_those_without_a_cache(name, way):
+    """Prompts have different lengths, durations and starts."""
     lm, rows, rng = build(name), prompts(), np.random.default_rng(3)
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, (3, NEW)).astype(np.float32)
@@ -181,14 +174,15 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
     options = dict(
         max_new_tokens=NEW, sampler=sampler_of(way, lm, temperature=0.0), stop=()
     )
-    made = generate(lm, rows, durations=d, new_durations=new_d, start=start, **options)
+    timing = {"durations": d, "new_durations": new_d, "start": start}
+    generated = generate(lm, rows, **timing, **options)
     expected = [
         naive(lm, row, NEW, d=d[i], new_d=new_d[i], start=start[i], way=way)
         for i, row in enumerate(rows)
     ]
-    np.testing.assert_array_equal(made.tokens, expected)
-    np.testing.assert_array_equal(made.lengths, NEW)
-    assert len(np.unique(made.tokens)) > 1
+    np.testing.assert_array_equal(generated.tokens, expected)
+    np.testing.assert_array_equal(generated.lengths, NEW)
+    assert len(np.unique(generated.tokens)) > 1
     alone = generate(
         lm,
         rows[1],
@@ -202,7 +196,7 @@ def test_tokens_of_a_batch_are_those_of_whole_passes(name, way):
 
 
 @pytest.mark.parametrize("name", ["mixture", pytest.param("full", marks=slow)])
-def test_vectors_of_a_batch_are_those_of_whole_passes(name):
+def test_vectors_of_a_batch_equal_those_without_a_cache(name):
     lm, rows, rng = build(name, "vectors"), vectors(), np.random.default_rng(4)
     d = [rng.uniform(0.3, 2.0, len(row)).astype(np.float32) for row in rows]
     new_d = rng.uniform(0.3, 2.0, NEW).astype(np.float32)
@@ -211,73 +205,75 @@ def test_vectors_of_a_batch_are_those_of_whole_passes(name):
     np.testing.assert_array_equal(generated.lengths, NEW)
     with pytest.raises(clm.InputError, match="makes vectors"):
         generated.token_lists()
-    made = generated.vectors
-    assert made.shape == (3, NEW, WIDTH)
-    assert made.dtype == np.float32
+    samples = generated.vectors
+    assert samples.shape == (3, NEW, WIDTH)
+    assert samples.dtype == np.float32
     for i, row in enumerate(rows):
         expected = naive(lm, row, NEW, d=d[i], new_d=new_d)
-        np.testing.assert_allclose(made[i], expected, rtol=1e-3, atol=1e-4)
-    other = generate(lm, rows, durations=d, **options).vectors
-    np.testing.assert_array_equal(other[:, 0], made[:, 0])
-    assert np.abs(other[:, 1:] - made[:, 1:]).max() > 1e-3
+        np.testing.assert_allclose(samples[i], expected, rtol=1e-3, atol=1e-4)
+    others = generate(lm, rows, durations=d, **options).vectors
+    np.testing.assert_array_equal(others[:, 0], samples[:, 0])
+    assert np.abs(others[:, 1:] - samples[:, 1:]).max() > 1e-3
 
 
 @slow
-def test_draws_follow_the_density():
-    """First draws after one prompt, many rows of it: the moments of the density there."""
+def test_first_samples_after_a_prompt_have_the_moments_of_the_density():
     lm, prompt = build("mixture", "vectors"), vectors((4,))[0]
     many = np.broadcast_to(prompt, (3000, *prompt.shape))
     buffer = np.zeros((ROOM, WIDTH), np.float32)
     buffer[:4] = prompt
-    found = whole(
-        lm.model, lm.params, np.ones(ROOM, np.float32), np.float32(0), 3, vectors=buffer
-    )
-    w, means, scales = (np.asarray(a, np.float64) for a in (found.weights, *found[1:]))
+    ones, start = np.ones(ROOM, np.float32), np.float32(0)
+    p = distribution_after(lm.model, lm.params, ones, start, 3, vectors=buffer)
+    w, means, scales = (np.asarray(a, np.float64) for a in (p.weights, *p[1:]))
     mean = w @ means
     std = np.sqrt(w @ (means**2 + scales**2) - mean**2)
-    made = generate(lm, many, sampler=NextVector(), max_new_tokens=1, key=KEY)
-    made = made.vectors[:, 0]
-    assert (np.abs(made.mean(axis=0) - mean) < 5 * std / 3000**0.5).all()
-    np.testing.assert_allclose(made.std(axis=0), std, rtol=0.1)
+    generated = generate(lm, many, sampler=NextVector(), max_new_tokens=1, key=KEY)
+    samples = generated.vectors[:, 0]
+    assert (np.abs(samples.mean(axis=0) - mean) < 5 * std / 3000**0.5).all()
+    np.testing.assert_allclose(samples.std(axis=0), std, rtol=0.1)
 
 
-def test_a_token_heads_samples_are_those_of_generate():
-    """Of the language model with that head, drawn with the same key."""
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(Temperature(), marks=slow),
+        Temperature(2.0, top_k=4, top_p=0.9),
+        pytest.param(Greedy(), marks=slow),
+    ],
+    ids=["temperature", "cuts", "greedy"],
+)
+def test_samples_of_a_token_head_equal_those_of_a_language_model(sampler):
+    """The language model has the same head, and no bias."""
     lm = build("token")
-    params = lm.params["trunk"] | {"head": lm.params["head"]["logits"]}
-    bare = lm.with_params(without_bias(lm.params))
+    head = lm.params["head"]
+    zero = np.zeros_like(head["logits_bias"])
+    without_bias = lm.with_params(lm.params | {"head": head | {"logits_bias": zero}})
+    params = lm.params["trunk"] | {"head": head["logits"]}
     plain = clm.LanguageModel(clm.Transformer(CONFIG), params)
-    for sampler in (Temperature(), Temperature(2.0, top_k=4, top_p=0.9), Greedy()):
-        options = dict(sampler=sampler, max_new_tokens=8, key=KEY, stop=())
-        ours = generate(bare, prompts(), **options)
-        theirs = generate(plain, prompts(), **options)
-        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+    options = dict(sampler=sampler, max_new_tokens=8, key=KEY, stop=())
+    ours = generate(without_bias, prompts(), **options)
+    theirs = generate(plain, prompts(), **options)
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     assert len(np.unique(theirs.tokens)) > 1
-
-
-def without_bias(params):
-    head = params["head"]
-    return params | {
-        "head": head | {"logits_bias": jnp.zeros_like(head["logits_bias"])}
-    }
 
 
 def test_stop_tokens_end_rows():
     lm = build("mixture")
     options = dict(max_new_tokens=12, sampler=NearestRow(), key=KEY)
-    free = generate(lm, prompts(), stop=(), **options)
-    stop = int(free.tokens[0, 2])
-    made = generate(lm, prompts(), stop=stop, **options)
-    for row, length, before in zip(made.tokens, made.lengths, free.tokens, strict=True):
-        where = np.flatnonzero(before == stop)
-        expected = where[0] + 1 if len(where) else 12
+    endless = generate(lm, prompts(), stop=(), **options).tokens
+    stop = int(endless[0, 2])
+    generated = generate(lm, prompts(), stop=stop, **options)
+    for row, length, before in zip(
+        generated.tokens, generated.lengths, endless, strict=True
+    ):
+        stops = np.flatnonzero(before == stop)
+        expected = stops[0] + 1 if len(stops) else 12
         assert length == expected
         np.testing.assert_array_equal(row[:length], before[:length])
         np.testing.assert_array_equal(row[length:], 0)
-    noted = clm.LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
-    np.testing.assert_array_equal(
-        generate(noted, prompts(), **options).tokens, made.tokens
-    )
+    with_field = clm.LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
+    by_field = generate(with_field, prompts(), **options)
+    np.testing.assert_array_equal(by_field.tokens, generated.tokens)
 
 
 # --- Steering --------------------------------------------------------------------------------
@@ -293,16 +289,14 @@ def test_stop_tokens_end_rows():
         pytest.param("gaussian", "renormalised", marks=slow),
     ],
 )
-def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
+def test_steering_of_tokens_by_its_strength(name, way):
+    """Strength 0 changes no bit, and a large one samples the target."""
     lm = build(name)
     rows = np.asarray(density.token_table(lm))
+    # Far along the direction, the row of this token is the nearest.
     target = int(np.argmax(np.linalg.norm(rows - rows.mean(axis=0), axis=-1)))
-    direction = steering_direction(
-        lm, [target]
-    )  # far along which its row is the nearest
-    assert (
-        lm.config.vocab_size < 16
-    )  # fewer tokens than there are candidates for "rerank"
+    direction = steering_direction(lm, [target])
+    assert lm.config.vocab_size < 16  # fewer than the default candidates of Rerank
 
     def draw(**steering):
         sampler = sampler_of(way, **steering)
@@ -320,7 +314,7 @@ def test_strength_0_changes_no_bit_and_a_large_one_brings_the_target(name, way):
         assert shares[2] > 0.95
 
 
-def test_strength_0_changes_no_bit_of_vectors():
+def test_steering_of_vectors_by_its_strength():
     lm, rows = build("mixture", "vectors"), vectors()
 
     def draw(**steering):
@@ -329,26 +323,22 @@ def test_strength_0_changes_no_bit_of_vectors():
 
     plain = draw()
     direction = np.array([1.0, -2.0, 0.5])
-    still = draw(direction=direction, strength=0.0)
-    np.testing.assert_array_equal(still, plain)
+    unsteered = draw(direction=direction, strength=0.0)
+    np.testing.assert_array_equal(unsteered, plain)
     moved = draw(direction=direction, strength=0.5)
+    # Only of the first ones: the model reads them before the others.
     np.testing.assert_allclose(
         moved[:, 0], plain[:, 0] + 0.5 * direction, rtol=1e-4, atol=1e-5
-    )  # the later ones have read what was moved
+    )
 
 
-def test_directions_are_differences_of_means():
+def test_steering_directions_are_differences_of_means():
     lm = build("gaussian", table="embedding")
     rows = np.asarray(density.token_table(lm), np.float64)
-    found = steering_direction(lm, [1, 4], [2, 3, 9])
-    np.testing.assert_allclose(
-        found,
-        rows[[1, 4]].mean(axis=0) - rows[[2, 3, 9]].mean(axis=0),
-        rtol=1e-4,
-        atol=1e-5,
-    )
-    found = steering_direction(lm, np.array([5]))
-    np.testing.assert_allclose(found, rows[5] - rows.mean(axis=0), rtol=1e-4, atol=1e-5)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    expected = rows[[1, 4]].mean(axis=0) - rows[[2, 3, 9]].mean(axis=0)
+    near(steering_direction(lm, [1, 4], [2, 3, 9]), expected)
+    near(steering_direction(lm, np.array([5])), rows[5] - rows.mean(axis=0))
 
 
 # --- Programs and errors ---------------------------------------------------------------------
@@ -378,19 +368,22 @@ def test_one_program_serves_temperatures_strengths_and_directions(kind):
     assert generation._decode_loop._cache_size() == before
 
 
-def test_logits_of_a_density_are_those_of_the_renormalised_one():
-    """`Temperature` and `Greedy` draw as `Renormalized` does; cuts come on top."""
+@pytest.mark.parametrize(
+    ("temperature", "other"),
+    [
+        (0.6, Temperature(0.6)),
+        pytest.param(0.0, Greedy(), marks=slow),
+        pytest.param(0.0, Temperature(0.6, top_k=1), marks=slow),
+    ],
+    ids=["temperature", "greedy", "top 1"],
+)
+def test_samplers_of_tokens_on_a_density_equal_renormalized(temperature, other):
     lm, options = build("mixture"), dict(max_new_tokens=9, key=KEY, stop=())
-    for sampler, other in (
-        (Renormalized(temperature=0.6), Temperature(0.6)),
-        (Renormalized(temperature=0.0), Greedy()),
-        (Renormalized(temperature=0.0), Temperature(0.6, top_k=1)),
-    ):
-        made = generate(lm, prompts(), sampler=sampler, **options).tokens
-        np.testing.assert_array_equal(
-            generate(lm, prompts(), sampler=other, **options).tokens, made
-        )
-        assert len(np.unique(made)) > 1
+    sampler = Renormalized(temperature=temperature)
+    expected = generate(lm, prompts(), sampler=sampler, **options).tokens
+    tokens = generate(lm, prompts(), sampler=other, **options).tokens
+    np.testing.assert_array_equal(tokens, expected)
+    assert len(np.unique(tokens)) > 1
 
 
 @pytest.mark.parametrize(
@@ -434,25 +427,23 @@ def test_logits_of_a_density_are_those_of_the_renormalised_one():
     ],
 )
 def test_arguments_that_do_not_fit(changes, message):
-    given = {
-        "prompts": [1, 2],
-        "sampler": NearestRow(),
-        "max_new_tokens": 2,
-        "key": KEY,
-    } | changes
+    options = {"sampler": NearestRow(), "max_new_tokens": 2, "key": KEY}
     with pytest.raises(clm.InputError) as refused:
-        generate(build("gaussian"), **given)
+        generate(build("gaussian"), **{"prompts": [1, 2]} | options | changes)
     assert message in str(refused.value)
 
 
 def test_samplers_that_do_not_fit_the_model():
-    """Each says what it needs, and which other one to give."""
-    speaks, plain = build("token"), build("gaussian", "vectors")
+    token_lm, plain = build("token"), build("gaussian", "vectors")
     lm, trunk = build("gaussian"), clm.LanguageModel(clm.Transformer(CONFIG), {})
     for model, sampler, message in (
-        (speaks, NearestRow(direction=np.ones(11)), "token head; give Greedy or Temp"),
-        (speaks, Rerank(4), "Rerank needs a density over a table of tokens"),
-        (speaks, NextVector(), "this model reads tokens"),
+        (
+            token_lm,
+            NearestRow(direction=np.ones(11)),
+            "token head; give Greedy or Temp",
+        ),
+        (token_lm, Rerank(4), "Rerank needs a density over a table of tokens"),
+        (token_lm, NextVector(), "this model reads tokens"),
         (lm, NextVector(), "this model reads tokens; give NearestRow"),
         (plain, NearestRow(), "model that reads vectors; give NextVector"),
         (plain, Renormalized(), "Renormalized needs a density over a table of tokens"),
@@ -473,7 +464,7 @@ def test_models_that_generate_nothing_are_refused():
 
 
 def test_arguments_that_do_not_fit_the_model():
-    speaks, plain = build("token"), build("gaussian", "vectors")
+    token_lm, plain = build("token"), build("gaussian", "vectors")
     lm, options = build("gaussian"), dict(max_new_tokens=1, key=KEY)
     vector_options = options | {"sampler": NextVector()}
     for call, message in {
@@ -483,7 +474,7 @@ def test_arguments_that_do_not_fit_the_model():
             plain, np.ones((2, 3)), stop=3, **vector_options
         ): "leave out stop",
         lambda: steering_direction(plain, [1]): "table of tokens",
-        lambda: steering_direction(speaks, [1]): "table of tokens",
+        lambda: steering_direction(token_lm, [1]): "table of tokens",
         lambda: steering_direction(lm, []): "towards is empty",
         lambda: steering_direction(lm, [11]): "towards[0] is 11",
         lambda: steering_direction(lm, [1], [0.5]): "away has dtype",
