@@ -172,7 +172,7 @@ def sentences(prose: Prose) -> Iterator[Prose]:
     for offset, line in enumerate(lines):
         bare = line.strip()
         starts_entry = re.match(
-            r"(\*{0,2}[\w.`, -]{1,60}:( |$)|[-*] |>>>|\.\.\. |\|)", bare
+            r"(\*{0,2}[\w.`, -]{1,60}:( |$)|\S+ {3,}\S|[-*] |>>>|\.\.\. |\|)", bare
         )
         width = len(line) - len(line.lstrip())
         is_formula = width >= 4 and width > indent and not paragraph

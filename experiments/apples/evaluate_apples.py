@@ -1,11 +1,11 @@
-"""Evaluates embedded models: held-out accuracy, and counting while what is counted shrinks.
+"""Evaluate embedded models: held-out accuracy, and counting along a shrinking span.
 
     python -m continuous_lm evaluate_apples [--models=FOLDER,FOLDER,...]
 
-Each sweep shrinks a counted span of n words or events by 100 factors from 0.1 to 1, as the paper
-does, and asks whether every count 1..n is in turn the most probable token, and how far the factors
-at which the answer changes from k to k + 1 are from (k + 1/2) / n. Exits with status 1, naming
-them, if a model misses one of the bars.
+Each sweep shrinks a counted span of n words or events by 100 factors from 0.1 to 1, as in the
+paper. It checks whether the most probable token runs through the counts 1..n in order. It measures
+how far the factors where the answer changes from k to k + 1 are from (k + 1/2) / n. The exit status
+is 1 if a model misses a bar; the missed bars are printed.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ REQUIRED_KINDS = (
     "unseen words",
     "unseen separators",
     "unseen filler",
-)  # events are told alone
+)  # events have no surrounding text
 SWEPT_COUNTS = range(2, 7)
 PROMPT_SEED = 0  # of the held-out prompts and of irregular filler
 DURATION_FACTORS = np.linspace(0.1, 1.0, 100)  # the paper's
@@ -47,11 +47,11 @@ PAPER_WORDS = {"apple": "fruit", "cat": "animal", "rose": "flower"}
 
 @dataclasses.dataclass(frozen=True)
 class CountingSweep:
-    """One sweep, read off.
+    """Most probable answers along one sweep.
 
     Attributes:
-        kind: What it tests.
-        count: n, how many words or events are in the span.
+        kind: Kind of prompt.
+        count: Number n of words or events in the span.
         text: The prompt.
         answers: The most probable token at each of `DURATION_FACTORS`.
     """
@@ -101,7 +101,7 @@ class CountingSweep:
 def sweep_prompts(
     rng: np.random.Generator, n: int
 ) -> Iterator[tuple[str, prompts.Prompt]]:
-    """The prompts whose spans of `n` are swept, with what each tests."""
+    """Yield the prompts with spans of `n` words or events, each with its kind."""
     for word, category in PAPER_WORDS.items():
         for wording in ("times", "listed"):
             yield (
@@ -221,7 +221,7 @@ def evaluate_model(
 def describe_failures(
     accuracies: dict[str, float], sweeps: Sequence[CountingSweep]
 ) -> list[str]:
-    """What misses its bar, in words."""
+    """Describe the bars that were missed."""
     accuracy_failures = [
         f"held-out accuracy of {task} is {share:.1%}, below {MIN_ACCURACY:.0%}"
         for task, share in accuracies.items()

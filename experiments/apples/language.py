@@ -197,7 +197,7 @@ BOOLEAN_TEMPLATES = tuple(
 )
 
 
-# What is true of which plurals (a category stands for all its words); of all others it is false.
+# Attribute -> plurals that have it; a category stands for all its words. No other plural has it.
 ATTRIBUTE_QUESTIONS = {
     "Are {} fruits?": "fruits",
     "Are {} animals?": "animals",
@@ -221,7 +221,7 @@ ATTRIBUTE_TEMPLATES = (
 )
 
 
-# Sentences in front of a prompt, or between what is counted and the question.
+# Sentences in front of a prompt, or between the counted span and the question.
 SENTENCE_TEMPLATES = (
     "{name} has the {adjective} {noun}.",
     "We bought two {nouns} at the {place}.",

@@ -1,27 +1,28 @@
 """The small language of the embedded model: its words, its tasks, its prompts and its tokenizer.
 
-Everything that the model ever reads is made here from the tables below, by a seeded sampler:
+All training and test prompts are made here by a seeded sampler:
 
     rng = numpy.random.default_rng(0)
     prompt = sample(rng)                        # a Prompt: text, answer, counted span, ...
     prompt = sample(rng, "sum", held_out=True)  # one that training never shows
 
-Tasks (`TASK_WEIGHTS` says how often training asks each):
+Tasks; `TASK_WEIGHTS` has their shares in training:
+
     counting   how many times a category is mentioned in a sentence of one repeated word
-    events     how many things somebody bought, saw, found, or how many steps a tutorial takes
+    events     how many things a person bought, saw or found, or how many steps a tutorial has
     sum        the sum of two one-digit numbers; every answer, 0 to 18, is one token
     boolean    AND, OR, NAND, NOR, XOR of two truth values
     attribute  yes/no facts about plurals, true in the tables below
 
-*Held-out combinations.* Each prompt names the combination that it asks about: (word, repetitions,
-style of separators) for counting, (scene, subject, repetitions) for events, (fact, wording) for the
-rest. A stable hash splits them before training. A fact can't be inferred, so it is held out in one
-of its wordings at most: held-out accuracy of facts is about wordings, not about new facts.
+*Held-out combinations.* Each prompt has a combination: (word, repetitions, style of separators) for
+counting, (scene, subject, repetitions) for events, (fact, wording) for the rest. A stable hash
+splits combinations into training and held-out ones. A fact cannot be inferred, so at most one of
+its wordings is held out: held-out accuracy of facts is about wordings, not about new facts.
 
 *Words for tests.* The last two words of each category, `UNSEEN_SEPARATORS` and
 `UNSEEN_FILLER_WORDS` are in the language, but training never puts them inside a counted span.
 
-Durations are no part of the language: training knows ordinary tokens alone.
+Training uses only durations of 1.
 """
 
 import dataclasses
@@ -68,12 +69,12 @@ class Prompt:
     """A question of the small language.
 
     Attributes:
-        task: Its name, one of `TASK_WEIGHTS`.
-        text: What the model reads. The answer is the next token.
+        task: Name of the task, a key of `TASK_WEIGHTS`.
+        text: Text of the question. The answer is the next token.
         answer: The answer, one token.
-        combination: What is asked, by which training and held-out prompts are split.
-        span: The characters [start, end) of `text` that hold what is counted (in a sum, the first
-            number), or None.
+        combination: Key of the question, by which training and held-out prompts are split.
+        span: Characters [start, end) of the counted part of `text` (in a sum, the first number), or
+            None.
     """
 
     task: str

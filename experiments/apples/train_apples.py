@@ -1,18 +1,18 @@
-"""Trains the embedded model: a small Llama that counts, from the prompts of `prompts`.
+"""Train the embedded model, a small Llama that counts, on the prompts of `prompts`.
 
     python -m continuous_lm train_apples --output_dir=results/embedded --seed=0
 
 writes a Hugging Face folder (config.json, model.safetensors in bfloat16, tokenizer.json). Every
-token in training lasts 1: what the model does with other durations is for the experiments to find.
+token in training lasts 1. The experiments measure the model's behaviour at other durations.
 
-The loss is the answer's cross-entropy + 0.3 times that of every next token, in nats. An answer that
-is a digit is smoothed over the ten digits (Szegedy et al., arXiv:1512.00567): all the wrong ones
-alike, so that nothing says which digits are neighbours, and the log-odds of neighbouring counts
-stay bounded. Where between two counts the answer changes is not in the data; it differs from run to
-run.
+The loss is the answer's cross-entropy plus 0.3 times that of every next token, in nats. A digit as
+answer is smoothed over the ten digits (Szegedy et al., arXiv:1512.00567). All wrong digits get the
+same probability, so the labels do not show which digits are neighbours, and the log-odds of
+neighbouring counts stay bounded. The data do not determine where between two counts the answer
+changes; that point differs between runs.
 
-Prompts are sorted by length into rows of similar length, so that little of a batch is padding; as
-the model is causal, padding on the right changes nothing before it.
+Prompts are sorted by length, so that a batch has little padding. The model is causal: padding on
+the right does not change earlier tokens.
 """
 
 import dataclasses
@@ -205,7 +205,7 @@ def train_steps(
     model: Transformer,
     optimizer: optax.GradientTransformation,
 ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
-    """As many optimiser steps as the leading axis of `groups`; returns the means of the metrics."""
+    """Run one optimiser step for each entry of `groups`; return mean metrics."""
 
     def step(carry, groups):
         params, state = carry
@@ -300,7 +300,7 @@ class Config(program.DeviceConfig):
     """Flags of train_apples."""
 
     seed: int = program.flag(0, help="Seed of the initial weights and of the prompts.")
-    steps: int = program.flag(3500, help="Optimiser steps.", lower_bound=1)
+    steps: int = program.flag(3500, help="Number of optimiser steps.", lower_bound=1)
     prompts_per_step: int = program.flag(
         48, help="Prompts in each step.", lower_bound=1
     )

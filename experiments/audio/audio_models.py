@@ -1,6 +1,6 @@
-"""Two models that hear sound, and what is said of them: densities of frames, samples, figures.
+"""The two audio models of `audio.frames`: densities of frames, samples, statistics, figures.
 
-`audio.frames` says what is compared. Nothing here reads a flag.
+`audio.frames` describes the comparison.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def extract_sentences(documents: Sequence[str]) -> list[str]:
 
 
 class CodeDensities(NamedTuple):
-    """What tokens stand for: a normal density each."""
+    """Normal density of each code."""
 
     vectors: np.ndarray  # [V, W]
     scales: np.ndarray  # [V, W], standard deviations
@@ -101,10 +101,10 @@ def fit_codes(key: jax.Array, frames: np.ndarray, num_codes: int) -> CodeDensiti
 
 
 class FrameScores(NamedTuple):
-    """Of each frame of windows [B, T + 1, W] after the first."""
+    """Scores of each frame after the first, of windows [B, T + 1, W]."""
 
     log_prob: np.ndarray  # [B, T], nats
-    mean: np.ndarray  # [B, T, W], what is expected
+    mean: np.ndarray  # [B, T, W], expectation of the frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class AudioModel:
         return sum(array.size for array in arrays)
 
     def model_inputs(self, frames: np.ndarray) -> np.ndarray:
-        """What it reads of frames [..., W]: these, or codes [...]."""
+        """Convert frames [..., W] to the model's inputs: the frames, or codes [...]."""
         if self.codes is None:
             return frames
         return np.asarray(quantize.nearest(frames, self.codes.vectors).indices)
@@ -224,7 +224,7 @@ def squared_steps(frames: np.ndarray) -> np.ndarray:
 
 
 def movement_statistics(frames: np.ndarray) -> dict[str, float]:
-    """How frames [B, T, W] move: mean squared step; their variance; shares that stand still."""
+    """Compute mean squared step, variance and share of still steps of frames [B, T, W]."""
     step_sizes = squared_steps(frames)
     return {
         "squared_step": float(step_sizes.mean()),

@@ -1,29 +1,29 @@
-r"""Frames of sound: a mixture of Gaussians over the next one, against tokens of equal size.
+r"""Compare two models of audio frames: a density over frames, and a softmax over codes.
 
     python -m continuous_lm frames [--sound=speech] [--steps=600] [--output_dir=FOLDER]
 
-Two models with the same trunk hear the same sound, 80 log-mel frames a second, and are asked for
-the density of the next frame of sound that they have not heard, in nats, in units in which each
-band has mean 0 and deviation 1:
+Both models share a trunk and are trained on the same 80 log-mel frames a second. Each gives a
+density for the next frame. The score is nats for each held-out frame; bands are standardised to
+mean 0 and standard deviation 1.
 
-mixture    reads frames; its head is a mixture of Gaussians whose weights, means and deviations it
-           makes anew for every frame
-tokens     reads codes: each frame is replaced by the nearest of E codes that k-means found, and a
-           softmax predicts the next code. A code stands for frames around it, here with a normal
-           density whose deviations are those of the frames that it stands for; so its density of a
-           frame is the sum over codes e of p(e | codes before) N(frame; code_e, deviation_e), a
-           mixture too, of which the model chooses the weights alone. It is no bound: it integrates
-           to 1 over frames, and can be compared with the other.
+mixture    reads frames. Its head is a mixture of Gaussians, whose weights, means and deviations
+           depend on the earlier frames.
+tokens     reads codes. Each frame is replaced by the nearest of E codes of k-means, and a softmax
+           predicts the next code. A code has a normal density with the deviations of its frames.
+           The density of a frame is the sum over codes e of p(e | earlier codes)
+           N(frame; code_e, deviation_e). This is also a mixture, with predicted weights and fixed
+           components. It integrates to 1 over frames, so both scores are comparable.
 
-Two that need no training say what these numbers are worth: the same codes with the weights of their
-frequencies, and a Gaussian around the frame before.
+Two baselines need no training: the same codes weighted by their frequencies, and a Gaussian around
+the previous frame.
 
-The folder gets frames.json with every number, three figures, .wav files (sound, what is left of it
-after frames, after codes, and samples of both models), and the models. --sound=tones, the default,
-is made here (see `synthesis.synthesize_tones`); --sound=speech is read by espeak-ng, which must be
-installed, from the documentation that this Python carries. Sampled frames get their phases by
-Griffin-Lim. It takes about four minutes on two cores; a run that was stopped goes on when the
-command is given again.
+The output folder has frames.json with every number, three figures, .wav files and the models. The
+.wav files are the sound, its reconstructions from frames and from codes, and samples of both models.
+
+--sound=tones, the default, is synthesised (see `synthesis.synthesize_tones`). --sound=speech is
+espeak-ng reading the documentation of this Python's library; espeak-ng must be installed. Sampled
+frames get their phases by Griffin-Lim. It takes about four minutes on two cores. The same command
+resumes a stopped run.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class Config(program.DeviceConfig):
         3e-3, help="Peak learning rate.", lower_bound=0.0
     )
     prompt: int = program.flag(
-        40, help="Frames that samples go on from.", lower_bound=1
+        40, help="Number of prompt frames of a sample.", lower_bound=1
     )
     samples: int = program.flag(16, help="Number of samples.", lower_bound=1)
     temperature: float = program.flag(
@@ -305,7 +305,7 @@ def train_models(config: Config, sounds: Sounds, folder: pathlib.Path) -> FrameM
 
 
 class Excerpts(NamedTuple):
-    """The same pieces of the held-out sound as they are and as models go on from their prompts."""
+    """Windows of held-out sound, and the models' continuations of their prompts."""
 
     window_indices: np.ndarray  # [B], of the held-out windows
     real: np.ndarray  # [B, T, W]
@@ -314,7 +314,7 @@ class Excerpts(NamedTuple):
     tokens: np.ndarray  # [B, T, W], the prompt of codes
 
     def by_title(self) -> dict[str, np.ndarray]:
-        """As figures name them."""
+        """Return title in figures -> excerpts."""
         return {
             "real sound": self.real,
             "the same as codes": self.as_codes,
@@ -436,7 +436,7 @@ def measure_gain(scores: Mapping[str, audio_models.FrameScores]) -> dict[str, An
 
 
 def describe_sounds(config: Config, sounds: Sounds, num_windows: int) -> dict[str, Any]:
-    """What the sound is, and how much of it there is."""
+    """Describe the sound and its length, for results files."""
     return {
         "kind": config.sound,
         "sha256_of_frames": sounds.checksum,

@@ -16,15 +16,15 @@ from continuous_lm.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class MelConfig:
-    """How sound becomes frames.
+    """Settings of log-mel frames.
 
     Attributes:
       rate: samples a second.
-      window: samples that a spectrum sees.
+      window: samples in the window of a spectrum.
       hop: samples from one frame to the next.
-      bands: W.
-      low: where the bands begin, in Hz; they end at half the rate.
-      floor: power that is added to a band's, so that its logarithm is bounded below.
+      bands: number of bands, W.
+      low: lower end of the bands, in Hz; their upper end is half the rate.
+      floor: power added to each band, which bounds its logarithm below.
     """
 
     rate: int = 8000
@@ -103,12 +103,12 @@ def istft(
 
     Args:
       spectra: [T, bins].
-      window: samples that a spectrum sees.
+      window: samples in the window of a spectrum.
       hop: samples between spectra.
-      length: n; all that the spectra tell of, (T - 1) hop + 1, if omitted.
+      length: number of samples n; (T - 1) hop + 1 if omitted.
 
     Returns:
-      samples [n]. Of what `stft` gave it is the sound itself, up to the last window's middle.
+      samples [n]. The inverse of `stft`, up to the middle of the last window.
     """
     windowed = np.fft.irfft(spectra, n=window, axis=1) * hann_window(window)
     overlapped = _overlap_add(windowed, hop)
@@ -152,7 +152,7 @@ def mel_to_hertz(mel: np.ndarray | float) -> np.ndarray:
 
 
 def band_frequencies(*, rate: int, bands: int, low: float) -> np.ndarray:
-    """Where the bands begin, culminate and end, in Hz, [W + 2]: evenly spaced in mel."""
+    """Return the edges and centres of the bands in Hz, [W + 2], evenly spaced in mel."""
     return mel_to_hertz(
         np.linspace(hertz_to_mel(low), hertz_to_mel(rate / 2), bands + 2)
     )
@@ -278,7 +278,7 @@ def griffin_lim(
 def spectral_convergence(
     samples: np.ndarray, magnitudes: np.ndarray, *, window: int, hop: int
 ) -> float:
-    """How far a sound's magnitudes are from those wanted, || |s| - m || / || m ||; 0 is best."""
+    """Return the relative error of a sound's magnitudes, || |s| - m || / || m ||."""
     sound_magnitudes = np.abs(stft(samples, window=window, hop=hop))[: len(magnitudes)]
     return float(
         np.linalg.norm(sound_magnitudes - magnitudes) / np.linalg.norm(magnitudes)
@@ -316,10 +316,10 @@ class BandStatistics(NamedTuple):
 
 
 def compute_band_statistics(frames: np.ndarray) -> BandStatistics:
-    """Of frames [..., W].
+    """Compute the mean and standard deviation of each band of frames [..., W].
 
     Raises:
-      InputError: if a band is always the same.
+      InputError: if a band is constant.
     """
     frames = np.asarray(frames, np.float64).reshape(-1, np.shape(frames)[-1])
     deviation = frames.std(axis=0)

@@ -82,20 +82,20 @@ _NUM_FOLLOWERS = 3  # words that can come after a word
 _FORMANT_BANDWIDTHS = (70.0, 100.0, 160.0)
 
 
-_CONTROL_RATE = 1000  # values a second of what moves
+_CONTROL_RATE = 1000  # values a second of the control tracks
 
 
 def synthesize_tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
     """Speech-like sound: sentences of made-up words, with pauses.
 
-    There is structure to learn at three lengths: harmonics of a gliding pitch under three moving
-    resonances, and noise, within a sound; a dozen words of a few sounds each; and after a word one
-    of three others. Each sentence has a speaker of its own: pitch, length of the vocal tract and
-    speed. Other seeds give other sentences of the same words.
+    The sound has structure at three lengths. A sound has harmonics of a gliding pitch under three
+    moving resonances, or noise. A dozen words have a few sounds each. Each word is followed by one
+    of three others. Each sentence has its own speaker: pitch, length of the vocal tract and speed.
+    Other seeds give other sentences of the same words.
 
     Args:
-      seconds: how long.
-      seed: of the sentences.
+      seconds: length of the sound.
+      seed: seed of the sentences.
       rate: samples a second.
 
     Returns:
@@ -114,10 +114,10 @@ def synthesize_tones(seconds: float, *, seed: int, rate: int) -> np.ndarray:
 
 
 def num_samples(seconds: float, rate: int) -> int:
-    """How many samples so many seconds have.
+    """Return the number of samples in `seconds`.
 
     Raises:
-      InputError: if that is none.
+      InputError: if it is 0.
     """
     if not (np.isfinite(seconds) and seconds * rate >= 1.0):
         raise InputError(f"{seconds!r} seconds of sound are too short; give more")
@@ -291,7 +291,7 @@ def _synthesize_voice(
 
 
 def find_espeak() -> str:
-    """Where espeak-ng is.
+    """Return the path of espeak-ng.
 
     Raises:
       InputError: if it is not installed.
@@ -353,7 +353,7 @@ def synthesize_speech(
 
 
 def _run_espeak(command: str, options: list[str], text: str, rate: int) -> np.ndarray:
-    """What espeak-ng makes of a text, at our rate."""
+    """Read a text with espeak-ng and resample it to `rate`."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "speech.wav")
         try:

@@ -18,7 +18,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 def write_wav(path: pathlib.Path, samples: np.ndarray, rate: int) -> None:
-    """Writes sound [n] as 16-bit PCM, one channel; what is beyond full scale is clipped.
+    """Write sound [n] as 16-bit PCM, one channel; samples beyond full scale are clipped.
 
     Raises:
       InputError: if there is none, or it is not finite.

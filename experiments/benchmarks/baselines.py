@@ -1,6 +1,6 @@
-"""What ours is measured against: PyTorch, transformers, faiss, at their best settings.
+"""Baselines of the benchmark: PyTorch, transformers and faiss at their best settings.
 
-They come with the extra `peers`, and are imported when a case asks for them.
+The extra `peers` installs them. They are imported only by the cases that use them.
 """
 
 import importlib
@@ -81,10 +81,10 @@ def load_causal_lm(
 
 
 def paper_mask(times: "torch.Tensor") -> "torch.Tensor":
-    """The mask [1, 1, T, S] that is added to the scores, pair by pair of tokens.
+    """Return the mask [1, 1, T, S] that is added to the scores, computed pair by pair of tokens.
 
-    As the published code makes it (Marro et al., arXiv:2504.03933): a key's duration is sought anew
-    for each query that sees it, in the time between its end and the latest one before.
+    This repeats the published code (Marro et al., arXiv:2504.03933). For each query, a key's
+    duration is searched again: the time between its end and the latest earlier end.
     """
     torch = import_baseline("torch")
     durations = torch.zeros(1, 1, len(times), len(times))
@@ -149,14 +149,14 @@ class _LayerWeights(NamedTuple):
 
 
 class BatchedLlama:
-    """A Llama that takes many points of a sweep at once.
+    """A Llama that computes many points of a sweep in one batch.
 
-    With `scaled_dot_product_attention`, fused projections, the last position's logits alone and, if
-    it is asked to, keys and values of what stands before the changed tokens computed once.
+    It uses `scaled_dot_product_attention`, fused projections and only the last position's logits.
+    Optionally it computes the keys and values of the shared prefix once.
     """
 
     def __init__(self, model: Any, dtype: str = "float32"):
-        """Of a model of transformers, in the dtype of that name."""
+        """Copy a model of transformers, in the named dtype."""
         torch = import_baseline("torch")
         config = model.config
         self.eps = config.rms_norm_eps

@@ -1,15 +1,15 @@
-"""How fast ours is, beside what else there is: ratios, measured in turns in one run.
+"""Measure speed against other libraries: ratios of times, measured in turns in one run.
 
     python -m continuous_lm benchmark [--cases=sweep,nearest] [--repeats=5] [--quick]
 
-Ours and its peers (the extra `peers`: PyTorch, transformers, faiss, vector-quantize-pytorch) take
-turns in one process, or in fresh ones that follow each other, so that what else the machine does
-falls on all. A figure is the median of the rounds' own ratios; beside it stand the least and the
-largest, and the target. Peers run at their best settings. Cold times, memory, and the share of what
-the machine itself can do (a matrix product, a read of a file) have rows of their own. Peers that
-are not installed are said and left out.
+Our code and its peers (the extra `peers`: PyTorch, transformers, faiss, vector-quantize-pytorch)
+take turns in one process, or in consecutive fresh processes. Other load on the machine then affects
+all of them. A figure is the median of the rounds' ratios, with the smallest, the largest and the
+target. Peers run at their best settings. Further rows have cold times, memory, and the share of the
+machine's own limit (a matrix product, a read of a file). Peers that are not installed are named and
+skipped.
 
---quick is for tests: sizes are tiny, and its figures mean nothing.
+--quick is for tests: sizes are tiny, and its figures have no meaning.
 """
 
 import dataclasses
@@ -112,9 +112,9 @@ def select_cases(
 def run_cases(
     cases: Mapping[str, BenchmarkCase], *, quick: bool, repeats: int
 ) -> dict[str, list[Row]]:
-    """The rows of every case; its table is printed as soon as it is there.
+    """Return the rows of every case; each table is printed when its case ends.
 
-    A case that fails ends in a row that says so: hours of others are not to be lost.
+    A case that fails ends in a row with the error, so that the results of other cases are kept.
     """
     rows_by_case: dict[str, list[Row]] = {}
     for case_name, row_generator in cases.items():

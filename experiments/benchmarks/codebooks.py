@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CodebookSettings(NamedTuple):
-    """How a codebook is made and kept."""
+    """Settings of a codebook and of its training."""
 
     num_codes: int
     num_stages: int = 0  # 0: a plain codebook

@@ -1,12 +1,12 @@
-"""What a sweep costs as it grows, on devices that need not be there, and which of them hold it.
+"""Compute the cost of large sweeps on simulated devices, and the devices that can hold them.
 
     python -m continuous_lm device_costs [--shapes=Llama-3-8B,...] [--output_dir=FOLDER]
 
-Operations, bytes and memory on each device against the tokens of the prompt, the points and the
-mesh, for models of published sizes; the first quarter of a prompt is shared by all points. A second
-table has the memory over more and more devices, a third the least number of them that holds a
-model. `program_costs` says what is measured on simulated devices and what follows from shapes. It
-takes five minutes of two cores, and no memory for weights.
+The first table has operations, bytes and memory of each device by tokens of the prompt, points and
+mesh, for models of published sizes. The first quarter of a prompt is shared by all points. The
+second table has the memory by number of devices, the third the least number of devices that holds a
+model. `program_costs` describes the method. It takes five minutes on two cores, and no memory for
+weights.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from continuous_lm.experiments.benchmarks.timing import Row, Target
 from continuous_lm.models.parameters import Params
 from continuous_lm.rotary import Rope
 
-NUM_CALLS = 10  # in a row, so that what it takes to start them does not count
+NUM_CALLS = 10  # consecutive calls, so that launch overhead does not count
 
 LLAMA_3_8B = clm.TransformerConfig(  # Llama 3, 8 billion
     vocab_size=128256,
@@ -34,7 +34,7 @@ LLAMA_3_8B = clm.TransformerConfig(  # Llama 3, 8 billion
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large everything is."""
+    """Sizes of the benchmark's models and arrays."""
 
     lengths: tuple[int, ...] = (8192, 32768)
     num_heads: int = 16

@@ -2,17 +2,17 @@
 
 The program is that of `continuous_lm.analysis.sweep`: it continues from the keys and values of the
 shared prefix, at some points at once, batch after batch. The prefix itself, a quarter of the prompt
-computed once, would add one part in 3 P to a sweep of P points, and are left out.
+computed once, would add one part in 3 P to a sweep of P points; it is not counted.
 
-Operations and bytes are those of XLA's cost analysis, which counts the body of a loop once, however
-often it runs. So layers are unrolled, attention is dense (its blocked form loops), and what one
-more layer adds to a program is multiplied: three and four of them say all. (Fewer do not: in the
-first layers XLA finds something to share.) Memory is that of the program as it runs, all layers in
-their loop, attention in the form chosen by size.
+Operations and bytes are from XLA's cost analysis, which counts the body of a loop once, regardless
+of its number of iterations. So layers are unrolled and attention is dense (its blocked form loops).
+The difference between programs of four and of three layers is the cost of a layer. Fewer layers do
+not suffice, since XLA shares work among the first layers. Memory is measured on the program as it
+runs, with all layers in their loop and attention in the form chosen by size.
 
-XLA for CPUs computes bfloat16 in float32, from copies of all weights at once. So programs are
-compiled in float32, where no such copies are; the bytes of parameters and of what is remembered
-follow from their shapes, dtype and shardings.
+XLA for CPUs computes bfloat16 in float32, from float32 copies of all weights. So programs are
+compiled in float32, without such copies. The bytes of parameters and of the prefix follow from
+their shapes, dtypes and shardings.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class SweepBatch(NamedTuple):
 
 
 class ProgramCost(NamedTuple):
-    """What a program does, on each device."""
+    """Cost of a program on each device."""
 
     operations: float
     bytes_accessed: (
@@ -79,7 +79,7 @@ def next_token_probabilities(
 
 
 class ProgramArguments(NamedTuple):
-    """Of `next_token_probabilities`: shapes, dtypes and shardings alone."""
+    """Abstract arguments of `next_token_probabilities`: shapes, dtypes and shardings."""
 
     params: Any
     tokens: jax.ShapeDtypeStruct
@@ -138,7 +138,7 @@ def compile_sweep(
     return lowered.compile(options)
 
 
-# --- What it costs ------------------------------------------------------------------------------
+# --- Costs ------------------------------------------------------------------------------------
 
 
 def unrolled(config: TransformerConfig) -> Execution:
@@ -175,11 +175,11 @@ def extrapolate_cost(
 
 
 def count_product_flops(config: TransformerConfig, sweep_batch: SweepBatch) -> float:
-    """Operations of the program's matrix products, on all devices together.
+    """Return the operations of the program's matrix products, over all devices.
 
-    All scores are counted, as the dense form has them, where the blocked one leaves out most of
-    what comes later. (Rows of devices on the axis "data" each make the first layer's queries, keys
-    and values; here they are counted once.)
+    All scores are counted, as in the dense form; the blocked form skips most scores of later keys.
+    Devices on the axis "data" each compute the first layer's queries, keys and values; here these
+    are counted once.
     """
     return flops.continuation_flops(
         config,
@@ -193,8 +193,8 @@ def count_product_flops(config: TransformerConfig, sweep_batch: SweepBatch) -> f
 class MemoryUse(NamedTuple):
     """Bytes on each device while points are computed."""
 
-    arguments: int  # weights, and what is remembered of the shared tokens
-    temporaries: int  # and what the program gives
+    arguments: int  # weights, and keys and values of the shared prefix
+    temporaries: int  # and outputs
 
     @property
     def total(self) -> int:

@@ -1,8 +1,8 @@
 """The benchmark's sweeps: 100 points of one prompt, ours, the paper's code and batched PyTorch.
 
 A random Llama, 512 wide with 8 layers, 8 heads, MLPs of 1376 and 32,768 tokens, in float32. The
-second quarter of the prompt changes its duration from 1 to 0.1; ten tokens' probabilities are
-wanted. All sides have the same weights, and their answers are compared before they are timed.
+second quarter of the prompt changes its duration from 1 to 0.1. The result is the probabilities of
+ten tokens. All sides have the same weights, and their results are compared before they are timed.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ NUM_PAPER_POINTS = 10
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large everything is."""
+    """Sizes of the model, the prompt and the sweep."""
 
     num_points: int = 100
     short_length: int = 40  # tokens of the short prompt
@@ -163,7 +163,7 @@ def _make_baseline_sweeps(
     durations: np.ndarray,
     expected: np.ndarray,
 ) -> dict[str, BaselineSweep]:
-    """The paper's procedure and batched PyTorch, which have given what was `expected`."""
+    """Return the paper's procedure and batched PyTorch; both must give `expected`."""
     with tempfile.TemporaryDirectory() as folder:
         clm.save(folder, lm)
         model = baselines.load_causal_lm(folder)
@@ -252,7 +252,7 @@ def _make_matrix_product(size: int) -> tuple[Callable[[], jax.Array], float]:
 def count_sweep_flops(
     config: clm.TransformerConfig, num_points: int, length: int
 ) -> float:
-    """Of the products that a sweep cannot do without: the first quarter is computed once."""
+    """Return the operations of a sweep's matrix products; the first quarter is computed once."""
     num_shared_tokens = length // 4
     return flops.prefix_flops(config, num_shared_tokens) + flops.continuation_flops(
         config,
@@ -362,7 +362,7 @@ def _time_cold_sweeps(
 
 
 def prepare_compile_time(sizes: Sizes, num_layers: int) -> Callable[[], float]:
-    """For `timing.measure_in_process`: what the first sweep takes longer than the second."""
+    """Return a function that measures the first sweep's time less the second's."""
     lm = random_lm(sizes, num_layers)
     tokens, durations = random_sweep_inputs(sizes, sizes.short_length)
     run_sweep = functools.partial(run_our_sweep, lm, tokens, durations)
@@ -370,7 +370,7 @@ def prepare_compile_time(sizes: Sizes, num_layers: int) -> Callable[[], float]:
 
 
 def compile_time_rows(quick: bool, repeats: int) -> Iterator[Row]:
-    """What a deeper model takes to compile."""
+    """Yield compile times of models of different depths."""
     sizes = QUICK_SIZES if quick else Sizes()
     times_by_depth: dict[int, list[float]] = {
         sizes.num_layers: [],

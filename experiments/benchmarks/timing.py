@@ -1,9 +1,9 @@
-"""How the benchmark measures: ways to do one thing in turns, and what one costs a fresh process.
+"""Timing for the benchmark: alternatives measured in turns, and costs of a fresh process.
 
-Speeds are ratios of two times of one round, which other work on the machine falls on alike; a row
-has their median, their least and their largest. OpenMP's idle threads (PyTorch's, faiss's) spin for
-some milliseconds after their work and would take the cores of whoever is next. Telling them not to
-would slow their small operations; instead, a pause lets them fall asleep.
+Speeds are ratios of two times of one round, so that other load on the machine affects both. A row
+has their median, smallest and largest. OpenMP's idle threads (PyTorch's, faiss's) spin for some
+milliseconds after their work and would slow the next alternative. Disabling that would slow their
+small operations; instead, a pause lets them fall asleep.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ PAUSE_SECONDS = 0.05  # seconds between turns
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a figure should be: at least `minimum`, or at most `maximum`."""
+    """Target of a figure: at least `minimum`, or at most `maximum`."""
 
     minimum: float | None = None
     maximum: float | None = None
@@ -53,15 +53,15 @@ class Row:
     """One line of a case.
 
     Attributes:
-      what: it says, as "times as fast as faiss".
-      value: the median of its figures of all rounds; None if it was not measured.
-      low: the least of them.
-      high: the largest.
-      ours: median of what was measured on our side, in `unit`.
-      theirs: the same of the other side.
-      unit: of these two.
-      target: of the value.
-      note: what else there is to say, or why nothing was measured.
+      what: meaning of the value, such as "times as fast as faiss".
+      value: median over the rounds; None if it was not measured.
+      low: smallest value of a round.
+      high: largest value of a round.
+      ours: median measurement of our side, in `unit`.
+      theirs: median measurement of the other side, in `unit`.
+      unit: unit of these two.
+      target: target of the value.
+      note: a remark, or the reason why nothing was measured.
     """
 
     what: str
@@ -214,9 +214,9 @@ def format_quantity(value: float, unit: str) -> str:
 
 
 def time_call(timed_call: Callable[[], Any]) -> float:
-    """How long a call takes, until what it gives is there."""
+    """Return the seconds of a call, until its results are ready."""
     begin = time.perf_counter()
-    jax.block_until_ready(timed_call())  # leaves what is not JAX's as it is
+    jax.block_until_ready(timed_call())  # ignores objects that are not JAX's
     return time.perf_counter() - begin
 
 
@@ -243,9 +243,9 @@ def time_in_turns(
 
 
 def require_close(label: str, ours: Any, theirs: Any, tolerance: float) -> None:
-    """Refuses two results that are further apart than `tolerance` times the largest number.
+    """Raise unless two results differ by at most `tolerance` times the largest number.
 
-    What does not do the same work is not worth timing.
+    Only functions with equal results are timed against each other.
     """
     error = float(abs(ours - theirs).max() / abs(theirs).max())
     if not error <= tolerance:
@@ -258,7 +258,7 @@ def require_close(label: str, ours: Any, theirs: Any, tolerance: float) -> None:
 
 
 class ProcessCost(NamedTuple):
-    """What a call cost a fresh process."""
+    """Cost of a call in a fresh process."""
 
     seconds: float
     memory_bytes: (
@@ -270,17 +270,17 @@ class ProcessCost(NamedTuple):
 def measure_in_process(
     prepare: Callable[..., Callable[[], Any]], *arguments: Any
 ) -> ProcessCost:
-    """Measures the call that `prepare(*arguments)` returns, in a new process.
+    """Measure the call that `prepare(*arguments)` returns, in a new process.
 
-    What `prepare` does (imports, reading weights) is not measured. The process has no persistent
-    compilation cache, so that all that is compiled in the call is compiled anew.
+    The work of `prepare` (imports, reading weights) is not measured. The process has no persistent
+    compilation cache, so the call includes its compilation.
 
     Args:
       prepare: a function of a module.
-      *arguments: for it.
+      *arguments: arguments of `prepare`.
 
     Raises:
-      InputError: if the process fails; why is on its stderr.
+      InputError: if the process fails; the reason is on its stderr.
     """
     context = multiprocessing.get_context("spawn")
     parent_pipe, child_pipe = context.Pipe()
@@ -326,11 +326,11 @@ def _run_in_child(
 
     elapsed = time_call(call_and_keep)
     pipe.send((elapsed, result if isinstance(result, int | float | None) else None))
-    pipe.recv()  # what was made is still there while the memory is read
+    pipe.recv()  # keeps the results alive while the memory is read
 
 
 def anonymous_memory(process_id: int | None) -> int:
-    """Bytes of memory of a process that are no file's; 0 where no one says it."""
+    """Return the anonymous memory of a process in bytes; 0 if the system does not report it."""
     status_file = pathlib.Path(f"/proc/{process_id}/status")
     size_match = status_file.exists() and re.search(
         r"RssAnon:\s+(\d+) kB", status_file.read_text()

@@ -2,12 +2,13 @@
 
     python -m continuous_lm vector_quantizers [--steps=200] [--num_seeds=5]
 
-Vectors are drawn from a mixture of correlated Gaussians. Both sides see the same batches, with the
-same codebook sizes, decay, k-means initialisation on the first batch and threshold of revival; for
-FSQ, with the same first weights of the linear maps around it, and Adam. Measured on vectors that
-neither has seen: the squared error for each dimension, as a part of the variance, and the
-perplexity of the codes (of the first stage, for residual quantizers). Mean and standard deviation
-over seeds, and the mean and standard error of the difference of a seed's two runs.
+Vectors are drawn from a mixture of correlated Gaussians. Both sides are trained on the same
+batches, with the same codebook sizes, decay, k-means initialisation on the first batch and
+threshold of revival. For FSQ both have the same initial linear maps around it, and Adam. On new
+vectors, two numbers are measured: the squared error of each dimension as a part of the variance,
+and the perplexity of the codes (of the first stage, for residual quantizers). The table has the
+mean and standard deviation over seeds, and the mean and standard error of the difference of a
+seed's runs.
 """
 
 import dataclasses
@@ -76,7 +77,7 @@ class Data(NamedTuple):
 
 
 class Score(NamedTuple):
-    """Of one run, on vectors that it has not seen."""
+    """Scores of one run on new vectors."""
 
     error: float  # squared, as a part of the variance
     perplexity: float  # of the codes

@@ -1,9 +1,9 @@
-"""BrierLM: language models of any kind held against each other by what they draw.
+"""BrierLM: a score that compares language models of any kind by their samples.
 
-At each position there are the reference, which is the next 4 tokens of the text, and two
-independent continuations by the model. Brier-n is the mean score of the first n tokens as a whole,
-from -1 to 1; BrierLM is 100 times the geometric mean of n = 1, ..., 4 (Shao et al.,
-arXiv:2510.27688), or 0 where one of them is not positive. More is better.
+Each position has a reference, the next 4 tokens of the text, and two independent continuations by
+the model. Brier-n is the mean score of the first n tokens as a whole, from -1 to 1. BrierLM is 100
+times the geometric mean of Brier-1 to Brier-4 (Shao et al., arXiv:2510.27688), or 0 where one of
+them is not positive. Higher is better.
 
 A model with probabilities P has closed forms, without the noise of the draws:
 
@@ -396,14 +396,13 @@ def _padded_batches(
 def _score_continuations(
     model: Transformer, params: Any, contexts: jax.Array, continuations: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What the model thinks of given continuations.
+    """Score continuations by the model's probabilities.
 
-    Contexts are read once, and logits made of their last token alone, however many continuations
-    there are.
+    Contexts are computed once for all continuations, with logits only at their last token.
 
     Args:
-      model: with its config at the length of all tokens.
-      params: of the model.
+      model: the model, with its config at the length of all tokens.
+      params: parameters of the model.
       contexts: int [B, T].
       continuations: several continuations of each, int [num_continuations, B, 4].
 

@@ -109,15 +109,15 @@ def interpolate_texts(
     second: list[int],
     num_points: int = 5,
 ) -> list[list[int]]:
-    """Tokens at points on the line between the latents of two texts, from the first to the second.
+    """Decode points on the line between the latents of two texts, from the first to the second.
 
-    Each chunk of the one goes to that in its place in the other; what is longer is cut.
+    Chunk i of the first text moves to chunk i of the second; the longer text is cut.
 
     Args:
       codec: the autoencoder.
-      first: tokens, at least a chunk of them.
-      second: tokens.
-      num_points: how many, the ends among them.
+      first: tokens, at least one chunk.
+      second: tokens, at least one chunk.
+      num_points: number of points, with both ends.
     """
     chunk_size = codec.model.config.chunk_size
     num_tokens = min(len(first), len(second)) // chunk_size * chunk_size
@@ -144,14 +144,14 @@ def interpolate_texts(
 def evaluation_positions(
     held_out: np.ndarray, *, context: int, stride: int, limit: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where models are held against each other: contexts and what follows them.
+    """Select the positions of a comparison: contexts and their next tokens.
 
     Args:
       held_out: tokens [m].
-      context: tokens before each position.
-      stride: from one position to the next.
-      limit: at most so many, spread over the text.
-      seed: of their order, which is one of chance.
+      context: number of tokens before each position.
+      stride: tokens from one position to the next.
+      limit: largest number of positions, spread over the text.
+      seed: seed of their random order.
 
     Returns:
       contexts int [n, context], references int [n, 4], and groups int [n]: the positions whose
@@ -174,9 +174,9 @@ def draw_continuations(
     *,
     batch_size: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two independent continuations of 4 tokens of each context, int [n, 4] each.
+    """Draw two independent continuations of 4 tokens of each context, int [n, 4] each.
 
-    A model whose chunks are shorter goes on from its own draws; of a longer chunk 4 tokens count.
+    A model with shorter chunks continues from its own draws; longer chunks are cut to 4 tokens.
     """
     batch_size = min(batch_size, len(contexts))
     token_batches = []

@@ -88,17 +88,17 @@ def train_codec(
     settings: Mapping[str, Any] | None = None,
     label: str = "training",
 ) -> LanguageModel[Autoencoder]:
-    """Trains an autoencoder on the chunks of tokens [n], or goes on with the run in `folder`.
+    """Train an autoencoder on the chunks of tokens [n], or resume the run in `folder`.
 
     Args:
-      codec: with its first parameters.
-      train_data: what to train on.
-      held_out: whose reconstruction is logged with each checkpoint.
-      folder: of the run; see `training.fit`.
-      config: how to train; a row of a batch is a window of 64 tokens, or a little more, and the
-        seed is that of the data's order too.
-      settings: other settings that must be the same for a run to go on.
-      label: of the progress bar.
+      codec: the autoencoder with its initial parameters.
+      train_data: training tokens.
+      held_out: tokens whose reconstruction is logged with each checkpoint.
+      folder: folder of the run; see `training.fit`.
+      config: training settings. A row of a batch is a window of 64 tokens, rounded up to chunks.
+        The seed also orders the data.
+      settings: other settings that must be equal to resume a run.
+      label: label of the progress bar.
     """
     codec_config = codec.model.config
     chunk_size = codec_config.chunk_size
@@ -172,17 +172,17 @@ def train(
     settings: Mapping[str, Any] | None = None,
     label: str = "training",
 ) -> LanguageModel[NextVectorModel]:
-    """Trains a next-vector model on tokens [n], its autoencoder frozen, or goes on with a run.
+    """Train a next-vector model on tokens [n] with a frozen autoencoder, or resume a run.
 
     Args:
-      lm: the model with its first parameters.
-      train_data: what to train on.
-      held_out: whose loss and scores are logged with each checkpoint.
-      folder: of the run; see `training.fit`.
-      config: how to train; its seed is that of the data's order too.
-      length: chunks that are read in a sequence.
-      settings: other settings that must be the same for a run to go on.
-      label: of the progress bar.
+      lm: the model with its initial parameters.
+      train_data: training tokens.
+      held_out: tokens whose loss and scores are logged with each checkpoint.
+      folder: folder of the run; see `training.fit`.
+      config: training settings. The seed also orders the data.
+      length: chunks in a sequence.
+      settings: other settings that must be equal to resume a run.
+      label: label of the progress bar.
     """
     chunk_size = lm.model.chunk_size
     window_tokens = chunk_size * (length + 1)

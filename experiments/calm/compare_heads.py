@@ -1,13 +1,13 @@
-"""Energy, flow and diffusion heads against Gaussians, on one target of two modes, on one page.
+"""Compare energy, flow and diffusion heads with Gaussians on a target with two modes.
 
     python -m continuous_lm compare_heads [--steps=1000] [--output_dir=FOLDER]
 
-Each head is fitted to the same stream of data, with as many optimiser steps and nearly as many
-parameters: see `two_mode_target` for the target. The table holds the energy distance of their
-samples to fresh data, the share of samples in the modes, how often the network is evaluated for a
-sample, and samples a second; the figure holds samples. Two rows ask for no training: fresh data,
-which says what 0 looks like, and the best single Gaussian, in closed form. It takes two minutes of
-one core.
+Each head is fitted to the same stream of data, with the same number of optimiser steps and nearly
+the same number of parameters; `two_mode_target` describes the target. The table has the energy
+distance between samples and new data, and the share of samples in the modes. It also has network
+evaluations for a sample, and samples a second. The figure shows samples. Two rows need no training:
+new data, whose distance is 0 up to noise, and the best single Gaussian, in closed form. It takes
+two minutes on one core.
 """
 
 import dataclasses

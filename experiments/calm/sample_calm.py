@@ -1,11 +1,11 @@
-"""Draws text from a next-vector model, and shows what lies between two texts.
+"""Sample text from a next-vector model, and decode points between two texts.
 
     python -m continuous_lm sample_calm --model=results/calm --temperature=0.5
     python -m continuous_lm sample_calm --model=results/calm \
         --between="Return the name." --between="Raise an error."
 
-The temperature is 1, 1/2, 1/3 ... or 0, any up to 1 with --method=exact. --between shows what the
-autoencoder decodes at points on the line between the vectors of two texts.
+The temperature is 1, 1/2, 1/3 ... or 0; with --method=exact any number up to 1. --between decodes
+points on the line between the vectors of two texts.
 """
 
 import dataclasses
@@ -41,9 +41,7 @@ class Config(program.DeviceConfig):
     codec: str | None = program.flag(
         None, help="Folder of the autoencoder, for a model without its own."
     )
-    prompt: str = program.flag(
-        "", help="Text to go on from.  [default: the end of a text]"
-    )
+    prompt: str = program.flag("", help="Prompt text.  [default: the end of a text]")
     samples: int = program.flag(4, help="Number of texts.", lower_bound=1)
     max_new_tokens: int = program.flag(
         64, help="Number of new tokens of each text, at most.", lower_bound=1
@@ -92,9 +90,9 @@ class Result(program.Result):
     """New texts.
 
     Attributes:
-      prompt: the text from which they go on.
+      prompt: the prompt.
       texts: the new text of each sample.
-      between: from one given text to the other, if two are given.
+      between: decoded texts from the first --between text to the second, if any.
     """
 
     prompt: str

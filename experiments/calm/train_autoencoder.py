@@ -1,9 +1,9 @@
-"""Trains an autoencoder: --chunk_size tokens to one vector, and back.
+"""Train an autoencoder: --chunk_size tokens to one vector, and back.
 
     python -m continuous_lm train_autoencoder --output_dir=results/codec
 
-A run that was stopped goes on when the same command is given again: it is in `run/` of the folder,
-which is otherwise what `models.calm.autoencoder.load` reads.
+The same command resumes a stopped run, from `run/` in the folder. The other files of the folder are
+the checkpoint that `models.calm.autoencoder.load` reads.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Trains a next-vector model: the next vector of an autoencoder, by a head without a likelihood.
+"""Train a next-vector model: a head without a likelihood predicts an autoencoder's next vector.
 
     python -m continuous_lm train_autoencoder --output_dir=results/codec
     python -m continuous_lm train_calm --codec=results/codec --output_dir=results/calm
 
-A run that was stopped goes on when the same command is given again: it is in `run/` of the folder,
-which is otherwise what `models.calm.load` reads.
+The same command resumes a stopped run, from `run/` in the folder. The other files of the folder are
+the checkpoint that `models.calm.load` reads.
 """
 
 import dataclasses

@@ -229,14 +229,14 @@ def energy_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class SampleScores(NamedTuple):
-    """Of one way to draw.
+    """Scores of one sampler.
 
     Attributes:
-      distance: energy distance to fresh data, the mean over conditions.
-      interval: 95 % of it, over conditions.
+      distance: energy distance to new data, mean over conditions.
+      interval: 95 % interval of the distance over conditions.
       in_modes: share of samples within MAX_MODE_DEVIATIONS of a mode.
-      likelier: share of these at the mode that the data prefers.
-      per_second: samples, many at once; None for what is no head.
+      likelier: share of these at the more frequent mode of the data.
+      per_second: samples a second in large batches; None for samplers without a head.
     """
 
     distance: float
@@ -284,15 +284,15 @@ def samples_per_second(draw_samples: Sampler, key: jax.Array) -> float:
 
 
 class ComparisonSettings(NamedTuple):
-    """How heads are fitted and compared.
+    """Settings of the comparison of heads.
 
     Attributes:
-      seed: of data, parameters and samples.
+      seed: seed of data, parameters and samples.
       steps: optimiser steps of each head.
       batch_size: targets in a step.
-      learning_rate: the peak.
-      conditions: angles at which samples are compared.
-      samples: at each of them.
+      learning_rate: peak learning rate.
+      conditions: number of angles at which samples are compared.
+      samples: number of samples at each angle.
     """
 
     seed: int

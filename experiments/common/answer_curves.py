@@ -1,4 +1,4 @@
-"""Curves: how probable each answer is along a sweep. What is tracked, read off, and stored."""
+"""Probability curves of answers along a sweep: tracked tokens, readings and storage."""
 
 import dataclasses
 import itertools
@@ -24,12 +24,11 @@ def find_answer_tokens(
     answers: Answers,
     rule: str,
 ) -> dict[str, list[int]]:
-    """Answer -> the tokens that count for it, as `ANSWER_TOKEN_RULES` says.
+    """Return answer -> the tokens that count for it, by a rule of `ANSWER_TOKEN_RULES`.
 
     Args:
-      tokenizer: of the model.
-      answers: what is tracked; or each answer with the ways to write it, whose tokens are
-        summed.
+      tokenizer: tokenizer of the model.
+      answers: the tracked answers; or answer -> its spellings, whose tokens are summed.
       rule: a key of `ANSWER_TOKEN_RULES`.
 
     Raises:
@@ -53,7 +52,7 @@ def find_answer_tokens(
 
 
 def token_name(tokenizer: tokenizers.Tokenizer, token: int) -> str:
-    """As the tokenizer names it; a model may have more tokens than its tokenizer."""
+    """Return the tokenizer's name of a token; a model may have more tokens than its tokenizer."""
     return tokenizer.id_to_token(token) or f"token {token}"
 
 
@@ -77,7 +76,7 @@ class Curves:
 
     @property
     def other_probabilities(self) -> np.ndarray:
-        """[P]: what is left for all other tokens."""
+        """Total probability of all other tokens, [P]."""
         return np.clip(1.0 - self.probabilities.sum(axis=1), 0.0, 1.0)
 
     @property

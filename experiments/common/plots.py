@@ -45,12 +45,12 @@ def answer_curves(
 ) -> Figure:
     """Probability against the sweep's points, each answer named where it leads.
 
-    Where names would lie over each other, a legend names them.
+    A legend names the answers if names at the curves would overlap.
 
     Args:
-      curves: what to draw. An answer that never reaches 5 % is drawn with everything else.
-      xlabel: what the points are.
-      title: above the axes; the prompt, say.
+      curves: the curves. Answers that never reach 5 % are drawn together with all other tokens.
+      xlabel: label of the points.
+      title: title above the axes, such as the prompt.
       marks: label -> point at which a faint vertical line shows an expectation.
     """
     is_drawn = curves.probabilities.max(axis=0) >= _MIN_DRAWN_PROBABILITY
@@ -137,7 +137,7 @@ def _name_curve(
 def _label_positions(
     curves: Curves, is_drawn: np.ndarray
 ) -> dict[int, tuple[float, float]]:
-    """Where the names of the answers that are drawn would stand: point and probability."""
+    """Return answer -> position of its name: point and probability."""
     positions_by_answer = {}
     for i in np.flatnonzero(is_drawn):
         values = curves.probabilities[:, i]
@@ -170,12 +170,12 @@ def threshold_curves(
     *,
     ylabel: str,
 ) -> Figure:
-    """What reaches each threshold along a sweep (solid) and in the ordinary sentence (dashed).
+    """Plot shares above each threshold along a sweep (solid) and in the ordinary sentence (dashed).
 
     Args:
-      thresholds: [num_thresholds], of probability.
+      thresholds: probabilities, [num_thresholds].
       model_curves: model -> observed and counterfactual, [num_thresholds] each, both in [0, 1].
-      ylabel: what they are.
+      ylabel: label of the shares.
     """
     with plt.rc_context(MATPLOTLIB_STYLE):
         figure, axes = plt.subplots(figsize=(4.2, 3.2), layout="constrained")
@@ -205,7 +205,7 @@ def histograms(
     Args:
       edges: [num_bins + 1].
       model_counts: model -> records [num_bins].
-      xlabel: of what.
+      xlabel: label of the binned quantity.
       bound: where a faint line shows a bound.
     """
     with plt.rc_context(MATPLOTLIB_STYLE):
@@ -246,8 +246,8 @@ def curve_grid(cells: dict[tuple[str, str], Curves], *, xlabel: str) -> Figure:
     """Small curves in rows and columns, under one pair of axes' labels.
 
     Args:
-      cells: (row, column) -> the curves there, all of the same answers.
-      xlabel: what the points are.
+      cells: (row, column) -> its curves, all of the same answers.
+      xlabel: label of the points.
     """
     rows = list(dict.fromkeys(row for row, _ in cells))
     columns = list(dict.fromkeys(column for _, column in cells))

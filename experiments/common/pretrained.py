@@ -31,7 +31,7 @@ class PretrainedConfig(program.DeviceConfig):
         help="Folder that keeps converted parameters for the next run.  [default: none]",
     )
     ignore_config_fields: tuple[str, ...] = program.flag(
-        (), help="Fields of config.json known not to change what the model computes."
+        (), help="Fields of config.json known not to change the result."
     )
 
     @property

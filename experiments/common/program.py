@@ -9,17 +9,17 @@ A program is a module such as
         word: str = program.flag("apple", help="The word that is repeated.")
         repetitions: int = program.flag(4, help="Number of repetitions.", lower_bound=1)
         category: str | None = program.flag(None, help="Category of the word.")
-        change: Literal["both", "mass"] = program.flag("both", help="What durations change.")
+        change: Literal["both", "mass"] = program.flag("both", help="Effect of durations.")
         models: tuple[str, ...] = program.flag((), help="Folders, separated by commas.")
 
     @dataclasses.dataclass(frozen=True)
     class Result(program.Result):
-        probabilities: np.ndarray                       # what it computed, typed
+        probabilities: np.ndarray                       # the results, typed
 
-        def summary(self) -> str: ...                   # what the command line prints
+        def summary(self) -> str: ...                   # the text that the command prints
 
     def run(config: Config) -> Result:
-        folder = program.output_folder(config)          # None: nothing is to be written
+        folder = program.output_folder(config)          # None: no files
         mesh = program.make_mesh(config)
         ...
         if folder is not None and processes.is_first_process():
@@ -30,15 +30,14 @@ A program is a module such as
         program.main(Config, run)
 
 and a line in `continuous_lm.experiments.PROGRAMS`. Then `python -m continuous_lm NAME --word=cat`
-runs it, as does `run(Config(word="cat"))` in a notebook, which touches no flags. The kind of a flag
-comes from the type of its field: bool, int, float, str, Literal (one of several words), X | None,
-tuple[X, ...] (separated by commas, or given several times with `repeated`). A field may hold
-another dataclass of flags, which are then flags of the program too. Values are checked where a
-Config is made; what no bound can say, a `__post_init__` says, which calls
-`super().__post_init__()`.
+runs it. In a notebook, `run(Config(word="cat"))` runs it without flags. The type of a field is the
+type of its flag: bool, int, float, str, Literal (one of several words), X | None, or tuple[X, ...]
+(separated by commas, or given several times with `repeated`). A field may be another dataclass of
+flags, which become flags of the program. Values are checked when a Config is made. A
+`__post_init__` can check further conditions; it must call `super().__post_init__()`.
 
-With several processes all of them run the whole program, and process 0 alone writes: the folder of
-results, to which the others look when a run goes on, must be one that all of them can read.
+With several processes, each runs the whole program, and only process 0 writes. To resume a run, all
+processes must be able to read the output folder.
 """
 
 import dataclasses
@@ -80,7 +79,7 @@ TYPE_NAMES = {bool: "a boolean", int: "an integer", float: "a number", str: "tex
 
 @dataclasses.dataclass(frozen=True)
 class FlagDescription:
-    """What is known of a flag beside its type and default."""
+    """Properties of a flag besides its type and default."""
 
     help: str
     choices: tuple[str, ...]
@@ -151,8 +150,10 @@ class FlagField:
             expected = TYPE_NAMES[self.value_type]
             raise InputError(f"--{self.name} is {value!r:.60}; it must be {expected}")
         if self.choices and value not in self.choices:
-            known = ", ".join(self.choices)
-            raise InputError(f"--{self.name} is {value!r:.60}; it must be of {known}")
+            valid_names = ", ".join(self.choices)
+            raise InputError(
+                f"--{self.name} is {value!r:.60}; it must be of {valid_names}"
+            )
         if isinstance(value, int | float):
             self._check_bounds(value)
         return value
@@ -254,7 +255,7 @@ class RunConfig(CheckedConfig):
     )
     compilation_cache: str | None = flag(
         None,
-        help="Folder in which JAX keeps what it has compiled for the next run, or none."
+        help="Folder of JAX's persistent compilation cache, or none."
         "  [default: JAX_COMPILATION_CACHE_DIR, or continuous_lm/jax in the user's cache folder]",
     )
 
@@ -269,13 +270,13 @@ class DeviceConfig(RunConfig):
 
     mesh: str | None = flag(
         None,
-        help="How many devices share points or rows, and the model: data=2,model=4."
+        help="Number of devices on each mesh axis, as in data=2,model=4."
         "  [default: one device; all on data, with several processes]",
     )
     coordinator: str | None = flag(
         None,
-        help="host:port of process 0, of several that run the program together; that port and the"
-        " next must be free. auto: as Slurm, Open MPI or a TPU slice say."
+        help="host:port of process 0, for several processes. The port and the next one must be"
+        " free. auto: from Slurm, Open MPI or a TPU slice."
         "  [default: JAX_COORDINATOR_ADDRESS]",
     )
     num_processes: int | None = flag(
@@ -321,7 +322,7 @@ class PmapConfig(DeviceConfig):
 
 
 class Result:
-    """What a program computed; each derives a frozen dataclass from it."""
+    """Base class of the results of programs; each program derives a frozen dataclass."""
 
     def summary(self) -> str:
         """The text that the command line prints."""
@@ -359,7 +360,7 @@ def record(config: RunConfig) -> dict[str, Any]:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """What `record` says but for the devices, which are not touched."""
+    """Return the contents of `record` without the devices, which are not initialised."""
     packages = ("jax", "jaxlib", "flax", "numpy", "tokenizers")
     package_versions = {name: importlib.metadata.version(name) for name in packages}
     return {
@@ -511,7 +512,7 @@ def _absl_flag(field: FlagField, default: Any) -> flags.Flag:
 
 
 def _read_flags(config_class: type[Config], flag_holder: flags.FlagValues) -> Config:
-    """The Config, with what is nested in it, of parsed flags."""
+    """Make the Config, with nested configs, from parsed flags."""
     values: dict[str, Any] = {}
     for name, field in _fields(config_class).items():
         if isinstance(field, FlagField):

@@ -46,7 +46,7 @@ class AnsweredPrompt:
     answer_tokens: tuple[int, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """What results files say of it."""
+        """Return the prompt's entries in result files."""
         return {
             "prompt": self.text,
             "pieces": list(self.token_texts),

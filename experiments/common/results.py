@@ -23,17 +23,17 @@ def write(
     tables: Sequence[Table] = (),
     stale_pattern: re.Pattern[str] | None = None,
 ) -> None:
-    """Writes all files of a run, or none if one cannot be written.
+    """Write all files of a run, or none if one cannot be written.
 
     Args:
-      config: of the run, for its record.
-      folder: where to write.
-      name: of the JSON file, without its ending.
-      values: what is in it, beside the record of the run.
-      figures: file name without its ending -> figure.
+      config: config of the run, for its record.
+      folder: output folder.
+      name: name of the JSON file, without suffix.
+      values: contents of the JSON file, besides the record of the run.
+      figures: file name without suffix -> figure.
       texts: file name -> content.
-      tables: written as CSV, Markdown and LaTeX.
-      stale_pattern: files of an earlier run that go if they are not written now.
+      tables: tables, written as CSV, Markdown and LaTeX.
+      stale_pattern: files of an earlier run to delete if they are not written now.
     """
     with write_atomically(folder, stale_pattern=stale_pattern) as staging_folder:
         for figure_name, figure in (figures or {}).items():

@@ -41,14 +41,14 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of cells below heads; None is a number that there is not.
+    """Rows of cells below column heads; None is a missing number.
 
     Attributes:
-        name: Of its files and its label.
-        caption: What it shows, one line of plain text.
-        columns: The first names the rows and is flush left.
-        rows: One cell a column.
-        has_summary_row: Whether a line sets off the last row.
+        name: Name of its files and its LaTeX label.
+        caption: One line of plain text.
+        columns: Column heads. The first column names the rows and is left-aligned.
+        rows: Rows, with one cell for each column.
+        has_summary_row: Whether a line separates the last row.
     """
 
     name: str
@@ -141,9 +141,9 @@ class TableSpec:
     """A table before it has rows.
 
     Attributes:
-        name: Of its files and its label.
-        caption: What it shows, one line of plain text.
-        columns: Those after the first, which names the rows; their paths say where numbers are.
+        name: Name of its files and its LaTeX label.
+        caption: One line of plain text.
+        columns: Columns after the first, which names the rows; each has the path of its numbers.
     """
 
     name: str

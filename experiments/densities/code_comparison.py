@@ -1,12 +1,12 @@
-"""From a drawn vector to a token, in several ways on the same draws: accuracy, noise, time.
+"""Compare maps from a sampled vector to a token on the same samples: accuracy, noise, time.
 
-Nearest rows, Euclidean and cosine, and the nearest few re-ranked by the density search the table
-itself. Vector, residual and finite scalar quantization are fitted to the table's rows; their code
-goes on to the row nearest to it.
+Three maps search the table: the Euclidean or cosine nearest row, and the nearest few re-ranked by
+the density. Vector, residual and finite scalar quantization are fitted to the table's rows; a code
+is mapped to its nearest row.
 
-Of a next-vector model with C tokens a vector, the decoder takes the rows' place: a draw is decoded
-as it is, or after it was quantized by codes that were fitted to the latents of training chunks, or
-after the nearest of these latents has taken its place.
+A next-vector model with C tokens a vector has a decoder instead of a table. It decodes the sample
+itself, its code of a quantizer fitted to the latents of training chunks, or the nearest of these
+latents.
 """
 
 import functools
@@ -40,16 +40,16 @@ Quantizer = Callable[[jax.Array, Density], tuple[jax.Array, jax.Array]]
 
 
 class Settings(NamedTuple):
-    """How ways are compared.
+    """Settings of the comparison.
 
     Attributes:
-      length: tokens of a window; of next-vector models rounded to chunks.
-      windows: at most so many.
-      seed: of draws and codebooks.
-      codes: of the vector quantizer.
-      stages: of the residual quantizer.
-      levels: of each dimension, finite scalar quantization.
-      candidates: rows to re-rank.
+      length: tokens of a window; rounded to chunks for next-vector models.
+      windows: largest number of windows.
+      seed: seed of samples and codebooks.
+      codes: codes of the vector quantizer.
+      stages: stages of the residual quantizer.
+      levels: levels of each dimension in finite scalar quantization.
+      candidates: number of rows to re-rank.
     """
 
     length: int

@@ -1,4 +1,4 @@
-"""What train_density, train_lm and train_head share: from a new model to the written one."""
+"""Shared parts of train_density, train_lm and train_head: make, train and write a model."""
 
 import dataclasses
 from collections.abc import Callable
@@ -45,13 +45,13 @@ def train_and_write(
     *,
     trunk_is_frozen: bool = False,
 ) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
-    """Trains a density model, or goes on with its run, and writes it.
+    """Train a density model, or resume its run, and write it.
 
     Args:
-      config: of the program.
-      create_model: reads the text and makes the model that is trained.
-      label: of the progress bar.
-      trunk_is_frozen: train the head alone.
+      config: config of the program.
+      create_model: function that reads the text and makes the model to train.
+      label: label of the progress bar.
+      trunk_is_frozen: train only the head.
     """
     folder = config.output_folder()
     new_model = create_model(config)

@@ -188,18 +188,18 @@ def train(
     settings: Mapping[str, Any] | None = None,
     label: str = "training",
 ) -> LanguageModel[DensityModel]:
-    """Trains a density model on tokens [n] or vectors [n, W], or goes on with the run in `folder`.
+    """Train a density model on tokens [n] or vectors [n, W], or resume the run in `folder`.
 
     Args:
-      lm: the model with its first parameters.
-      train_data: what to train on.
-      held_out: what the loss is logged of, with each checkpoint.
-      folder: of the run; see `training.fit`.
-      config: how to train; its seed is that of the data's order too.
+      lm: the model with its initial parameters.
+      train_data: training data.
+      held_out: data whose loss is logged with each checkpoint.
+      folder: folder of the run; see `training.fit`.
+      config: training settings. The seed also orders the data.
       length: inputs in a sequence.
-      trunk_is_frozen: train the head alone.
-      settings: other settings that must be the same for a run to go on.
-      label: of the progress bar.
+      trunk_is_frozen: train only the head.
+      settings: other settings that must be equal to resume a run.
+      label: label of the progress bar.
     """
     params = fit.fit(
         make_loss(lm.model),
@@ -321,7 +321,7 @@ def _holds_next_vector_model(folder: str) -> bool:
 def num_learned_parameters(
     lm: LanguageModel[DensityModel] | LanguageModel[NextVectorModel],
 ) -> int:
-    """How many numbers are learned: a frozen table or autoencoder is not among them."""
+    """Count the trained numbers, without a frozen table or autoencoder."""
     frozen_parts = ("table", "autoencoder")
     learned_parts = {
         name: leaf for name, leaf in lm.params.items() if name not in frozen_parts

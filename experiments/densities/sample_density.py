@@ -1,12 +1,12 @@
-"""Draws text from a density model or the softmax baseline, and steers it.
+"""Sample text from a density model or the softmax baseline, and steer it.
 
     python -m continuous_lm sample_density --model=results/mixture --prompt="Return the"
     python -m continuous_lm sample_density --model=results/mixture \
         --towards=file,path,directory --strengths=0,0.5,1,2
 
-Steering shifts the mean of each density along a direction: the mean of the rows of the words in
---towards, less that of the words in --away (of all rows, if there are none). The measure is the
-share of new tokens near the list: those among the --near_k rows nearest to one of its words.
+Steering shifts the mean of each density along a direction. The direction is the mean row of the
+words in --towards, minus the mean row of the words in --away (of all rows if --away is empty). The
+measure is the share of new tokens among the --near_k rows nearest to a word of --towards.
 """
 
 import dataclasses
@@ -34,9 +34,7 @@ class Config(program.DeviceConfig):
     model: str | None = program.flag(
         None, help="Folder that train_density, train_head or train_lm wrote; required."
     )
-    prompt: str = program.flag(
-        "", help="Text to go on from.  [default: the end of a text]"
-    )
+    prompt: str = program.flag("", help="Prompt text.  [default: the end of a text]")
     samples: int = program.flag(
         4, help="Number of texts of each strength.", lower_bound=1
     )
@@ -74,7 +72,7 @@ class Result(program.Result):
     """Samples of each strength.
 
     Attributes:
-      prompt: the text from which they go on.
+      prompt: the prompt.
       samples: tokens of each strength.
       texts: [strength][sample], the new text.
       table: the shares, if there is steering.

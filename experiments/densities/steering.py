@@ -1,8 +1,8 @@
-"""Steering of a density model: samples whose means are shifted, and how near a list they are.
+"""Steering of a density model: samples with shifted means, and their nearness to target words.
 
-Steering shifts the mean of each density along a direction: the mean of the rows of some words, less
-that of the words to steer away from (of all rows, if there are none). The measure is the share of
-new tokens near the list: those among the rows nearest to one of its words.
+Steering shifts the mean of each density along a direction. The direction is the mean row of the
+target words, minus the mean row of the words to steer away from (of all rows if there are none).
+The measure is the share of new tokens among the rows nearest to a target word.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ QUANTIZE_METHODS = ("euclidean", "cosine", "rerank", "renormalised")
 
 
 class SampleSettings(NamedTuple):
-    """How texts are drawn.
+    """Settings of sampling.
 
     Attributes:
-      max_new_tokens: of each.
-      temperature: at 0 the mean is taken.
-      quantize: the way from vectors to tokens, one of `QUANTIZE_METHODS`.
-      seed: of the draws, the same for each strength, and of the bootstrap over samples.
+      max_new_tokens: largest number of new tokens of each sample.
+      temperature: sampling temperature; 0 takes the mean.
+      quantize: map from vectors to tokens, one of `QUANTIZE_METHODS`.
+      seed: seed of the samples, the same for each strength, and of the bootstrap over samples.
     """
 
     max_new_tokens: int
@@ -44,12 +44,12 @@ class SampleSettings(NamedTuple):
 
 
 class Steering(NamedTuple):
-    """Where samples are steered, and how that is measured.
+    """Direction of steering, and its measure.
 
     Attributes:
       towards: tokens to steer towards; none for no steering.
       away: tokens to steer away from.
-      num_nearest: rows that are near a token.
+      num_nearest: number of rows that count as near a token.
     """
 
     towards: list[int]

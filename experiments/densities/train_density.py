@@ -1,14 +1,14 @@
-"""Trains a density model: the trunk under a density over the vector of the next token.
+"""Train a density model: the trunk with a density over the vector of the next token.
 
     python -m continuous_lm train_density --output_dir=results/density
     python -m continuous_lm train_density --head=mixture --table_from=results/baseline \
         --output_dir=results/mixture
 
-The vectors are the rows of a table: --table_from freezes that of another model, otherwise they are
-the trunk's embeddings and learn with it, which --token_loss_weight keeps from collapsing.
+The vectors are the rows of a table. --table_from takes the frozen table of another model. Otherwise
+they are the trunk's embeddings, which are trained; --token_loss_weight prevents their collapse.
 
-A run that was stopped goes on when the same command is given again: it is in `run/` of the folder,
-which is otherwise what `models.density.load` reads.
+The same command resumes a stopped run, from `run/` in the folder. The other files of the folder are
+the checkpoint that `models.density.load` reads.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Trains a new head on a pretrained trunk, which stays as it is.
+"""Train a new head on a frozen pretrained trunk.
 
     python -m continuous_lm train_head --trunk=results/baseline --head=mixture
 
-A density is over the rows of the trunk's own embedding table. A run that was stopped goes on when
-the same command is given again: it is in `run/` of the folder, which is otherwise what
+A density is over the rows of the trunk's own embedding table. The same command resumes a stopped
+run, from `run/` in the folder. The other files of the folder are the checkpoint that
 `models.density.load` reads.
 """
 

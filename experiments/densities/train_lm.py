@@ -1,9 +1,9 @@
-"""Trains the softmax baseline: a language model of tokens, against which densities are compared.
+"""Train the softmax baseline: a language model of tokens, for comparison with densities.
 
     python -m continuous_lm train_lm --output_dir=results/baseline
 
-A run that was stopped goes on when the same command is given again: it is in `run/` of the folder,
-which is otherwise what `models.density.load` and, with tied embeddings, `clm.load` read.
+The same command resumes a stopped run, from `run/` in the folder. The other files of the folder are
+the checkpoint, for `models.density.load` and, with tied embeddings, `clm.load`.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
-"""Attribution: how much each token's time argues for an answer.
+"""Attribution: the contribution of each token's duration to an answer.
 
     python -m continuous_lm attribution [--prompt=TEXT] [--answer=4] [--nodes=64]
 
-Integrated gradients along durations, from a sentence of which only the first token is there to the
-whole of it, share out what the sentence adds to the log probability of the answer. Gradient times
-input and leaving one token out are set beside them. Deletion curves take tokens away, the most
-important first: the sooner the answer is lost, the better a method found the tokens that matter.
-On the embedded model this takes about ten seconds.
+Integrated gradients run along durations, from 0 for all tokens but the first to the ordinary
+sentence. They distribute the change of the answer's log probability over the tokens. Two other
+methods are shown beside them: gradient times input, and leaving out one token. Deletion curves
+remove tokens, the most important first. A method is better if the answer is lost earlier. On the
+embedded model this takes about ten seconds.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from continuous_lm.experiments.common import (
 from continuous_lm.experiments.common import prompt as prompt_lib
 from continuous_lm.parallel import processes
 
-MAX_RELATIVE_RESIDUAL = 0.01  # of an integral, beyond which the summary says so
+MAX_RELATIVE_RESIDUAL = 0.01  # of an integral; the summary warns above it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,13 +57,13 @@ class Config(prompt_lib.PromptConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Result(program.Result):
-    """What each token contributes to an answer, by three methods.
+    """Contributions of each token to an answer, by three methods.
 
     Attributes:
-      prompt: with its answer.
-      answer_token_names: of the tokens that count for the answer.
-      methods: name -> the contributions it finds.
-      deletions: name -> the log probability as tokens are taken away.
+      prompt: the prompt with its answer.
+      answer_token_names: names of the tokens that count for the answer.
+      methods: name -> its contributions.
+      deletions: name -> log probability as tokens are removed.
     """
 
     prompt: prompt_lib.AnsweredPrompt
@@ -179,7 +179,7 @@ def compute(
 def as_html(
     answered_prompt: prompt_lib.AnsweredPrompt, contributions: dict[str, np.ndarray]
 ) -> str:
-    """A page of its own: the text once for each method, coloured by what tokens contribute."""
+    """Return an HTML page with the text once for each method, coloured by contributions."""
     html_blocks = []
     for method, values in contributions.items():
         max_value = max(np.abs(values).max(), 1e-9)

@@ -1,11 +1,11 @@
-"""Boolean operators: what is between AND and OR?
+"""Boolean operators: interpolate between AND, OR, NAND, NOR and XOR.
 
     python -m continuous_lm boolean [--model=FOLDER]
 
-The embedding of one operator turns into that of another, for all ten pairs of AND, OR, NAND, NOR
-and XOR on all four inputs (Marro et al., arXiv:2504.03933): one figure of forty curves. Where
-operators are of different numbers of tokens, they are aligned in time. The embedded model has
-learned their truth tables by heart.
+The embedding of one operator is interpolated to that of another, for all ten pairs of operators on
+all four inputs (Marro et al., arXiv:2504.03933). One figure shows the forty curves. Operators with
+different numbers of tokens are aligned in time. The embedded model has memorised their truth
+tables.
 """
 
 import dataclasses

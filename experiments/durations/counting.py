@@ -54,7 +54,7 @@ def make_prompt(config: Config) -> tuple[str, tuple[int, int]]:
     category = config.category or CATEGORY_OF_WORD.get(word)
     if category is None:
         raise clm.InputError(
-            f"say what {word!r} is with --category; known are {', '.join(CATEGORY_OF_WORD)}"
+            f"set --category for {word!r}; known words are {', '.join(CATEGORY_OF_WORD)}"
         )
     article = "an" if category[0] in "aeiou" else "a"
     words = " ".join([word] * config.repetitions)

@@ -1,10 +1,10 @@
-"""Events: as the sentences that tell of four things last less, does the model count fewer of them?
+"""Events: as the sentences about four events get shorter, does the model count fewer events?
 
     python -m continuous_lm events [--scene=shop|zoo|beach] [--model=FOLDER]
 
-"She buys a carton of milk. She buys an apple. ..." shrinks as a whole, from the first event to the
-last (Marro et al., arXiv:2504.03933): unlike in `counting`, no word is repeated four
-times that the model could count instead.
+"She buys a carton of milk. She buys an apple ..." shrinks as a whole, from the first event to the
+last (Marro et al., arXiv:2504.03933). Unlike in `counting`, no noun is repeated, so the model
+cannot count a word instead.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ NUM_EVENTS = 4
 class Config(single_prompt.ShrinkConfig):
     """Flags of events."""
 
-    scene: str = program.flag("shop", help="Story that is told.", choices=list(SCENES))
+    scene: str = program.flag("shop", help="Story of the events.", choices=list(SCENES))
 
 
 def make_prompt(config: Config) -> tuple[str, tuple[int, int]]:

@@ -1,13 +1,13 @@
-"""Interpolation: what does the model say of a thing between two words?
+"""Interpolation: the model's answers about embeddings between two words.
 
     python -m continuous_lm interpolation
     python -m continuous_lm interpolation --template="We bought two [] at the"
 
-The embeddings of one phrase turn into those of another (Marro et al., arXiv:2504.03933, section
-4.3), along a line or, with --path=spherical, an arc. --answers says what is tracked; without it,
-yes and no for a question that asks for them, and otherwise every token whose probability reaches
---threshold anywhere: the paper's linearity in the output space. Words of different numbers of
-tokens are aligned in time (see `prompt_sweeps.interpolate_phrases`).
+The embeddings of one phrase are interpolated to those of another (Marro et al., arXiv:2504.03933,
+section 4.3), along a line or, with --path=spherical, an arc. --answers sets the tracked answers. By
+default these are yes and no for a yes/no question. For other prompts they are all tokens whose
+probability reaches --threshold at some point: the paper's linearity in the output space. Words with
+different numbers of tokens are aligned in time (see `prompt_sweeps.interpolate_phrases`).
 """
 
 import dataclasses

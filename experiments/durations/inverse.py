@@ -1,10 +1,10 @@
-"""The inverse problem: durations that make the model say a chosen answer.
+"""The inverse problem: find durations for which the model gives a chosen answer.
 
     python -m continuous_lm inverse [--prompt=TEXT] --answer=3 [--span="apple apple"]
 
-Durations are found by gradients, near 1 and mostly equal to 1, at which the answer leads every
-other token by --margin; random search with as many evaluations of the model (a gradient counts as
-three) is set beside them. On the embedded model this takes under a minute.
+A search by gradients finds durations near 1, most of them equal to 1, for which the answer leads
+every other token by --margin. It is compared with random search with the same number of model
+evaluations (a gradient counts as three). On the embedded model this takes under a minute.
 """
 
 import dataclasses
@@ -51,10 +51,10 @@ class Config(prompt_lib.PromptConfig):
 
 @dataclasses.dataclass(frozen=True)
 class VerifiedSearch:
-    """Durations that a search ended with, and what the plain model says there.
+    """Durations from a search, and the plain model's answer for them.
 
     Attributes:
-      search: the durations, their total change and what they cost.
+      search: the durations, their total change and number of evaluations.
       lead: the answer's log-odds against the best other token.
       top_token: the name of the most probable token.
       holds: whether that is the answer.
@@ -67,7 +67,7 @@ class VerifiedSearch:
 
     @property
     def num_changed(self) -> int:
-        """How many tokens do not last 1."""
+        """Number of tokens whose duration is not 1."""
         return int((np.abs(self.search.durations - 1.0) > MIN_CHANGE).sum())
 
     def as_json(self) -> dict[str, Any]:
@@ -90,8 +90,8 @@ class Result(program.Result):
     Attributes:
       prompt: with the answer.
       token_span: the tokens that may change; None for all but the first.
-      by_gradients: what gradients found.
-      by_random_search: what random search found.
+      by_gradients: result of the search by gradients.
+      by_random_search: result of random search.
     """
 
     prompt: prompt_lib.AnsweredPrompt
@@ -111,11 +111,11 @@ class Result(program.Result):
         return f"durations that make it say {self.prompt.answer!r}"
 
     def figure(self) -> Figure:
-        """The text with the durations that make the model say so."""
+        """Plot the text with the durations of each search."""
         rows = {
-            f"{name}: total change {found.search.total:.3f}": found.search.durations
-            for name, found in self.searches.items()
-            if found.holds
+            f"{name}: total change {verified.search.total:.3f}": verified.search.durations
+            for name, verified in self.searches.items()
+            if verified.holds
         }
         return durations_figure(self.prompt, rows, self.title())
 
@@ -124,7 +124,9 @@ class Result(program.Result):
         return {
             **self.prompt.as_json(),
             "span": self.token_span,
-            "found": {name: found.as_json() for name, found in self.searches.items()},
+            "found": {
+                name: verified.as_json() for name, verified in self.searches.items()
+            },
         }
 
     def summary(self) -> str:
@@ -133,14 +135,14 @@ class Result(program.Result):
             f"{'search':<15} {'says':<8} {'lead':>8} {'total change':>13} {'changed':>8}"
             "   evaluations",
         ]
-        for name, found in self.searches.items():
+        for name, verified in self.searches.items():
             lines.append(
-                f"{name:<15} {found.top_token:<8} {found.lead:8.3f}"
-                f" {found.search.total:13.3f} {found.num_changed:8d}"
-                f"   {found.search.evaluations}"
+                f"{name:<15} {verified.top_token:<8} {verified.lead:8.3f}"
+                f" {verified.search.total:13.3f} {verified.num_changed:8d}"
+                f"   {verified.search.evaluations}"
             )
         lines.append(f"\n{'token':<14} {'gradients':>10} {'random':>10}")
-        durations = [found.search.durations for found in self.searches.values()]
+        durations = [verified.search.durations for verified in self.searches.values()]
         for token_text, *token_durations in zip(
             self.prompt.token_texts, *durations, strict=True
         ):
@@ -149,7 +151,7 @@ class Result(program.Result):
                 lines.append(f"{token_text:<14} {columns}")
         if not self.by_gradients.holds:
             lines.append(
-                "\nNo durations were found that make it say so; allow more steps or another piece."
+                "\nNo durations give this answer; allow more steps or another span."
             )
         return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Sweeps of a prompt: what is changed about it, and the answers at every point.
+"""Sweeps of a prompt: the changes of its inputs, and the answers at every point.
 
-shrink_span          a span of the prompt lasts less (or more)
-interpolate_phrases  one phrase of the prompt turns into another
-shift_prompt         the whole prompt begins later
-stretch_prompt       the whole prompt lasts less or more
-sweep_prompt         the probabilities of answers along the sweep of one prompt
-sweep_prompts        the same of many, several at once
+shrink_span          a span of the prompt gets shorter (or longer)
+interpolate_phrases  one phrase of the prompt is interpolated to another
+shift_prompt         the whole prompt starts later
+stretch_prompt       the whole prompt gets shorter or longer
+sweep_prompt         probabilities of answers along the sweep of one prompt
+sweep_prompts        the same for many prompts, batched
 """
 
 import dataclasses
@@ -38,9 +38,9 @@ class PromptSweep:
 
     Attributes:
       prompt: the text.
-      token_names: of the text, as the tokenizer names them.
-      token_span: the tokens that are changed.
-      points: what the sweep runs over, [P].
+      token_names: the tokenizer's names of the text's tokens.
+      token_span: the tokens that change.
+      points: values of the sweep's parameter, [P].
       sweep: the model's inputs at those points.
     """
 
@@ -156,13 +156,13 @@ def interpolate_phrases(
     points: np.ndarray,
     path: str = "linear",
 ) -> PromptSweep:
-    """The phrase in the template's slot turns from the first (at 0) into the second (at 1).
+    """Interpolate the phrase in the template's slot from the first (at 0) to the second (at 1).
 
-    Phrases of the same number of tokens turn into each other token by token. Others are aligned in
-    time: both fill the same span, whose length goes from the first's to the second's. It is sampled
-    where a token of either ends; there the signal is the mixture of the two tokens that hold that
-    moment, and its weight goes from what the first phrase has there to what the second has. So the
-    ends of the sweep are the two ordinary prompts, exactly.
+    Phrases with the same number of tokens are interpolated token by token. Others are aligned in
+    time: both fill the same span, whose length is interpolated too. The span is sampled at the end
+    of each token of either phrase. A sample mixes the embeddings of the two tokens at that time,
+    and its weight is interpolated between the weights in the two phrases. The two ends of the sweep
+    are exactly the two ordinary prompts.
 
     Raises:
       clm.InputError: if the template has not one slot, a phrase is empty, or the rest of the prompt

@@ -51,12 +51,12 @@ class Result(program.Result):
     """The shortest prompt that keeps an answer.
 
     Attributes:
-      prompt: with its answer.
-      durations: what is left of each token, [T].
-      log_prob_before: of the answer after the ordinary prompt.
-      log_prob_after: after what is left, by the plain model.
-      top_token: the name of the most probable token after it.
-      evaluations: how many forward passes the search cost.
+      prompt: the prompt with its answer.
+      durations: remaining duration of each token, [T].
+      log_prob_before: log probability of the answer after the ordinary prompt.
+      log_prob_after: log probability of the answer after the pruned prompt, by the plain model.
+      top_token: name of the most probable token after the pruned prompt.
+      evaluations: number of forward passes of the search.
     """
 
     prompt: prompt_lib.AnsweredPrompt
@@ -73,7 +73,7 @@ class Result(program.Result):
 
     @property
     def total_after(self) -> float:
-        """What is left of it."""
+        """Remaining total duration after the first token."""
         return float(self.durations[1:].sum())
 
     def remaining_tokens(self) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""Shifting: the same sentence later, or slower. A rotary model should not mind the first.
+"""Shifting: the same sentence later, or slower. A rotary model is invariant to the first.
 
     python -m continuous_lm shifting [--transform=scaling] [--model=FOLDER]
 
-A translation begins the sentence 0 to 10 tokens later: rotary models depend on differences of times
-alone, so that nothing changes but rounding; a model with learned positions (GPT-2) reads other rows
-of its table. A scaling makes every token last 0.01 to 1.5, to which no model is invariant (Marro et
-al., arXiv:2504.03933).
+A translation starts the sentence 0 to 10 tokens later. Rotary models depend only on differences of
+times, so they change only by rounding. A model with learned positions (GPT-2) reads other rows of
+its table. A scaling makes every token last 0.01 to 1.5; no model is invariant to it (Marro et al.,
+arXiv:2504.03933).
 """
 
 import dataclasses

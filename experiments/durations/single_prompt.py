@@ -34,7 +34,7 @@ class SweepConfig(pretrained.PretrainedConfig, program.PmapConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChangeConfig(program.CheckedConfig):
-    """Flags of what durations change."""
+    """Flags of the effect of durations."""
 
     change: Literal["both", "mass", "times"] = program.flag(
         "both", help="Change the weights of keys, their rotary times, or both."
@@ -96,14 +96,14 @@ class ShrinkConfig(FactorConfig, ChangeConfig, AnswerConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """How a sweep is named where it is shown.
+    """Labels of a sweep in figures, tables and files.
 
     Attributes:
-      name: of the program, and of its files.
-      points: the x axis of the figure.
-      points_short: the heading of the table's first column.
-      marks: points to mark in the figure, by their label.
-      shows_change: whether the summary says how far probabilities move.
+      name: name of the program and of its files.
+      points: label of the figure's x axis.
+      points_short: heading of the table's first column.
+      marks: label -> point to mark in the figure.
+      shows_change: whether the summary has the largest change of a probability.
     """
 
     name: str
@@ -174,7 +174,7 @@ class SweepResult(program.Result):
 
 
 def transition_points(count: int, factors: np.ndarray) -> dict[str, float]:
-    """Where a count of mass would change its answer, (k + 1/2) / count, if the sweep gets there."""
+    """Return label -> factor (k + 1/2) / count where a count of mass changes, within the sweep."""
     points_by_label = {
         f"{k + 0.5:g}/{count}": (k + 0.5) / count for k in range(1, count)
     }

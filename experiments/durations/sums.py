@@ -2,11 +2,10 @@
 
     python -m continuous_lm sums [--numbers=24,13 --shrink=2 --model=FOLDER] [--spaced]
 
-"The sum of 24 and 13 is" with the tokens of one number shrinking (Marro et al., arXiv:2504.03933):
-where "13" is read as one digit, the answer begins like 24 + 1 or 24 + 3. Some tokenizers make one
-token of a number; --spaced writes its digits apart, "1 3", as the paper does for those. The
-embedded model knows one-digit numbers, of which every sum is one token: by default it is asked for
-4 + 3.
+The prompt is "The sum of 24 and 13 is", and the tokens of one number shrink (Marro et al.,
+arXiv:2504.03933). Where the model reads "13" as one digit, the answer begins like 24 + 1 or 24 + 3.
+Some tokenizers make one token of a number; --spaced writes "1 3", as in the paper. The embedded
+model knows one-digit numbers, whose sums are one token each; its default is 4 + 3.
 """
 
 import dataclasses

@@ -33,7 +33,7 @@ ARRAY_NAMES = ("y", "q", "k", "v", "durations")
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large the arrays are."""
+    """Sizes of the arrays."""
 
     batch: int = 2
     tokens: int = 384  # no power of two, and several blocks of every form
@@ -48,7 +48,7 @@ TINY_SIZES = Sizes(1, 24, 2, 16, 32, 1)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """What attention is asked for."""
+    """Arguments of attention in one case."""
 
     grouped: bool = False
     zeros: bool = False
@@ -62,7 +62,7 @@ class AttentionCase:
 
 
 class Options(NamedTuple):
-    """What a form is asked for beside its arrays."""
+    """Arguments of a form of attention besides its arrays."""
 
     softcap: float | None = None
     window: float | None = None  # in tokens
@@ -178,7 +178,7 @@ FORMS: Mapping[str, Form] = {
 
 
 def forms_of_case(case_name: str) -> dict[str, Form]:
-    """Those that a case is for: "auto", which takes one of the others, is tried once."""
+    """Return the forms to check in a case; "auto", which selects another form, is checked once."""
     forms = dict(FORMS)
     if case_name != "grouped, zeros":
         del forms["auto"]

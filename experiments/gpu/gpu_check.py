@@ -1,16 +1,16 @@
-"""One command that says whether this GPU computes the right numbers, and how fast.
+"""Check that this GPU computes the right numbers, and measure its speed.
 
     python3 -m continuous_lm gpu_check [--sections=attention,sweep] [--allow_cpu]
 
-Attention in every form and with all its gradients against float64; a sweep, text and a step of
-training against this machine's own CPU; speeds; the benchmark's rows for a GPU. It needs a checkout
-and a JAX that sees a GPU, no installation. Each section is a process of its own with a time limit,
-and all of them together end within eight minutes; what fails is a row, and the rest goes on. The
-exit status is 1 if any row failed; a speed below its target alone is no failure. What the sections
-print is in SECTION.log in the folder of results.
+It checks attention in every form, with all gradients, against float64. It checks a sweep, generated
+text and a training step against this machine's CPU. It measures speeds and the benchmark's rows for
+a GPU. It needs a checkout and a JAX that sees a GPU, but no installation. Each section is a
+separate process with a time limit; all end within eight minutes. A failure becomes a row, and the
+other checks continue. The exit status is 1 if any row failed; a speed below its target is not a
+failure. The output of a section is in SECTION.log in the folder of results.
 
---allow_cpu is for trying the program itself: all is tiny, kernels are interpreted where they can
-be, and figures mean nothing.
+--allow_cpu tests the program itself: sizes are tiny, kernels are interpreted where possible, and
+figures have no meaning.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from continuous_lm.io.json_files import write_json
 
 
 class Section(NamedTuple):
-    """What is checked in one process."""
+    """Checks that run in one process."""
 
     run: Callable[[bool], Iterable[Check]]
     seconds: float  # that it may take; what others leave over is added
@@ -110,9 +110,9 @@ def select_sections(names: Sequence[str]) -> dict[str, Section]:
     """
     for name in names:
         if name not in SECTIONS:
-            known = ", ".join(SECTIONS)
+            valid_names = ", ".join(SECTIONS)
             raise InputError(
-                f"--sections: {name!r:.60} is not known; known are {known}"
+                f"--sections: {name!r:.60} is not known; known are {valid_names}"
             )
     return {name: SECTIONS[name] for name in names}
 
@@ -142,7 +142,7 @@ def find_device(folder: os.PathLike[str], allow_cpu: bool) -> dict[str, Any]:
     )
     if isinstance(device_record, Check):
         raise InputError(
-            f"JAX finds no device: {device_record.note}; what it printed is in {log}"
+            f"JAX finds no device: {device_record.note}; its output is in {log}"
         )
     if device_record["platform"] == CPU and not allow_cpu:
         raise InputError(
@@ -177,7 +177,7 @@ def run_sections(
     return rows
 
 
-# --- What it says ---------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 def table_cells(section: str, check: Check, device: str) -> list[tables.Cell]:

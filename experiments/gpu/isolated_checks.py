@@ -1,7 +1,7 @@
-"""Rows that say whether a machine computes the right numbers, and sections of them run apart.
+"""Checks of a machine's numbers as rows, and sections of checks in separate processes.
 
-A check that fails is a row, not the end. A section is a process of its own with a time limit: one
-that hangs or takes its process along costs its own rows alone.
+A failed check becomes a row, and the next check runs. A section is a separate process with a time
+limit. If it hangs or crashes, only its own rows are missing.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ class Check:
     """One row.
 
     Attributes:
-      what: is checked or measured.
+      what: name of the check or measurement.
       verdict: one of those above; a speed below its target is `MISSED`, a wrong number `FAILED`.
-      value: the error, the time or what else was found; None if there is none.
-      unit: of the value.
-      target: the tolerance, or what the speed should be, in words.
-      note: what else there is to say, or why there is no value.
+      value: the error, the time or another measurement; None if there is none.
+      unit: unit of the value.
+      target: the tolerance or the target speed, as text.
+      note: a remark, or the reason for a missing value.
     """
 
     what: str
@@ -84,7 +84,7 @@ def run_guarded(what: str, make: Callable[[], Iterable[Check]]) -> Iterator[Chec
 
 
 def one_line(error: BaseException) -> str:
-    """Its type and the beginning of what it says."""
+    """Return the error's type and the first 300 characters of its message."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
@@ -144,7 +144,7 @@ def run_in_process(
 
 
 def _describe_exit(status: int | None) -> str:
-    """How a process ended, in words."""
+    """Describe the exit status of a process."""
     if status is not None and status < 0:
         return f"the process was ended by {signal.Signals(-status).name}"
     return f"the process ended with status {status}"

@@ -65,7 +65,7 @@ def sweep_section(tiny: bool) -> Iterator[Check]:
 
 
 def check_apples_float32(factors: np.ndarray) -> Iterator[Check]:
-    """In float32, against the CPU."""
+    """Check a float32 sweep of the embedded model against the CPU."""
     lm = clm.load("apples", dtype=jnp.float32)
     ours, theirs = run_on_device_and_cpu(
         lm, functools.partial(next_token_probabilities, factors=factors)
@@ -83,7 +83,7 @@ def check_apples_float32(factors: np.ndarray) -> Iterator[Check]:
 
 
 def check_apples_bfloat16(factors: np.ndarray) -> Iterator[Check]:
-    """In bfloat16, at the default precision of products."""
+    """Check a bfloat16 sweep of the embedded model, at the default precision of products."""
     lm = clm.load("apples")
     probabilities = next_token_probabilities(lm, factors)
     yield check_answers(
@@ -119,7 +119,7 @@ def apples_tokenizer(lm: clm.LanguageModel) -> tokenizers.Tokenizer:
 
 
 def check_answers(what: str, lm: clm.LanguageModel, probabilities: np.ndarray) -> Check:
-    """How many of the first rows have the answers that are known."""
+    """Check the most probable answers of the first rows."""
     tokenizer = apples_tokenizer(lm)
     answers = [
         tokenizer.id_to_token(int(row.argmax()))
@@ -158,7 +158,7 @@ def generation_section(tiny: bool) -> Iterator[Check]:
 
 
 def check_greedy_tokens() -> Iterator[Check]:
-    """Of two prompts of different lengths, new tokens lasting half as long."""
+    """Check greedy tokens of two prompts of different lengths, with new durations of 0.5."""
     lm = clm.load("apples", dtype=jnp.float32)
     tokenizer = apples_tokenizer(lm)
     texts = (PROMPT, "The sum of 4 and 3 is")
@@ -202,7 +202,7 @@ def time_generation(tiny: bool) -> Iterator[Check]:
 
 
 def training_section(tiny: bool) -> Iterator[Check]:
-    """The embedded model anew: one step against the CPU's, and a falling loss."""
+    """Train the embedded model again: one step against the CPU's, and a falling loss."""
     yield from isolated_checks.run_guarded(
         "one step of training", lambda: check_one_step(tiny)
     )
@@ -210,7 +210,7 @@ def training_section(tiny: bool) -> Iterator[Check]:
 
 
 class TrainingTask(NamedTuple):
-    """A new model and what it is trained on."""
+    """A new model and its training data."""
 
     lm: clm.LanguageModel[clm.Transformer]
     groups: list[train_apples.Rows]  # see `draw_batches`
@@ -258,14 +258,14 @@ def prepare_training(num_steps: int, tiny: bool) -> TrainingTask:
 
 
 class StepResult(NamedTuple):
-    """Of one step."""
+    """Results of one training step."""
 
     changes: list[np.ndarray]  # of each parameter
     losses: dict[str, float]
 
 
 def check_one_step(tiny: bool) -> Iterator[Check]:
-    """By gradient descent, whose change of a parameter is its gradient."""
+    """Check one step of gradient descent; the change of a parameter is its gradient."""
     task = prepare_training(1, tiny)
     optimizer = optax.sgd(1.0)
 
@@ -300,7 +300,7 @@ def check_one_step(tiny: bool) -> Iterator[Check]:
 
 
 def check_falling_loss(tiny: bool) -> Iterator[Check]:
-    """By AdamW, at the default precision of products."""
+    """Check that AdamW lowers the loss, at the default precision of products."""
     num_steps = 10 if tiny else NUM_STEPS
     task = prepare_training(2 * num_steps, tiny)
     optimizer = optax.adamw(2e-3)
@@ -332,7 +332,7 @@ def check_falling_loss(tiny: bool) -> Iterator[Check]:
 
 
 def benchmark_section(tiny: bool) -> Iterator[Check]:
-    """Its rows for a GPU, without the sweep, which is above; what needs PyTorch comes last."""
+    """Yield the benchmark's rows for a GPU except the sweep; rows that need PyTorch are last."""
     sizes = gpu_cases.QUICK_SIZES if tiny else gpu_cases.Sizes()
     for num_tokens in sizes.lengths:
         yield from isolated_checks.run_guarded(
@@ -385,7 +385,7 @@ def check_of_row(row: timing.Row, tiny: bool) -> Check:
     return isolated_checks.check_from_row(row)
 
 
-# --- What they share ------------------------------------------------------------------------------
+# --- Shared functions -----------------------------------------------------------------------------
 
 
 def run_on_device_and_cpu(
@@ -433,7 +433,7 @@ def large_config(tiny: bool) -> clm.TransformerConfig:
 
 
 def bytes_needed(config: clm.TransformerConfig) -> float:
-    """Bytes of the parameters in bfloat16, with room for what is made beside them."""
+    """Return the bytes of the parameters in bfloat16, with room for temporaries."""
     init = clm.Transformer(config).init
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros(1, jnp.int32))
     return 1.25 * 2 * sum(x.size for x in jax.tree.leaves(shapes)) + 6e9

@@ -1,4 +1,4 @@
-"""The embedded model anew: three seeds, their bars, and seed 0 in the place of the shipped one.
+"""Train the embedded model again with three seeds, check their bars, and install seed 0.
 
     python -m continuous_lm recipe --name=embedded      # or: make embedded
 

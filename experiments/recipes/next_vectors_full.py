@@ -73,7 +73,7 @@ def make_recipe(settings: Settings) -> Recipe:
 
 
 def codec_folder(settings: Settings, chunk_size: int) -> str:
-    """Where the autoencoder of so many tokens lies."""
+    """Return the folder of the autoencoder with this chunk size."""
     return str(settings.folder / f"codec-{chunk_size}")
 
 

@@ -1,4 +1,4 @@
-"""Runs a recipe: the programs that make the tables of README.md and docs/, one after the other.
+"""Run a recipe: the programs that make the tables of the documentation, in order.
 
     python -m continuous_lm recipe --name=calm
 
@@ -6,11 +6,11 @@ calm                a small run of every program of density models
 calm_full           the tables of density models, under an hour
 next_vectors        a small run of every program of next-vector models
 next_vectors_full   the tables of next-vector models, under an hour
-embedded            the embedded model anew, with three seeds
+embedded            the embedded model, trained again with three seeds
 
-Each is a module of `experiments.recipes`, which says its time and expected numbers. A recipe that
-was stopped goes on when the command is given again: steps at its start whose results are there,
-from the same flags, versions and text, are skipped with a line that says so.
+Each is a module of `experiments.recipes`, whose docstring has its time and expected numbers. The
+same command resumes a stopped recipe. Its first steps are skipped, with a message, if their results
+exist and are from the same flags, versions and text.
 """
 
 import dataclasses
@@ -55,10 +55,10 @@ class Config(tokenized_text.TextConfig, program.RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Result(program.Result):
-    """What became of each step.
+    """Outcomes of the steps.
 
     Attributes:
-      outcomes: of the steps that were run or skipped; the last may have failed.
+      outcomes: outcomes of the steps that ran or were skipped; the last may have failed.
     """
 
     outcomes: list[steps.StepOutcome]

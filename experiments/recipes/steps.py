@@ -1,4 +1,4 @@
-"""The steps of a recipe, each a program and its Config, run one after the other."""
+"""The steps of a recipe, each a program and its Config, run in order."""
 
 import importlib
 import json
@@ -45,11 +45,11 @@ class Step(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a recipe can be told.
+    """Settings of a recipe.
 
     Attributes:
-      folder: for all results.
-      data: text files; none for the documentation that this Python carries.
+      folder: folder of all results.
+      data: text files; none for the documentation of this Python's library.
       words: words to steer towards.
     """
 
@@ -80,17 +80,17 @@ class StepOutcome(NamedTuple):
 
 
 def run_steps(steps: Sequence[Step], data: Sequence[str]) -> Iterator[StepOutcome]:
-    """Runs steps, and prints what they print; skips those at the start that are done.
+    """Run steps with their printed output; skip the first steps that are done.
 
-    A step is done if its results are there, from the same flags and versions, and newer than the
-    text. After one that is not, all are run, since they may read its results.
+    A step is done if its results exist, are from the same flags and versions, and are newer than
+    the text. After a step that is not done, all steps run, since they may read its results.
 
     Args:
-      steps: in their order.
+      steps: the steps in order.
       data: text files.
 
     Yields:
-      The outcome of each step; whoever stops asking stops the recipe.
+      The outcome of each step. Ending the iteration stops the recipe.
     """
     may_skip = True
     for number, step in enumerate(steps, 1):

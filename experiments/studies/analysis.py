@@ -2,9 +2,9 @@
 
     python -m continuous_lm analysis --studies=FOLDER,FOLDER [--output_dir=FOLDER]
 
-Each folder holds the study.json of one study with one model. Models of the same study make the rows
-of its tables, with a row "Global" over the records of all of them (Marro et al., arXiv:2504.03933,
-section 4; `metrics` says what each number is). Records that failed are counted, no more.
+Each folder holds the study.json of one study with one model. Models of the same study are the rows
+of its tables, with a row "Global" over the records of all models (Marro et al., arXiv:2504.03933,
+section 4). `metrics` defines the numbers. Failed records are only counted.
 """
 
 import dataclasses
@@ -63,11 +63,11 @@ class Study:
     """The stored results of one study with one model.
 
     Attributes:
-        name: Which of `STUDY_SPECS`.
-        model: Whatever the study calls it.
-        records: Those that could be computed.
-        failed: The other records' indices, with the reasons.
-        source: Where this was read, and what the study says about its own run.
+        name: Kind of the study, a key of `STUDY_SPECS`.
+        model: Name of the model in the study.
+        records: Records that were computed.
+        failed: Indices of the failed records, with the reasons.
+        source: Path of the file, and the study's record of its run.
     """
 
     name: str
@@ -91,7 +91,7 @@ def read_study(folder: str | pathlib.Path) -> Study:
 
 
 def parse_study(stored_study: Mapping[str, Any], source: Mapping[str, Any]) -> Study:
-    """A study of what `study` has written, or would write.
+    """Parse the contents of a study.json, as `study` writes them.
 
     Raises:
       InputError: naming the record and the field that is not as it must be.
@@ -355,14 +355,14 @@ def _check_words(fields: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class StudySpec:
-    """What is known of a study.
+    """Properties of a kind of study.
 
     Attributes:
-        answers: Whose curves every record must have.
-        check_fields: Raises an `InputError` for an `about` that cannot be used.
-        compute_metrics: Of records, ready for JSON.
-        make_figures: Model -> numbers to name -> figure.
-        starts_at_zero: Whether the points begin at 0.
+        answers: Answers whose curves every record must have.
+        check_fields: Raises an `InputError` for an invalid `about`.
+        compute_metrics: Function from records to metrics, ready for JSON.
+        make_figures: Function from model -> numbers to name -> figure.
+        starts_at_zero: Whether the points start at 0.
     """
 
     answers: tuple[str, ...]
@@ -434,7 +434,7 @@ class Result(program.Result):
     sources: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
     def all_tables(self) -> list[tables.Table]:
-        """Those of every study."""
+        """Return the tables of all studies."""
         return [
             table
             for study_name, metrics_by_model in self.metrics.items()

@@ -1,13 +1,14 @@
-"""Data sets of the studies: read from files in the paper's format, or made of the small language.
+"""Data sets of the studies: from files in the paper's format, or made from the small language.
 
-Each record becomes a prompt and what is varied about it (`Task`). Studies and their fields:
+Each record becomes one or more tasks: a prompt and the change of its inputs (`Task`). Studies and
+their fields:
 
     counting   word, category, category_with_article, repetitions
     tutorials  sentence (the whole prompt, its steps as "- ..." lines), num_sentences
     sums       template with {item_1} and {item_2}, fields (their values and others'), shrink_1
     words      options (two words), questions (kind -> a question with {}), four to a record
 
-The made ones are drawn with a fixed seed, and a model of the small language can spell them.
+Data sets from the small language have a fixed seed, and its models have all their words.
 """
 
 import dataclasses
@@ -49,13 +50,13 @@ STUDIES = tuple(_RECORD_FIELDS)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What one record asks.
+    """One prompt of a record, and the change of its inputs.
 
     Attributes:
-      prompt: the text; with a slot for the phrases, if there are any.
-      fields: the record's fields, kept with the results.
-      character_span: of the prompt that shrink, [begin, end), or
-      phrases: that turn into each other.
+      prompt: the text, with a slot for the phrases if there are any.
+      fields: the record's fields, stored with the results.
+      character_span: characters [begin, end) of the prompt that shrink; None with `phrases`.
+      phrases: the two phrases to interpolate between; None with `character_span`.
     """
 
     prompt: str
@@ -97,7 +98,7 @@ def generate_tasks(study: str, num_records: int = 200) -> list[Task]:
 
 
 def make_tasks(study: str, record: Mapping[str, Any]) -> list[Task]:
-    """What a record asks: one task, or one for each of its questions."""
+    """Make the tasks of a record: one, or one for each of its questions."""
     match study:
         case "counting":
             words = " ".join([record["word"]] * record["repetitions"])

@@ -1,8 +1,8 @@
-"""Metrics of sweeps: what the paper's studies measure, as functions of arrays.
+"""Metrics of sweeps in the paper's studies, as functions of arrays.
 
-Marro et al., arXiv:2504.03933, section 4, as their published analysis has them. P is the
-number of points of a sweep, A that of the answers; digits are columns, so that column k is digit k.
-The last point of a sweep of durations is the ordinary sentence, the counterfactual.
+They follow the published analysis (Marro et al., arXiv:2504.03933, section 4). P is the number of
+points of a sweep, A the number of answers. Column k of digits is digit k. The last point of a sweep
+of durations is the ordinary sentence, the counterfactual.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def sensitivity(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
 
 
 def intersection_over_union(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Of the answers that reach each of `THRESHOLDS` with those expected; as `sensitivity`."""
+    """Compute the IoU of reached and expected answers at each of `THRESHOLDS`."""
     is_reached = _reaches_thresholds(values)
     is_expected = np.isin(np.arange(len(values)), expected)
     return (is_reached & is_expected).sum(axis=1) / (is_reached | is_expected).sum(
@@ -71,12 +71,12 @@ def peaks(probabilities: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PeakRates:
-    """How many of n expected peaks there are, as rates.
+    """Numbers of peaks over the number n of expected peaks.
 
     Attributes:
         pure: Share of the digits 1..n that are peaks.
         impure: Number of all digits that are peaks, over n; it may exceed 1.
-        counterfactual: 1 / n: the ordinary sentence alone has one peak.
+        counterfactual: 1 / n, since the ordinary sentence has one peak.
     """
 
     pure: float
@@ -169,22 +169,23 @@ def success_tier(
     shrunk: Collection[str],
     others: Collection[str],
 ) -> str | None:
-    """How far a sweep goes from the answer to the unshrunk sum to that of a shrunk one.
+    """Return the tier that a sweep reaches from the unshrunk sum's answer to a shrunk sum's.
 
-    valid: at the last point the unshrunk answer beats the shrunk ones together, and each other.
-    successful: and at some point the shrunk ones together beat the unshrunk.
-    strongly: and at such a point they beat each other answer too.
-    completely: and at no such point does any other answer beat them.
+    valid: at the last point the unshrunk answer beats the sum of the shrunk ones and each other
+      one.
+    successful: and at some point the sum of the shrunk answers beats the unshrunk one.
+    strongly: and at such a point it beats each other answer too.
+    completely: and at no such point does any other answer beat it.
 
     Args:
       curves: answer -> probabilities [P].
       unshrunk: the answer to the ordinary sentence.
-      shrunk: the answers whose probabilities are summed.
-      others: answers that count each by itself.
+      shrunk: answers whose probabilities are summed.
+      others: answers that are compared one by one.
 
     Returns:
-      The highest of `TIERS` reached. None if the unshrunk answer is one of the shrunk, when the
-      tiers mean nothing: sum and part would be compared, and 'successful' would be automatic.
+      The highest of `TIERS` reached. None if the unshrunk answer is one of the shrunk answers: a
+      sum would be compared with its own part.
     """
     if unshrunk in shrunk:
         return None
@@ -228,7 +229,7 @@ def lipschitz(points: np.ndarray, values: np.ndarray) -> float | None:
 
 
 def variation(values: np.ndarray) -> float:
-    """How far a curve [P] leaves the interval between its two end points, at most."""
+    """Return the largest distance of a curve [P] from the interval between its end points."""
     end_values = values[[0, -1]]
     return float(max(values.max() - end_values.max(), end_values.min() - values.min()))
 
@@ -244,7 +245,7 @@ def _is_constant(values: np.ndarray) -> bool:
 
 
 def mean_of_present(values: Iterable[float | None]) -> float | None:
-    """Of those that there are; None if there are none."""
+    """Return the mean of the values that are not None; None if there are none."""
     present_values = [value for value in values if value is not None]
     return float(np.mean(present_values)) if present_values else None
 
@@ -317,8 +318,9 @@ def tier_shares(tier_counts: Mapping[str, int]) -> dict[str, Any]:
       tier_counts: tier -> records whose highest it is.
 
     Returns:
-      `defined`, their number; `counts` of each tier but the first; `shares`, of valid ones among
-      all, and of the higher tiers among the valid; None where there is nothing to share.
+      A dict with `defined`, the number of records, `counts` of each tier but the first, and
+      `shares`. The share of valid records is among all records, shares of higher tiers are among
+      the valid records. A share of no records is None.
     """
     ordered_counts = [tier_counts.get(tier, 0) for tier in TIERS]
     counts = {tier: sum(ordered_counts[i:]) for i, tier in enumerate(TIERS)}

@@ -2,10 +2,10 @@
 
     make report          # or python -m continuous_lm report [--model=FOLDER]
 
-Runs the experiments and the studies, and writes report.html (one file, pictures inside), report.md
-and every figure, table and number beside them. What each section shows stands next to what the
-paper claims (Marro et al., arXiv:2504.03933). What could not be run says why. Studies that were
-stopped go on where they were.
+It runs the experiments and the studies, and writes report.html (one file with its pictures),
+report.md, and all figures, tables and numbers. Each section has the paper's claim (Marro et al.,
+arXiv:2504.03933) and the model's result. A section that cannot run has the reason. Stopped studies
+are resumed.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Config(
 
 
 class Inputs(NamedTuple):
-    """What every section is made from."""
+    """Inputs of every section."""
 
     config: Config
     lm: clm.LanguageModel
@@ -84,10 +84,10 @@ class SweepSection(Generic[SweepConfig]):
     """A section that shows one sweep.
 
     Attributes:
-      title: of the section.
-      claim: what the paper says of it.
-      compute: of the program that makes the sweep.
-      config: of that program; the report's own flags replace those of the same name.
+      title: title of the section.
+      claim: the paper's claim.
+      compute: function of the program that makes the sweep.
+      config: config of that program; the report's flags replace those of the same name.
     """
 
     title: str
@@ -133,9 +133,9 @@ class StudySection:
     """A section that shows a study, with the tables and figures of `analysis`.
 
     Attributes:
-      claim: what the paper says of it.
-      config: of `study`; the report's own flags replace those of the same name, but for these.
-      fixed_points: the number of points, where it is not the report's.
+      claim: the paper's claim.
+      config: config of `study`; the report's flags replace those of the same name.
+      fixed_points: number of points, if it differs from the report's.
     """
 
     claim: str
@@ -147,7 +147,7 @@ class StudySection:
         return f"Study: {self.config.study}"
 
     def write(self, inputs: Inputs) -> report_page.Section:
-        """Runs the study in the folder, or goes on with it, and analyses it."""
+        """Run or resume the study in the folder, and analyse it."""
         name = self.config.study
         study_config = dataclasses.replace(
             program.with_values_of(self.config, inputs.config),
@@ -205,7 +205,7 @@ def boolean_section(inputs: Inputs) -> report_page.Section:
 
 
 def attribution_section(inputs: Inputs) -> report_page.Section:
-    """Which moments of four apples argue for the answer."""
+    """Make the section of the attribution of an answer to four apples' durations."""
     attribution_config = program.with_values_of(attribution.Config(), inputs.config)
     result = attribution.compute(attribution_config, inputs.lm, inputs.tokenizer)
     columns = [
@@ -247,21 +247,21 @@ def inverse_section(inputs: Inputs) -> report_page.Section:
             inverse.Config(answer=answer), inputs.config
         )
         result = inverse.compute(inverse_config, inputs.lm, inputs.tokenizer)
-        found = result.by_gradients
+        verified = result.by_gradients
         random_search = result.by_random_search.search
-        total_change = found.search.total
+        total_change = verified.search.total
         rows.append(
             [
                 answer,
-                "yes" if found.holds else "no",
-                found.num_changed,
+                "yes" if verified.holds else "no",
+                verified.num_changed,
                 total_change,
                 random_search.total if random_search.slack >= 0 else None,
             ]
         )
-        if found.holds:
+        if verified.holds:
             label = f"{answer}: total change {total_change:.3f}"
-            drawn_durations[label] = found.search.durations
+            drawn_durations[label] = verified.search.durations
     columns = [
         tables.Column("answer"),
         tables.Column("holds"),
@@ -382,7 +382,7 @@ SECTIONS: tuple[Section, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Result(program.Result):
-    """The sections of the report, and what it is called."""
+    """The report's title and sections."""
 
     title: str
     sections: Sequence[report_page.Section]

@@ -17,15 +17,15 @@ TEMPLATE_FOLDER = pathlib.Path(__file__).with_name("templates")
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What was done, claimed and found.
+    """One experiment: the paper's claim and this model's results.
 
     Attributes:
-      title: of the section.
-      claim: what the paper says, one sentence; "" for none.
-      text: what this model shows.
-      tables: in their order.
-      figures: file name without its ending -> figure.
-      failed: whether it could not be run.
+      title: title of the section.
+      claim: the paper's claim, one sentence; "" for none.
+      text: results of this model.
+      tables: tables in order.
+      figures: file name without suffix -> figure.
+      failed: whether the experiment could not run.
     """
 
     title: str

@@ -1,16 +1,16 @@
-"""A study: one experiment on a whole data set, batched across prompts, stopped and resumed at will.
+"""A study: one experiment on a whole data set, batched across prompts and resumable.
 
     python -m continuous_lm study --study=counting [--model=FOLDER] [--data=FILE]
 
-counting    200 prompts of a word repeated 2 to 6 times, which shrinks
+counting    200 prompts with a word repeated 2 to 6 times, which shrinks
 tutorials   200 how-to tutorials, whose steps shrink
-sums        200 sums, of which one number shrinks
-words       50 pairs of words that turn into each other, with four yes/no questions each
+sums        200 sums with one shrinking number
+words       50 interpolations from a word to another, with four yes/no questions each
 
-By default the data set is made of the small language of the embedded model; --data reads a file in
-the paper's format (see `datasets`). A prompt that cannot be run is kept with its reason. Results
-are written as they come, to records.jsonl; a study that was stopped goes on from there, and
-study.json holds them all in the end, for `analysis`.
+By default the data set is made from the small language of the embedded model; --data reads a file
+in the paper's format (see `datasets`). A prompt that cannot run is stored with the reason. Each
+result is appended to records.jsonl, from which a stopped study is resumed. At the end study.json
+holds all results, for `analysis`.
 """
 
 import contextlib
@@ -66,14 +66,14 @@ class Config(
         return f"{program_name}/{self.study}"
 
     def sweep_settings(self) -> "SweepSettings":
-        """How each prompt is swept."""
+        """Settings of each prompt's sweep."""
         starts_at_zero = self.study == "words"
         points = self.even_points(0.0 if starts_at_zero else self.min_factor)
         return SweepSettings(points, self.change, self.path, self.batch_size, self.pmap)
 
 
 class SweepSettings(NamedTuple):
-    """How each prompt of a study is swept."""
+    """Settings of the sweep of each prompt of a study."""
 
     points: np.ndarray  # [P]
     change: str = "both"
@@ -84,7 +84,7 @@ class SweepSettings(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Result(program.Result):
-    """The records of all prompts; as JSON, since a stopped study goes on from a file."""
+    """The records of all prompts, in the JSON form in which a resumed study reads them."""
 
     study: str
     model: str
@@ -235,7 +235,7 @@ class PartialResults:
         self.curves_by_task: dict[int, dict[str, Any]] = {}
 
     def read(self, fingerprint: str) -> None:
-        """Takes over what an earlier run has written; what process 0 finds counts for all."""
+        """Read the results of an earlier run; process 0 sends them to all processes."""
         stored_results: list[tuple[int, dict[str, Any]]] = []
         if self._path is not None and processes.is_first_process():
             stored_results = list(_read_partial_results(self._path, fingerprint))
@@ -270,7 +270,7 @@ def _study_fingerprint(
     answer_tokens: Mapping[str, Sequence[int]],
     settings: SweepSettings,
 ) -> str:
-    """What must be the same for results to belong together: data, sweeps, device, and the model."""
+    """Return the properties that a resumed study must share: data, sweeps, device and model."""
     sweep_settings = [
         *inputs,
         dict(answer_tokens),
@@ -300,9 +300,9 @@ def _study_fingerprint(
 def _read_partial_results(
     path: pathlib.Path, fingerprint: str
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """What an earlier run of the same study has written.
+    """Read the results of an earlier run of the same study.
 
-    A line that was cut off is taken away, one that cannot be read passed over: what it held is
+    An incomplete last line is removed, and an unreadable line is skipped. Their prompts are
     computed again.
     """
     with _explain_write_errors(path):
@@ -345,7 +345,7 @@ def _append_lines(path: pathlib.Path, lines: Sequence[Any]) -> None:
 
 @contextlib.contextmanager
 def _explain_write_errors(path: pathlib.Path) -> Iterator[None]:
-    """Says what could not be written: a full disk ends a study with one line."""
+    """Turn an OSError into an InputError that names the file, for example for a full disk."""
     try:
         yield
     except OSError as error:
@@ -364,7 +364,7 @@ def compute(
     tokenizer: tokenizers.Tokenizer,
     folder: pathlib.Path | None,
 ) -> Result:
-    """Runs the study, or goes on with what is in the folder, if there is one, and writes it."""
+    """Run the study, or resume it from the folder, and write it."""
     if config.data is None:
         tasks = datasets.generate_tasks(config.study)
     else:

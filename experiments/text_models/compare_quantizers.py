@@ -1,15 +1,15 @@
-"""Ways from a drawn vector to tokens, on trained models: accuracy, noise, time.
+"""Compare maps from a sampled vector to tokens, on trained models: accuracy, noise, time.
 
     python -m continuous_lm compare_quantizers --model=results/mixture
     python -m continuous_lm compare_quantizers --model=results/calm-2,results/calm-4
 
-On held-out text, each way gets the same draws from the density of the next vector. Nearest rows,
-Euclidean and cosine, and the nearest few re-ranked by the density search the table itself. Vector,
-residual and finite scalar quantization are fitted to the table's rows; their code goes on to the
-row nearest to it. `kept` is the part of the rows that such a code leads back to themselves.
+Each map gets the same samples from the density of the next vector, on held-out text. Three maps
+search the table: the Euclidean or cosine nearest row, and the nearest few re-ranked by the density.
+Vector, residual and finite scalar quantization are fitted to the table's rows, and a code is mapped
+to its nearest row. `kept` is the share of rows that their own code maps back to themselves.
 
-Of next-vector models, several of which can be given to compare how many tokens C a vector holds,
-the decoder is one more way: see `code_comparison`.
+For next-vector models the decoder is a further map; see `code_comparison`. Several models can be
+given, to compare numbers of tokens C in a vector.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Evaluates models of text, written by the training programs, on the held-out part of their data.
+"""Evaluate text models of the training programs on the held-out part of their data.
 
     python -m continuous_lm evaluate --models=results/baseline,results/mixture
 
-Likelihood, perplexity, noise and collapse of density models and baselines: see
-`densities.evaluation`. Reconstruction of next-vector models. BrierLM of all of them, at the same
-positions: see `calm.calm_evaluation`. --data must be what the models were trained on.
+For density models and baselines it computes likelihood, perplexity, noise and collapse (see
+`densities.evaluation`); for next-vector models, reconstruction. For all models it computes BrierLM
+at the same positions (see `calm.calm_evaluation`). --data must be the models' training data.
 """
 
 import dataclasses

@@ -1,12 +1,12 @@
-"""One training loop for any model: AdamW, logs, and checkpoints from which a run goes on.
+"""One training loop for any model: AdamW, logs, and checkpoints to resume from.
 
-Steps are counted from 1. A dispatch runs some of them in one call of a jitted function and ends at
-a multiple of that number; checkpoints are written between dispatches. A run that was stopped
-anywhere and started again therefore repeats the same calls with the same numbers: on the same
-machine and core count its parameters are the same bit by bit. `run_folder` has the files.
+Steps are counted from 1. A dispatch runs `steps_per_dispatch` steps in one jitted call and ends at
+a multiple of that number. Checkpoints are written between dispatches. A resumed run therefore
+repeats the same calls, and on the same machine and core count its parameters are bitwise equal to
+those of an uninterrupted run. `run_folder` has the files.
 
-Parameters that lie on a mesh stay where they lie, rows of batches are spread over its data axis,
-and the compiler does the rest. Every process draws the same batches and holds its part of them.
+Parameters keep their sharding on a mesh, and rows of batches are sharded over its data axis. Every
+process draws the same batches and holds its shard of them.
 """
 
 import dataclasses
@@ -76,27 +76,28 @@ TrainSteps = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class FitConfig:
-    """How a model is trained.
+    """Settings of training.
 
     Attributes:
-      steps: optimiser steps in all.
-      learning_rate: the peak, reached after `warm_up` steps on a line from 0.
+      steps: total number of optimiser steps.
+      learning_rate: peak learning rate, reached by a linear warm-up from 0.
       batch_size: rows of a batch.
-      warm_up: steps, half of all at most.
-      final_share: the share of the peak at which a cosine ends.
+      warm_up: steps of the warm-up, at most half of all steps.
+      final_share: final learning rate of the cosine decay, as a share of the peak.
       b1: decay of AdamW's mean of gradients.
-      b2: decay of AdamW's mean of their squares.
-      weight_decay: AdamW's (Loshchilov and Hutter, arXiv:1711.05101), of matrices alone; see
-        `has_weight_decay`.
-      clip: the largest global norm of a gradient.
-      accumulate: micro-batches into which a batch is cut; gradients are averaged over them.
-      compute_dtype: to which floating parameters are cast for the loss; their gradients, the
-        optimiser and the batch keep their own. None: no cast.
-      seed: of the keys; that of a step and micro-batch follows from their numbers alone.
-      steps_per_dispatch: steps in one call.
-      save_every: steps between checkpoints, which are written where a dispatch ends.
-      pmap: spread micro-batches over this process's devices by `jax.pmap`; `accumulate` must be a
-        multiple of their number. A mesh does more (see `parallel`).
+      b2: decay of AdamW's mean of squared gradients.
+      weight_decay: AdamW's weight decay (Loshchilov and Hutter, arXiv:1711.05101), only of
+        matrices; see `has_weight_decay`.
+      clip: largest global norm of a gradient.
+      accumulate: gradient-accumulation steps: micro-batches of a batch, whose gradients are
+        averaged.
+      compute_dtype: dtype to which floating-point parameters are cast for the loss. Gradients, the
+        optimiser and the batch keep their dtypes. None: no cast.
+      seed: seed of the keys. The key of a step and micro-batch depends only on their numbers.
+      steps_per_dispatch: steps in one jitted call.
+      save_every: steps between checkpoints, which are written at the end of a dispatch.
+      pmap: spread micro-batches over this process's devices with `jax.pmap`; `accumulate` must be a
+        multiple of their number. A mesh supports more (see `parallel`).
 
     Raises:
       InputError: if a count is below 1, or `clip` is not above 0.
@@ -148,30 +149,30 @@ def fit(
     tokens_per_step: int | None = None,
     label: str = "training",
 ) -> Params:
-    """Trains, or goes on with the run in `folder`, to its end.
+    """Train to the last step, resuming the run in `folder` if there is one.
 
     Args:
-      loss_function: of parameters, a batch and a key.
+      loss_function: function of parameters, a batch and a key.
       params: initial parameters, a tree of arrays; not changed.
-      batch_iterator: gives the batch of each step, a tree of NumPy arrays.
-      folder: of the run.
-      config: how to train.
-      is_frozen: says by a parameter's path ("layers/attention/q") that it is not trained: no
-        gradient is taken for it, it has no optimiser state and is not in checkpoints.
-      settings: other settings that must be the same for a run to go on (data, model), as JSON.
-      evaluate: numbers to log with a checkpoint.
-      tokens_per_step: for the speed, if given.
-      label: of the progress bar.
+      batch_iterator: iterator over the batch of each step, a tree of NumPy arrays.
+      folder: folder of the run.
+      config: training settings.
+      is_frozen: predicate of a parameter's path ("layers/attention/q"). A frozen parameter has no
+        gradient and no optimiser state, and is not in checkpoints.
+      settings: other settings that must be equal to resume a run (data, model), as JSON.
+      evaluate: function of the parameters whose numbers are logged with a checkpoint.
+      tokens_per_step: tokens in a step, for the logged speed.
+      label: label of the progress bar.
 
     Returns:
-      The parameters after `config.steps`, the frozen ones among them.
+      All parameters after `config.steps`, including frozen ones.
 
     Raises:
-      InputError: if the folder holds a run of other settings or cannot be written, the loss is
-        NaN or infinite, or a batch cannot be cut. The last good checkpoint is kept.
+      InputError: if the folder holds a run with other settings or cannot be written, the loss is
+        NaN or infinite, or a batch cannot be split. The last good checkpoint stays.
 
-    SIGTERM and SIGINT (Ctrl-C) take effect at the end of a dispatch, when its checkpoint is
-    written; a second one at once.
+    SIGTERM and SIGINT (Ctrl-C) take effect at the end of a dispatch, after its checkpoint. A second
+    signal takes effect immediately.
     """
     folder = absolute_path(folder)
     trained_params, frozen_params = split_params(params, is_frozen)
@@ -252,7 +253,7 @@ def run_settings(
     frozen_params: NamedArrays,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The settings that must be the same for a run to go on."""
+    """Return the settings that must be equal to resume a run."""
     return {
         "steps": config.steps,
         "learning_rate": config.learning_rate,
@@ -330,9 +331,9 @@ def _init_optimizer(
 
 
 def _commit_placement(state: TrainState) -> TrainState:
-    """The state with its arrays committed to where they lie, whether they were restored or not.
+    """Return the state with its arrays committed to their devices, as restored arrays are.
 
-    Otherwise the steps of a run that goes on would be compiled differently.
+    Otherwise the steps of a resumed run would be compiled differently.
     """
     params, optimizer_state = jax.tree.map(
         lambda leaf: jax.device_put(leaf, leaf.sharding),
@@ -419,19 +420,19 @@ def make_train_steps(
     config: FitConfig,
     shardings: tuple[Any, Any, None] | None = None,
 ) -> TrainSteps:
-    """The compiled function that makes the steps of a dispatch.
+    """Return the compiled function that runs the steps of a dispatch.
 
     Args:
       loss_function: as in `fit`.
-      optimizer: of the trained parameters by path.
-      merge: from all parameters by path to the tree that the loss takes.
-      config: of which `compute_dtype` and `pmap` are read.
-      shardings: of its results, if they are given.
+      optimizer: optimiser of the trained parameters by path.
+      merge: function from all parameters by path to the loss function's tree.
+      config: training settings; only `compute_dtype` and `pmap` are read.
+      shardings: shardings of the results, if given.
 
     Returns:
-      The function, which takes the trained parameters and the optimiser's state (donated, but not
-      by pmap), the frozen parameters, batches as `_stack_batches` makes them, the number of steps
-      made before and the run's key.
+      A function of five groups of arguments. The first are the trained parameters and the
+      optimiser's state, which are donated (not by pmap). The others are the frozen parameters, the
+      batches from `_stack_batches`, the number of earlier steps, and the run's key.
     """
     mean_gradients = _make_mean_gradients(loss_function, merge, config)
 
@@ -657,7 +658,7 @@ def _gather_metrics(step_metrics: NamedArrays) -> dict[str, np.ndarray]:
 def _check_finite(
     folder: pathlib.Path, metrics: Mapping[str, np.ndarray], steps_before: int
 ) -> None:
-    """Refuses to go on, and so to write a checkpoint, after a step that went wrong."""
+    """Raise InputError, before a checkpoint is written, for a non-finite loss or gradient."""
     is_not_finite = ~np.isfinite([metrics["loss"], metrics["gradient_norm"]])
     if not is_not_finite.any():
         return

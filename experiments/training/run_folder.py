@@ -1,11 +1,10 @@
 """The folder of a training run: its settings and its checkpoints.
 
-settings.json     what must be the same for a run to go on
+settings.json     what must be the same for a run to resume
 checkpoints/N/    parameters, optimiser state and data position after N steps; the last two
 
-`run_log` has the logs, which lie beside them. Of several processes each writes the parts of arrays
-that its devices hold, and process 0 the rest. The placement of arrays is not stored: a run goes on
-on any mesh.
+`run_log` writes the logs in the same folder. With several processes, each writes the shards of its
+devices, and process 0 writes the rest. Shardings are not stored: any mesh can resume a run.
 """
 
 import contextlib
@@ -86,7 +85,7 @@ def leaves_by_path(tree: object) -> NamedArrays:
 
 
 def dtype_and_shape(leaf: jax.Array) -> str:
-    """Its dtype and shape, as settings keep them."""
+    """Return dtype and shape as text, as in settings.json."""
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
@@ -137,7 +136,7 @@ def _check_same_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None
     ]
     if differing:
         raise InputError(
-            f"{folder} holds a run with {'; '.join(differing[:3])}; to go on with it give the same"
+            f"{folder} holds a run with {'; '.join(differing[:3])}; to resume it give the same"
             " settings, for a new one choose another folder"
         )
 

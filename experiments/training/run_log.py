@@ -27,9 +27,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 
 class RunLog:
-    """Writer of the logs, which are first cut back to the step from which a run goes on.
+    """Writer of the logs. Lines after the step from which a run is resumed are removed first.
 
-    Process 0 alone writes them.
+    Only process 0 writes.
     """
 
     def __init__(self, folder: pathlib.Path, step: int):
@@ -97,10 +97,10 @@ def _is_record_until(line: bytes, step: int) -> bool:
 
 
 class _TensorBoard:
-    """TensorBoard's event files, written at once.
+    """Writer of TensorBoard's event files, without a thread.
 
-    tensorboardX's own writer has a thread, which dies of a full disk and leaves the program waiting
-    for its queue; so only its functions that make and frame the events are used.
+    The thread of tensorboardX's own writer ends when the disk is full, and the program then waits
+    for its queue forever. So only its functions that encode events are used.
     """
 
     @classmethod

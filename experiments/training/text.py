@@ -48,7 +48,7 @@ _DOCUMENTS_PER_BATCH = (
 
 
 class SourceText(NamedTuple):
-    """Documents, and what a report says of them."""
+    """Documents, and their description for reports."""
 
     documents: tuple[str, ...]
     source: str  # where they are from
@@ -96,7 +96,7 @@ def default_text(library_folder: pathlib.Path | None = None) -> SourceText:
         ),
         *map(_read_docstrings, module_paths),
     ]
-    # dict.fromkeys: what one document says twice, such as the docstrings of overloads.
+    # dict.fromkeys removes repeated parts of a document, such as docstrings of overloads.
     unique_documents = []
     for passages in documents:
         cleaned = dict.fromkeys(
@@ -171,10 +171,7 @@ def read_text_files(paths: Sequence[str]) -> SourceText:
 
 def _read_file(path: pathlib.Path) -> str:
     if path.is_dir():
-        raise InputError(
-            f"{path} is a folder, of which it is not clear what is text and in which order; name"
-            " the files in it"
-        )
+        raise InputError(f"{path} is a folder; name its text files, in order")
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is not a file")
     try:

@@ -74,12 +74,12 @@ class Corpus:
 def read_corpus(
     config: TextConfig, tokenizer: tokenizers.Tokenizer | None = None
 ) -> Corpus:
-    """The text that the flags name.
+    """Read and tokenize the text that the flags name.
 
     Args:
-      config: where the text is.
-      tokenizer: of the model; if omitted, `config` is a `TokenizerConfig` and says it, or one is
-        trained now.
+      config: config with the paths of the text.
+      tokenizer: tokenizer of the model. If omitted, `config` must be a `TokenizerConfig`: it names
+        a tokenizer, or one is trained.
     """
     source_text = (
         text.read_text_files(config.data) if config.data else text.default_text()

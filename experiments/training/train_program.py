@@ -1,4 +1,4 @@
-"""What the programs that train share: their flags, their folder, their record."""
+"""Shared parts of the training programs: flags, output folder, run record."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ class FitFlags(program.CheckedConfig):
     accumulate: int = program.flag(
         1, help="Micro-batches of a batch, whose gradients are averaged.", lower_bound=1
     )
-    steps: int = program.flag(1000, help="Optimiser steps.", lower_bound=1)
+    steps: int = program.flag(1000, help="Number of optimiser steps.", lower_bound=1)
     learning_rate: float = program.flag(
         2e-3, help="Peak learning rate.", lower_bound=0.0
     )
@@ -144,10 +144,10 @@ def save_on_first_process(
 
 
 def require(value: str | None, flag_name: str, what: str) -> str:
-    """The value of a flag that must be given.
+    """Return the value of a required flag.
 
     Raises:
-      InputError: that names it, if it is not; `what` says what it is.
+      InputError: if it is missing, naming the flag and its meaning, `what`.
     """
     if value is None:
         raise InputError(f"--{flag_name} is missing: {what}")

@@ -1,11 +1,11 @@
-"""Windows of a long sequence in an order of chance, by Grain: infinite, deterministic, resumable.
+"""Windows of a long sequence in random order, with Grain: infinite, deterministic, resumable.
 
-An epoch cuts the sequence into windows that share an end (the last target of one is the first input
-of the next), from an offset of chance, and goes through them in an order of chance. So every epoch
-cuts elsewhere, and within one no target comes twice.
+An epoch cuts the sequence into windows from a random offset, in random order. The last target of a
+window is the first input of the next. So every epoch cuts at other places, and within an epoch each
+target occurs once.
 
-Grain's own shuffle is not used: up to 65,536 windows it walks a cycle of that length for each
-index, which took 9 ms an index with 10 windows, and seed s in epoch 1 gives it the order of seed
+Grain's own shuffle is not used. For up to 65,536 windows it walks a cycle of that length for each
+index, which took 9 ms an index with 10 windows. It also gives seed s in epoch 1 the order of seed
 s + 1 in epoch 0.
 """
 
@@ -65,8 +65,8 @@ def shuffled_windows(
 ) -> BatchIterator[np.ndarray]:
     """An endless iterator of batches of windows, a Grain `DatasetIterator`.
 
-    Its `get_state()` is a small dict that JSON can hold; `set_state` of another iterator over the
-    same arguments goes on from there. Reading is in this process and thread.
+    `get_state()` returns a small dict for JSON, and `set_state` of another iterator with the same
+    arguments continues from there. Reading uses this process and thread.
 
     Args:
       array: [T, ...], time first: tokens int [T] or vectors [T, W]. It may be memory-mapped.
