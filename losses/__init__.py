@@ -1,29 +1,35 @@
-"""Losses: pure functions of arrays, and a table of what there is.
+"""Loss functions: pure functions of arrays.
 
-Likelihoods, in nats, of vectors [..., W]:
-  gaussian_nll            scale for each dimension
-  low_rank_gaussian_nll   that, and a factor of rank R
-  full_gaussian_nll       any covariance, by its Cholesky factor
-  mixture_nll             of any components, by their own losses
-  gaussian_mixture_nll    of Gaussians with a scale for each dimension
+Negative log-likelihoods of vectors [..., W], in nats:
 
-Of a model that can only be sampled:
-  energy_score            of vectors
-  brier_n, brier_lm       of tokens
+- `gaussian_nll`: Gaussian with one scale for each dimension.
+- `low_rank_gaussian_nll`: Gaussian with a diagonal plus rank-R covariance.
+- `full_gaussian_nll`: Gaussian with any covariance, given by its Cholesky factor.
+- `mixture_nll`: mixture of any components, given by their negative log-likelihoods.
+- `gaussian_mixture_nll`: mixture of Gaussians with one scale for each dimension.
 
-Of distributions over tokens:
-  cross_entropy           in nats, by optax
-  brier                   squared distance
+Scores of models that can be sampled but have no density:
 
-Of latent vectors and codebooks:
-  gaussian_kl             from the standard Gaussian, with a floor for each dimension
-  codebook_loss           moves codes to vectors
-  commitment_loss         holds vectors to codes
-  code_entropy            sureness and use: `CodeEntropy`
+- `energy_score`: score of sampled vectors.
+- `brier_n`, `brier_lm`: scores of sampled tokens.
 
-All reduce the last axis alone (code_entropy and brier_lm give one number), keep leading axes, hold
-sums in at least float32, and refuse arguments that do not fit. Values are looked at outside of jit
-only. The densities are not probabilities: their losses can be negative.
+Losses of distributions over tokens:
+
+- `cross_entropy`: cross-entropy in nats, computed by optax.
+- `brier`: squared distance to the one-hot target.
+
+Losses of latent vectors and codebooks:
+
+- `gaussian_kl`: KL divergence from the standard Gaussian, with a floor for each dimension.
+- `codebook_loss`: squared distance whose gradient moves codes to vectors.
+- `commitment_loss`: squared distance whose gradient moves vectors to codes.
+- `code_entropy`: entropy per vector and entropy of the mean assignment, as a `CodeEntropy`.
+
+Every function reduces the last axis and keeps the leading axes, except `code_entropy` and
+`brier_lm`, which return scalars. `energy_score` also reduces the axes of samples and targets, and
+`brier_n` replaces the token axis by an axis of n-grams. Sums are computed in at least float32.
+Arguments of the wrong shape or dtype raise `InputError`. Values are checked only outside jit.
+Densities are not probabilities, so a negative log-likelihood can be negative.
 """
 
 from continuous_lm.losses.brier import brier, brier_lm, brier_n

@@ -1,7 +1,8 @@
-"""Brier scores: of probabilities, and of models that can only be sampled.
+"""Brier scores of token probabilities, and of models that can only be sampled.
 
-Two orientations are in use. `brier` is a loss, the squared distance of a distribution from what
-came, from 0 to 2. `brier_n` and `brier_lm` are CALM's, where more is better: 1 minus that loss.
+The functions use two orientations. `brier` is a loss from 0 to 2: the squared distance between a
+distribution and the one-hot target. `brier_n` and `brier_lm` follow CALM (Shao et al.,
+arXiv:2510.27688), where higher is better: the expectation of `brier_n` is 1 minus that loss.
 """
 
 import functools
@@ -16,21 +17,25 @@ from continuous_lm.errors import InputError
 
 
 def brier(probabilities: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """sum_v (p_v - 1{v = label})^2, from 0 to 2; less is better (Brier, 1950).
+    """Compute the Brier loss sum_v (p_v - 1{v = label})^2, from 0 to 2; lower is better.
 
-    >>> import jax.numpy as jnp
-    >>> brier(jnp.array([0.5, 0.5, 0.0]), 0)
-    Array(0.5, dtype=float32)
+    Source: Brier, "Verification of forecasts expressed in terms of probability", 1950.
 
     Args:
-      probabilities: [..., V], adding up to 1.
-      labels: int [...], from 0 to V - 1.
+      probabilities: Probabilities [..., V]; the last axis sums to 1.
+      labels: Integers [...] from 0 to V - 1.
 
     Returns:
-      [...], at least float32.
+      Losses [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit, or, outside of jit, values are out of range.
+      InputError: The shapes do not fit, or (outside jit) a value is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> losses.brier(jnp.array([0.5, 0.5, 0.0]), 0)
+      Array(0.5, dtype=float32)
     """
     (probabilities,) = arguments.check(probabilities=(probabilities, "... V"))
     arguments.check_distribution("probabilities", probabilities)
@@ -47,33 +52,36 @@ def brier_n(
     *,
     n: int,
 ) -> jax.Array:
-    """An unbiased estimate of the Brier score of n-grams, from two samples; more is better.
+    """Estimate the Brier score of n-grams from two samples, without bias; higher is better.
+
+    For each n-gram, compared as a whole, the score is
 
         1{first = reference} + 1{second = reference} - 1{first = second}
 
-    for each n-gram as a whole. The expectation over two independent samples of a model P is
-    2 P(reference) - sum_x P(x)^2, from -1 to 1, and over references of a distribution Q it is
-    greatest where P = Q (Shao et al., arXiv:2510.27688). A single estimate is one of
-    -1, 0 and 1: take the mean of many.
-
-    >>> import jax.numpy as jnp
-    >>> first, second, reference = jnp.array([[5, 6, 7], [5, 6, 0], [5, 0, 7]])
-    >>> brier_n(first, second, reference, n=1)
-    Array([ 1., -1.,  1.], dtype=float32)
-    >>> brier_n(first, second, reference, n=2)
-    Array([-1.,  0.], dtype=float32)
+    Its expectation over two independent samples of a model P is 2 P(reference) - sum_x P(x)^2, from
+    -1 to 1. If the references follow a distribution Q, the expectation is greatest at P = Q (Shao
+    et al., arXiv:2510.27688). One estimate is -1, 0 or 1, so average many of them.
 
     Args:
-      first: tokens drawn from the model, int [..., T].
-      second: tokens drawn independently, with the same context before them, int [..., T].
-      reference: the text's own tokens, int [..., T].
-      n: length of the n-grams, from 1 to T.
+      first: Tokens sampled from the model, int [..., T].
+      second: Tokens sampled independently after the same context, int [..., T].
+      reference: Tokens of the text, int [..., T].
+      n: Length of the n-grams, from 1 to T.
 
     Returns:
-      scores float32 [..., T - n + 1], of the n-grams that begin at each token.
+      Scores float32 [..., T - n + 1], one for each n-gram in order of its first token.
 
     Raises:
-      InputError: if shapes do not fit, or n is out of range.
+      InputError: The shapes differ, an array has no integer dtype, or n is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> first, second, reference = jnp.array([[5, 6, 7], [5, 6, 0], [5, 0, 7]])
+      >>> losses.brier_n(first, second, reference, n=1)
+      Array([ 1., -1.,  1.], dtype=float32)
+      >>> losses.brier_n(first, second, reference, n=2)
+      Array([-1.,  0.], dtype=float32)
     """
     token_arrays = _check_token_arrays(
         {"first": first, "second": second, "reference": reference}
@@ -81,7 +89,7 @@ def brier_n(
     num_tokens = token_arrays[0].shape[-1]
     if not isinstance(n, int) or not 1 <= n <= num_tokens:
         raise InputError(
-            f"n is {n!r}; it must be from 1 to the {num_tokens} tokens of the samples"
+            f"n is {n!r}; it must be an integer from 1 to {num_tokens}, the number of tokens"
         )
     return _brier_n(*token_arrays, n)
 
@@ -96,8 +104,8 @@ def _brier_n(
     num_ngrams = first.shape[-1] - n + 1
     ngram_indices = jnp.arange(num_ngrams)[:, None] + jnp.arange(n)
 
-    def is_same_ngram(one: jax.Array, other: jax.Array) -> jax.Array:
-        is_same_token = (one == other)[..., ngram_indices]
+    def is_same_ngram(tokens: jax.Array, other_tokens: jax.Array) -> jax.Array:
+        is_same_token = (tokens == other_tokens)[..., ngram_indices]
         return jnp.all(is_same_token, axis=-1).astype(jnp.float32)
 
     return (
@@ -114,37 +122,40 @@ def brier_lm(
     *,
     orders: Sequence[int] = (1, 2, 3, 4),
 ) -> jax.Array:
-    """BrierLM: 100 times the geometric mean of the mean Brier-n of n = 1, ..., 4; more is better.
+    """Compute BrierLM: 100 times the geometric mean over n of the mean `brier_n`; higher is better.
 
-    From 0 to 100 (Shao et al., arXiv:2510.27688). An order whose mean is below 0, as
-    chance can make it, counts as 0, and so the whole: it takes many tokens.
-
-    >>> import jax.numpy as jnp
-    >>> tokens = jnp.arange(5)
-    >>> print(f"{brier_lm(tokens, tokens, tokens):.4f}")
-    100.0000
+    The score lies between 0 and 100 (Shao et al., arXiv:2510.27688). Noise can make the mean of one
+    order negative. That mean counts as 0, which makes the whole score 0, so use many tokens.
 
     Args:
-      first: tokens drawn from the model, int [..., T], with T >= 4.
-      second: tokens drawn independently, with the same context before them, int [..., T].
-      reference: the text's own tokens, int [..., T].
-      orders: the lengths n.
+      first: Tokens sampled from the model, int [..., T] with T >= max(orders).
+      second: Tokens sampled independently after the same context, int [..., T].
+      reference: Tokens of the text, int [..., T].
+      orders: Lengths n of the n-grams.
 
     Returns:
-      a float32 scalar, over all n-grams of all leading axes.
+      Scalar float32; the means are over all n-grams of all leading axes.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: `orders` is empty, the shapes differ, an array has no integer dtype, or there are
+        fewer tokens than an order.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> tokens = jnp.arange(5)
+      >>> print(f"{losses.brier_lm(tokens, tokens, tokens):.4f}")
+      100.0000
     """
     if not orders:
-        raise InputError("orders is empty; it must name at least one length of n-grams")
+        raise InputError("orders is empty; give at least one length of n-grams")
     mean_scores = [jnp.mean(brier_n(first, second, reference, n=n)) for n in orders]
     positive_scores = jnp.maximum(jnp.stack(mean_scores), 0.0)
     return 100 * jnp.prod(positive_scores ** (1 / len(mean_scores)))
 
 
 def _check_token_arrays(named_tokens: Mapping[str, ArrayLike]) -> list[jax.Array]:
-    """Arrays of tokens, int [..., T], all of one shape."""
+    """Convert token arrays to JAX; raise InputError unless all are int [..., T] of one shape."""
     token_arrays = [jnp.asarray(tokens) for tokens in named_tokens.values()]
     for array_name, tokens in zip(named_tokens, token_arrays, strict=True):
         arguments.check_integer_dtype(array_name, tokens)

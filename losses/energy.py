@@ -1,4 +1,4 @@
-"""The energy score: a strictly proper score of a model that can only be sampled."""
+"""Energy score: a strictly proper score of a model that can be sampled but has no density."""
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +14,44 @@ def energy_score(
     *,
     beta: float = 1.0,
 ) -> jax.Array:
-    """An unbiased estimate of 2 E|X - Y|^beta - E|X - X'|^beta; less is better.
+    """Estimate 2 E|X - Y|^beta - E|X - X'|^beta without bias; lower is better.
 
-    X and X' are independent draws of the model and Y is one of the data:
+    X and X' are independent samples of the model and Y is a sample of the data. The estimate is
 
         2 / (Z num_targets) sum_{z, j} |x_z - y_j|^beta
           - 1 / (Z (Z - 1)) sum_{z != z'} |x_z - x_z'|^beta
 
-    Its expectation is least when the model is the distribution of the data, and only then, for
-    0 < beta < 2; at 2 the mean alone would count. It is twice the score of Gneiting and Raftery
-    (2007, section 4.3) with its sign turned, and the energy loss of CALM (Shao et al.,
-    arXiv:2510.27688), where the targets are draws of the autoencoder's posterior.
+    For 0 < beta < 2 its expectation is least only if the model has the distribution of the data. At
+    beta = 2 it would depend only on the mean. The score is minus twice that of Gneiting and Raftery
+    (2007, section 4.3). It is the energy loss of CALM (Shao et al., arXiv:2510.27688), where the
+    targets are samples of the autoencoder's posterior.
 
-    Two points that coincide add nothing to the gradient. Samples are taken one after the other, and
-    their differences computed again in the backward pass, so that memory is O(num_targets + Z), not
-    O(num_targets Z).
-
-    >>> import jax.numpy as jnp
-    >>> samples = jnp.array([[0.0], [2.0]])
-    >>> energy_score(samples, jnp.array([[1.0]]))  # 2 * 1 - 2
-    Array(0., dtype=float32)
+    Two points that coincide contribute a gradient of 0. Samples are processed sequentially and
+    their distances are recomputed in the backward pass. Memory is therefore O(num_targets + Z)
+    instead of O(num_targets Z).
 
     Args:
-      samples: independent draws of the model, [Z, ..., W] with Z >= 2.
-      targets: draws of the data, [num_targets, ..., W] with num_targets >= 1.
-      beta: exponent of the Euclidean distance, 0 < beta < 2.
+      samples: Independent samples of the model, [Z, ..., W] with Z >= 2.
+      targets: Samples of the data, [num_targets, ..., W] with num_targets >= 1.
+      beta: Exponent of the Euclidean distance, 0 < beta < 2.
 
     Returns:
-      [...], in units of x to the power of beta, at least float32.
+      Scores [...], in the unit of x to the power of beta, at least float32.
 
     Raises:
-      InputError: if shapes do not fit, there are too few samples, or beta is out of range.
+      InputError: The shapes do not fit, there are too few samples or targets, or `beta` is out of
+        range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> samples = jnp.array([[0.0], [2.0]])
+      >>> losses.energy_score(samples, jnp.array([[1.0]]))  # 2 * 1 - 2
+      Array(0., dtype=float32)
     """
     if not 0 < beta < 2:
         raise InputError(
-            f"beta is {beta}; the score is strictly proper for 0 < beta < 2 only"
+            f"beta is {beta}; it must be in (0, 2), where the score is strictly proper"
         )
     samples, targets = arguments.check(
         samples=(samples, "Z ... W"),
@@ -57,16 +60,16 @@ def energy_score(
     num_samples = len(samples)
     num_targets = len(targets)
     if num_samples < 2:
-        raise InputError(f"samples are {num_samples}; there must be at least 2")
+        raise InputError(f"samples has {num_samples} samples; it needs at least 2")
     if num_targets < 1:
-        raise InputError(f"targets are {num_targets}; there must be at least 1")
+        raise InputError(f"targets has {num_targets} samples; it needs at least 1")
     num_axes = max(samples.ndim, targets.ndim)
     samples = _insert_leading_axes(samples, num_axes)
     targets = _insert_leading_axes(targets, num_axes)
     sample_target_sums = jax.lax.map(
         lambda sample: _sum_of_distances(sample, targets, beta), samples
     )
-    # The distance of a sample from itself is 0, so that it can be among the others.
+    # The sum may include the sample itself: its distance is 0.
     sample_sample_sums = jax.lax.map(
         lambda sample: _sum_of_distances(sample, samples, beta), samples
     )
@@ -77,10 +80,13 @@ def energy_score(
     )
 
 
-def _insert_leading_axes(draws: jax.Array, num_axes: int) -> jax.Array:
-    """Draws [num_draws, ..., W] with axes of size 1 behind the first, `num_axes` in all."""
-    missing_axes = range(1, 1 + num_axes - draws.ndim)
-    return jnp.expand_dims(draws, tuple(missing_axes))
+def _insert_leading_axes(samples: jax.Array, num_axes: int) -> jax.Array:
+    """Insert axes of size 1 behind the first axis of [num_samples, ..., W].
+
+    The result has `num_axes` axes.
+    """
+    missing_axes = range(1, 1 + num_axes - samples.ndim)
+    return jnp.expand_dims(samples, tuple(missing_axes))
 
 
 @jax.checkpoint
@@ -89,10 +95,17 @@ def _sum_of_distances(
     others: jax.Array,
     beta: float,
 ) -> jax.Array:
-    """sum_y |x - y|^beta [...] of x [..., W] and y [num_others, ..., W]; gradient 0 at x = y."""
+    """Compute sum_y |x - y|^beta [...], with gradient 0 at x = y.
+
+    Args:
+      point: x [..., W].
+      others: y [num_others, ..., W].
+      beta: Exponent of the distance.
+    """
     squared_distances = jnp.sum(jnp.square(point - others), axis=-1)
     is_apart = squared_distances > 0
-    # The inner one keeps the power's gradient finite where the outer one drops it.
+    # Two selections: the first keeps the gradient of the power finite (0 * inf would be nan),
+    # the second sets the distance and its gradient to 0.
     positive_distances = jnp.where(is_apart, squared_distances, 1.0)
     distances = jnp.where(is_apart, positive_distances ** (beta / 2), 0.0)
     return jnp.sum(distances, axis=0)

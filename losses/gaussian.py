@@ -1,8 +1,8 @@
 """Negative log-likelihoods of Gaussians, in nats, with three kinds of covariance.
 
-Each takes vectors of width W in the last axis and returns one number for each; leading axes
-broadcast. They are densities, not probabilities, so that a loss can be negative, and it changes
-with the unit of x: vectors c times as long cost W log c more.
+Each function takes vectors [..., W] and returns one number for each vector. Leading axes broadcast.
+The values are densities, not probabilities, so a loss can be negative. It depends on the unit of x:
+if x, mean and covariance are expressed in a unit c times smaller, the loss grows by W log c.
 """
 
 import math
@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from continuous_lm import arguments
 
-# Of products, whose factors accelerators would round to bfloat16.
+# Matrix products at this precision: by default accelerators round the factors to bfloat16.
 HIGHEST_PRECISION = lax.Precision.HIGHEST
 
 
@@ -24,23 +24,25 @@ def gaussian_nll(
     mean: ArrayLike,
     scale: ArrayLike,
 ) -> jax.Array:
-    """-log N(x; mean, diag(scale^2)).
-
-    >>> import jax.numpy as jnp
-    >>> nll = gaussian_nll(jnp.zeros(2), jnp.zeros(2), jnp.ones(2))
-    >>> print(f"{nll:.4f}")  # log(2 pi)
-    1.8379
+    """Compute -log N(x; mean, diag(scale^2)).
 
     Args:
-      x: [..., W].
-      mean: [..., W].
-      scale: standard deviations > 0, [..., W].
+      x: Vectors [..., W].
+      mean: Means [..., W].
+      scale: Standard deviations > 0, [..., W].
 
     Returns:
-      nats [...], at least float32.
+      Nats [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
+      InputError: The shapes do not fit, or (outside jit) a scale is not a positive finite number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> nats = losses.gaussian_nll(jnp.zeros(2), jnp.zeros(2), jnp.ones(2))
+      >>> print(f"{nats:.4f}")  # log(2 pi)
+      1.8379
     """
     x, mean, scale = arguments.check(
         x=(x, "... W"),
@@ -59,34 +61,37 @@ def low_rank_gaussian_nll(
     scale: ArrayLike,
     factor: ArrayLike,
 ) -> jax.Array:
-    """-log N(x; mean, factor factor^T + diag(scale^2)), without any W x W matrix.
+    """Compute -log N(x; mean, factor factor^T + diag(scale^2)) without any W x W matrix.
 
-    With b = factor / scale and z = (x - mean) / scale, the matrix determinant lemma gives
-    log det = log det(I + b^T b) + 2 sum log scale, and Woodbury's identity turns the squared
-    distance into the least of |z - b c|^2 + |c|^2 over c, taken at c = (I + b^T b)^-1 b^T z. In
-    that form nothing cancels and errors of c count to second order only. Time O(W R^2 + R^3).
+    Let b = factor / scale and z = (x - mean) / scale. By the matrix determinant lemma, log det =
+    log det(I + b^T b) + 2 sum log scale. By Woodbury's identity, the squared Mahalanobis distance
+    is the minimum over c of |z - b c|^2 + |c|^2, reached at c = (I + b^T b)^-1 b^T z. This form has
+    no cancellation, and an error of c enters only in second order. The time is O(W R^2 + R^3).
 
-    Where columns of b are so long and so nearly parallel that I + b^T b, rounded, is not positive
-    definite (in float32, of length 3e3 and up), the I is enlarged until it is: the loss is then too
-    large, by several nats for each such column, and still has a gradient.
-
-    >>> import jax.numpy as jnp
-    >>> zeros, ones = jnp.zeros(2), jnp.ones(2)
-    >>> nll = low_rank_gaussian_nll(zeros, zeros, ones, jnp.ones((2, 1)))
-    >>> print(f"{nll:.4f}")  # log(2 pi) + log(3) / 2
-    2.3872
+    If columns of b are very long and nearly parallel, I + b^T b is not positive definite after
+    rounding (in float32, from lengths of about 3e3). The identity is then scaled up until the
+    matrix is positive definite. The loss is then too large, by several nats for each such column,
+    but it still has a gradient.
 
     Args:
-      x: [..., W].
-      mean: [..., W].
-      scale: standard deviations > 0 of what the factor leaves over, [..., W].
-      factor: [..., W, R].
+      x: Vectors [..., W].
+      mean: Means [..., W].
+      scale: Standard deviations > 0 of the diagonal part of the covariance, [..., W].
+      factor: Factor of the low-rank part, [..., W, R].
 
     Returns:
-      nats [...], at least float32.
+      Nats [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
+      InputError: The shapes do not fit, or (outside jit) a scale is not a positive finite number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> zeros, ones = jnp.zeros(2), jnp.ones(2)
+      >>> nats = losses.low_rank_gaussian_nll(zeros, zeros, ones, jnp.ones((2, 1)))
+      >>> print(f"{nats:.4f}")  # log(2 pi) + log(3) / 2
+      2.3872
     """
     x, mean, scale, factor = arguments.check(
         x=(x, "... W"),
@@ -122,24 +127,27 @@ def full_gaussian_nll(
     mean: ArrayLike,
     cholesky: ArrayLike,
 ) -> jax.Array:
-    """-log N(x; mean, cholesky cholesky^T).
-
-    >>> import jax.numpy as jnp
-    >>> cholesky = jnp.array([[1.0, 0.0], [3.0, 2.0]])
-    >>> nll = full_gaussian_nll(jnp.array([1.0, 3.0]), jnp.zeros(2), cholesky)
-    >>> print(f"{nll:.4f}")  # log(2 pi) + log(2) + 1 / 2
-    3.0310
+    """Compute -log N(x; mean, cholesky cholesky^T).
 
     Args:
-      x: [..., W].
-      mean: [..., W].
-      cholesky: lower triangular, diagonal > 0, [..., W, W]; what is above the diagonal is not read.
+      x: Vectors [..., W].
+      mean: Means [..., W].
+      cholesky: Lower-triangular factors of the covariance with diagonal > 0, [..., W, W]. Entries
+        above the diagonal are ignored.
 
     Returns:
-      nats [...], at least float32.
+      Nats [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit, or, outside of jit, a diagonal entry is not above 0.
+      InputError: The shapes do not fit, or (outside jit) a diagonal entry is not positive.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> cholesky = jnp.array([[1.0, 0.0], [3.0, 2.0]])
+      >>> nats = losses.full_gaussian_nll(jnp.array([1.0, 3.0]), jnp.zeros(2), cholesky)
+      >>> print(f"{nats:.4f}")  # log(2 pi) + log(2) + 1 / 2
+      3.0310
     """
     x, mean, cholesky = arguments.check(
         x=(x, "... W"),
@@ -153,7 +161,10 @@ def full_gaussian_nll(
 
 
 def cholesky_of_gram(b: jax.Array) -> jax.Array:
-    """The Cholesky factor [..., R, R] of I + b^T b, with a larger I where rounding leaves none."""
+    """Compute the Cholesky factor [..., R, R] of I + b^T b for b [..., W, R].
+
+    If rounding makes that matrix not positive definite, the identity is scaled up first.
+    """
     rank = b.shape[-1]
     identity = jnp.eye(rank, dtype=b.dtype)
     gram_matrix = jnp.einsum(
@@ -172,11 +183,12 @@ def cholesky_of_gram(b: jax.Array) -> jax.Array:
     return jnp.linalg.cholesky(identity_scale * identity + gram_matrix)
 
 
-# vectorize makes many right-hand sides of one matrix into columns, and copies no matrix.
+# Under jnp.vectorize, several right-hand sides that share a matrix become its columns, so that
+# broadcasting does not copy the matrix.
 
 
 def _solve_triangular(cholesky: jax.Array, b: jax.Array) -> jax.Array:
-    """cholesky^-1 b [..., W], of cholesky [..., W, W] and b [..., W]."""
+    """Solve cholesky y = b for y [..., W], with cholesky [..., W, W] and b [..., W]."""
 
     def solve(matrix, vector):
         return linalg.solve_triangular(matrix, vector, lower=True)
@@ -185,7 +197,7 @@ def _solve_triangular(cholesky: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _solve_cholesky(cholesky: jax.Array, b: jax.Array) -> jax.Array:
-    """(cholesky cholesky^T)^-1 b [..., R], of cholesky [..., R, R] and b [..., R]."""
+    """Solve cholesky cholesky^T y = b for y [..., R], with cholesky [..., R, R] and b [..., R]."""
 
     def solve(matrix, vector):
         return linalg.cho_solve((matrix, True), vector)

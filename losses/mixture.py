@@ -8,25 +8,27 @@ from continuous_lm.losses.gaussian import gaussian_nll
 
 
 def mixture_nll(logits: ArrayLike, nlls: ArrayLike) -> jax.Array:
-    """-log sum_i w_i exp(-nll_i) with the weights w = softmax(logits).
+    """Compute -log sum_i w_i exp(-nll_i) with the weights w = softmax(logits).
 
-    A component of logit -inf has no weight and gets no gradient, and neither does one whose own
-    loss is inf, as long as another one is finite.
-
-    >>> import jax.numpy as jnp
-    >>> nll = mixture_nll(jnp.zeros(2), jnp.array([1.0, jnp.inf]))
-    >>> print(f"{nll:.4f}")  # 1 + log(2)
-    1.6931
+    A component with logit -inf has weight 0 and gradient 0. The gradient of a component with nll
+    inf is also 0 if another component is finite.
 
     Args:
-      logits: of the weights, [..., X].
-      nlls: what x costs under each component, in nats, [..., X].
+      logits: Logits of the weights, [..., X].
+      nlls: Negative log-likelihood of x under each component, in nats, [..., X].
 
     Returns:
-      nats [...], at least float32.
+      Nats [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> nats = losses.mixture_nll(jnp.zeros(2), jnp.array([1.0, jnp.inf]))
+      >>> print(f"{nats:.4f}")  # 1 + log(2)
+      1.6931
     """
     logits, nlls = arguments.check(
         logits=(logits, "... X"),
@@ -42,25 +44,28 @@ def gaussian_mixture_nll(
     mean: ArrayLike,
     scale: ArrayLike,
 ) -> jax.Array:
-    """-log sum_i w_i N(x; mean_i, diag(scale_i^2)) with the weights w = softmax(logits).
-
-    >>> import jax.numpy as jnp
-    >>> mean = jnp.array([[0.0], [1e6]])  # one component is far away
-    >>> nll = gaussian_mixture_nll(jnp.zeros(1), jnp.zeros(2), mean, jnp.ones((2, 1)))
-    >>> print(f"{nll:.4f}")  # log(2 pi) / 2 + log(2)
-    1.6121
+    """Compute -log sum_i w_i N(x; mean_i, diag(scale_i^2)) with w = softmax(logits).
 
     Args:
-      x: [..., W].
-      logits: of the weights, [..., X].
-      mean: [..., X, W].
-      scale: standard deviations > 0, [..., X, W].
+      x: Vectors [..., W].
+      logits: Logits of the weights, [..., X].
+      mean: Means of the components, [..., X, W].
+      scale: Standard deviations > 0, [..., X, W].
 
     Returns:
-      nats [...], at least float32.
+      Nats [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit, or, outside of jit, a scale is not above 0.
+      InputError: The shapes do not fit, or (outside jit) a scale is not a positive finite number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> x, logits = jnp.zeros(1), jnp.zeros(2)
+      >>> mean = jnp.array([[0.0], [1e6]])  # the second component is far away
+      >>> nats = losses.gaussian_mixture_nll(x, logits, mean, jnp.ones((2, 1)))
+      >>> print(f"{nats:.4f}")  # log(2 pi) / 2 + log(2)
+      1.6121
     """
     x, logits, mean, scale = arguments.check(
         x=(x, "... W"),

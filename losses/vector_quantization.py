@@ -1,4 +1,4 @@
-"""Losses of vector quantization: of codebooks, of commitment, and the entropy of code use."""
+"""Vector-quantization losses: codebook loss, commitment loss and code entropy."""
 
 from typing import NamedTuple
 
@@ -12,39 +12,45 @@ from continuous_lm.errors import InputError
 
 
 class CodeEntropy(NamedTuple):
-    """Two entropies of an assignment to E codes, in nats, from 0 to log E."""
+    """Entropies of a soft assignment of vectors to E codes, in nats, from 0 to log E.
 
-    # Mean entropy of a vector's own assignment: 0 when every one is sure.
+    Attributes:
+      per_vector: Mean entropy of the assignments of single vectors; 0 if every assignment is
+        certain.
+      mean: Entropy of the mean assignment; log E if all codes are used equally.
+    """
+
     per_vector: jax.Array
-    # Entropy of the mean assignment: log E when all codes are used alike.
     mean: jax.Array
 
     def loss(self, diversity: ArrayLike = 1.0) -> jax.Array:
-        """per_vector - diversity * mean: least for sure assignments that use all codes alike."""
+        """Compute per_vector - diversity * mean, least for certain and equally used codes."""
         return self.per_vector - diversity * self.mean
 
 
 def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
-    """|sg(x) - code|^2, which moves codes to the vectors they stand for.
+    """Compute |stop_gradient(x) - code|^2, whose gradient moves codes to their vectors.
 
-    The second term of equation 3 of van den Oord et al. (arXiv:1711.00937): a sum over the width,
-    where some programs take the mean.
-
-    >>> import jax, jax.numpy as jnp
-    >>> codebook_loss(jnp.array([1.0, 2.0]), jnp.zeros(2))
-    Array(5., dtype=float32)
-    >>> jax.grad(codebook_loss, argnums=(0, 1))(jnp.ones(1), jnp.zeros(1))
-    (Array([0.], dtype=float32), Array([-2.], dtype=float32))
+    This is the second term of equation 3 of van den Oord et al. (arXiv:1711.00937). It sums over
+    the width W; some implementations take the mean.
 
     Args:
-      x: vectors [..., W]; they get no gradient.
-      code: the code of each, [..., W].
+      x: Vectors [..., W]; their gradient is 0.
+      code: Code of each vector, [..., W].
 
     Returns:
-      squared distances [...], at least float32.
+      Squared distances [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> losses.codebook_loss(jnp.array([1.0, 2.0]), jnp.zeros(2))
+      Array(5., dtype=float32)
+      >>> jax.grad(losses.codebook_loss, argnums=(0, 1))(jnp.ones(1), jnp.zeros(1))
+      (Array([0.], dtype=float32), Array([-2.], dtype=float32))
     """
     x, code = arguments.check(
         x=(x, "... W"),
@@ -55,24 +61,26 @@ def codebook_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
 
 
 def commitment_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
-    """|x - sg(code)|^2, which holds vectors to their codes.
+    """Compute |x - stop_gradient(code)|^2, whose gradient moves vectors to their codes.
 
-    The third term of equation 3 of van den Oord et al. (arXiv:1711.00937) without its factor beta:
-    a sum over the width.
-
-    >>> import jax, jax.numpy as jnp
-    >>> jax.grad(commitment_loss, argnums=(0, 1))(jnp.ones(1), jnp.zeros(1))
-    (Array([2.], dtype=float32), Array([0.], dtype=float32))
+    This is the third term of equation 3 of van den Oord et al. (arXiv:1711.00937) without its
+    factor beta. It sums over the width W.
 
     Args:
-      x: vectors [..., W].
-      code: the code of each, [..., W]; they get no gradient.
+      x: Vectors [..., W].
+      code: Code of each vector, [..., W]; their gradient is 0.
 
     Returns:
-      squared distances [...], at least float32.
+      Squared distances [...], at least float32.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> jax.grad(losses.commitment_loss, argnums=(0, 1))(jnp.ones(1), jnp.zeros(1))
+      (Array([2.], dtype=float32), Array([0.], dtype=float32))
     """
     return codebook_loss(code, x)
 
@@ -80,37 +88,41 @@ def commitment_loss(x: ArrayLike, code: ArrayLike) -> jax.Array:
 def code_entropy(
     logits: ArrayLike | None = None, *, probabilities: ArrayLike | None = None
 ) -> CodeEntropy:
-    """The entropies of a soft assignment of vectors to codes.
+    """Compute the entropies of a soft assignment of vectors to codes.
 
-    Their difference is the entropy penalty of Yu et al. (arXiv:2310.05737), which
-    lookup-free and other quantizers train on; `loss` gives it. The assignment of a vector x may be
-    softmax(-|x - codes|^2 / temperature), say. The means are over all leading axes, and over the
-    vectors at hand: those of a small batch have less entropy than the data.
-
-    >>> import jax.numpy as jnp
-    >>> entropy = code_entropy(probabilities=jnp.array([[1.0, 0.0], [0.0, 1.0]]))
-    >>> print(
-    ...     f"{entropy.per_vector:.4f} {entropy.mean:.4f} {entropy.loss():.4f}"
-    ... )  # mean: log 2
-    0.0000 0.6931 -0.6931
+    `CodeEntropy.loss` combines them to the entropy penalty of Yu et al. (arXiv:2310.05737), used to
+    train lookup-free quantizers. One possible assignment of a vector x is softmax(-|x - codes|^2 /
+    temperature). The means are over all leading axes. The mean assignment of a small batch has less
+    entropy than that of the data.
 
     Args:
-      logits: of the assignments, [..., E]; or
-      probabilities: [..., E], adding up to 1. One of 0 gets no gradient.
+      logits: Logits of the assignments, [..., E]. Give either `logits` or `probabilities`.
+      probabilities: Assignments [..., E]; the last axis sums to 1. A probability of 0 has gradient
+        0 in `per_vector`.
 
     Returns:
-      two scalars, at least float32.
+      Two scalars, at least float32.
 
     Raises:
-      InputError: if neither or both are given, or, outside of jit, probabilities are none.
+      InputError: Neither or both arguments are given, or (outside jit) `probabilities` are not a
+        distribution.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import losses
+      >>> entropy = losses.code_entropy(probabilities=jnp.eye(2))
+      >>> print(f"{entropy.per_vector:.4f}, {entropy.mean:.4f}")  # 0 and log(2)
+      0.0000, 0.6931
+      >>> print(f"{entropy.loss():.4f}")
+      -0.6931
     """
     if (logits is None) == (probabilities is None):
-        raise InputError("code_entropy takes either logits or probabilities")
+        raise InputError("code_entropy: give exactly one of logits and probabilities")
     if logits is not None:
         (logits,) = arguments.check(logits=(logits, "... E"))
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)
         probabilities = jnp.exp(log_probabilities)
-        # Of a logit of -inf, log p would make a nan of 0.
+        # For a logit of -inf, p log p would be 0 * -inf = nan.
         finite_logs = jnp.where(probabilities > 0, log_probabilities, 0.0)
         entropies = -jnp.sum(probabilities * finite_logs, axis=-1)
     else:
@@ -124,6 +136,6 @@ def code_entropy(
 
 
 def _entropy(p: jax.Array) -> jax.Array:
-    """-sum p log p over the last axis, with a gradient of 0 where p is 0."""
+    """Compute -sum p log p over the last axis, with gradient 0 where p is 0."""
     finite_logs = jnp.log(jnp.where(p > 0, p, 1.0))
     return -jnp.sum(p * finite_logs, axis=-1)

@@ -1,12 +1,16 @@
-"""Between vectors and codes: this maps vectors to rows of codebooks, and is not int8 arithmetic.
+"""Vector quantization: mapping vectors to codes, the rows of a codebook.
 
-nearest             nearest, k_nearest, distance, squared_norms
-vector_quantizer    init, quantize, lookup, update_ema, revive: a learned codebook
-residual            the same in stages, each of what the one before left over
-finite              finite scalar quantization: fixed levels instead of a codebook
-gradients           straight_through, rotation_trick
-kmeans              a codebook from data
-diagnostics         code_use, quantization_noise, spread: what goes wrong, in numbers
+Reduced-precision arithmetic, such as int8, is not part of this package.
+
+- Exact search: `nearest`, `k_nearest`, `distance`, `squared_norms`.
+- A learned codebook: `init`, `quantize`, `lookup`, `update_ema`, `revive`.
+- A residual quantizer (several codebooks, each for the residuals of the previous one):
+  `init_residual`, `quantize_residual`, `lookup_residual`, `update_residual_ema`, `revive_residual`.
+- Finite scalar quantization (fixed levels, no codebook): `quantize_finite`, `finite_bound`,
+  `finite_indices`, `finite_vectors`.
+- Gradients through a quantizer: `straight_through`, `rotation_trick`.
+- A codebook from data: `kmeans`.
+- Diagnostics: `code_use`, `quantization_noise`, `spread`.
 """
 
 from continuous_lm.quantize.diagnostics import (

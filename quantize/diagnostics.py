@@ -1,4 +1,4 @@
-"""What goes wrong in a quantizer, in numbers: unused codes, noise, collapsed vectors."""
+"""Diagnostics of a quantizer: unused codes, quantization noise, collapsed vectors."""
 
 from typing import NamedTuple
 
@@ -19,45 +19,66 @@ from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, k_nearest
 
 
 class CodeUse(NamedTuple):
-    """How the codes of a codebook are used."""
+    """Usage statistics of the codes of a codebook.
 
-    counts: jax.Array  # int32 [E]
-    # exp of the entropy of the counts: E if all are used alike, 1 if one is.
+    Attributes:
+      counts: Number of vectors of each code, int32 [E].
+      perplexity: exp of the entropy of the counts: E if all codes are used equally, 1 if only one
+        is used.
+      used_share: Fraction of the codes that occur, from 0 to 1.
+    """
+
+    counts: jax.Array
     perplexity: jax.Array
-    used_share: jax.Array  # part of the codes that occur at all, from 0 to 1
+    used_share: jax.Array
 
 
 class QuantizationNoise(NamedTuple):
-    """What quantization does to each vector."""
+    """Distance and margin of each quantized vector, in units of the metric.
 
-    distance: jax.Array  # [...], to the nearest code
-    # [...] >= 0, by how much farther the second nearest lies; 0 is a tie.
+    Attributes:
+      distance: Distance to the nearest code, [...].
+      margin: Distance to the second nearest code minus `distance`, [...]; 0 for a tie.
+    """
+
+    distance: jax.Array
     margin: jax.Array
 
 
 class VectorSpread(NamedTuple):
-    """In how many directions vectors differ."""
+    """Variances and effective rank of a set of vectors.
 
-    variances: jax.Array  # [W], of each dimension
-    effective_rank: jax.Array  # from 1 to W; 0 if all vectors are alike
+    Attributes:
+      variances: Variance of each dimension, [W].
+      effective_rank: Effective number of directions in which the vectors differ, from 1 to W; 0 if
+        all vectors are equal.
+    """
+
+    variances: jax.Array
+    effective_rank: jax.Array
 
 
 def code_use(indices: ArrayLike, num_codes: int) -> CodeUse:
-    """Counts of the codes, their perplexity and the part of them that is used.
+    """Count the codes, and compute the perplexity and the used fraction of the codebook.
 
     Args:
-      indices: which code each vector has, int [...]; at least one.
-      num_codes: E.
+      indices: Code of each vector, int [...], at least one.
+      num_codes: Number of codes, E.
+
+    Returns:
+      Counts int32 [E], and two scalars float32.
 
     Raises:
-      InputError: if there are none; outside of jit, if one is not 0, ..., E - 1.
+      InputError: There are no indices, or (outside jit) one is not in 0, ..., E - 1.
 
-    >>> print(*code_use([0, 0, 1, 1], 4))
-    [2 2 0 0] 2.0 0.5
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(*quantize.code_use([0, 0, 1, 1], num_codes=4))
+      [2 2 0 0] 2.0 0.5
     """
     check_count("num_codes", num_codes)
     if not np.size(indices):
-        raise InputError("indices are empty; code use needs at least one")
+        raise InputError("indices are empty; give at least one")
     check_integers("indices", indices, 0, num_codes)
     counts = count_codes(as_indices(indices).reshape(-1), num_codes, jnp.int32)
     frequencies = counts / jnp.sum(counts)
@@ -72,40 +93,52 @@ def quantization_noise(
     metric: str = "euclidean",
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> QuantizationNoise:
-    """How far vectors lie from their codes, and how much farther from the second nearest ones.
+    """Compute the distance of each vector to its code, and the margin to the second nearest code.
 
-    Where the margin is small against the distance, a little noise changes the code.
+    If the margin is small compared with the distance, a small change of the vector changes its
+    code.
 
     Args:
-      x: vectors [..., W].
-      codes: the codebook [E, W], E >= 2.
-      metric: see `nearest`; "euclidean" is squared.
-      block_size: see `nearest`.
+      x: Vectors [..., W].
+      codes: Codebook [E, W] with E >= 2.
+      metric: "euclidean" (squared), "cosine" or "dot"; see `k_nearest`.
+      block_size: Number of codes scored at a time; see `k_nearest`.
+
+    Returns:
+      Distances and margins, [...] each, at least float32.
 
     Raises:
-      InputError: as `k_nearest` with k = 2.
+      InputError: See `k_nearest` with k = 2.
 
-    >>> print(*quantization_noise([1.0, 0.0], [[0.0, 0.0], [3.0, 0.0]]))
-    1.0 3.0
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(*quantize.quantization_noise([1.0, 0.0], [[0.0, 0.0], [3.0, 0.0]]))
+      1.0 3.0
     """
     distances = k_nearest(x, codes, 2, metric=metric, block_size=block_size).distances
     return QuantizationNoise(distances[..., 0], distances[..., 1] - distances[..., 0])
 
 
 def spread(x: ArrayLike) -> VectorSpread:
-    """Variances of the dimensions and effective rank: near 0 and 1 where vectors have collapsed.
+    """Compute the variance of each dimension and the effective rank of vectors.
 
-    The effective rank is exp of the entropy of the singular values, divided by their sum (Roy and
-    Vetterli, "The effective rank", 2007), here of the vectors less their mean.
+    Variances near 0 and a rank near 1 mean that the vectors have collapsed. The effective rank is
+    exp of the entropy of the normalized singular values (Roy and Vetterli, "The effective rank",
+    2007). The mean of the vectors is subtracted first.
 
     Args:
-      x: vectors [..., W].
+      x: Vectors [..., W], at least one.
+
+    Returns:
+      Variances [W] and a scalar, at least float32.
 
     Raises:
-      InputError: if there are none, or, outside of jit, one is not finite.
+      InputError: There are no vectors, or (outside jit) a vector is not finite.
 
-    >>> print(*spread([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
-    [0.5 0.5] 2.0
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(*quantize.spread([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+      [0.5 0.5] 2.0
     """
     x = as_float(x)
     check_vectors(x)
@@ -119,6 +152,6 @@ def spread(x: ArrayLike) -> VectorSpread:
 
 
 def _perplexity(p: jax.Array) -> jax.Array:
-    """exp of the entropy of a distribution."""
+    """Compute exp of the entropy of a distribution."""
     logs = jnp.log(jnp.where(p > 0, p, 1.0))
     return jnp.exp(-jnp.sum(p * logs))

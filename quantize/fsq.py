@@ -1,9 +1,9 @@
-"""Finite scalar quantization: a few fixed levels for each dimension, and no codebook to learn.
+"""Finite scalar quantization: a few fixed levels for each dimension, without a learned codebook.
 
-Mentzer et al. (arXiv:2309.15505). A dimension with n levels is bounded by tanh and rounded to n
-neighbouring integers, which are then divided by floor(n / 2): from -1 to 1 where n is odd, from -1
-to 1 - 2 / n where it is even. The codes are all combinations, n_1 n_2 ... of them; the first
-dimension's level is the index's lowest digit.
+Source: Mentzer et al., arXiv:2309.15505. A dimension with n levels is bounded by tanh and rounded
+to n consecutive integers. Division by floor(n / 2) gives values from -1 to 1 for odd n, and from -1
+to 1 - 2 / n for even n. The codes are all n_1 n_2 ... n_W combinations of levels. In the index of a
+code, the level of the first dimension is the lowest digit.
 """
 
 import functools
@@ -20,36 +20,44 @@ from continuous_lm.arguments import as_float, check_integers, is_integer
 from continuous_lm.errors import InputError
 from continuous_lm.quantize.straight_through import straight_through
 
-# By how much the bound lies above the outermost levels, so that rounding reaches them.
+# The bound exceeds the outermost levels by this fraction, so that rounding reaches them.
 BOUND_MARGIN = 1e-3
 
 
 class FiniteQuantized(NamedTuple):
-    """Vectors as codes of a finite scalar quantizer."""
+    """Vectors quantized by finite scalar quantization.
 
-    vectors: jax.Array  # [..., W], from -1 to 1, with the gradient of `finite_bound`
-    indices: jax.Array  # int32 [...]
+    Attributes:
+      vectors: Codes [..., W], from -1 to 1; their gradient is that of `finite_bound` divided by
+        floor(n / 2).
+      indices: Index of each code, int32 [...].
+    """
+
+    vectors: jax.Array
+    indices: jax.Array
 
 
 def finite_bound(x: ArrayLike, levels: Sequence[int]) -> jax.Array:
-    """Bounds each dimension smoothly to where it rounds to one of its levels.
+    """Bound each dimension smoothly to the range that rounds to its levels.
 
-    (n - 1) / 2 (1 + 0.001) tanh(x + shift) - offset. For even n the offset is 1/2, since as many
-    integers lie on either side of -1/2, and the shift takes x = 0 to 0.
+    The bound is (n - 1) / 2 (1 + 0.001) tanh(x + shift) - offset. For even n the offset is 1/2, so
+    that the range holds n integers, and the shift maps x = 0 to 0. For odd n both are 0.
 
     Args:
-      x: vectors [..., W].
-      levels: n >= 2 of each of the W dimensions.
+      x: Vectors [..., W].
+      levels: Number of levels n >= 2 of each of the W dimensions.
 
     Returns:
-      [..., W], at least float32, in units of one level.
+      Bounded vectors [..., W], at least float32, where neighbouring levels are 1 apart.
 
     Raises:
-      InputError: if there are not W levels, all >= 2, or more combinations than int32 counts.
+      InputError: `levels` are not W integers >= 2, or int32 cannot count their combinations.
 
-    >>> print(finite_bound(jnp.array([[-9.0, -9.0], [9.0, 9.0]]), (4, 5)).round(2))
-    [[-2. -2.]
-     [ 1.  2.]]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(quantize.finite_bound([[-9.0, -9.0], [9.0, 9.0]], (4, 5)).round(2))
+      [[-2. -2.]
+       [ 1.  2.]]
     """
     x = as_float(x)
     num_levels = _check_levels(levels, x.shape, x.dtype)
@@ -60,22 +68,24 @@ def finite_bound(x: ArrayLike, levels: Sequence[int]) -> jax.Array:
 
 
 def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
-    """Rounds each dimension to one of its levels, with straight-through gradients.
+    """Round each dimension to one of its levels, with straight-through gradients.
 
     Args:
-      x: vectors [..., W].
-      levels: n >= 2 of each of the W dimensions.
+      x: Vectors [..., W].
+      levels: Number of levels n >= 2 of each of the W dimensions.
 
     Returns:
-      the codes.
+      Codes [..., W], at least float32, and their indices.
 
     Raises:
-      InputError: if there are not W levels, all >= 2, or more combinations than int32 counts.
+      InputError: `levels` are not W integers >= 2, or int32 cannot count their combinations.
 
-    >>> quantized = quantize_finite(jnp.array([[-9.0, 0.5], [0.0, 9.0]]), (4, 5))
-    >>> print(quantized.vectors, quantized.indices)
-    [[-1.   0.5]
-     [ 0.   1. ]] [12 18]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> quantized = quantize.quantize_finite([[-9.0, 0.5], [0.0, 9.0]], (4, 5))
+      >>> print(quantized.vectors, quantized.indices)
+      [[-1.   0.5]
+       [ 0.   1. ]] [12 18]
     """
     bounded = finite_bound(x, levels)
     digits = jnp.round(bounded)
@@ -86,17 +96,22 @@ def quantize_finite(x: ArrayLike, levels: Sequence[int]) -> FiniteQuantized:
 
 
 def finite_indices(vectors: ArrayLike, levels: Sequence[int]) -> jax.Array:
-    """The index int32 [...] of codes [..., W]: what `finite_vectors` takes back.
+    """Compute the indices of codes; the inverse of `finite_vectors`.
 
     Args:
-      vectors: codes; others are rounded to the nearest.
-      levels: n >= 2 of each of the W dimensions.
+      vectors: Codes [..., W]; other vectors are rounded to the nearest code.
+      levels: Number of levels n >= 2 of each of the W dimensions.
+
+    Returns:
+      Indices int32 [...].
 
     Raises:
-      InputError: if there are not W levels, all >= 2, or more combinations than int32 counts.
+      InputError: `levels` are not W integers >= 2, or int32 cannot count their combinations.
 
-    >>> print(finite_indices([[-1.0, 0.5], [0.0, 1.0]], (4, 5)))
-    [12 18]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(quantize.finite_indices([[-1.0, 0.5], [0.0, 1.0]], (4, 5)))
+      [12 18]
     """
     vectors = as_float(vectors)
     num_levels = _check_levels(levels, vectors.shape, jnp.int32)
@@ -106,15 +121,24 @@ def finite_indices(vectors: ArrayLike, levels: Sequence[int]) -> jax.Array:
 
 
 def finite_vectors(indices: ArrayLike, levels: Sequence[int]) -> jax.Array:
-    """The codes float32 [..., W] of indices [...].
+    """Return the codes at these indices.
+
+    Args:
+      indices: Indices int [...], from 0 to the product of the levels minus 1.
+      levels: Number of levels n >= 2 of each of the W dimensions.
+
+    Returns:
+      Codes float32 [..., W].
 
     Raises:
-      InputError: if a number of levels is below 2, or there are more combinations than int32
-        counts; outside of jit, if an index is not one of theirs.
+      InputError: `levels` are not integers >= 2, int32 cannot count their combinations, or (outside
+        jit) an index is out of range.
 
-    >>> print(finite_vectors([12, 18], (4, 5)))
-    [[-1.   0.5]
-     [ 0.   1. ]]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(quantize.finite_vectors([12, 18], (4, 5)))
+      [[-1.   0.5]
+       [ 0.   1. ]]
     """
     num_levels = _check_levels(levels, (len(levels),), jnp.int32)
     check_integers("indices", indices, 0, math.prod(levels))
@@ -126,13 +150,13 @@ def finite_vectors(indices: ArrayLike, levels: Sequence[int]) -> jax.Array:
 
 
 def _digits_to_index(digits: jax.Array, levels: Sequence[int]) -> jax.Array:
-    """The index of digits [..., W], each from 0 to n - 1."""
+    """Compute the index of digits [..., W], each from 0 to n - 1."""
     return jnp.sum(digits * _place_values(tuple(levels)), axis=-1, dtype=jnp.int32)
 
 
 @functools.cache
 def _place_values(levels: tuple[int, ...]) -> np.ndarray:
-    """What one level of each dimension counts in an index."""
+    """Return the place value of each dimension: the factor of its digit in an index."""
     return np.cumprod((1, *levels[:-1])).astype(np.int32)
 
 
@@ -141,18 +165,17 @@ def _check_levels(
     shape: tuple[int, ...],
     dtype: DTypeLike,
 ) -> np.ndarray:
-    """The levels as an array, if they can be used for vectors of this shape."""
+    """Return the levels as an array; raise InputError unless they fit vectors of this shape."""
     are_integers = all(map(is_integer, levels))
     if not are_integers or not len(levels) or min(levels) < 2:
-        raise InputError(
-            f"levels are {tuple(levels)}; they must be whole numbers, at least 2"
-        )
+        raise InputError(f"levels are {tuple(levels)}; they must be integers >= 2")
     if math.prod(map(int, levels)) > np.iinfo(np.int32).max:
         raise InputError(
-            f"levels {tuple(levels)} have more combinations than int32 can count"
+            f"levels are {tuple(levels)}; int32 cannot count so many combinations"
         )
     if not shape or shape[-1] != len(levels):
         raise InputError(
-            f"there are {len(levels)} levels for vectors {list(shape)}; give one for each dimension"
+            f"levels has {len(levels)} entries for vectors of shape {list(shape)};"
+            " give one for each entry of the last axis"
         )
     return np.asarray(levels).astype(dtype)

@@ -1,4 +1,4 @@
-"""K-means: a codebook from data, by k-means++ and Lloyd's steps."""
+"""K-means clustering: a codebook from data, by k-means++ and Lloyd's algorithm."""
 
 import functools
 from typing import NamedTuple
@@ -14,10 +14,15 @@ from continuous_lm.quantize.nearest import DEFAULT_BLOCK_SIZE, distance, nearest
 
 
 class Clusters(NamedTuple):
-    """E clusters of vectors."""
+    """Clusters of vectors.
 
-    centres: jax.Array  # [E, W]
-    counts: jax.Array  # [E], vectors nearest to each, in the dtype of the centres
+    Attributes:
+      centres: Cluster centres [E, W].
+      counts: Number of vectors nearest to each centre, [E], in the dtype of the centres.
+    """
+
+    centres: jax.Array
+    counts: jax.Array
 
 
 def kmeans(
@@ -28,30 +33,36 @@ def kmeans(
     steps: int = 10,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Clusters:
-    """Clusters of vectors: means that lie near all of them, in squared Euclidean distance.
+    """Cluster vectors by k-means in squared Euclidean distance.
 
-    The start is k-means++ (Arthur and Vassilvitskii, 2007): each centre is a vector drawn in
-    proportion to its squared distance from the centres before. Then Lloyd's steps move each centre
-    to the mean of the vectors nearest to it; one that has none moves to the vector that lies
-    farthest from its own centre, the next one to the next farthest.
+    The initialization is k-means++ (Arthur and Vassilvitskii, 2007): each centre is a vector
+    sampled with probability proportional to its squared distance from the previous centres. Lloyd's
+    steps then move each centre to the mean of the vectors nearest to it. If some centres have no
+    vectors, the first of them moves to the vector farthest from its centre, the second to the
+    second farthest, and so on.
 
     Args:
       key: PRNG key.
-      x: vectors [..., W]; fewer than `num_codes` different ones leave some centres alike, of which
-        all but the first have no vectors.
-      num_codes: E, how many clusters.
-      steps: Lloyd's steps, >= 0; each compares all vectors with all centres.
-      block_size: see `nearest`.
+      x: Vectors [..., W]. With fewer than `num_codes` distinct vectors, some centres are equal;
+        only the first of equal centres has vectors.
+      num_codes: Number of clusters, E.
+      steps: Number of Lloyd's steps, >= 0; each compares all vectors with all centres.
+      block_size: Number of centres scored at a time; see `k_nearest`.
 
     Returns:
-      the clusters.
+      Centres [E, W] and counts [E], at least float32.
 
     Raises:
-      InputError: if shapes or numbers do not fit; outside of jit, if a vector is not finite.
+      InputError: Shapes or numbers do not fit, or (outside jit) a vector is not finite.
 
-    >>> clusters = kmeans(jax.random.key(0), [[0.0], [2.0], [10.0], [12.0], [14.0]], 2)
-    >>> print(jnp.sort(clusters.centres, axis=0).T, jnp.sort(clusters.counts))
-    [[ 1. 12.]] [2. 3.]
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> x = [[0.0], [2.0], [10.0], [12.0], [14.0]]
+      >>> clusters = quantize.kmeans(jax.random.key(0), x, num_codes=2)
+      >>> print(jnp.sort(clusters.centres, axis=0).T, jnp.sort(clusters.counts))
+      [[ 1. 12.]] [2. 3.]
     """
     x = lax.stop_gradient(as_float(x))
     check_vectors(x)
@@ -86,11 +97,11 @@ def _init_plus_plus(
     x: jax.Array,
     num_codes: int,
 ) -> jax.Array:
-    """The start [E, W]."""
+    """Sample the initial centres [E, W] by k-means++."""
 
     def draw_centre(i, carry):
         centres, distances = carry
-        log_weights = jnp.log(distances)  # -inf where a centre lies already
+        log_weights = jnp.log(distances)  # -inf for vectors equal to a centre
         index = jax.random.categorical(jax.random.fold_in(key, i), log_weights)
         new_centre = x[index]
         distances = jnp.minimum(distances, distance(x, new_centre))
@@ -100,7 +111,8 @@ def _init_plus_plus(
         jnp.zeros((num_codes, x.shape[1]), x.dtype),
         jnp.ones(len(x), x.dtype),
     )
-    # The first is drawn evenly: what "ones" stand for is no distance, and would cap the others.
+    # The first centre is drawn uniformly, by distances of 1. These are not real distances and
+    # would limit the minimum below, so the carry is made again from the first centre.
     centres, _ = draw_centre(0, initial_carry)
     carry = centres, distance(x, centres[0])
     centres, _ = lax.fori_loop(1, num_codes, draw_centre, carry)
@@ -130,7 +142,7 @@ def count_codes(
     num_codes: int,
     dtype: jnp.dtype,
 ) -> jax.Array:
-    """How often each code occurs in `indices` [B], as [E]."""
+    """Count the occurrences of each code in `indices` [B], as an array [E] of this dtype."""
     return jnp.zeros(num_codes, jnp.int32).at[indices].add(1).astype(dtype)
 
 
@@ -139,20 +151,20 @@ def sum_by_code(
     indices: jax.Array,
     num_codes: int,
 ) -> jax.Array:
-    """The sum [E, W] of the vectors [B, W] of each code."""
+    """Compute the sum [E, W] of the vectors [B, W] of each code."""
     return jax.ops.segment_sum(x, indices, num_codes)
 
 
 def count_selected_before(is_selected: jax.Array) -> jax.Array:
-    """How many are chosen before each, int [E]."""
+    """Count the selected entries before each entry, int [E]."""
     return jnp.cumsum(is_selected) - is_selected
 
 
 def check_vectors(x: jax.Array, codes: jax.Array | None = None) -> None:
-    """Refuses what is not vectors [..., W], at least one, finite, and as wide as codes [E, W]."""
+    """Raise InputError unless x is [..., W], not empty, finite and as wide as codes [E, W]."""
     check_shapes({"codes": (codes, "E W"), "x": (x, "... W")})
     if x.ndim < 2 or not x.size:
         raise InputError(
-            f"x has shape {list(x.shape)}; it must be [..., W], with vectors in it"
+            f"x has shape {list(x.shape)}; it must be [..., W] and not empty"
         )
     check_numbers("x", x)

@@ -1,17 +1,17 @@
-"""Nearest neighbours in a codebook: which of E code vectors lie closest to a vector.
+"""Exact nearest-neighbour search: the codes of a codebook [E, W] nearest to a vector.
 
-A codebook of which B vectors take few scores is searched in one piece, where it lies. Others are
-scanned in blocks, so that memory does not grow with them: [B, block_size] scores and the block's
-codes.
-Three metrics, each as a distance, smaller for what is nearer:
+If B vectors and E codes give few scores, the search computes all scores in one product, without a
+copy of the codebook. Otherwise it scans the codes in blocks, so that memory does not grow with E:
+[B, block_size] scores and a copy of one block. Each metric is a distance, smaller for nearer codes:
 
-    euclidean   |x - c|^2, squared, as faiss gives it
+    euclidean   |x - c|^2, squared, as in faiss
     cosine      1 - x.c / (|x| |c|), and 1 where x or c is zero
     dot         -x.c
 
-The search compares x.c - |c|^2 / 2, x.c / |c| or x.c: one matrix product a block, and |c|^2, which
-is computed once. The distances of what it finds are computed anew from the vectors, without its
-cancellation. Gradients flow through these distances alone: they cost k rows, not the codebook.
+The search compares the scores x.c - |c|^2 / 2, x.c / |c| or x.c: one matrix product for each block,
+and |c|^2, computed once. The distances of the k results are then computed directly from the
+vectors, which avoids the cancellation of that formula. Only these distances have gradients, so the
+backward pass touches k rows for each vector, not the whole codebook.
 """
 
 import functools
@@ -30,28 +30,41 @@ from continuous_lm.arguments import as_float, check_count, check_shapes
 from continuous_lm.errors import InputError
 
 METRICS = ("euclidean", "cosine", "dot")
-# Codes in a block: so many run at the speed of the matrix product.
+# Number of codes in a block, large enough that the search runs at the speed of the matrix product.
 DEFAULT_BLOCK_SIZE = 1024
-# With up to so many scores (64 MB) codes are not cut into blocks: a block is copied, which would
-# take longer than its product with few vectors.
+# Up to this number of scores (64 MB) the codes are not divided into blocks: with few vectors,
+# copying a block would take longer than the product.
 MAX_UNBLOCKED_SCORES = 2**24
-# Codes are multiplied by multiples of it: what is left over beside the full tiles of a matrix
-# product is summed in another order, and its score would not be that of a double elsewhere.
+# The codes enter matrix products in multiples of this number. A product sums the rows of an
+# incomplete tile in another order, so equal codes in different tiles would get different scores.
 TILE_SIZE = 16
 
 
 class Neighbours(NamedTuple):
-    """The codes nearest to some vectors, the nearest first; equally near ones by their index."""
+    """Codes nearest to each vector, in order of distance; equal distances in order of index.
 
-    indices: jax.Array  # int32 [..., k]
-    distances: jax.Array  # [..., k], at least float32
+    Attributes:
+      indices: Rows of the codebook, int32 [..., k].
+      distances: Distances [..., k], at least float32.
+    """
+
+    indices: jax.Array
+    distances: jax.Array
 
 
 def squared_norms(codes: ArrayLike) -> jax.Array:
-    """|c|^2 of each code, [E] of [E, W]: what the searches of one codebook share.
+    """Compute |c|^2 of each code, to share it between searches of one codebook.
 
-    >>> squared_norms([[3.0, 4.0], [0.0, 1.0]])
-    Array([25.,  1.], dtype=float32)
+    Args:
+      codes: Codebook [E, W].
+
+    Returns:
+      Squared norms [E], at least float32.
+
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> quantize.squared_norms([[3.0, 4.0], [0.0, 1.0]])
+      Array([25.,  1.], dtype=float32)
     """
     return jnp.sum(jnp.square(as_float(codes)), axis=-1)
 
@@ -62,21 +75,23 @@ def distance(
     *,
     metric: str = "euclidean",
 ) -> jax.Array:
-    """The distance of vectors to others, one to one.
+    """Compute the distances between pairs of vectors, not between all combinations.
 
     Args:
-      x: [..., W].
-      y: [..., W], of a shape that broadcasts with that of x.
-      metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
+      x: Vectors [..., W].
+      y: Vectors [..., W]; the leading axes broadcast with those of x.
+      metric: "euclidean" (squared), "cosine" (1 - cosine similarity) or "dot" (minus the product).
 
     Returns:
-      distances [...], at least float32, with finite gradients everywhere.
+      Distances [...], at least float32, with finite gradients everywhere.
 
     Raises:
-      InputError: if the widths differ, or the metric is not known.
+      InputError: The widths differ, or the metric is unknown.
 
-    >>> print(distance([1.0, 2.0], [[1.0, 0.0], [2.0, 4.0]]))
-    [4. 5.]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(quantize.distance([1.0, 2.0], [[1.0, 0.0], [2.0, 4.0]]))
+      [4. 5.]
     """
     x = as_float(x)
     y = as_float(y)
@@ -101,14 +116,32 @@ def nearest(
     block_size: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> Neighbours:
-    """The code nearest to each vector: `k_nearest` with k = 1, without the axis of k.
+    """Find the code nearest to each vector: `k_nearest` with k = 1, without the axis of size k.
 
-    >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    >>> neighbours = nearest(
-    ...     [[0.75, 0.0], [0.5, 0.0]], codes
-    ... )  # the second one lies in the middle
-    >>> print(neighbours.indices, neighbours.distances)
-    [1 0] [0.0625 0.25  ]
+    Args:
+      x: Vectors [..., W].
+      codes: Codebook [E, W].
+      metric: "euclidean" (squared), "cosine" or "dot"; see `distance`.
+      norms: `squared_norms(codes)`; None: computed.
+      block_size: Number of codes scored at a time; see `k_nearest`.
+      sharding: Sharding of the codes; see `k_nearest`.
+
+    Returns:
+      Indices int32 [...] and distances [...].
+
+    Raises:
+      InputError: See `k_nearest`.
+
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> codes = [[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]
+      >>> x = [
+      ...     [0.75, 0.0],
+      ...     [0.5, 0.0],
+      ... ]  # the second one is as near to code 0 as to code 1
+      >>> neighbours = quantize.nearest(x, codes)
+      >>> print(neighbours.indices, neighbours.distances)
+      [1 0] [0.0625 0.25  ]
     """
     neighbours = k_nearest(
         x,
@@ -132,36 +165,38 @@ def k_nearest(
     block_size: int | None = None,
     sharding: NamedSharding | None = None,
 ) -> Neighbours:
-    """The k codes nearest to each vector, by exact search.
+    """Find the k codes nearest to each vector, by exact search.
 
-    Products are float32 at the highest precision (float64 for such arrays), whatever the platform's
-    default is. In those numbers equally near codes are taken by their index, the lowest first, in
-    blocks, over devices or in one piece alike.
+    Products are computed in float32 at the highest precision (float64 for float64 arrays), whatever
+    the default precision of the platform. Codes with equal scores are ordered by index. That order
+    is the same in one piece, in blocks and over several devices.
 
     Args:
-      x: vectors [..., W].
-      codes: the codebook [E, W]. If its rows lie spread over the devices of a mesh, each device
-        searches its own, and k candidates of each are exchanged.
-      k: how many, at most E.
-      metric: "euclidean" (squared), "cosine" or "dot"; see the top of the module.
-      norms: `squared_norms(codes)`; computed if left out.
-      block_size: codes scored at once, rounded up to a multiple of 16; memory is that of
-        [B, block_size] scores for B vectors. If left out, all codes where that is at most 2^24
-        scores, else 1024.
-      sharding: how the codes lie on a mesh. It is known outside of jit; inside it must be given, or
-        the compiler brings all codes to every device.
+      x: Vectors [..., W].
+      codes: Codebook [E, W]. If its rows are sharded over the devices of a mesh, each device
+        searches its own rows, and the devices exchange k candidates each.
+      k: Number of neighbours, from 1 to E.
+      metric: "euclidean" (squared), "cosine" or "dot"; see `distance`.
+      norms: `squared_norms(codes)`; None: computed.
+      block_size: Number of codes scored at a time, rounded up to a multiple of 16. The search holds
+        [B, block_size] scores for B vectors. None: all codes if that is at most 2^24 scores and no
+        cast is needed, else 1024.
+      sharding: Sharding of the codes on a mesh. None: read from the array, which is possible only
+        outside jit. Inside jit, give it; otherwise the compiler copies all codes to every device.
 
     Returns:
-      The neighbours, [..., k].
+      Indices int32 [..., k] and distances [..., k].
 
     Raises:
-      InputError: if shapes do not fit, k is not 1, ..., E, the metric is not known; and, outside of
-        jit, if a vector or code is not finite, or so large that float32 cannot hold its square.
+      InputError: The shapes do not fit, k is not in 1, ..., E, the metric is unknown, or (outside
+        jit) a vector or code is not finite or its squared length overflows.
 
-    >>> codes = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
-    >>> neighbours = k_nearest([0.75, 0.0], codes, 2)
-    >>> print(neighbours.indices, neighbours.distances)
-    [1 0] [0.0625 0.5625]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> codes = [[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]
+      >>> neighbours = quantize.k_nearest([0.75, 0.0], codes, k=2)
+      >>> print(neighbours.indices, neighbours.distances)
+      [1 0] [0.0625 0.5625]
     """
     x, codes = jnp.asarray(x), jnp.asarray(codes)
     _check(x, codes, k, metric, norms, block_size)
@@ -180,7 +215,7 @@ def k_nearest(
 
 
 class _SearchSpec(NamedTuple):
-    """What the compiled search depends on, apart from shapes."""
+    """Static arguments of the compiled search."""
 
     k: int
     metric: str
@@ -194,7 +229,7 @@ def _search_one_device(
     codes: jax.Array,
     norms: jax.Array,
 ) -> Neighbours:
-    """The neighbours of x [B, W] on one device."""
+    """Return the neighbours of x [B, W] on one device."""
     indices, _ = _search_codes(spec, x, codes, norms)
     return _sort_neighbours(indices, _distances(spec.metric, x, codes, indices))
 
@@ -208,7 +243,7 @@ def _search_sharded(
     codes: jax.Array,
     norms: jax.Array,
 ) -> Neighbours:
-    """The neighbours of x [B, W] in codes that the mesh axes `mesh_axes` spread."""
+    """Return the neighbours of x [B, W]; the rows of the codes are sharded over `mesh_axes`."""
 
     def search_shard(
         x,
@@ -219,7 +254,7 @@ def _search_sharded(
         indices, scores = _search_codes(shard_spec, x, codes, norms)
         distances = _distances(spec.metric, x, codes, indices)
         indices = indices + lax.axis_index(mesh_axes) * len(codes)
-        # In the order of the devices, so that lower indices come first and win among equals.
+        # The order of the devices is the order of the indices, so top_k prefers lower indices.
         indices, scores, distances = lax.all_gather(
             (indices, scores, distances), mesh_axes, axis=1, tiled=True
         )
@@ -235,8 +270,8 @@ def _search_sharded(
         mesh=mesh,
         in_specs=(PartitionSpec(), row_partition, row_partition),
         out_specs=PartitionSpec(),
-        axis_names=set(mesh_axes),  # x stays as it is spread over the others
-        check_vma=False,  # what all devices gathered is the same on all of them
+        axis_names=set(mesh_axes),  # over the other mesh axes x keeps its sharding
+        check_vma=False,  # after all_gather the results are equal on all devices
     )
     return search_shard(x, codes, norms)
 
@@ -247,14 +282,16 @@ def _search_codes(
     codes: jax.Array,
     norms: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Indices and scores [B, k] of the k largest scores, by falling score and then by index."""
+    """Return indices and scores [B, k] of the k largest scores, by falling score, then by index."""
     x, codes, norms = lax.stop_gradient((x, codes, norms))
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, codes.dtype), jnp.float32)
     x = x.astype(dtype)
     norms = norms.astype(dtype)
     k, metric, block_size = spec
     num_codes = len(codes)
-    if block_size is None:  # codes of another dtype are cast, which is a copy, too
+    if (
+        block_size is None
+    ):  # a cast to `dtype` copies the codes, so that blocks are better
         is_small = len(x) * num_codes <= MAX_UNBLOCKED_SCORES and codes.dtype == dtype
         block_size = num_codes if is_small else DEFAULT_BLOCK_SIZE
     block_size = -(-block_size // TILE_SIZE) * TILE_SIZE
@@ -263,7 +300,7 @@ def _search_codes(
 
     def search_block(carry, first):
         best_indices, best_scores = carry
-        # The last block is as long as the others.
+        # All blocks have one length: the last one overlaps the block before.
         begin = jnp.minimum(first, num_codes - block_size)
         indices = begin + jnp.arange(block_size, dtype=jnp.int32)
         block_codes = lax.dynamic_slice_in_dim(codes, begin, block_size)
@@ -272,7 +309,7 @@ def _search_codes(
         is_repeated = indices < first
         scores = jnp.where(is_repeated[:, None], -jnp.inf, scores)
         places, scores = _top_k(scores, min(k, block_size))
-        # What was found before stands first, so that it wins among equals.
+        # Neighbours from earlier blocks come first, so that they win among equal scores.
         indices = jnp.concatenate([best_indices, indices[places]], axis=1)
         scores = jnp.concatenate([best_scores, scores], axis=1)
         places, scores = _top_k(scores.T, k)
@@ -293,9 +330,9 @@ def _scores(
     codes: jax.Array,
     norms: jax.Array,
 ) -> jax.Array:
-    """Scores [block_size, B], larger for what is nearer, in the dtype of x and the codes."""
+    """Compute scores [block_size, B], larger for nearer codes, in the dtype of x and the codes."""
     scores = _dot_products(codes, x)
-    if len(codes) % TILE_SIZE:  # the last codes anew, as a full tile
+    if len(codes) % TILE_SIZE:  # compute the last codes again, padded to a full tile
         last_codes = codes[-TILE_SIZE:]
         padding = TILE_SIZE - len(last_codes)
         full_tile = jnp.pad(last_codes, [(0, padding), (0, 0)])
@@ -309,17 +346,20 @@ def _scores(
 
 
 def _dot_products(codes: jax.Array, x: jax.Array) -> jax.Array:
-    """x.c [block_size, B]: with few vectors 1.5 times as fast on CPUs as [B, block_size]."""
+    """Compute x.c, [block_size, B].
+
+    With few vectors this order of axes is 1.5 times faster on CPUs than [B, block_size].
+    """
     return jnp.einsum("ew,bw->eb", codes, x, precision=lax.Precision.HIGHEST)
 
 
 def _top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Places and values [B, k] of the k largest scores [block_size, B]; the first among equals."""
+    """Return places and values [B, k] of the k largest scores [block_size, B]; ties by place."""
     if k > 1:
         best_scores, best_places = lax.top_k(scores.T, k)
         return best_places, best_scores
     best_scores = jnp.max(scores, axis=0)
-    # In place of argmax, which CPUs do not vectorize; the first of all if they are not numbers.
+    # Replaces argmax, which XLA does not vectorize on CPUs. If a score is nan, the place is 0.
     places = jnp.arange(len(scores), dtype=jnp.int32)[:, None]
     best_places = jnp.where(scores < best_scores, len(scores), places)
     best_places = jnp.min(best_places, axis=0)
@@ -332,25 +372,28 @@ def _distances(
     codes: jax.Array,
     indices: jax.Array,
 ) -> jax.Array:
-    """Distances [B, k] of x [B, W] to the codes at `indices`, one of the k at a time."""
+    """Compute distances [B, k] of x [B, W] to the codes at `indices` [B, k].
+
+    The loop over the k columns limits memory to one gathered code for each vector.
+    """
     columns = lax.map(lambda i: distance(x, codes[i], metric=metric), indices.T)
     return columns.T
 
 
 def _sort_neighbours(indices: jax.Array, distances: jax.Array) -> Neighbours:
-    """The neighbours [B, k] by distance, and by index where that is equal."""
+    """Sort the neighbours [B, k] by distance, and by index where distances are equal."""
     if indices.shape[1] > 1:
         distances, indices = lax.sort((distances, indices), dimension=1, num_keys=2)
     return Neighbours(indices.astype(jnp.int32), distances)
 
 
 def _inverse_length(norms: jax.Array) -> jax.Array:
-    """1 / |c| from |c|^2, and 0 where that is 0, with a gradient there."""
+    """Compute 1 / |c| from |c|^2, and 0 where that is 0, with a finite gradient."""
     return jnp.where(norms > 0, lax.rsqrt(jnp.where(norms > 0, norms, 1.0)), 0.0)
 
 
 def _with_auto_axes(array: jax.Array) -> jax.Array:
-    """The array, with axes of type Auto where it lies on a mesh, whatever jax.make_mesh chose."""
+    """Give an array on a mesh axes of type Auto, whatever type jax.make_mesh has chosen."""
     array_sharding = getattr(array, "sharding", None)
     if isinstance(array, jax.core.Tracer) or not isinstance(
         array_sharding, NamedSharding
@@ -365,7 +408,7 @@ def _with_auto_axes(array: jax.Array) -> jax.Array:
 
 
 def _row_mesh_axes(codes_sharding: object) -> tuple[Mesh | None, tuple[str, ...]]:
-    """The mesh and its axes over which the rows of a codebook are spread, if they are."""
+    """Return the mesh and its axes that shard the rows of a codebook; (None, ()) if none do."""
     if not isinstance(codes_sharding, NamedSharding) or not codes_sharding.spec:
         return None, ()
     mesh_axes = codes_sharding.spec[0]
@@ -413,11 +456,13 @@ def _check(
     if block_size is not None:
         check_count("block_size", block_size)
     if k > len(codes):
-        raise InputError(f"k is {k}, but there are only {len(codes)} codes")
+        raise InputError(
+            f"k is {k}; it must be at most {len(codes)}, the number of codes"
+        )
 
 
 def _check_values(x: jax.Array, norms: jax.Array) -> None:
-    """Refuses what is not finite, where it is known; a code shows it in its norm."""
+    """Raise InputError if a value is not finite, outside jit; a code is checked by its norm."""
     _check_finite("codes", norms)
     _check_finite("x", squared_norms(x))
 
@@ -429,5 +474,5 @@ def _check_finite(name: str, squared_lengths: jax.Array) -> None:
     if len(invalid_indices):
         index = invalid_indices[0].tolist()
         raise InputError(
-            f"{name}{index or ''} is not finite, or too large for its square"
+            f"{name}{index or ''} is not finite, or so large that its squared length overflows"
         )

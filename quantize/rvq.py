@@ -1,7 +1,8 @@
-"""A residual quantizer: Q codebooks, each of what those before it left over.
+"""Residual quantizer: Q codebooks, each for the residuals of the previous stages.
 
-A vector is the sum of one code of each stage (Zeghidour et al., arXiv:2107.03312, section III.C).
-The state is a `Codebook` whose arrays have an axis Q in front; one compiled loop runs over it.
+A vector is approximated by the sum of one code of each stage (Zeghidour et al., arXiv:2107.03312,
+section III.C). The state is a `Codebook` whose arrays have a leading axis Q. One compiled loop runs
+over that axis.
 """
 
 import functools
@@ -37,29 +38,35 @@ def init_residual(
     axis_name: str | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Codebook:
-    """Codebooks from data, stage after stage by k-means of what is left over.
+    """Initialize the codebooks from data, stage by stage, by k-means of the residuals.
 
     Args:
       key: PRNG key; the same on all devices.
-      x: vectors [..., W]; see `init`.
-      num_stages: Q.
-      num_codes: E of each stage.
-      steps: of k-means, in each stage.
-      axis_name: a mapped axis over which batches are spread; the codebooks are made from all.
-      block_size: see `nearest`.
+      x: Vectors [..., W], preferably as many as in a training batch; see `init`.
+      num_stages: Number of stages, Q.
+      num_codes: Number of codes of each stage, E.
+      steps: Number of k-means steps of each stage, >= 0.
+      axis_name: Mapped axis over which the batch is sharded; k-means then uses the whole batch.
+        None: x is the whole batch.
+      block_size: Number of codes scored at a time; see `k_nearest`.
 
     Returns:
-      the codebooks: codes [Q, E, W], counts [Q, E] and sums [Q, E, W].
+      Codebooks: codes [Q, E, W], counts [Q, E] and sums [Q, E, W], at least float32.
 
     Raises:
-      InputError: if shapes or numbers do not fit; outside of jit, if a vector is not finite.
+      InputError: Shapes or numbers do not fit, or (outside jit) a vector is not finite.
 
-    >>> codebooks = init_residual(
-    ...     jax.random.key(0), [[0.0], [1.0], [10.0], [11.0]], 2, 2
-    ... )
-    >>> print(jnp.sort(codebooks.codes[..., 0]))
-    [[ 0.5 10.5]
-     [-0.5  0.5]]
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> x = [[0.0], [1.0], [10.0], [11.0]]
+      >>> codebooks = quantize.init_residual(
+      ...     jax.random.key(0), x, num_stages=2, num_codes=2
+      ... )
+      >>> print(jnp.sort(codebooks.codes[..., 0]))
+      [[ 0.5 10.5]
+       [-0.5  0.5]]
     """
     x = as_float(x)
     check_vectors(x)
@@ -80,17 +87,17 @@ def _init(
     axis_name: str | None,
     block_size: int,
 ) -> Codebook:
-    def init_stage(rest, key):
+    def init_stage(residual, key):
         codebook = vq.init(
             key,
-            rest,
+            residual,
             num_codes,
             steps=steps,
             axis_name=axis_name,
             block_size=block_size,
         )
-        codes = vq.quantize(codebook, rest, block_size=block_size).vectors
-        return rest - lax.stop_gradient(codes), codebook
+        codes = vq.quantize(codebook, residual, block_size=block_size).vectors
+        return residual - lax.stop_gradient(codes), codebook
 
     return lax.scan(init_stage, x, keys)[1]
 
@@ -102,26 +109,30 @@ def quantize_residual(
     gradient: str = "straight_through",
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Quantized:
-    """The nearest code of each stage, greedily, and their sum.
+    """Replace each vector by the sum of one code of each stage, selected greedily.
 
     Args:
-      codebooks: with codes [Q, E, W].
-      x: vectors [..., W].
-      gradient: of the sum in x: "straight_through" or "rotation", the rotation trick.
-      block_size: see `nearest`.
+      codebooks: Codebooks with codes [Q, E, W].
+      x: Vectors [..., W].
+      gradient: Gradient of the sum with respect to x: "straight_through" or "rotation" (see
+        `rotation_trick`).
+      block_size: Number of codes scored at a time; see `k_nearest`.
 
     Returns:
-      vectors [..., W], indices and losses [..., Q]; a stage's losses are between its codes and what
-      the stages before left over.
+      Vectors [..., W], indices int32 [..., Q] and losses [..., Q]. The losses of a stage compare
+      its code with the residual of the previous stages.
 
     Raises:
-      InputError: if the widths differ or the gradient is not known; outside of jit, if a vector is
-        not finite.
+      InputError: The widths differ, `gradient` is unknown, or (outside jit) a vector is not finite.
 
-    >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
-    >>> quantized = quantize_residual(Codebook(codes, codes[..., 0], codes), [[8.5]])
-    >>> print(quantized.vectors, quantized.indices, quantized.commitment_loss)
-    [[9.]] [[1 0]] [[2.25 0.25]]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
+      >>> codebooks = quantize.Codebook(codes, counts=jnp.ones((2, 2)), sums=codes)
+      >>> quantized = quantize.quantize_residual(codebooks, [[8.5]])
+      >>> print(quantized.vectors, quantized.indices, quantized.commitment_loss)
+      [[9.]] [[1 0]] [[2.25 0.25]]
     """
     x = as_float(x)
     _check(codebooks, x)
@@ -135,10 +146,10 @@ def _quantize(
     gradient: str,
     block_size: int,
 ) -> Quantized:
-    def quantize_stage(rest, codebook):
-        quantized = vq.quantize(codebook, rest, block_size=block_size)
+    def quantize_stage(residual, codebook):
+        quantized = vq.quantize(codebook, residual, block_size=block_size)
         codes = lax.stop_gradient(quantized.vectors)
-        return rest - codes, quantized._replace(vectors=codes)
+        return residual - codes, quantized._replace(vectors=codes)
 
     _, stages = lax.scan(quantize_stage, x, codebooks)
     indices_and_losses = (jnp.moveaxis(array, 0, -1) for array in stages[1:])
@@ -148,17 +159,27 @@ def _quantize(
 
 
 def lookup_residual(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
-    """The sums [..., W] of the codes [Q, E, W] at `indices` [..., Q].
+    """Return the sums of the codes at these indices.
 
-    The first stages of a longer quantizer's indices are coarser vectors: give the codes of these.
+    To decode only the first stages, give the first codebooks and the first indices.
+
+    Args:
+      codes: Codebooks [Q, E, W].
+      indices: Integers [..., Q] from 0 to E - 1.
+
+    Returns:
+      Vectors [..., W], at least float32.
 
     Raises:
-      InputError: if the stages differ; outside of jit, if an index is not one of 0, ..., E - 1.
+      InputError: The numbers of stages differ, or (outside jit) an index is out of range.
 
-    >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
-    >>> print(lookup_residual(codes, [[1, 0], [0, 1]]))
-    [[9.]
-     [1.]]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
+      >>> print(quantize.lookup_residual(codes, [[1, 0], [0, 1]]))
+      [[9.]
+       [1.]]
     """
     codes = jnp.asarray(codes)
     check_shapes({"codes": (codes, "Q E W"), "indices": (indices, "... Q")})
@@ -168,8 +189,9 @@ def lookup_residual(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
 
 @jax.jit
 def _lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
-    def add_stage(total, one):
-        return total + as_float(one[0][one[1]]), None
+    def add_stage(total, stage):
+        stage_codes, code_indices = stage
+        return total + as_float(stage_codes[code_indices]), None
 
     dtype = jnp.promote_types(codes.dtype, jnp.float32)
     zeros = jnp.zeros((*indices.shape[1:], codes.shape[2]), dtype)
@@ -185,35 +207,41 @@ def update_residual_ema(
     epsilon: float = 1e-5,
     axis_name: str | None = None,
 ) -> Codebook:
-    """`update_ema` of each stage with what the codes of the stages before left over.
+    """Apply `update_ema` to each stage, with the residuals of the previous stages.
+
+    The residuals are computed with the codes before the update.
 
     Args:
-      codebooks: before, with codes [Q, E, W].
-      x: vectors [..., W] of a batch.
-      indices: [..., Q], as `quantize_residual` gives them.
-      decay: see `update_ema`.
-      epsilon: see `update_ema`.
-      axis_name: see `update_ema`.
+      codebooks: Codebooks before the update, with codes [Q, E, W].
+      x: Vectors [..., W] of a batch.
+      indices: Codes of each vector, int [..., Q], as in `Quantized.indices`.
+      decay: Decay of the moving averages; see `update_ema`.
+      epsilon: Smoothing constant > 0; see `update_ema`.
+      axis_name: Mapped axis over which the batch is sharded; see `update_ema`.
 
     Returns:
-      the codebooks after; no gradient flows into them.
+      Codebooks after the update, without gradients from x.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit, or (outside jit) a vector is not finite.
 
-    >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
-    >>> codebooks = Codebook(codes, jnp.ones((2, 2)), codes)
-    >>> after = update_residual_ema(codebooks, [[8.5]], [[1, 0]], decay=0.5)
-    >>> print(after.codes[..., 0].round(2))
-    [[ 0.    9.25]
-     [-1.25  1.  ]]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
+      >>> before = quantize.Codebook(codes, counts=jnp.ones((2, 2)), sums=codes)
+      >>> after = quantize.update_residual_ema(before, [[8.5]], [[1, 0]], decay=0.5)
+      >>> print(after.codes[..., 0].round(2))
+      [[ 0.    9.25]
+       [-1.25  1.  ]]
     """
     x = as_float(x)
     _check(codebooks, x)
     if np.shape(indices) != (*x.shape[:-1], len(codebooks.codes)):
         raise InputError(
-            f"indices have shape {list(np.shape(indices))}; for vectors {list(x.shape)} and"
-            f" {len(codebooks.codes)} stages it must be {[*x.shape[:-1], len(codebooks.codes)]}"
+            f"indices have shape {list(np.shape(indices))}; for vectors of shape {list(x.shape)}"
+            f" and {len(codebooks.codes)} stages it must be"
+            f" {[*x.shape[:-1], len(codebooks.codes)]}"
         )
     stage_indices = jnp.moveaxis(as_indices(indices), -1, 0)
     return _update_ema(codebooks, x, stage_indices, decay, epsilon, axis_name)
@@ -228,17 +256,17 @@ def _update_ema(
     epsilon: float,
     axis_name: str | None,
 ) -> Codebook:
-    def update_stage(rest, one):
-        codebook, code_indices = one
+    def update_stage(residual, stage):
+        codebook, code_indices = stage
         updated = vq.update_ema(
             codebook,
-            rest,
+            residual,
             code_indices,
             decay=decay,
             epsilon=epsilon,
             axis_name=axis_name,
         )
-        return rest - codebook.codes[code_indices], updated
+        return residual - codebook.codes[code_indices], updated
 
     return lax.scan(update_stage, x, (codebooks, indices))[1]
 
@@ -252,27 +280,35 @@ def revive_residual(
     axis_name: str | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Codebook:
-    """`revive` of each stage with what the stages before leave over.
+    """Apply `revive` to each stage, with the residuals of the previous stages.
+
+    The residuals are computed with the codes after the replacement.
 
     Args:
       key: PRNG key; the same on all devices.
-      codebooks: before, with codes [Q, E, W].
-      x: vectors [..., W] of a batch.
-      threshold: see `revive`.
-      axis_name: see `revive`.
-      block_size: see `nearest`.
+      codebooks: Codebooks before the replacement, with codes [Q, E, W].
+      x: Vectors [..., W] of a batch.
+      threshold: A code is replaced if its average count in a batch is below this; see `revive`.
+      axis_name: Mapped axis over which the batch is sharded; see `revive`.
+      block_size: Number of codes scored at a time; see `k_nearest`.
 
     Returns:
-      the codebooks after; no gradient flows into them.
+      Codebooks after the replacement, without gradients from x.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit, or (outside jit) a vector is not finite.
 
-    >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
-    >>> codebooks = Codebook(codes, jnp.array([[5.0, 5.0], [5.0, 0.0]]), codes)
-    >>> print(revive_residual(jax.random.key(0), codebooks, [[8.5]]).codes[..., 0])
-    [[ 0.  10. ]
-     [-1.  -1.5]]
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> codes = jnp.array([[[0.0], [10.0]], [[-1.0], [1.0]]])
+      >>> counts = jnp.array([[5.0, 5.0], [5.0, 0.0]])
+      >>> before = quantize.Codebook(codes, counts, sums=codes)
+      >>> after = quantize.revive_residual(jax.random.key(0), before, [[8.5]])
+      >>> print(after.codes[..., 0])
+      [[ 0.  10. ]
+       [-1.  -1.5]]
     """
     x = as_float(x)
     _check(codebooks, x)
@@ -289,13 +325,13 @@ def _revive(
     axis_name: str | None,
     block_size: int,
 ) -> Codebook:
-    def revive_stage(rest, one):
-        codebook, key = one
+    def revive_stage(residual, stage):
+        codebook, key = stage
         revived = vq.revive(
-            key, codebook, rest, threshold=threshold, axis_name=axis_name
+            key, codebook, residual, threshold=threshold, axis_name=axis_name
         )
-        codes = vq.quantize(revived, rest, block_size=block_size).vectors
-        return rest - lax.stop_gradient(codes), revived
+        codes = vq.quantize(revived, residual, block_size=block_size).vectors
+        return residual - lax.stop_gradient(codes), revived
 
     return lax.scan(revive_stage, x, (codebooks, keys))[1]
 

@@ -1,4 +1,4 @@
-"""Gradients through a quantizer, whose own derivative is zero almost everywhere."""
+"""Gradients through a quantizer, whose true derivative is zero almost everywhere."""
 
 import jax
 import jax.numpy as jnp
@@ -12,63 +12,71 @@ GRADIENTS = ("straight_through", "rotation")
 
 
 def straight_through(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
-    """The quantized vectors, with the gradient of the identity in x (Bengio et al., 1308.3432).
+    """Return the quantized vectors with the gradient of the identity in x.
+
+    Source: Bengio et al., arXiv:1308.3432.
 
     Args:
-      x: [..., W].
-      quantized: [..., W]; it gets no gradient.
+      x: Vectors before quantization, [..., W].
+      quantized: Quantized vectors [..., W]; their gradient is 0.
 
     Returns:
-      [..., W], bit for bit `quantized` where x is finite.
+      Vectors [..., W], bitwise equal to `quantized` where x is finite, at least float32.
 
     Raises:
-      InputError: if the shapes differ.
+      InputError: The shapes differ.
 
-    >>> jax.value_and_grad(lambda x: 3 * straight_through(x, jnp.array([1.0]))[0])(
-    ...     jnp.array([0.7])
-    ... )
-    (Array(3., dtype=float32), Array([3.], dtype=float32))
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> code = jnp.array([1.0])
+      >>> value = lambda x: 3 * quantize.straight_through(x, code)[0]
+      >>> jax.value_and_grad(value)(jnp.array([0.7]))
+      (Array(3., dtype=float32), Array([3.], dtype=float32))
     """
     x, quantized = _check_pair(x, quantized)
     return lax.stop_gradient(quantized) + (x - lax.stop_gradient(x))
 
 
 def rotation_trick(x: ArrayLike, quantized: ArrayLike) -> jax.Array:
-    """The quantized vectors, with the gradient of the rotation and scaling that takes x to them.
+    """Return the quantized vectors with the gradient of the rotation and scaling from x to them.
 
-    Fifty et al. (arXiv:2410.06424, section 4.2): with e = x / |x|, q = quantized / |quantized| and
-    r = (e + q) / |e + q|,
+    Source: Fifty et al., arXiv:2410.06424, section 4.2. With e = x / |x|, q = quantized /
+    |quantized| and r = (e + q) / |e + q|,
 
-        quantized = |quantized| / |x| (I - 2 r r' + 2 q e') x,
+        quantized = |quantized| / |x| (I - 2 r r^T + 2 q e^T) x,
 
-    and all but the last x is held constant. So a gradient keeps its angle to the code, where
-    straight-through gradients are the same all over a cell.
+    where all factors except the last x are constants for differentiation. A gradient thus keeps its
+    angle to the code. Straight-through gradients are equal everywhere in the cell of a code.
 
     Args:
-      x: [..., W].
-      quantized: [..., W]; it gets no gradient. Where it or x is zero there is no rotation, and the
-        gradient is the straight-through one.
+      x: Vectors before quantization, [..., W].
+      quantized: Quantized vectors [..., W]; their gradient is 0. If a vector or its code is zero,
+        there is no rotation and the gradient is the straight-through one.
 
     Returns:
-      [..., W], bit for bit `quantized` where x is finite.
+      Vectors [..., W], bitwise equal to `quantized` where x is finite, at least float32.
 
     Raises:
-      InputError: if the shapes differ.
+      InputError: The shapes differ.
 
-    >>> x, code = (
-    ...     jnp.array([1.0, 0.0]),
-    ...     jnp.array([0.0, 2.0]),
-    ... )  # a quarter turn, twice as long
-    >>> print(jax.jacobian(rotation_trick)(x, code).round(3) + 0.0)
-    [[ 0. -2.]
-     [ 2.  0.]]
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> x = jnp.array([1.0, 0.0])
+      >>> code = jnp.array([0.0, 2.0])  # x turned by 90 degrees and doubled
+      >>> print(jax.jacobian(quantize.rotation_trick)(x, code).round(3) + 0.0)
+      [[ 0. -2.]
+       [ 2.  0.]]
     """
     x, quantized = _check_pair(x, quantized)
     quantized = lax.stop_gradient(quantized)
     constant_x = lax.stop_gradient(x)
     e, x_length = _unit_and_length(constant_x)
     q, quantized_length = _unit_and_length(quantized)
-    # Where q = -e this is 0, and the rotation a reflection.
+    # At q = -e, r is 0 and the map is a reflection instead of a rotation.
     r, _ = _unit_and_length(e + q)
     rotated = x - 2 * r * jnp.sum(r * x, axis=-1, keepdims=True)
     rotated = rotated + 2 * q * jnp.sum(e * x, axis=-1, keepdims=True)
@@ -83,7 +91,7 @@ def with_gradient(
     quantized: ArrayLike,
     gradient: str,
 ) -> jax.Array:
-    """`straight_through` or `rotation_trick`, by its name: one of `GRADIENTS`."""
+    """Return the quantized vectors with the gradient named `gradient`, one of `GRADIENTS`."""
     if gradient not in GRADIENTS:
         raise InputError(
             f"gradient is {gradient!r}; it must be one of {', '.join(GRADIENTS)}"
@@ -94,8 +102,8 @@ def with_gradient(
 
 
 def _unit_and_length(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x / |x|, or 0 where x is 0, and |x| [..., 1]."""
-    # Scaled so that no square over- or underflows.
+    """Return x / |x| (0 where x is 0) and |x| [..., 1]."""
+    # Divide by the largest entry first, so that no square overflows or underflows.
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     scaled = x / jnp.where(largest > 0, largest, 1.0)
     length = jnp.sqrt(jnp.sum(jnp.square(scaled), axis=-1, keepdims=True))
@@ -107,6 +115,7 @@ def _check_pair(x: ArrayLike, quantized: ArrayLike) -> tuple[jax.Array, jax.Arra
     quantized = as_float(quantized)
     if x.shape != quantized.shape or x.ndim < 1:
         raise InputError(
-            f"x {list(x.shape)} and quantized {list(quantized.shape)} must be of one shape [..., W]"
+            f"x has shape {list(x.shape)} and quantized {list(quantized.shape)};"
+            " both must have the same shape [..., W]"
         )
     return x, quantized

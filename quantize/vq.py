@@ -1,13 +1,13 @@
-"""A vector quantizer: a learned codebook (van den Oord et al., arXiv:1711.00937).
+"""Vector quantizer: a learned codebook (van den Oord et al., arXiv:1711.00937).
 
-Pure functions of a small state, so that a training step can be:
+All functions are pure functions of a `Codebook`. A training step can be
 
-    quantized = quantize(codebook, encode(x))         # in the loss, with commitment_loss
-    codebook = update_ema(codebook, y, quantized.indices)
-    codebook = revive(key, codebook, y)
+    quantized = quantize(codebook, encoded)    # in the loss, together with commitment_loss
+    codebook = update_ema(codebook, encoded, quantized.indices)
+    codebook = revive(key, codebook, encoded)
 
-or, with a codebook that learns by gradient, `codebook.codes` among the parameters, codebook_loss in
-the loss and no `update_ema`.
+Alternatively, train `codebook.codes` by gradient: add `codebook_loss` to the loss, and do not call
+`update_ema`.
 """
 
 from typing import NamedTuple
@@ -37,20 +37,33 @@ from continuous_lm.quantize.straight_through import with_gradient
 
 
 class Codebook(NamedTuple):
-    """The state of a vector quantizer; a residual one has an axis Q in front of each array."""
+    """State of a vector quantizer. In a residual quantizer each array has a leading axis Q.
 
-    codes: jax.Array  # [E, W]
-    counts: jax.Array  # [E], moving average of the vectors of each code in a batch
-    sums: jax.Array  # [E, W], moving average of the sum of these vectors
+    Attributes:
+      codes: Code vectors [E, W].
+      counts: Moving average of the number of vectors of each code in a batch, [E].
+      sums: Moving average of the sum of these vectors, [E, W].
+    """
+
+    codes: jax.Array
+    counts: jax.Array
+    sums: jax.Array
 
 
 class Quantized(NamedTuple):
-    """Vectors as codes; of a residual quantizer, indices and losses have an axis Q at the end."""
+    """Quantized vectors. For a residual quantizer, indices and losses have a last axis Q.
 
-    vectors: jax.Array  # [..., W], the codes, with a gradient for what was quantized
-    indices: jax.Array  # int32 [...], which codes
-    codebook_loss: jax.Array  # [...], moves codes to vectors; losses.codebook_loss
-    commitment_loss: jax.Array  # [...], moves vectors to codes; losses.commitment_loss
+    Attributes:
+      vectors: Codes [..., W], with the selected gradient with respect to the vectors.
+      indices: Rows of the codebook, int32 [...].
+      codebook_loss: Loss [...] that moves codes to vectors; see `losses.codebook_loss`.
+      commitment_loss: Loss [...] that moves vectors to codes; see `losses.commitment_loss`.
+    """
+
+    vectors: jax.Array
+    indices: jax.Array
+    codebook_loss: jax.Array
+    commitment_loss: jax.Array
 
 
 def init(
@@ -62,26 +75,32 @@ def init(
     axis_name: str | None = None,
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Codebook:
-    """A codebook from data, by k-means.
+    """Initialize a codebook from data, by k-means.
 
     Args:
       key: PRNG key; the same on all devices.
-      x: vectors [..., W], best as many as a batch of training has: counts and sums start as these
-        have them, and what a moving average starts with is forgotten at its rate.
-      num_codes: E.
-      steps: of k-means.
-      axis_name: a mapped axis over which batches are spread; the codebook is made from all of them.
-      block_size: see `nearest`.
+      x: Vectors [..., W], preferably as many as in a training batch. `counts` and `sums` start with
+        the values of these vectors; later updates replace them at the decay rate of `update_ema`.
+      num_codes: Number of codes, E.
+      steps: Number of k-means steps, >= 0.
+      axis_name: Mapped axis over which the batch is sharded; k-means then uses the whole batch.
+        None: x is the whole batch.
+      block_size: Number of codes scored at a time; see `k_nearest`.
 
     Returns:
-      the codebook, at least float32.
+      Codebook in at least float32.
 
     Raises:
-      InputError: if shapes or numbers do not fit; outside of jit, if a vector is not finite.
+      InputError: Shapes or numbers do not fit, or (outside jit) a vector is not finite.
 
-    >>> codebook = init(jax.random.key(0), [[0.0], [2.0], [10.0], [12.0], [14.0]], 2)
-    >>> print(jnp.sort(codebook.codes, axis=0).T)
-    [[ 1. 12.]]
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> x = [[0.0], [2.0], [10.0], [12.0], [14.0]]
+      >>> codebook = quantize.init(jax.random.key(0), x, num_codes=2)
+      >>> print(jnp.sort(codebook.codes, axis=0).T)
+      [[ 1. 12.]]
     """
     x = as_float(x)
     if axis_name is not None:
@@ -97,25 +116,31 @@ def quantize(
     gradient: str = "straight_through",
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Quantized:
-    """The nearest code of each vector, by Euclidean distance.
+    """Replace each vector by its nearest code in Euclidean distance.
 
     Args:
-      codebook: with codes [E, W].
-      x: vectors [..., W].
-      gradient: of the quantized vectors in x: "straight_through" or "rotation", the rotation trick.
-      block_size: see `nearest`.
+      codebook: Codebook with codes [E, W].
+      x: Vectors [..., W].
+      gradient: Gradient of the quantized vectors with respect to x: "straight_through" or
+        "rotation" (see `rotation_trick`).
+      block_size: Number of codes scored at a time; see `k_nearest`.
 
     Returns:
-      the codes. The vectors have a gradient in x alone, the codebook loss one in the codes alone.
+      Codes, indices and losses. `vectors` and `commitment_loss` have gradients only with respect to
+      x, `codebook_loss` only with respect to the codes.
 
     Raises:
-      InputError: if the widths differ or the gradient is not known; outside of jit, if a vector or
-        code is not finite.
+      InputError: The widths differ, `gradient` is unknown, or (outside jit) a vector or code is not
+        finite.
 
-    >>> codebook = init(jax.random.key(0), [[0.0], [2.0], [10.0], [12.0], [14.0]], 2)
-    >>> quantized = quantize(codebook, [[3.0]])
-    >>> print(quantized.vectors, quantized.commitment_loss)
-    [[1.]] [4.]
+    Examples:
+      >>> import jax
+      >>> from continuous_lm import quantize
+      >>> x = [[0.0], [2.0], [10.0], [12.0], [14.0]]
+      >>> codebook = quantize.init(jax.random.key(0), x, num_codes=2)  # codes 1 and 12
+      >>> quantized = quantize.quantize(codebook, [[3.0]])
+      >>> print(quantized.vectors, quantized.commitment_loss)
+      [[1.]] [4.]
     """
     x = as_float(x)
     neighbours = nearest(x, codebook.codes, block_size=block_size)
@@ -129,15 +154,24 @@ def quantize(
 
 
 def lookup(codes: ArrayLike, indices: ArrayLike) -> jax.Array:
-    """The codes [..., W] of a codebook [E, W] at `indices` [...].
+    """Return the codes at these indices.
+
+    Args:
+      codes: Codebook [E, W].
+      indices: Integers [...] from 0 to E - 1.
+
+    Returns:
+      Codes [..., W], in the dtype of `codes`.
 
     Raises:
-      InputError: outside of jit, if an index is not one of 0, ..., E - 1.
+      InputError: `codes` is not [E, W], or (outside jit) an index is out of range.
 
-    >>> print(lookup(jnp.array([[1.0, 0.0], [0.0, 2.0]]), [1, 1, 0]))
-    [[0. 2.]
-     [0. 2.]
-     [1. 0.]]
+    Examples:
+      >>> from continuous_lm import quantize
+      >>> print(quantize.lookup([[1.0, 0.0], [0.0, 2.0]], [1, 1, 0]))
+      [[0. 2.]
+       [0. 2.]
+       [1. 0.]]
     """
     codes = jnp.asarray(codes)
     check_shapes({"codes": (codes, "E W")})
@@ -154,33 +188,42 @@ def update_ema(
     epsilon: float = 1e-5,
     axis_name: str | None = None,
 ) -> Codebook:
-    """Moves each code to the moving average of the vectors that it stood for.
+    """Move each code to the moving average of the vectors assigned to it.
 
-    Appendix A.1 of van den Oord et al. (arXiv:1711.00937), for a code with n vectors x in a batch:
+    This is appendix A.1 of van den Oord et al. (arXiv:1711.00937). For a code with n vectors x in a
+    batch:
 
         counts = decay counts + (1 - decay) n
         sums = decay sums + (1 - decay) sum of x
-        code = sums / counts
+        code = sums / smoothed counts
+        smoothed counts = (counts + epsilon) / (total + E epsilon) total
 
-    with counts smoothed in the last line (Laplace): (counts + epsilon) / (total + E epsilon) total.
+    where total is the sum of counts over the codes (Laplace smoothing).
 
     Args:
-      codebook: before.
-      x: vectors [..., W] of a batch.
-      indices: which code each has, [...], as `quantize` gives them.
-      decay: from 0, where a code becomes the mean of this batch, to 1, where it stays.
-      epsilon: > 0, keeps codes without vectors finite, and draws them slowly to zero.
-      axis_name: a mapped axis over which the batch is spread; all its devices get the same codes.
+      codebook: Codebook before the update.
+      x: Vectors [..., W] of a batch.
+      indices: Code of each vector, int [...], as in `Quantized.indices`.
+      decay: Decay of the moving averages, from 0 (a code becomes the mean of this batch) to 1 (no
+        change).
+      epsilon: Smoothing constant > 0. It keeps codes without vectors finite and moves them slowly
+        towards zero.
+      axis_name: Mapped axis over which the batch is sharded; all devices then get the same codes.
+        None: x is the whole batch.
 
     Returns:
-      the codebook after; no gradient flows into it.
+      Codebook after the update, without gradients from x.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit, or (outside jit) a vector is not finite.
 
-    >>> codebook = Codebook(jnp.zeros((1, 2)), jnp.ones(1), jnp.zeros((1, 2)))
-    >>> print(update_ema(codebook, [[4.0, 8.0]], [0], decay=0.75).codes)
-    [[1. 2.]]
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> before = quantize.Codebook(jnp.zeros((1, 2)), jnp.ones(1), jnp.zeros((1, 2)))
+      >>> after = quantize.update_ema(before, [[4.0, 8.0]], [0], decay=0.75)
+      >>> print(after.codes)
+      [[1. 2.]]
     """
     x = as_float(x)
     code_indices = as_indices(indices)
@@ -188,7 +231,8 @@ def update_ema(
     check_vectors(x, codebook.codes)
     if code_indices.shape != x.shape[:-1]:
         raise InputError(
-            f"indices have shape {list(code_indices.shape)}; there are vectors {list(x.shape[:-1])}"
+            f"indices have shape {list(code_indices.shape)}; for vectors of shape"
+            f" {list(x.shape)} it must be {list(x.shape[:-1])}"
         )
     x = lax.stop_gradient(x.reshape(-1, width))
     code_indices = code_indices.reshape(-1)
@@ -214,28 +258,36 @@ def revive(
     threshold: ArrayLike = 1.0,
     axis_name: str | None = None,
 ) -> Codebook:
-    """Replaces codes that are hardly used by vectors drawn from a batch.
+    """Replace rarely used codes by vectors sampled from a batch.
 
-    Random restarts (Dhariwal et al., arXiv:2005.00341, section 3.1). No vector is drawn twice while
-    there are others. A new code starts with the count `threshold`, so that it has time to be used.
+    Source: random restarts, Dhariwal et al., arXiv:2005.00341, section 3.1. Vectors are sampled
+    without replacement; if there are more dead codes than vectors, vectors repeat. A new code
+    starts with the count `threshold`, so that it is not replaced again immediately.
 
     Args:
       key: PRNG key; the same on all devices.
-      codebook: before.
-      x: vectors [..., W] of a batch.
-      threshold: a code whose average count in a batch is below this is replaced.
-      axis_name: a mapped axis over which the batch is spread; vectors are drawn from all of it.
+      codebook: Codebook before the replacement.
+      x: Vectors [..., W] of a batch.
+      threshold: A code is replaced if its average count in a batch is below this.
+      axis_name: Mapped axis over which the batch is sharded; vectors are then sampled from the
+        whole batch. None: x is the whole batch.
 
     Returns:
-      the codebook after; no gradient flows into it.
+      Codebook after the replacement, without gradients from x.
 
     Raises:
-      InputError: if shapes do not fit.
+      InputError: The shapes do not fit, or (outside jit) a vector is not finite.
 
-    >>> codebook = Codebook(jnp.zeros((2, 1)), jnp.array([5.0, 0.1]), jnp.zeros((2, 1)))
-    >>> print(revive(jax.random.key(0), codebook, [[7.0]]).codes)
-    [[0.]
-     [7.]]
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm import quantize
+      >>> counts = jnp.array([5.0, 0.1])
+      >>> before = quantize.Codebook(jnp.zeros((2, 1)), counts, jnp.zeros((2, 1)))
+      >>> after = quantize.revive(jax.random.key(0), before, [[7.0]])
+      >>> print(after.codes)
+      [[0.]
+       [7.]]
     """
     x = as_float(x)
     num_codes, width = codebook.codes.shape
@@ -243,9 +295,9 @@ def revive(
     if axis_name is not None:
         x = lax.all_gather(x, axis_name)
     x = jnp.reshape(lax.stop_gradient(x), (-1, width))
-    drawn_vectors = x[jax.random.permutation(key, len(x))[:num_codes]]
+    sampled_vectors = x[jax.random.permutation(key, len(x))[:num_codes]]
     is_dead = codebook.counts < threshold
-    new_codes = drawn_vectors[count_selected_before(is_dead) % len(drawn_vectors)]
+    new_codes = sampled_vectors[count_selected_before(is_dead) % len(sampled_vectors)]
     initial_count = jnp.asarray(threshold, codebook.counts.dtype)
     return Codebook(
         jnp.where(is_dead[:, None], new_codes, codebook.codes),

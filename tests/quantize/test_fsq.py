@@ -96,7 +96,7 @@ def test_agrees_with_the_peer():
         (lambda: quantize.quantize_finite(np.ones(2), (4, 1)), "levels are (4, 1)"),
         (lambda: quantize.finite_vectors(0, ()), "levels are ()"),
         (lambda: quantize.finite_indices(np.ones(2), (4, 2.5)), "levels are (4, 2.5)"),
-        (lambda: quantize.finite_bound(np.ones(11), (8,) * 11), "than int32 can count"),
+        (lambda: quantize.finite_bound(np.ones(11), (8,) * 11), "int32 cannot count"),
         (lambda: quantize.finite_vectors([3, 20], (4, 5)), "indices[1] is 20"),
     ],
 )

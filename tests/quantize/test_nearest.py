@@ -257,7 +257,7 @@ def test_memory_where_no_block_is_given():
             "x has shape [2, 3]; it must be [..., W] with W = 5, as in codes",
         ),
         ((np.float32(1), np.ones((4, 5)), 1), "x has shape []; it must be [..., W]"),
-        ((np.ones((2, 5)), np.ones((4, 5)), 5), "k is 5, but there are only 4 codes"),
+        ((np.ones((2, 5)), np.ones((4, 5)), 5), "k is 5; it must be at most 4"),
         (
             (np.ones((2, 5)), np.ones((4, 5)), 0),
             "k is 0; it must be a positive integer",
@@ -277,7 +277,7 @@ def test_memory_where_no_block_is_given():
         (([[1.0]], [[1.0], [2.0], [np.nan]], 1), "codes[2] is not finite"),
         (
             ([[1.0]], [[1.0], [1e30]], 1),
-            "codes[1] is not finite, or too large for its square",
+            "codes[1] is not finite, or so large that its squared length overflows",
         ),
     ],
 )
