@@ -12,44 +12,44 @@ Models:
   LanguageModel       a model, its parameters and its tokenizer
   Transformer         the Flax module of the trunk
   TransformerConfig   the sizes and the family's choices of a trunk
-  Inputs              tokens or vectors, and when they are
+  Inputs              tokens or vectors, with durations and times
   Output              logits, hidden states, the cache and captured intermediates
   KVCache             keys and values of the tokens so far
   density             models whose head is a density over the next vector
   calm                next-vector models of C tokens a step, and their autoencoders
 
 Generation:
-  generate            continues prompts: new tokens or vectors of a model of any kind
-  Generated           what it returns
-  Greedy              takes the likeliest token each time
-  Temperature         draws tokens at a temperature, cut to the likeliest ones
-  Sampler             what `generate` asks of a sampler; `density` and `calm` have others
-  sample_token        draws a token from logits
-  tokenization        texts to tokens, and characters to spans of tokens
+  generate            continue prompts with any kind of model
+  Generated           the result of `generate`
+  Greedy              sampler of the most probable token
+  Temperature         sampler at a temperature, with top-k and top-p
+  Sampler             protocol of samplers; `density` and `calm` have others
+  sample_token        sample a token from logits
+  tokenization        text to tokens, and characters to spans of tokens
 
 Time:
-  durations           durations of tokens, and the times at which they end
-  signals             samples of a signal at tokens of any duration
-  attention           attention over keys that last any time, in several forms
+  durations           durations and end times of tokens
+  signals             continuous signals, sampled for a model
+  attention           attention over keys with durations, in several forms
   rotary              rotary embedding at real times
 
 Analysis:
-  sweep               an answer's probabilities along many durations of a prompt
-  attribution         which tokens make an answer, by gradients along durations
+  sweep               probabilities of answers along many durations of a prompt
+  attribution         contributions of tokens to an answer, by gradients along durations
   deletion            curves that compare attributions
-  duration_search     the inverse problem: durations that make a model say an answer
-  pruning             the least total duration at which an answer holds
+  duration_search     the inverse problem: durations for a chosen answer
+  pruning             the smallest total duration that keeps an answer
 
 Losses and codes:
   losses              likelihoods, scores and distances, as pure functions
   quantize            between vectors and codes
 
 Ground:
-  axes                letters of axes, and where arrays lie on a mesh
-  InputError          what is raised for arguments that do not fit
+  axes                letters of axes, and sharding on a mesh
+  InputError          the exception for arguments that do not fit
 
-All of these are imported when they are first used. Programs are in `continuous_lm.experiments`, run
-by `python -m continuous_lm NAME`.
+Names are imported on first use. `python -m continuous_lm NAME` runs the programs of
+`continuous_lm.experiments`.
 """
 
 import importlib

@@ -35,13 +35,13 @@ __all__ = [
 
 
 def check(**arrays_and_axes: tuple[ArrayLike, str]) -> list[jax.Array]:
-    """Arrays of one dtype, at least float32, whose axes fit and whose `...` broadcast.
+    """Convert arrays to one dtype, at least float32, and check their axes; `...` broadcast.
 
-    `check(x=(x, "... W"), factor=(factor, "... W R"))` wants x [..., W] and factor [..., W, R]; a
-    letter is of one size throughout.
+    `check(x=(x, "... W"), factor=(factor, "... W R"))` requires x [..., W] and factor [..., W, R].
+    A letter has the same size in all arrays.
 
     Raises:
-      InputError: which array does not fit, and what it must be.
+      InputError: naming the array that does not fit, and its required axes.
     """
     arrays = {
         name: _as_real(name, array) for name, (array, _) in arrays_and_axes.items()
@@ -57,18 +57,18 @@ def check_shapes(
     arrays_and_axes: Mapping[str, tuple[ArrayLike | None, str]],
     known_sizes: Mapping[str, tuple[int, str]] = MappingProxyType({}),
 ) -> tuple[int, ...]:
-    """Refuses arrays whose axes do not fit; only their shapes are looked at.
+    """Raise InputError unless the axes of the arrays fit; only shapes are read.
 
     Args:
-      arrays_and_axes: by name, an array and its axes, as "... T N H"; without "..." it has no
-        leading axes. None is an argument that was left out.
-      known_sizes: of letters that none of the arrays decides, and of whom: {"T": (3, "tokens")}.
+      arrays_and_axes: name -> an array and its axes, such as "... T N H"; without "..." it has no
+        leading axes. None is an omitted argument.
+      known_sizes: sizes of letters, with the name of their source: {"T": (3, "tokens")}.
 
     Returns:
       the shape to which the leading axes broadcast.
 
     Raises:
-      InputError: which array does not fit, what it must be, and which one says so.
+      InputError: naming the array, its required axes, and the source of the requirement.
     """
     sizes_and_owners = dict(known_sizes)
     leading_axes: dict[str, list[int]] = {}
@@ -137,7 +137,7 @@ def check_labels(
 
 
 def is_concrete(values: jax.Array) -> bool:
-    """Whether the values can be looked at: not traced, and all of them on this host."""
+    """Return whether values can be read: not traced, and all on this host."""
     return not isinstance(values, jax.core.Tracer) and values.is_fully_addressable
 
 
@@ -201,7 +201,7 @@ def check_integer_dtype(name: str, values: ArrayLike) -> None:
 
 
 def check_count(name: str, count: object, minimum: int = 1) -> None:
-    """Refuses what is not an integer of at least `minimum`."""
+    """Raise InputError unless `count` is an integer of at least `minimum`."""
     if not is_integer(count) or count < minimum:
         kind = (
             "a positive integer" if minimum == 1 else f"an integer, at least {minimum}"
@@ -210,7 +210,7 @@ def check_count(name: str, count: object, minimum: int = 1) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Whether the value is an integer of Python or NumPy; a bool is none."""
+    """Return whether the value is an integer of Python or NumPy, but not a bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

@@ -56,7 +56,7 @@ LETTERS: Mapping[str, str] = {
     "Z": "samples",
 }
 
-# Which mesh axis shards which letter. What is not here is replicated.
+# Axis letter -> mesh axis that shards it. Other letters are replicated.
 SHARDING_RULES: Mapping[str, str] = {
     "B": "data",
     "P": "data",
@@ -91,7 +91,7 @@ def sharding(
     shape: tuple[int, ...],
     rules: Mapping[str, str] = SHARDING_RULES,
 ) -> NamedSharding:
-    """Where an array with these `axes` and this `shape` lies on `mesh`.
+    """Return the sharding on `mesh` of an array with these `axes` and this `shape`.
 
     An axis whose size its mesh axis does not divide (a single key/value head, say) is replicated.
     """

@@ -12,9 +12,9 @@ __all__ = [
 class InputError(ValueError):
     """A checkpoint, configuration, prompt, array or flag that cannot be used.
 
-    The message is one line that names the culprit and says what to do. Programs print it and exit;
-    anything else that is raised is a defect of ours and keeps its traceback. What cannot be printed
-    in a line, in the name of a tensor say, is escaped.
+    The message is one line that names the culprit and the remedy. Programs print it and exit. Any
+    other exception is a defect of this package and keeps its traceback. Unprintable characters, for
+    example in the name of a tensor, are escaped.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,7 +1,7 @@
-"""What a model reads: tokens or vectors, and their place in time; made and checked once.
+"""Inputs of a model: tokens or vectors, their durations and times, checked once.
 
-Every door of the library makes one `Inputs` with `Inputs.make` and carries it whole to the layers.
-Nothing behind the door looks at the values again.
+Every public function makes one `Inputs` with `Inputs.make` and passes it to the layers. Values are
+not checked again inside.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,22 +72,22 @@ class Inputs(NamedTuple):
         follows: bool = False,
         vectors_name: str = "embeddings",
     ) -> "Inputs":
-        """Inputs from what a user gave, checked: shapes always, values where they are known.
+        """Make checked inputs from a user's arguments: shapes always, values outside jit.
 
         Args:
-          tokens: int [..., T], from 0 to `vocab_size` - 1, or
-          vocab_size: V.
-          width: D, of the embeddings.
+          tokens: int [..., T], from 0 to `vocab_size` - 1; or give `embeddings`.
+          vocab_size: number of tokens, V.
+          width: width of the embeddings, D.
           embeddings: [..., T, D] instead of tokens.
-          durations: d >= 0 [..., T] of each token; 1 if left out.
-          times: when each token ends, [..., T], instead of start + cumulative durations.
-          start: the time at which the first token begins, scalar or [...].
-          window: of the model's attention, in tokens; None if it has none.
-          follows: whether there are tokens before these, in a cache or a prefix.
-          vectors_name: what the embeddings are called in errors.
+          durations: duration d >= 0 of each token, [..., T]; 1 if omitted.
+          times: end time of each token, [..., T], instead of start + cumulative durations.
+          start: start time of the first token, scalar or [...].
+          window: window of the model's attention, in tokens; None if it has none.
+          follows: whether tokens precede these, in a cache or a prefix.
+          vectors_name: name of the embeddings in errors.
 
         Raises:
-          InputError: which argument is wrong, where, and how.
+          InputError: naming the argument, the position and the problem.
         """
         token_shape = _check_tokens(tokens, vocab_size, embeddings, width, vectors_name)
         check_timing(
@@ -150,16 +150,16 @@ def check_timing(
     follows: bool,
     name: str = "tokens",
 ) -> None:
-    """Refuses what cannot say when tokens are; shapes always, values where they are known.
+    """Check the durations and times of tokens or chunks: shapes always, values outside jit.
 
     Args:
-      token_shape: [..., T] of the tokens, or of what has one duration as a token has.
-      durations: d >= 0 [..., T].
-      times: when each token ends, [..., T].
-      start: the time at which the first token begins.
-      window: of the model's attention, in tokens; None if it has none.
-      follows: whether there are tokens before these.
-      name: what has the durations, in errors.
+      token_shape: shape [..., T] of the tokens or chunks.
+      durations: durations d >= 0, [..., T].
+      times: end time of each token, [..., T].
+      start: start time of the first token.
+      window: window of the model's attention, in tokens; None if it has none.
+      follows: whether tokens precede these.
+      name: name of the items in errors.
     """
     num_tokens = token_shape[-1]
     if durations is not None:

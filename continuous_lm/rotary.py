@@ -68,7 +68,7 @@ class LongRope:
         return self.short, self.long
 
     def is_long_at(self, num_tokens: int) -> bool:
-        """Whether a sequence of so many tokens takes the long factors."""
+        """Return whether a sequence of `num_tokens` uses the long factors."""
         if self.which == "auto":
             return num_tokens > self.original_length
         return self.which == "long"
@@ -88,7 +88,7 @@ class Rope:
 
     @property
     def attention_factor(self) -> float:
-        """What rotated vectors are multiplied by."""
+        """Factor of rotated vectors."""
         return (
             self.scaling.attention_factor if isinstance(self.scaling, LongRope) else 1.0
         )

@@ -1,23 +1,24 @@
-"""Signals over continuous time, and their samples: what a continuous transformer integrates.
+"""Signals over continuous time, and their samples, the inputs of a continuous transformer.
 
-A sentence is a signal of pieces that are constant: token j, of duration d_j, holds its embedding
-until it ends at t_j (Marro et al., arXiv:2504.03933, section 3). Here a signal may move between its
-knots, linearly or by cubics, and is sampled by a quadrature rule in each interval between them:
+A sentence is a piecewise constant signal: token j, of duration d_j, holds its embedding until it
+ends at t_j (Marro et al., arXiv:2504.03933, section 3). Here a signal may also be linear or cubic
+between its knots. A quadrature rule samples it in each interval:
 
     embeddings, times, weights = signals.sample(e, d, kind="linear", rule="gauss", points=3)
     logits = lm(embeddings=embeddings, times=times, durations=weights, position=-1)
 
-One sample an interval at its right end, weighted by its length (rule "rectangle", points=1), is the
-ordinary model with durations d, exactly, whatever the kind: a signal passes through its knots.
+The rule "rectangle" with points=1 takes one sample at the right end of each interval, weighted by
+its length. This is exactly the ordinary model with durations d, for every kind of signal, since a
+signal passes through its knots.
 
-How fast samples converge. A model sees samples in order and by index: query i weighs keys 1, ...,
-i, its own included, by their weights. The query at the signal's end has the whole rule, so that its
-integral over exact values converges as the rule does: order 1 for the rectangle, 2 for the
-trapezoid, 2 `points` for Gauss-Legendre in each interval. A query in the middle has the sum of the
-weights up to its own, which is no rule for the integral up to its own time: it is off by a part of
-its own weight, so that its error is of order 1 whichever the rule. Attention over keys and values
-that are functions of time thus has the rule's order; whole models, whose second layer reads what
-such queries found, have order 1, and two refinements can be extrapolated (Richardson).
+Convergence. A model sees samples in order and by index: query i integrates over keys 1, ..., i with
+their weights. The query at the end of the signal has all weights of the rule, so its integral over
+exact values has the order of the rule: 1 for the rectangle, 2 for the trapezoid, 2 `points` for
+Gauss-Legendre. A query inside has the weights up to its own. They are not a rule for the integral
+up to its time: the error is a part of its own weight, of order 1 for every rule. So attention over
+keys and values that are functions of time has the order of the rule at the end of the signal. The
+second layer of a model reads the results of inner queries, so whole models have order 1. Two
+refinements can be extrapolated (Richardson).
 """
 
 from typing import NamedTuple
@@ -62,29 +63,32 @@ def sample(
     rule: str = "rectangle",
     points: int = 1,
 ) -> Samples:
-    """Samples a signal in the intervals between its knots.
+    """Sample a signal in the intervals between its knots.
 
-    The last sample always is the signal's end, where its answer is read: Gauss-Legendre points lie
-    inside of intervals, so there a sample of weight 0 follows them. It sees all others.
+    The last sample is always the end of the signal, where the answer is read. Gauss-Legendre points
+    lie inside intervals, so they are followed by a sample of weight 0 at the end, which sees all
+    others.
 
     Args:
       embeddings: values e_j at the knots t_j = start + d_1 + ... + d_j, [T, D].
       durations: lengths d_j of the intervals that end at the knots, [T]; > 0 for cubics.
-      start: where the signal begins, a scalar.
-      initial: its value there, [D]; e_1 if left out, so that it begins with a constant interval.
-      kind: of the signal between knots; see `interpolate`.
-      rule: "rectangle": right ends of `points` equal parts of each interval; "trapezoid": all ends
-        of these parts, with half of the weights of the parts around them; "gauss": the `points`
-        Gauss-Legendre nodes of each interval.
-      points: in each interval.
+      start: start time of the signal, a scalar.
+      initial: value at the start, [D]; e_1 if omitted, so the first interval is constant.
+      kind: kind of the signal between knots; see `interpolate`.
+      rule: "rectangle" takes the right ends of `points` equal parts of each interval.
+
+        "trapezoid" takes all ends of these parts, each with half the lengths of the adjacent parts.
+
+        "gauss" takes the `points` Gauss-Legendre nodes of each interval.
+      points: number of parts or nodes in each interval.
 
     Returns:
       S = T points samples, and one more for "trapezoid" and "gauss"; embeddings in their dtype,
       times and weights at least float32. Differentiable in all arrays.
 
     Raises:
-      InputError: if arguments do not fit, or the trapezoid rule is asked for the ends of constant
-        pieces, where the signal jumps.
+      InputError: if arguments do not fit, or for the trapezoid rule with a constant kind, which
+        jumps at the knots.
     """
     e, d, start = jnp.asarray(embeddings), as_float(durations), as_float(start)
     if jnp.issubdtype(e.dtype, jnp.integer):
@@ -127,22 +131,22 @@ def interpolate(
     initial: jax.Array,
     kind: str = "linear",
 ) -> jax.Array:
-    """The signal's values inside each of its intervals.
+    """Evaluate the signal inside each of its intervals.
 
-    "constant" holds the value of the interval's end, as a token does; "linear" joins the two ends;
-    "cubic" joins them by the Hermite polynomial whose slope at a knot is that of the parabola
-    through it and its neighbours (at the two ends of the signal, through the nearest three), which
-    has one continuous derivative and follows parabolas exactly.
+    "constant" holds the value of the interval's end, like a token. "linear" joins the two ends.
+    "cubic" joins them by a Hermite polynomial. Its slope at a knot is that of the parabola through
+    the knot and its neighbours (at the two ends of the signal, through the nearest three knots). It
+    has a continuous derivative and reproduces parabolas exactly.
 
     Args:
       embeddings: values at the intervals' ends, [T, D].
       durations: the intervals' lengths [T], > 0 for cubics.
-      fractions: of an interval that have passed, in [0, 1], [num_fractions].
-      initial: the value where the first interval begins, [D].
-      kind: of the signal.
+      fractions: fractions of an interval, in [0, 1], [num_fractions].
+      initial: value at the start of the first interval, [D].
+      kind: kind of the signal.
 
     Returns:
-      [T, num_fractions, D] in their dtype; exactly the embeddings where the share is 1.
+      [T, num_fractions, D] in the embeddings' dtype; exactly the embeddings at fraction 1.
     """
     u = jnp.asarray(fractions, as_float(durations).dtype)[:, None]
     knots = jnp.concatenate([initial[None], embeddings]).astype(u.dtype)
@@ -181,7 +185,7 @@ def _slopes(knots: jax.Array, durations: jax.Array) -> jax.Array:
 
 
 def _quadrature_rule(rule: str, points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where an interval is sampled, in (0, 1], and the weights there, which sum to 1."""
+    """Return the nodes of a rule in (0, 1], and their weights, which sum to 1."""
     if rule == "gauss":
         nodes, weights = np.polynomial.legendre.leggauss(points)
         return (nodes + 1.0) / 2.0, weights / 2.0

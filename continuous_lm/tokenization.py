@@ -92,7 +92,7 @@ def span(
       encoding: of `text`.
       text: the prompt.
       first: a piece of the text, where the span begins.
-      last: a piece of the text, at whose last occurrence the span ends; `first` if left out.
+      last: a piece of the text, at whose last occurrence the span ends; `first` if omitted.
 
     Returns:
       (first token, token after the last), every token that overlaps those characters.

@@ -164,7 +164,7 @@ def markdown_prose(text: str) -> Iterator[Prose]:
 
 def sentences(prose: Prose) -> Iterator[Prose]:
     """Sentences of running text. Doctests, formulas, and entries of Args are apart."""
-    pattern = re.compile(r"(?<=[.!?])[\"')\]*`]*\s+(?=[\"'(\[*`]*[A-Z0-9`])")
+    pattern = re.compile(r"(?<=[.!?])[\"')\]*`]*\s+(?=[\"'(\[*`]*[A-Z0-9`]|\")")
     paragraph: list[str] = []
     first = prose.line
     indent = 0

@@ -1,18 +1,17 @@
-"""Which moments of a sentence make its answer: attributions along durations.
+"""Attributions of an answer to the durations of a sentence's tokens.
 
-Durations are differentiable, and a token of duration 0 is exactly absent. So the path from nothing
-to a sentence, d(alpha) = baseline + alpha (end - baseline), goes through sentences that the
-model is defined on, and the integrated gradients along it (Sundararajan et al., arXiv:1703.01365),
+Durations are differentiable, and a token of duration 0 is exactly absent. The straight path from an
+absent sentence to the ordinary one is d(alpha) = baseline + alpha (end - baseline). The model is
+defined on all of it. Integrated gradients along it (Sundararajan et al., arXiv:1703.01365),
 
     a_j = (end_j - baseline_j) * integral over alpha in [0, 1] of  df/dd_j (d(alpha)),
 
-share out f(end) - f(baseline) among tokens: they sum to it (completeness). Two cheaper methods
-stand beside it, gradient times input and leaving one token out, and deletion curves compare them
-all.
+distribute f(end) - f(baseline) over the tokens: they sum to it (completeness). Two cheaper methods
+are gradient times input, and leaving out one token. Deletion curves compare the methods.
 
-f is any function of durations [T] to a scalar, `LogProbability` of an answer above all. What is a
-pytree with a `__call__`, as that is, is compiled once for all prompts of a length; any other
-function is compiled for each call.
+f is any function from durations [T] to a scalar, such as `LogProbability` of an answer. A pytree
+with `__call__`, such as `LogProbability`, is compiled once for all prompts of a length. Any other
+function is compiled in each call.
 """
 
 import dataclasses
@@ -132,7 +131,7 @@ def next_token_logits(
       lm: the language model.
       tokens: int [T].
       embeddings: [T, D] instead of tokens.
-      start: when the first token begins, a scalar; 0 if left out.
+      start: when the first token begins, a scalar; 0 if omitted.
       position: index of the token after which the answer stands.
 
     Raises:
@@ -168,7 +167,7 @@ def log_probability(
       answer: ids of the tokens that count as the answer; their probabilities are summed.
       tokens: int [T].
       embeddings: [T, D] instead of tokens.
-      start: when the first token begins, a scalar; 0 if left out.
+      start: when the first token begins, a scalar; 0 if omitted.
       position: index of the token after which the answer stands.
 
     Raises:
@@ -205,12 +204,12 @@ def evaluate(objective: Objective, durations: jax.Array, batch_size: int) -> jax
 
 
 class Attribution(NamedTuple):
-    """What each token contributes, and how exactly the contributions are known.
+    """Contributions of the tokens, and their residual.
 
     Attributes:
-      contributions: contributions, in the unit of f (nats, of a log probability), float64 [T].
-      end_value: f at the durations that were explained.
-      baseline_value: f at the durations where the path begins.
+      contributions: contributions in the unit of f (nats for a log probability), float64 [T].
+      end_value: f at the end of the path, the explained durations.
+      baseline_value: f at the start of the path.
     """
 
     contributions: np.ndarray
@@ -219,7 +218,7 @@ class Attribution(NamedTuple):
 
     @property
     def change(self) -> float:
-        """f(end) - f(baseline), what the contributions should sum to."""
+        """f(end) - f(baseline), the exact sum of the contributions."""
         return self.end_value - self.baseline_value
 
     @property
@@ -242,28 +241,28 @@ def integrated_gradients(
 ) -> Attribution:
     """Integrated gradients along the straight path of durations from `baseline` to `durations`.
 
-    Fixed nodes do badly: along the path an answer comes about suddenly (log probabilities move by
-    30 nats while alpha moves by 0.05), anywhere in [0, 1], so that 64 Gauss-Legendre nodes in u,
-    alpha = u^p, miss up to 20 to 50 % for every p from 1 to 6. So f itself is looked at first, at
-    2 `nodes` + 1 points, at a forward pass each; then `nodes` gradients are taken in panels of
-    `NODES_PER_PANEL` Gauss-Legendre nodes, placed by `panel_edges`. Sums are taken in float64.
+    Fixed nodes are inaccurate. The answer's log probability changes suddenly along the path (by 30
+    nats while alpha changes by 0.05), anywhere in [0, 1]. With alpha = u^p, 64 Gauss-Legendre nodes
+    in u miss up to 20 to 50 % for every p from 1 to 6. So f is first evaluated at 2 `nodes` + 1
+    points, one forward pass each. Then `nodes` gradients are computed in panels of
+    `NODES_PER_PANEL` Gauss-Legendre nodes, placed by `panel_edges`. Sums are in float64.
 
-    Look at the residual. A path longer than the window of a model with sliding windows crosses
-    times at which a key leaves a window: f jumps there, and what jumps is in no integral.
+    Check the residual. With sliding windows, a path longer than the window crosses times at which a
+    key leaves a window. f jumps there, and the integral does not contain the jump.
 
     Args:
       objective: f, durations [T] -> a scalar.
-      durations: the end of the path [T], finite and >= 0.
-      baseline: where it begins [T]; every token absent but the first one, without which there is
-        nothing to attend to, if left out.
-      nodes: gradients that are taken, a multiple of `NODES_PER_PANEL`.
-      batch_size: durations computed at once, which bounds the memory.
+      durations: end of the path [T], finite and >= 0.
+      baseline: start of the path [T]. If omitted, all tokens but the first are absent; the first
+        stays, so that there is a key to attend to.
+      nodes: number of gradients, a multiple of `NODES_PER_PANEL`.
+      batch_size: durations in one batch, which bounds the memory.
 
     Returns:
       The attribution. A token whose duration does not change along the path contributes exactly 0.
 
     Raises:
-      InputError: if durations do not fit, or `nodes` is no multiple of `NODES_PER_PANEL`.
+      InputError: if durations do not fit, or `nodes` is not a multiple of `NODES_PER_PANEL`.
     """
     end, baseline = check_path(durations, baseline)
     if nodes < NODES_PER_PANEL or nodes % NODES_PER_PANEL:
@@ -303,14 +302,14 @@ def panel_edges(
 ) -> np.ndarray:
     """Edges of panels in [0, 1], narrow where f changes fast.
 
-    Half of them are spread evenly in sqrt(alpha), since paths are steep where tokens begin to
-    exist, and half by the variation of f: an interval counts with the largest change of f in itself
-    and in its two neighbours, so that panels are narrow on both sides of a cliff.
+    Half of the edges are even in sqrt(alpha), since f is steep near alpha = 0. The other half
+    follow the variation of f. The weight of an interval is the largest change of f in the interval
+    and its two neighbours, so panels are narrow on both sides of a sudden change.
 
     Args:
       grid: increasing points [num_points] from 0 to 1.
       objective_values: f at these points [num_points].
-      num_panels: of panels.
+      num_panels: number of panels.
 
     Returns:
       edges [num_panels + 1], float64, from 0 to 1.
@@ -349,9 +348,9 @@ def gauss_legendre(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarra
 def gradient_times_input(
     objective: Objective, durations: ArrayLike, baseline: ArrayLike | None = None
 ) -> Attribution:
-    """The gradient at the end of the path times end - baseline: first order, one gradient.
+    """The gradient at the end of the path times end - baseline: a first-order estimate.
 
-    Args and errors as of `integrated_gradients`.
+    Args and errors as in `integrated_gradients`.
     """
     end, baseline = check_path(durations, baseline)
     objective = as_jit_argument(objective)
@@ -374,7 +373,7 @@ def leave_one_out(
 ) -> Attribution:
     """f less f with each token's duration at its baseline: T + 2 values, no gradient.
 
-    Args and errors as of `integrated_gradients`.
+    Args and errors as in `integrated_gradients`.
     """
     end, baseline = check_path(durations, baseline)
     ablated_rows = jnp.where(jnp.eye(len(end), dtype=bool), baseline, end)

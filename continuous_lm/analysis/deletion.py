@@ -18,11 +18,11 @@ __all__ = ["DeletionCurve", "deletion_curve"]
 
 
 class DeletionCurve(NamedTuple):
-    """How f falls as tokens are taken away, most important first.
+    """Values of f as tokens are removed, the most important first.
 
     Attributes:
-      order: the tokens that are taken away, int [num_removed].
-      values: f after 0, 1, ..., num_removed of them are gone, float64 [num_removed + 1].
+      order: indices of the removed tokens, int [num_removed].
+      values: f after removing 0, 1, ..., num_removed of them, float64 [num_removed + 1].
     """
 
     order: np.ndarray
@@ -46,14 +46,16 @@ def deletion_curve(
     *,
     batch_size: int = 16,
 ) -> DeletionCurve:
-    """Sets tokens to their baseline in the order of an attribution, and watches f.
+    """Set tokens to their baseline in the order of an attribution, and evaluate f.
 
     Args:
-      objective: f.
-      durations: [T].
-      attribution: of each token [T]; the largest goes first, the earlier one of two equals.
-      baseline: [T], as of `integrated_gradients`; tokens that have this duration already stay out.
-      batch_size: durations computed at once.
+      objective: f, durations [T] -> a scalar.
+      durations: initial durations, [T].
+      attribution: attribution of each token [T]. The largest is removed first, and the earlier one
+        of two equals.
+      baseline: durations of removed tokens [T], as in `integrated_gradients`. Tokens that already
+        have this duration are not counted.
+      batch_size: durations in one batch.
 
     Raises:
       InputError: if an array does not fit.

@@ -1,14 +1,14 @@
-"""The inverse problem: durations that make a model say a chosen answer, or still say its own.
+"""The inverse problem: find durations for which a model gives a chosen answer.
 
-`find_durations` looks for the smallest change of durations, total sum |d - d0|, after which an
-answer leads by a margin; `pruning.prune` for the smallest total duration that keeps a value, the
-log probability of the answer above all, within a tolerance. Both follow gradients through log
-durations, which keeps them positive, and then `shrinking.shrink_towards` moves every duration back
-(to d0, or to 0) as far as the answer still holds. What must hold is a slack >= 0, a function of
+`find_durations` searches for the smallest change of durations, sum |d - d0|, for which an answer
+leads by a margin. `pruning.prune` searches for the smallest total duration that keeps a value, such
+as the answer's log probability, within a tolerance. Both follow gradients in log durations, which
+keeps durations positive. Then `shrinking.shrink_towards` moves every duration back (to d0, or to 0)
+as far as the constraint holds. The constraint is slack >= 0, with the slack a function from
 durations [T] to a scalar; see `Margin` and `pruning.Floor`.
 
-`random_search` is what a search without gradients finds with as many evaluations of the model. One
-evaluation is a forward pass; a gradient counts as three (one pass forward, two backward).
+`random_search` is a baseline without gradients, with the same number of model evaluations. A
+forward pass is one evaluation; a gradient counts as three (one pass forward, two backward).
 """
 
 import dataclasses
@@ -96,33 +96,33 @@ def find_durations(
     rounds: int = 4,
     batch_size: int = 16,
 ) -> SearchResult:
-    """Durations near the given ones, and equal to most of them, at which the slack is >= 0.
+    """Find durations with slack >= 0 near the given ones, with few changed tokens.
 
-    Gradients are local, and an answer two answers away may lie beyond a stretch where they point
-    elsewhere. So `probe_durations`, stretches of tokens that last longer or shorter, are looked at
-    first. Proximal gradient ascent then starts from d0 and from the best `NUM_PROBE_STARTS` of
-    them, under a penalty weight * |z| on the changes z of log durations: while the slack is below
-    0, `optax.sgd` takes a step along the gradient, scaled so that its largest entry is 1; and after
-    every step, every z moves towards 0 by learning_rate * weight. So a token moves away from d0
-    only if its gradient is more than `weight` times the largest: near 1 this is steepest descent in
-    the L1 norm, a token at a time, and at 0 all tokens move. Where the slack is reached, only the
-    penalty is left, so that the ascent slides along the edge of what holds, with steps that fall to
-    0 (a cosine). The least change that held is kept, `shrink_towards` shrinks the best of each
-    start, and the smallest wins.
+    Gradients are local, and between d0 and the target they may point away from the target. So
+    `probe_durations`, in which spans of tokens last longer or shorter, are evaluated first.
+    Proximal gradient ascent then starts from d0 and from the best `NUM_PROBE_STARTS` probes. Its
+    penalty is weight * |z|, with z the changes of log durations. While the slack is below 0,
+    `optax.sgd` takes a step along the gradient, scaled to a largest entry of 1. After every step,
+    every z moves towards 0 by learning_rate * weight. So a token moves away from d0 only if its
+    gradient exceeds `weight` times the largest. With a weight near 1 this is steepest descent in
+    the L1 norm, one token at a time; with 0 all tokens move. Where the slack is >= 0, only the
+    penalty acts, so the ascent follows the edge of the feasible set. Step sizes fall to 0 (a
+    cosine). Each start keeps its smallest feasible change, which `shrink_towards` shrinks. The
+    smallest of all is returned.
 
     Args:
-      constraint: durations [T] -> a scalar, which must become >= 0; `Margin` for an answer.
+      constraint: slack, durations [T] -> a scalar, to become >= 0; `Margin` for an answer.
       durations: d0, [T].
-      span: (first, end) of the tokens that may change; all but the first if left out. What lasts 0
-        keeps doing so.
-      penalty_weights: of the penalty, in (0, 1); each is tried.
+      span: (first, end) of the tokens that may change; all but the first if omitted. Durations of
+        0 do not change.
+      penalty_weights: weights of the penalty, in (0, 1); each is tried.
       learning_rate: first step of the fastest log duration.
-      steps: of each ascent.
-      rounds: of `shrink_towards`.
-      batch_size: durations computed at once.
+      steps: steps of each ascent.
+      rounds: rounds of `shrink_towards`.
+      batch_size: durations in one batch.
 
     Returns:
-      what was found; if nothing held, the durations whose slack came closest.
+      the search result; if no durations are feasible, those with the largest slack.
 
     Raises:
       InputError: if arguments do not fit.
@@ -218,14 +218,14 @@ def random_search(
     seed: int = 0,
     batch_size: int = 16,
 ) -> SearchResult:
-    """The same by chance: draws, and then random shrinking of the best.
+    """Search the same durations without gradients: random changes, then random shrinking.
 
-    Half of the evaluations are independent draws: a random number of tokens, few or many, whose log
-    durations change by a normal number of random scale, 0.05 to 2. In the other half, the smallest
-    change that held so far is shrunk: each of its entries, with probability 0.3, by a factor drawn
-    from [0, 1]. What still holds is kept.
+    Half of the evaluations are independent draws. A draw changes a random number of tokens by
+    normal changes of log duration, with a random scale from 0.05 to 2. The other half shrinks the
+    smallest feasible change so far: each entry, with probability 0.3, is multiplied by a uniform
+    factor from [0, 1]. Feasible results replace it.
 
-    Args and errors as of `find_durations`.
+    Args and errors as in `find_durations`.
     """
     initial_durations, is_free = validate_durations(durations, span)
     check_counts({"evaluations": evaluations, "batch_size": batch_size})
@@ -238,12 +238,13 @@ def random_search(
 
 
 class _Ascents(NamedTuple):
-    """Where ascents came to, and what was best on their way.
+    """Best durations of each ascent.
 
     Attributes:
-      durations: [P, T], of the least total change that held; if none did, what lacked least.
-      shortfalls: [P], what they lack; below 0 if they hold.
-      changes: [P], their total change; infinite if they do not hold.
+      durations: [P, T], with the smallest feasible change; if none is feasible, with the smallest
+        shortfall.
+      shortfalls: [P], minus the slack; at most 0 if feasible.
+      changes: [P], total changes; infinite if infeasible.
     """
 
     durations: jax.Array
@@ -325,7 +326,7 @@ def _keep_best(
     is_satisfied: jax.Array,
     initial_durations: jax.Array,
 ) -> _Ascent:
-    """The ascent with its present place as the best, if it is better than what was."""
+    """Return the ascent with its current durations as the best, if they are better."""
     total_change = jnp.sum(jnp.abs(initial_durations * jnp.expm1(ascent.z)))
     change = jnp.where(is_satisfied, total_change, jnp.inf)
     is_smaller = change < ascent.change

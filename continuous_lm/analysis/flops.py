@@ -44,14 +44,14 @@ def layer_weights(config: TransformerConfig) -> LayerWeights:
 
 
 def token_flops(config: TransformerConfig) -> int:
-    """Of one token in all layers, without scores and unembedding."""
+    """Return FLOPs of one token in all layers, without scores and unembedding."""
     return 2 * config.num_layers * layer_weights(config).total
 
 
 def prefix_flops(config: TransformerConfig, num_tokens: int) -> float:
-    """Of the keys and values of `num_tokens` tokens; the last layer makes nothing else.
+    """Return FLOPs of the keys and values of `num_tokens` tokens, the last layer's only work.
 
-    A token's scores are with itself and the tokens before it.
+    A token has scores with itself and earlier tokens.
     """
     weights = layer_weights(config)
     num_pairs = num_tokens**2 / 2
@@ -69,19 +69,18 @@ def continuation_flops(
     num_shared_tokens: int,
     all_scores: bool = False,
 ) -> float:
-    """Of the next token's logits at each point, where the keys of the shared tokens are known.
+    """Return FLOPs of the next token's logits at each point, after the shared tokens.
 
-    The last layer makes keys and values of all later tokens, and the rest for one token of each
-    point; the first makes queries, keys and values once for all points, unless positions were added
-    to the embeddings before.
+    The last layer computes keys and values of all later tokens, and the rest for one token of each
+    point. The first layer computes queries, keys and values once for all points, unless positions
+    are added to the embeddings.
 
     Args:
-      config: of the model.
-      num_points: P.
-      num_tokens: of the prompt.
-      num_shared_tokens: the first of these, which all points share.
-      all_scores: whether scores of later tokens are computed too, and hidden, as the dense form
-        does.
+      config: config of the model.
+      num_points: number of points, P.
+      num_tokens: tokens of the prompt.
+      num_shared_tokens: number of first tokens that all points share.
+      all_scores: whether masked scores of later tokens are computed too, as in the dense form.
     """
     weights = layer_weights(config)
     num_new = num_tokens - num_shared_tokens

@@ -52,28 +52,27 @@ def prune(
     steps: int = 200,
     rounds: int = 4,
 ) -> SearchResult:
-    """The smallest total duration at which a value is at most `tolerance` below what it was.
+    """Find the smallest total duration with a value at most `tolerance` below the original one.
 
-    Adam on log durations, from the given ones, which are never exceeded, minimises their sum under
-    a penalty for what the value lacks, whose weight grows while the value lacks something and falls
-    while it does not. The shortest durations at which nothing was lacking are kept, and
-    `shrink_towards` then takes them to 0 as far as the value allows, the shortest first: most to
-    exactly 0, where a token is absent. The same without the first stage is greedy pruning; so it is
-    from those first whose duration the value depends on least, which is best where it is linear.
-    The shortest wins.
+    The first stage is Adam on log durations, bounded above by the given durations. It minimises
+    their sum plus a penalty on the shortfall of the value. The penalty's weight grows while there
+    is a shortfall and falls otherwise. The shortest durations without shortfall are kept. The
+    second stage, `shrink_towards`, moves them towards 0, the shortest first; most become exactly
+    0, an absent token. Two searches use only the second stage: greedy pruning, and pruning in the
+    order of the gradient, which is best where the value is linear. The shortest result is returned.
 
     Args:
-      objective: durations [T] -> a scalar; the log probability of an answer, say.
-      durations: of the whole prompt [T].
-      tolerance: in the unit of the value.
-      span: (first, end) of the tokens that may go; all but the first if left out. The first one
-        stays in any case: without it there may be nothing to attend to.
-      learning_rate: of Adam, in log durations.
-      steps: of Adam.
-      rounds: of `shrink_towards`.
+      objective: durations [T] -> a scalar, such as the log probability of an answer.
+      durations: durations of the whole prompt, [T].
+      tolerance: largest shortfall, in the unit of the value.
+      span: (first, end) of the tokens that may be removed; all but the first if omitted. The first
+        token always stays, so that there is a key to attend to.
+      learning_rate: learning rate of Adam, in log durations.
+      steps: steps of Adam.
+      rounds: rounds of `shrink_towards`.
 
     Returns:
-      what was found, with the total over the tokens that may go.
+      the shortest durations, with the total over the tokens of the span.
 
     Raises:
       InputError: if arguments do not fit.

@@ -58,20 +58,20 @@ class SearchResult(NamedTuple):
 def shrink_towards(
     constraint: Objective, durations: ArrayLike, target: ArrayLike, *, rounds: int = 4
 ) -> SearchResult:
-    """Moves durations towards a target as far as the slack stays >= 0.
+    """Move durations towards a target as far as the slack stays >= 0.
 
-    Token by token, those nearest to their target first: the least of `SHRINK_FACTORS` of a token's
-    distance is kept at which the slack holds; `rounds` times over. At last all distances are scaled
-    together, by bisection.
+    A round visits the tokens in order of their distance to the target. It multiplies a token's
+    distance by the smallest of `SHRINK_FACTORS` for which the slack stays >= 0. After all rounds,
+    all distances are scaled together, by bisection.
 
     Args:
-      constraint: durations [T] -> a scalar, >= 0 at `durations`.
-      durations: where to begin, [T].
-      target: where to go, [T].
-      rounds: over all tokens.
+      constraint: slack, durations [T] -> a scalar, >= 0 at `durations`.
+      durations: initial durations, [T].
+      target: target durations, [T].
+      rounds: rounds over all tokens.
 
     Returns:
-      what was found; `durations` themselves if the slack is below 0 there.
+      the final durations; `durations` themselves if their slack is below 0.
     """
     initial_durations = as_float(durations)
     goal = as_float(target)

@@ -1,9 +1,9 @@
-"""Sweeps: a prompt at many durations, the answer's probabilities at each, under one jit.
+"""Sweeps: probabilities of answers to a prompt at many durations, under one jit.
 
-What all points have in common is computed once: the tokens before the first that differs from
-point to point run through the model a single time, and every point goes on from their keys and
-values. Behind the answer nothing is computed, and in the last layer nothing but the answer. Points
-run in batches of one size; see `sweep_batches`. On a mesh, points are spread over its axis "data".
+The prefix, all tokens before the first difference between points, is computed once, and every point
+reuses its keys and values. Tokens after the answer position are not computed, and the last layer
+computes only that position. Points run in batches of one size; see `sweep_batches`. On a mesh,
+points are sharded over its axis "data".
 """
 
 import dataclasses
@@ -50,17 +50,17 @@ __all__ = [
 
 
 class DurationsAndTimes(NamedTuple):
-    """Arguments of a model that say how long tokens last and when they end."""
+    """Arguments of a model: durations and end times of tokens."""
 
     durations: jax.Array  # [P, T]
     times: jax.Array | None  # [P, T]; None: from the durations
 
 
 def change_durations(durations: ArrayLike, change: str = "both") -> DurationsAndTimes:
-    """The arguments of a model that follow `durations` [P, T] in mass, in time, or in both.
+    """Return model arguments that follow `durations` [P, T] in mass, in time, or in both.
 
-    "mass" changes the weights of the keys (log d) and leaves every token at its ordinary time;
-    "times" moves the tokens (rotary angles, windows) and leaves their weights at 1; "both" is the
+    "mass" changes the weights of the keys (log d) and leaves every token at its ordinary time.
+    "times" moves the tokens (rotary angles, windows) and leaves their weights at 1. "both" is the
     continuous transformer.
     """
     durations = as_float(durations)
@@ -91,7 +91,7 @@ def probabilities(
     batch_size: int | None = None,
     progress: str | None = None,
 ) -> np.ndarray:
-    """The probability of each group of tokens as the next token, at every point of a sweep.
+    """Compute the probability of each group of tokens as the next token, at every point of a sweep.
 
     At least one of the model's arguments has the points' axis P in front.
 
@@ -100,12 +100,12 @@ def probabilities(
       groups: A groups of token ids; the probabilities of a group's tokens are summed.
       tokens: int [T] or [P, T].
       embeddings: [T, D] or [P, T, D] instead of tokens.
-      durations: d >= 0 [T] or [P, T]; 1 if left out.
+      durations: d >= 0 [T] or [P, T]; 1 if omitted.
       times: when each token ends, [T] or [P, T].
       start: when the first token begins, [] or [P].
       position: index of the token after which the answer stands, an int or int [P].
-      batch_size: at most so many points at once; as many as suit the device if left out.
-      progress: label of a progress bar; none is shown if left out.
+      batch_size: at most so many points at once; as many as suit the device if omitted.
+      progress: label of a progress bar; none is shown if omitted.
 
     Returns:
       probabilities [P, A], float32.
@@ -141,7 +141,7 @@ def tokens_above(
 ) -> list[int]:
     """The tokens whose probability reaches `threshold` at any point of a sweep, likeliest first.
 
-    Other arguments are as of `probabilities`.
+    Other arguments as in `probabilities`.
     """
     points = make_points(
         lm.config,
@@ -168,10 +168,10 @@ class Sweep:
     """One prompt at P points.
 
     Attributes:
-      num_points: P.
-      num_tokens: T; the answer stands after the last.
-      make_inputs: makes the model's inputs, as of `probabilities`, when they are needed; they are
-        checked then.
+      num_points: number of points, P.
+      num_tokens: number of tokens, T; the answer follows the last.
+      make_inputs: function that makes the model's inputs, as in `probabilities`. It is called when
+        the inputs are needed, and they are checked then.
     """
 
     num_points: int
@@ -182,10 +182,10 @@ class Sweep:
 def group_by_program(
     lm: LanguageModel[Transformer], sweeps: Sequence[Sweep], batch_size: int = 32
 ) -> list[tuple[int, ...]]:
-    """Which sweeps to compute together, so that few programs are compiled and batches are full.
+    """Group sweeps to compute together, for few compiled programs and full batches.
 
-    A set holds sweeps of similar length with about `batch_size` points. It depends on the sweeps
-    alone, and so do the numbers that come of it, to the last bit.
+    A group holds sweeps of similar length with about `batch_size` points. Groups, and so the bits
+    of the results, depend only on the sweeps.
     """
 
     def program_key(sweep: Sweep) -> tuple:
@@ -305,15 +305,15 @@ def membership_matrix(groups: Sequence[Sequence[int]], vocab_size: int) -> np.nd
 
 
 class _SharedArguments(NamedTuple):
-    """What every device gets whole."""
+    """Arguments that are replicated on all devices."""
 
     params: Params
-    inputs: Inputs  # what does not differ, without the points' axis
+    inputs: Inputs  # inputs that all points share, without the points' axis
     membership: np.ndarray  # [V, A]
 
 
 class _PointArguments(NamedTuple):
-    """What is spread over devices, with the points' axis in front."""
+    """Arguments that are sharded over devices, with the points' axis first."""
 
     inputs: Inputs  # what differs
     position: np.ndarray  # int [P]
@@ -331,23 +331,23 @@ def pmap_sweep(
     position: ArrayLike = -1,
     devices: Sequence[jax.Device] | None = None,
 ) -> np.ndarray:
-    """`sweep.probabilities` by `jax.pmap`: the points spread over devices.
+    """Compute `probabilities` by `jax.pmap`, with the points sharded over devices.
 
-    All points run at once: for fewer, cut them up.
+    All points run in one batch; to bound the memory, call it with fewer points.
 
     Args:
-      lm: the language model, on no mesh.
-      groups: as of `probabilities`, and so are
+      lm: the language model, not on a mesh.
+      groups: A groups of token ids, as in `probabilities`.
       tokens: int [T] or [P, T].
       embeddings: [T, D] or [P, T, D] instead of tokens.
       durations: [T] or [P, T].
       times: [T] or [P, T].
       start: [] or [P].
       position: an int or int [P].
-      devices: of this process; all of them if left out.
+      devices: devices of this process; all of them if omitted.
 
     Returns:
-      probabilities [P, A], float32: those of one device, to rounding.
+      probabilities [P, A], float32, equal to those of one device up to rounding.
     """
     model = trunk_model(lm)
     points = make_points(
@@ -371,7 +371,7 @@ def pmap_sweep(
 
 
 def _split_by_variation(inputs: Inputs) -> tuple[Inputs, Inputs]:
-    """What is the same at all points, without their axis, and what differs; None in the other."""
+    """Split inputs into those that all points share, without their axis, and those that differ."""
     fixed_inputs = [
         array[0] if array is not None and len(array) == 1 else None for array in inputs
     ]

@@ -53,9 +53,9 @@ class Points(NamedTuple):
     """The points of one prompt.
 
     Attributes:
-      inputs: of the model: arrays [P, ...] of what differs, [1, ...] of what does not.
-      position: of the token after which the answer stands, int [P], not negative.
-      num_shared_tokens: how many tokens all points begin with.
+      inputs: inputs of the model: arrays [P, ...] that differ between points, [1, ...] that do not.
+      position: index of the token before the answer, int [P], not negative.
+      num_shared_tokens: number of first tokens that all points share.
     """
 
     inputs: Inputs
@@ -77,9 +77,9 @@ class Batch(NamedTuple):
     """Points of B prompts, as one program computes them.
 
     Attributes:
-      inputs: tokens that follow the prefix: arrays [B, P, ...] of what differs, [B, 1, ...] of what
-        does not.
-      position: int [B, P], among these tokens.
+      inputs: inputs after the prefix: arrays [B, P, ...] that differ between points, [B, 1, ...]
+        that do not.
+      position: index of the token before the answer among these, int [B, P].
       prefix: the tokens before these, with leading axes [B, 1]; None if there are none.
     """
 
@@ -89,10 +89,10 @@ class Batch(NamedTuple):
 
 
 class BatchOptions(NamedTuple):
-    """How the points are cut into batches, and what is shown meanwhile.
+    """Options of batches of points.
 
     Attributes:
-      batch_size: at most so many points at once; None: as many as suit the device.
+      batch_size: largest number of points in a batch; None: a number that suits the device.
       progress: label of a progress bar; None: no bar.
     """
 
@@ -121,9 +121,7 @@ def make_points(
     start: ArrayLike | None = None,
     position: ArrayLike = -1,
 ) -> Points:
-    """The points of a sweep, from what a user gave, checked.
-
-    Arguments are as of `sweep.probabilities`.
+    """Make the checked points of a sweep from a user's arguments, as in `sweep.probabilities`.
 
     Raises:
       InputError: if arguments do not fit each other or the model.
@@ -194,7 +192,7 @@ def _with_points_axis(inputs: Inputs) -> Inputs:
 
 
 def _count_shared_tokens(inputs: Inputs, max_shared: int) -> int:
-    """How many tokens are the same at every point, from the first on, at most `max_shared`."""
+    """Count the first tokens that are the same at every point, at most `max_shared`."""
     start = inputs.start
     if start is not None and (start != start[:1]).any():
         return 0
@@ -256,7 +254,7 @@ def _auto_mesh(params: Params) -> Mesh | None:
 def _stack_points(
     model: Transformer, params: Params, prompts: Sequence[Points]
 ) -> Batch:
-    """All points of the prompts; what is worth it is computed once, as their prefix."""
+    """Make one batch of all points of the prompts, with a computed prefix where it saves time."""
     prefix_lengths = [p.num_shared_tokens for p in prompts]
     ends = [int(p.position.max()) + 1 for p in prompts]
     if not all(_is_prefix_worthwhile(model.config, points) for points in prompts):
@@ -276,7 +274,7 @@ def _stack_points(
 
 
 def _is_prefix_worthwhile(config: TransformerConfig, points: Points) -> bool:
-    """Whether what all points share is worth a program of its own."""
+    """Return whether computing the shared tokens in a separate program saves time."""
     num_saved_tokens = points.num_shared_tokens * (points.num_points - 1)
     return num_saved_tokens * flops.token_flops(config) > MIN_SAVED_FLOPS
 
@@ -287,7 +285,7 @@ def _compute_prefix(
     prompts: Sequence[Points],
     prefix_lengths: Sequence[int],
 ) -> KVCache:
-    """What all points share, of B prompts: a prefix with leading axes [B, 1]."""
+    """Compute the shared prefix of B prompts, with leading axes [B, 1]."""
     token_ranges = [(0, prefix_length) for prefix_length in prefix_lengths]
     inputs = _stack_tokens(prompts, token_ranges, LENGTH_MULTIPLE)
     first_point = jax.tree.map(lambda array: array[:, :1], inputs)
@@ -370,7 +368,7 @@ def _default_batch_size(num_tokens: int, num_shards: int) -> int:
 
 
 def _take_points(all_points: Batch, point_indices: np.ndarray) -> Batch:
-    """These points of each prompt; what does not differ stays as it is."""
+    """Select points of each prompt; inputs that all points share are unchanged."""
 
     def take(array: Array | None) -> Array | None:
         if array is None or array.shape[1] == 1:

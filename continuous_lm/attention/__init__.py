@@ -1,11 +1,11 @@
-"""Attention as an integral over time: every key counts as long as its token lasts.
+"""Attention as an integral over time: every key is weighted by its token's duration.
 
     y_i = sum_{j <= i} d_j exp(s_ij) v_j / sum_{j <= i} d_j exp(s_ij),
     s_ij = softcap(scale q_i . k_j)
 
-With d = 1 this is causal softmax attention; with d the durations of the tokens it is the continuous
-transformer of Marro et al. (arXiv:2504.03933, section 3); with d any quadrature weights it
-integrates any sampled signal. Adding log d to the logits is the same, but has no gradient at d = 0.
+With d = 1 this is causal softmax attention. With d the durations of the tokens it is the continuous
+transformer of Marro et al. (arXiv:2504.03933, section 3). With d any quadrature weights it
+integrates a sampled signal. Adding log d to the logits is equivalent, but has no gradient at d = 0.
 """
 
 import functools
@@ -43,46 +43,46 @@ def attend(  # noqa: PLR0913 (a problem's arguments, and how to compute it)
     implementation: str = "auto",
     block_size: int | None = None,
 ) -> jax.Array:
-    """Causal attention over weighted keys.
+    """Compute causal attention over weighted keys.
 
-    Causality is by index: a query sees the key of its own token and those before it, whatever their
-    durations. Scores, weights and sums are held in at least float32.
-
-    Leading axes broadcast.
+    Causality is by index: a query sees the key of its own token and earlier keys, for all
+    durations. Scores, weights and sums are in at least float32. Leading axes broadcast.
 
     Args:
       q: queries [..., T, N, H], rotated.
       k: keys [..., S, K, H], rotated; K divides N.
       v: values [..., S, K, H].
-      key_weights: d >= 0 of each key, [..., S]; all 1 if left out.
-      scale: of the scores; 1 / sqrt(H) if left out.
-      softcap: bound c of the scores, c tanh(s / c), before they are weighted.
-      window: a key is visible while the time since its end is below this, in tokens.
-      intervals: time [..., S] from the end of the key before to the end of this one, for the
-        window; the weights if left out.
-      query_offset: index among the keys of the first query's token; S - T if left out, so that the
+      key_weights: d >= 0 of each key, [..., S]; all 1 if omitted.
+      scale: factor of the scores; 1 / sqrt(H) if omitted.
+      softcap: bound c of the scores, c tanh(s / c), applied before the weights.
+      window: length of the window in time: a key is visible while the time since its end is less.
+      intervals: time [..., S] from the end of the previous key to the end of this one, for the
+        window; `key_weights` if omitted.
+      query_offset: index of the first query's token among the keys; S - T if omitted, so that the
         queries are the last tokens.
-      implementation: how it is computed, to the same result within rounding. All but "dense" take
-        memory O(T + S), and have reverse-mode gradients of first order alone.
-        "dense" holds [T, S] scores, in memory O(T S).
-        "blocked" makes scores block by block, on any device.
-        "cudnn" calls cuDNN, on NVIDIA GPUs: bfloat16, a query for every key, no soft-capping, no
-        window, heads up to 120 wide, or 248 from Hopper on (3 channels carry the weights, and
-        widths are multiples of 8). Weights below 1e-30 count as that.
-        "splash" calls JAX's kernel for TPUs: no window; `query_offset` must be a number. Without
-        soft-capping, weights below 1e-30 count as that.
-        "pallas" is a kernel of ours that does all that "blocked" does, on GPUs and TPUs; on CPUs it
-        is interpreted, for tests. It is not measured yet, so it must be asked for.
-        "auto" is dense for short sequences and single queries. For others it is cudnn or, on a
-        machine with but one device, splash, if the program is compiled for a GPU or TPU that this
-        machine has, and they take the arguments; and blocked everywhere else.
-        On several TPUs "splash" and "pallas" must be called inside of `jax.shard_map`: the compiler
-        cannot spread them over devices.
-      block_size: tokens in a block of the blocked form, at most; chosen by size if left out.
+      implementation: form of the computation; results differ only by rounding. All forms but
+        "dense" take O(T + S) memory, and support only first-order reverse-mode gradients.
+
+        - "dense" stores [T, S] scores, in O(T S) memory.
+        - "blocked" computes scores block by block, on any device.
+        - "cudnn" calls cuDNN, on NVIDIA GPUs. It needs bfloat16 and a query for every key, without
+          soft-capping or window. Heads are at most 120 wide, or 248 from Hopper on (3 channels
+          carry the weights, and widths are multiples of 8). Weights below 1e-30 are raised to it.
+        - "splash" calls JAX's kernel for TPUs, without window; `query_offset` must be a number.
+          Without soft-capping, weights below 1e-30 are raised to it.
+        - "pallas" is this package's kernel for GPUs and TPUs, with all features of "blocked". On
+          CPUs it is interpreted, for tests. It is not measured yet, so "auto" never selects it.
+        - "auto" is dense for short sequences and single queries. For others it is cudnn on a GPU,
+          or splash on a machine with one TPU, if the kernel supports the arguments and the machine
+          has the device that the program is compiled for. It is blocked otherwise.
+
+        On several TPUs, call "splash" and "pallas" inside `jax.shard_map`; the compiler cannot
+        partition them.
+      block_size: largest number of tokens in a block of "blocked"; set by size if omitted.
 
     Returns:
-      y [..., T, N, H] in the dtype of q. A query that sees no weight at all has no value: it
-      gives 0 (callers that know the weights refuse them).
+      y [..., T, N, H] in the dtype of q. It is 0 for a query whose visible weights are all 0 (model
+      inputs refuse such durations).
 
     Raises:
       InputError: if shapes do not fit, the implementation is not known, or does not take them.
@@ -107,7 +107,7 @@ def attend_problem(
     implementation: str = "auto",
     block_size: int | None = None,
 ) -> jax.Array:
-    """`attend`, of arguments whose shapes are known to fit: those of a model's layers.
+    """Compute `attend` for checked arguments, as in a model's layers.
 
     Returns:
       y [..., T, N, H] in the dtype of q.
@@ -144,13 +144,13 @@ def _attend_by(
 
 
 def _is_short(problem: AttentionProblem) -> bool:
-    """Whether the dense form is as fast as any."""
+    """Return whether the problem is so small that the dense form is as fast as any."""
     num_scores = problem.num_queries * problem.num_keys
     return problem.num_queries == 1 or num_scores <= MAX_DENSE_SCORES
 
 
 def _import_kernel(kernel: str) -> ModuleType:
-    """The module of a kernel, imported when it is wanted: Pallas takes its time."""
+    """Import the module of a kernel when it is first used, since importing Pallas is slow."""
     return importlib.import_module(f"{__name__}.{kernel}")
 
 

@@ -1,17 +1,18 @@
 """Attention over weighted keys by blocks: O(T + S) memory, forward and backward.
 
-Scores are made for one block of queries and one of keys at a time, under a running maximum and a
-running sum (Milakov & Gimelshein, arXiv:1805.02867; Rabe & Staats, arXiv:2112.05682). The backward
-pass makes them anew from the maximum and the sum of each row (Dao et al., arXiv:2205.14135; kept
-apart, they lose no digits of large scores, as their log-sum-exp would). With
+Scores are computed for one block of queries and one block of keys at a time, with a running maximum
+and a running sum (Milakov & Gimelshein, arXiv:1805.02867; Rabe & Staats, arXiv:2112.05682). The
+backward pass recomputes them from the maximum and the sum of each row (Dao et al.,
+arXiv:2205.14135). The two are stored separately; their log-sum-exp would round large scores. With
 
     e_ij = exp(s_ij - m_i) / z_i,    z_i = sum_j d_j exp(s_ij - m_i),    g_ij = dy_i . (v_j - y_i)
 
-the gradient for a score is d_j e_ij g_ij, and the one for a weight is e_ij g_ij summed over queries
-and heads: finite down to d = 0. Blocks that no query sees, being later or out of the window, are
-skipped.
+the gradient of a score is d_j e_ij g_ij. The gradient of a weight is e_ij g_ij summed over queries
+and heads, which is finite down to d = 0. Blocks of keys that are later than all queries, or outside
+the window, are skipped.
 
-The gradient is for reverse mode, once: `jax.jvp`, and gradients of gradients, need the dense form.
+Only first-order reverse-mode gradients are supported: `jax.jvp` and second-order gradients need the
+dense form.
 """
 
 import functools
@@ -49,7 +50,7 @@ class KernelOptions(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """What decides which key a query sees."""
+    """Arguments that determine the keys a query sees."""
 
     query_offset: jax.Array  # index of the first query's own key
     window_times: WindowTimes | None  # [B, S]
@@ -66,7 +67,7 @@ class KernelArrays(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass reads."""
+    """Residuals of the backward pass."""
 
     arrays: KernelArrays
     visibility: Visibility
@@ -131,7 +132,7 @@ def pad_to_blocks(
     block_size: int,
     mode: str = "constant",
 ) -> jax.Array:
-    """x [B, T, ...] with T filled up to whole blocks. As last keys, nobody sees what is added."""
+    """Pad x [B, T, ...] to whole blocks. No query sees the added last keys."""
     padding = [(0, 0)] * x.ndim
     padding[1] = (0, -x.shape[1] % block_size)
     return jnp.pad(x, padding, mode=mode)
@@ -164,7 +165,7 @@ def reachable_blocks(
     num_queries: int,
     num_keys: int,
 ) -> jax.Array:
-    """Whether any query of a block may see any key of a block: bool [T / queries, S / keys]."""
+    """Return whether a query of a block may see a key of a block, bool [T / queries, S / keys]."""
     query_offset, window_times, window = visibility
     query_blocks = jnp.arange(num_queries // options.query_block)
     key_blocks = jnp.arange(num_keys // options.key_block)
@@ -220,7 +221,7 @@ def _mask(
     i: jax.Array,
     j: jax.Array,
 ) -> jax.Array:
-    """Which keys of block j the queries of block i see, for scores [B, K, T, G, S]."""
+    """Return the mask of block i of queries and block j of keys, for scores [B, K, T, G, S]."""
     first_query = visibility.query_offset + i * options.query_block
     first_key = j * options.key_block
     mask = visibility_mask(
@@ -344,7 +345,7 @@ class WeightedKeys(NamedTuple):
 
 
 class QueryRows(NamedTuple):
-    """Queries, or one block of them, with what belongs to their rows."""
+    """Queries, or one block of them, with the residuals of their rows."""
 
     q: jax.Array  # [B, T, K, G, H]
     dy: jax.Array  # [B, T, K, G, H]
@@ -454,7 +455,7 @@ def _add_query_gradients(
     scores: ScoreGradients,
     keys: WeightedKeys,
 ) -> jax.Array:
-    """dq [B, T, K, G, H] with what block i of queries gets from a block of keys."""
+    """Add to dq [B, T, K, G, H] the gradient of block i of queries from a block of keys."""
     update = jnp.einsum(
         "bktgs,bskh->btkgh", scores.product, keys.k, preferred_element_type=dq.dtype
     )

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 NUM_WEIGHT_CHANNELS = 3  # of log d: 8 bits each, together those of float32
-# What is lighter weighs this much in the keys. It is not seen unless its score is 60 above all
-# others, and the gradient for a weight of 0 is the one here.
+# Smaller weights are raised to this in the keys. Such a key has no effect unless its score is 60
+# above all others, and the gradient for a weight of 0 is the one here.
 MIN_KEY_WEIGHT = 2.0**-100
 
 

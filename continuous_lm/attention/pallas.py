@@ -1,9 +1,9 @@
-"""Attention over weighted keys by a kernel of our own, for TPUs and GPUs: O(T + S) memory.
+"""Attention over weighted keys by a Pallas kernel, for TPUs and GPUs: O(T + S) memory.
 
-It does all that the blocked form does, by the same formulas (see `blocked`), but keeps scores in a
-core's own memory. A program of the grid has one block of queries, or, for the gradients of keys and
-weights, one of keys, and loops over the blocks of the others that are in sight. In the latter the
-scores are transposed: what belongs to a query lies along the last axis, as it is stored.
+It uses the formulas of the blocked form (see `blocked`), but keeps scores in the on-chip memory of
+a core. A program of the grid has one block of queries and loops over the visible blocks of keys.
+For the gradients of keys and weights it has one block of keys and loops over the blocks of queries
+that see it. There the scores are transposed: values of queries lie along the last axis, as stored.
 """
 
 import functools
@@ -36,7 +36,7 @@ ThreeArrays = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class TokenPositions(NamedTuple):
-    """Where queries [B, T], or keys [B, S], stand, and with an axis for the others."""
+    """Indices and times of queries [B, T] or keys [B, S], with an axis to broadcast."""
 
     key_index: jax.Array  # its own key's index
     ticks: Any = None  # of `WindowTimes`, for the window
@@ -44,9 +44,9 @@ class TokenPositions(NamedTuple):
 
 
 class KernelInputs(NamedTuple):
-    """What a program of the grid reads: its part of each array, as a reference.
+    """Inputs of a program of the grid: references to its part of each array.
 
-    The same value holds the whole arrays, and the letters of their axes.
+    The same class also holds the whole arrays, and the letters of their axes.
     """
 
     q: Any
@@ -63,7 +63,7 @@ class KernelInputs(NamedTuple):
 
 
 class RowArrays(NamedTuple):
-    """What belongs to the rows of scores, for their gradients."""
+    """Residuals and gradients of the rows of scores."""
 
     dy: Any
     dy_dot_y: Any
@@ -74,8 +74,8 @@ class RowArrays(NamedTuple):
 class Grid(NamedTuple):
     """The axes of a grid, of inputs and of outputs, a letter each.
 
-    A point of the grid has its own entry of the grid's axes, but its own block of the last, "t" or
-    "s"; of "#" it has the entry for that block, and of "." everything.
+    A point of the grid gets one entry of each axis, but a block of the last axis, "t" or "s". On
+    "#" it gets the entry of that block, and on "." the whole axis.
     """
 
     axes: str
@@ -84,7 +84,7 @@ class Grid(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """What the backward pass reads."""
+    """Residuals of the backward pass."""
 
     arrays: KernelArrays
     visibility: Visibility
@@ -173,7 +173,7 @@ def _pad_channels(x: jax.Array) -> jax.Array:
     return jnp.pad(x, padding)
 
 
-# --- What the programs of the grid do -----------------------------------------------------------
+# --- Programs of the grid -----------------------------------------------------------------------
 
 
 def _visibility_mask(
@@ -181,7 +181,7 @@ def _visibility_mask(
     key_positions: TokenPositions,
     tick_and_limit: Any,
 ) -> jax.Array:
-    """Which keys the queries see: `visibility.visibility_mask` for what is in a core's memory."""
+    """Return `visibility.visibility_mask` of the queries and keys in a core's memory."""
     is_causal = key_positions.key_index <= query_positions.key_index
     if tick_and_limit is None:
         return is_causal
@@ -233,7 +233,7 @@ def _get_block(
     i: jax.Array,
     block_size: int,
 ) -> Tree:
-    """Block i of what lies along the last axis."""
+    """Return block i along the last axis."""
     entries = _block_slice(i, block_size)
     return jax.tree.map(lambda reference: reference[:, entries], per_token)
 
@@ -357,7 +357,7 @@ def _run_grid(
     inputs: KernelInputs,
     outputs: tuple[jax.ShapeDtypeStruct | jax.Array, ...],
 ) -> list[jax.Array]:
-    """Runs `kernel(options, inputs, *outputs)` on each point; `outputs` say what they look like."""
+    """Run `kernel(options, inputs, *outputs)` on each point of the grid; `outputs` are shapes."""
     *batch_sizes, num_tokens, _ = outputs[0].shape
     make_spec = functools.partial(_block_spec, grid, options)
     input_specs = KernelInputs(
@@ -397,7 +397,7 @@ def _block_spec(
     letters: str,
     array: Any,
 ) -> pl.BlockSpec:
-    """Which part of an array with these letters a point of the grid has: see `Grid`."""
+    """Return the block specification of an array with these letters; see `Grid`."""
     block_axis = grid.axes[-1]
     block_sizes: dict[str, int | None] = dict.fromkeys((*grid.axes, "#"))
     block_sizes[block_axis] = _block_size(grid, options)
@@ -413,12 +413,12 @@ def _block_spec(
 
 
 def _as_column(per_token: Tree) -> Tree:
-    """What belongs to tokens, with an axis behind theirs."""
+    """Add a last axis to values of tokens."""
     return jax.tree.map(lambda x: x[..., None], per_token)
 
 
 def _as_row(per_token: Tree) -> Tree:
-    """What belongs to tokens, with an axis in front of theirs."""
+    """Add an axis before the last to values of tokens."""
     return jax.tree.map(lambda x: x[..., None, :], per_token)
 
 
@@ -430,7 +430,7 @@ def _block_range(reachable: jax.Array) -> tuple[jax.Array, ...]:
 def _token_positions(
     arrays: KernelArrays, visibility: Visibility
 ) -> tuple[TokenPositions, TokenPositions]:
-    """Where the queries [B, K, G, T, H] and keys [B, K, S, H] stand."""
+    """Return the positions of queries [B, K, G, T, H] and keys [B, K, S, H]."""
     query_offset, window_times, window = visibility
     num_batch, _, _, num_queries, _ = arrays.q.shape
     num_keys = arrays.k.shape[2]
@@ -517,7 +517,7 @@ def _attend_with_residuals(
     arrays: KernelArrays,
     visibility: Visibility,
 ) -> tuple[jax.Array, Residuals]:
-    """y [B, K, G, T, H] in the dtype of the weights, and what the backward pass needs."""
+    """Compute y [B, K, G, T, H] in the dtype of the weights, and the residuals."""
     q, dtype = arrays.q, arrays.key_weights.dtype
     rows = jax.ShapeDtypeStruct((*q.shape[:4], 1), dtype)
     outputs = jax.ShapeDtypeStruct(q.shape, dtype), rows, rows

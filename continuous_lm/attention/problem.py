@@ -14,10 +14,10 @@ from continuous_lm.errors import InputError
 
 
 class AttentionProblem(NamedTuple):
-    """What a form of attention computes: y [..., T, K, G, H], in the dtype of the weights.
+    """Arguments of a form of attention, which returns y [..., T, K, G, H] in the weights' dtype.
 
-    Leading axes broadcast. Scale, soft-cap and offset are numbers where they are known when the
-    program is compiled; forms may need that they are.
+    Leading axes broadcast. Scale, soft-cap and offset are Python numbers if they are known at
+    compile time; some forms require that.
     """
 
     q: (
@@ -89,7 +89,7 @@ class AttentionProblem(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of scores, sums and the result."""
+        """Dtype of scores, sums and the result."""
         return self.key_weights.dtype
 
     @property
@@ -104,13 +104,13 @@ class AttentionProblem(NamedTuple):
 
     @property
     def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """What has gradients: q, k, v and key_weights."""
+        """The arrays with gradients: q, k, v and key_weights."""
         return self.q, self.k, self.v, self.key_weights
 
     def as_function_of_arrays(
         self, attend: Callable[["AttentionProblem"], jax.Array]
     ) -> Callable[..., jax.Array]:
-        """`attend` as a function of `arrays` alone; what is closed over stays static."""
+        """Return `attend` as a function of `arrays`; all other arguments are static."""
 
         def attend_arrays(
             q: jax.Array,

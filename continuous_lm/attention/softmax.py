@@ -58,7 +58,7 @@ def lift_mask(mask: jax.Array) -> jax.Array:
 
 
 def present_and_log(key_weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether each weight is there at all, and its logarithm: -inf, with no gradient, if not."""
+    """Return whether each weight is nonzero, and its logarithm: -inf, without gradient, at 0."""
     is_present = key_weights >= jnp.finfo(key_weights.dtype).tiny
     log_present_weights = jnp.log(jnp.where(is_present, key_weights, 1.0))
     return is_present, jnp.where(is_present, log_present_weights, -jnp.inf)

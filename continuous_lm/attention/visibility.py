@@ -1,4 +1,4 @@
-"""Which keys a query sees: none after its own, and none whose time is too long ago."""
+"""Visibility of keys: none after the query's own, and none before the window in time."""
 
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ def visibility_mask(
     window_times: WindowTimes | None = None,
     window: ArrayLike | None = None,
 ) -> jax.Array:
-    """Whether each query sees each key.
+    """Return whether each query sees each key.
 
     Args:
       query_indices: indices of their own keys, int [T].

@@ -49,9 +49,9 @@ def write_atomically(
 ) -> Iterator[pathlib.Path]:
     """A new folder to write into, whose files reach `folder` only when all of them are written.
 
-    A `folder` that is not there yet appears in one rename. In one that is, files of the same names
-    are replaced by one rename each, and then those whose whole name `stale_pattern` matches and
-    that are not among the new ones are removed. On an exception nothing has changed.
+    A new `folder` appears in one rename. In an existing folder, each file of the same name is
+    replaced by one rename. Then other files whose whole name matches `stale_pattern` are removed.
+    On an exception nothing has changed.
 
     Raises:
       InputError: if the folder cannot be made or written.
@@ -101,8 +101,8 @@ def write_atomically(
 def replace_atomically(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """A new folder to write into, which takes the place of `folder`, sub-folders and all.
 
-    What was there goes. Of several processes that do this at once, one wins. On an exception
-    nothing has changed.
+    The old contents are removed. If several processes do this simultaneously, one of them wins. On
+    an exception nothing has changed.
 
     Raises:
       InputError: if the folder cannot be made or written.

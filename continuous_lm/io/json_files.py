@@ -62,6 +62,6 @@ def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
         text = json.dumps(values, indent=2, allow_nan=False)
     except ValueError as error:
         raise InputError(
-            f"what is to be written holds NaN or infinity ({error})"
+            f"the values to write contain NaN or infinity ({error})"
         ) from None
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The weights of a checkpoint folder in the Hugging Face layout, read and written with care.
+"""Reading and writing the weights of a checkpoint folder in the Hugging Face layout.
 
-Nothing in a folder is trusted. No pickle is ever opened, an index may name files of its own folder
-only, and whatever is wrong ends in an `InputError` that names the file, the field or the tensor.
+Nothing in a folder is trusted. Pickles are never opened, and an index may name only files in its
+own folder. Every defect raises an `InputError` that names the file, the field or the tensor.
 """
 
 import json
@@ -150,7 +150,7 @@ def _read_index(folder: pathlib.Path) -> dict[str, set[str]]:
 
 
 def _map_file(path: pathlib.Path) -> tuple[dict[str, Any], np.ndarray]:
-    """The header of a safetensors file and its data, or an error that says what it is instead."""
+    """Return header and data of a safetensors file; an error names the file's actual format."""
     try:
         check_regular_file(path)
         with path.open("rb") as file:
@@ -250,9 +250,9 @@ def save_file(
     dtype: np.dtype,
     get_tensor: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one safetensors file: the header's length, the header, one tensor after the other.
+    """Write one safetensors file: the header's length, the header, then the tensors in order.
 
-    Arguments as of `save_tensors`.
+    Arguments as in `save_tensors`.
     """
     dtype_name = next(name for name, candidate in _DTYPES.items() if candidate == dtype)
     header: dict[str, Any] = {

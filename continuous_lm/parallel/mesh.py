@@ -1,9 +1,9 @@
 """Meshes of devices with the axes "data" and "model".
 
     mesh = make_mesh("data=2,model=4")
-    lm = clm.load(folder, mesh=mesh)            # parameters lie on it, and so what is made of them
+    lm = clm.load(folder, mesh=mesh)            # parameters and results are sharded over it
 
-Where parameters and activations lie is said by the letters of their axes: see
+The letters of their axes determine the sharding of parameters and activations; see
 `axes.SHARDING_RULES`.
 """
 
@@ -89,7 +89,7 @@ def _parse_mesh(description: str) -> dict[str, int]:
             or int(size) < 1
         ):
             raise InputError(
-                f"{description!r:.60} is not a mesh; say how many devices each axis has, as in"
+                f"{description!r:.60} is not a mesh; give the number of devices of each axis, as in"
                 " data=2,model=4"
             )
         sizes[axis] = int(size)

@@ -1,7 +1,7 @@
-"""Data parallel by `jax.pmap`, for code that is built on it.
+"""Data parallelism by `jax.pmap`, for code that already uses it.
 
-JAX only maintains pmap: `jax.jit` of arrays that lie on a mesh (see `parallel.mesh.make_mesh`) does
-the same and more, over many hosts too, and is what the rest of the package is made for.
+JAX keeps pmap in maintenance mode. New code should use `jax.jit` on arrays that are sharded over a
+mesh (see `parallel.mesh.make_mesh`). The rest of the package does so; it also runs on many hosts.
 """
 
 import math
@@ -22,12 +22,12 @@ def pmap_rows(
     """`function(shared, rows)` by `jax.pmap`, rows spread over devices.
 
     Args:
-      function: pure, of a tree that every device gets whole and of a tree of arrays [P, ...],
-        whose rows it treats one as the other; returns a tree of arrays [P, ...].
-      devices: of this process; all of them if left out.
+      function: pure function of two trees. The first is replicated. The second has arrays [P, ...],
+        whose rows are independent. It returns a tree of arrays [P, ...].
+      devices: devices of this process; all of them if omitted.
 
     Returns:
-      a function of the same arguments; of P rows each device gets P / devices, the last filled up.
+      a function of the same arguments. Each device gets P / devices rows; the last ones are padded.
     """
     pmapped = jax.pmap(function, in_axes=(None, 0), devices=devices)
     num_devices = jax.local_device_count() if devices is None else len(devices)

@@ -32,7 +32,7 @@ Tree = TypeVar("Tree")
 
 
 def is_first_process() -> bool:
-    """Whether this is process 0, which alone writes."""
+    """Return whether this is process 0, the only one that writes."""
     return jax.process_index() == 0
 
 
@@ -50,7 +50,7 @@ def gather_to_hosts(tree: Tree) -> Tree:
 
 
 def broadcast_from_first(value: Tree) -> Tree:
-    """What process 0 gives, in every process; JSON must be able to hold it. All must call it."""
+    """Return process 0's value, in JSON types, in all processes; all must call it."""
     if jax.process_count() == 1:
         return value
     encoded = np.frombuffer(
@@ -64,14 +64,14 @@ def broadcast_from_first(value: Tree) -> Tree:
 
 
 def any_process(condition: bool) -> bool:
-    """Whether it is true in any process; all must call it."""
+    """Return whether the condition is true in any process; all must call it."""
     if jax.process_count() == 1:
         return condition
     return bool(np.any(multihost_utils.process_allgather(np.bool_(condition))))
 
 
 def wait_for_all(name: str) -> None:
-    """Goes on when every process has come here."""
+    """Wait until every process has called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -84,24 +84,24 @@ def initialize(
     startup_timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> None:
-    """Joins the processes of one computation, by `jax.distributed`; before any other use of JAX.
+    """Join the processes of one computation by `jax.distributed`, before any other use of JAX.
 
-    Where the address is known, the processes watch each other, over the port after the
-    coordinator's: when one ends early, or has not been heard of for a while, the others end with
-    one line on stderr and exit status 1, wherever they are. (JAX would abort them from another
-    thread, or leave them waiting.) A process that ends by an exception ends the others too.
+    If the address is known, a watchdog runs on the port after the coordinator's. When a process
+    ends early, or sends no heartbeat for a while, the others end with one line on stderr and exit
+    status 1. (JAX would abort them from another thread, or leave them waiting.) A process that ends
+    by an exception also ends the others.
 
     Args:
-      coordinator: host:port of process 0, where that and the next port must be free. The variable
-        JAX_COORDINATOR_ADDRESS if left out. "auto": what JAX finds out by itself (Slurm, Open MPI,
-        TPU slices), where JAX's own watch is all there is.
-      num_processes: how many; JAX_NUM_PROCESSES if left out.
-      process_id: the number of this one, from 0; JAX_PROCESS_ID if left out.
-      startup_timeout: seconds until all must have come.
-      heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+      coordinator: host:port of process 0, with that port and the next free; the environment
+        variable JAX_COORDINATOR_ADDRESS if omitted. "auto": JAX's own detection (Slurm, Open MPI,
+        TPU slices), without the watchdog.
+      num_processes: number of processes; JAX_NUM_PROCESSES if omitted.
+      process_id: index of this process, from 0; JAX_PROCESS_ID if omitted.
+      startup_timeout: seconds to wait for all processes.
+      heartbeat_timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-      InputError: if it is not said who takes part, or not all have come.
+      InputError: if an argument is missing, or not all processes start in time.
     """
     for name, seconds in {
         "startup_timeout": startup_timeout,

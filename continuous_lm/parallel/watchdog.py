@@ -120,7 +120,9 @@ class Watchdog:
 
     def _send(self, message: bytes) -> None:
         for peer in self.peers.values():
-            with contextlib.suppress(OSError):  # who hears nobody says so
+            with contextlib.suppress(
+                OSError
+            ):  # the peer is gone; its own watchdog reports it
                 peer.send(message)
 
     def _listen(self, process_index: int, peer: socket.socket) -> None:

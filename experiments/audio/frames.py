@@ -18,7 +18,8 @@ Two baselines need no training: the same codes weighted by their frequencies, an
 the previous frame.
 
 The output folder has frames.json with every number, three figures, .wav files and the models. The
-.wav files are the sound, its reconstructions from frames and from codes, and samples of both models.
+.wav files are the sound, its reconstructions from frames and from codes, and samples of both
+models.
 
 --sound=tones, the default, is synthesised (see `synthesis.synthesize_tones`). --sound=speech is
 espeak-ng reading the documentation of this Python's library; espeak-ng must be installed. Sampled

@@ -57,7 +57,7 @@ def load_or_build(
     folder = pathlib.Path(cache_dir).absolute() / _cache_name(
         source, source_state["dtype"]
     )
-    if folder.exists():
+    if os.path.exists(folder):  # noqa: PTH110 (False for a name that no file can have)
         cached_params = _restore_if_valid(folder, source_state, specs)
         if cached_params is not None:
             return cached_params

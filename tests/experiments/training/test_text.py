@@ -95,7 +95,7 @@ def test_files_are_documents(tmp_path):
         (b"\xef\xbb\xbf \n", "text is empty"),
         (b"caf\xe9 au lait", r"not UTF-8: byte 0xe9 at offset 3"),
         ("pipe", "is not a file"),
-        ("folder", "is a folder.*name the files"),
+        ("folder", "is a folder.*name its text files"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path, content, message):

@@ -102,7 +102,7 @@ ERRORS = {
     ),
     "offline": (
         lambda: errors.LocalEntryNotFoundError("not here\nsee there"),
-        "org/name@v1 is neither a folder here nor .* go online once",
+        "org/name@v1 is neither a folder nor complete .* go online once",
     ),
     "server": (
         answered(errors.HfHubHTTPError, 500),
