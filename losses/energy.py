@@ -60,9 +60,9 @@ def energy_score(
     num_samples = len(samples)
     num_targets = len(targets)
     if num_samples < 2:
-        raise InputError(f"samples has {num_samples} samples; it needs at least 2")
+        raise InputError(f"samples: got {num_samples}; at least 2 are required")
     if num_targets < 1:
-        raise InputError(f"targets has {num_targets} samples; it needs at least 1")
+        raise InputError(f"targets: got {num_targets}; at least 1 is required")
     num_axes = max(samples.ndim, targets.ndim)
     samples = _insert_leading_axes(samples, num_axes)
     targets = _insert_leading_axes(targets, num_axes)

@@ -164,5 +164,5 @@ def test_improper_exponents_are_refused(beta):
     ("samples", "targets", "culprit"), [(1, 3, "samples"), (4, 0, "targets")]
 )
 def test_too_few_are_refused(samples, targets, culprit):
-    with pytest.raises(clm.InputError, match=f"{culprit} are"):
+    with pytest.raises(clm.InputError, match=f"{culprit}: got"):
         losses.energy_score(*draw(samples=samples, targets=targets))

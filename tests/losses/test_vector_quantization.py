@@ -128,5 +128,7 @@ def test_entropy_is_least_where_assignments_are_sure_and_even():
 
 def test_entropy_takes_one_of_two():
     for given in ({}, {"logits": np.zeros(3), "probabilities": np.full(3, 1 / 3)}):
-        with pytest.raises(clm.InputError, match="either logits or probabilities"):
+        with pytest.raises(
+            clm.InputError, match="exactly one of logits and probabilities"
+        ):
             losses.code_entropy(**given)

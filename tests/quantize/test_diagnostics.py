@@ -79,7 +79,7 @@ def test_works_inside_of_jit():
         (lambda: quantize.code_use(np.zeros(0, int), 8), "indices are empty"),
         (
             lambda: quantize.quantization_noise(np.ones(3), np.ones((1, 3))),
-            "only 1 codes",
+            "at most 1, the number of codes",
         ),
         (lambda: quantize.spread(np.ones((0, 3))), "x has shape [0, 3]"),
         (lambda: quantize.spread([[1.0, np.nan]]), "x[0, 1] is nan"),

@@ -91,7 +91,7 @@ def test_agrees_with_the_peer():
     [
         (
             lambda: quantize.quantize_finite(np.ones((2, 3)), (4, 4)),
-            "2 levels for vectors [2, 3]",
+            "levels has 2 entries for vectors of shape [2, 3]",
         ),
         (lambda: quantize.quantize_finite(np.ones(2), (4, 1)), "levels are (4, 1)"),
         (lambda: quantize.finite_vectors(0, ()), "levels are ()"),

@@ -330,7 +330,7 @@ BOOKS = jax.tree.map(lambda a: a[None], BOOK)
         ),
         (
             lambda: quantize.update_residual_ema(BOOKS, np.ones((2, 3)), [0, 0]),
-            "indices have shape [2]; for vectors [2, 3] and 1 stages it must be [2, 1]",
+            "indices have shape [2]; for vectors of shape [2, 3] and 1 stages it must be [2, 1]",
         ),
     ],
 )
