@@ -1,6 +1,7 @@
-"""Next-vector models: their functions against their parts, their parameters, what is refused."""
+"""Next-vector models: functions against their parts, parameters, and refused arguments."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from continuous_lm.models import calm
 from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.implicit_heads import EnergyHead
 from continuous_lm.models.language_model import LanguageModel
-from continuous_lm.models.parameters import flatten
+from continuous_lm.models.parameters import flatten, unflatten
 from continuous_lm.models.transformer import Transformer
 from tests.fixtures import tiny
 
@@ -31,52 +32,71 @@ def lm():
 # --- The functions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"durations": DURATIONS, "start": 2.0}])
-def test_apply_is_the_pure_function_and_the_jitted_one(lm, options):
-    found = lm.model.apply({"params": lm.params}, CHUNKS, **options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"durations": DURATIONS, "start": 2.0},
+    ],
+)
+def test_hidden_states_equal_apply_and_the_pure_functions(lm, options):
+    @jax.jit
+    def apply(params):
+        return lm.model.apply({"params": params}, CHUNKS, **options)
+
+    by_apply = apply(lm.params)
     inputs = lm.model.make_inputs(CHUNKS, **options)
-    hidden = lm.model.hidden_states(lm.params, inputs).hidden
-    np.testing.assert_array_equal(found, hidden)
-    jitted = calm.hidden_states(lm, CHUNKS, **options)
-    np.testing.assert_allclose(jitted, hidden, rtol=1e-4, atol=1e-5)
-    last = calm.hidden_states(lm, CHUNKS, position=-1, **options)
-    np.testing.assert_allclose(last, hidden[:, -1], rtol=1e-4, atol=1e-5)
-    context = lm.model.context_states(lm.params, inputs)
-    np.testing.assert_allclose(context, hidden[:, :-1], rtol=1e-4, atol=1e-5)
+    hidden = jax.jit(lm.model.hidden_states)(lm.params, inputs).hidden
+    hidden = np.asarray(hidden)
+    np.testing.assert_array_equal(by_apply, hidden)
+    near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    near(calm.hidden_states(lm, CHUNKS, **options), hidden)
+    near(calm.hidden_states(lm, CHUNKS, position=-1, **options), hidden[:, -1])
+    context_states = jax.jit(lm.model.context_states)(lm.params, inputs)
+    near(context_states, hidden[:, :-1])
 
 
-def test_durations_and_times_are_read(lm):
-    plain = calm.hidden_states(lm, CHUNKS)
-    timed = calm.hidden_states(lm, CHUNKS, durations=DURATIONS)
+def test_durations_and_times_have_an_effect(lm):
+    by_default = calm.hidden_states(lm, CHUNKS)
+    by_durations = calm.hidden_states(lm, CHUNKS, durations=DURATIONS)
     ends = np.cumsum(DURATIONS)
-    same = calm.hidden_states(lm, CHUNKS, durations=DURATIONS, times=ends)
-    np.testing.assert_allclose(same, timed, rtol=1e-4, atol=1e-5)
-    other = calm.hidden_states(lm, CHUNKS, durations=DURATIONS, times=3 * ends)
-    assert np.abs(timed - plain)[:, 1:].max() > 1e-3
-    assert np.abs(other - timed)[:, 1:].max() > 1e-3
+    by_times = calm.hidden_states(lm, CHUNKS, durations=DURATIONS, times=ends)
+    np.testing.assert_allclose(by_times, by_durations, rtol=1e-4, atol=1e-5)
+    by_other_times = calm.hidden_states(lm, CHUNKS, durations=DURATIONS, times=3 * ends)
+    for a, b in ((by_durations, by_default), (by_other_times, by_durations)):
+        assert np.abs(np.asarray(a) - np.asarray(b))[:, 1:].max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"durations": DURATIONS}])
-def test_loss_by_hand(lm, options):
-    """The energy score of the head's samples against draws of the posterior, key by key."""
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"durations": DURATIONS}]
+)
+def test_loss_is_the_energy_score_of_samples_against_latents(lm, options):
+    """The samples and the latents of the posterior are computed here, with the same keys."""
     key = jax.random.key(7)
-    found = calm.loss(lm, CHUNKS, key, **options)
-    assert found.shape == (2, 4)
+    loss = calm.loss(lm, CHUNKS, key, **options)
+    assert loss.shape == (2, 4)
     target_key, head_key = jax.random.split(key)
     codec = calm.autoencoder_of(lm)
-    mean, log_scale = autoencoder.encode(codec, CHUNKS[:, 1:])
-    spread = jax.random.normal(target_key, (lm.model.num_targets, *mean.shape))
-    targets = np.asarray(mean) + np.exp(np.asarray(log_scale)) * np.asarray(spread)
-    hidden = calm.hidden_states(lm, CHUNKS, **options)[:, :-1]
+    mean, log_scale = map(np.asarray, autoencoder.encode(codec, CHUNKS[:, 1:]))
+    noise = jax.random.normal(target_key, (lm.model.num_targets, *mean.shape))
+    targets = mean + np.exp(log_scale) * np.asarray(noise)
+    hidden = np.asarray(calm.hidden_states(lm, CHUNKS, **options))[:, :-1]
     head = lm.model.head
     noise = head.noise(head_key, (head.num_samples, *hidden.shape[:-1]))
     samples = calm.transform(lm, noise, hidden)
-    expected = losses.energy_score(samples, targets, beta=head.beta)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert np.ptp(np.asarray(log_scale)) > 0.5  # neither the scale nor its square is 1
+    score = jax.jit(functools.partial(losses.energy_score, beta=head.beta))
+    np.testing.assert_allclose(loss, score(samples, targets), rtol=1e-4)
+    assert np.ptp(log_scale) > 0.5  # neither the scale nor its square is 1
 
 
-@pytest.mark.parametrize("num_targets", [1, 4, 7])
+@pytest.mark.parametrize(
+    "num_targets",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        4,
+        pytest.param(7, marks=pytest.mark.slow),
+    ],
+)
 def test_loss_of_many_durations(lm, num_targets):
     model = lm.model.clone(num_targets=num_targets)
     lm = lm.with_model(model)
@@ -87,7 +107,7 @@ def test_loss_of_many_durations(lm, num_targets):
     np.testing.assert_allclose(nats, expected, rtol=1e-5)
 
 
-def test_the_autoencoder_gets_no_gradient(lm):
+def test_the_autoencoder_has_no_gradient(lm):
     inputs = lm.model.make_inputs(CHUNKS)
 
     @jax.jit
@@ -103,21 +123,21 @@ def test_the_autoencoder_gets_no_gradient(lm):
         assert (size == 0) == path.startswith("autoencoder/"), path
 
 
-def test_chunks_are_drawn_and_decoded(lm):
+def test_sampled_chunks_are_decoded_latents(lm):
     hidden = calm.hidden_states(lm, CHUNKS)
-    drawn = lm.model.sample_chunks(lm.params, KEY, hidden, 3)
-    assert drawn.shape == (3, *CHUNKS.shape)
+    sample_chunks = jax.jit(lm.model.sample_chunks, static_argnums=3)
+    chunks = sample_chunks(lm.params, KEY, hidden, 3)
+    assert chunks.shape == (3, *CHUNKS.shape)
     latents = calm.transform(lm, lm.model.head.noise(KEY, (3, 2, 5)), hidden)
     logits = autoencoder.decode(calm.autoencoder_of(lm), latents)
-    np.testing.assert_array_equal(drawn, np.argmax(logits, axis=-1))
-    assert len(np.unique(drawn)) > 3
+    np.testing.assert_array_equal(chunks, np.argmax(logits, axis=-1))
+    assert len(np.unique(chunks)) > 3
 
 
 # --- Parameters ------------------------------------------------------------------------------
 
 
-def test_linen_makes_the_parameters_of_the_table(lm):
-    """With the axes of the table, by which a mesh divides them; the same for the same key."""
+def test_init_of_linen_has_the_parameters_and_axes_of_the_table(lm):
     table = lm.model.parameter_table()
     shapes = jax.eval_shape(lm.model.init, KEY, CHUNKS)["params"]
     boxes = flatten(shapes)
@@ -132,22 +152,30 @@ def test_linen_makes_the_parameters_of_the_table(lm):
     }
 
 
-def test_a_new_model_stands_on_the_autoencoder_that_is_given(lm):
+def test_new_models_have_the_given_autoencoder(lm):
     codec = calm.autoencoder_of(lm)
-    made = calm.create(KEY, tiny.TRUNK_CONFIG, codec, tiny.ENERGY_HEAD, num_targets=3)
-    assert made.model == lm.model
-    assert made.params["autoencoder"] is codec.params
-    again = calm.create(KEY, tiny.TRUNK_CONFIG, codec, tiny.ENERGY_HEAD, num_targets=3)
-    other = calm.create(jax.random.key(1), tiny.TRUNK_CONFIG, codec, tiny.ENERGY_HEAD)
-    for path, leaf in flatten(made.params).items():
-        np.testing.assert_array_equal(leaf, flatten(again.params)[path])
-    kernel = made.params["read_inner"]
-    assert np.abs(kernel - other.params["read_inner"]).max() > 0
+    new = calm.create(KEY, tiny.TRUNK_CONFIG, codec, tiny.ENERGY_HEAD, num_targets=3)
+    assert new.model == lm.model
+    assert new.params["autoencoder"] is codec.params
+    kernel = np.asarray(new.params["read_inner"])
     fan_in = kernel[0].size
     assert np.std(kernel) == pytest.approx(fan_in**-0.5, rel=0.1)
 
 
-# --- What is refused -------------------------------------------------------------------------
+@pytest.mark.slow
+def test_parameters_of_new_models_depend_on_the_key(lm):
+    codec = calm.autoencoder_of(lm)
+    first, same, other = (
+        calm.create(jax.random.key(seed), tiny.TRUNK_CONFIG, codec, tiny.ENERGY_HEAD)
+        for seed in (0, 0, 1)
+    )
+    for path, leaf in flatten(first.params).items():
+        np.testing.assert_array_equal(leaf, flatten(same.params)[path])
+    kernel = first.params["read_inner"]
+    assert np.abs(kernel - other.params["read_inner"]).max() > 0
+
+
+# --- Refused arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,7 +205,7 @@ def test_arguments_that_do_not_fit(lm, arguments, message):
             calm.loss(lm, **({"chunks": CHUNKS, "key": KEY} | arguments))
 
 
-def test_a_single_chunk_is_predicted_from_nothing(lm):
+def test_the_loss_of_a_single_chunk_is_refused(lm):
     with pytest.raises(clm.InputError, match="give at least two"):
         calm.loss(lm, CHUNKS[:, :1], KEY)
 
@@ -213,19 +241,19 @@ def test_other_kinds_of_models_are_refused(lm, tmp_path):
     ],
     ids=str,
 )
-def test_a_trunk_that_its_config_json_cannot_express_is_not_saved(
-    lm, tmp_path, changes
-):
+def test_trunks_that_config_json_cannot_express_are_not_saved(lm, tmp_path, changes):
     config = dataclasses.replace(tiny.TRUNK_CONFIG, **changes)
-    codec = calm.autoencoder_of(lm)
-    other_lm = calm.create(KEY, config, codec, tiny.ENERGY_HEAD)
+    model = lm.model.clone(config=config)
+    table = model.parameter_table()
+    params = unflatten({path: np.zeros(d.shape, "f4") for path, d in table.items()})
+    other_lm = lm.with_model(model).with_params(params)
     with pytest.raises(clm.InputError, match="cannot express"):
         clm.save(tmp_path, other_lm)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("pad_token", [-1, True, 1.0, "a"])
-def test_padding_is_a_token(pad_token):
+def test_padding_tokens_that_are_no_token_are_refused(pad_token):
     with pytest.raises(clm.InputError, match=r"pad_token is .*; it must be one token"):
         calm.split_into_chunks([1, 2], 3, pad_token)
 

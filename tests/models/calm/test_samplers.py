@@ -240,7 +240,7 @@ def test_prompts_in_pieces_and_one_alone(lm):
 # --- Temperatures ----------------------------------------------------------------------------
 
 P = (0.5, 0.3, 0.2)
-ROWS = 4000
+ROWS = 2500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +292,7 @@ def tempered(t):
 
 
 def many(known, sampler):
-    """Two chunks of 4000 rows, and which they are: [2, 3]."""
+    """Return two new chunks of each of ROWS rows, and counts [2, 3] of the known chunks."""
     lm, chunks = known
     row = np.arange(2 * SIZE) % V
     made = generate(

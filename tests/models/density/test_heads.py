@@ -1,4 +1,4 @@
-"""Heads: what they start as, bounds, training on sources that are known, settings."""
+"""Heads: initial values, bounds, training on known sources, and settings."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 import continuous_lm as clm
 from continuous_lm.models import settings as models_settings
@@ -73,8 +74,8 @@ def scales(density):
 
 @pytest.mark.parametrize("name", some(DENSITIES, "mixture", "full"))
 def test_scales_are_1_at_first(name):
-    hidden = jax.random.normal(KEY, (6, HIDDEN))
-    density = bounded(name, initial(HEADS[name]), hidden)
+    hidden = np.random.default_rng(0).normal(size=(6, HIDDEN)).astype(np.float32)
+    density = distribution(name, initial(HEADS[name]), hidden)
     np.testing.assert_allclose(scales(density), 1.0, rtol=1e-6)
     if name == "low rank":
         assert 0 < np.abs(density.factor).max() < 0.3  # not 0, where it has no gradient
@@ -92,28 +93,34 @@ def test_scales_are_1_at_first(name):
         st.floats(-(2.0**100), 2.0**100, width=32), min_size=HIDDEN, max_size=HIDDEN
     )
 )
-def test_no_scale_is_below_its_bound(hidden):
-    hidden = jnp.asarray(hidden)
+def test_scales_are_not_below_their_bound(hidden):
+    hidden = np.asarray(hidden, np.float32)
     for name in ("gaussian", "full", "experts"):
-        found = scales(bounded(name, far(name), hidden))
+        values = scales(distribution(name, far(name), hidden))
         bound = np.float32(HEADS[name].min_scale)
-        assert (found >= bound).all()
-        assert np.isfinite(found).all()
+        assert (values >= bound).all()
+        assert np.isfinite(values).all()
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def bounded(name, params, hidden):
+def distribution(name, params, hidden):
     return HEADS[name].distribution(params, hidden)
 
 
-def test_the_bound_is_reached_and_bounds_the_density():
-    """Targets that are all equal: the best scale is 0."""
+def test_the_least_scale_bounds_the_density():
     head = GaussianHead(width=2, min_scale=0.05)
-    params = {**zeros(head), "scale_bias": jnp.full(2, -1e4)}
-    density = head.distribution(params, jnp.zeros(HIDDEN))
-    np.testing.assert_allclose(density.scale, 0.05, rtol=1e-6)
-    peak = float(density.log_prob(jnp.zeros(2)))
-    assert peak == pytest.approx(-2 * math.log(math.sqrt(2 * math.pi) * 0.05), rel=1e-5)
+    params = {**zeros(head), "scale_bias": np.full(2, -1e4, np.float32)}
+    hidden, target = np.zeros(HIDDEN, np.float32), np.zeros(2, np.float32)
+
+    @jax.jit
+    def scale_and_peak(params):
+        density = head.distribution(params, hidden)
+        return density.scale, density.log_prob(target)
+
+    scale, peak = scale_and_peak(params)
+    np.testing.assert_allclose(scale, 0.05, rtol=1e-6)
+    expected = -2 * math.log(math.sqrt(2 * math.pi) * 0.05)
+    assert float(peak) == pytest.approx(expected, rel=1e-5)
 
 
 def zeros(head):
@@ -121,11 +128,11 @@ def zeros(head):
 
 
 @pytest.mark.parametrize("name", some(HEADS, "token", "experts"))
-def test_methods_are_those_of_the_distribution(name):
+def test_methods_equal_those_of_the_distribution(name):
     rng = np.random.default_rng(1)
-    hidden = jnp.asarray(rng.normal(size=(4, 1, HIDDEN)), jnp.float32)
-    target = jnp.asarray(rng.normal(size=(4, 2, WIDTH)), jnp.float32)
-    target = jnp.asarray([[1, 6]]) if name == "token" else target
+    hidden = rng.normal(size=(4, 1, HIDDEN)).astype(np.float32)
+    target = rng.normal(size=(4, 2, WIDTH)).astype(np.float32)
+    target = np.array([[1, 6]]) if name == "token" else target
     head = HEADS[name]
 
     @jax.jit
@@ -164,8 +171,8 @@ def test_methods_are_those_of_the_distribution(name):
 
 @pytest.mark.parametrize("name", HEADS)
 def test_distributions_are_float32_at_least(name):
-    """Of bfloat16, and of float32 where float64 is on."""
-    for low, wanted in (
+    """Parameters of bfloat16 give float32, as those of float32 do where float64 is enabled."""
+    for low, expected in (
         ("bfloat16", "float32"),
         ("float32", "float32"),
         ("float64", "float64"),
@@ -174,55 +181,52 @@ def test_distributions_are_float32_at_least(name):
             cast = lambda a, low=low: jax.ShapeDtypeStruct(a.shape, low)  # noqa: E731
             tree = jax.tree.map(cast, far(name))
             hidden = jax.ShapeDtypeStruct((HIDDEN,), low)
-            found = jax.eval_shape(HEADS[name].distribution, tree, hidden)
-        assert {a.dtype.name for a in jax.tree.leaves(found)} == {wanted}
+            dtypes = jax.eval_shape(HEADS[name].distribution, tree, hidden)
+        assert {a.dtype.name for a in jax.tree.leaves(dtypes)} == {expected}
 
 
 @pytest.mark.parametrize("depth", [0, 2])
-def test_mlp_blocks_are_there_and_begin_as_nothing(depth):
+def test_mlp_blocks_are_zero_at_first_and_follow_their_formula(depth):
     head = GaussianHead(width=2, depth=depth, mlp_size=6)
-    made = initial(head)
-    assert sorted(n for n in made if n.startswith("down_") and "bias" not in n) == [
+    mean_of = jax.jit(head.mean)
+    params = jax.tree.map(np.asarray, initial(head))
+    assert sorted(n for n in params if n.startswith("down_") and "bias" not in n) == [
         f"down_{i}" for i in range(depth)
     ]
-    hidden = jnp.arange(1.0, 1 + HIDDEN)
-    plain = made["mean"] @ hidden + made["mean_bias"]
-    np.testing.assert_allclose(head.mean(made, hidden), plain, rtol=1e-6)
-    if depth:  # a hand-written block
-        rng = np.random.default_rng(0)
-        made = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), made)
-        x = np.asarray(hidden)
-        for i in range(depth):
-            normed = x / np.sqrt(np.mean(x**2) + 1e-6) * made[f"norm_{i}"]
-            gate = made[f"gate_{i}"] @ normed + made[f"gate_{i}_bias"]
-            up = made[f"up_{i}"] @ normed + made[f"up_{i}_bias"]
-            x = (
-                x
-                + made[f"down_{i}"] @ (gate / (1 + np.exp(-gate)) * up)
-                + made[f"down_{i}_bias"]
-            )
-        found = head.mean(made, hidden)
-        np.testing.assert_allclose(
-            found, made["mean"] @ x + made["mean_bias"], rtol=1e-4
-        )
+    hidden = np.arange(1, 1 + HIDDEN, dtype=np.float32)
+    expected = params["mean"] @ hidden + params["mean_bias"]
+    np.testing.assert_allclose(mean_of(params, hidden), expected, rtol=1e-6)
+    rng = np.random.default_rng(0)
+    p = {name: rng.normal(size=a.shape) for name, a in params.items()}
+    x = hidden.astype(np.float64)
+    for i in range(depth):
+        normed = x / np.sqrt(np.mean(x**2) + 1e-6) * p[f"norm_{i}"]
+        gate = p[f"gate_{i}"] @ normed + p[f"gate_{i}_bias"]
+        up = p[f"up_{i}"] @ normed + p[f"up_{i}_bias"]
+        inner = gate / (1 + np.exp(-gate)) * up
+        x = x + p[f"down_{i}"] @ inner + p[f"down_{i}_bias"]
+    params = jax.tree.map(np.float32, p)
+    expected = p["mean"] @ x + p["mean_bias"]
+    np.testing.assert_allclose(mean_of(params, hidden), expected, rtol=1e-4)
 
 
 # --- Experts ---------------------------------------------------------------------------------
 
 
-def test_experts_are_what_their_parameters_say():
-    head, p = HEADS["experts"], jax.tree.map(np.asarray, far("experts"))
+def test_experts_follow_their_formula():
+    head, p = HEADS["experts"], far("experts")
     hidden = np.random.default_rng(2).normal(size=(6, HIDDEN)).astype(np.float32)
-    routes, chosen, mixture = head.route(far("experts"), hidden)
-    np.testing.assert_allclose(
-        routes, hidden @ p["router"].T + p["router_bias"], rtol=1e-4
-    )
+    outputs = jax.jit(head.route)(p, hidden)
+    routes, experts, mixture = jax.tree.map(np.asarray, outputs)
+    expected = hidden @ p["router"].T + p["router_bias"]
+    np.testing.assert_allclose(routes, expected, rtol=1e-4)
+    gelu = jax.jit(jax.nn.gelu)
     for i, h in enumerate(hidden):
-        best = np.argsort(-np.asarray(routes[i]))[:2]
-        np.testing.assert_array_equal(chosen[i], best)
+        best = np.argsort(-routes[i])[:2]
+        np.testing.assert_array_equal(experts[i], best)
         np.testing.assert_array_equal(mixture.logits[i], routes[i][best])
         for j, x in enumerate(best):
-            inner = np.asarray(jax.nn.gelu(p["inner"][x] @ h + p["inner_bias"][x]))
+            inner = np.asarray(gelu(p["inner"][x] @ h + p["inner_bias"][x]))
             mean = p["mean"][x] @ inner + p["mean_bias"][x]
             np.testing.assert_allclose(mixture.means[i, j], mean, rtol=1e-4, atol=1e-5)
             raw = p["scale"][x] @ inner + p["scale_bias"][x]
@@ -233,25 +237,25 @@ def test_experts_are_what_their_parameters_say():
 
 
 def balance(routes, top_k, weight=1.0):
-    """The balancing term, of a router that is made to say `routes` [N, X]."""
+    """Return the balancing term of a router whose outputs are `routes` [N, X]."""
     experts = np.shape(routes)[1]
     head = ExpertsHead(width=1, experts=experts, top_k=top_k, balance=weight)
-    made = {
+    params = {
         k: np.zeros(a.shape, np.float32) for k, a in shapes_of(head, experts).items()
     } | {"router": np.eye(experts, dtype=np.float32)}
     target = np.zeros((len(routes), 1), np.float32)
 
     @jax.jit
-    def more(routes):
-        logs = head.log_prob(made, routes, target)
-        return head.loss(made, routes, target) + logs
+    def balancing_term(routes):
+        log_prob = head.log_prob(params, routes, target)
+        return head.loss(params, routes, target) + log_prob
 
-    return float(more(np.asarray(routes, np.float32))[0])
+    return float(balancing_term(np.asarray(routes, np.float32))[0])
 
 
 @pytest.mark.parametrize("top_k", some([1, 2], 2))
-def test_balance_is_least_where_all_experts_are_used_alike(top_k):
-    even = 3.0 * np.eye(4)  # each state likes another one
+def test_balance_is_least_for_equal_use_of_all_experts(top_k):
+    even = 3.0 * np.eye(4)  # each state prefers another expert
     even = even + 2.0 * np.roll(np.eye(4), 1, axis=1)
     assert balance(even, top_k) == pytest.approx(1.0, rel=1e-5)
     one = np.tile(even[0], (4, 1))
@@ -305,20 +309,20 @@ def test_training_recovers_a_known_mixture():
     target = means[which] + spreads[which] * rng.normal(size=(2000, 2))
     head = MixtureHead(width=2, components=3)
     hidden = jnp.ones((1, 1))
-    made, _ = trained(head, hidden, jnp.asarray(target, jnp.float32))
-    found = jax.tree.map(lambda a: np.asarray(a[0]), head.distribution(made, hidden))
-    order = [np.argmin(((found.means - mean) ** 2).sum(axis=-1)) for mean in means]
+    params, _ = trained(head, hidden, jnp.asarray(target, jnp.float32))
+    fit = jax.tree.map(lambda a: np.asarray(a[0]), head.distribution(params, hidden))
+    order = [np.argmin(((fit.means - mean) ** 2).sum(axis=-1)) for mean in means]
     assert sorted(order) == [0, 1, 2]
-    np.testing.assert_allclose(found.means[order], means, atol=0.12)
-    np.testing.assert_allclose(found.scales[order], spreads, atol=0.06)
-    np.testing.assert_allclose(np.asarray(found.weights)[order], weights, atol=0.05)
+    np.testing.assert_allclose(fit.means[order], means, atol=0.12)
+    np.testing.assert_allclose(fit.scales[order], spreads, atol=0.06)
+    np.testing.assert_allclose(np.asarray(fit.weights)[order], weights, atol=0.05)
 
 
-def test_covariances_win_what_theory_says():
-    """Targets of one correlation: a diagonal costs -1/2 log det of the correlations more.
+def test_trained_covariances_reach_their_least_loss():
+    """A diagonal costs -1/2 log det of the correlations more than a full covariance.
 
-    That is the least that training can reach with each of them, in nats on these very samples. A
-    factor of rank 1 gets what of the correlation matrix it can express.
+    Both losses are the least possible ones, in nats on these samples. A factor of rank 1 is between
+    them.
     """
     rng, width = np.random.default_rng(0), 3
     mix = np.array([[1.0, 0.0, 0.0], [0.9, 0.5, 0.0], [-0.7, 0.6, 0.5]])
@@ -330,7 +334,7 @@ def test_covariances_win_what_theory_says():
     deviations = np.sqrt(np.diag(covariance))
     gap = -0.5 * np.linalg.slogdet(covariance / np.outer(deviations, deviations))[1]
     assert gap > 0.8
-    hidden, target = jnp.ones((1, 1)), jnp.asarray(target, jnp.float32)
+    hidden, target = np.ones((1, 1), np.float32), target.astype(np.float32)
     nats = {
         covariance: float(
             trained(
@@ -353,22 +357,24 @@ def clusters(count=800, number=4, seed=0):
     target = np.einsum("zij,zj->zi", maps[which], hidden) + 0.1 * rng.normal(
         size=(count, 2)
     )
-    return which, jnp.asarray(hidden, jnp.float32), jnp.asarray(target, jnp.float32)
+    return which, hidden.astype(np.float32), target.astype(np.float32)
 
 
 @pytest.mark.parametrize("top_k", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_experts_specialise(top_k):
-    """Clusters go to experts of their own, and all are used alike.
+    """Experts specialise in clusters, and all are used about equally.
 
-    To one each where one is asked. Pairs of them can tell clusters apart in other ways too: there,
-    the expert says at least half of which cluster it is (mutual information, of log 4 nats).
+    With top_k = 1 each cluster has its expert. With top_k = 2, pairs of experts can distinguish
+    clusters in other ways: the mutual information of expert and cluster is at least half of log 4.
     """
     which, hidden, target = clusters()
     head = ExpertsHead(width=2, experts=4, top_k=top_k, expert_size=8, balance=0.15)
-    made, _ = trained(head, hidden, target)
-    _, chosen, mixture = head.route(made, hidden)
-    use = np.zeros((4, 4))  # of cluster, expert: the weight that it gets
-    np.add.at(use, (which[:, None], np.asarray(chosen)), np.asarray(mixture.weights))
+    params, _ = trained(head, hidden, target)
+    _, experts, mixture = jax.jit(head.route)(params, hidden)
+    experts = np.asarray(experts)
+    use = np.zeros((4, 4))  # [cluster, expert]: sum of the mixture's weights
+    weights = np.exp(log_softmax(np.asarray(mixture.logits), axis=-1))
+    np.add.at(use, (which[:, None], experts), weights)
     use /= use.sum()
     if top_k == 1:
         assert (use.max(axis=1) / use.sum(axis=1)).min() > 0.75
@@ -376,7 +382,7 @@ def test_experts_specialise(top_k):
     apart = use.sum(axis=0) * use.sum(axis=1)[:, None]
     information = np.sum(use * np.log(np.maximum(use, 1e-30) / apart))
     assert information > 0.5 * math.log(4)
-    share = np.bincount(np.asarray(chosen).ravel(), minlength=4) / np.size(chosen)
+    share = np.bincount(experts.ravel(), minlength=4) / experts.size
     assert share.min() > 0.15
 
 
@@ -434,15 +440,14 @@ def test_settings_that_are_refused(changes, message):
         heads.from_dict(fields)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
-    made = {k: v for k, v in fields.items() if k != "kind"}
-    kind = fields["kind"]
+    kind = fields.pop("kind")
     if (
         isinstance(kind, str)
         and kind in heads.DISTRIBUTION_HEADS
         and "no setting" not in message
     ):
-        with pytest.raises(clm.InputError):  # and by hand as well
-            heads.DISTRIBUTION_HEADS[kind](**made)
+        with pytest.raises(clm.InputError):
+            heads.DISTRIBUTION_HEADS[kind](**fields)
 
 
 def test_a_head_needs_its_width():
@@ -503,7 +508,7 @@ def test_every_setting_is_read(name):
 
 
 def block_parameters(i, inner):
-    """Those of an MLP block, by name: axes and shape."""
+    """Return the parameters of an MLP block: name -> axes and shape."""
     return {
         f"norm_{i}": ("D", (HIDDEN,)),
         f"gate_{i}": ("F D", (inner, HIDDEN)),
@@ -562,12 +567,12 @@ DECLARED = {
 def test_parameters_are_those_of_saved_folders(name):
     """Names, axes and shapes; density.safetensors has them under "head/"."""
     table = HEADS[name].parameter_table(HIDDEN)
-    found = {path: (" ".join(d.axes), d.shape) for path, d in table.items()}
-    assert found == DECLARED[name]
+    declared = {path: (" ".join(d.axes), d.shape) for path, d in table.items()}
+    assert declared == DECLARED[name]
 
 
 def test_heads_are_hashable_values():
-    """They are static arguments of compiled functions."""
+    """Heads are static arguments of compiled functions."""
     assert len({*HEADS.values(), *map(dataclasses.replace, HEADS.values())}) == len(
         HEADS
     )
