@@ -50,7 +50,7 @@ def comments(source: str) -> Iterator[tuple[int, str]]:
 
 
 def strings(nodes: list[ast.AST]) -> Iterator[tuple[int, str, bool]]:
-    """(line, text, whether it is a docstring) of each string; `_` for what f-strings fill in."""
+    """Yield (line, text, is a docstring) of each string; `_` stands for the fields of f-strings."""
     skipped, docstrings = set(), set()
     for node in nodes:  # parents before their children
         match node:
@@ -99,19 +99,19 @@ def used_letters(source: str) -> Iterator[tuple[int, str]]:
 
 
 def unlisted_letters(root: Path, folders: Iterable[str] = FOLDERS) -> list[str]:
-    """FILE:LINE: LETTER, in order, of what `axes.LETTERS` does not list; links are not followed."""
-    found = set()
+    """Return FILE:LINE: LETTER for each letter not in `axes.LETTERS`, without following links."""
+    unlisted = set()
     for folder in folders:
         for parent, _, names in os.walk(root / folder):
             for path in (Path(parent, name) for name in names if name.endswith(".py")):
                 if not path.is_symlink():
                     letters = used_letters(path.read_text(encoding="utf-8"))
-                    found |= {
+                    unlisted |= {
                         (path, *use) for use in letters if use[1] not in axes.LETTERS
                     }
     return [
         f"{path.relative_to(root)}:{line}: {letter}"
-        for path, line, letter in sorted(found)
+        for path, line, letter in sorted(unlisted)
     ]
 
 

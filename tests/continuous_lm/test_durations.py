@@ -115,7 +115,7 @@ def test_distances_in_time_stay_exact(scale):
     ],
 )
 def test_a_clock_of_any_steps(steps):
-    """Times that go back, and steps at the ends of what float32 holds."""
+    """Times that go back, and steps near the least and the largest float32."""
     steps = np.array(steps, np.float32)
     ends, index = np.cumsum(steps.astype(np.float64)), np.arange(4)
     passed = elapsed_times(exact_end_times(jnp.asarray(steps)), index, index)

@@ -1,4 +1,4 @@
-"""What `import continuous_lm` brings along, and what the package shows of itself."""
+"""Modules that `import continuous_lm` imports, and names that the package exports."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ FACE = {
 
 
 def imported_by(program: str, *names: str) -> list[str]:
-    """Which of the modules `names` a program imports, once jax and flax are there."""
+    """Return the modules among `names` that a program imports after jax and flax."""
     program = (
         f"import sys, jax, flax; before = set(sys.modules); {program};"
         f" print(*({set(names)} & (set(sys.modules) - before)))"

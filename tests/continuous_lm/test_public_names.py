@@ -1,4 +1,4 @@
-"""`__all__` of a public module is what it promises: every name that it defines, and no other's."""
+"""`__all__` of a public module has every public name that it defines, and no imported one."""
 
 import ast
 import importlib

@@ -27,10 +27,10 @@ def words():
 
 
 def word_level(vocabulary, decoder=None):
-    made = lib.Tokenizer(lib.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = lib.Tokenizer(lib.models.WordLevel(vocabulary, unk_token="<unk>"))
     if decoder is not None:
-        made.decoder = decoder
-    return made
+        tokenizer.decoder = decoder
+    return tokenizer
 
 
 def hand_made():
@@ -176,14 +176,16 @@ def test_spellings_are_the_answer_and_nothing_else():
 
 def test_containing_is_whatever_has_it_in_its_name():
     tokenizer = hand_made()
-    found = {
+    names_by_answer = {
         answer: [tokenizer.id_to_token(i) for i in tokens]
         for answer, tokens in tokenization.tokens_containing(tokenizer, DIGITS).items()
     }
-    assert found["4"] == ["4", "▁4", "▁▁4", "44", "x4", "4."]
-    assert found["1"] == ["▁14"]  # of the digits in a name the first in the list counts
-    assert found["0"] == ["10", "0"]
-    tokens = [t for group in found.values() for t in group]
+    assert names_by_answer["4"] == ["4", "▁4", "▁▁4", "44", "x4", "4."]
+    assert names_by_answer["1"] == [
+        "▁14"
+    ]  # of the digits in a name the first in the list counts
+    assert names_by_answer["0"] == ["10", "0"]
+    tokens = [t for group in names_by_answer.values() for t in group]
     assert len(tokens) == len(set(tokens))
 
 

@@ -1,4 +1,4 @@
-"""What holds of every loss: dtypes, shapes that do not fit, values out of range."""
+"""Checks of every loss: dtypes, shapes that do not fit, values out of range."""
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,11 @@ NAMES = [function.__name__ for function in FLOATS]
 def test_dtypes(function, args):
     """Halves are computed in float32, integers become it, and float64 stays."""
 
-    def dtype(*given):
-        return jax.eval_shape(function, *given).dtype
+    def dtype(*arguments):
+        return jax.eval_shape(function, *arguments).dtype
 
-    for given in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32):
-        assert dtype(*(jnp.asarray(a, given) for a in args)) == jnp.float32
+    for input_dtype in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int32):
+        assert dtype(*(jnp.asarray(a, input_dtype) for a in args)) == jnp.float32
     with jax.enable_x64(True):
         mixed = [
             jnp.asarray(args[0], jnp.float32),
@@ -72,9 +72,9 @@ def test_shapes_that_do_not_fit_are_refused(function, args):
             array, 3, axis=-array.ndim + (function is losses.energy_score)
         )
         for wrong in (cut, other, 1.0):
-            given = [*args[:i], wrong, *args[i + 1 :]]
+            arguments = [*args[:i], wrong, *args[i + 1 :]]
             with pytest.raises(clm.InputError, match=r"it must be|do not broadcast"):
-                jax.eval_shape(function, *given)
+                jax.eval_shape(function, *arguments)
 
 
 def test_the_message_names_the_culprit():

@@ -21,7 +21,7 @@ def draw(seed=0, batch=(4, 3), size=6):
 
 
 class CrossEntropy(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equals_the_closed_form(self):
         logits, labels = draw()
         for smoothing in (0.0, 0.1):
@@ -86,13 +86,18 @@ def test_brier_is_proper():
 def all_pairs(p, num_tokens):
     """All pairs of samples of `num_tokens` of three kinds, and the probability of each pair."""
     grams = np.array(list(itertools.product(range(3), repeat=num_tokens)))
-    chosen = np.array(list(itertools.product(range(len(grams)), repeat=2)))
-    return grams, grams[chosen[:, 0]], grams[chosen[:, 1]], p[chosen].prod(axis=1)
+    index_pairs = np.array(list(itertools.product(range(len(grams)), repeat=2)))
+    return (
+        grams,
+        grams[index_pairs[:, 0]],
+        grams[index_pairs[:, 1]],
+        p[index_pairs].prod(axis=1),
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_brier_n_is_unbiased(n):
-    """Its mean over all pairs of samples is 1 - the Brier score of the distribution of n-grams."""
+    """The mean over all pairs of samples is 1 - the Brier score of the distribution of n-grams."""
     p = np.random.default_rng(n).dirichlet(np.ones(3**n))
     grams, first, second, weights = all_pairs(p, n)
     references = np.broadcast_to(grams[:, None], (len(grams), *first.shape))
@@ -128,7 +133,7 @@ def test_brier_n_is_proper():
 
 
 class BrierN(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equals_a_loop(self):
         x, y, truth = np.random.default_rng(0).integers(0, 2, (3, 4, 7))
         for n in (1, 3):

@@ -17,7 +17,7 @@ from tests.fixtures.differences import check_gradient
 
 energy_score = jax.jit(losses.energy_score, static_argnames="beta")
 
-# Each is compiled anew.
+# Each is another program.
 BETAS = (
     1.0,
     *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.3, 1.7, 1.95)),
@@ -38,7 +38,7 @@ def reference(x, y, beta):
 
 
 class AgainstLoop(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equals_the_sum_over_pairs(self):
         for beta, samples, targets in [(1.0, 2, 1), (0.3, 4, 3)]:
             x, y = draw(samples=samples, targets=targets)
@@ -138,7 +138,7 @@ def test_closed_form_of_normals():
 
 @pytest.mark.parametrize(("mean", "scale"), [(0.3, 1.0), (0.0, 1.3), (0.0, 0.8)])
 def test_truth_beats_others_in_samples(mean, scale):
-    """As a model's samples are scored in training: the difference is many standard errors."""
+    """With as many samples as in training, the difference is many standard errors."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 20000, 2)), rng.normal(size=(4, 20000, 2))
     other = np.asarray(energy_score(mean + scale * x, y) - energy_score(x, y))

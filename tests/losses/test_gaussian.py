@@ -56,17 +56,17 @@ def _placed(args, places):
 
 
 class AgainstScipy(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equals_the_density(self):
         for kind in KINDS:
-            drawn = draw()
-            x, mean, *rest = drawn
+            arrays = draw()
+            x, mean, *others = arrays
             expected = [
                 -multivariate_normal(m, c).logpdf(v)
-                for v, m, c in zip(x, mean, covariances(*rest)[kind], strict=True)
+                for v, m, c in zip(x, mean, covariances(*others)[kind], strict=True)
             ]
             actual = self.variant(functools.partial(nll, kind))(
-                *map(jnp.float32, drawn)
+                *map(jnp.float32, arrays)
             )
             np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
 
@@ -75,10 +75,10 @@ class AgainstScipy(chex.TestCase):
 @pytest.mark.parametrize(("width", "rank"), [(1, 1), (4, 4), (3, 6), (40, 7)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_width_and_rank(kind, width, rank):
-    drawn = draw(width, width, rank, batch=())
-    x, mean, *rest = drawn
-    expected = -multivariate_normal(mean, covariances(*rest)[kind]).logpdf(x)
-    actual = jax.jit(functools.partial(nll, kind))(*map(jnp.float32, drawn))
+    arrays = draw(width, width, rank, batch=())
+    x, mean, *others = arrays
+    expected = -multivariate_normal(mean, covariances(*others)[kind]).logpdf(x)
+    actual = jax.jit(functools.partial(nll, kind))(*map(jnp.float32, arrays))
     np.testing.assert_allclose(actual, expected, rtol=3e-5, atol=3e-5)
 
 
@@ -120,21 +120,21 @@ def test_leading_axes_broadcast(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_match_finite_differences(kind):
     with jax.enable_x64(True):
-        drawn = draw(width=3, batch=(2,))
-        used = [drawn[i] for i in USED[kind]]
+        arrays = draw(width=3, batch=(2,))
+        used = [arrays[i] for i in USED[kind]]
         check_gradient(lambda *args: nll(kind, *_placed(args, USED[kind])), *used)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_proper(kind):
-    """The expected loss is least at the truth; what it is more elsewhere is the divergence.
+    """The expected loss is least at the truth, and exceeds it elsewhere by the divergence.
 
     The loss is quadratic in x, so that points with the mean and covariance of the truth give its
     expectation exactly.
     """
     with jax.enable_x64(True):
         true, other = (draw(seed, width=3, batch=()) for seed in (1, 2))
-        p, q = (covariances(*drawn[2:])[kind] for drawn in (true, other))
+        p, q = (covariances(*arrays[2:])[kind] for arrays in (true, other))
         arms = np.sqrt(3) * np.linalg.cholesky(p).T
         points = jnp.asarray(np.concatenate([true[1] + arms, true[1] - arms]))
 
@@ -234,7 +234,7 @@ def test_low_rank_makes_no_square_matrix():
 
 
 def test_one_cholesky_factor_serves_many_vectors():
-    """Its copies would be 2000 times as large as it."""
+    """The factor is not copied for each of the 2000 vectors."""
     _, mean, *_, cholesky = draw(width=16, batch=())
     many = jnp.zeros((2000, 16))
     compiled = jax.jit(losses.full_gaussian_nll).lower(many, mean, cholesky).compile()

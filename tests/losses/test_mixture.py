@@ -37,7 +37,7 @@ def reference(x, logits, mean, scale):
 
 
 class AgainstScipy(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equals_the_density(self):
         for components in (4,):
             args = draw(components, components)

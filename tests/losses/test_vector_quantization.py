@@ -28,7 +28,7 @@ def divergences(mean, scale):
 
 
 class GaussianKL(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+    @chex.variants(with_jit=True)
     def test_equals_the_integral(self):
         rng = np.random.default_rng(0)
         mean, scale = rng.normal(size=(3, 4)), rng.uniform(0.2, 2.0, (3, 4))
@@ -97,9 +97,9 @@ class Entropies(chex.TestCase):
         logits[0, 0, 1] = -np.inf
         p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         each, mean = entropy(p, axis=-1).mean(), entropy(p.mean(axis=(0, 1)))
-        for name, given in (("logits", logits), ("probabilities", p)):
+        for name, values in (("logits", logits), ("probabilities", p)):
             actual = self.variant(lambda a, k=name: losses.code_entropy(**{k: a}))(
-                given
+                values
             )
             np.testing.assert_allclose(actual, [each, mean], rtol=1e-5)
             np.testing.assert_allclose(actual.loss(2.0), each - 2 * mean, rtol=1e-5)
@@ -127,8 +127,8 @@ def test_entropy_is_least_where_assignments_are_sure_and_even():
 
 
 def test_entropy_takes_one_of_two():
-    for given in ({}, {"logits": np.zeros(3), "probabilities": np.full(3, 1 / 3)}):
+    for arguments in ({}, {"logits": np.zeros(3), "probabilities": np.full(3, 1 / 3)}):
         with pytest.raises(
             clm.InputError, match="exactly one of logits and probabilities"
         ):
-            losses.code_entropy(**given)
+            losses.code_entropy(**arguments)

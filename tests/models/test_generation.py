@@ -598,7 +598,7 @@ def test_sampled_tokens_have_the_models_probabilities(lm):
 
 
 def test_cold_temperatures_are_greedy_and_0_needs_no_key(lm):
-    """Of tied tokens the first is taken, for every key."""
+    """The first of tied tokens is taken, for every key."""
     greedy = generate(lm, prompts(), sampler=Greedy(), max_new_tokens=NEW)
     for temperature, options in ((0.0, {}), (0.0, {"key": KEY}), (1e-4, {"key": KEY})):
         sampler = Temperature(temperature, top_p=0.9)

@@ -39,8 +39,8 @@ def test_a_linear_map_has_the_shapes_of_its_declaration():
     np.testing.assert_array_equal(params["mean_bias"], 1.0)
     x = np.random.default_rng(0).normal(size=(4, 7, 5)).astype(np.float32)
     expected = np.einsum("abd,xwd->abxw", x, np.asarray(params["mean"])) + 1.0
-    found = linear(params, "mean", jnp.asarray(x))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    actual = linear(params, "mean", jnp.asarray(x))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_kernels_keep_the_variance_of_their_inputs():

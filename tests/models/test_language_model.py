@@ -47,13 +47,13 @@ def parts(folder):
 def changed(tmp_path, folder, *drop, weights=(), **fields):
     """A copy of `folder` with other fields, without those in `drop`, with other tensors."""
     old_fields, old_weights = parts(folder)
-    kept = {
+    new_fields = {
         name: value for name, value in old_fields.items() if name not in drop
     } | fields
-    kept_weights = {
+    new_weights = {
         name: w for name, w in (old_weights | dict(weights)).items() if w is not None
     }
-    tiny.write_checkpoint(tmp_path / "changed", kept, kept_weights)
+    tiny.write_checkpoint(tmp_path / "changed", new_fields, new_weights)
     return tmp_path / "changed"
 
 
@@ -116,9 +116,9 @@ def test_each_tensor_lands_in_its_place(folder):
         }.items():
             module, leaf = path.split("/")
             stored = weights[f"model.layers.{i}.{name}.weight"]
-            found = np.asarray(layers[module][leaf][i])
+            parameter = np.asarray(layers[module][leaf][i])
             np.testing.assert_array_equal(
-                found.reshape(stored.shape), stored, err_msg=name
+                parameter.reshape(stored.shape), stored, err_msg=name
             )
 
 
@@ -219,14 +219,14 @@ def test_untied_head_that_is_missing(tmp_path, tied):
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("asked", [None, "float32", "bfloat16", jnp.float16])
-def test_dtype_is_the_stored_one_unless_asked(tmp_path, stored, asked):
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])
+def test_dtype_is_the_stored_one_unless_asked(tmp_path, stored, dtype):
     folder = tiny.save(tmp_path / "x", dtype=stored)
-    lm = clm.load(folder, dtype=asked)
-    wanted = jnp.dtype(asked or stored)
-    assert {x.dtype for x in jax.tree.leaves(lm.params)} == {wanted}
+    lm = clm.load(folder, dtype=dtype)
+    expected = jnp.dtype(dtype or stored)
+    assert {x.dtype for x in jax.tree.leaves(lm.params)} == {expected}
     table = parts(folder)[1]["model.embed_tokens.weight"]
-    np.testing.assert_array_equal(lm.params["embedding"], table.astype(wanted))
+    np.testing.assert_array_equal(lm.params["embedding"], table.astype(expected))
     assert lm(TOKENS).dtype == jnp.float32
 
 
@@ -275,9 +275,9 @@ def test_transformers_loads_what_is_saved(tmp_path, shape):
     assert not any(info.values())  # nothing missing, left over or misshapen
     assert parts(tmp_path / "b")[0]["architectures"] == [type(model).__name__]
     with torch.no_grad():
-        wanted = model(torch.tensor(TOKENS)[None]).logits[0].numpy()
+        expected = model(torch.tensor(TOKENS)[None]).logits[0].numpy()
     np.testing.assert_allclose(
-        lm(TOKENS), wanted, rtol=0, atol=2e-5 * np.abs(wanted).max()
+        lm(TOKENS), expected, rtol=0, atol=2e-5 * np.abs(expected).max()
     )
 
 

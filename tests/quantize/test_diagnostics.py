@@ -44,10 +44,10 @@ def test_spread():
     x = rng.normal(size=(4, 25, 6)) @ rng.normal(size=(6, 6)) + 3.0
     rows = x.reshape(100, 6)
     values = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
-    found = quantize.spread(x)
-    np.testing.assert_allclose(found.variances, rows.var(0), rtol=1e-5)
+    spread = quantize.spread(x)
+    np.testing.assert_allclose(spread.variances, rows.var(0), rtol=1e-5)
     np.testing.assert_allclose(
-        found.effective_rank, np.exp(stats.entropy(values)), rtol=1e-5
+        spread.effective_rank, np.exp(stats.entropy(values)), rtol=1e-5
     )
 
 

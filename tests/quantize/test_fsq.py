@@ -35,11 +35,11 @@ def test_indices_and_codes_are_one_to_one(levels):
 def test_every_code_is_reached(levels):
     rng = np.random.default_rng(0)
     x = rng.uniform(-6, 6, (200_000, len(levels))).astype(np.float32)
-    found = quantize.quantize_finite(x, levels)
-    assert len(np.unique(found.indices)) == np.prod(levels)
+    quantized = quantize.quantize_finite(x, levels)
+    assert len(np.unique(quantized.indices)) == np.prod(levels)
     some = slice(0, 1000)
-    vectors = quantize.finite_vectors(found.indices[some], levels)
-    np.testing.assert_array_equal(found.vectors[some], vectors)
+    vectors = quantize.finite_vectors(quantized.indices[some], levels)
+    np.testing.assert_array_equal(quantized.vectors[some], vectors)
     far = quantize.quantize_finite(
         [[-50.0] * len(levels), [50.0] * len(levels)], levels
     )
@@ -55,11 +55,11 @@ def test_rounds_the_bound_of_the_paper(seed):
     offset = np.array([0.5, 0.0, 0.5])
     bounded = np.tanh(x + np.arctanh(offset / half)) * half - offset
     np.testing.assert_allclose(quantize.finite_bound(x, levels), bounded, atol=1e-5)
-    found = quantize.quantize_finite(x, levels)
+    quantized = quantize.quantize_finite(x, levels)
     clear = (np.abs(bounded - np.floor(bounded) - 0.5) > 1e-4).all(axis=1)
     expected = np.round(bounded) / np.array([2, 2, 4])
     np.testing.assert_array_equal(
-        found.vectors[clear], expected[clear].astype(np.float32)
+        quantized.vectors[clear], expected[clear].astype(np.float32)
     )
 
 
@@ -81,9 +81,9 @@ def test_agrees_with_the_peer():
     levels = (8, 5, 4)
     x = np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32)
     vectors, indices = peer.FSQ(levels=list(levels))(torch.from_numpy(x)[None])
-    found = quantize.quantize_finite(x, levels)
-    np.testing.assert_allclose(found.vectors, vectors[0].numpy(), atol=1e-6)
-    np.testing.assert_array_equal(found.indices, indices[0].numpy())
+    quantized = quantize.quantize_finite(x, levels)
+    np.testing.assert_allclose(quantized.vectors, vectors[0].numpy(), atol=1e-6)
+    np.testing.assert_array_equal(quantized.indices, indices[0].numpy())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def all_distances(x, codes, metric):
 
 
 def without_ties(distances, k, gap):
-    """Which vectors have their k nearest and the next one all apart."""
+    """Return a mask of the vectors whose distances to the k + 1 nearest codes differ clearly."""
     first = np.sort(distances, axis=1)[:, : k + 1]
     scale = np.abs(distances).max(axis=1, keepdims=True)
     return (np.diff(first, axis=1) > gap * scale).all(axis=1)
@@ -69,12 +69,12 @@ def faiss_search(x, codes, k, metric):
 def test_agrees_with_faiss(metric, k):
     x, codes = draw(num_vectors=200)
     indices, distances = faiss_search(x, codes, k, metric)
-    found = quantize.k_nearest(x, codes, k, metric=metric, block_size=64)
+    neighbours = quantize.k_nearest(x, codes, k, metric=metric, block_size=64)
     clear = without_ties(all_distances(x, codes, metric), k, 1e-6)
     assert clear.mean() > (0.99 if k < 100 else 0.8)
-    np.testing.assert_array_equal(found.indices[clear], indices[clear])
-    np.testing.assert_allclose(found.distances, distances, atol=2e-5)
-    assert found.indices.dtype == jnp.int32
+    np.testing.assert_array_equal(neighbours.indices[clear], indices[clear])
+    np.testing.assert_allclose(neighbours.distances, distances, atol=2e-5)
+    assert neighbours.indices.dtype == jnp.int32
 
 
 @pytest.mark.slow
@@ -83,11 +83,13 @@ def test_agrees_with_faiss_on_a_large_codebook(metric):
     x, codes = draw(num_vectors=512, num_codes=32768, width=512)
     for k in (1, 10):
         indices, distances = faiss_search(x, codes, k, metric)
-        found = quantize.k_nearest(x, codes, k, metric=metric)
+        neighbours = quantize.k_nearest(x, codes, k, metric=metric)
         clear = without_ties(all_distances(x, codes, metric), k, 3e-7)
         assert clear.mean() > 0.99
-        np.testing.assert_array_equal(found.indices[clear], indices[clear])
-        np.testing.assert_allclose(found.distances, distances, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(neighbours.indices[clear], indices[clear])
+        np.testing.assert_allclose(
+            neighbours.distances, distances, rtol=1e-5, atol=1e-5
+        )
 
 
 # One size and few numbers, so that few programs are compiled.
@@ -104,12 +106,12 @@ def test_ties_go_to_the_lowest_index(seed, metric, k, block):
     rng = np.random.default_rng(seed)
     x = rng.integers(-2, 3, (num_vectors, width)).astype(np.float32)
     codes = rng.integers(-2, 3, (num_codes, width)).astype(np.float32)
-    found = quantize.k_nearest(x, codes, k, metric=metric, block_size=block)
+    neighbours = quantize.k_nearest(x, codes, k, metric=metric, block_size=block)
     distances = all_distances(x, codes, metric)
     expected = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(found.indices, expected)
+    np.testing.assert_array_equal(neighbours.indices, expected)
     np.testing.assert_array_equal(
-        found.distances, np.take_along_axis(distances, expected, 1)
+        neighbours.distances, np.take_along_axis(distances, expected, 1)
     )
 
 
@@ -127,14 +129,14 @@ def test_doubles_tie_exactly(metric, num_codes, width, k):
     x, codes = draw(num_codes=num_codes, width=width)
     half = num_codes // 2
     codes[half:] = codes[np.random.default_rng(0).integers(0, half, num_codes - half)]
-    whole = quantize.k_nearest(x, codes, k, metric=metric)
+    at_once = quantize.k_nearest(x, codes, k, metric=metric)
     blocked = quantize.k_nearest(x, codes, k, metric=metric, block_size=16)
-    jax.tree.map(np.testing.assert_array_equal, blocked, whole)
+    jax.tree.map(np.testing.assert_array_equal, blocked, at_once)
     if k == 1:
-        assert (whole.indices < half).all()
+        assert (at_once.indices < half).all()
     # Equal distances stand by index.
-    tied = np.diff(whole.distances, axis=1) == 0
-    assert (np.diff(whole.indices, axis=1)[tied] > 0).all()
+    tied = np.diff(at_once.distances, axis=1) == 0
+    assert (np.diff(at_once.indices, axis=1)[tied] > 0).all()
 
 
 @pytest.mark.parametrize(("num_vectors", "num_codes"), [(1, 130), (3, 37), (5, 13)])
@@ -163,25 +165,25 @@ def test_one_code_is_k_nearest_without_the_axis():
 
 def test_zero_vectors_have_a_cosine():
     x, codes = np.array([[0.0, 0.0], [-1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 0.0]])
-    found = quantize.k_nearest(x, codes, 2, metric="cosine")
-    np.testing.assert_array_equal(found.indices, [[0, 1], [1, 0]])
-    np.testing.assert_array_equal(found.distances, [[1.0, 1.0], [1.0, 2.0]])
+    neighbours = quantize.k_nearest(x, codes, 2, metric="cosine")
+    np.testing.assert_array_equal(neighbours.indices, [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(neighbours.distances, [[1.0, 1.0], [1.0, 2.0]])
 
 
 def test_distances_have_no_cancellation():
     """Far from the origin |x|^2 - 2 x.c + |c|^2 would lose all digits."""
     codes = np.array([[1000.0, 1000.0], [1001.0, 1000.0]], np.float32)
-    found = quantize.nearest([1000.0, 1000.0625], codes)
-    assert found.distances == 0.0625**2
+    neighbour = quantize.nearest([1000.0, 1000.0625], codes)
+    assert neighbour.distances == 0.0625**2
 
 
 def test_half_precision_is_searched_in_float32():
     x, codes = (jnp.asarray(a, jnp.bfloat16) for a in draw())
-    found = quantize.k_nearest(x, codes, 3, block_size=64)
+    narrow = quantize.k_nearest(x, codes, 3, block_size=64)
     wide = quantize.k_nearest(
         x.astype(jnp.float32), codes.astype(jnp.float32), 3, block_size=64
     )
-    jax.tree.map(np.testing.assert_array_equal, found, wide)
+    jax.tree.map(np.testing.assert_array_equal, narrow, wide)
 
 
 def test_float64_stays():
@@ -189,9 +191,9 @@ def test_float64_stays():
         x, codes = (a.astype(np.float64) for a in draw())
         codes[7] = x[0] * (1 + 1e-6)
         codes[3] = x[0] * (1 + 2e-6)  # float32 would see a tie, and take this one
-        found = quantize.nearest(x, codes, block_size=64)
-        assert found.distances.dtype == jnp.float64
-        assert found.indices[0] == 7
+        neighbours = quantize.nearest(x, codes, block_size=64)
+        assert neighbours.distances.dtype == jnp.float64
+        assert neighbours.indices[0] == 7
 
 
 @pytest.mark.parametrize("metric", METRICS)

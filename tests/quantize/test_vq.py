@@ -32,12 +32,12 @@ def nearest(x, codes):
 
 def test_kmeans_finds_clusters():
     x, _, which = clusters()
-    found = quantize.kmeans(KEY, x, 8, steps=5)
+    result = quantize.kmeans(KEY, x, 8, steps=5)
     means = np.array([x[which == i].mean(0) for i in range(8)])
-    order = nearest(means, np.asarray(found.centres))
+    order = nearest(means, np.asarray(result.centres))
     assert sorted(order) == list(range(8))
-    np.testing.assert_allclose(np.asarray(found.centres)[order], means, atol=1e-5)
-    np.testing.assert_array_equal(found.counts, np.full(8, 50))
+    np.testing.assert_allclose(np.asarray(result.centres)[order], means, atol=1e-5)
+    np.testing.assert_array_equal(result.counts, np.full(8, 50))
 
 
 def test_lloyds_steps_are_those_of_numpy():
@@ -50,18 +50,18 @@ def test_lloyds_steps_are_those_of_numpy():
     for _ in range(5):
         which = nearest(x, codes)
         codes = np.array([x[which == i].mean(0) for i in range(10)])
-    found = quantize.kmeans(KEY, x, 10, steps=5)
-    np.testing.assert_allclose(found.centres, codes, atol=1e-5)
+    result = quantize.kmeans(KEY, x, 10, steps=5)
+    np.testing.assert_allclose(result.centres, codes, atol=1e-5)
     np.testing.assert_array_equal(
-        found.counts, np.bincount(nearest(x, codes), minlength=10)
+        result.counts, np.bincount(nearest(x, codes), minlength=10)
     )
 
 
 def test_kmeans_of_few_different_vectors():
     x = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
-    found = quantize.kmeans(KEY, x, 5)
-    assert np.isfinite(found.centres).all()
-    assert sorted(found.counts.tolist()) == [0, 0, 4, 4, 4]
+    result = quantize.kmeans(KEY, x, 5)
+    assert np.isfinite(result.centres).all()
+    assert sorted(result.counts.tolist()) == [0, 0, 4, 4, 4]
 
 
 # --- One stage -------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_a_batch_may_lie_on_several_devices():
     """The same update, revival and start from four parts as from all of it."""
     x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
     codebook = quantize.init(KEY, x, 9, steps=1)
-    whole = ema_step(codebook, x)[0]
-    whole = quantize.revive(KEY, whole, x, threshold=6.0)
-    assert (whole.counts == 6.0).any()
+    expected = ema_step(codebook, x)[0]
+    expected = quantize.revive(KEY, expected, x, threshold=6.0)
+    assert (expected.counts == 6.0).any()
 
     def step(x):
         codebook = quantize.init(KEY, x, 9, steps=1, axis_name="data")
@@ -168,7 +168,7 @@ def test_a_batch_may_lie_on_several_devices():
         return quantize.revive(KEY, after, x, threshold=6.0, axis_name="data")
 
     parts = jax.vmap(step, axis_name="data")(x.reshape(4, 16, 3))
-    for ours, theirs in zip(parts, whole, strict=True):
+    for ours, theirs in zip(parts, expected, strict=True):
         for part in ours:
             np.testing.assert_allclose(part, theirs, rtol=1e-4, atol=1e-5)
 
@@ -214,17 +214,17 @@ def test_stages_quantize_what_is_left_over():
     x = rng.standard_normal((80, 3)).astype(np.float32)
     codebooks = quantize.init_residual(KEY, x, 3, 8, steps=2)
     coded = quantize.quantize_residual(codebooks, x)
-    rest, total = x, 0
+    residual, total = x, 0
     for stage, codes in enumerate(np.asarray(codebooks.codes)):
-        which = nearest(rest, codes)
+        which = nearest(residual, codes)
         np.testing.assert_array_equal(coded.indices[:, stage], which)
-        rest, total = rest - codes[which], total + codes[which]
+        residual, total = residual - codes[which], total + codes[which]
         np.testing.assert_allclose(
-            coded.commitment_loss[:, stage], (rest**2).sum(1), atol=1e-5
+            coded.commitment_loss[:, stage], (residual**2).sum(1), atol=1e-5
         )
     np.testing.assert_allclose(coded.vectors, total, atol=1e-6)
-    found = quantize.lookup_residual(codebooks.codes, coded.indices)
-    np.testing.assert_allclose(found, total, atol=1e-6)
+    vectors = quantize.lookup_residual(codebooks.codes, coded.indices)
+    np.testing.assert_allclose(vectors, total, atol=1e-6)
     errors = np.asarray(coded.commitment_loss).mean(0)
     assert (np.diff(errors) < 0).all()  # each stage of k-means takes some of it away
 
@@ -236,14 +236,14 @@ def test_stages_follow_their_moving_averages():
     y = rng.standard_normal((64, 3)).astype(np.float32)
     indices = quantize.quantize_residual(codebooks, y).indices
     after = quantize.update_residual_ema(codebooks, y, indices, decay=0.8, epsilon=1e-2)
-    rest = y.astype(np.float64)
+    residual = y.astype(np.float64)
     for stage in range(2):
         codes, counts, sums = (np.array(a[stage], np.float64) for a in codebooks)
         before = codes.copy()
-        which = numpy_ema(codes, counts, sums, rest, 0.8, 1e-2)
+        which = numpy_ema(codes, counts, sums, residual, 0.8, 1e-2)
         np.testing.assert_array_equal(indices[:, stage], which)
         np.testing.assert_allclose(after.codes[stage], codes, atol=1e-4)
-        rest = rest - before[which]
+        residual = residual - before[which]
 
 
 def test_stages_are_revived_with_what_is_left_over():
@@ -252,10 +252,10 @@ def test_stages_are_revived_with_what_is_left_over():
     dead = codebooks._replace(counts=codebooks.counts.at[1, 2].set(0.0))
     after = quantize.revive_residual(KEY, dead, x)
     np.testing.assert_array_equal(after.codes[0], codebooks.codes[0])
-    rest = (
+    residual = (
         x - np.asarray(codebooks.codes)[0][nearest(x, np.asarray(codebooks.codes)[0])]
     )
-    assert np.abs(rest - np.asarray(after.codes)[1, 2]).max(1).min() < 1e-6
+    assert np.abs(residual - np.asarray(after.codes)[1, 2]).max(1).min() < 1e-6
     np.testing.assert_array_equal(after.codes[1, 3:], codebooks.codes[1, 3:])
 
 
@@ -270,13 +270,13 @@ def test_residual_gradients():
 
     to_x, to_codes = jax.jit(jax.grad(total, argnums=(0, 1)))(x, codebooks.codes)
     np.testing.assert_allclose(to_x, 3.0)
-    rest = np.asarray(x)
+    residual = np.asarray(x)
     for stage, codes in enumerate(np.asarray(codebooks.codes)):
-        which = nearest(rest, codes)
+        which = nearest(residual, codes)
         expected = np.zeros_like(codes)
-        np.add.at(expected, which, 2 * (codes[which] - rest))
+        np.add.at(expected, which, 2 * (codes[which] - residual))
         np.testing.assert_allclose(to_codes[stage], expected, atol=1e-5)
-        rest = rest - codes[which]
+        residual = residual - codes[which]
 
 
 BOOK = quantize.Codebook(jnp.ones((4, 3)), jnp.ones(4), jnp.ones((4, 3)))

@@ -1,7 +1,7 @@
-"""What is made for cuDNN, put through XLA's softmax attention, against the dense form.
+"""The arguments of cuDNN's kernel, passed to XLA's softmax attention, against the dense form.
 
-No kernel of cuDNN runs without an NVIDIA GPU; that JAX takes the calls, and that programs for such
-GPUs alone contain them, is seen on any machine.
+The kernel needs an NVIDIA GPU. Any machine can test that JAX accepts the calls, and that only
+programs for such GPUs contain them.
 """
 
 import functools
@@ -66,7 +66,7 @@ def through_xla(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if cuDNN were: JAX then writes its calls into programs."""
+    """Pretend that cuDNN is installed: then JAX writes its calls into programs."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -79,13 +79,13 @@ def installed(monkeypatch):
 def test_equals_the_dense_form(shape, batch):
     q, k, v, d, dy = draw(shape, batch)
     d = d.at[..., 4].set(0.0).at[..., 7].set(1e-38)
-    found = values_and_gradients(by_kernel, q, k, v, d, dy)
+    actual = values_and_gradients(by_kernel, q, k, v, d, dy)
     expected = values_and_gradients(functools.partial(dense, scale=0.3), q, k, v, d, dy)
     for i in (0, 1, 2, 3, 5):
         size = np.abs(expected[i]).max()
-        np.testing.assert_allclose(found[i], expected[i], rtol=0.0, atol=2e-6 * size)
+        np.testing.assert_allclose(actual[i], expected[i], rtol=0.0, atol=2e-6 * size)
     np.testing.assert_allclose(
-        found[4][..., [4, 7]], expected[4][..., [4, 7]], rtol=1e-4
+        actual[4][..., [4, 7]], expected[4][..., [4, 7]], rtol=1e-4
     )
 
 
@@ -94,12 +94,12 @@ def test_bfloat16_loses_no_more_than_an_exact_bias_would():
     """Relative error 2.3e-3 with log d added in float32, too."""
     *arrays, dy = draw((256, 4, 4, 64), dtype=jnp.bfloat16)
     by_cudnn = functools.partial(attention.attend, implementation="cudnn")
-    found = values_and_gradients(by_cudnn, *arrays, dy)
+    by_kernel = values_and_gradients(by_cudnn, *arrays, dy)
     exact = values_and_gradients(dense, *(x.astype(jnp.float32) for x in (*arrays, dy)))
-    assert found[0].dtype == found[1].dtype == jnp.bfloat16
-    assert found[4].dtype == jnp.float32
+    assert by_kernel[0].dtype == by_kernel[1].dtype == jnp.bfloat16
+    assert by_kernel[4].dtype == jnp.float32
     for i, bound in enumerate([2.6e-3, 4e-3, 4e-3, 4e-3, 1e-2, 5e-3]):
-        x, reference = (np.asarray(a[i], np.float64) for a in (found, exact))
+        x, reference = (np.asarray(a[i], np.float64) for a in (by_kernel, exact))
         assert np.linalg.norm(x - reference) <= bound * np.linalg.norm(reference), i
 
 
@@ -185,6 +185,6 @@ def test_vmap_over_some_arguments_goes_through(batched):
     attend = functools.partial(attention.attend, implementation="cudnn")
     loss = lambda *x: jnp.sum(attend(*x).astype(jnp.float32))  # noqa: E731
     apart = jax.vmap(jax.grad(loss, argnums=(0, 3)), in_axes=axes)
-    found = jax.eval_shape(apart, *arrays)
-    assert found[0].shape == (3, 24, 4, 16)
-    assert found[1].shape == (3, 24)
+    shapes = jax.eval_shape(apart, *arrays)
+    assert shapes[0].shape == (3, 24, 4, 16)
+    assert shapes[1].shape == (3, 24)

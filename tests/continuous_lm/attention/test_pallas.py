@@ -34,8 +34,8 @@ def test_equals_the_dense_form(case):
     *shape, _, options = CASES[case]
     arguments = draw(0, *shape)
     dense = values_and_gradients(*arguments, implementation="dense", **options)
-    found = values_and_gradients(*arguments, implementation="pallas", **options)
-    assert_close(found, dense, 2e-6)
+    actual = values_and_gradients(*arguments, implementation="pallas", **options)
+    assert_close(actual, dense, 2e-6)
 
 
 @pytest.mark.slow
@@ -48,8 +48,8 @@ def test_keeps_its_precision(dtype, tolerance):
         arguments = draw(1, (), 40, 40, 2, 1, dtype=dtype)
         options = {"window": 11.0, "softcap": 3.0}
         dense = values_and_gradients(*arguments, implementation="dense", **options)
-        found = values_and_gradients(*arguments, implementation="pallas", **options)
-        assert_close(found, dense, tolerance)
+        actual = values_and_gradients(*arguments, implementation="pallas", **options)
+        assert_close(actual, dense, tolerance)
 
 
 @pytest.mark.slow
@@ -60,17 +60,19 @@ def test_weights_of_nothing_and_almost_nothing():
     k = k.at[9].mul(60.0)
     arguments = q, k, v, d.at[0].set(0.0).at[9].set(0.0).at[12].set(1e-38), steps, y
     dense = values_and_gradients(*arguments, implementation="dense")
-    found = values_and_gradients(*arguments, implementation="pallas")
-    assert all(np.isfinite(x).all() for x in found)
-    np.testing.assert_array_equal(found[0][0], 0.0)
+    actual = values_and_gradients(*arguments, implementation="pallas")
+    assert all(np.isfinite(x).all() for x in actual)
+    np.testing.assert_array_equal(actual[0][0], 0.0)
     unit = arguments[3].at[9].set(1.0)  # of small weights as for their logarithms
-    assert_close([*found[:-1], unit * found[-1]], [*dense[:-1], unit * dense[-1]], 1e-5)
+    assert_close(
+        [*actual[:-1], unit * actual[-1]], [*dense[:-1], unit * dense[-1]], 1e-5
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-def test_blocks_out_of_sight_are_not_computed():
-    """What is NaN would spread through 0 * NaN if it were touched."""
+def test_invisible_blocks_are_not_computed():
+    """NaN in them would spread as 0 * NaN."""
     q, k, v, _, _, _ = draw(0, (), 64, 64, 1, 1)
     k, v = (x.at[:16].set(jnp.nan) for x in (k, v))
     y = attention.attend(q[32:], k, v, window=8.0, implementation="pallas")
@@ -86,11 +88,11 @@ def test_vmap_over_durations_goes_through():
     def loss(d, implementation):
         return jnp.sum(attention.attend(q, k, v, d, implementation=implementation) ** 2)
 
-    found, dense = (
+    actual, dense = (
         jax.jit(jax.vmap(jax.grad(functools.partial(loss, implementation=name))))(d)
         for name in ("pallas", "dense")
     )
-    assert_close([found * d], [dense * d], 1e-5)
+    assert_close([actual * d], [dense * d], 1e-5)
 
 
 def gpu():

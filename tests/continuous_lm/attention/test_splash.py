@@ -43,12 +43,12 @@ def test_equals_the_dense_form(softcap, monkeypatch):
     arrays = draw(100, 200)
     options = {"softcap": softcap, "scale": 0.3}
     with pltpu.force_tpu_interpret_mode():
-        found = values_and_gradients(arrays, implementation="splash", **options)
+        actual = values_and_gradients(arrays, implementation="splash", **options)
     expected = values_and_gradients(arrays, implementation="dense", **options)
-    for x, reference in zip(found, expected, strict=True):
+    for x, reference in zip(actual, expected, strict=True):
         size = np.abs(reference).max()
         np.testing.assert_allclose(x, reference, rtol=0.0, atol=2e-6 * size)
-    np.testing.assert_allclose(found[-1][100], expected[-1][100], rtol=1e-4)
+    np.testing.assert_allclose(actual[-1][100], expected[-1][100], rtol=1e-4)
 
 
 def lowered(platform, implementation="auto", dtype=jnp.bfloat16, **options):

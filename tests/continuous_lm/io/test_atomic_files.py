@@ -12,7 +12,7 @@ from continuous_lm.io.json_files import read_json, write_json
 
 
 def tree(folder):
-    """Every path below `folder`, hidden ones too, with what is in the files."""
+    """Return every path below `folder`, hidden ones too, with the text of each file."""
     return {
         str(p.relative_to(folder)): p.read_text() if p.is_file() else None
         for p in folder.rglob("*")

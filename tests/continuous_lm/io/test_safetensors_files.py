@@ -62,21 +62,21 @@ def set_index(folder, **places):
 
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
 def test_tensors_come_back_as_they_were_stored(layout, request):
-    found = read_all(request.getfixturevalue(layout))
-    assert set(found) == set(WEIGHTS)
+    tensors = read_all(request.getfixturevalue(layout))
+    assert set(tensors) == set(WEIGHTS)
     for name, value in WEIGHTS.items():
-        assert found[name].dtype == value.dtype
-        np.testing.assert_array_equal(found[name], value)
+        assert tensors[name].dtype == value.dtype
+        np.testing.assert_array_equal(tensors[name], value)
 
 
 def test_a_tensor_is_the_file_mapped(folder):
     tensors = safetensors_files.open_tensors(folder)
-    found, again = tensors["a"], tensors["a"]
-    assert np.shares_memory(found, again)
-    assert not found.flags.writeable
-    del tensors, again
+    first, second = tensors["a"], tensors["a"]
+    assert np.shares_memory(first, second)
+    assert not first.flags.writeable
+    del tensors, second
     (folder / safetensors_files.WEIGHTS_FILE).unlink()
-    np.testing.assert_array_equal(found, WEIGHTS["a"])  # it outlives the file
+    np.testing.assert_array_equal(first, WEIGHTS["a"])  # it outlives the file
 
 
 @pytest.mark.parametrize("shift", range(8))
@@ -87,9 +87,9 @@ def test_tensors_need_not_be_aligned(tmp_path, shift):
     header += b" " * shift
     content = struct.pack("<Q", len(header)) + header + WEIGHTS["b"].tobytes()
     (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(content)
-    found = read_all(tmp_path)["b"]
+    tensor = read_all(tmp_path)["b"]
     wide = np.empty((2, 2), np.float32)
-    np.copyto(wide, found.T, casting="unsafe")
+    np.copyto(wide, tensor.T, casting="unsafe")
     np.testing.assert_array_equal(wide, [[0, 2], [1, 3]])
 
 
@@ -107,17 +107,17 @@ MANY["scalar"] = np.array(7, np.float32)
 
 
 def save(folder, tensors, **arguments):
-    """Writes tensors of one dtype; returns the order in which they were asked for."""
-    asked = []
+    """Write tensors of one dtype; return their names in the order of the calls."""
+    names = []
 
     def tensor(name):
-        asked.append(name)
+        names.append(name)
         return tensors[name]
 
     shapes = {name: value.shape for name, value in tensors.items()}
     (dtype,) = {value.dtype for value in tensors.values()}
     safetensors_files.save_tensors(folder, shapes, dtype, tensor, **arguments)
-    return asked
+    return names
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_written_file_is_read_by_others_as_pytorch_s(tmp_path, dtype):
         assert file.metadata() == {
             "format": "pt"
         }  # transformers refuses a file without it
-    for found in (safetensors.numpy.load_file(path), read_all(tmp_path)):
-        assert found.keys() == tensors.keys()
+    for loaded in (safetensors.numpy.load_file(path), read_all(tmp_path)):
+        assert loaded.keys() == tensors.keys()
         for name, value in tensors.items():
-            assert found[name].dtype == dtype
-            np.testing.assert_array_equal(found[name], value)
+            assert loaded[name].dtype == dtype
+            np.testing.assert_array_equal(loaded[name], value)
     (length,) = struct.unpack("<Q", path.read_bytes()[:8])
     assert length % 8 == 0  # so that the tensors are aligned
 
@@ -155,10 +155,10 @@ def test_shards_are_no_larger_than_they_may(tmp_path, shard_size, shards):
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     held = [set(safetensors.numpy.load_file(tmp_path / file)) for file in files]
     assert held == [set(names.split()) for names in shards]
-    found = read_all(tmp_path)
-    assert found.keys() == MANY.keys()
+    loaded = read_all(tmp_path)
+    assert loaded.keys() == MANY.keys()
     for name, value in MANY.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(loaded[name], value)
     if len(shards) == 1:
         assert files == ["model.safetensors"]
         assert not (tmp_path / safetensors_files.INDEX_FILE).exists()
@@ -206,7 +206,7 @@ def test_nothing_there(tmp_path):
     assert "neither model.safetensors nor" in refusal(tmp_path)
 
 
-# --- Files that are not what they should be --------------------------------------------------
+# --- Malformed files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ class Bomb:
 @given(st.data())
 def test_file_cut_anywhere(folder, data):
     path = folder / safetensors_files.WEIGHTS_FILE
-    whole = safetensors.numpy.save(WEIGHTS)
-    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    content = safetensors.numpy.save(WEIGHTS)
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     assert "model.safetensors is not a whole safetensors file" in refusal(folder)
 
 

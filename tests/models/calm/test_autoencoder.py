@@ -38,7 +38,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def codec():
-    """Its parameters are neither zeros, ones nor small."""
+    """An autoencoder whose parameters are neither zeros, ones nor small."""
     rng = np.random.default_rng(0)
     params = {
         name: jnp.asarray(
@@ -55,8 +55,8 @@ def loss_of(config, params, key):
 
 
 @pytest.fixture(scope="module")
-def seen():
-    """`encode_chunks` of the tokens that are seen, jitted."""
+def encode_visible():
+    """`encode_chunks` of the visible tokens, compiled."""
     return jax.jit(autoencoder.encode_chunks, static_argnums=0)
 
 
@@ -64,8 +64,8 @@ def seen():
 
 
 @jax.jit
-def drawn(key, keep):
-    """Which tokens are seen, noise, and which latents are kept."""
+def draw_masks(key, keep):
+    """Return masks of visible tokens, noise, and masks of latents without dropout."""
     of_tokens, of_noise, of_latents = jax.random.split(key, 3)
     latents = (*CHUNKS.shape[:2], CONFIG.latent_size)
     return (
@@ -78,12 +78,12 @@ def drawn(key, keep):
 def by_hand(codec, config, key, encode):
     """The loss [2, 4] in numpy, from the model's own encoder and decoder."""
     keep = 1 - config.dropout
-    mask, noise, kept = map(np.asarray, drawn(key, keep))
+    mask, noise, is_kept = map(np.asarray, draw_masks(key, keep))
     mean, log_scale = (
         np.asarray(a, np.float64) for a in encode(CONFIG, codec.params, CHUNKS, mask)
     )
     z = mean + np.exp(log_scale) * noise
-    z = np.where(kept, z / keep, 0)
+    z = np.where(is_kept, z / keep, 0)
     logs = log_softmax(np.asarray(autoencoder.decode(codec, z), np.float64), axis=-1)
     nats = -np.take_along_axis(logs, CHUNKS[..., None], axis=-1)[..., 0].sum(axis=-1)
     kl = (mean**2 + np.exp(2 * log_scale) - 1) / 2 - log_scale
@@ -99,13 +99,13 @@ def by_hand(codec, config, key, encode):
     ],
     ids=str,
 )
-def test_loss_by_hand(codec, seen, changes):
+def test_loss_by_hand(codec, encode_visible, changes):
     config = dataclasses.replace(CONFIG, **changes)
     key = jax.random.key(4)
-    nats, divergence = by_hand(codec, config, key, seen)
-    found = loss_of(config, codec.params, key)
-    assert found.shape == (2, 4)
-    np.testing.assert_allclose(found, nats + config.kl_weight * divergence, rtol=2e-5)
+    nats, divergence = by_hand(codec, config, key, encode_visible)
+    loss = loss_of(config, codec.params, key)
+    assert loss.shape == (2, 4)
+    np.testing.assert_allclose(loss, nats + config.kl_weight * divergence, rtol=2e-5)
     assert np.ptp(nats) > 1
     assert (divergence > 1.01 * config.kl_floor * config.latent_size).all()
 
@@ -129,13 +129,17 @@ def test_the_divergence_is_weighted_and_has_a_floor(codec):
 
 
 @given(hidden=st.lists(st.booleans(), min_size=3, max_size=3), seed=st.integers(0, 99))
-def test_hidden_tokens_have_no_influence_and_others_have(codec, seen, hidden, seed):
+def test_hidden_tokens_have_no_influence_and_others_have(
+    codec, encode_visible, hidden, seed
+):
     rng, hidden = np.random.default_rng(seed), np.array(hidden)
     moved = (CHUNKS + rng.integers(1, 12, CHUNKS.shape)) % 12
     mask = np.broadcast_to(~hidden, CHUNKS.shape)
-    first = seen(CONFIG, codec.params, CHUNKS, mask)
+    first = encode_visible(CONFIG, codec.params, CHUNKS, mask)
     for changed, same in ((hidden, True), (~hidden, hidden.all())):
-        other = seen(CONFIG, codec.params, np.where(changed, moved, CHUNKS), mask)
+        other = encode_visible(
+            CONFIG, codec.params, np.where(changed, moved, CHUNKS), mask
+        )
         for a, b in zip(first, other, strict=True):
             assert (np.array_equal(a, b)) == same
     if not hidden.any():
@@ -165,7 +169,7 @@ def normed(x, scale):
 
 
 def looped(x, p, name, layers):
-    """Pre-normed, residual gated MLPs, one after the other."""
+    """Pre-normed, residual gated MLPs in turn."""
     for i in layers:
         y = normed(x, p[f"{name}_norm"][i])
         gate = y @ p[f"{name}_gate"][i].T
@@ -178,7 +182,7 @@ def looped(x, p, name, layers):
 
 
 def test_layers_are_those_of_a_loop(codec):
-    """In float64, a chunk at a time, with the order of tokens and halves spelled out."""
+    """The loop runs in float64, chunk by chunk, with an explicit order of tokens and halves."""
     p = {name: np.asarray(leaf, np.float64) for name, leaf in codec.params.items()}
     mean, log_scale = autoencoder.encode(codec, CHUNKS)
     latents = np.random.default_rng(1).normal(size=(2, 4, 5)).astype(np.float32)
@@ -196,8 +200,8 @@ def test_layers_are_those_of_a_loop(codec):
         close(logits[i], x @ p["embedding"].T)
 
 
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=2e-5)
     assert np.std(expected) > 0.05
 
 
@@ -213,18 +217,18 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     notes = {"eos_token_id": 3, "initializer_range": 0.5}
     lm = LanguageModel(Autoencoder(CONFIG), params, tokenizer, notes)
     autoencoder.save(tmp_path / "out", lm)
-    found = autoencoder.load(tmp_path / "out")
-    assert found.model.config == CONFIG
-    assert found.tokenizer.to_str() == tokenizer.to_str()
-    assert notes.items() <= found.hf_fields.items()
-    assert jax.tree.structure(found.params) == jax.tree.structure(params)
+    loaded = autoencoder.load(tmp_path / "out")
+    assert loaded.model.config == CONFIG
+    assert loaded.tokenizer.to_str() == tokenizer.to_str()
+    assert notes.items() <= loaded.hf_fields.items()
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(params)
     for a, b in zip(
-        jax.tree.leaves(found.params), jax.tree.leaves(params), strict=True
+        jax.tree.leaves(loaded.params), jax.tree.leaves(params), strict=True
     ):
         assert a.dtype == b.dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     again = tmp_path / "again"
-    autoencoder.save(again, found)
+    autoencoder.save(again, loaded)
     for name in ("model.safetensors", "tokenizer.json"):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     first, second = (
@@ -233,8 +237,8 @@ def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
     )
     assert first == second
     assert first["torch_dtype"] == dtype
-    mean, log_scale = autoencoder.encode(found, CHUNKS)
-    logits = autoencoder.decode(found, mean)
+    mean, log_scale = autoencoder.encode(loaded, CHUNKS)
+    logits = autoencoder.decode(loaded, mean)
     assert mean.dtype == log_scale.dtype == logits.dtype == jnp.float32
     # The rounding of bfloat16's 8 digits, through ten layers, against values of order 1.
     tolerance = 1e-6 if dtype == "float32" else 0.15
@@ -264,7 +268,7 @@ def test_a_key_makes_the_parameters(codec):
         assert leaf.std() == 0 or not np.array_equal(leaf, other[name])
 
 
-# --- What is refused -------------------------------------------------------------------------
+# --- Refused arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -353,7 +357,7 @@ def test_it_reconstructs_a_toy_source_from_sampled_latents():
         latent_size=16,
         chunk_size=2,
     )
-    chunks, made = (
+    chunks, losses = (
         np.stack(np.divmod(np.arange(144), 12), axis=-1),
         autoencoder.create(KEY, config),
     )
@@ -381,8 +385,8 @@ def test_it_reconstructs_a_toy_source_from_sampled_latents():
         (params, _), nats = jax.lax.scan(step, (params, optimizer.init(params)), keys)
         return params, nats
 
-    params, nats = train(made.params, jax.random.key(1))
-    judged = jax.jit(share)
+    params, nats = train(losses.params, jax.random.key(1))
+    share_of = jax.jit(share)
     assert nats[-50:].mean() < nats[:50].mean()
-    assert judged(made.params, KEY) < 0.5
-    assert judged(params, KEY) > 0.99
+    assert share_of(losses.params, KEY) < 0.5
+    assert share_of(params, KEY) > 0.99

@@ -86,9 +86,9 @@ def normal(*shape):
 
 def test_latents(ae, theirs):
     mean, log_std = autoencoder.encode(ae, CHUNKS)
-    wanted = theirs[0].latents(torch.tensor(CHUNKS))
-    close(mean, wanted[0])
-    close(log_std, wanted[1])
+    expected = theirs[0].latents(torch.tensor(CHUNKS))
+    close(mean, expected[0])
+    close(log_std, expected[1])
 
 
 def test_decoded_logits(ae, theirs):
@@ -99,9 +99,9 @@ def test_decoded_logits(ae, theirs):
 def test_one_chunk_alone(ae, theirs):
     """No leading axes at all."""
     mean, log_std = autoencoder.encode(ae, CHUNKS[1, 2])
-    wanted = theirs[0].latents(torch.tensor(CHUNKS[1, 2]))
-    close(mean, wanted[0])
-    close(log_std, wanted[1])
+    expected = theirs[0].latents(torch.tensor(CHUNKS[1, 2]))
+    close(mean, expected[0])
+    close(log_std, expected[1])
 
 
 def test_the_models_own_autoencoder(lm, ae):
@@ -118,8 +118,8 @@ def test_hidden_states(lm, theirs, hidden):
 
 
 def test_hidden_states_of_durations(lm, theirs):
-    wanted = theirs[1].hidden_states(flat(CHUNKS), DURATIONS)
-    close(calm.hidden_states(lm, CHUNKS, durations=DURATIONS), wanted)
+    expected = theirs[1].hidden_states(flat(CHUNKS), DURATIONS)
+    close(calm.hidden_states(lm, CHUNKS, durations=DURATIONS), expected)
 
 
 def test_durations_of_1_change_nothing(lm):
@@ -134,8 +134,8 @@ def test_durations_of_1_change_nothing(lm):
 
 def test_samples(lm, theirs, hidden):
     """Four samples a position, the hidden states shared."""
-    wanted = theirs[1].sample(torch.tensor(NOISES), hidden)
-    close(calm.transform(lm, NOISES, hidden.numpy()), wanted)
+    expected = theirs[1].sample(torch.tensor(NOISES), hidden)
+    close(calm.transform(lm, NOISES, hidden.numpy()), expected)
 
 
 @pytest.mark.parametrize("beta", [1.0, 1.7])
@@ -170,8 +170,8 @@ def test_epsilon_of_the_layer_norms(folders, tmp_path):
     lm = calm.load(tmp_path / "calm", folders[1])
     hidden = theirs.hidden_states(flat(CHUNKS))
     close(calm.hidden_states(lm, CHUNKS), hidden)
-    wanted = theirs.sample(torch.tensor(NOISES), hidden)
-    close(calm.transform(lm, NOISES, hidden.numpy()), wanted)
+    expected = theirs.sample(torch.tensor(NOISES), hidden)
+    close(calm.transform(lm, NOISES, hidden.numpy()), expected)
 
 
 @pytest.mark.slow
@@ -190,17 +190,19 @@ def test_derivatives(lm, theirs, hidden):
 # --- Other ways to write the same down -------------------------------------------------------
 
 
-def assert_same_tree(found, wanted):
+def assert_same_tree(actual, expected):
     for (path, a), (_, b) in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(wanted), strict=True
+        jax.tree.leaves_with_path(actual),
+        jax.tree.leaves_with_path(expected),
+        strict=True,
     ):
         assert a.dtype == b.dtype, path
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
 
 
-def assert_same(found, wanted):
+def assert_same(actual, expected):
     """The autoencoder's parameters are among them."""
-    assert_same_tree(found.params, wanted.params)
+    assert_same_tree(actual.params, expected.params)
 
 
 @pytest.fixture
@@ -224,9 +226,9 @@ def renamed(tensors, old, new):
     }
 
 
-def refusal(*given, load=calm.load):
+def refusal(*folders, load=calm.load):
     with pytest.raises(clm.InputError) as refused:
-        load(*given)
+        load(*folders)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -241,9 +243,9 @@ HEADS = [
 def test_the_head_under_its_other_name(lm, folders, energy, tmp_path):
     """Beside the first, in its place, or, as of tensors that share memory one is saved, in part."""
     again = renamed(energy, "mlp_generator.", "generative_head.")
-    rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
+    others = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
     mixed = dict(list(energy.items())[:-9]) | dict(list(again.items())[-9:])
-    for i, tensors in enumerate([energy | again, rest | again, mixed]):
+    for i, tensors in enumerate([energy | again, others | again, mixed]):
         folder = reference.write_checkpoint(
             tmp_path / str(i), reference.energy_fields(), tensors
         )
@@ -260,19 +262,21 @@ def test_the_head_twice_and_different(folders, energy, tmp_path, name):
 
 
 def test_half_of_the_head_under_its_other_name(folders, energy, tmp_path):
-    """Neither copy is whole: what the second lacks is missing."""
+    """Neither copy is complete: the tensor that the second lacks is missing."""
     again = renamed(energy, "mlp_generator.", "generative_head.")
-    rest = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
+    others = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
     del again["generative_head.norm_hidden.bias"]
-    reference.write_checkpoint(tmp_path, reference.energy_fields(), rest | again)
+    reference.write_checkpoint(tmp_path, reference.energy_fields(), others | again)
     assert "norm_hidden.bias" in refusal(tmp_path, folders[1])
 
 
 def test_the_table_again(ae, autoencoders, tmp_path):
     """Beside the encoder's, or in its place."""
     table = autoencoders["encoder.embed_tokens.weight"].clone()
-    rest = {n: t for n, t in autoencoders.items() if n != "encoder.embed_tokens.weight"}
-    for i, tensors in enumerate([autoencoders, rest]):
+    without_first = {
+        n: t for n, t in autoencoders.items() if n != "encoder.embed_tokens.weight"
+    }
+    for i, tensors in enumerate([autoencoders, without_first]):
         tensors = tensors | {"decoder.lm_head_weight": table}
         folder = reference.write_checkpoint(
             tmp_path / str(i), reference.autoencoder_fields(), tensors
@@ -289,7 +293,7 @@ def test_another_table(autoencoders, tmp_path):
 
 
 def test_the_autoencoder_inside(lm, folders, energy, autoencoders, tmp_path):
-    """It may be there beside the autoencoder's own folder."""
+    """The model's folder may have a copy of the autoencoder of the other folder."""
     inside = renamed(autoencoders, "", "ae_model.")
     inside["ae_model.decoder.lm_head_weight"] = autoencoders[
         "encoder.embed_tokens.weight"
@@ -318,11 +322,8 @@ def test_half_an_autoencoder_inside(folders, energy, autoencoders, tmp_path):
 
 @pytest.mark.parametrize("shards", [0, 3])
 def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
-    """It serves where no folder of its own is given: sizes by its tensors, the rest by the trunk.
-
-    The epsilon of its norms is then the trunk's.
-    """
-    apart, whole = tmp_path / "autoencoder", tmp_path / "calm"
+    """Without an autoencoder's folder, tensors give its sizes, and the trunk its norms' epsilon."""
+    apart, joint = tmp_path / "autoencoder", tmp_path / "calm"
     eps = reference.energy_fields()["rms_norm_eps"]
     reference.write_checkpoint(
         apart, reference.autoencoder_fields(rms_norm_eps=eps), autoencoders
@@ -332,14 +333,14 @@ def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
         "encoder.embed_tokens.weight"
     ].clone()
     reference.write_checkpoint(
-        whole, reference.energy_fields(), energy | inside, num_shards=shards
+        joint, reference.energy_fields(), energy | inside, num_shards=shards
     )
-    found, wanted = calm.load(whole), autoencoder.load(apart)
-    assert_same_tree(found.params["autoencoder"], wanted.params)
+    joint_lm, codec = calm.load(joint), autoencoder.load(apart)
+    assert_same_tree(joint_lm.params["autoencoder"], codec.params)
     sizes = "vocab_size hidden_size mlp_size encoder_layers decoder_layers latent_size chunk_size"
     for name in f"{sizes} norm_eps activation".split():
-        assert getattr(found.model.autoencoder_config, name) == getattr(
-            wanted.model.config, name
+        assert getattr(joint_lm.model.autoencoder_config, name) == getattr(
+            codec.model.config, name
         ), name
 
 
@@ -384,15 +385,15 @@ def test_bfloat16_read_as_float32(rounded, theirs):
     for module in (ae, energy):
         for parameter in module.parameters():
             parameter.data = parameter.data.bfloat16().float()
-    wanted = energy.hidden_states(flat(CHUNKS))
-    close(calm.hidden_states(lm, CHUNKS), wanted)
-    vectors = energy.sample(torch.tensor(NOISES), wanted)
-    close(calm.transform(lm, NOISES, wanted.numpy()), vectors)
+    expected = energy.hidden_states(flat(CHUNKS))
+    close(calm.hidden_states(lm, CHUNKS), expected)
+    vectors = energy.sample(torch.tensor(NOISES), expected)
+    close(calm.transform(lm, NOISES, expected.numpy()), vectors)
     close(
         autoencoder.decode(calm.autoencoder_of(lm), vectors[0].numpy()),
         ae.logits(vectors[0]),
     )
-    assert (wanted - theirs[1].hidden_states(flat(CHUNKS))).abs().max() > 1e-3
+    assert (expected - theirs[1].hidden_states(flat(CHUNKS))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -403,8 +404,8 @@ def test_known_by_its_fields(lm, folders, energy, autoencoders, tmp_path, drop):
     for place, folder in zip(places, folders, strict=True):
         shutil.copytree(folder, place)
         fields = json.loads((place / "config.json").read_text())
-        kept = {name: value for name, value in fields.items() if name not in drop}
-        (place / "config.json").write_text(json.dumps(kept))
+        remaining = {name: value for name, value in fields.items() if name not in drop}
+        (place / "config.json").write_text(json.dumps(remaining))
     assert_same(calm.load(*places), lm)
 
 
@@ -440,19 +441,19 @@ def test_folders_in_the_wrong_place(folders, llama):
         "the energy model alone": ((energy,), autoencoder.load, energy),
         "a Llama alone": ((llama,), autoencoder.load, llama),
     }
-    for case, (given, load, culprit) in wrong.items():
-        message = refusal(*given, load=load)
+    for case, (folders, load, culprit) in wrong.items():
+        message = refusal(*folders, load=load)
         assert str(culprit) in message, (case, message)
         assert "config.json" in message, (case, message)
-        wanted = "architectures" if culprit != llama else "model_type|architectures"
-        assert any(word in message for word in wanted.split("|")), (case, message)
+        words = "architectures" if culprit != llama else "model_type|architectures"
+        assert any(word in message for word in words.split("|")), (case, message)
 
 
 def test_the_general_loader_chooses(folders, lm, ae, tmp_path):
     """An autoencoder, a folder that holds both, and one whose autoencoder lies elsewhere."""
-    found = clm.load(folders[1])
-    assert found.model == ae.model
-    assert_same_tree(found.params, ae.params)
+    loaded = clm.load(folders[1])
+    assert loaded.model == ae.model
+    assert_same_tree(loaded.params, ae.params)
     clm.save(tmp_path / "calm", lm)
     clm.save(tmp_path / "autoencoder", ae)
     again = clm.load(tmp_path / "calm", dtype="float32")
@@ -488,11 +489,11 @@ def test_save(lm, theirs, tmp_path):
     assert again.model == lm.model
     tensors = stored(tmp_path / "calm")
     inside = {n: t for n, t in tensors.items() if n.startswith("ae_model.")}
-    wanted = {
+    expected = {
         "ae_model." + name: t for name, t in reference.clone_tensors(theirs[0]).items()
     }
-    assert inside.keys() - {"ae_model.decoder.lm_head_weight"} == wanted.keys()
-    for name, tensor in {**wanted, **reference.clone_tensors(theirs[1])}.items():
+    assert inside.keys() - {"ae_model.decoder.lm_head_weight"} == expected.keys()
+    for name, tensor in {**expected, **reference.clone_tensors(theirs[1])}.items():
         assert torch.equal(tensors[name], tensor), name
     close(
         calm.hidden_states(again, CHUNKS),
@@ -517,17 +518,17 @@ def test_save_of_the_autoencoder(ae, theirs, tmp_path):
 
 
 def test_saved_config_is_as_it_is_published(lm, ae, tmp_path):
-    """Every field that says what is computed is written back as it was read."""
+    """Every field that decides on results is written back as it was read."""
     calm.save(tmp_path / "calm", lm)
     autoencoder.save(tmp_path / "autoencoder", ae)
     for folder, fields in (
         (tmp_path / "calm", reference.energy_fields()),
         (tmp_path / "autoencoder", reference.autoencoder_fields()),
     ):
-        found = json.loads((folder / "config.json").read_text())
+        saved = json.loads((folder / "config.json").read_text())
         for name in set(fields) & set(DECISIVE):
-            assert found[name] == fields[name], name
-        assert found["architectures"] == fields["architectures"]
+            assert saved[name] == fields[name], name
+        assert saved["architectures"] == fields["architectures"]
 
 
 DECISIVE = """
@@ -552,13 +553,13 @@ def test_reference_with_chunks_of_one_token_is_llama(hidden):
     one = reference.random_energy_model(patch_size=1)
     one.embed_proj = torch.nn.Identity()
     tokens = flat(CHUNKS)
-    wanted = one.transformer(input_ids=tokens).last_hidden_state
-    close(one.hidden_states(tokens), wanted, rtol=0, atol=0)
+    expected = one.transformer(input_ids=tokens).last_hidden_state
+    close(one.hidden_states(tokens), expected, rtol=0, atol=0)
     assert not torch.equal(hidden[:, 0], hidden[:, 1])
 
 
 def test_reference_reads_chunks_in_order(theirs):
-    """By hand: the rows of four tokens end to end, times the first matrix."""
+    """The expected vector is the concatenated rows of four tokens, times the first matrix."""
     model, tokens = theirs[1], [7, 3, 39, 0]
     table, names = (
         model.transformer.embed_tokens.weight.numpy(),
@@ -584,28 +585,28 @@ def test_reference_of_durations_is_causal_and_needs_no_durations_of_1(theirs, hi
     other = tokens.clone()
     other[:, 4 * 3 :] = (other[:, 4 * 3 :] + 1) % VOCABULARY
     moved = model.hidden_states(other, DURATIONS)
-    kept = model.hidden_states(tokens, DURATIONS)
-    assert (moved - kept)[:, :3].abs().max() < 1e-6
-    assert (moved - kept)[:, 3:].abs().min(dim=-1).values.max() > 1e-4
+    unchanged = model.hidden_states(tokens, DURATIONS)
+    assert (moved - unchanged)[:, :3].abs().max() < 1e-6
+    assert (moved - unchanged)[:, 3:].abs().min(dim=-1).values.max() > 1e-4
 
 
 def test_reference_norm_is_torchs():
     x, norm = torch.tensor(normal(7, 24)), reference.RmsNorm(24, 0.02)
     norm.weight.data += torch.tensor(normal(24))
-    wanted = torch.nn.functional.rms_norm(x, (24,), norm.weight, 0.02)
-    close(norm(x).detach(), wanted.detach())
+    expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 0.02)
+    close(norm(x).detach(), expected.detach())
 
 
 def test_reference_layers_before_the_squeeze_see_one_token(theirs):
-    """A token moves its own quarter of what is squeezed, and nothing else of it."""
-    encoder, seen = theirs[0].encoder, []
+    """A token changes only its quarter of the input of the squeeze layer."""
+    encoder, inputs = theirs[0].encoder, []
     hook = encoder.squeeze_layer.register_forward_pre_hook(
-        lambda _, given: seen.append(given[0])
+        lambda _, arguments: inputs.append(arguments[0])
     )
     for third in (3, 4):
         encoder(torch.tensor([1, 2, third, 5]))
     hook.remove()
-    moved = (seen[0] - seen[1]).reshape(4, 24).abs().max(dim=-1).values > 0
+    moved = (inputs[0] - inputs[1]).reshape(4, 24).abs().max(dim=-1).values > 0
     assert moved.tolist() == [False, False, True, False]
 
 
@@ -613,9 +614,9 @@ def test_reference_energy_score_by_hand():
     """Points on a line, 1, 5, 2 and 2 from the targets and 3 from one another."""
     samples, targets = torch.tensor([[0.0], [3.0]]), torch.tensor([[1.0], [5.0]])
     near = (1.0 + 5.0**1.5 + 2.0**1.5 + 2.0**1.5) / 4
-    wanted = 2 * near - 3.0**1.5
+    expected = 2 * near - 3.0**1.5
     assert float(reference.energy_score(samples, targets, 1.5)) == pytest.approx(
-        wanted, rel=1e-12
+        expected, rel=1e-12
     )
 
 

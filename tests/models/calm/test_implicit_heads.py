@@ -86,17 +86,17 @@ def some(seed, *shape):
 
 def test_the_energy_head_has_the_parameters_that_checkpoints_are_mapped_onto():
     d, w, u, j, h = SIZE, WIDTH, 6, DEPTH, HIDDEN
-    wanted = {"noise": (d, u), "hidden": (d, h), "last_inner": (d, d), "last": (w, d)}
-    wanted |= {"blocks_inner": (j, d, 2 * d), "blocks_middle": (j, d, d)}
-    wanted |= {"blocks_outer": (j, 2 * d, d), "blocks_down": (j, d, d)}
-    wanted = wanted | {f"{name}_bias": shape[:-1] for name, shape in wanted.items()}
+    shapes = {"noise": (d, u), "hidden": (d, h), "last_inner": (d, d), "last": (w, d)}
+    shapes |= {"blocks_inner": (j, d, 2 * d), "blocks_middle": (j, d, d)}
+    shapes |= {"blocks_outer": (j, 2 * d, d), "blocks_down": (j, d, d)}
+    shapes = shapes | {f"{name}_bias": shape[:-1] for name, shape in shapes.items()}
     for name in ("noise_norm", "hidden_norm", "last_norm"):
-        wanted |= {name: (d,), f"{name}_bias": (d,)}
-    wanted |= {"blocks_norm": (j, d), "blocks_norm_bias": (j, d)}
+        shapes |= {name: (d,), f"{name}_bias": (d,)}
+    shapes |= {"blocks_norm": (j, d), "blocks_norm_bias": (j, d)}
     table = HEADS["energy"].parameter_table(HIDDEN)
-    assert {name: a.shape for name, a in table.items()} == wanted
+    assert {name: a.shape for name, a in table.items()} == shapes
     timed = HEADS["ancestral"].parameter_table(HIDDEN)
-    assert set(timed) == {*wanted, "time", "time_bias"}
+    assert set(timed) == {*shapes, "time", "time_bias"}
     assert timed["noise"].shape == (d, w)  # of a noisy vector, whatever noise there is
 
 
@@ -179,19 +179,19 @@ def test_the_energy_head_is_the_one_of_calm():
                 some(1, 7, 2, 6).astype(np.float64),
                 some(2, 2, HIDDEN).astype(float),
             )
-            wanted = torch_head(torch, p)(
+            expected = torch_head(torch, p)(
                 torch.tensor(noise), torch.tensor(hidden)
             ).numpy()
-            found = apply(head, p, noise, hidden, method="transform")
-            assert found.dtype == np.float64
+            actual = apply(head, p, noise, hidden, method="transform")
+            assert actual.dtype == np.float64
     finally:
         torch.set_default_dtype(default)
-    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-12)
-    assert found.shape == (7, 2, WIDTH)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
+    assert actual.shape == (7, 2, WIDTH)
 
 
 def test_all_blocks_are_compiled_as_one():
-    """As many equations for 2 blocks as for 9."""
+    """Programs of 2 and of 9 blocks have equally many equations."""
 
     def equations(depth):
         head = dataclasses.replace(HEADS["energy"], depth=depth)
@@ -252,7 +252,7 @@ def test_noise_is_what_it_is_said_to_be():
 def test_dtypes(name):
     """float32 at least, and float64 where it is on."""
     head = HEADS[name]
-    for low, wanted in (
+    for low, expected in (
         ("bfloat16", "float32"),
         ("float32", "float32"),
         ("float64", "float64"),
@@ -261,14 +261,14 @@ def test_dtypes(name):
             of = lambda *shape, low=low: jax.ShapeDtypeStruct(shape, low)  # noqa: E731
             params = structs(head, low)
             call = lambda method: functools.partial(apply, head, method=method)  # noqa: E731
-            found = [
+            outputs = [
                 jax.eval_shape(
                     call("transform"), params, of(head.noise_width), of(HIDDEN)
                 ),
                 jax.eval_shape(call("sample"), params, KEY, of(HIDDEN)),
                 jax.eval_shape(call("loss"), params, of(2, HIDDEN), of(2, WIDTH), KEY),
             ]
-        assert [a.dtype.name for a in found] == [wanted] * 3
+        assert [a.dtype.name for a in outputs] == [expected] * 3
 
 
 @pytest.mark.slow
@@ -277,8 +277,8 @@ def test_parameters_at_first(name):
     """The last map and biases are 0, norms 1, other kernels as wide as their inputs are many."""
     head = dataclasses.replace(HEADS[name], hidden_size=40)
     sizes = head.network_sizes(HIDDEN)._replace(input_width=30, time_width=20)
-    made = initialize(KEY, noise_network.parameter_table(sizes))
-    for parameter, values in made.items():
+    params = initialize(KEY, noise_network.parameter_table(sizes))
+    for parameter, values in params.items():
         if parameter.endswith("norm"):
             assert (values == 1).all()
         elif parameter == "last" or parameter.endswith("bias"):
@@ -319,12 +319,12 @@ def test_the_energy_loss_is_proper():
     def cost(params):
         return np.asarray(apply(head, params, hidden, target, KEY, method="loss"))
 
-    own = cost(params)
+    least = cost(params)
     wider = params | {"last": 1.5 * params["last"], "last_bias": params["last_bias"]}
     moved = params | {"last_bias": params["last_bias"] + 0.5}
     narrower = params | {"last": 0.5 * params["last"]}
     for other in (wider, moved, narrower):
-        gap = cost(other) - own
+        gap = cost(other) - least
         assert gap.mean() > 4 * gap.std() / math.sqrt(len(gap))
 
 
@@ -339,12 +339,12 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
     def inside(params):
         y, noise, time = head.noised_targets(hidden, target, KEY)
         a, t = signal_variance(time)[..., None], time[..., None]
-        x, wanted = {
+        x, velocity = {
             "flow": ((1 - t) * noise + t * y, y - noise),
             "diffusion": (jnp.sqrt(a) * y + jnp.sqrt(1 - a) * noise, noise),
         }[name]
-        found = head.make_predictor(params, hidden)(x, time)
-        by_hand = jnp.mean((found - wanted) ** 2, axis=(0, -1))
+        predicted = head.make_predictor(params, hidden)(x, time)
+        by_hand = jnp.mean((predicted - velocity) ** 2, axis=(0, -1))
         return y, noise, time, by_hand, head.loss(params, hidden, target, KEY)
 
     y, noise, time, by_hand, loss = inside(params)
@@ -395,15 +395,17 @@ def test_solvers_converge_at_their_order(solver, order):
         "scipy.linalg", reason="the closed form is scipy's"
     )
     a, b = np.array([[0.5, -2.0], [1.0, -0.3]]), np.array([1.0, -1.0])
-    whole = np.zeros((4, 4))  # of x, t and 1
-    whole[:2, :2], whole[:2, 2], whole[2, 3] = a, b, 1.0
+    generator = np.zeros((4, 4))  # of x, t and 1
+    generator[:2, :2], generator[:2, 2], generator[2, 3] = a, b, 1.0
     x = np.array([[0.3, 1.0], [-1.0, 0.5]])
-    wanted = np.array([(scipy_linalg.expm(whole) @ [*row, 0.0, 1.0])[:2] for row in x])
+    exact = np.array(
+        [(scipy_linalg.expm(generator) @ [*row, 0.0, 1.0])[:2] for row in x]
+    )
     with jax.enable_x64(True):
         velocity = lambda x, t: x @ a.T + t * b  # noqa: E731
         solve = functools.partial(integrate, velocity, solver=solver)
-        found = jax.jit(lambda x: [solve(x, steps=n) for n in (32, 64, 128)])(x)
-    errors = [np.abs(np.asarray(ends) - wanted).max() for ends in found]
+        ends = jax.jit(lambda x: [solve(x, steps=n) for n in (32, 64, 128)])(x)
+    errors = [np.abs(np.asarray(ends) - exact).max() for ends in ends]
     assert np.log2(np.divide(errors[:-1], errors[1:])) == pytest.approx(
         [order] * 2, abs=0.08
     )
@@ -428,9 +430,12 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
         )
         predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
         solve = functools.partial(denoise, predict)
-        found = jax.jit(lambda z: [solve(z, steps=n) for n in (64, 128, 256, 512)])(z)
+        solutions = jax.jit(lambda z: [solve(z, steps=n) for n in (64, 128, 256, 512)])(
+            z
+        )
     errors = [
-        np.abs(np.asarray(ends) - (mean + deviation * first)).max() for ends in found
+        np.abs(np.asarray(ends) - (mean + deviation * first)).max()
+        for ends in solutions
     ]
     rates = np.log2(np.divide(errors[:-1], errors[1:]))
     assert rates == pytest.approx([1.0] * 3, abs=0.2)
@@ -442,52 +447,54 @@ def test_ancestral_denoising_draws_the_normal_density():
     predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
 
     @jax.jit
-    def drawn(key):
+    def denoise_noise(key):
         noise = jax.random.normal(key, (1 + steps, count))
         return noise[0], denoise(predict, noise[0], noise[1:], steps=steps)
 
-    z, found = map(np.asarray, drawn(KEY))
-    assert found.mean() == pytest.approx(mean, abs=0.03)
-    assert found.std() == pytest.approx(deviation, rel=0.03)
-    assert abs(np.corrcoef(found, z)[0, 1]) < 0.2  # where it begins is nearly forgotten
+    z, samples = map(np.asarray, denoise_noise(KEY))
+    assert samples.mean() == pytest.approx(mean, abs=0.03)
+    assert samples.std() == pytest.approx(deviation, rel=0.03)
+    assert (
+        abs(np.corrcoef(samples, z)[0, 1]) < 0.2
+    )  # where it begins is nearly forgotten
 
 
 def test_fresh_noise_has_the_posteriors_variance():
-    """Of two steps without predicted noise; Ho et al. (arXiv:2006.11239), equation 7."""
+    """Two steps without predicted noise; Ho et al. (arXiv:2006.11239), equation 7."""
     x, fresh_noise = np.float32([0.3]), np.float32([[2.0], [5.0]])
-    nothing = jax.jit(
+    denoise_to_zero = jax.jit(
         lambda noise: denoise(lambda x, t: jnp.zeros_like(x), x, noise, steps=2)
     )
     last, middle, first = np.asarray(signal_variance(np.float32([1.0, 0.5, 0.0])))
     fresh_variance = (1 - middle) / (1 - last) * (1 - last / middle)
     after_one = x * np.sqrt(middle / last) + np.sqrt(fresh_variance) * fresh_noise[0]
     expected = after_one * np.sqrt(first / middle)
-    np.testing.assert_allclose(nothing(fresh_noise), expected, rtol=1e-5)
+    np.testing.assert_allclose(denoise_to_zero(fresh_noise), expected, rtol=1e-5)
     assert 0.1 < fresh_variance < 0.9 * (1 - last / middle)
 
 
 def test_signal_is_the_cosine_schedule():
     time = np.linspace(0.0, 0.97, 30)
     f = lambda t: np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731
-    found = np.asarray(jax.jit(signal_variance)(np.append(time, 1.0)))
-    np.testing.assert_allclose(found[:-1], f(time) / f(0), rtol=1e-5)
-    assert found[0] == 1.0
-    assert found[-1] == np.float32(MIN_SIGNAL_VARIANCE)
+    variances = np.asarray(jax.jit(signal_variance)(np.append(time, 1.0)))
+    np.testing.assert_allclose(variances[:-1], f(time) / f(0), rtol=1e-5)
+    assert variances[0] == 1.0
+    assert variances[-1] == np.float32(MIN_SIGNAL_VARIANCE)
 
 
 def test_evaluations_are_counted():
-    for solver, wanted in (("euler", 3), ("midpoint", 6)):
-        assert FlowHead(width=1, steps=3, solver=solver).num_evaluations == wanted
+    for solver, expected in (("euler", 3), ("midpoint", 6)):
+        assert FlowHead(width=1, steps=3, solver=solver).num_evaluations == expected
         velocity = mock.Mock(side_effect=lambda x, t: x)
         integrate(velocity, 1.0, steps=3, solver=solver)
-        assert 3 * velocity.call_count == wanted  # traced once, run in each step
+        assert 3 * velocity.call_count == expected  # traced once, run in each step
     assert (HEADS["energy"].num_evaluations, HEADS["diffusion"].num_evaluations) == (
         1,
         3,
     )
 
 
-# --- What is refused -------------------------------------------------------------------------
+# --- Refused arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -613,12 +620,12 @@ def test_two_modes_are_recovered_where_one_gaussian_cannot(name):
         head, KEY, steps=700, batch_size=128, learning_rate=3e-3
     )
     sizes = {"key": jax.random.key(7), "conditions": 48, "samples": 150}
-    found = two_mode_target.evaluate_samples(
+    metrics = two_mode_target.evaluate_samples(
         two_mode_target.make_sampler(head, params), **sizes
     )
     best = two_mode_target.evaluate_samples(two_mode_target.draw_best_gaussian, **sizes)
-    assert found.interval[1] < 0.15 * best.interval[0]
-    assert found.in_modes > 0.9 > 3 * best.in_modes
-    assert found.likelier == pytest.approx(
+    assert metrics.interval[1] < 0.15 * best.interval[0]
+    assert metrics.in_modes > 0.9 > 3 * best.in_modes
+    assert metrics.likelier == pytest.approx(
         two_mode_target.LIKELIER_MODE_SHARE, abs=0.05
     )

@@ -38,7 +38,7 @@ def lm():
 
 
 def prompts(seed=0):
-    """Of 1, 3 and 5 chunks."""
+    """Prompts of 1, 3 and 5 chunks."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, V, SIZE * n) for n in (1, 3, 5)]
 
@@ -47,7 +47,7 @@ def prompts(seed=0):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def whole(model, params, chunks, durations, start, at):
+def hidden_after(model, params, chunks, durations, start, at):
     """Hidden states [B, D] after chunk `at` of each row, of whole passes without any cache."""
     inputs = ChunkInputs(chunks, durations=durations, start=start)
     states = model.hidden_states(params, inputs).hidden
@@ -62,8 +62,8 @@ def one_draw(model, params, key, hidden):
     return jnp.argmax(model.decode(params, latents), axis=-1)
 
 
-def by_whole_passes(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
-    """What temperature 1 draws: everything goes through the model again for each new chunk."""
+def without_cache(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
+    """Return the samples at temperature 1, by a forward pass over all chunks for each new one."""
     lengths = np.array([len(row) // SIZE for row in rows])
     buffer = np.zeros((len(rows), ROOM, SIZE), np.int32)
     times = np.ones((len(rows), ROOM), np.float32)
@@ -73,18 +73,20 @@ def by_whole_passes(lm, rows, steps, *, d=None, new_d=1.0, start=0.0, key=KEY):
         buffer[i, :n] = np.reshape(rows[i], (-1, SIZE))
         times[i, :n] = 1.0 if d is None else d[i]
         times[i, n : n + steps] = new_d[i]
-    made = []
+    chunks = []
     for step in range(steps):
-        hidden = whole(lm.model, lm.params, buffer, times, start, lengths + step - 1)
+        hidden = hidden_after(
+            lm.model, lm.params, buffer, times, start, lengths + step - 1
+        )
         new = np.asarray(
             one_draw(lm.model, lm.params, jax.random.fold_in(key, step), hidden)
         )
         buffer[np.arange(len(rows)), lengths + step] = new
-        made.append(new)
-    return np.concatenate(made, axis=1)
+        chunks.append(new)
+    return np.concatenate(chunks, axis=1)
 
 
-def timed(seed=3):
+def random_timing(seed=3):
     """Durations of the prompts' chunks and of 3 new ones, and starts."""
     rng = np.random.default_rng(seed)
     d = [rng.uniform(0.3, 2.0, n).astype(np.float32) for n in (1, 3, 5)]
@@ -102,19 +104,19 @@ def timed(seed=3):
         pytest.param(FlowHead(width=W, hidden_size=8, depth=1, steps=3), marks=slow),
     ],
 )
-def test_chunks_are_those_of_whole_passes(head):
-    """Prompts of different lengths, durations and beginnings; the cache changes nothing."""
-    lm, (d, new_d, start) = tiny.next_vector_lm(head), timed()
+def test_chunks_equal_those_without_a_cache(head):
+    """Prompts have different lengths, durations and starts."""
+    lm, (d, new_d, start) = tiny.next_vector_lm(head), random_timing()
     for options in ({}, dict(d=d, new_d=new_d, start=start)):
-        expected = by_whole_passes(lm, prompts(), 3, **options)
+        expected = without_cache(lm, prompts(), 3, **options)
         names = {"d": "durations", "new_d": "new_durations", "start": "start"}
-        given: Any = {names[name]: value for name, value in options.items()}
-        given |= dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
-        made = generate(lm, prompts(), **given)
-        np.testing.assert_array_equal(made.tokens, expected)
-        np.testing.assert_array_equal(made.lengths, 3 * SIZE)
-        assert len(np.unique(made.tokens)) > 3
-        other = by_whole_passes(lm, prompts(), 3, key=jax.random.key(1), **options)
+        arguments: Any = {names[name]: value for name, value in options.items()}
+        arguments |= dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
+        generated = generate(lm, prompts(), **arguments)
+        np.testing.assert_array_equal(generated.tokens, expected)
+        np.testing.assert_array_equal(generated.lengths, 3 * SIZE)
+        assert len(np.unique(generated.tokens)) > 3
+        other = without_cache(lm, prompts(), 3, key=jax.random.key(1), **options)
         assert (other != expected).mean() > 0.2
 
 
@@ -122,16 +124,16 @@ def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
     chunks = np.reshape(prompts()[2], (-1, SIZE))
     padded = np.zeros((1, ROOM, SIZE), np.int32)
     padded[0, :5] = chunks
-    found = whole(
+    states = hidden_after(
         lm.model, lm.params, padded, np.ones((1, ROOM)), np.zeros(1), np.array([4])
     )
     np.testing.assert_allclose(
-        found[0], calm.hidden_states(lm, chunks)[-1], rtol=1e-4, atol=1e-5
+        states[0], calm.hidden_states(lm, chunks)[-1], rtol=1e-4, atol=1e-5
     )
 
 
 def test_durations_count(lm):
-    d, new_d, _ = timed()
+    d, new_d, _ = random_timing()
     options = dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
     plain = generate(lm, prompts(), **options).tokens
     moved = generate(lm, prompts(), durations=d, **options).tokens
@@ -167,11 +169,11 @@ def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
     assert [len(row) for row in by_hand] == [3, 9, 15]
     for kind in (Repetition, Rejection):
         expected = generate(lm, by_hand, sampler=kind(), **options).tokens
-        made = generate(lm, rows, sampler=kind(pad_token=fill), **options).tokens
-        np.testing.assert_array_equal(made, expected)
+        tokens = generate(lm, rows, sampler=kind(pad_token=fill), **options).tokens
+        np.testing.assert_array_equal(tokens, expected)
         noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": [fill, 2]})
-        made = generate(noted, rows, sampler=kind(), **options).tokens
-        np.testing.assert_array_equal(made, expected)
+        tokens = generate(noted, rows, sampler=kind(), **options).tokens
+        np.testing.assert_array_equal(tokens, expected)
         others = [
             generate(lm, rows, sampler=kind(pad_token=token), **options).tokens
             for token in (0, 7, 9)
@@ -184,25 +186,27 @@ def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
 
 
 def test_stop_tokens_end_rows_within_chunks(lm):
-    """In any chunk, and not only at its end."""
+    """A stop token may be anywhere in any chunk."""
     options = dict(sampler=ONE_DRAW, max_new_tokens=6 * SIZE, key=KEY)
-    free = generate(lm, prompts(), stop=(), **options)
+    endless = generate(lm, prompts(), stop=(), **options)
     places = set()
     for stop in range(V):
-        made = generate(lm, prompts(), stop=stop, **options)
+        generated = generate(lm, prompts(), stop=stop, **options)
         for row, length, before in zip(
-            made.tokens, made.lengths, free.tokens, strict=True
+            generated.tokens, generated.lengths, endless.tokens, strict=True
         ):
-            where = np.flatnonzero(before == stop)
-            expected = where[0] + 1 if len(where) else 6 * SIZE
+            stops = np.flatnonzero(before == stop)
+            expected = stops[0] + 1 if len(stops) else 6 * SIZE
             assert length == expected
             np.testing.assert_array_equal(row[:length], before[:length])
             np.testing.assert_array_equal(row[length:], 0)
-            places |= {divmod(where[0], SIZE)} if len(where) else set()
-        assert [len(row) for row in made.token_lists()] == made.lengths.tolist()
-        noted = LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
+            places |= {divmod(stops[0], SIZE)} if len(stops) else set()
+        assert [
+            len(row) for row in generated.token_lists()
+        ] == generated.lengths.tolist()
+        with_field = LanguageModel(lm.model, lm.params, None, {"eos_token_id": stop})
         np.testing.assert_array_equal(
-            generate(noted, prompts(), **options).tokens, made.tokens
+            generate(with_field, prompts(), **options).tokens, generated.tokens
         )
     assert {0, 1} <= {place % SIZE for _, place in places}
     assert {min(chunk, 1) for chunk, _ in places} == {0, 1}
@@ -212,15 +216,15 @@ def test_stop_tokens_end_rows_within_chunks(lm):
 def test_any_number_of_new_tokens(lm, count):
     options = dict(sampler=ONE_DRAW, key=KEY, stop=())
     long = generate(lm, prompts(), max_new_tokens=3 * SIZE, **options)
-    made = generate(lm, prompts(), max_new_tokens=count, **options)
-    np.testing.assert_array_equal(made.tokens, long.tokens[:, :count])
-    np.testing.assert_array_equal(made.lengths, count)
-    stop = int(long.tokens[0, count - 1])  # the last that is wanted, or one before
-    made = generate(
+    generated = generate(lm, prompts(), max_new_tokens=count, **options)
+    np.testing.assert_array_equal(generated.tokens, long.tokens[:, :count])
+    np.testing.assert_array_equal(generated.lengths, count)
+    stop = int(long.tokens[0, count - 1])  # the last requested token, or an earlier one
+    generated = generate(
         lm, prompts(), sampler=ONE_DRAW, max_new_tokens=count, key=KEY, stop=stop
     )
-    assert made.lengths[0] == np.flatnonzero(long.tokens[0] == stop)[0] + 1
-    assert made.lengths.max() <= count
+    assert generated.lengths[0] == np.flatnonzero(long.tokens[0] == stop)[0] + 1
+    assert generated.lengths.max() <= count
 
 
 @slow
@@ -230,8 +234,8 @@ def test_prompts_in_pieces_and_one_alone(lm):
     row = prompts()[2]
     alone = generate(lm, row, **options).tokens
     assert alone.shape == (1, 2 * SIZE)
-    for given in ([row], row[None], row.tolist(), [row.tolist()]):
-        np.testing.assert_array_equal(generate(lm, given, **options).tokens, alone)
+    for prompt in ([row], row[None], row.tolist(), [row.tolist()]):
+        np.testing.assert_array_equal(generate(lm, prompt, **options).tokens, alone)
     np.testing.assert_array_equal(
         generate(lm, row, max_prefill_length=2, **options).tokens, alone
     )
@@ -265,7 +269,7 @@ class Points(ImplicitHead):
 
 
 @pytest.fixture(scope="module")
-def known(lm):
+def points_lm(lm):
     """A model that draws one of three chunks, and these chunks [3, C], the likeliest first."""
     latents = np.random.default_rng(0).normal(size=(64, W)).round(2)
     chunks = np.argmax(
@@ -278,10 +282,10 @@ def known(lm):
     return LanguageModel(model, params), chunks[first[:3]]
 
 
-def counted(tokens, chunks):
-    """How often each chunk came, at each step: [steps, 3]."""
-    made = np.reshape(tokens, (len(tokens), -1, 1, SIZE))
-    counts = (made == chunks).all(axis=-1).sum(axis=0)
+def count_chunks(tokens, chunks):
+    """Return the count of each chunk at each step: [steps, 3]."""
+    chunk_of_row = np.reshape(tokens, (len(tokens), -1, 1, SIZE))
+    counts = (chunk_of_row == chunks).all(axis=-1).sum(axis=0)
     assert (counts.sum(axis=-1) == len(tokens)).all()  # nothing else
     return counts
 
@@ -291,11 +295,11 @@ def tempered(t):
     return weights / weights.sum()
 
 
-def many(known, sampler):
+def sample_many(points_lm, sampler):
     """Return two new chunks of each of ROWS rows, and counts [2, 3] of the known chunks."""
-    lm, chunks = known
+    lm, chunks = points_lm
     row = np.arange(2 * SIZE) % V
-    made = generate(
+    generated = generate(
         lm,
         np.tile(row, (ROWS, 1)),
         sampler=sampler,
@@ -303,7 +307,7 @@ def many(known, sampler):
         stop=(),
         key=KEY,
     )
-    return made.tokens, counted(made.tokens, chunks)
+    return generated.tokens, count_chunks(generated.tokens, chunks)
 
 
 @slow
@@ -318,21 +322,23 @@ def many(known, sampler):
     ],
     ids=str,
 )
-def test_draws_are_those_of_the_tempered_distribution(known, t, kind):
-    tokens, counts = many(known, kind(t))
-    for found in counts:
-        assert stats.chisquare(found, ROWS * tempered(t)).pvalue > 1e-3
-        for other in (1.0, 0.7, 1 / 2, 1 / 3):  # neighbours are told apart
+def test_draws_are_those_of_the_tempered_distribution(points_lm, t, kind):
+    tokens, counts = sample_many(points_lm, kind(t))
+    for step_counts in counts:
+        assert stats.chisquare(step_counts, ROWS * tempered(t)).pvalue > 1e-3
+        for other in (1.0, 0.7, 1 / 2, 1 / 3):  # similar temperatures are distinguished
             if abs(other - t) > 0.01:
-                assert stats.chisquare(found, ROWS * tempered(other)).pvalue < 1e-6
+                assert (
+                    stats.chisquare(step_counts, ROWS * tempered(other)).pvalue < 1e-6
+                )
     # Steps are independent, as the head reads nothing.
     same = (tokens[:, :SIZE] == tokens[:, SIZE:]).all(axis=1).mean()
     expected = (tempered(t) ** 2).sum()
     assert abs(same - expected) < 4 * np.sqrt(expected * (1 - expected) / ROWS)
 
 
-def of_batches(candidates, n):
-    """What the batch form draws, exactly: over all counts of the chunks among the candidates."""
+def repetition_distribution(candidates, n):
+    """Return the exact distribution of samples, over all counts of chunks among the candidates."""
     total = np.zeros(len(P))
     for first in range(candidates + 1):
         for second in range(candidates - first + 1):
@@ -354,36 +360,36 @@ def of_batches(candidates, n):
         pytest.param(1 / 2, 2, marks=slow),
     ],
 )
-def test_the_batch_form_draws_what_its_counts_say(known, t, candidates):
+def test_the_batch_form_draws_what_its_counts_say(points_lm, t, candidates):
     """For few candidates that is not the tempered distribution, and for many nearly."""
-    exact = of_batches(candidates, round(1 / t))
-    _, counts = many(known, Repetition(t, num_candidates=candidates))
-    for found in counts:
-        assert stats.chisquare(found, ROWS * exact).pvalue > 1e-3
+    exact = repetition_distribution(candidates, round(1 / t))
+    _, counts = sample_many(points_lm, Repetition(t, num_candidates=candidates))
+    for step_counts in counts:
+        assert stats.chisquare(step_counts, ROWS * exact).pvalue > 1e-3
         if candidates > 2:  # two candidates, equal or not, are drawn as one is
-            assert stats.chisquare(found, ROWS * np.array(P)).pvalue < 1e-6
+            assert stats.chisquare(step_counts, ROWS * np.array(P)).pvalue < 1e-6
         if candidates < 8:
-            assert stats.chisquare(found, ROWS * tempered(t)).pvalue < 1e-6
+            assert stats.chisquare(step_counts, ROWS * tempered(t)).pvalue < 1e-6
     distance = np.abs(exact - tempered(t)).sum()
     assert distance > 0.1 if candidates < 8 else distance < 0.1
 
 
 @slow
-def test_temperature_0_takes_what_comes_most_often(known):
-    lm, chunks = known
+def test_temperature_0_takes_what_comes_most_often(points_lm):
+    lm, chunks = points_lm
     rows = [np.arange(SIZE), np.arange(2 * SIZE) % V]
     sampler = Repetition(0.0, num_candidates=400)
     options = dict(sampler=sampler, max_new_tokens=3 * SIZE, stop=())
     for key in ({}, {"key": KEY}):
-        made = generate(lm, rows, **options, **key)
-        np.testing.assert_array_equal(made.tokens, np.tile(chunks[0], (2, 3)))
+        generated = generate(lm, rows, **options, **key)
+        np.testing.assert_array_equal(generated.tokens, np.tile(chunks[0], (2, 3)))
 
 
 @slow
 @pytest.mark.parametrize("key", [0, 1])
-def test_draws_that_are_never_accepted_name_the_prompt(known, key):
-    """In two draws a chunk at T = 1/2, about a third of all rows have one."""
-    lm, _ = known
+def test_draws_that_are_never_accepted_name_the_prompt(points_lm, key):
+    """With two samples for a chunk at T = 1/2, about a third of all rows accept one."""
+    lm, _ = points_lm
     model, key, steps, rounds = lm.model, jax.random.key(key), 2, 2
     rows = np.tile(np.arange(SIZE), (6, 1))
     hidden = jnp.zeros((6, tiny.TRUNK_CONFIG.hidden_size))
@@ -432,7 +438,7 @@ def test_one_program_serves_temperatures_prompts_and_fillings(lm):
     assert generation._decode_loop._cache_size() == before
 
 
-# --- What is refused -------------------------------------------------------------------------
+# --- Refused arguments -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -504,10 +510,10 @@ def test_one_program_serves_temperatures_prompts_and_fillings(lm):
     ids=str,
 )
 def test_bad_arguments_are_refused(lm, options, message):
-    given: Any = dict(prompts=np.arange(SIZE), sampler=ONE_DRAW, key=KEY)
-    given |= dict(max_new_tokens=2 * SIZE) | options
+    arguments: Any = dict(prompts=np.arange(SIZE), sampler=ONE_DRAW, key=KEY)
+    arguments |= dict(max_new_tokens=2 * SIZE) | options
     with pytest.raises(clm.InputError, match=message):
-        generate(lm, **given)
+        generate(lm, **arguments)
 
 
 def test_samplers_of_chunks_refuse_other_models():

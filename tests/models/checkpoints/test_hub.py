@@ -78,8 +78,8 @@ def test_what_is_in_the_hub_s_cache_is_loaded_offline(tmp_path):
         "../missing": "neither a folder nor a bundled model",
         "org/a--b": "neither a folder nor a name",
     }
-    for line, wanted in zip(offline(home, folder, *names), names.values(), strict=True):
-        assert wanted in line
+    for line, part in zip(offline(home, folder, *names), names.values(), strict=True):
+        assert part in line
 
 
 def answered(kind, status):
@@ -146,7 +146,7 @@ def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
         config.json tokenizer.json model.safetensors model-00001-of-00002.safetensors
         model.safetensors.index.json
     """.split()
-    not_wanted = """
+    excluded = """
         pytorch_model.bin pytorch_model.bin.index.json pytorch_model.safetensors.bin model.pth
         consolidated.safetensors original/model.safetensors original/config.json onnx/model.onnx
         tf_model.h5 README.md tokenizer.model modeling.py training_args.bin
@@ -155,12 +155,12 @@ def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
 
     def download(repo, *, revision, allow_patterns, ignore_patterns):
         assert (repo, revision) == ("org/name", None)
-        kept = filter_repo_objects(
-            [*there, *not_wanted],
+        matching = filter_repo_objects(
+            [*there, *excluded],
             allow_patterns=allow_patterns,
             ignore_patterns=ignore_patterns,
         )
-        assert list(kept) == there
+        assert list(matching) == there
         return str(folder)
 
     monkeypatch.chdir(tmp_path)

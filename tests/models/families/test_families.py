@@ -1,4 +1,4 @@
-"""How families read config.json, beyond what the parity of their logits shows."""
+"""Fields of config.json that the parity of logits does not test."""
 
 import jax.numpy as jnp
 import pytest

@@ -51,7 +51,7 @@ class Listed:
 
 
 def buffers(name, fields):
-    """What the published files hold beside the parameters: name -> shape."""
+    """Return the buffers of the published files: name -> shape."""
     long = fields.get("n_positions") or fields["max_position_embeddings"]
     layers = range(fields.get("n_layer") or fields["num_hidden_layers"])
     mask = (1, 1, long, long)
@@ -78,10 +78,10 @@ def published(name):
     transformers = pytest.importorskip("transformers")
     fields = CHECKPOINTS[name][0]
     # No shape depends on the scaling, and this way of making a Phi3Config refuses the old style.
-    asked = {k: v for k, v in fields.items() if k != "rope_scaling"}
+    config_fields = {k: v for k, v in fields.items() if k != "rope_scaling"}
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
-            transformers.AutoConfig.for_model(**asked)
+            transformers.AutoConfig.for_model(**config_fields)
         )
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
