@@ -405,7 +405,7 @@ def faults_of(file: pathlib.Path) -> list[str]:
     """The offences of one file against all rules."""
     path = file.resolve().relative_to(ROOT).as_posix()
     rules = MARKDOWN_RULES if file.suffix == ".md" else CODE_RULES
-    if file.suffix == ".py" and not path.startswith("tests/"):
+    if file.suffix == ".py" and not path.startswith(("tests/", "docs/")):
         rules = [*rules, *SOURCE_RULES]
     text = file.read_text()
     return [fault for rule in rules for fault in rule(path, text)]
