@@ -1,4 +1,4 @@
-# From a clean clone and Python 3.11 or later, each of these sets up what it needs in $(VENV), once.
+# From a clean clone and Python 3.11 or later, each target installs what it needs in $(VENV), once.
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    ?= .venv
@@ -13,39 +13,46 @@ pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile # fixtures are made 
 .NOTPARALLEL: # two pips in one environment get in each other's way
 .DELETE_ON_ERROR:
 
+# `make help` prints the headings that start with `##`, and each target with the text after its `##`.
 .PHONY: help
 help: ## List the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^## / { print "\n" substr($$0, 4) } /^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+
+## First steps
 
 .PHONY: counting
-counting: $(VENV)/.has-runtime ## Shrink four apples and see the embedded model count them
+counting: $(VENV)/.has-runtime ## Shrink four apples and see the bundled model count them
 	$(program) counting --output_dir=$(RESULTS)/counting
 
 .PHONY: report
-report: $(VENV)/.has-runtime ## Run every experiment on the embedded model and write the report
+report: $(VENV)/.has-runtime ## Run every experiment on the bundled model and write one page
 	$(program) report --output_dir=$(RESULTS)/report
+
+## Recipes: the programs behind the tables of docs/
 
 # Recipes of experiments/recipes/; text files: make calm DATA=a.txt,b.txt
 DATA  ?=
 WORDS ?= file,path,directory
 recipe := $(program) recipe $(if $(DATA),--data=$(DATA)) --words=$(WORDS)
 .PHONY: calm calm-full next-vector next-vector-full embedded
-calm: $(VENV)/.has-runtime ## Train, sample, evaluate and ablate small density models of text
+calm: $(VENV)/.has-runtime ## Small density models of text: train, sample, evaluate (3 minutes)
 	$(recipe) --name=calm --output_dir=$(RESULTS)/calm
-calm-full: $(VENV)/.has-runtime ## The README's table: a baseline and its densities, under an hour
+calm-full: $(VENV)/.has-runtime ## The tables of density models (under an hour)
 	$(recipe) --name=calm_full --output_dir=$(RESULTS)/calm-full
-next-vector: $(VENV)/.has-runtime ## Train, sample and evaluate small models of K = 4 tokens a vector
+next-vector: $(VENV)/.has-runtime ## Small next-vector models, K = 4: train, sample, evaluate (8 minutes)
 	$(recipe) --name=next_vectors --output_dir=$(RESULTS)/next-vector
-next-vector-full: $(VENV)/.has-runtime ## The tables of K, under an hour
+next-vector-full: $(VENV)/.has-runtime ## The tables of next-vector models (under an hour)
 	$(recipe) --name=next_vectors_full --output_dir=$(RESULTS)/next-vector-full
-embedded: $(VENV)/.has-runtime ## Train the embedded model anew, with three seeds, and print its table
+embedded: $(VENV)/.has-runtime ## Train the bundled model again with three seeds
 	$(recipe) --name=embedded --output_dir=$(RESULTS)/embedded
 
+## Speed and devices
+
 .PHONY: benchmark
-benchmark: $(VENV)/.has-peers ## How fast it is, beside PyTorch, transformers, faiss
+benchmark: $(VENV)/.has-peers ## Measure speed against PyTorch, transformers and faiss
 	$(program) benchmark --output_dir=$(RESULTS)/benchmark
 
-# With a python that is there, and nothing installed: the one of $(VENV) if it has a CUDA jax.
+# Uses an installed Python: that of $(VENV) if it has a CUDA jax.
 has_cuda = import importlib.util as u; print(any(map(u.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))))
 GPU_PYTHON ?= $(if $(filter True,$(shell $(python) -c '$(has_cuda)' 2>/dev/null)),$(python),python3)
 GPU_FLAGS  ?= # --allow_cpu to try it without a GPU
@@ -58,50 +65,82 @@ gone and sys.exit(f"error: {sys.executable} lacks {', '.join(gone)}: {sys.execut
 endef
 export absent
 .PHONY: gpu
-gpu: ## Check this machine's GPU, in eight minutes at most; installs nothing
+gpu: ## Check this machine's GPU, at most eight minutes; installs nothing
 	@$(GPU_PYTHON) -c "$$absent"
 	$(GPU_PYTHON) -m continuous_lm gpu_check $(GPU_FLAGS) --output_dir=$(RESULTS)/gpu
 
 .PHONY: growth
-growth: $(VENV)/.has-runtime ## What sweeps of 8B to 70B models cost, and which devices hold them
+growth: $(VENV)/.has-runtime ## Compute costs of sweeps of 8B to 70B models on simulated devices
 	$(program) device_costs --output_dir=$(RESULTS)/growth
 
-# Most of the fast tests' time is compiling: without optimisation it is half, and with the older code
-# generator, which JAX for Python 3.11 still has, a third of that. `test-all` compiles as programs do.
-older = $(shell $(python) -c "import sys; sys.version_info < (3, 12) and print('--xla_cpu_use_fusion_emitters=false')" 2>/dev/null)
-given := $(XLA_FLAGS)
-test test-core: export XLA_FLAGS = --xla_backend_optimization_level=0 $(older) $(given)
-TESTS ?= # of these files and folders; of all if left out
+## Development
 
-.PHONY: test
-test: $(VENV)/.has-test ## The fast tests
-	$(pytest) -m "not slow" $(TESTS)
+.PHONY: setup
+setup: $(VENV)/.has-dev ## Create .venv with everything: runtime, tests, linters, docs
 
-.PHONY: test-all
-test-all: $(VENV)/.has-test ## All tests
-	$(pytest)
-
-.PHONY: test-core
-test-core: $(VENV)/.has-test-core ## The fast tests, without installing PyTorch for those that need it
-	$(pytest) -m "not slow" $(TESTS)
-
-.PHONY: mutants
-mutants: $(VENV)/.has-test ## Put small defects into the code and count those that the fast tests see
-	$(python) -m tests.mutants --workers=$(WORKERS) --output=$(RESULTS)/mutants.json
-.PHONY: golden
-golden: $(VENV)/.has-test ## Store anew what every program writes when it is run small
-	$(python) -m tests.golden --write $(GROUPS)
+.PHONY: format
+format: $(VENV)/.has-lint ## Format the code, and fix what ruff can fix
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
 
 .PHONY: lint
-lint: $(VENV)/.has-lint ## Style, format, imports, types
+lint: $(VENV)/.has-lint ## Check style, format and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy -p continuous_lm
 	$(python) -m tests.type_completeness
 
+.PHONY: types
+types: $(VENV)/.has-lint ## Check types only
+	$(VENV)/bin/mypy -p continuous_lm
+
+# The fast tests spend most of their time compiling. Compiling without optimisation halves it, and the
+# older code generator of JAX for Python 3.11 takes a third of that. `test-all` compiles as programs do.
+older = $(shell $(python) -c "import sys; sys.version_info < (3, 12) and print('--xla_cpu_use_fusion_emitters=false')" 2>/dev/null)
+user_flags := $(XLA_FLAGS)
+test test-one test-core: export XLA_FLAGS = --xla_backend_optimization_level=0 $(older) $(user_flags)
+TESTS ?= # files and folders; all if omitted
+
+.PHONY: test
+test: $(VENV)/.has-test ## The fast tests (TESTS=FILES for some)
+	$(pytest) -m "not slow" $(TESTS)
+
+.PHONY: test-one
+test-one: $(VENV)/.has-test ## Test one file or test: make test-one T=tests/test_style.py
+	$(python) -m pytest $(T)
+
+.PHONY: test-all
+test-all: $(VENV)/.has-test ## All tests, with the slow ones
+	$(pytest)
+
+.PHONY: test-core
+test-core: $(VENV)/.has-test-core ## The fast tests without PyTorch
+	$(pytest) -m "not slow" $(TESTS)
+
+.PHONY: mutants
+mutants: $(VENV)/.has-test ## Plant small defects and count those that the fast tests catch
+	$(python) -m tests.mutants --workers=$(WORKERS) --output=$(RESULTS)/mutants.json
+.PHONY: golden
+golden: $(VENV)/.has-test ## Store the outputs of small runs of every program again
+	$(python) -m tests.golden --write $(GROUPS)
+
+.PHONY: docs docs-serve
+docs docs-serve: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.has-docs ## Build the documentation into site/; a broken link is an error
+	$(VENV)/bin/mkdocs build
+docs-serve: $(VENV)/.has-docs ## Show the documentation in a browser while you edit it
+	$(VENV)/bin/mkdocs serve
+
+.PHONY: release-check
+release-check: $(VENV)/.has-dev ## Build the wheel and check its contents and metadata
+	rm -rf dist
+	$(python) -m build
+	$(python) -m twine check --strict dist/*
+	$(python) -m pytest tests/test_packaging.py
+
 .PHONY: clean
-clean: ## Remove what was set up, built and cached; results stay
-	rm -rf .venv .venv-upper build dist *.egg-info .hypothesis .*_cache
+clean: ## Remove environments, builds and caches; results stay
+	rm -rf .venv .venv-upper build dist site *.egg-info .hypothesis .*_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp .has-X: the environment holds the package, editable, with the extra X.

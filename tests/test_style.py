@@ -20,7 +20,7 @@ RATCHETS = {
 
 
 # Top folder -> offences that are still there. These may only fall.
-ALLOWED = {"tests": 790, "docs": 30, "README.md": 31, "BUILD_NOTES.md": 77}
+ALLOWED = {"tests": 790, "BUILD_NOTES.md": 77}
 
 
 def test_every_file_keeps_the_rules():

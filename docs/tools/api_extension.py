@@ -16,7 +16,9 @@ from collections.abc import Iterator
 
 import griffe
 
-SHAPE = re.compile(r"(?<![\w`\]\)\[])\[(?:\*?[A-Z]\b|\.\.\.|\d+)[^\[\]`\n]{0,40}\](?!\(|\[|`)")
+SHAPE = re.compile(
+    r"(?<![\w`\]\)\[])\[(?:\*?[A-Z]\b|\.\.\.|\d+)[^\[\]`\n]{0,40}\](?!\(|\[|`)"
+)
 TABLE_ROW = re.compile(r"^(?: {2})?(\w[\w., ]*?) {2,}(\S.*)$")
 TABLE_HEAD = re.compile(r"^[A-Z][^.]*:$")
 NO_PROSE = ("noqa", "type:", "---", "ruff:", "pragma")
