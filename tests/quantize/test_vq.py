@@ -12,6 +12,14 @@ from continuous_lm import losses, quantize
 
 KEY = jax.random.key(0)
 
+# Without jit, every operation of these functions is a program.
+init = jax.jit(quantize.init, static_argnums=2, static_argnames=("steps", "axis_name"))
+revive = jax.jit(quantize.revive, static_argnames="axis_name")
+init_residual = jax.jit(
+    quantize.init_residual, static_argnums=(2, 3), static_argnames="steps"
+)
+quantize_residual = jax.jit(quantize.quantize_residual)
+
 
 def clusters(num_vectors=400, num_clusters=8, width=4, noise=0.05, seed=0):
     """Vectors around points far from each other, and these points."""
@@ -106,7 +114,13 @@ def test_each_loss_moves_its_own_side(gradient):
         "rotation": quantize.rotation_trick,
         "straight_through": quantize.straight_through,
     }
-    through = jax.grad(lambda x: jnp.sum(g * trick[gradient](x, codes[indices])))(x)
+    codes = np.asarray(codes)
+
+    def through_trick(x):
+        return jnp.sum(g * trick[gradient](x, codes[indices]))
+
+    through = jax.jit(jax.grad(through_trick))(x)
+    x = np.asarray(x)
     np.testing.assert_allclose(to_x[0], through, rtol=1e-5)
     np.testing.assert_array_equal(to_codes[0], 0)
     np.testing.assert_array_equal(to_x[1], 0)
@@ -142,7 +156,7 @@ def ema_step(codebook, x, axis_name=None):
 def test_moving_averages_are_those_of_numpy():
     rng = np.random.default_rng(0)
     batches = rng.standard_normal((6, 64, 3)).astype(np.float32)
-    codebook = quantize.init(KEY, batches[0], 9, steps=1)
+    codebook = init(KEY, batches[0], 9, steps=1)
     codes, counts, sums = (np.array(a, np.float64) for a in codebook)
     np.testing.assert_allclose(sums, codes * counts[:, None], rtol=1e-6)
     for x in batches:
@@ -157,17 +171,17 @@ def test_moving_averages_are_those_of_numpy():
 def test_a_batch_may_lie_on_several_devices():
     """The same update, revival and start from four parts as from all of it."""
     x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
-    codebook = quantize.init(KEY, x, 9, steps=1)
+    codebook = init(KEY, x, 9, steps=1)
     expected = ema_step(codebook, x)[0]
-    expected = quantize.revive(KEY, expected, x, threshold=6.0)
+    expected = revive(KEY, expected, x, threshold=6.0)
     assert (expected.counts == 6.0).any()
 
     def step(x):
-        codebook = quantize.init(KEY, x, 9, steps=1, axis_name="data")
+        codebook = init(KEY, x, 9, steps=1, axis_name="data")
         after = ema_step(codebook, x, axis_name="data")[0]
-        return quantize.revive(KEY, after, x, threshold=6.0, axis_name="data")
+        return revive(KEY, after, x, threshold=6.0, axis_name="data")
 
-    parts = jax.vmap(step, axis_name="data")(x.reshape(4, 16, 3))
+    parts = jax.jit(jax.vmap(step, axis_name="data"))(x.reshape(4, 16, 3))
     for ours, theirs in zip(parts, expected, strict=True):
         for part in ours:
             np.testing.assert_allclose(part, theirs, rtol=1e-4, atol=1e-5)
@@ -177,7 +191,8 @@ def test_dead_codes_become_vectors_of_the_batch():
     x = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
     counts = jnp.array([5.0, 0.5, 3.0, 0.0, 0.9, 1.0])
     codebook = quantize.Codebook(jnp.full((6, 3), 9.0), counts, jnp.full((6, 3), 2.0))
-    after = quantize.revive(KEY, codebook, x, threshold=1.0)
+    after = jax.tree.map(np.asarray, revive(KEY, codebook, x, threshold=1.0))
+    codebook = jax.tree.map(np.asarray, codebook)
     dead = np.array([False, True, False, True, True, False])
     for new, old in zip(after, codebook, strict=True):
         np.testing.assert_array_equal(new[~dead], old[~dead])
@@ -185,8 +200,8 @@ def test_dead_codes_become_vectors_of_the_batch():
     np.testing.assert_array_equal(after.sums[dead], after.codes[dead])
     sources = {int(np.flatnonzero((x == code).all(1))[0]) for code in after.codes[dead]}
     assert len(sources) == 3  # none was drawn twice
-    other = quantize.revive(jax.random.key(1), codebook, x, threshold=1.0)
-    assert (other.codes[dead] != after.codes[dead]).any()
+    other = revive(jax.random.key(1), codebook, x, threshold=1.0)
+    assert (np.asarray(other.codes)[dead] != after.codes[dead]).any()
 
 
 def test_a_gradient_codebook_learns_the_clusters():
@@ -212,8 +227,8 @@ def test_a_gradient_codebook_learns_the_clusters():
 def test_stages_quantize_what_is_left_over():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((80, 3)).astype(np.float32)
-    codebooks = quantize.init_residual(KEY, x, 3, 8, steps=2)
-    coded = quantize.quantize_residual(codebooks, x)
+    codebooks = init_residual(KEY, x, 3, 8, steps=2)
+    coded = quantize_residual(codebooks, x)
     residual, total = x, 0
     for stage, codes in enumerate(np.asarray(codebooks.codes)):
         which = nearest(residual, codes)
@@ -232,9 +247,9 @@ def test_stages_quantize_what_is_left_over():
 def test_stages_follow_their_moving_averages():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, 3)).astype(np.float32)
-    codebooks = quantize.init_residual(KEY, x, 2, 6, steps=1)
+    codebooks = init_residual(KEY, x, 2, 6, steps=1)
     y = rng.standard_normal((64, 3)).astype(np.float32)
-    indices = quantize.quantize_residual(codebooks, y).indices
+    indices = quantize_residual(codebooks, y).indices
     after = quantize.update_residual_ema(codebooks, y, indices, decay=0.8, epsilon=1e-2)
     residual = y.astype(np.float64)
     for stage in range(2):
@@ -248,8 +263,10 @@ def test_stages_follow_their_moving_averages():
 
 def test_stages_are_revived_with_what_is_left_over():
     x, _, _ = clusters(num_vectors=40)
-    codebooks = quantize.init_residual(KEY, x, 2, 8, steps=3)
-    dead = codebooks._replace(counts=codebooks.counts.at[1, 2].set(0.0))
+    codebooks = init_residual(KEY, x, 2, 8, steps=3)
+    counts = np.array(codebooks.counts)
+    counts[1, 2] = 0.0
+    dead = codebooks._replace(counts=counts)
     after = quantize.revive_residual(KEY, dead, x)
     np.testing.assert_array_equal(after.codes[0], codebooks.codes[0])
     residual = (
@@ -262,10 +279,10 @@ def test_stages_are_revived_with_what_is_left_over():
 def test_residual_gradients():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((20, 3)), jnp.float32)
-    codebooks = quantize.init_residual(KEY, x, 2, 4, steps=1)
+    codebooks = init_residual(KEY, x, 2, 4, steps=1)
 
     def total(x, codes):
-        coded = quantize.quantize_residual(codebooks._replace(codes=codes), x)
+        coded = quantize_residual(codebooks._replace(codes=codes), x)
         return jnp.sum(3 * coded.vectors) + coded.codebook_loss.sum()
 
     to_x, to_codes = jax.jit(jax.grad(total, argnums=(0, 1)))(x, codebooks.codes)
