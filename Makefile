@@ -95,8 +95,10 @@ types: $(VENV)/.has-lint ## Check types only
 	$(VENV)/bin/mypy -p continuous_lm
 
 # The fast tests spend most of their time compiling. Compiling without optimisation halves it, and the
-# older code generator of JAX for Python 3.11 takes a third of that. `test-all` compiles as programs do.
-older = $(shell $(python) -c "import sys; sys.version_info < (3, 12) and print('--xla_cpu_use_fusion_emitters=false')" 2>/dev/null)
+# older code generator of JAX for Python 3.11 takes a third of that. Programs are too small to compile
+# them in parts. `test-all` compiles as programs do.
+older_flags := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+older = $(shell $(python) -c "import sys; sys.version_info < (3, 12) and print('$(older_flags)')" 2>/dev/null)
 user_flags := $(XLA_FLAGS)
 test test-one test-core: export XLA_FLAGS = --xla_backend_optimization_level=0 $(older) $(user_flags)
 TESTS ?= # files and folders; all if omitted

@@ -193,6 +193,7 @@ def environment(tree: pathlib.Path) -> dict[str, str]:
     flags = ["--xla_backend_optimization_level=0"]
     if sys.version_info < (3, 12):
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     scratch = tree.with_name(f"{tree.name}-scratch")
     scratch.mkdir(exist_ok=True)
     return os.environ | {
