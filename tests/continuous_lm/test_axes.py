@@ -197,7 +197,7 @@ def test_finds_unlisted(source, line):
         'f("x->y, or y->x?", "a yes->no")',
     ],
 )
-def test_passes(source):
+def test_valid_sources_have_no_unlisted_letters(source):
     assert found_in(source) == []
 
 

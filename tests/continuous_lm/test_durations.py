@@ -18,7 +18,7 @@ positive = hnp.arrays(
 
 
 @given(positive, st.floats(-100, 100, width=32))
-def test_times_and_durations_go_round(d, start):
+def test_times_and_durations_round_trip(d, start):
     times = end_times(d, start)
     np.testing.assert_allclose(
         times, start + np.cumsum(d.astype(np.float64)), rtol=1e-5, atol=1e-4
@@ -33,14 +33,14 @@ def test_ordinary_sentence_ends_at_the_integers():
     )
 
 
-def test_scale_shrinks_the_span_alone_for_every_factor():
+def test_scale_changes_only_the_span():
     d = scale(jnp.ones(5), jnp.array([0.5, 0.0]), (1, 3))
     np.testing.assert_array_equal(d, [[1, 0.5, 0.5, 1, 1], [1, 0, 0, 1, 1]])
     np.testing.assert_array_equal(scale(jnp.ones(2), 3.0), [3, 3])
 
 
 @pytest.mark.parametrize("span", [(2, 2), (3, 1), (-1, 2), (0, 6)])
-def test_scale_refuses_a_span_outside(span):
+def test_scale_refuses_spans_outside_of_the_tokens(span):
     with pytest.raises(clm.InputError, match="span"):
         scale(jnp.ones(5), 0.5, span)
 
@@ -72,7 +72,7 @@ def test_low_precision_is_widened_and_float64_is_kept():
         ([1j, 1, 1], "dtype complex"),
     ],
 )
-def test_check_says_which_and_where(values, message):
+def test_check_names_the_array_and_its_position(values, message):
     with pytest.raises(clm.InputError, match=message):
         check_durations(np.asarray(values), 3)
 
@@ -114,7 +114,7 @@ def test_distances_in_time_stay_exact(scale):
         [-5, -1, 7, 2],
     ],
 )
-def test_a_clock_of_any_steps(steps):
+def test_elapsed_times_of_any_steps(steps):
     """Times that go back, and steps near the least and the largest float32."""
     steps = np.array(steps, np.float32)
     ends, index = np.cumsum(steps.astype(np.float64)), np.arange(4)
@@ -123,7 +123,7 @@ def test_a_clock_of_any_steps(steps):
     np.testing.assert_allclose(passed, exact, atol=1e-6 * np.abs(steps).max())
 
 
-def test_a_clock_of_float16_is_one_of_float32():
+def test_elapsed_times_of_float16_steps_are_float32():
     passed = elapsed_times(
         exact_end_times(jnp.full(3000, 0.1, jnp.float16)),
         np.array([2999]),
@@ -132,7 +132,7 @@ def test_a_clock_of_float16_is_one_of_float32():
     np.testing.assert_allclose(passed, 2999 * float(np.float16(0.1)), rtol=1e-6)
 
 
-def test_a_clock_of_float64_is_as_exact():
+def test_elapsed_times_of_float64_steps_are_exact():
     with jax.enable_x64(True):
         d = jnp.full(5000, 0.1, jnp.float64).at[0].set(1e9)
         passed = elapsed_times(exact_end_times(d), jnp.array([4999]), jnp.array([4969]))

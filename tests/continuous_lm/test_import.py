@@ -37,7 +37,7 @@ def imported_by(program: str, *names: str) -> list[str]:
     return process.stdout.split()
 
 
-def test_heavy_packages_wait_until_they_are_used():
+def test_heavy_packages_are_imported_lazily():
     uses = "; ".join(f"continuous_lm.{name}" for name in EARLY)
     assert imported_by(f"import continuous_lm; {uses}", *LATE) == []
     assert imported_by("import continuous_lm; continuous_lm.pruning", *LATE) == [
@@ -45,7 +45,7 @@ def test_heavy_packages_wait_until_they_are_used():
     ]  # or the check would find nothing ever
 
 
-def test_the_package_alone_imports_nothing():
+def test_importing_the_package_imports_neither_jax_nor_numpy():
     program = "import sys, continuous_lm; print(*({'jax', 'numpy'} & set(sys.modules)))"
     process = subprocess.run(
         [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True
@@ -77,7 +77,7 @@ def test_the_docstring_lists_each_name_under_its_theme():
     assert {theme: " ".join(names) for theme, names in themes.items()} == FACE
 
 
-def test_other_names_are_not_there():
+def test_unknown_attributes_are_refused():
     with pytest.raises(AttributeError, match="'continuous_lm' has no attribute 'lode'"):
         clm.lode  # noqa: B018
     assert not hasattr(clm.density, "lode")

@@ -46,13 +46,13 @@ def defined_names(source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_modules_promise_all_that_they_define(name):
+def test_all_lists_every_public_name_of_a_module(name):
     module = importlib.import_module(f"continuous_lm.{name}")
     assert set(module.__all__) == defined_names(inspect.getsource(module))
 
 
 @pytest.mark.parametrize("name", [*PACKAGES, *MODULES])
-def test_promises_are_kept_sorted_and_once(name):
+def test_all_lists_are_sorted_without_repetition(name):
     module = importlib.import_module(f"continuous_lm.{name}")
     assert all(hasattr(module, promised) for promised in module.__all__)
     capitals_first = sorted(
@@ -61,7 +61,7 @@ def test_promises_are_kept_sorted_and_once(name):
     assert list(module.__all__) == capitals_first
 
 
-def test_what_a_star_brings_has_a_docstring():
+def test_every_public_name_has_a_docstring():
     for name in (*PACKAGES, *MODULES):
         module = importlib.import_module(f"continuous_lm.{name}")
         for promised in module.__all__:

@@ -147,7 +147,7 @@ def test_every_unknown_word_is_named_once(words):
         assert repr(word) not in message
 
 
-def test_unknown_words_are_unknown_without_a_token_for_them():
+def test_unknown_words_without_an_unknown_token_are_refused():
     with pytest.raises(clm.InputError, match="zebra"):
         tokenization.encode(word_level({"how": 0}), "zebra")
 
@@ -174,7 +174,7 @@ def test_spellings_are_the_answer_and_nothing_else():
     assert tokenization.tokens_spelling(tokenizer, DIGITS)["1"] == []
 
 
-def test_containing_is_whatever_has_it_in_its_name():
+def test_containing_selects_tokens_by_a_part_of_their_name():
     tokenizer = hand_made()
     names_by_answer = {
         answer: [tokenizer.id_to_token(i) for i in tokens]

@@ -42,7 +42,7 @@ def test_dtypes(function, args):
         assert dtype(*mixed) == jnp.float64
 
 
-def test_bfloat16_loses_nothing_but_its_own_rounding():
+def test_bfloat16_inputs_give_float32_results():
     rng = np.random.default_rng(0)
     x, mean = (jnp.asarray(a, jnp.bfloat16) for a in rng.normal(size=(2, 50, 256)))
     scale = jnp.asarray(rng.uniform(0.5, 2, (50, 256)), jnp.bfloat16)
@@ -120,7 +120,7 @@ def test_labels_that_do_not_fit_are_refused(function, rows):
             function(rows, labels)
 
 
-def test_probabilities_that_are_none_are_refused():
+def test_wrong_probabilities_are_refused():
     for wrong, message in [
         (2 * EVEN, "adding up to 1"),
         (EVEN - [1, -1, 0, 0], "is -0.75"),
@@ -144,7 +144,7 @@ def test_tokens_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [bool, complex])
-def test_what_is_no_number_is_refused(dtype):
+def test_values_that_are_no_number_are_refused(dtype):
     with pytest.raises(clm.InputError, match="mean has dtype"):
         losses.gaussian_nll(np.ones(3), np.ones(3, dtype), np.ones(3))
 

@@ -40,13 +40,13 @@ def test_cross_entropy_gradients_match_finite_differences():
         )
 
 
-def test_a_masked_logit_costs_nothing_without_smoothing():
+def test_masked_logits_do_not_change_the_loss_without_smoothing():
     logits = jnp.array([0.0, 0.0, -jnp.inf])
     np.testing.assert_allclose(losses.cross_entropy(logits, 1), np.log(2), rtol=1e-6)
     assert losses.cross_entropy(logits, 1, smoothing=0.1) == jnp.inf
 
 
-def test_huge_logits_lose_nothing():
+def test_huge_logits_are_exact():
     logits = jnp.array([1e4, 1e4 + 1, 0.0])
     expected = np.log1p(np.exp(-1.0))
     np.testing.assert_allclose(losses.cross_entropy(logits, 1), expected, rtol=1e-6)
@@ -162,7 +162,7 @@ def test_brier_lm_is_the_geometric_mean():
     np.testing.assert_allclose(two, 100 * np.sqrt(means[0] * means[1]), rtol=1e-5)
 
 
-def test_brier_lm_of_samples_that_agree_on_nonsense_is_zero():
+def test_brier_lm_of_equal_wrong_samples_is_zero():
     x = jnp.zeros((2, 5), int)
     assert losses.brier_n(x, x, x + 1, n=1).mean() == -1
     assert losses.brier_lm(x, x, x + 1) == 0

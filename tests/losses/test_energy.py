@@ -137,7 +137,7 @@ def test_closed_form_of_normals():
 
 
 @pytest.mark.parametrize(("mean", "scale"), [(0.3, 1.0), (0.0, 1.3), (0.0, 0.8)])
-def test_truth_beats_others_in_samples(mean, scale):
+def test_the_true_distribution_has_the_least_score(mean, scale):
     """With as many samples as in training, the difference is many standard errors."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(4, 20000, 2)), rng.normal(size=(4, 20000, 2))
@@ -163,6 +163,6 @@ def test_improper_exponents_are_refused(beta):
 @pytest.mark.parametrize(
     ("samples", "targets", "culprit"), [(1, 3, "samples"), (4, 0, "targets")]
 )
-def test_too_few_are_refused(samples, targets, culprit):
+def test_too_few_samples_are_refused(samples, targets, culprit):
     with pytest.raises(clm.InputError, match=f"{culprit}: got"):
         losses.energy_score(*draw(samples=samples, targets=targets))

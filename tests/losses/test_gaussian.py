@@ -174,7 +174,7 @@ def test_integrates_to_one(kind, width):
     np.testing.assert_allclose(density.sum() * 0.1**width, 1.0, rtol=1e-4)
 
 
-def test_three_agree_where_they_mean_the_same():
+def test_three_losses_of_equal_covariances_agree():
     x, mean, scale, factor, _ = draw(batch=(4,))
     covariance = covariances(scale, factor, np.eye(5))["low rank"]
     low_rank_nll = jax.jit(losses.low_rank_gaussian_nll)
@@ -186,14 +186,14 @@ def test_three_agree_where_they_mean_the_same():
     np.testing.assert_allclose(diagonal, without, rtol=1e-6)
 
 
-def test_long_units_add_their_logarithm():
+def test_scaling_adds_the_logarithm_of_the_scale():
     x, mean, scale, *_ = draw()
     moved = losses.gaussian_nll(8 * x, 8 * mean, 8 * scale)
     expected = losses.gaussian_nll(x, mean, scale) + 5 * np.log(8)
     np.testing.assert_allclose(moved, expected, rtol=1e-6)
 
 
-def test_above_the_diagonal_is_not_read():
+def test_values_above_the_diagonal_have_no_effect():
     x, mean, *_, cholesky = map(jnp.float32, draw())
     other = cholesky + 1e6 * jnp.triu(jnp.ones((5, 5)), 1)
     function = jax.jit(
@@ -233,7 +233,7 @@ def test_low_rank_makes_no_square_matrix():
         assert any(shape.count(37) > 1 for shape in shapes) == squares
 
 
-def test_one_cholesky_factor_serves_many_vectors():
+def test_one_cholesky_factor_is_not_copied_for_many_vectors():
     """The factor is not copied for each of the 2000 vectors."""
     _, mean, *_, cholesky = draw(width=16, batch=())
     many = jnp.zeros((2000, 16))
@@ -247,7 +247,7 @@ low_rank_with_gradient = jax.jit(
 
 
 @pytest.mark.parametrize(("length", "exact"), [(1.0, True), (1e2, True), (1e5, False)])
-def test_parallel_columns_give_numbers(length, exact):
+def test_parallel_columns_have_finite_gradients(length, exact):
     """Long ones are beyond float32: then the loss is too large, with finite gradients."""
     rng = np.random.default_rng(0)
     x, mean, scale = rng.normal(size=8), np.zeros(8), np.ones(8)

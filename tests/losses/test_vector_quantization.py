@@ -50,7 +50,7 @@ def test_kl_gradients_match_finite_differences():
         check_gradient(losses.gaussian_kl, mean, scale, rtol=1e-6)
 
 
-def test_a_dimension_below_the_floor_gets_no_gradient():
+def test_dimensions_below_the_floor_have_no_gradient():
     gradient = jax.grad(
         functools.partial(losses.gaussian_kl, floor=0.5), argnums=(0, 1)
     )
@@ -59,7 +59,7 @@ def test_a_dimension_below_the_floor_gets_no_gradient():
     np.testing.assert_allclose(scale, [0.0, 1.5], rtol=1e-6)
 
 
-def test_kl_keeps_its_digits_near_the_prior():
+def test_kl_near_the_prior_is_exact():
     scale = np.float32(1 + np.array([[1e-3], [-1e-3], [1e-2], [-1e-2]]))
     wide = scale.astype(np.float64)
     expected = ((wide**2 - 1) / 2 - np.log(wide))[:, 0]
@@ -75,7 +75,7 @@ def test_floors_below_zero_are_refused(floor):
         losses.gaussian_kl(np.zeros(3), np.ones(3), floor=floor)
 
 
-def test_codebook_and_commitment_are_one_distance_with_two_gradients():
+def test_codebook_and_commitment_losses_differ_only_in_gradients():
     rng = np.random.default_rng(0)
     x, code = map(jnp.float32, rng.normal(size=(2, 5, 3)))
     expected = ((x - code) ** 2).sum(axis=-1)
@@ -117,7 +117,7 @@ def test_entropy_gradients():
     assert jnp.isfinite(gradient(certain)).all()
 
 
-def test_entropy_is_least_where_assignments_are_sure_and_even():
+def test_entropy_loss_is_least_for_certain_and_even_assignments():
     best = losses.code_entropy(probabilities=jnp.eye(4))
     np.testing.assert_allclose(best, [0.0, np.log(4)], atol=1e-6)
     for worse in (jnp.full((4, 4), 0.25), jnp.eye(4)[jnp.zeros(4, int)]):
@@ -126,7 +126,7 @@ def test_entropy_is_least_where_assignments_are_sure_and_even():
         )
 
 
-def test_entropy_takes_one_of_two():
+def test_entropy_requires_either_logits_or_probabilities():
     for arguments in ({}, {"logits": np.zeros(3), "probabilities": np.full(3, 1 / 3)}):
         with pytest.raises(
             clm.InputError, match="exactly one of logits and probabilities"

@@ -768,7 +768,7 @@ def test_arguments_that_do_not_fit_are_named(lm, arguments, message):
         generate(lm, **{"max_new_tokens": 4} | arguments)
 
 
-def test_a_stop_token_of_the_config_that_is_none_is_named(lm):
+def test_wrong_stop_tokens_of_the_config_are_named(lm):
     noted = clm.LanguageModel(
         clm.Transformer(lm.config), lm.params, hf_fields={"eos_token_id": 64}
     )
@@ -776,7 +776,7 @@ def test_a_stop_token_of_the_config_that_is_none_is_named(lm):
         generate(noted, ROW, max_new_tokens=4)
 
 
-def test_counts_of_sampling_are_checked():
+def test_wrong_counts_of_samples_are_refused():
     with pytest.raises(clm.InputError, match="top_k is 0"):
         sample_token(KEY, jnp.zeros(4), top_k=0)
 

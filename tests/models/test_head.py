@@ -69,7 +69,7 @@ def test_there_and_back():
         ({"kind": "linear", "width": 3, "kinds": 1}, "a linear head has no setting"),
     ],
 )
-def test_what_is_refused(fields, message):
+def test_wrong_arguments_are_refused(fields, message):
     with pytest.raises(clm.InputError) as refused:
         head_lib.from_dict(fields, REGISTRY)
     assert str(refused.value).startswith(message)

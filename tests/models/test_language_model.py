@@ -90,7 +90,7 @@ def test_shards_hold_what_a_single_file_holds(tmp_path, model_type, number):
     assert_same_params(clm.load(single).params, clm.load(sharded).params)
 
 
-def test_each_tensor_lands_in_its_place(folder):
+def test_each_tensor_is_loaded_to_its_parameter(folder):
     """Layer 1 of the stack is layer 1 of the file, and so on for every tensor."""
     _, weights = parts(folder)
     lm = clm.load(folder)
@@ -194,14 +194,14 @@ def test_tied_head_is_the_embedding_table(tmp_path, tied):
     np.testing.assert_allclose(lm(TOKENS), other(TOKENS), rtol=0, atol=1e-6)
 
 
-def test_tied_head_that_is_written_twice(tmp_path, tied):
+def test_tied_heads_may_be_stored_twice(tmp_path, tied):
     table = parts(tied)[1]["model.embed_tokens.weight"]
     twice = clm.load(changed(tmp_path, tied, weights={"lm_head.weight": table}))
     assert_same_params(twice.params, clm.load(tied).params)
 
 
 @pytest.mark.parametrize("change", ["value", "shape"])
-def test_tied_head_that_differs(tmp_path, tied, change):
+def test_tied_heads_that_differ_are_refused(tmp_path, tied, change):
     table = parts(tied)[1]["model.embed_tokens.weight"].copy()
     table[-1, -1] += 1e-3
     head = table if change == "value" else table[:-1]
@@ -210,7 +210,7 @@ def test_tied_head_that_differs(tmp_path, tied, change):
     assert "tie_word_embeddings" in message
 
 
-def test_untied_head_that_is_missing(tmp_path, tied):
+def test_missing_untied_heads_are_named(tmp_path, tied):
     message = refusal(changed(tmp_path, tied, tie_word_embeddings=False))
     assert re.search(r"tensor lm_head\.weight \[64, 48\] is missing", message)
 
@@ -220,7 +220,7 @@ def test_untied_head_that_is_missing(tmp_path, tied):
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", jnp.float16])
-def test_dtype_is_the_stored_one_unless_asked(tmp_path, stored, dtype):
+def test_dtype_is_the_stored_one_by_default(tmp_path, stored, dtype):
     folder = tiny.save(tmp_path / "x", dtype=stored)
     lm = clm.load(folder, dtype=dtype)
     expected = jnp.dtype(dtype or stored)
@@ -231,7 +231,7 @@ def test_dtype_is_the_stored_one_unless_asked(tmp_path, stored, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "x", bool, "complex64"])
-def test_dtype_that_holds_no_weights(folder, dtype):
+def test_unsupported_dtypes_are_refused(folder, dtype):
     assert "dtype" in refusal(folder, dtype=dtype)
 
 
@@ -264,7 +264,7 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, shape):
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "bfloat16"])
-def test_transformers_loads_what_is_saved(tmp_path, shape):
+def test_transformers_loads_saved_models(tmp_path, shape):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     lm = clm.load(tiny.save(tmp_path / "a", **SHAPES[shape]))
@@ -281,7 +281,7 @@ def test_transformers_loads_what_is_saved(tmp_path, shape):
     )
 
 
-def test_bfloat16_goes_through_transformers_bit_for_bit(tmp_path):
+def test_bfloat16_checkpoints_round_trip_through_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     clm.save(tmp_path / "b", clm.load(tiny.save(tmp_path / "a", dtype="bfloat16")))
@@ -300,7 +300,7 @@ def test_save_replaces_a_model_and_leaves_other_files(tmp_path, folder):
     assert sorted(p.name for p in old.iterdir()) == names
 
 
-def test_save_over_the_folder_that_it_came_from(tmp_path):
+def test_saving_over_the_source_folder(tmp_path):
     folder = tiny.save(tmp_path / "a")
     lm = clm.load(folder)
     before = jax.tree.map(np.array, lm.params)
@@ -355,7 +355,7 @@ def test_tokenizer_that_is_larger_than_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["layers.0.self_attn.rotary_emb", "rotary_emb"])
-def test_frequencies_that_older_exporters_store_are_passed_over(tmp_path, folder, name):
+def test_stored_rotary_frequencies_are_ignored(tmp_path, folder, name):
     extra = {f"model.{name}.inv_freq": np.zeros(6, np.float32)}
     assert_same_params(
         clm.load(changed(tmp_path, folder, weights=extra)).params,
@@ -384,7 +384,7 @@ def test_tensor_left_over(tmp_path, folder, name, value):
     assert f"tensor {name} in model.safetensors is left over" in message
 
 
-def test_every_tensor_is_missed(tmp_path, folder):
+def test_every_missing_tensor_is_named(tmp_path, folder):
     weights = parts(folder)[1]
     for name in names_once(weights):
         message = refusal(changed(tmp_path, folder, weights={name: None}))
@@ -392,7 +392,7 @@ def test_every_tensor_is_missed(tmp_path, folder):
         assert f"tensor {name} {list(value.shape)} is missing" in message
 
 
-def test_every_tensor_of_another_shape_is_refused(tmp_path, folder):
+def test_every_misshapen_tensor_is_named(tmp_path, folder):
     weights = parts(folder)[1]
     for name in names_once(weights):
         shape = list(weights[name].shape)
@@ -474,7 +474,7 @@ def test_mistral_has_no_biases(tmp_path, field):
     )
 
 
-def test_ignored_fields_are_those_that_are_named(tmp_path, folder):
+def test_ignored_fields_are_the_listed_ones(tmp_path, folder):
     extra = changed(tmp_path, folder, made_up=3, other=4)
     assert "field made_up (3) is not handled" in refusal(extra)
     assert "field other (4) is not handled" in refusal(extra, ignore_fields=["made_up"])
@@ -482,7 +482,7 @@ def test_ignored_fields_are_those_that_are_named(tmp_path, folder):
     assert_same_params(lm.params, clm.load(folder).params)
 
 
-def test_theta_that_is_given_twice_must_agree(tmp_path, folder):
+def test_two_thetas_must_agree(tmp_path, folder):
     twice = changed(
         tmp_path, folder, rope_theta=1e4, rope_parameters={"rope_theta": 5e5}
     )
@@ -504,7 +504,7 @@ def test_theta_that_is_given_twice_must_agree(tmp_path, folder):
         (str(REPOSITORY_ROOT / "pyproject.toml"), "pyproject.toml is a file"),
     ],
 )
-def test_name_of_no_model(tmp_path, monkeypatch, name, message):
+def test_unknown_model_names_are_refused(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     assert message in refusal(name)
 
@@ -574,7 +574,7 @@ def try_load(folder):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_changed_field_is_refused_or_changes_nothing(tmp_path, folder, field):
+def test_changed_fields_are_refused_or_have_no_effect(tmp_path, folder, field):
     good, refused = clm.load(folder), 0
     for value in ["removed", *ODD]:
         drop, fields = ((field,), {}) if value == "removed" else ((), {field: value})
@@ -593,7 +593,7 @@ def test_a_changed_field_is_refused_or_changes_nothing(tmp_path, folder, field):
 
 @pytest.mark.parametrize("field", INERT)
 @pytest.mark.parametrize("value", [0, "x"])
-def test_a_field_that_changes_nothing_may_hold_anything(tmp_path, folder, field, value):
+def test_fields_without_effect_may_have_any_value(tmp_path, folder, field, value):
     assert (
         clm.load(changed(tmp_path, folder, **{field: value})).config
         == clm.load(folder).config
@@ -819,7 +819,7 @@ def test_with_execution_changes_only_how_a_model_is_computed():
         autoencoder_lm.with_execution(remat=True)
 
 
-def test_parameters_that_init_makes_are_taken_out_of_their_boxes(tmp_path):
+def test_parameters_of_init_are_unboxed(tmp_path):
     config = clm.TransformerConfig(
         vocab_size=11,
         hidden_size=8,
@@ -848,7 +848,7 @@ def test_captured_names_may_be_a_list():
         lm.forward([1, 2], capture="mlp_input")
 
 
-def test_a_model_without_a_tokenizer_takes_over_none(tmp_path):
+def test_models_without_a_tokenizer_have_none(tmp_path):
     lm = clm.load("apples")
     clm.save(tmp_path, lm)
     assert clm.load(tmp_path).tokenizer is not None

@@ -53,14 +53,14 @@ REQUIREMENTS = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_values_that_are_taken(name):
+def test_valid_values_of_fields(name):
     for value in GOOD[name]:
         example = Example(**{"size": 2, name: value})
         assert settings.values(example)[name] == value
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_values_that_are_refused(name):
+def test_wrong_values_of_fields_are_refused(name):
     for value in BAD[name]:
         with pytest.raises(clm.InputError) as refused:
             Example(**{"size": 2, name: value})
@@ -68,7 +68,7 @@ def test_values_that_are_refused(name):
         assert str(refused.value) == message
 
 
-def test_values_are_those_of_the_settings_alone():
+def test_values_have_only_the_settings():
     assert list(settings.values(Example(4))) == list(GOOD)
     assert "note" not in settings.declarations(Example)
 
@@ -104,7 +104,7 @@ def test_text_is_parsed_by_the_declarations():
         ("note=3", "an example has no setting 'note'"),
     ],
 )
-def test_text_that_is_refused(assignment, message):
+def test_wrong_texts_are_refused(assignment, message):
     with pytest.raises(clm.InputError) as refused:
         settings.parse("an example", Example, [assignment])
     assert str(refused.value).startswith(message)

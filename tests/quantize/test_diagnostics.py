@@ -19,7 +19,7 @@ def test_code_use():
     np.testing.assert_allclose(use.used_share, np.mean(counts > 0))
 
 
-def test_code_use_at_its_ends():
+def test_code_use_of_all_codes_and_of_one():
     assert quantize.code_use(np.arange(8), 8).perplexity == pytest.approx(8)
     assert quantize.code_use([3, 3], 8)[1:] == (1.0, 0.125)
 
@@ -51,7 +51,7 @@ def test_spread():
     )
 
 
-def test_spread_sees_collapse():
+def test_spread_of_collapsed_vectors():
     rng = np.random.default_rng(0)
     line = rng.normal(size=(200, 1)) * np.array([1.0, 2.0, -1.0])
     assert quantize.spread(line).effective_rank == pytest.approx(1.0, abs=1e-4)
@@ -85,7 +85,7 @@ def test_works_inside_of_jit():
         (lambda: quantize.spread([[1.0, np.nan]]), "x[0, 1] is nan"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(clm.InputError) as refused:
         call()
     assert message in str(refused.value)

@@ -32,7 +32,7 @@ def test_indices_and_codes_are_one_to_one(levels):
 
 
 @pytest.mark.parametrize("levels", LEVELS)
-def test_every_code_is_reached(levels):
+def test_every_code_is_used(levels):
     rng = np.random.default_rng(0)
     x = rng.uniform(-6, 6, (200_000, len(levels))).astype(np.float32)
     quantized = quantize.quantize_finite(x, levels)
@@ -48,7 +48,7 @@ def test_every_code_is_reached(levels):
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31))
-def test_rounds_the_bound_of_the_paper(seed):
+def test_vectors_are_the_rounded_bound_of_the_paper(seed):
     levels = (4, 5, 8)
     x = np.random.default_rng(seed).normal(scale=2.0, size=(50, 3))
     half = (np.array(levels) - 1) * 1.001 / 2
@@ -63,7 +63,7 @@ def test_rounds_the_bound_of_the_paper(seed):
     )
 
 
-def test_gradient_is_that_of_the_bound():
+def test_gradients_are_those_of_the_bound():
     levels, x = (4, 5), jnp.array([[0.3, -0.2], [2.0, -1.0]])
     gradient = jax.grad(lambda x: jnp.sum(quantize.quantize_finite(x, levels).vectors))(
         x
@@ -75,7 +75,7 @@ def test_gradient_is_that_of_the_bound():
     assert (np.asarray(gradient) > 0).all()
 
 
-def test_agrees_with_the_peer():
+def test_equals_vector_quantize_pytorch():
     torch = pytest.importorskip("torch")
     peer = pytest.importorskip("vector_quantize_pytorch")
     levels = (8, 5, 4)
@@ -100,7 +100,7 @@ def test_agrees_with_the_peer():
         (lambda: quantize.finite_vectors([3, 20], (4, 5)), "indices[1] is 20"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(clm.InputError) as refused:
         call()
     assert message in str(refused.value)

@@ -66,7 +66,7 @@ def faiss_search(x, codes, k, metric):
     ("metric", "k"),
     [("euclidean", 1), ("euclidean", 100), ("cosine", 1), ("cosine", 7), ("dot", 5)],
 )
-def test_agrees_with_faiss(metric, k):
+def test_equals_faiss(metric, k):
     x, codes = draw(num_vectors=200)
     indices, distances = faiss_search(x, codes, k, metric)
     neighbours = quantize.k_nearest(x, codes, k, metric=metric, block_size=64)
@@ -79,7 +79,7 @@ def test_agrees_with_faiss(metric, k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("metric", METRICS)
-def test_agrees_with_faiss_on_a_large_codebook(metric):
+def test_equals_faiss_on_a_large_codebook(metric):
     x, codes = draw(num_vectors=512, num_codes=32768, width=512)
     for k in (1, 10):
         indices, distances = faiss_search(x, codes, k, metric)
@@ -151,7 +151,7 @@ def test_equal_codes_score_the_same_beside_full_tiles(num_vectors, num_codes):
         )
 
 
-def test_one_code_is_k_nearest_without_the_axis():
+def test_nearest_equals_k_nearest_without_the_last_axis():
     x, codes = draw(num_vectors=6)
     x = x.reshape(2, 3, -1)
     one = quantize.nearest(x, codes, norms=quantize.squared_norms(codes))
@@ -163,7 +163,7 @@ def test_one_code_is_k_nearest_without_the_axis():
     assert single.indices[0] == one.indices[1, 2]
 
 
-def test_zero_vectors_have_a_cosine():
+def test_cosine_distance_of_zero_vectors_is_1():
     x, codes = np.array([[0.0, 0.0], [-1.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 0.0]])
     neighbours = quantize.k_nearest(x, codes, 2, metric="cosine")
     np.testing.assert_array_equal(neighbours.indices, [[0, 1], [1, 0]])
@@ -186,7 +186,7 @@ def test_half_precision_is_searched_in_float32():
     jax.tree.map(np.testing.assert_array_equal, narrow, wide)
 
 
-def test_float64_stays():
+def test_float64_is_searched_in_float64():
     with jax.enable_x64(True):
         x, codes = (a.astype(np.float64) for a in draw())
         codes[7] = x[0] * (1 + 1e-6)
@@ -233,7 +233,7 @@ def test_memory_does_not_grow_with_the_codebook():
     assert temporary(16384) < 256 * 16384 * 4 / 4  # of all scores
 
 
-def test_memory_where_no_block_is_given():
+def test_memory_with_the_default_block_size():
     """Codes of few scores are not copied, others are scanned in blocks."""
 
     def temporary(num_vectors, num_codes, width):
@@ -283,7 +283,7 @@ def test_memory_where_no_block_is_given():
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(clm.InputError) as refused:
         quantize.k_nearest(*arguments)
     assert message in str(refused.value)

@@ -23,7 +23,7 @@ def test_values_are_the_codes_bit_for_bit(trick):
 
 
 @pytest.mark.parametrize("trick", [quantize.straight_through, quantize.rotation_trick])
-def test_codes_get_no_gradient(trick):
+def test_codes_have_no_gradient(trick):
     x, codes, g = draw()
     gradient = jax.grad(lambda codes: jnp.sum(g * trick(x, codes)))(codes)
     np.testing.assert_array_equal(gradient, 0.0)
@@ -59,7 +59,7 @@ def test_straight_through_is_the_identity():
     np.testing.assert_array_equal(gradient, g)
 
 
-def test_no_rotation_no_nan():
+def test_gradients_without_a_rotation_are_finite():
     """Zero vectors, a code on its vector, and one opposite to it."""
     x = np.array([[0.0, 0.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], np.float32)
     codes = np.array([[1.0, 2.0], [0.0, 0.0], [1.0, 2.0], [-1.0, -2.0]], np.float32)
@@ -73,7 +73,7 @@ def test_no_rotation_no_nan():
     )
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_arguments_are_refused():
     for trick in (quantize.straight_through, quantize.rotation_trick):
         with pytest.raises(
             clm.InputError, match=r"x has shape \[2, 3\] and quantized \[3\]"

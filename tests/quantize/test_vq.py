@@ -48,7 +48,7 @@ def test_kmeans_finds_clusters():
     np.testing.assert_array_equal(result.counts, np.full(8, 50))
 
 
-def test_lloyds_steps_are_those_of_numpy():
+def test_lloyd_steps_equal_those_of_numpy():
     x = np.random.default_rng(0).standard_normal((300, 3)).astype(np.float32)
     codes = np.array(quantize.kmeans(KEY, x, 10, steps=0).centres)
     assert all(
@@ -91,7 +91,7 @@ def test_quantize_gives_codes_and_losses():
 
 
 @pytest.mark.parametrize("gradient", quantize.GRADIENTS)
-def test_each_loss_moves_its_own_side(gradient):
+def test_each_loss_has_gradients_only_of_its_argument(gradient):
     rng = np.random.default_rng(0)
     x, codes = (jnp.asarray(rng.standard_normal((n, 3)), jnp.float32) for n in (5, 12))
     g = rng.standard_normal((5, 3)).astype(np.float32)
@@ -153,7 +153,7 @@ def ema_step(codebook, x, axis_name=None):
     return quantize.update_ema(codebook, x, indices, **options), indices
 
 
-def test_moving_averages_are_those_of_numpy():
+def test_moving_averages_equal_those_of_numpy():
     rng = np.random.default_rng(0)
     batches = rng.standard_normal((6, 64, 3)).astype(np.float32)
     codebook = init(KEY, batches[0], 9, steps=1)
@@ -168,7 +168,7 @@ def test_moving_averages_are_those_of_numpy():
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_may_lie_on_several_devices():
+def test_updates_of_a_sharded_batch_equal_those_of_the_full_batch():
     """The same update, revival and start from four parts as from all of it."""
     x = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
     codebook = init(KEY, x, 9, steps=1)
@@ -224,7 +224,7 @@ def test_a_gradient_codebook_learns_the_clusters():
 # --- Stages ----------------------------------------------------------------------------------
 
 
-def test_stages_quantize_what_is_left_over():
+def test_stages_quantize_residuals():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((80, 3)).astype(np.float32)
     codebooks = init_residual(KEY, x, 3, 8, steps=2)
@@ -261,7 +261,7 @@ def test_stages_follow_their_moving_averages():
         residual = residual - before[which]
 
 
-def test_stages_are_revived_with_what_is_left_over():
+def test_stages_are_revived_with_residuals():
     x, _, _ = clusters(num_vectors=40)
     codebooks = init_residual(KEY, x, 2, 8, steps=3)
     counts = np.array(codebooks.counts)
@@ -351,13 +351,13 @@ BOOKS = jax.tree.map(lambda a: a[None], BOOK)
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_wrong_arguments_are_refused(call, message):
     with pytest.raises(clm.InputError) as refused:
         call()
     assert message in str(refused.value)
 
 
-def test_losses_are_those_of_the_losses_package():
+def test_losses_equal_those_of_the_losses_package():
     x = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
     coded = quantize.quantize(BOOK, x)
     expected = losses.commitment_loss(x, coded.vectors)

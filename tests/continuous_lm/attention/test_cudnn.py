@@ -90,7 +90,7 @@ def test_equals_the_dense_form(shape, batch):
 
 
 @pytest.mark.usefixtures("through_xla")
-def test_bfloat16_loses_no_more_than_an_exact_bias_would():
+def test_bfloat16_error_is_at_most_that_of_an_exact_bias():
     """Relative error 2.3e-3 with log d added in float32, too."""
     *arrays, dy = draw((256, 4, 4, 64), dtype=jnp.bfloat16)
     by_cudnn = functools.partial(attention.attend, implementation="cudnn")
@@ -104,7 +104,7 @@ def test_bfloat16_loses_no_more_than_an_exact_bias_would():
 
 
 @pytest.mark.usefixtures("through_xla")
-def test_a_row_of_nothing_is_zero_and_spoils_nothing():
+def test_queries_without_any_weight_give_zeros_and_finite_gradients():
     q, k, v, d, dy = draw()
     d = d.at[:3].set(0.0)
     y, *grads = values_and_gradients(by_kernel, q, k, v, d, dy)
@@ -125,7 +125,7 @@ def lowered(platform, dtype=jnp.bfloat16, num_tokens=320, **options):
 
 
 @pytest.mark.usefixtures("installed")
-def test_programs_for_nvidia_gpus_alone_call_it():
+def test_only_programs_for_nvidia_gpus_call_the_kernel():
     program = lowered("cuda")
     assert "@__cudnn$fmhaSoftmax(" in program
     assert "@__cudnn$fmhaSoftmaxBackward(" in program
@@ -144,7 +144,7 @@ def test_programs_for_nvidia_gpus_alone_call_it():
         {"num_tokens": 64},
     ],
 )
-def test_what_it_does_not_take_goes_another_way(options):
+def test_unsupported_problems_use_another_form(options):
     assert "cudnn" not in lowered("cuda", **options)
 
 
@@ -160,14 +160,14 @@ def test_what_it_does_not_take_goes_another_way(options):
         ({"shape": (24, 4, 2, 256)}, {}, "head dim must be <="),
     ],
 )
-def test_what_it_does_not_take_is_said(arguments, options, message):
+def test_unsupported_problems_are_named(arguments, options, message):
     q, k, v, d, _ = draw(**{"dtype": jnp.bfloat16} | arguments)
     with pytest.raises(clm.InputError, match=f"'cudnn' is not possible: .*{message}"):
         attention.attend(q, k, v, d, implementation="cudnn", **options)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="it may be there")
-def test_where_it_is_not_installed_it_is_said():
+def test_a_missing_installation_is_named():
     q, k, v, d, _ = draw(dtype=jnp.bfloat16)
     with pytest.raises(clm.InputError, match=r"cuDNN is not detected.*take 'blocked'"):
         attention.attend(q, k, v, d, implementation="cudnn")
@@ -175,7 +175,7 @@ def test_where_it_is_not_installed_it_is_said():
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("batched", [(3,), (0,), (1, 2), (0, 1, 2, 3)])
-def test_vmap_over_some_arguments_goes_through(batched):
+def test_vmap_over_some_arguments(batched):
     *arrays, _ = draw(dtype=jnp.bfloat16)
     axes = [0 if i in batched else None for i in range(4)]
     arrays = [

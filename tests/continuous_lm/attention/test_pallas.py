@@ -54,7 +54,7 @@ def test_keeps_its_precision(dtype, tolerance):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-def test_weights_of_nothing_and_almost_nothing():
+def test_weights_of_zero_and_almost_zero():
     """The first row has nothing to see, and a loud key weighs nothing: gradients stay finite."""
     q, k, v, d, steps, y = draw(0, (), 20, 20, 2, 1)
     k = k.at[9].mul(60.0)
@@ -81,7 +81,7 @@ def test_invisible_blocks_are_not_computed():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_blocks")
-def test_vmap_over_durations_goes_through():
+def test_vmap_over_durations():
     q, k, v, d, _, _ = draw(0, (), 20, 20, 2, 1)
     d = d * jnp.array([0.5, 1.0, 2.0])[:, None] ** jnp.arange(20)
 
@@ -132,7 +132,7 @@ def test_compiles_for_tpus_and_gpus(platform, call, dtype, options):
     assert len(calls) == 3  # forward, gradients for queries, those for keys
 
 
-def test_what_it_does_not_take_is_said():
+def test_unsupported_problems_are_named():
     q, k, v, d, _, _ = draw(0, (), 8, 8, 2, 1)
     with pytest.raises(
         clm.InputError, match="'pallas' is not possible: softcap is an array"

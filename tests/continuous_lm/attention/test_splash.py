@@ -78,14 +78,14 @@ def on_one_tpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("on_one_tpu")
-def test_programs_for_one_tpu_call_it():
+def test_programs_for_one_tpu_call_the_kernel():
     assert "@tpu_custom_call(" in lowered("tpu")
     assert "@tpu_custom_call(" not in lowered("cpu")
     assert "@tpu_custom_call(" not in lowered("tpu", window=9.0)
 
 
 @pytest.mark.usefixtures("on_one_tpu")
-def test_programs_for_several_do_not(monkeypatch):
+def test_programs_for_several_tpus_do_not_call_the_kernel(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert "@tpu_custom_call(" not in lowered("tpu")
 
@@ -98,7 +98,7 @@ def test_programs_for_several_do_not(monkeypatch):
         ({"softcap": jnp.array(1.0)}, "softcap is an array"),
     ],
 )
-def test_what_it_does_not_take_is_said(options, message):
+def test_unsupported_problems_are_named(options, message):
     *arrays, _ = draw(4, 4)
     with pytest.raises(clm.InputError, match=f"'splash' is not possible: .*{message}"):
         attention.attend(*arrays, implementation="splash", **options)

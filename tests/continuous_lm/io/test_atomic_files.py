@@ -53,7 +53,7 @@ def test_existing_folder_keeps_other_files_and_replaces_its_own(tmp_path):
 
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, clm.InputError])
-def test_nothing_is_left_after_an_exception(tmp_path, exists, error):
+def test_exceptions_leave_no_file(tmp_path, exists, error):
     folder = tmp_path / "results"
     if exists:
         folder.mkdir()
@@ -70,7 +70,7 @@ def test_nothing_is_left_after_an_exception(tmp_path, exists, error):
     assert tree(tmp_path) == before
 
 
-def test_a_disk_that_fills_up_is_one_clear_error(tmp_path):
+def test_full_disks_are_reported_in_one_error(tmp_path):
     def fail():
         with atomic_files.write_atomically(tmp_path / "results") as aside:
             (aside / "a").write_text("half")
@@ -92,7 +92,7 @@ def test_a_folder_in_the_place_of_a_file_changes_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_what_the_new_files_stand_in_for_is_removed(tmp_path):
+def test_replaced_files_are_removed(tmp_path):
     for name in ("part-1", "part-2", "my-part-1", "other"):
         (tmp_path / name).write_text("old")
     with atomic_files.write_atomically(
@@ -103,7 +103,7 @@ def test_what_the_new_files_stand_in_for_is_removed(tmp_path):
     assert tree(tmp_path) == {"part-1": "new", "my-part-1": "old", "other": "old"}
 
 
-def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
+def test_a_folder_among_files_to_remove_changes_nothing(tmp_path):
     (tmp_path / "part-1").write_text("old")
     (tmp_path / "part-2").mkdir()
     before = tree(tmp_path)
@@ -119,9 +119,7 @@ def test_a_folder_among_what_would_be_removed_changes_nothing(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_relative_folder_stays_where_it_was_when_the_working_folder_changes(
-    tmp_path, monkeypatch
-):
+def test_relative_folders_do_not_follow_the_working_folder(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     with atomic_files.write_atomically("results") as aside:
@@ -131,7 +129,7 @@ def test_relative_folder_stays_where_it_was_when_the_working_folder_changes(
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_permissions_are_what_the_umask_leaves(tmp_path, mask):
+def test_permissions_follow_the_umask(tmp_path, mask):
     old = os.umask(mask)
     try:
         write_pair(tmp_path / "results")
@@ -146,7 +144,7 @@ def test_permissions_are_what_the_umask_leaves(tmp_path, mask):
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_is_replaced_whole(tmp_path, exists):
+def test_folders_are_replaced_completely(tmp_path, exists):
     folder = tmp_path / "deep" / "results"
     if exists:
         (folder / "old").mkdir(parents=True)
@@ -159,7 +157,7 @@ def test_a_folder_is_replaced_whole(tmp_path, exists):
     assert os.listdir(tmp_path / "deep") == ["results"]
 
 
-def test_of_two_that_replace_a_folder_at_once_one_wins(tmp_path):
+def test_one_of_two_simultaneous_replacements_wins(tmp_path):
     folder = tmp_path / "results"
     for _ in range(2):
         with atomic_files.replace_atomically(folder) as first:
@@ -169,7 +167,7 @@ def test_of_two_that_replace_a_folder_at_once_one_wins(tmp_path):
         assert tree(tmp_path) == {"results": None, "results/a": "first"}
 
 
-def test_another_that_is_faster_between_the_two_renames(tmp_path, monkeypatch):
+def test_a_concurrent_writer_between_the_two_renames(tmp_path, monkeypatch):
     folder, rename = tmp_path / "results", os.rename
 
     def slow(a, b):
@@ -224,7 +222,7 @@ def unwritable(request, tmp_path):
             return tmp_path / "link"
 
 
-def test_unwritable_folder_is_refused_before_and_during(tmp_path, unwritable):
+def test_unwritable_folders_are_refused_before_and_during_writing(tmp_path, unwritable):
     before = tree(tmp_path)
     with pytest.raises(clm.InputError) as refused:
         atomic_files.check_writable(unwritable)
@@ -257,7 +255,7 @@ def test_check_writable_leaves_no_trace(tmp_path, name):
 # --- JSON ------------------------------------------------------------------------------------
 
 
-def test_json_goes_round(tmp_path):
+def test_json_round_trips(tmp_path):
     values = {"a": [1, 2.5, None, True], "b": {"ü": "ß"}}
     write_json(tmp_path / "x.json", values)
     assert read_json(tmp_path / "x.json") == values
@@ -293,7 +291,7 @@ def test_broken_json_is_refused_by_name(tmp_path, text, message):
     assert len(str(refused.value)) < len(str(path)) + 200
 
 
-def test_missing_and_unreadable_json_are_told_apart(tmp_path):
+def test_errors_distinguish_missing_and_unreadable_json(tmp_path):
     with pytest.raises(clm.InputError, match=r"x\.json is missing"):
         read_json(tmp_path / "x.json")
     with pytest.raises(clm.InputError, match=r"cannot be read: Is a directory"):
@@ -308,7 +306,7 @@ def test_json_is_written_as_utf8_for_people(tmp_path):
     assert "\n  " in text
 
 
-def test_files_that_their_writer_kept_to_itself_are_shared(tmp_path):
+def test_private_files_get_the_permissions_of_the_umask(tmp_path):
     with atomic_files.write_atomically(tmp_path / "new") as aside:
         (aside / "weights").write_bytes(b"1")
         (aside / "weights").chmod(0o600)

@@ -61,7 +61,7 @@ def set_index(folder, **places):
 
 
 @pytest.mark.parametrize("layout", ["folder", "sharded"])
-def test_tensors_come_back_as_they_were_stored(layout, request):
+def test_tensors_are_read_as_they_were_stored(layout, request):
     tensors = read_all(request.getfixturevalue(layout))
     assert set(tensors) == set(WEIGHTS)
     for name, value in WEIGHTS.items():
@@ -69,7 +69,7 @@ def test_tensors_come_back_as_they_were_stored(layout, request):
         np.testing.assert_array_equal(tensors[name], value)
 
 
-def test_a_tensor_is_the_file_mapped(folder):
+def test_tensors_are_memory_maps_of_the_file(folder):
     tensors = safetensors_files.open_tensors(folder)
     first, second = tensors["a"], tensors["a"]
     assert np.shares_memory(first, second)
@@ -123,7 +123,7 @@ def save(folder, tensors, **arguments):
 @pytest.mark.parametrize(
     "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 )
-def test_written_file_is_read_by_others_as_pytorch_s(tmp_path, dtype):
+def test_written_files_are_read_by_safetensors(tmp_path, dtype):
     tensors = {name: value.T.astype(dtype) for name, value in MANY.items()}
     assert save(tmp_path, tensors) == list(tensors)
     path = tmp_path / safetensors_files.WEIGHTS_FILE
@@ -181,7 +181,7 @@ def test_shard_size_that_is_no_number_of_bytes(tmp_path, shard_size):
     assert not list(tmp_path.iterdir())
 
 
-def test_dtype_that_no_file_holds(tmp_path):
+def test_dtypes_that_no_file_has_are_refused(tmp_path):
     with pytest.raises(clm.InputError, match="complex64"):
         save(tmp_path, {"a": np.ones(2, np.complex64)})
 
@@ -202,7 +202,7 @@ def test_files_that_a_new_checkpoint_replaces(name, ours):
     assert bool(safetensors_files.CHECKPOINT_FILES.fullmatch(name)) == ours
 
 
-def test_nothing_there(tmp_path):
+def test_empty_folders_are_refused(tmp_path):
     assert "neither model.safetensors nor" in refusal(tmp_path)
 
 
@@ -277,7 +277,7 @@ def test_file_of_any_bytes(tmp_path, noise):
         [],
     ],
 )
-def test_header_that_lies(tmp_path, header):
+def test_headers_that_contradict_the_data_are_refused(tmp_path, header):
     text = json.dumps(header).encode()
     content = struct.pack("<Q", len(text)) + text + bytes(8)
     (tmp_path / safetensors_files.WEIGHTS_FILE).write_bytes(content)
@@ -353,7 +353,7 @@ def test_shard_that_is_cut(sharded):
     assert "model-00002-of-00002.safetensors is not a whole" in refusal(sharded)
 
 
-def test_tensor_that_the_index_promises(sharded):
+def test_missing_tensors_of_the_index_are_named(sharded):
     set_index(sharded, e="model-00001-of-00002.safetensors")
     assert "tensor e is in model-00001-of-00002.safetensors, but it is not" in refusal(
         sharded
@@ -376,6 +376,6 @@ def test_index_without_a_map(tmp_path, text):
     assert safetensors_files.INDEX_FILE in refusal(tmp_path)
 
 
-def test_single_file_goes_before_an_index(folder):
+def test_a_single_file_takes_precedence_over_an_index(folder):
     (folder / safetensors_files.INDEX_FILE).write_text("of an older export")
     assert set(read_all(folder)) == set(WEIGHTS)

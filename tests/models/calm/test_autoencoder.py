@@ -129,9 +129,7 @@ def test_the_divergence_is_weighted_and_has_a_floor(codec):
 
 
 @given(hidden=st.lists(st.booleans(), min_size=3, max_size=3), seed=st.integers(0, 99))
-def test_hidden_tokens_have_no_influence_and_others_have(
-    codec, encode_visible, hidden, seed
-):
+def test_only_visible_tokens_have_an_effect(codec, encode_visible, hidden, seed):
     rng, hidden = np.random.default_rng(seed), np.array(hidden)
     moved = (CHUNKS + rng.integers(1, 12, CHUNKS.shape)) % 12
     mask = np.broadcast_to(~hidden, CHUNKS.shape)
@@ -147,7 +145,7 @@ def test_hidden_tokens_have_no_influence_and_others_have(
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_rows_of_hidden_tokens_get_no_gradient(codec):
+def test_embeddings_of_hidden_tokens_have_no_gradient(codec):
     chunk, mask = np.array([3, 7, 9]), np.array([True, False, True])
 
     @jax.jit
@@ -181,7 +179,7 @@ def looped(x, p, name, layers):
     return x
 
 
-def test_layers_are_those_of_a_loop(codec):
+def test_layers_equal_a_loop(codec):
     """The loop runs in float64, chunk by chunk, with an explicit order of tokens and halves."""
     p = {name: np.asarray(leaf, np.float64) for name, leaf in codec.params.items()}
     mean, log_scale = autoencoder.encode(codec, CHUNKS)
@@ -209,7 +207,7 @@ def close(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_saved_is_loaded(codec, tmp_path, dtype):
+def test_saved_models_load_bit_for_bit(codec, tmp_path, dtype):
     tokenizer = tiny.word_tokenizer("one two three four five six seven eight nine ten")
     params = jax.tree.map(
         lambda leaf: jnp.asarray(np.asarray(leaf).astype(dtype)), codec.params
@@ -286,7 +284,7 @@ def test_a_key_makes_the_parameters(codec):
     ],
     ids=str,
 )
-def test_settings_that_have_no_meaning(changes, message):
+def test_settings_without_meaning_are_refused(changes, message):
     with pytest.raises(clm.InputError, match=message):
         dataclasses.replace(CONFIG, **changes)
 
@@ -322,7 +320,7 @@ def test_other_kinds_of_models_are_refused(codec):
             call(trunk, CHUNKS)
 
 
-def test_a_pass_is_the_decoded_mean(codec):
+def test_apply_decodes_the_mean(codec):
     logits = codec.model.apply({"params": codec.params}, CHUNKS)
     mean, _ = autoencoder.encode(codec, CHUNKS)
     np.testing.assert_allclose(
@@ -330,7 +328,7 @@ def test_a_pass_is_the_decoded_mean(codec):
     )
 
 
-def test_linen_makes_the_parameters_of_the_table(codec):
+def test_init_of_linen_has_the_parameters_of_the_table(codec):
     """With the axes of the table, by which a mesh divides them."""
     variables = jax.eval_shape(codec.model.init, KEY, CHUNKS)["params"]
     table = autoencoder.parameter_table(CONFIG)
@@ -346,7 +344,7 @@ def test_linen_makes_the_parameters_of_the_table(codec):
 
 
 @slow
-def test_it_reconstructs_a_toy_source_from_sampled_latents():
+def test_a_trained_autoencoder_reconstructs_from_sampled_latents():
     """All 144 chunks of two out of 12 tokens, with noise of the posterior's own scale."""
     config = AutoencoderConfig(
         vocab_size=12,

@@ -104,7 +104,7 @@ def test_one_chunk_alone(ae, theirs):
     close(log_std, expected[1])
 
 
-def test_the_models_own_autoencoder(lm, ae):
+def test_the_autoencoder_of_the_model(lm, ae):
     assert_same_tree(lm.params["autoencoder"], ae.params)
     np.testing.assert_array_equal(
         autoencoder.encode(calm.autoencoder_of(lm), CHUNKS)[0],
@@ -175,7 +175,7 @@ def test_epsilon_of_the_layer_norms(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_derivatives(lm, theirs, hidden):
+def test_derivatives_match_finite_differences(lm, theirs, hidden):
     """With respect to the noise and the hidden states, of a weighted sum of the samples."""
     noise, weights = NOISES[0], normal(2, 5, 10)
     ours = jax.grad(lambda *a: (calm.transform(lm, *a) * weights).sum(), (0, 1))(
@@ -240,7 +240,7 @@ HEADS = [
 ]
 
 
-def test_the_head_under_its_other_name(lm, folders, energy, tmp_path):
+def test_the_head_under_its_second_name(lm, folders, energy, tmp_path):
     """Beside the first, in its place, or, as of tensors that share memory one is saved, in part."""
     again = renamed(energy, "mlp_generator.", "generative_head.")
     others = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
@@ -253,7 +253,7 @@ def test_the_head_under_its_other_name(lm, folders, energy, tmp_path):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_head_twice_and_different(folders, energy, tmp_path, name):
+def test_two_different_heads_are_refused(folders, energy, tmp_path, name):
     again = renamed(energy, "mlp_generator.", "generative_head.")
     other = name.replace("mlp_generator", "generative_head")
     again[other].view(-1)[-1] += 1e-3
@@ -261,7 +261,7 @@ def test_the_head_twice_and_different(folders, energy, tmp_path, name):
     assert other in refusal(tmp_path, folders[1])
 
 
-def test_half_of_the_head_under_its_other_name(folders, energy, tmp_path):
+def test_half_of_the_head_under_its_second_name(folders, energy, tmp_path):
     """Neither copy is complete: the tensor that the second lacks is missing."""
     again = renamed(energy, "mlp_generator.", "generative_head.")
     others = {n: t for n, t in energy.items() if not n.startswith("mlp_generator.")}
@@ -270,7 +270,7 @@ def test_half_of_the_head_under_its_other_name(folders, energy, tmp_path):
     assert "norm_hidden.bias" in refusal(tmp_path, folders[1])
 
 
-def test_the_table_again(ae, autoencoders, tmp_path):
+def test_the_embedding_table_under_two_names(ae, autoencoders, tmp_path):
     """Beside the encoder's, or in its place."""
     table = autoencoders["encoder.embed_tokens.weight"].clone()
     without_first = {
@@ -284,7 +284,7 @@ def test_the_table_again(ae, autoencoders, tmp_path):
         assert_same_tree(autoencoder.load(folder).params, ae.params)
 
 
-def test_another_table(autoencoders, tmp_path):
+def test_a_different_embedding_table_is_refused(autoencoders, tmp_path):
     table = autoencoders["encoder.embed_tokens.weight"].clone()
     table[-1, -1] += 1e-3
     tensors = autoencoders | {"decoder.lm_head_weight": table}
@@ -306,7 +306,9 @@ def test_the_autoencoder_inside(lm, folders, energy, autoencoders, tmp_path):
     "name",
     ["encoder.embed_tokens.weight", "decoder.decoder_layers.2.mlp.up_proj.weight"],
 )
-def test_another_autoencoder_inside(folders, energy, autoencoders, tmp_path, name):
+def test_a_different_autoencoder_inside_is_refused(
+    folders, energy, autoencoders, tmp_path, name
+):
     inside = renamed(autoencoders, "", "ae_model.")
     inside[f"ae_model.{name}"].view(-1)[0] += 1e-3
     reference.write_checkpoint(tmp_path, reference.energy_fields(), energy | inside)
@@ -344,7 +346,7 @@ def test_the_autoencoder_inside_alone(energy, autoencoders, tmp_path, shards):
         ), name
 
 
-def test_no_autoencoder_at_all(folders):
+def test_a_missing_autoencoder_is_refused(folders):
     assert "autoencoder" in refusal(folders[0])
 
 
@@ -399,7 +401,9 @@ def test_bfloat16_read_as_float32(rounded, theirs):
 @pytest.mark.parametrize(
     "drop", [("architectures",), ("architectures", "model_type")], ids=str
 )
-def test_known_by_its_fields(lm, folders, energy, autoencoders, tmp_path, drop):
+def test_models_are_recognised_by_their_fields(
+    lm, folders, energy, autoencoders, tmp_path, drop
+):
     places = tmp_path / "calm", tmp_path / "autoencoder"
     for place, folder in zip(places, folders, strict=True):
         shutil.copytree(folder, place)
@@ -409,7 +413,7 @@ def test_known_by_its_fields(lm, folders, energy, autoencoders, tmp_path, drop):
     assert_same(calm.load(*places), lm)
 
 
-def test_known_by_architectures_alone(lm, folders, energy, tmp_path):
+def test_models_are_recognised_by_their_architectures(lm, folders, energy, tmp_path):
     """Fields of training that were not saved are none of the model's."""
     fields = energy_without("num_samples", "ae_path", "beta")
     reference.write_checkpoint(tmp_path, fields, energy)
@@ -449,7 +453,7 @@ def test_folders_in_the_wrong_place(folders, llama):
         assert any(word in message for word in words.split("|")), (case, message)
 
 
-def test_the_general_loader_chooses(folders, lm, ae, tmp_path):
+def test_load_chooses_the_kind_of_model(folders, lm, ae, tmp_path):
     """An autoencoder, a folder that holds both, and one whose autoencoder lies elsewhere."""
     loaded = clm.load(folders[1])
     assert loaded.model == ae.model
@@ -590,7 +594,7 @@ def test_reference_of_durations_is_causal_and_needs_no_durations_of_1(theirs, hi
     assert (moved - unchanged)[:, 3:].abs().min(dim=-1).values.max() > 1e-4
 
 
-def test_reference_norm_is_torchs():
+def test_reference_norm_equals_that_of_torch():
     x, norm = torch.tensor(normal(7, 24)), reference.RmsNorm(24, 0.02)
     norm.weight.data += torch.tensor(normal(24))
     expected = torch.nn.functional.rms_norm(x, (24,), norm.weight, 0.02)
@@ -620,6 +624,6 @@ def test_reference_energy_score_by_hand():
     )
 
 
-def test_the_face_reaches_it():
+def test_the_package_exports_load_and_no_private_module():
     assert clm.models.calm.load is calm.load
     assert not hasattr(clm.models, "calm_loading")

@@ -84,7 +84,7 @@ def some(seed, *shape):
 # --- The blocks ------------------------------------------------------------------------------
 
 
-def test_the_energy_head_has_the_parameters_that_checkpoints_are_mapped_onto():
+def test_parameters_of_the_energy_head():
     d, w, u, j, h = SIZE, WIDTH, 6, DEPTH, HIDDEN
     shapes = {"noise": (d, u), "hidden": (d, h), "last_inner": (d, d), "last": (w, d)}
     shapes |= {"blocks_inner": (j, d, 2 * d), "blocks_middle": (j, d, d)}
@@ -167,7 +167,7 @@ def torch_head(torch, p):
     return forward
 
 
-def test_the_energy_head_is_the_one_of_calm():
+def test_the_energy_head_equals_that_of_calm():
     torch = pytest.importorskip("torch", reason="the reference is written in PyTorch")
     head = HEADS["energy"]
     default = torch.get_default_dtype()
@@ -190,7 +190,7 @@ def test_the_energy_head_is_the_one_of_calm():
     assert actual.shape == (7, 2, WIDTH)
 
 
-def test_all_blocks_are_compiled_as_one():
+def test_program_size_does_not_depend_on_the_number_of_blocks():
     """Programs of 2 and of 9 blocks have equally many equations."""
 
     def equations(depth):
@@ -238,7 +238,7 @@ def test_every_part_of_ancestral_noise_counts():
     assert (np.abs(np.asarray(slopes)).max(axis=0) > 1e-6).all()
 
 
-def test_noise_is_what_it_is_said_to_be():
+def test_noise_has_its_documented_distribution():
     for name, deviation in (("energy", 12**-0.5), ("ancestral", 1.0)):
         noise = np.asarray(
             jax.jit(lambda key, name=name: HEADS[name].noise(key, (5000,)))(KEY)
@@ -273,7 +273,7 @@ def test_dtypes(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["energy", "flow"])
-def test_parameters_at_first(name):
+def test_initial_values_of_parameters(name):
     """The last map and biases are 0, norms 1, other kernels as wide as their inputs are many."""
     head = dataclasses.replace(HEADS[name], hidden_size=40)
     sizes = head.network_sizes(HIDDEN)._replace(input_width=30, time_width=20)
@@ -331,7 +331,7 @@ def test_the_energy_loss_is_proper():
 @pytest.mark.parametrize(
     "name", ["flow", pytest.param("diffusion", marks=pytest.mark.slow)]
 )
-def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
+def test_timed_losses_are_squared_errors_of_the_prediction(name):
     head, params = HEADS[name], far(HEADS[name])
     hidden, target = some(1, 2, HIDDEN), some(2, 3, 2, WIDTH)
 
@@ -358,7 +358,7 @@ def test_the_timed_losses_are_squared_errors_of_what_is_predicted(name):
 
 @pytest.mark.parametrize("name", most("energy"))
 @pytest.mark.slow
-def test_training_leaves_the_start(name):
+def test_first_gradients_reach_only_the_last_map_and_then_all(name):
     """All samples are 0 at first, and the gradient is of the last map alone; then of everything."""
     head = HEADS[name]
     params = far(head)
@@ -442,7 +442,7 @@ def test_deterministic_denoising_converges_to_the_map_of_normal_densities():
     assert errors[-1] < 0.01
 
 
-def test_ancestral_denoising_draws_the_normal_density():
+def test_ancestral_denoising_samples_the_normal_density():
     mean, deviation, steps, count = -0.5, 0.6, 150, 20_000
     predict = functools.partial(gaussian_noise, mean=mean, deviation=deviation)
 
@@ -459,7 +459,7 @@ def test_ancestral_denoising_draws_the_normal_density():
     )  # where it begins is nearly forgotten
 
 
-def test_fresh_noise_has_the_posteriors_variance():
+def test_fresh_noise_has_the_variance_of_the_posterior():
     """Two steps without predicted noise; Ho et al. (arXiv:2006.11239), equation 7."""
     x, fresh_noise = np.float32([0.3]), np.float32([[2.0], [5.0]])
     denoise_to_zero = jax.jit(
@@ -557,7 +557,7 @@ def test_settings_that_are_refused(kind, changes, message):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_settings_there_and_back(name):
+def test_settings_round_trip(name):
     written = HEADS[name].to_dict()
     assert heads.from_dict(written, IMPLICIT_HEADS) == HEADS[name]
     with pytest.raises(clm.InputError, match="kind of head"):
@@ -587,7 +587,7 @@ CHANGED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["energy", "flow", "diffusion"])
-def test_every_setting_is_read(name):
+def test_every_setting_has_an_effect(name):
     """Changed, the parameters, the loss or the samples are others."""
     base, hidden = HEADS[name], some(1, 2, HIDDEN)
 

@@ -120,7 +120,7 @@ def test_chunks_equal_those_without_a_cache(head):
         assert (other != expected).mean() > 0.2
 
 
-def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
+def test_hidden_states_of_the_reference_equal_those_of_the_model(lm):
     chunks = np.reshape(prompts()[2], (-1, SIZE))
     padded = np.zeros((1, ROOM, SIZE), np.int32)
     padded[0, :5] = chunks
@@ -132,7 +132,7 @@ def test_the_hidden_states_of_the_reference_are_the_models_own(lm):
     )
 
 
-def test_durations_count(lm):
+def test_durations_have_an_effect(lm):
     d, new_d, _ = random_timing()
     options = dict(sampler=ONE_DRAW, max_new_tokens=3 * SIZE, key=KEY, stop=())
     plain = generate(lm, prompts(), **options).tokens
@@ -160,7 +160,7 @@ def test_chunks_of_no_duration_are_as_absent(lm):
     assert (generate(lm, longer, **options).tokens != plain).any()
 
 
-def test_prompts_that_are_no_whole_chunks_are_filled_in_front(lm):
+def test_prompts_are_padded_on_the_left_to_chunks(lm):
     fill, options = 4, dict(max_new_tokens=3 * SIZE, key=KEY, stop=())
     rows = [row[cut:] for row, cut in zip(prompts(), (2, 0, 1), strict=True)]
     by_hand = [
@@ -360,7 +360,7 @@ def repetition_distribution(candidates, n):
         pytest.param(1 / 2, 2, marks=slow),
     ],
 )
-def test_the_batch_form_draws_what_its_counts_say(points_lm, t, candidates):
+def test_repetition_samples_the_distribution_of_its_counts(points_lm, t, candidates):
     """For few candidates that is not the tempered distribution, and for many nearly."""
     exact = repetition_distribution(candidates, round(1 / t))
     _, counts = sample_many(points_lm, Repetition(t, num_candidates=candidates))
@@ -375,7 +375,7 @@ def test_the_batch_form_draws_what_its_counts_say(points_lm, t, candidates):
 
 
 @slow
-def test_temperature_0_takes_what_comes_most_often(points_lm):
+def test_temperature_0_takes_the_most_frequent_chunk(points_lm):
     lm, chunks = points_lm
     rows = [np.arange(SIZE), np.arange(2 * SIZE) % V]
     sampler = Repetition(0.0, num_candidates=400)
@@ -528,7 +528,7 @@ def test_samplers_of_chunks_refuse_other_models():
 
 @slow
 @pytest.mark.parametrize("beta", [1.0, 1.5])
-def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
+def test_loss_gradients_of_durations_match_finite_differences(beta):
     """Central differences in float64, one duration at a time, with the same noise."""
     lm = tiny.next_vector_lm(dataclasses.replace(tiny.ENERGY_HEAD, beta=beta))
     rng, count = np.random.default_rng(2), 5
@@ -555,7 +555,7 @@ def test_gradients_of_the_loss_in_the_durations_are_finite_differences(beta):
     assert np.abs(gradient[:-1]).min() > 1e-5
 
 
-def test_the_codec_of_the_tests_decodes_many_chunks(lm):
+def test_the_test_autoencoder_decodes_many_chunks(lm):
     """Otherwise the comparisons above would say little."""
     latents = np.random.default_rng(0).normal(size=(64, W)).astype(np.float32)
     chunks = np.argmax(autoencoder.decode(calm.autoencoder_of(lm), latents), axis=-1)

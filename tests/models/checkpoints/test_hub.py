@@ -53,7 +53,7 @@ def offline(home, *arguments):
     return ended.stdout.splitlines()
 
 
-def test_what_is_in_the_hub_s_cache_is_loaded_offline(tmp_path):
+def test_models_in_the_cache_of_the_hub_load_offline(tmp_path):
     folder = tiny.save(tmp_path / "x")
     home = tmp_path / "home"
     cached(home, "some-org/some.model", folder)
@@ -117,7 +117,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_say_what_to_do(monkeypatch, tmp_path, case):
+def test_errors_of_the_hub_name_a_remedy(monkeypatch, tmp_path, case):
     make, message = ERRORS[case]
 
     def fail(*_, **arguments):
@@ -131,14 +131,14 @@ def test_errors_say_what_to_do(monkeypatch, tmp_path, case):
     assert "\n" not in str(refused.value)
 
 
-def test_without_the_extra(monkeypatch, tmp_path):
+def test_a_missing_huggingface_hub_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(clm.InputError, match=r'pip install "continuous-lm\[hub\]"'):
         clm.load("org/name")
 
 
-def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
+def test_only_needed_files_are_downloaded(monkeypatch, tmp_path):
     """Never a pickle, nor the same weights in another format."""
     from huggingface_hub.utils import filter_repo_objects
 
@@ -168,7 +168,7 @@ def test_only_what_is_read_is_downloaded(monkeypatch, tmp_path):
     assert clm.load("org/name").config == clm.load(folder).config
 
 
-def test_a_folder_of_that_name_goes_before_the_hub(monkeypatch, tmp_path):
+def test_folders_take_precedence_over_the_hub(monkeypatch, tmp_path):
     tiny.save(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "download", lambda name: pytest.fail("the hub was asked"))
@@ -189,7 +189,7 @@ def test_a_folder_of_that_name_goes_before_the_hub(monkeypatch, tmp_path):
         "~/x",
     ],
 )
-def test_names_that_are_no_hub_s(monkeypatch, tmp_path, name):
+def test_names_that_the_hub_does_not_allow(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "download", lambda name: pytest.fail("the hub was asked"))
     with pytest.raises(clm.InputError, match="neither a folder nor a bundled model"):

@@ -38,7 +38,7 @@ def filled(stored: StoredTensor) -> np.ndarray:
     return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-def test_a_merged_axis_is_split_and_axes_change_places():
+def test_merged_axes_are_split_and_transposed():
     stored = StoredTensor("name", "(N H) D")
     tensor = filled(stored)
     view = stored.view(tensor, ("D", "N", "H"), SIZES)
@@ -48,7 +48,7 @@ def test_a_merged_axis_is_split_and_axes_change_places():
 
 
 @pytest.mark.parametrize("part", range(3))
-def test_a_part_of_interleaved_parameters(part):
+def test_parts_of_interleaved_parameters(part):
     stored = StoredTensor("name", "(N 3 H) D", part)
     tensor = filled(stored)
     view = stored.view(tensor, ("N", "H", "D"), SIZES)
@@ -70,7 +70,7 @@ def test_a_group_of_rows(part, first_row, heads):
     )
 
 
-def test_a_letter_that_stands_twice_keeps_its_order():
+def test_repeated_letters_keep_their_order():
     stored = StoredTensor("name", "(C D) D")
     tensor = filled(stored)
     view = stored.view(tensor, ("D", "C", "D"), SIZES)

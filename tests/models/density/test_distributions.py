@@ -103,7 +103,7 @@ def float64():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_log_density_is_that_of_scipy(name):
+def test_log_probabilities_equal_those_of_scipy(name):
     density = make(name, (2,), 3)
     table = 2 * np.random.default_rng(1).normal(size=(4, 3))
     by_vector = np.asarray(log_prob(density, table[:, None]))
@@ -276,7 +276,7 @@ def test_float32_densities_score_float64_tables():
 # --- Categorical -----------------------------------------------------------------------------
 
 
-def test_a_categorical_is_a_softmax():
+def test_probabilities_of_a_categorical_are_a_softmax():
     logits = np.random.default_rng(0).normal(size=(4, 1, 6)) * 2
     categorical = Categorical(jnp.asarray(logits))
     p = np.exp(logits - logsumexp(logits, axis=-1, keepdims=True))

@@ -390,7 +390,7 @@ def test_experts_specialise(top_k):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_settings_there_and_back(name):
+def test_settings_round_trip(name):
     written = HEADS[name].to_dict()
     assert heads.from_dict(written) == HEADS[name]
     assert heads.from_dict({"kind": written["kind"], "width": 4}).width == 4
@@ -472,7 +472,7 @@ CHANGED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["token", "low rank", "mixture", "experts"])
-def test_every_setting_is_read(name):
+def test_every_setting_has_an_effect(name):
     """Changed, the parameters, the distribution or the loss are others."""
     base = dataclasses.replace(HEADS[name], depth=1, mlp_size=4)
     hidden = jnp.ones((2, HIDDEN))

@@ -337,7 +337,7 @@ def test_saved_models_and_their_trunks_load_bit_for_bit(name, reads, tmp_path):
     ]
 
 
-def test_settings_tokenizer_and_notes_come_back(tmp_path):
+def test_settings_tokenizer_and_fields_round_trip(tmp_path):
     lm = build("gaussian", table="embedding", contrast=0.25)
     tokenizer = tiny.word_tokenizer("a b c d e")
     lm = dataclasses.replace(lm, tokenizer=tokenizer, hf_fields={"eos_token_id": 3})
@@ -374,7 +374,7 @@ for folder in sys.argv[1:]:
 
 
 @slow
-def test_onto_a_mesh(tmp_path):
+def test_loading_onto_a_mesh_changes_no_log_prob(tmp_path):
     folders = []
     for name, reads in CASES:
         folders.append(str(tmp_path / f"{name}-{reads}"))
@@ -493,7 +493,7 @@ def test_malformed_folders_are_refused(name, good, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
-def test_what_cannot_be_saved_leaves_nothing(tmp_path):
+def test_refused_saves_leave_no_file(tmp_path):
     lm = build("gaussian")
     without = {k: v for k, v in lm.params.items() if k != "table"}
     with pytest.raises(clm.InputError, match="table is missing"):
@@ -509,7 +509,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
 
 
 @slow
-def test_a_tied_token_head_is_the_language_model_itself(tmp_path):
+def test_tied_token_heads_equal_the_language_model(tmp_path):
     config = dataclasses.replace(CONFIG, tie_embeddings=True)
     head = heads.TokenHead(width=11, tied=True)
     lm = density.create(KEY, config, head)
@@ -592,7 +592,7 @@ def check_on(lm, tokens, vectors_wide):
 
 
 @slow
-def test_on_the_bundled_model():
+def test_density_head_on_the_bundled_model():
     lm = clm.load("apples", dtype="float32")
     tokens = np.array([1, 2, 3, 2, 5, 1])
     check_on(lm, tokens, lm.config.hidden_size)
@@ -601,7 +601,7 @@ def test_on_the_bundled_model():
 
 
 @slow
-def test_on_the_stories():
+def test_density_head_on_the_stories_model():
     if not STORIES.exists():
         pytest.skip(
             f"the TinyStories weights are not at {STORIES.relative_to(STORIES.parents[3])}"
@@ -628,7 +628,7 @@ def test_on_the_stories():
         ({"input_kind": "vectors", "token_loss_weight": 1.0}, "token_loss_weight"),
     ],
 )
-def test_models_that_make_no_sense(arguments, message):
+def test_inconsistent_models_are_refused(arguments, message):
     with pytest.raises(clm.InputError) as refused:
         DensityModel(CONFIG, **{"head": KINDS["gaussian"], **arguments})
     assert message in str(refused.value)

@@ -17,7 +17,7 @@ def read(family, *without, **changes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_reads_the_same(family):
+def test_written_tensors_are_read_back(family):
     config = read(family)
     written = FAMILIES[family].write_config(config) | {"model_type": family}
     assert read_config(written) == config
@@ -41,12 +41,12 @@ def test_every_field_is_read_or_refused(family, value):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_made_up_field_is_refused(family):
+def test_unknown_fields_of_config_are_refused(family):
     with pytest.raises(clm.InputError, match="made_up"):
         read(family, made_up=1)
 
 
-def test_early_gemma_says_gelu_and_means_its_approximation():
+def test_gelu_of_early_gemma_is_the_tanh_approximation():
     assert read("gemma", hidden_act="gelu").activation == "gelu_tanh"
     assert (
         read("gemma", hidden_act="gelu", hidden_activation="gelu").activation == "gelu"
@@ -106,7 +106,7 @@ def test_windows_of_qwen_that_make_no_sense_are_named(changes, message):
         read("qwen2", **changes)
 
 
-def test_a_window_of_qwen_must_be_given():
+def test_qwen_requires_a_window_if_it_uses_windows():
     with pytest.raises(clm.InputError, match="sliding_window is missing"):
         read("qwen2", "sliding_window", use_sliding_window=True)
 

@@ -154,7 +154,7 @@ def test_logits_and_the_number_of_parameters(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_config_goes_round(name):
+def test_config_round_trips(name):
     config = config_of(name)
     written = FAMILIES[config.family].write_config(config) | {
         "model_type": config.family
@@ -209,5 +209,5 @@ FIVE_OF_SIX = tuple((layer + 1) % 6 != 0 for layer in range(26))
         ("GPT-2-XL", lambda c: c.max_positions == 1024 and c.mlp_size == 6400),
     ],
 )
-def test_what_the_fields_mean(name, holds):
+def test_attributes_of_published_configs(name, holds):
     assert holds(config_of(name))
