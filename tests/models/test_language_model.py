@@ -1,6 +1,5 @@
 """Checkpoint folders to models and back: whole ones in every layout, and ones that are wrong."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,7 +7,6 @@ import pathlib
 import re
 import sys
 import time
-import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +21,7 @@ from continuous_lm.models.calm import autoencoder
 from continuous_lm.models.calm.autoencoder_network import AutoencoderConfig
 from continuous_lm.models.checkpoints import trunk
 from tests.fixtures import many_devices, tiny
+from tests.fixtures.params import assert_same_params
 from tests.fixtures.programs import REPOSITORY_ROOT
 
 TOKENS = np.array([1, 5, 9, 2, 60, 33, 7])
@@ -68,14 +67,6 @@ def refusal(folder, **arguments):
         clm.load(folder, **arguments)
     assert "\n" not in str(refused.value)
     return str(refused.value)
-
-
-def assert_same_params(a, b):
-    leaves, others = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
-    assert [path for path, _ in leaves] == [path for path, _ in others]
-    for (path, x), (_, y) in zip(leaves, others, strict=True):
-        assert x.dtype == y.dtype, path
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
 
 
 # --- Layouts that hold the same model --------------------------------------------------------
@@ -384,40 +375,8 @@ def test_tensor_left_over(tmp_path, folder, name, value):
     assert f"tensor {name} in model.safetensors is left over" in message
 
 
-def test_every_missing_tensor_is_named(tmp_path, folder):
-    weights = parts(folder)[1]
-    for name in names_once(weights):
-        message = refusal(changed(tmp_path, folder, weights={name: None}))
-        value = weights[name]
-        assert f"tensor {name} {list(value.shape)} is missing" in message
-
-
-def test_every_misshapen_tensor_is_named(tmp_path, folder):
-    weights = parts(folder)[1]
-    for name in names_once(weights):
-        shape = list(weights[name].shape)
-        for wrong in {(shape[0] - 1, *shape[1:]), tuple(shape[::-1]), (1, *shape)} - {
-            tuple(shape)
-        }:
-            replaced = {name: np.ones(wrong, np.float32)}
-            message = refusal(changed(tmp_path, folder, weights=replaced))
-            assert (
-                f"tensor {name} in model.safetensors has shape {list(wrong)}" in message
-            )
-            assert f"asks for {shape}" in message
-
-
-def test_quantized_tensor_is_named(tmp_path, folder):
-    name = "model.layers.1.mlp.up_proj.weight"
-    message = refusal(
-        changed(tmp_path, folder, weights={name: np.ones((80, 48), np.int8)})
-    )
-    assert f"tensor {name} is stored as I8" in message
-
-
 UNHANDLED = [
     ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "yarn"),
-    ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "dynamic"),
     ("rope_scaling", {"rope_type": "default", "mscale": 2.0}, "rope_scaling.mscale"),
     (
@@ -513,82 +472,12 @@ def test_folder_without_a_config(tmp_path):
     assert f"{tmp_path / 'config.json'} is missing" in refusal(tmp_path)
 
 
-# --- Every field, changed in every way -------------------------------------------------------
+# --- Random fields ---------------------------------------------------------------------------
 
-FREE = ("rope_theta", "rms_norm_eps")  # any positive number is a model
 INERT = ("initializer_range", "max_position_embeddings")
-FIELDS = sorted({*tiny.llama_config(), *FREE, "model_type", "torch_dtype"} - {*INERT})
-ODD = [
-    None,
-    -1,
-    0,
-    10**9,
-    10**400,
-    1e9,
-    1e300,
-    "x",
-    "",
-    [],
-    [1],
-    {},
-    {"a": 1},
-    True,
-    False,
-    2.5,
-]
-NAMED = re.compile(
-    "|".join(["tensor (model|lm_head)", "num_kv_heads", "dtype", *FIELDS])
+FIELDS = sorted(
+    {*tiny.llama_config(), "rope_theta", "model_type", "torch_dtype"} - {*INERT}
 )
-
-
-@contextlib.contextmanager
-def little_memory(limit=300e6):
-    """Fails, before the machine suffers, where the body allocates more than `limit` bytes."""
-    old = None
-    if sys.platform == "linux":
-        import resource
-
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-        old = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(
-            resource.RLIMIT_AS, (pages * resource.getpagesize() + int(limit), old[1])
-        )
-    tracemalloc.start()
-    try:
-        yield
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-        if old is not None:
-            resource.setrlimit(resource.RLIMIT_AS, old)
-    assert peak < 50e6
-
-
-def try_load(folder):
-    """The model or None, the line with which it is refused or None."""
-    with little_memory():
-        try:
-            return clm.load(folder), None
-        except clm.InputError as error:
-            return None, str(error)
-
-
-@pytest.mark.parametrize("field", FIELDS)
-def test_changed_fields_are_refused_or_have_no_effect(tmp_path, folder, field):
-    good, refused = clm.load(folder), 0
-    for value in ["removed", *ODD]:
-        drop, fields = ((field,), {}) if value == "removed" else ((), {field: value})
-        lm, message = try_load(changed(tmp_path, folder, *drop, **fields))
-        if lm is None:
-            assert NAMED.search(message), (value, message)
-            refused += 1
-            continue
-        assert_same_params(lm.params, good.params)
-        if field not in FREE:
-            assert lm.config == good.config, value
-        elif value not in ("removed", None):
-            assert value in (lm.config.norm_eps, lm.config.rope.theta)
-    assert refused > 5
 
 
 @pytest.mark.parametrize("field", INERT)
@@ -830,9 +719,9 @@ def test_parameters_of_init_are_unboxed(tmp_path):
         head_dim=8,
     )
     model = clm.Transformer(config)
-    variables = model.init(jax.random.key(0), np.arange(3))
+    variables = jax.jit(model.init)(jax.random.key(0), np.arange(3))
     lm = clm.LanguageModel(model, variables["params"])
-    logits = model.apply(variables, np.arange(3))
+    logits = jax.jit(model.apply)(variables, np.arange(3))
     np.testing.assert_allclose(lm(np.arange(3)), logits, atol=1e-6)
     clm.save(tmp_path, lm)
     np.testing.assert_allclose(clm.load(tmp_path)(np.arange(3)), logits, atol=1e-6)

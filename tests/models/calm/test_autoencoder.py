@@ -321,7 +321,7 @@ def test_other_kinds_of_models_are_refused(codec):
 
 
 def test_apply_decodes_the_mean(codec):
-    logits = codec.model.apply({"params": codec.params}, CHUNKS)
+    logits = jax.jit(codec.model.apply)({"params": codec.params}, CHUNKS)
     mean, _ = autoencoder.encode(codec, CHUNKS)
     np.testing.assert_allclose(
         logits, autoencoder.decode(codec, mean), rtol=1e-5, atol=1e-6

@@ -40,6 +40,7 @@ from tests.fixtures.malformed import (
     serialize,
     tensors_in,
 )
+from tests.fixtures.params import assert_same_params
 
 FAMILIES = list(tiny.CONFIG_MAKERS)
 WEIGHTS = "model.safetensors"
@@ -175,16 +176,6 @@ def refusal(
     value, message = attempt(folder.parent, call or (lambda: clm.load(folder)))
     assert message is not None, f"{case}: accepted as {type(value)}"
     return message
-
-
-def assert_same_params(actual, expected):
-    pairs = zip(
-        jax.tree.leaves_with_path(actual),
-        jax.tree.leaves_with_path(expected),
-        strict=True,
-    )
-    for (path, a), (_, b) in pairs:
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
 # --- Tensors ---------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ import json
 import os
 
 import jax
-import numpy as np
 import pytest
 from absl import logging
 
@@ -14,6 +13,7 @@ from continuous_lm.experiments.durations import counting
 from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import parameter_cache
 from tests.fixtures import many_devices, tiny
+from tests.fixtures.params import assert_same_params
 
 
 @pytest.fixture
@@ -51,17 +51,6 @@ def opened(monkeypatch):
     return folders
 
 
-def assert_same(params, others):
-    for (path, x), (other, y) in zip(
-        jax.tree.leaves_with_path(params),
-        jax.tree.leaves_with_path(others),
-        strict=True,
-    ):
-        assert path == other
-        assert x.dtype == y.dtype, path
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
-
-
 def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -75,8 +64,8 @@ def test_cached_parameters_equal_converted_ones(
     written = clm.load(source, dtype=dtype, cache_dir=folder)
     read = clm.load(source, dtype=dtype, cache_dir=str(folder))
     assert len(opened) == 2  # the third one reads the cache
-    assert_same(written.params, expected.params)
-    assert_same(read.params, expected.params)
+    assert_same_params(written.params, expected.params)
+    assert_same_params(read.params, expected.params)
     assert read.config == expected.config
     for x, y in zip(*map(jax.tree.leaves, (read.params, expected.params)), strict=True):
         assert x.sharding == y.sharding
@@ -92,7 +81,7 @@ def test_each_source_and_dtype_has_its_own_entry(tmp_path, cache, source, opened
     for _ in range(2):
         for folder, dtype in cases:
             cached = clm.load(folder, dtype=dtype, cache_dir=cache)
-            assert_same(cached.params, clm.load(folder, dtype=dtype).params)
+            assert_same_params(cached.params, clm.load(folder, dtype=dtype).params)
     assert len(opened) == 2 * len(cases) + len(cases)
     assert len(list(cache.iterdir())) == len(cases)
 
@@ -129,7 +118,7 @@ def test_changed_sources_are_converted_again(
     before = len(opened)
     expected = clm.load(source).params
     for _ in range(2):
-        assert_same(clm.load(source, cache_dir=cache).params, expected)
+        assert_same_params(clm.load(source, cache_dir=cache).params, expected)
     assert len(opened) == before + 2  # for `expected`, and once for the cache
     assert len(list(cache.iterdir())) == 1
     assert not warnings
@@ -163,7 +152,7 @@ def test_torn_caches_are_written_again(cache, source, opened, warnings):
         count += 1
         path.unlink() if content is None else path.write_bytes(content)
         opened.clear(), warnings.clear()
-        assert_same(clm.load(source, cache_dir=cache).params, expected)
+        assert_same_params(clm.load(source, cache_dir=cache).params, expected)
         assert len(opened) == 1, path
         assert len(warnings) == 1, path
         assert f"{entry} cannot be used and is made again" in warnings[0]
@@ -179,7 +168,9 @@ def test_empty_cache_folders_are_written_again(cache, source, warnings):
     (entry,) = cache.iterdir()
     for path in files(entry):
         path.unlink()
-    assert_same(clm.load(source, cache_dir=cache).params, clm.load(source).params)
+    assert_same_params(
+        clm.load(source, cache_dir=cache).params, clm.load(source).params
+    )
     assert len(warnings) == 1
 
 
@@ -236,12 +227,12 @@ RACE_PROGRAM = """
 import sys
 import orbax.checkpoint
 import continuous_lm as clm
-from tests.models.checkpoints.test_parameter_cache import assert_same
+from tests.fixtures.params import assert_same_params
 
 expected = clm.load(sys.argv[1]).params
 print("ready", flush=True)
 for line in sys.stdin:
-    assert_same(clm.load(sys.argv[1], cache_dir=sys.argv[2]).params, expected)
+    assert_same_params(clm.load(sys.argv[1], cache_dir=sys.argv[2]).params, expected)
     print("done", flush=True)
 """
 
@@ -271,7 +262,7 @@ import pathlib, sys
 import jax
 import continuous_lm as clm
 from continuous_lm.io import safetensors_files
-from tests.models.checkpoints.test_parameter_cache import assert_same
+from tests.fixtures.params import assert_same_params
 
 mesh = jax.make_mesh((2, 4), ("data", "model"))
 source, folder = sys.argv[1:]
@@ -282,7 +273,7 @@ for i, (first, second) in enumerate([(None, mesh), (mesh, None), (mesh, mesh)]):
     del safetensors_files.open_tensors  # the source may not be read
     cached = clm.load(source, mesh=second, cache_dir=f"{folder}/{i}")
     safetensors_files.open_tensors = open_tensors
-    assert_same(cached.params, one.params)
+    assert_same_params(cached.params, one.params)
     expected = one if second is None else many
     for x, y in zip(*map(jax.tree.leaves, (cached.params, expected.params)), strict=True):
         assert x.sharding == y.sharding, (x.sharding, y.sharding)
@@ -307,4 +298,4 @@ def test_flag_cache_dir_of_programs(cache):
     lm, _ = pretrained.load(program.parse(counting.Config, "counting", arguments))
     (entry,) = cache.iterdir()
     assert entry.name.startswith("apples-")
-    assert_same(lm.params, clm.load("apples", dtype="float32").params)
+    assert_same_params(lm.params, clm.load("apples", dtype="float32").params)

@@ -17,6 +17,7 @@ from continuous_lm.io import safetensors_files
 from continuous_lm.models.checkpoints import parameter_layout, trunk
 from continuous_lm.models.transformer import parameter_table
 from tests.fixtures import many_devices, tiny
+from tests.fixtures.params import assert_same_params
 
 
 def draw(model_type, dtype="float32", **fields):
@@ -31,17 +32,6 @@ def draw(model_type, dtype="float32", **fields):
     return clm.LanguageModel(
         clm.Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
     )
-
-
-def assert_same(params, others):
-    for (path, x), (other, y) in zip(
-        jax.tree.leaves_with_path(params),
-        jax.tree.leaves_with_path(others),
-        strict=True,
-    ):
-        assert path == other
-        assert x.dtype == y.dtype, path
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
 
 
 @contextlib.contextmanager
@@ -89,7 +79,7 @@ def test_one_device_reads_every_element_once(tmp_path, monkeypatch, model_type):
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     with counted_reads(tmp_path) as counts:
         loaded = clm.load(tmp_path)
-    assert_same(loaded.params, lm.params)
+    assert_same_params(loaded.params, lm.params)
     assert max(count.max() for count in counts.values()) == 1
     assert number_read(counts) == number_stored(lm.params)
 
@@ -175,7 +165,7 @@ def test_transformers_loads_saved_files_and_shards(tmp_path, model_type, tied):
         folder = tmp_path / name
         clm.save(folder, lm, shard_size=shard_size)
         assert (folder / safetensors_files.INDEX_FILE).exists() == (name == "sharded")
-        assert_same(clm.load(folder).params, lm.params)
+        assert_same_params(clm.load(folder).params, lm.params)
         actual = logits(folder, tokens)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-6 * largest)
 
@@ -201,7 +191,7 @@ def test_saving_replaces_all_weights_of_an_older_checkpoint(tmp_path):
             index = json.loads((tmp_path / safetensors_files.INDEX_FILE).read_text())
             shards = index["weight_map"].values()
             assert files == {safetensors_files.INDEX_FILE, *shards}
-        assert_same(clm.load(tmp_path).params, lm.params)
+        assert_same_params(clm.load(tmp_path).params, lm.params)
         numbers.append(len(files))
     assert numbers[0] == numbers[3] == 1 < numbers[2] < numbers[1]
 
@@ -259,7 +249,7 @@ for model_type in sys.argv[2:]:
     one = clm.load(folder, dtype="float32")
     with counted_reads(folder) as counts:
         many = clm.load(folder, dtype="float32", mesh=mesh)
-    assert_same(many.params, one.params)
+    assert_same_params(many.params, one.params)
     for x in jax.tree.leaves(many.params):
         assert len(x.sharding.device_set) == 8
     # Two rows of four devices: what both hold is read once, and so is what all hold.
@@ -268,7 +258,7 @@ for model_type in sys.argv[2:]:
 
     # From the mesh back to files, piece by piece.
     clm.save(folder / "again", many)
-    assert_same(clm.load(folder / "again").params, many.params)
+    assert_same_params(clm.load(folder / "again").params, many.params)
 
     # As on a host that has one of the eight devices.
     plain, device = jax.make_array_from_callback, jax.devices()[6]

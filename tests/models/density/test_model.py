@@ -28,6 +28,7 @@ from tests.fixtures.malformed import (
     serialize,
     tensors_in,
 )
+from tests.fixtures.params import assert_same_params
 from tests.models.density.test_distributions import at, reference
 
 KEY = jax.random.key(0)
@@ -307,13 +308,6 @@ def test_initial_values_of_the_trunk_depend_only_on_path_and_key():
 
 
 # --- Folders ---------------------------------------------------------------------------------
-
-
-def assert_same_params(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(("name", "reads"), cases(CASES))
