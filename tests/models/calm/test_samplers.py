@@ -244,7 +244,7 @@ def test_prompts_in_pieces_and_one_alone(lm):
 # --- Temperatures ----------------------------------------------------------------------------
 
 P = (0.5, 0.3, 0.2)
-ROWS = 2500
+ROWS = 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,15 +350,9 @@ def repetition_distribution(candidates, n):
     return total
 
 
+@slow  # test_repeated_draws.py tests the distribution in the quick run
 @pytest.mark.parametrize(
-    ("t", "candidates"),
-    [
-        (1 / 2, 6),
-        pytest.param(1 / 2, 64, marks=slow),
-        pytest.param(1 / 3, 4, marks=slow),
-        pytest.param(1 / 3, 48, marks=slow),
-        pytest.param(1 / 2, 2, marks=slow),
-    ],
+    ("t", "candidates"), [(1 / 2, 6), (1 / 2, 64), (1 / 3, 4), (1 / 3, 48), (1 / 2, 2)]
 )
 def test_repetition_samples_the_distribution_of_its_counts(points_lm, t, candidates):
     """For few candidates that is not the tempered distribution, and for many nearly."""

@@ -326,7 +326,7 @@ def test_trained_covariances_reach_their_least_loss():
     """
     rng, width = np.random.default_rng(0), 3
     mix = np.array([[1.0, 0.0, 0.0], [0.9, 0.5, 0.0], [-0.7, 0.6, 0.5]])
-    target = rng.normal(size=(3000, width)) @ mix.T
+    target = rng.normal(size=(500, width)) @ mix.T
     covariance = np.cov(target.T, bias=True)
     best = 0.5 * (
         width * math.log(2 * math.pi * math.e) + np.linalg.slogdet(covariance)[1]
