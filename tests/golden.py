@@ -1,8 +1,10 @@
-"""Golden outputs: what every program writes when it is run small, and how to compare a new run.
+"""Golden outputs: the stored outputs of every program, run small, and their comparison.
 
-python -m tests.golden [GROUP...]         # runs them and prints what is not as stored
-python -m tests.golden --write [GROUP...] # stores numbers anew, of some groups or of all
-python -m tests.golden --noise [GROUP...] # measures anew how far other compilers move them
+python -m tests.golden [GROUP...]          # run the programs, print the numbers that moved
+python -m tests.golden --write [GROUP...]  # store the numbers again, of some groups or all
+python -m tests.golden --noise [GROUP...]  # measure again how other compilers move them
+
+A group is the first part of a name in PROGRAMS.
 """
 
 import argparse
@@ -143,7 +145,7 @@ PROGRAMS: dict[str, tuple[str, str]] = {
 }  # `benchmark` writes times alone
 GROUPS = tuple(dict.fromkeys(name.partition("/")[0] for name in PROGRAMS))
 
-# Not compared: run records, times, checksums (of bits) and paths; copies of what is compared.
+# Not compared: run records, times, checksums of bits, paths, and copies of compared values.
 SKIPPED_KEYS = set(
     "run frozen sha256 sha256_of_frames sources microseconds per_second seconds_of_training".split()
 )
@@ -168,7 +170,7 @@ OTHERS = {"default": "", "unoptimised": UNOPTIMISED, "oldest": SINGLE + OLDEST}
 
 
 def environment(flags: str = FLAGS) -> dict[str, str]:
-    """Of a program, for these flags of XLA; nothing that JAX reads is inherited."""
+    """Return a program's environment with these XLA flags; no setting of JAX is inherited."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
     return ours | {
         "PYTHONPATH": str(REPOSITORY_ROOT),
@@ -210,24 +212,24 @@ def machine() -> dict[str, Any]:
 def write_text(path: pathlib.Path) -> None:
     """A text of 600 short sentences, the same on every machine."""
     names, verbs = ("Ann", "Bob", "Eve"), ("reads", "opens")
-    things, state = ("the file", "a path"), 1
+    objects, state = ("the file", "a path"), 1
     sentences = []
     for _ in range(600):
         state = state * 1103515245 % 2**31 + 12345  # a linear congruential generator
         pick = state >> 8
         sentences.append(
-            f"{names[pick % 3]} {verbs[pick // 3 % 2]} {things[pick // 6 % 2]}."
+            f"{names[pick % 3]} {verbs[pick // 3 % 2]} {objects[pick // 6 % 2]}."
         )
     path.write_text("\n".join(sentences) + "\n")
 
 
 def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
-    """What the programs of a group wrote: "group/name/file/key/..." -> number, array or text."""
-    found: dict[str, Any] = {}
+    """Run a group; return "group/name/file/key/..." -> number, array or text."""
+    values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         cwd = pathlib.Path(folder)
         write_text(cwd / "text.txt")
-        compiled = {  # what one program compiled serves the next
+        compiled = {  # programs of a group share compiled code
             "JAX_COMPILATION_CACHE_DIR": str(cwd / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -239,8 +241,8 @@ def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
             for path in sorted(out_folder.rglob("*")):
                 inside = path.relative_to(out_folder)
                 if SKIPPED_FILES.isdisjoint(inside.parts):
-                    found |= numbers_of(path, f"{name}/{inside}")
-    return found
+                    values |= numbers_of(path, f"{name}/{inside}")
+    return values
 
 
 def command(name: str) -> list[str]:
@@ -250,7 +252,7 @@ def command(name: str) -> list[str]:
 
 
 def numbers_of(path: pathlib.Path, key: str) -> dict[str, Any]:
-    """What a file holds, if it is JSON, JSON lines or tensors; of tensors, size, mean and norm."""
+    """Return the contents of JSON and JSON lines; of tensors, size, norm and mean."""
     if path.suffix == ".json":
         return dict(flat(json.loads(path.read_text()), key))
     if path.suffix == ".jsonl":
@@ -326,22 +328,22 @@ def differences(
     new: Mapping[str, Any],
     noise: Mapping[str, float] | None = None,
 ) -> dict[str, tuple[float, str]]:
-    """Keys that moved by more than they may: how far, and from what to what, farthest first.
+    """Return the keys that moved too far, with distance and both values, farthest first.
 
     Args:
-      old: what is stored.
-      new: what was found.
-      noise: how far rounding moves each key, of which four times are allowed, beside ROUNDING;
-        None allows neither.
+      old: stored values.
+      new: values of a new run.
+      noise: effect of rounding on each key. Four times the noise and ROUNDING are allowed. None:
+        the same machine, where neither is allowed.
     """
     rounding = 0.0 if noise is None else ROUNDING
-    found = {}
+    moved_keys = {}
     for key in old.keys() | new.keys():
         a, b = old.get(key, MISSING), new.get(key, MISSING)
         far = moved(a, b, rounding)
         if far > max(TOLERANCE, 4 * (noise or {}).get(key, 0.0)):
-            found[key] = far, f"{key}: {shown(a, b)} -> {shown(b, a)} ({far:.2g})"
-    return dict(sorted(found.items(), key=lambda item: (-item[1][0], item[0])))
+            moved_keys[key] = far, f"{key}: {shown(a, b)} -> {shown(b, a)} ({far:.2g})"
+    return dict(sorted(moved_keys.items(), key=lambda item: (-item[1][0], item[0])))
 
 
 def shown(value: Any, other: Any) -> str:
@@ -358,7 +360,7 @@ def shown(value: Any, other: Any) -> str:
 
 
 def read() -> dict[str, Any]:
-    """What is stored: machine by group, note, values by key, noise by key."""
+    """Read the stored file: machine by group, note, values by key, noise by key."""
     stored = json.loads(gzip.decompress(STORED.read_bytes()))
     for key, value in stored["values"].items():
         if isinstance(value, list) and flat_array(value) is not None:
@@ -380,8 +382,8 @@ def write(
     Args:
       values: by key.
       noise: by key.
-      measured: groups of known noise.
-      machines: on what each group ran.
+      measured: groups with measured noise.
+      machines: group -> machine of its run.
     """
     far = [noise.get(key, 0.0) for key in values]
     note = {
@@ -447,12 +449,12 @@ def main() -> None:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--noise", action="store_true")
-    given = parser.parse_args()
-    groups = given.groups or GROUPS
+    arguments = parser.parse_args()
+    groups = arguments.groups or GROUPS
     stored: dict[str, Any] = {"values": {}, "noise": {}, "measured": [], "machines": {}}
     if STORED.exists():
         stored = {name: part for name, part in read().items() if name in stored}
-    if not (given.write or given.noise):
+    if not (arguments.write or arguments.noise):
         lines = [line for group in groups for line in differing(group, stored)]
         sys.exit("\n".join(lines) or None)
     for group in groups:
@@ -460,26 +462,28 @@ def main() -> None:
             {k: x for k, x in stored[part].items() if k.partition("/")[0] != group}
             for part in ("values", "noise")
         )
-        found = {k: x for k, x in stored["values"].items() if k.startswith(f"{group}/")}
-        if given.write:
-            found = run(group)
+        new_values = {
+            k: x for k, x in stored["values"].items() if k.startswith(f"{group}/")
+        }
+        if arguments.write:
+            new_values = run(group)
         far = {k: x for k, x in stored["noise"].items() if k.startswith(f"{group}/")}
-        if given.noise:
-            far = noise_of(group, found)
-        measured = list({*stored["measured"], *([group] if given.noise else [])})
-        machines = stored["machines"] | ({group: machine()} if given.write else {})
+        if arguments.noise:
+            far = noise_of(group, new_values)
+        measured = list({*stored["measured"], *([group] if arguments.noise else [])})
+        machines = stored["machines"] | ({group: machine()} if arguments.write else {})
         stored = {
-            "values": values | found,
+            "values": values | new_values,
             "noise": noise | far,
             "measured": measured,
             "machines": machines,
         }
-        print(f"{group}: {len(found)} keys", flush=True)
+        print(f"{group}: {len(new_values)} keys", flush=True)
         write(**stored)
 
 
 def noise_of(group: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """How far each key of a group moves at most, with the flags that stand for other machines."""
+    """Return the largest move of each key of a group under flags that imitate other machines."""
     far: dict[str, float] = {}
     for flags in OTHERS.values():
         new = run(group, flags)

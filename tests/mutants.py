@@ -74,7 +74,7 @@ class Mutant:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run of tests came to."""
+    """Result of a run of tests."""
 
     status: str  # killed, survived, error or timeout
     seconds: float
@@ -189,7 +189,7 @@ def copy_tree(target: pathlib.Path) -> pathlib.Path:
 
 
 def environment(tree: pathlib.Path) -> dict[str, str]:
-    """In which tests import the copy, compile as those of `make test` do, and leave nothing."""
+    """Return the environment of the tests: the copied tree, fast compilation, no caches."""
     flags = ["--xla_backend_optimization_level=0"]
     if sys.version_info < (3, 12):
         flags.append("--xla_cpu_use_fusion_emitters=false")
@@ -206,21 +206,21 @@ def environment(tree: pathlib.Path) -> dict[str, str]:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a process and what it has started."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def by_file(mutants: Sequence[Mutant]) -> dict[str, tuple[list[str], None]]:
     """Their tests as jobs without a defect, one for each file of tests."""
-    found = collections.defaultdict(list)
+    actual = collections.defaultdict(list)
     for test in sorted({test for mutant in mutants for test in mutant.tests}):
-        found[test.split("::")[0]].append(test)
-    return {file: (tests, None) for file, tests in found.items()}
+        actual[test.split("::")[0]].append(test)
+    return {file: (tests, None) for file, tests in actual.items()}
 
 
 def worse_than_recorded(survivors: Sequence[str], tried: int, total: int) -> str:
-    """What is worse, if anything is: the number killed of all, or which of some survive newly."""
+    """Describe a lower number of kills, or new survivors among some; "" if neither."""
     if not RECORD.exists():
         return ""
     record = json.loads(RECORD.read_text())
@@ -246,17 +246,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="results/mutants.json", help="file for the results"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     table = read_table()
-    asked = given.only.split(",") if given.only else [mutant.id for mutant in table]
-    mutants = [mutant for mutant in table if mutant.id in asked]
-    if unknown := set(asked) - {mutant.id for mutant in mutants}:
+    request = (
+        options.only.split(",") if options.only else [mutant.id for mutant in table]
+    )
+    mutants = [mutant for mutant in table if mutant.id in request]
+    if unknown := set(request) - {mutant.id for mutant in mutants}:
         parser.error(f"there is no mutant {', '.join(sorted(unknown))}")
-    if given.record and given.only:
+    if options.record and options.only:
         parser.error("--record needs all mutants, so it does not go with --only")
 
-    found: dict[str, Run] = {}
-    with Trees(given.workers) as trees:
+    actual: dict[str, Run] = {}
+    with Trees(options.workers) as trees:
         for file, run in trees.runs(by_file(mutants)):
             print(f"without a defect: {file}, {run.seconds:.0f} s", flush=True)
             if run.status != "survived":
@@ -266,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, run in trees.runs(
             {mutant.id: (mutant.tests, mutant) for mutant in mutants}
         ):
-            found[name] = run
+            actual[name] = run
             columns = (
                 f"{name:36}",
                 f"{files[name]:39}",
@@ -276,9 +278,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*columns, run.failed, sep=" | ", flush=True)
 
     rows = [
-        {"id": m.id, "file": m.file, **dataclasses.asdict(found[m.id])} for m in mutants
+        {"id": m.id, "file": m.file, **dataclasses.asdict(actual[m.id])}
+        for m in mutants
     ]
-    output = pathlib.Path(given.output)
+    output = pathlib.Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output, rows)
     survivors = [row["id"] for row in rows if row["status"] != "killed"]
@@ -287,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if worse := worse_than_recorded(survivors, len(rows), len(table)):
         print(worse)
         return 1
-    if given.record:
+    if options.record:
         write(RECORD, {"killed": killed, "of": len(rows), "survivors": survivors})
     return 0
 

@@ -60,7 +60,7 @@ MODULE_ALIASES = re.compile(
 
 
 class Density(NamedTuple):
-    """How much a line of code holds, in a folder."""
+    """Amount of code in a line, in a folder."""
 
     nodes_per_line: (
         float  # nodes of the syntax tree; docstrings and comments are no lines
@@ -193,7 +193,7 @@ def sentences(prose: Prose) -> Iterator[Prose]:
 
 
 def banned_names(path: str, source: str) -> list[str]:
-    """Names that do not tell what they hold: told, made, found, given, ..."""
+    """Names that do not tell their contents: told, made, found, given, ..."""
     faults = []
     for node in nodes(source):
         names: list[str] = []
@@ -343,7 +343,7 @@ def casts(path: str, source: str) -> list[str]:
 
 
 def density(texts: list[str]) -> Density:
-    """Of these sources together."""
+    """Measure these sources together."""
     num_nodes = 0
     num_lines = 0
     name_lengths = []

@@ -14,13 +14,13 @@ VALUES = {
     "key_weights",
     "problem",
 }  # names, and what holds it
-# Modules that are asked something on the way and give it back; the value does not go on from there.
+# Modules that return a result to the caller; the value does not move on from them.
 LEAVES = {"models.trunk_inputs", "inputs", "durations", "attention.problem"}
 
 
 def calls_with_durations(call):
     """(module, function, names) of every call of ours that gets durations, in order."""
-    seen = []
+    visited = []
 
     def profile(frame, event, _):
         module = frame.f_globals.get("__name__", "")
@@ -29,27 +29,29 @@ def calls_with_durations(call):
         code = frame.f_code
         arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         if names := VALUES & set(arguments):
-            seen.append((module.removeprefix("continuous_lm."), code.co_name, names))
+            visited.append((module.removeprefix("continuous_lm."), code.co_name, names))
 
     sys.setprofile(profile)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return seen
+    return visited
 
 
 def test_durations_go_one_way_and_are_checked_once():
-    jax.clear_caches()  # what is compiled already would not be called again
+    jax.clear_caches()  # compiled functions would not be traced again
     lm = clm.load("apples")
     tokens = jnp.arange(1, 6)
-    seen = calls_with_durations(lambda: lm(tokens, durations=jnp.linspace(0.5, 1.0, 5)))
-    functions = [function for _, function, _ in seen]
+    visited = calls_with_durations(
+        lambda: lm(tokens, durations=jnp.linspace(0.5, 1.0, 5))
+    )
+    functions = [function for _, function, _ in visited]
     assert functions.count("check_durations") == 1
-    names = {name for _, _, found in seen for name in found}
+    names = {name for _, _, actual in visited for name in actual}
     assert names - {"inputs", "timing", "problem"} == {"durations", "key_weights"}
     way = []
-    for module, _, _ in seen:
+    for module, _, _ in visited:
         if module not in LEAVES and way[-1:] != [module]:
             way.append(module)
     assert way == [

@@ -17,23 +17,23 @@ def test_there_are_enough_and_no_two_are_alike():
 
 def statement(source, line):
     """The outermost statement that holds a line, without comments and layout."""
-    (found,) = (
+    (actual,) = (
         node
         for node in ast.parse(source).body
         if node.lineno <= line <= node.end_lineno
     )
-    return ast.dump(found)
+    return ast.dump(actual)
 
 
 def test_each_changes_the_program_in_one_place():
     for mutant in TABLE:
         assert "\n" not in mutant.text + mutant.replacement, mutant.id
         source = (mutants.ROOT / mutant.file).read_text()
-        made = mutant.made_in(source)
-        pairs = enumerate(zip(made, source, strict=False))
+        created = mutant.made_in(source)
+        pairs = enumerate(zip(created, source, strict=False))
         first_difference = next(i for i, (new, old) in pairs if new != old)
         line = source[:first_difference].count("\n") + 1
-        assert statement(made, line) != statement(source, line), mutant.id
+        assert statement(created, line) != statement(source, line), mutant.id
 
 
 def test_each_names_tests_that_are_there():

@@ -1,4 +1,4 @@
-"""What is built holds every module once, under its installed name, and imports point downward."""
+"""A build has every module once, under its installed name, and imports point downward."""
 
 import ast
 import os
@@ -53,7 +53,7 @@ def build_wheel(root: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is built, so that nothing built earlier can slip in."""
+    """A copy of the sources, without earlier builds."""
     copy = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -96,8 +96,8 @@ def test_bundled_models_are_packed(tree: Path, tmp_path: Path):
     names = ("config.json", "model.safetensors", "tokenizer.json")
     for name in names:
         (copy / folder / name).touch()
-    found = packed(build_wheel(copy, tmp_path / "wheel"))
-    assert {installed_name(folder / name) for name in names} <= set(found)
+    actual = packed(build_wheel(copy, tmp_path / "wheel"))
+    assert {installed_name(folder / name) for name in names} <= set(actual)
 
 
 def test_the_wheel_imports(wheel: Path, tmp_path: Path):
@@ -177,8 +177,8 @@ def imports(source: str, *, everywhere: bool = True) -> Iterator[str]:
 
 def layer(name: str, ground: set[str]) -> str | None:
     """The layer that an import of `name` reaches; None outside the project."""
-    top, _, rest = name.partition(".")
-    first = rest.partition(".")[0]
+    top, _, others = name.partition(".")
+    first = others.partition(".")[0]
     if top != "continuous_lm":
         return None
     if first in FOLDERS or first == ANALYSIS:
@@ -195,17 +195,17 @@ def own_layer(path: Path) -> str:
 
 def faults(path: Path, source: str, ground: set[str]) -> list[str]:
     """The imports of the module at `path` that break the rule."""
-    own = own_layer(path)
-    found = []
+    single = own_layer(path)
+    actual = []
     for name in imports(source):
         reached = layer(name, ground)
         if name.startswith(".") or name.partition(".")[0] in FOLDERS:
-            found.append(
+            actual.append(
                 f"{path}: import {name} by its installed name, continuous_lm. ..."
             )
-        elif reached not in {None, own, *BELOW[own]}:
-            found.append(f"{path}: {own} may not import {name}, of {reached}")
-    return found
+        elif reached not in {None, single, *BELOW[single]}:
+            actual.append(f"{path}: {single} may not import {name}, of {reached}")
+    return actual
 
 
 def python_files() -> list[Path]:
@@ -218,10 +218,10 @@ def test_imports_point_downward():
         path.parts[1].removesuffix(".py") for path in modules if path.parts[0] == GROUND
     }
     ground -= {ANALYSIS, "__init__", "__main__"}
-    found = [
+    actual = [
         f for path in modules for f in faults(path, (ROOT / path).read_text(), ground)
     ]
-    assert not found, "\n".join(found)
+    assert not actual, "\n".join(actual)
 
 
 @pytest.mark.parametrize(

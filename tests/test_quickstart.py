@@ -1,4 +1,4 @@
-"""The notebook for Colab is valid, short, and does what it says, cell by cell as it stands."""
+"""The notebook for Colab is valid and short, and its cells run in order."""
 
 import json
 import pathlib
@@ -54,17 +54,17 @@ def test_nothing_is_installed_where_the_package_is(notebook):
 def names(notebook):
     backend = matplotlib.get_backend()
     matplotlib.use("Agg")
-    found: dict = {}
+    actual: dict = {}
     try:
         for i, code in enumerate(sources(notebook)):
             code = re.sub(
                 r"^( *)%.*$", r"\1raise AssertionError", code, flags=re.MULTILINE
             )
-            exec(compile(code, f"{NOTEBOOK.name}[{i}]", "exec"), found)
+            exec(compile(code, f"{NOTEBOOK.name}[{i}]", "exec"), actual)
     finally:
-        found["plt"].close("all")
+        actual["plt"].close("all")
         matplotlib.use(backend)
-    return found
+    return actual
 
 
 @pytest.mark.slow

@@ -1,11 +1,11 @@
-"""How many public names of the library have no type that a checker knows; it may only fall.
+"""Count the public names of the library without a type known to pyright; it may only fall.
 
     python -m tests.type_completeness [--write]
 
-Runs `pyright --verifytypes`, prints its score and each name without a known type. Outside of
-`experiments`, whose optional packages need not be installed, there must not be more of them than
-type_completeness.json says; --write stores the number anew. pyright fetches a node of its own when
-it runs first. Where it cannot, nothing is checked, and a line says so.
+This runs `pyright --verifytypes` and prints its score and each name without a known type. Outside
+`experiments`, which has optional packages, their number must not exceed type_completeness.json.
+--write stores the number again. pyright downloads node on its first run. Without it, nothing is
+checked, and a line is printed.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def run_pyright(*arguments: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def verify_types() -> Mapping[str, Any] | None:
-    """What pyright reports on the types of the package; None if it cannot run here."""
+    """Return pyright's report on the types of the package; None if it cannot run here."""
     version = run_pyright("--version")
     if version is None or version.returncode:
         return None
@@ -71,7 +71,7 @@ def unknown_names(report: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--write", action="store_true", help="store the number anew")
+    parser.add_argument("--write", action="store_true", help="store the number again")
     arguments = parser.parse_args()
     report = verify_types()
     if report is None:

@@ -41,8 +41,12 @@ def test_counts_what_training_never_showed_inside_a_span(lm, kind):
 @pytest.mark.parametrize("task", prompts.TASK_WEIGHTS)
 def test_answers_held_out_prompts(lm, task):
     rng = np.random.default_rng(8)
-    asked = [prompts.sample_prompt(rng, task, held_out=True) for _ in range(300)]
-    assert evaluate_apples.accuracy(lm, asked) >= evaluate_apples.MIN_ACCURACY
+    held_out_prompts = [
+        prompts.sample_prompt(rng, task, held_out=True) for _ in range(300)
+    ]
+    assert (
+        evaluate_apples.accuracy(lm, held_out_prompts) >= evaluate_apples.MIN_ACCURACY
+    )
 
 
 def test_is_small_and_stored_in_bfloat16():
@@ -112,7 +116,7 @@ def test_batches_hold_each_prompt_and_its_answer():
         np.random.default_rng(0), tokenizer, steps=3, prompts_per_step=20
     )
     rng = np.random.default_rng(0)
-    drawn = [prompts.sample_prompt(rng) for _ in range(60)]
+    samples = [prompts.sample_prompt(rng) for _ in range(60)]
     assert sum(tokens.shape[1] for tokens, _ in groups) == 20
     rows = [
         row[: length + 1].tolist()
@@ -122,7 +126,8 @@ def test_batches_hold_each_prompt_and_its_answer():
         )
     ]
     texts = [
-        [*tokenizer.encode(p.text).ids, tokenizer.token_to_id(p.answer)] for p in drawn
+        [*tokenizer.encode(p.text).ids, tokenizer.token_to_id(p.answer)]
+        for p in samples
     ]
     assert sorted(rows) == sorted(texts)
 
@@ -160,13 +165,13 @@ def test_the_loss_does_not_depend_on_padding_or_grouping():
     by_hand = []  # the answers' part, one prompt at a time
     after = np.asarray(jax.jit(model.apply)({"params": params}, padded))
     for row, length, logits in zip(*together[0], after, strict=True):
-        wanted = np.zeros(len(logits[0]))
-        wanted[row[length]] = 1.0
+        expected = np.zeros(len(logits[0]))
+        expected[row[length]] = 1.0
         if tokenizer.id_to_token(int(row[length])) in list("0123456789"):
-            wanted = (1 - train_apples.DIGIT_SMOOTHING) * wanted
-            wanted[digits] += train_apples.DIGIT_SMOOTHING / 10
-        assert wanted.sum() == pytest.approx(1)
-        by_hand.append(-wanted @ jax.nn.log_softmax(logits[length - 1]))
+            expected = (1 - train_apples.DIGIT_SMOOTHING) * expected
+            expected[digits] += train_apples.DIGIT_SMOOTHING / 10
+        assert expected.sum() == pytest.approx(1)
+        by_hand.append(-expected @ jax.nn.log_softmax(logits[length - 1]))
     np.testing.assert_allclose(watched["answer"], np.mean(by_hand), rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The small language: what training may show, what is held out, and answers recounted anew."""
+"""The small language: training prompts, held-out prompts, and recounted answers."""
 
 import re
 
@@ -26,7 +26,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["training", "held_out"])
-def drawn(request):
+def samples(request):
     rng = np.random.default_rng(1)
     return [
         prompts.sample_prompt(rng, task, request.param)
@@ -40,8 +40,8 @@ def recount(prompt: prompts.Prompt) -> str:
     text = prompt.text
     if prompt.task == "counting":
         words = re.findall(r"\w+", re.search('"(.*)"', text)[1])
-        known = {w for ws in WORDS.values() for w in ws}
-        return str(sum(word in known for word in words))
+        reference = {w for ws in WORDS.values() for w in ws}
+        return str(sum(word in reference for word in words))
     if prompt.task == "events":
         if "Tutorial" in text:
             return str(text.count("\n- "))
@@ -52,8 +52,8 @@ def recount(prompt: prompts.Prompt) -> str:
             r"What is (\d) plus (\d)",
             r"has (\d) \w+ and (\d) \w+\. How",
         )
-        (found,) = filter(None, (re.search(pattern, text) for pattern in patterns))
-        return str(int(found[1]) + int(found[2]))
+        (actual,) = filter(None, (re.search(pattern, text) for pattern in patterns))
+        return str(int(actual[1]) + int(actual[2]))
     if prompt.task == "boolean":
         a, operator, b = re.search(
             r"([01]) (AND|OR|NAND|NOR|XOR) ([01])", text
@@ -80,20 +80,20 @@ def test_the_same_seed_gives_the_same_prompts():
     assert first != [prompts.sample_prompt(other) for _ in range(50)]
 
 
-def test_answers_equal_an_independent_recount(drawn):
-    for prompt in drawn:
+def test_answers_equal_an_independent_recount(samples):
+    for prompt in samples:
         assert prompt.answer == recount(prompt), prompt
 
 
-def test_every_prompt_is_spelled_and_every_answer_is_one_token(drawn, tokenizer):
+def test_every_prompt_is_spelled_and_every_answer_is_one_token(samples, tokenizer):
     unknown = tokenizer.token_to_id("<unk>")
-    for prompt in drawn:
+    for prompt in samples:
         assert unknown not in tokenizer.encode(prompt.text).ids, prompt.text
         assert tokenizer.token_to_id(prompt.answer) is not None
 
 
-def test_spans_hold_what_is_counted_and_nothing_else(drawn):
-    for prompt in drawn:
+def test_spans_hold_what_is_counted_and_nothing_else(samples):
+    for prompt in samples:
         if prompt.task in ("boolean", "attribute"):
             assert prompt.span is None
             continue
@@ -102,9 +102,9 @@ def test_spans_hold_what_is_counted_and_nothing_else(drawn):
             word = prompt.combination[0]
             assert span.startswith(word)
             assert span.endswith(word)
-            rest = prompt.text[: prompt.span[0]], prompt.text[prompt.span[1] :]
-            assert word not in rest[0].rpartition('"')[2].split()
-            assert word not in rest[1].partition('"')[0].split()
+            others = prompt.text[: prompt.span[0]], prompt.text[prompt.span[1] :]
+            assert word not in others[0].rpartition('"')[2].split()
+            assert word not in others[1].partition('"')[0].split()
         elif prompt.task == "events":
             assert re.match(r"(She|He|They|-) ", span)
             assert span.endswith(".")
@@ -116,12 +116,12 @@ def test_spans_hold_what_is_counted_and_nothing_else(drawn):
 def test_training_and_held_out_combinations_are_disjoint():
     rng = np.random.default_rng(2)
     for task in prompts.TASK_WEIGHTS:
-        shown, kept = (
+        shown, held_out = (
             {prompts.sample_prompt(rng, task, held_out).combination for _ in range(400)}
             for held_out in (False, True)
         )
-        assert len(kept) > 3, f"too few held-out combinations of {task} to measure"
-        assert not shown & kept
+        assert len(held_out) > 3, f"too few held-out combinations of {task} to measure"
+        assert not shown & held_out
 
 
 def test_each_fact_keeps_a_wording_for_training():
@@ -143,10 +143,10 @@ def test_each_fact_keeps_a_wording_for_training():
 
 def test_the_split_does_not_depend_on_the_process():
     """Python's own hash of strings changes from run to run; training would then see the test."""
-    kept = [
+    held_out = [
         n for n in range(1, 10) if prompts.is_held_out("counting", ("apple", n, "none"))
     ]
-    assert kept == [1, 5]
+    assert held_out == [1, 5]
 
 
 def test_words_for_tests_are_seen_but_never_counted_in_training():

@@ -1,4 +1,4 @@
-"""Frames: what is said of each model is its density, and the program writes what it says."""
+"""Frames: each model's score is its density, and the program writes the scores."""
 
 import json
 import re
@@ -97,19 +97,19 @@ def test_codes_have_the_deviations_of_their_frames(codes):
     nearest = distances.argmin(axis=1)
     squares = (data - codes.vectors[nearest]) ** 2
     for e in range(CODES):
-        own = squares[nearest == e]
-        assert len(own) > 10
-        variance = (own.sum(axis=0) + 10 * squares.mean(axis=0)) / (len(own) + 10)
+        single = squares[nearest == e]
+        assert len(single) > 10
+        variance = (single.sum(axis=0) + 10 * squares.mean(axis=0)) / (len(single) + 10)
         np.testing.assert_allclose(codes.scales[e], np.sqrt(variance), rtol=1e-4)
     shares = (np.bincount(nearest, minlength=CODES) + 1) / (400 + CODES)
     np.testing.assert_allclose(np.exp(codes.log_shares), shares, rtol=1e-5)
 
 
 def test_deviations_of_codes_are_bounded_as_the_mixtures_are():
-    found = audio_models.fit_codes(
+    actual = audio_models.fit_codes(
         jax.random.key(0), np.repeat(some_frames(CODES), 80, axis=0), CODES
     )
-    np.testing.assert_array_equal(found.scales, np.float32(audio_models.MIN_SCALE))
+    np.testing.assert_array_equal(actual.scales, np.float32(audio_models.MIN_SCALE))
 
 
 # --- Densities --------------------------------------------------------------------------------
@@ -118,14 +118,14 @@ def test_deviations_of_codes_are_bounded_as_the_mixtures_are():
 def test_the_mixtures_score_is_its_log_prob_and_mean(listeners):
     windows = some_frames(30).reshape(2, 15, WIDTH)
     for duration in (1.0, 0.7):
-        found = listeners["mixture"].score(windows, duration)
+        actual = listeners["mixture"].score(windows, duration)
         lm = listeners["mixture"].lm
         durations = np.full((2, 15), duration, np.float32)
-        wanted = density.log_prob(lm, vectors=windows, durations=durations)
-        np.testing.assert_allclose(found.log_prob, wanted, rtol=0, atol=1e-4)
-    assert found.mean.shape == (2, 14, WIDTH)
+        expected = density.log_prob(lm, vectors=windows, durations=durations)
+        np.testing.assert_allclose(actual.log_prob, expected, rtol=0, atol=1e-4)
+    assert actual.mean.shape == (2, 14, WIDTH)
     assert (
-        np.abs(found.log_prob - listeners["mixture"].score(windows).log_prob).max()
+        np.abs(actual.log_prob - listeners["mixture"].score(windows).log_prob).max()
         > 1e-6
     )
 
@@ -133,18 +133,18 @@ def test_the_mixtures_score_is_its_log_prob_and_mean(listeners):
 def test_the_tokens_score_is_the_sum_over_codes(listeners, codes):
     """log sum_e p(e | codes before) N(frame; code_e, scale_e), put together by hand."""
     listener, window = listeners["tokens"], some_frames(15)
-    heard = listener.model_inputs(window)
-    assert heard.shape == (15,)
-    logits = np.asarray(density.token_logits(listener.lm, heard[None]))[0]
+    inputs = listener.model_inputs(window)
+    assert inputs.shape == (15,)
+    logits = np.asarray(density.token_logits(listener.lm, inputs[None]))[0]
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-    wanted = np.log(np.exp(log_p + code_densities(codes, window[1:])).sum(axis=-1))
-    found = listener.score(window[None])
-    np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found.mean[0], np.exp(log_p) @ codes.vectors, atol=1e-5)
+    expected = np.log(np.exp(log_p + code_densities(codes, window[1:])).sum(axis=-1))
+    actual = listener.score(window[None])
+    np.testing.assert_allclose(actual.log_prob[0], expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual.mean[0], np.exp(log_p) @ codes.vectors, atol=1e-5)
 
 
 def test_both_densities_integrate_to_one(listeners):
-    """What makes them comparable: by importance sampling, over a frame after the same past."""
+    """Integrals by importance sampling, over a frame after the same past: scores are comparable."""
     rng = np.random.default_rng(0)
     past, count = some_frames(3), 20_000
     last = 3.0 * rng.standard_normal((count, WIDTH))
@@ -173,21 +173,21 @@ def test_references_are_their_formulas(codes):
         some_frames(200, seed=2),
         some_frames(30, seed=3).reshape(2, 15, WIDTH),
     )
-    found = audio_models.unigram_baseline(codes, windows)
-    wanted = np.log(
+    actual = audio_models.unigram_baseline(codes, windows)
+    expected = np.log(
         np.exp(codes.log_shares + code_densities(codes, windows[0, 1:])).sum(axis=-1)
     )
-    np.testing.assert_allclose(found.log_prob[0], wanted, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(actual.log_prob[0], expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(
-        found.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4
+        actual.mean[1, 5], np.exp(codes.log_shares) @ codes.vectors, 1e-4
     )
-    found = audio_models.previous_frame_baseline(data, windows)
+    actual = audio_models.previous_frame_baseline(data, windows)
     scale = np.sqrt((np.diff(data, axis=0) ** 2).mean(axis=0))
-    wanted = (
+    expected = (
         scipy_stats.norm(windows[:, :-1], scale).logpdf(windows[:, 1:]).sum(axis=-1)
     )
-    np.testing.assert_allclose(found.log_prob, wanted, rtol=1e-4)
-    np.testing.assert_array_equal(found.mean, windows[:, :-1])
+    np.testing.assert_allclose(actual.log_prob, expected, rtol=1e-4)
+    np.testing.assert_array_equal(actual.mean, windows[:, :-1])
 
 
 def test_size_counts_codes_and_their_deviations(listeners):
@@ -237,38 +237,40 @@ def test_samples_are_the_same_for_a_key_and_of_the_codes(listeners, codes):
 def test_movement_is_of_steps():
     still = np.zeros((1, 5, 2))
     still[0, 3:] = [1.0, 3.0]
-    found = audio_models.movement_statistics(still)
-    assert found["squared_step"] == pytest.approx((1 + 9) / 2 / 4)
-    assert found["unmoved"] == 0.75
-    assert found["variance"] == pytest.approx((0.24 + 9 * 0.24) / 2)
+    actual = audio_models.movement_statistics(still)
+    assert actual["squared_step"] == pytest.approx((1 + 9) / 2 / 4)
+    assert actual["unmoved"] == 0.75
+    assert actual["variance"] == pytest.approx((0.24 + 9 * 0.24) / 2)
 
 
 def test_errors_are_in_units_and_decibels():
-    found = audio_models.prediction_errors(
+    actual = audio_models.prediction_errors(
         np.full((2, 3), 2.0), np.zeros((2, 3)), np.array([1.0, 1.0, 1.0])
     )
-    assert found["squared"] == 4.0
-    assert found["decibels"] == pytest.approx(10 * np.log10(np.exp(2.0)))
+    assert actual["squared"] == 4.0
+    assert actual["decibels"] == pytest.approx(10 * np.log10(np.exp(2.0)))
 
 
 def test_a_change_of_units_is_the_densitys_own():
     """Nats of log-mel frames are those of standardised ones less the log of the volume."""
     scores = audio_models.FrameScores(np.full((3, 4), 2.0), np.zeros((3, 4, 2)))
-    found = audio_models.summarize_likelihood(scores, np.array([2.0, 5.0]))
-    assert found["nats_per_frame_log_mel"] == pytest.approx(2.0 - np.log(10.0))
+    actual = audio_models.summarize_likelihood(scores, np.array([2.0, 5.0]))
+    assert actual["nats_per_frame_log_mel"] == pytest.approx(2.0 - np.log(10.0))
 
 
 def test_sweeps_find_the_duration_that_was_asked(listeners):
     windows = {0.8: some_frames(15)[None], 1.0: some_frames(15)[None] * 0.5}
     points = np.array([0.5, 1.0, 2.0])
-    found = audio_models.sweep_durations(listeners, windows, points)
+    actual = audio_models.sweep_durations(listeners, windows, points)
     for name, listener in listeners.items():
         for hop, window in windows.items():
-            wanted = [listener.score(window, d).log_prob.mean() for d in points]
+            expected = [listener.score(window, d).log_prob.mean() for d in points]
             np.testing.assert_allclose(
-                found["nats_per_frame"][name][f"{hop:g}"], wanted, 1e-5
+                actual["nats_per_frame"][name][f"{hop:g}"], expected, 1e-5
             )
-            assert found["best_duration"][name][f"{hop:g}"] == points[np.argmax(wanted)]
+            assert (
+                actual["best_duration"][name][f"{hop:g}"] == points[np.argmax(expected)]
+            )
 
 
 def test_sentences_are_plain_and_shuffled():
@@ -315,24 +317,24 @@ def test_the_program_writes_what_it_says(tmp_path):
         assert rate == 8000
         assert 0.001 < np.abs(samples).max() <= 1.0
         assert len(samples) > 2 * 23 * 100
-    # What was saved is what was judged.
+    # The saved model is the evaluated one.
     arrays = np.load(folder / "codes.npz")
     codes = audio_models.CodeDensities(
         arrays["vectors"], arrays["scales"], arrays["log_shares"]
     )
     units = sound.BandStatistics(arrays["mean"], arrays["deviation"])
     analysis = sound.MelConfig(bands=12)
-    heard = sound.log_mel(synthesize_tones(4.0, seed=1, rate=8000), analysis)
-    heard = units.standardize(heard).astype(np.float32)
+    inputs = sound.log_mel(synthesize_tones(4.0, seed=1, rate=8000), analysis)
+    inputs = units.standardize(inputs).astype(np.float32)
     windows = np.stack(
-        [heard[i : i + 25] for i in range(0, 24 * ((len(heard) - 1) // 24), 24)]
+        [inputs[i : i + 25] for i in range(0, 24 * ((len(inputs) - 1) // 24), 24)]
     )
     for name, book in (("mixture", None), ("tokens", codes)):
-        found = audio_models.AudioModel(density.load(folder / name), book).score(
+        actual = audio_models.AudioModel(density.load(folder / name), book).score(
             windows
         )
-        said = values["models"][name]["likelihood"]["nats_per_frame"]
-        assert found.log_prob.mean() == pytest.approx(said, abs=1e-3)
+        message = values["models"][name]["likelihood"]["nats_per_frame"]
+        assert actual.log_prob.mean() == pytest.approx(message, abs=1e-3)
 
     # The same Config again finds both runs done, and says the same.
     assert frames.run(tiny_config(folder)).summary() == summary
@@ -363,9 +365,9 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
         ({"rate": 100}, "low is 50"),
     ],
 )
-def test_the_program_says_what_is_wrong(tmp_path, monkeypatch, values, said):
+def test_the_program_says_what_is_wrong(tmp_path, monkeypatch, values, message):
     monkeypatch.setenv("PATH", str(tmp_path))  # without espeak-ng
-    with pytest.raises(clm.InputError, match=re.escape(said)):
+    with pytest.raises(clm.InputError, match=re.escape(message)):
         frames.run(tiny_config(tmp_path / "out", **values))
     assert not (tmp_path / "out").exists()
 

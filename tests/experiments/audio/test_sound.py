@@ -56,22 +56,22 @@ def test_hann_windows_half_apart_add_to_one():
 
 def test_stft_is_the_transform_of_each_windowed_piece():
     samples, (window, hop) = noise(1000), (64, 20)
-    found = sound.stft(samples, window=window, hop=hop)
+    actual = sound.stft(samples, window=window, hop=hop)
     padded = np.concatenate([np.zeros(32), samples, np.zeros(64)])
-    assert found.shape == (51, 33)
+    assert actual.shape == (51, 33)
     turns = np.exp(-2j * np.pi * np.outer(np.arange(33), np.arange(64)) / 64)
     for i in (0, 1, 25, 50):
         piece = padded[i * hop : i * hop + window] * sound.hann_window(window)
-        np.testing.assert_allclose(found[i], turns @ piece, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(actual[i], turns @ piece, rtol=0, atol=1e-10)
 
 
 def test_stft_agrees_with_scipy():
     signal = pytest.importorskip("scipy.signal")
     samples = noise(2000)
-    found = sound.stft(samples, window=400, hop=100)
+    actual = sound.stft(samples, window=400, hop=100)
     other = signal.ShortTimeFFT(sound.hann_window(400), hop=100, fs=1, phase_shift=None)
     np.testing.assert_allclose(
-        found, other.stft(samples, p0=0, p1=21).T, rtol=0, atol=1e-9
+        actual, other.stft(samples, p0=0, p1=21).T, rtol=0, atol=1e-9
     )
 
 
@@ -86,8 +86,8 @@ def test_energy_of_spectra_is_that_of_sound(count, hop, seed):
     weight = np.zeros(count + 800)
     for i in range(len(spectra)):
         weight[i * hop : i * hop + 400] += sound.hann_window(400) ** 2
-    wanted = (samples**2 * weight[200 : 200 + count]).sum()
-    assert energy == pytest.approx(wanted, rel=1e-9)
+    expected = (samples**2 * weight[200 : 200 + count]).sum()
+    assert energy == pytest.approx(expected, rel=1e-9)
     if hop == 100:
         np.testing.assert_allclose(weight[500:count], 1.5, atol=1e-9)
 
@@ -97,15 +97,15 @@ def test_istft_undoes_stft(count, sizes):
     window, hop = sizes
     samples = noise(count)
     spectra = sound.stft(samples, window=window, hop=hop)
-    found = sound.istft(spectra, window=window, hop=hop, length=count)
+    actual = sound.istft(spectra, window=window, hop=hop, length=count)
     covered = (
         len(spectra) - 1
     ) * hop + 1  # what follows lies where the last window fades
-    np.testing.assert_allclose(found[:covered], samples[:covered], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(actual[:covered], samples[:covered], rtol=0, atol=1e-9)
 
 
 def test_istft_is_nearest_in_squares():
-    """Of spectra that no sound has: any other sound's are farther."""
+    """For spectra that no sound has, every other sound's spectra are farther."""
     rng = np.random.default_rng(0)
     spectra = rng.standard_normal((9, 33)) + 1j * rng.standard_normal((9, 33))
     spectra[:, [0, -1]] = spectra[:, [0, -1]].real
@@ -183,10 +183,10 @@ def test_magnitudes_give_their_frames_back_where_spectra_are_smooth():
     power = np.stack([1.0 + bins, 2.0 - bins, 0.5 + bins * (1 - bins)]) * 1e-2
     frames = np.log(power @ ANALYSIS.filters.T + ANALYSIS.floor)
     scale = sound.hann_window(400).sum()
-    found = (sound.magnitudes_from_log_mel(frames, ANALYSIS) / scale) ** 2
+    actual = (sound.magnitudes_from_log_mel(frames, ANALYSIS) / scale) ** 2
     inside = slice(6, 160)
-    np.testing.assert_allclose(found[:, inside], power[:, inside], rtol=0.08)
-    np.testing.assert_allclose(found @ ANALYSIS.filters.T, np.exp(frames), rtol=0.01)
+    np.testing.assert_allclose(actual[:, inside], power[:, inside], rtol=0.08)
+    np.testing.assert_allclose(actual @ ANALYSIS.filters.T, np.exp(frames), rtol=0.01)
 
 
 def test_magnitudes_of_sound_have_nearly_its_frames(speechlike):
@@ -229,23 +229,23 @@ def test_log_mel_refuses_sound_that_is_too_short_or_broken():
 
 def test_griffin_lim_rebuilds_a_tone():
     samples = sine(440.0)
-    wanted = np.abs(sound.stft(samples, **WINDOWS))
-    found = sound.griffin_lim(wanted, **WINDOWS, length=len(samples), iterations=100)
-    assert sound.spectral_convergence(found, wanted, **WINDOWS) < 0.04
-    middle = np.abs(np.fft.rfft(found[1000:3000] * np.hanning(2000)))
+    expected = np.abs(sound.stft(samples, **WINDOWS))
+    actual = sound.griffin_lim(expected, **WINDOWS, length=len(samples), iterations=100)
+    assert sound.spectral_convergence(actual, expected, **WINDOWS) < 0.04
+    middle = np.abs(np.fft.rfft(actual[1000:3000] * np.hanning(2000)))
     assert np.argmax(middle) * RATE / 2000 == pytest.approx(440.0, abs=4.0)
-    assert sound.spectral_convergence(samples, wanted, **WINDOWS) < 1e-12
+    assert sound.spectral_convergence(samples, expected, **WINDOWS) < 1e-12
 
 
 def test_griffin_lim_never_gets_worse_and_momentum_gets_closer(speechlike):
     """Griffin and Lim's own result is that each of their iterations decreases the error."""
-    wanted = np.abs(sound.stft(speechlike[:8000], **WINDOWS))
+    expected = np.abs(sound.stft(speechlike[:8000], **WINDOWS))
 
     def error(iterations, momentum):
-        found = sound.griffin_lim(
-            wanted, **WINDOWS, iterations=iterations, momentum=momentum
+        actual = sound.griffin_lim(
+            expected, **WINDOWS, iterations=iterations, momentum=momentum
         )
-        return sound.spectral_convergence(found, wanted, **WINDOWS)
+        return sound.spectral_convergence(actual, expected, **WINDOWS)
 
     plain = [error(i, 0.0) for i in (0, 1, 4, 16, 40)]
     assert all(b < a for a, b in itertools.pairwise(plain))
@@ -253,14 +253,16 @@ def test_griffin_lim_never_gets_worse_and_momentum_gets_closer(speechlike):
 
 
 def test_griffin_lim_is_the_same_for_the_same_seed():
-    wanted = np.abs(sound.stft(noise(2000), **WINDOWS))
+    expected = np.abs(sound.stft(noise(2000), **WINDOWS))
     first, again = (
-        sound.griffin_lim(wanted, **WINDOWS, iterations=3) for _ in range(2)
+        sound.griffin_lim(expected, **WINDOWS, iterations=3) for _ in range(2)
     )
-    other = sound.griffin_lim(wanted, **WINDOWS, iterations=3, seed=1)
+    other = sound.griffin_lim(expected, **WINDOWS, iterations=3, seed=1)
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01
-    assert len(sound.griffin_lim(wanted, **WINDOWS, iterations=1, length=1234)) == 1234
+    assert (
+        len(sound.griffin_lim(expected, **WINDOWS, iterations=1, length=1234)) == 1234
+    )
 
 
 def test_griffin_lim_refuses_another_windows_magnitudes():
@@ -280,11 +282,11 @@ def test_what_is_heard_of_frames_has_them_nearly(speechlike):
 
 def test_statistics_standardise_and_restore():
     frames = 3.0 * noise(500).reshape(100, 5) + np.arange(5)
-    found = sound.compute_band_statistics(frames)
-    units = found.standardize(frames)
+    actual = sound.compute_band_statistics(frames)
+    units = actual.standardize(frames)
     np.testing.assert_allclose(units.mean(axis=0), 0.0, atol=1e-12)
     np.testing.assert_allclose(units.std(axis=0), 1.0, atol=1e-12)
-    np.testing.assert_allclose(found.restore(units), frames, atol=1e-12)
+    np.testing.assert_allclose(actual.restore(units), frames, atol=1e-12)
 
 
 def test_statistics_refuse_a_band_that_never_changes():
@@ -394,12 +396,12 @@ def stand_in(monkeypatch, folder, body):
 
 def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
     stand_in(monkeypatch, tmp_path, SPEAKS)
-    found = synthesize_speech(["x" * 20], 0.9, seed=0, rate=RATE)
-    assert found.shape == (7200,)
-    assert np.argmax(np.abs(np.fft.rfft(found[:4000]))) * RATE / 4000 == 1000.0
-    assert found.std() == pytest.approx(0.1, rel=0.01)
+    actual = synthesize_speech(["x" * 20], 0.9, seed=0, rate=RATE)
+    assert actual.shape == (7200,)
+    assert np.argmax(np.abs(np.fft.rfft(actual[:4000]))) * RATE / 4000 == 1000.0
+    assert actual.std() == pytest.approx(0.1, rel=0.01)
     again = synthesize_speech(["x" * 20], 0.9, seed=0, rate=RATE)
-    np.testing.assert_array_equal(found, again)
+    np.testing.assert_array_equal(actual, again)
 
 
 @pytest.mark.parametrize(
@@ -411,9 +413,9 @@ def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
         (SPEAKS.replace("8000 *", "0 *"), "as silence"),
     ],
 )
-def test_speech_says_why_it_fails(monkeypatch, tmp_path, body, said):
+def test_speech_says_why_it_fails(monkeypatch, tmp_path, body, message):
     stand_in(monkeypatch, tmp_path, body)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         synthesize_speech(["a sentence to read"], 1.0, seed=0, rate=RATE)
 
 
@@ -427,14 +429,14 @@ def test_speech_says_what_to_install(monkeypatch, tmp_path):
     shutil.which(ESPEAK_COMMAND) is None, reason="espeak-ng is not installed"
 )
 def test_espeak_speaks():
-    found = synthesize_speech(
+    actual = synthesize_speech(
         ["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE
     )
-    frames = sound.log_mel(found, ANALYSIS)
+    frames = sound.log_mel(actual, ANALYSIS)
     assert frames.shape == (241, 40)
     assert frames.std() > 1.0
     np.testing.assert_array_equal(
-        found,
+        actual,
         synthesize_speech(
             ["The wind and the sun were talking.", "A cat."], 3.0, seed=0, rate=RATE
         ),
@@ -442,13 +444,16 @@ def test_espeak_speaks():
 
 
 @pytest.mark.parametrize("wanted", [8000, 16000, 11025])
-def test_resampling_keeps_a_sine(wanted):
+def test_resampling_keeps_a_sine(expected):
     t = np.arange(22050) / 22050
-    found = resample(np.sin(2 * np.pi * 700 * t), 22050, wanted)
+    actual = resample(np.sin(2 * np.pi * 700 * t), 22050, expected)
     np.testing.assert_allclose(
-        found, np.sin(2 * np.pi * 700 * np.arange(wanted) / wanted), rtol=0, atol=1e-9
+        actual,
+        np.sin(2 * np.pi * 700 * np.arange(expected) / expected),
+        rtol=0,
+        atol=1e-9,
     )
-    assert np.abs(resample(np.sin(2 * np.pi * 9000 * t), 22050, wanted)).max() < 1e-9
+    assert np.abs(resample(np.sin(2 * np.pi * 9000 * t), 22050, expected)).max() < 1e-9
 
 
 # --- Files ------------------------------------------------------------------------------------
@@ -461,9 +466,9 @@ def test_resampling_keeps_a_sine(wanted):
 def test_wav_files_keep_sound_to_half_a_step(tmp_path_factory, values, rate):
     path = tmp_path_factory.mktemp("wav") / "a.wav"
     write_wav(path, np.array(values), rate)
-    found, read = read_wav(path)
+    actual, read = read_wav(path)
     assert read == rate
-    np.testing.assert_allclose(found, values, rtol=0, atol=0.5 / 32768 + 1e-12)
+    np.testing.assert_allclose(actual, values, rtol=0, atol=0.5 / 32768 + 1e-12)
 
 
 def test_wav_bytes_are_pcm_and_clipped(tmp_path):

@@ -21,14 +21,14 @@ from tests.fixtures import tiny
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for what ways take; pauses count as nothing."""
+    """A clock that advances only during the measured calls, not during pauses."""
 
     class Clock:
         now = 0.0
 
-        def way(self, *taken):
+        def way(self, *selected):
             """One that takes so many seconds, call by call."""
-            left = iter(taken)
+            left = iter(selected)
 
             def run():
                 self.now += next(left)
@@ -149,11 +149,11 @@ def fails(quick, repeats):
 
 
 def test_a_case_that_fails_is_named_and_the_others_go_on(capsys):
-    found = benchmark.run_cases({"bad": fails, "good": works}, quick=False, repeats=2)
-    assert benchmark.failed_cases(found) == ["bad"]
-    assert [row.what for row in found["bad"]] == ["figure", "failed"]
-    assert "out of ideas" in found["bad"][1].note
-    assert found["good"][0].is_met is False
+    actual = benchmark.run_cases({"bad": fails, "good": works}, quick=False, repeats=2)
+    assert benchmark.failed_cases(actual) == ["bad"]
+    assert [row.what for row in actual["bad"]] == ["figure", "failed"]
+    assert "out of ideas" in actual["bad"][1].note
+    assert actual["good"][0].is_met is False
     assert "MISSED" in capsys.readouterr().out
 
 
@@ -215,14 +215,14 @@ def test_the_papers_procedure_gives_ours(swept):
 def test_batched_pytorch_gives_ours(swept, batch_size, prefix):
     model, sweep, ours = swept
     batched = baselines.BatchedLlama(model)
-    found = batched.sweep(*sweep, batch_size=batch_size, prefix=prefix)
-    np.testing.assert_allclose(found, ours, atol=1e-5)
+    actual = batched.sweep(*sweep, batch_size=batch_size, prefix=prefix)
+    np.testing.assert_allclose(actual, ours, atol=1e-5)
 
 
 def test_batched_pytorch_in_bfloat16_is_near(swept):
     model, sweep, ours = swept
-    found = baselines.BatchedLlama(model, "bfloat16").sweep(*sweep, batch_size=5)
-    np.testing.assert_allclose(found, ours, atol=0.05)
+    actual = baselines.BatchedLlama(model, "bfloat16").sweep(*sweep, batch_size=5)
+    np.testing.assert_allclose(actual, ours, atol=0.05)
 
 
 def test_the_papers_mask_is_the_logarithm_of_durations():
@@ -233,7 +233,7 @@ def test_the_papers_mask_is_the_logarithm_of_durations():
     np.testing.assert_allclose(mask[0, 0].numpy(), expected)
 
 
-# --- What it counts -------------------------------------------------------------------------------
+# --- Counted operations ---------------------------------------------------------------------------
 
 
 def test_operations_are_those_of_the_products_that_a_sweep_needs():
@@ -241,15 +241,17 @@ def test_operations_are_those_of_the_products_that_a_sweep_needs():
         vocab_size=64, hidden_size=32, num_layers=2, num_heads=4
     )
     # 4 tokens, the first of them shared by 3 points. Each passes the first projections once; 1 + 3
-    # times 3 the rest of the first layer and the keys and values of the second, of which 3 go on.
-    query, key_value, rest = 32 * 32, 2 * 32 * 32, 32 * 32 + 3 * 32 * config.mlp_size
+    # times 3 the rest of the first layer and the keys and values of the second, of which 3 remain.
+    query, key_value, others = 32 * 32, 2 * 32 * 32, 32 * 32 + 3 * 32 * config.mlp_size
     weights = (
-        4 * (query + key_value) + 10 * (rest + key_value) + 3 * (query + rest + 32 * 64)
+        4 * (query + key_value)
+        + 10 * (others + key_value)
+        + 3 * (query + others + 32 * 64)
     )
     # Half of the pairs in the first layer, one query each in the second; scores and values.
     attention = 2 * 32 * ((1 + 3 * 15) / 2 + 3 * 4)
-    found = sweep_cases.count_sweep_flops(config, num_points=3, length=4)
-    assert math.isclose(found, 2 * (weights + attention))
+    actual = sweep_cases.count_sweep_flops(config, num_points=3, length=4)
+    assert math.isclose(actual, 2 * (weights + attention))
 
 
 # --- All of it ------------------------------------------------------------------------------------
@@ -265,10 +267,10 @@ def dies():
 
 @pytest.mark.slow
 def test_a_fresh_process_says_its_memory():
-    found = timing.measure_in_process(holds, 200)
-    assert 0 < found.seconds < 10
+    actual = timing.measure_in_process(holds, 200)
+    assert 0 < actual.seconds < 10
     if sys.platform == "linux":
-        assert 0.99 < found.memory_bytes / 200e6 < 1.1
+        assert 0.99 < actual.memory_bytes / 200e6 < 1.1
     with pytest.raises(clm.InputError, match="the process that measures dies failed"):
         timing.measure_in_process(dies)
 

@@ -1,4 +1,4 @@
-"""What is counted for few layers holds for many; tables say what was measured."""
+"""Costs extrapolated from few layers hold for many; tables have the measured values."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def gpt2(num_layers):
 
 @pytest.mark.parametrize("config", [llama(5), gpt2(3)])
 def test_products_against_every_product_of_the_program(config):
-    """Those of the traced program, one by one."""
+    """Compare with each product of the traced program."""
     arguments = program_costs.program_arguments(config, one_device(), TASK, jnp.float32)
     execution = program_costs.unrolled(config)
     traced = jax.make_jaxpr(
@@ -77,12 +77,12 @@ def test_products_against_every_product_of_the_program(config):
 
 def test_bytes_of_arguments_are_those_that_xla_allocates():
     config, mesh = llama(3), one_device()
-    found = program_costs.compile_sweep(config, mesh, TASK).memory_analysis()
+    actual = program_costs.compile_sweep(config, mesh, TASK).memory_analysis()
     held = program_costs.bytes_per_device(
         program_costs.program_arguments(config, mesh, TASK, jnp.float32)
     )
     assert held == pytest.approx(
-        found.argument_size_in_bytes, abs=64
+        actual.argument_size_in_bytes, abs=64
     )  # scalars not read
     halved = program_costs.memory_use(config, mesh, TASK).arguments
     assert held / 2 < halved < 0.51 * held  # but for times and durations
@@ -172,8 +172,8 @@ def python(code, *arguments, **environment):
 @pytest.mark.slow
 def test_four_devices_share_the_work():
     flag = "--xla_force_host_platform_device_count=4"
-    held, found, ratio = json.loads(python(SHARDED, XLA_FLAGS=flag))
-    assert held == pytest.approx(found, abs=64)
+    held, actual, ratio = json.loads(python(SHARDED, XLA_FLAGS=flag))
+    assert held == pytest.approx(actual, abs=64)
     assert 1.0 <= ratio < 1.1
 
 

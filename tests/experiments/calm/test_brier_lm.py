@@ -20,8 +20,8 @@ ROWS = 150  # at once: as many in all tests, so that there is one program
 NAMES = ("brier_1", "brier_2", "brier_3", "brier_4")
 
 
-def values(found, end="value"):
-    return np.array([found[name][end] for name in NAMES])
+def values(actual, end="value"):
+    return np.array([actual[name][end] for name in NAMES])
 
 
 # --- Sources and models ----------------------------------------------------------------------
@@ -35,12 +35,12 @@ def chain(seed=0, sharpness=1.5):
 
 def going_on(transitions, contexts, rng):
     """4 tokens that the chain draws after each context, int [n, 4]."""
-    made, last = [], np.asarray(contexts)[:, -1]
+    created, last = [], np.asarray(contexts)[:, -1]
     for _ in range(4):
         edges = np.cumsum(transitions[last], axis=1)
         last = np.minimum((rng.uniform(size=(len(last), 1)) > edges).sum(axis=1), V - 1)
-        made.append(last)
-    return np.stack(made, axis=1)
+        created.append(last)
+    return np.stack(created, axis=1)
 
 
 def ngrams(transitions, contexts, n=4):
@@ -94,10 +94,10 @@ def test_each_brier_n_is_unbiased():
     rng = np.random.default_rng(0)
     reference = going_on(chain(), [[2]], rng)[0]
     context = np.full((10_000, 1), 2)
-    drawn = [going_on(chain(), context, rng) for _ in range(2)]
-    given = np.tile(reference, (10_000, 1))
-    found = brier_lm.brier_lm_from_samples(*drawn, given)
-    assert found["positions"] == 10_000
+    samples = [going_on(chain(), context, rng) for _ in range(2)]
+    options = np.tile(reference, (10_000, 1))
+    actual = brier_lm.brier_lm_from_samples(*samples, options)
+    assert actual["positions"] == 10_000
     collisions = brier_lm.collision_probabilities(p[None])[0]
     for n, name in enumerate(NAMES, start=1):
         chance = p.sum(axis=tuple(range(n, 4)))[tuple(reference[:n])]
@@ -106,8 +106,8 @@ def test_each_brier_n_is_unbiased():
         # The variance of 1{first = r} + 1{second = r} - 1{first = second}.
         equal = collisions[n - 1]
         variance = 2 * chance + equal - 2 * chance**2 - expected**2
-        assert abs(found[name]["value"] - expected) < 4 * np.sqrt(variance / 10_000)
-        width = found[name]["high"] - found[name]["low"]
+        assert abs(actual[name]["value"] - expected) < 4 * np.sqrt(variance / 10_000)
+        width = actual[name]["high"] - actual[name]["low"]
         np.testing.assert_allclose(
             width, 2 * 1.96 * np.sqrt(variance / 10_000), rtol=0.15
         )
@@ -115,16 +115,16 @@ def test_each_brier_n_is_unbiased():
 
 def test_a_deterministic_source_that_is_known_has_100():
     tokens = np.random.default_rng(0).integers(0, 9, (100, 4))
-    found = brier_lm.brier_lm_from_samples(tokens, tokens, tokens)
-    whole = {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert found == {
+    actual = brier_lm.brier_lm_from_samples(tokens, tokens, tokens)
+    complete = {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert actual == {
         "positions": 100,
-        **dict.fromkeys(NAMES, whole),
+        **dict.fromkeys(NAMES, complete),
         "brier_lm": {"value": 100.0, "low": 100.0, "high": 100.0},
     }
     assert (
         brier_lm.brier_lm_from_probabilities(np.zeros((100, 4)), np.ones((100, 4)))
-        == found
+        == actual
     )
 
 
@@ -132,17 +132,17 @@ def test_a_random_source_that_is_known_gives_its_collision_rates():
     transitions, rng = chain(), np.random.default_rng(1)
     contexts = rng.integers(0, V, (10_000, 1))
     first, second, reference = (going_on(transitions, contexts, rng) for _ in range(3))
-    found = brier_lm.brier_lm_from_samples(first, second, reference)
+    actual = brier_lm.brier_lm_from_samples(first, second, reference)
     rates = brier_lm.collision_probabilities(ngrams(transitions, np.arange(V)[:, None]))
     rates = rates[contexts[:, 0]].mean(axis=0)
     assert rates[0] > 2 * rates[3]
-    errors = (values(found, "high") - values(found, "low")) / 3.92
-    assert (np.abs(values(found) - rates) < 4 * errors).all()
+    errors = (values(actual, "high") - values(actual, "low")) / 3.92
+    assert (np.abs(values(actual) - rates) < 4 * errors).all()
     # What another source draws is worth less.
     other = [going_on(chain(seed=5), contexts, rng) for _ in range(2)]
     assert (
         values(brier_lm.brier_lm_from_samples(*other, reference), "high")
-        < values(found, "low")
+        < values(actual, "low")
     ).all()
 
 
@@ -155,7 +155,7 @@ def test_values_are_those_of_counting_and_of_the_losses():
         )
         for _ in range(2)
     )
-    found = brier_lm.brier_lm_from_samples(first, second, reference)
+    actual = brier_lm.brier_lm_from_samples(first, second, reference)
     means = []
     for n, name in enumerate(NAMES, start=1):
         scores = [
@@ -165,29 +165,29 @@ def test_values_are_those_of_counting_and_of_the_losses():
             for a, b, r in zip(first, second, reference, strict=True)
         ]
         means.append(np.mean(scores))
-        assert found[name]["value"] == pytest.approx(means[-1], rel=1e-6)
+        assert actual[name]["value"] == pytest.approx(means[-1], rel=1e-6)
     assert len(set(means)) == 4
-    assert found["brier_lm"]["value"] == pytest.approx(
+    assert actual["brier_lm"]["value"] == pytest.approx(
         100 * np.prod(means) ** 0.25, rel=1e-6
     )
     # The losses' BrierLM takes n-grams from each token on: at n = 4 they are the same.
     theirs = losses.brier_lm(first, second, reference, orders=(4,))
-    np.testing.assert_allclose(100 * found["brier_4"]["value"], theirs, rtol=1e-5)
+    np.testing.assert_allclose(100 * actual["brier_4"]["value"], theirs, rtol=1e-5)
 
 
 def test_not_positive_is_0():
     reference = np.tile(np.arange(4), (100, 1))
     first = reference.copy()
     first[:, 3] = 9  # never the fourth, and always the same
-    found = brier_lm.brier_lm_from_samples(first, first, reference)
-    assert values(found).tolist() == [1.0, 1.0, 1.0, -1.0]
-    assert found["brier_lm"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+    actual = brier_lm.brier_lm_from_samples(first, first, reference)
+    assert values(actual).tolist() == [1.0, 1.0, 1.0, -1.0]
+    assert actual["brier_lm"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     first[:6] = reference[:6]
     second = reference.copy()
     second[6:, 3] = 8
-    found = brier_lm.brier_lm_from_samples(first, second, reference)
-    assert found["brier_4"]["low"] > 0
-    np.testing.assert_allclose(found["brier_lm"]["value"], 100 * 0.06**0.25)
+    actual = brier_lm.brier_lm_from_samples(first, second, reference)
+    assert actual["brier_4"]["low"] > 0
+    np.testing.assert_allclose(actual["brier_lm"]["value"], 100 * 0.06**0.25)
     # Two that are not positive do not make a positive product.
     first[:, 2] = 9
     assert (
@@ -209,11 +209,11 @@ def test_intervals_cover_the_truth_when_groups_are_those_that_vary():
         logs = np.zeros((len(groups), 4))
         logs[:, 0] = np.log(level)
         collision = np.full_like(logs, 0.5)
-        for cover, given in ((covered, groups), (alone, None)):
-            found = brier_lm.brier_lm_from_probabilities(
-                logs, collision, groups=given, seed=seed, resamples=200
+        for cover, options in ((covered, groups), (alone, None)):
+            actual = brier_lm.brier_lm_from_probabilities(
+                logs, collision, groups=options, seed=seed, resamples=200
             )
-            interval = found["brier_3"]
+            interval = actual["brier_3"]
             cover.append(interval["low"] <= 2 * truth - 0.5 <= interval["high"])
             assert interval["low"] <= interval["value"] <= interval["high"]
     assert 0.88 < np.mean(covered) < 0.99
@@ -225,11 +225,11 @@ def test_a_resample_is_of_whole_groups():
     logs = np.log(np.repeat([[0.9], [0.5]], [9, 1], axis=0)) * np.array([1, 0, 0, 0])
     collision = np.full((10, 4), 0.5)
     groups = np.array([4] * 9 + [2])
-    found = brier_lm.brier_lm_from_probabilities(logs, collision, groups=groups)[
+    actual = brier_lm.brier_lm_from_probabilities(logs, collision, groups=groups)[
         "brier_1"
     ]
-    np.testing.assert_allclose(found["value"], 0.9 * 1.3 + 0.1 * 0.5)
-    np.testing.assert_allclose([found["low"], found["high"]], [0.5, 1.3])
+    np.testing.assert_allclose(actual["value"], 0.9 * 1.3 + 0.1 * 0.5)
+    np.testing.assert_allclose([actual["low"], actual["high"]], [0.5, 1.3])
     single = brier_lm.brier_lm_from_probabilities(logs[:1], collision[:1])["brier_1"]
     assert single["low"] == single["high"] == single["value"]
 
@@ -238,15 +238,15 @@ def test_seeds_repeat_and_order_does_not_matter():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 2, (3, 400, 4))
     groups = np.repeat(np.arange(40), 10)
-    found = brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3)
-    assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3) == found
-    assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=4) != found
+    actual = brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3)
+    assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=3) == actual
+    assert brier_lm.brier_lm_from_samples(*tokens, groups=groups, seed=4) != actual
     order = rng.permutation(400)
     shuffled = brier_lm.brier_lm_from_samples(
         *tokens[:, order], groups=groups[order], seed=3
     )
     for name in (*NAMES, "brier_lm"):
-        assert shuffled[name] == pytest.approx(found[name])
+        assert shuffled[name] == pytest.approx(actual[name])
 
 
 def test_many_positions_are_judged_in_a_moment():
@@ -279,7 +279,7 @@ def test_enumeration_is_of_products_of_conditionals():
 
 
 def probabilities(lm, contexts):
-    """Of all 4-grams after each context, by whole forward passes."""
+    """Return probabilities of all 4-grams after each context, by whole forward passes."""
     room = len(contexts) * V**3, contexts.shape[1] + 3
 
     def next_probs(rows):
@@ -294,7 +294,7 @@ def probabilities(lm, contexts):
 
 
 def log_probs_of(p, reference):
-    """Of the references' tokens [n, 4], from probabilities of all 4-grams [n, V, V, V, V]."""
+    """Return log-probabilities of the references' tokens [n, 4], from those of all 4-grams."""
     rows = np.arange(len(p))
     chances = [
         p.sum(axis=tuple(range(n + 1, 5)))[(rows, *reference[:, :n].T)]
@@ -308,30 +308,34 @@ def test_sampled_and_closed_values_of_a_discrete_model_are_those_of_enumeration(
     few = rng.integers(0, V, (5, T))
     p = probabilities(lm, few)
     group = np.repeat(np.arange(5), 80)
-    # Half of the references are what the model says, so that no score is all collisions.
-    said = np.stack(
+    # Half of the references are samples of the model, so that no score is all collisions.
+    model_samples = np.stack(
         np.unravel_index(p.reshape(5, -1).argmax(axis=1), p.shape[1:]), axis=1
     )[group]
-    other = rng.integers(0, V, said.shape)
-    reference = np.where(rng.uniform(size=(len(said), 1)) < 0.5, said, other)
+    other = rng.integers(0, V, model_samples.shape)
+    reference = np.where(
+        rng.uniform(size=(len(model_samples), 1)) < 0.5, model_samples, other
+    )
     logs, rates = (
         log_probs_of(p[group], reference),
         brier_lm.collision_probabilities(p)[group],
     )
     exact = brier_lm.brier_lm_from_probabilities(logs, rates)
-    found = brier_lm.evaluate_language_model(
+    actual = brier_lm.evaluate_language_model(
         lm, few[group], reference, KEY, batch_size=ROWS
     )
     assert len(group) % ROWS  # the last chunk is not full
     assert (np.abs(values(exact)) > 0.01).all()
     errors = {}
     for kind in ("sampled", "closed"):
-        errors[kind] = (values(found[kind], "high") - values(found[kind], "low")) / 3.92
-        off = np.abs(values(found[kind]) - values(exact))
+        errors[kind] = (
+            values(actual[kind], "high") - values(actual[kind], "low")
+        ) / 3.92
+        off = np.abs(values(actual[kind]) - values(exact))
         assert (off < 4 * errors[kind]).all()
     assert (errors["closed"] < errors["sampled"]).all()
-    # References are given: what is left to chance in closed form is collisions of 2-grams and on.
-    off = np.abs(values(found["closed"]) - values(exact))
+    # References are fixed: in closed form only collisions of 2-grams and longer are random.
+    off = np.abs(values(actual["closed"]) - values(exact))
     assert off[0] < 1e-5
     p = p.reshape(5, -1)
     spread = np.sqrt(
@@ -344,12 +348,12 @@ def test_chunks_have_draws_of_their_own():
     """Were they the same, so were the sums of both groups."""
     contexts, reference = np.zeros((2 * ROWS, T), int), np.zeros((2 * ROWS, 4), int)
     groups = np.repeat([0, 1], ROWS)
-    found = brier_lm.evaluate_language_model(
+    actual = brier_lm.evaluate_language_model(
         random_lm(), contexts, reference, KEY, groups=groups, batch_size=ROWS
     )
-    assert found["sampled"]["brier_1"]["low"] < found["sampled"]["brier_1"]["high"]
+    assert actual["sampled"]["brier_1"]["low"] < actual["sampled"]["brier_1"]["high"]
     np.testing.assert_allclose(
-        *(found["closed"]["brier_1"][end] for end in ("low", "high"))
+        *(actual["closed"]["brier_1"][end] for end in ("low", "high"))
     )
 
 
@@ -365,8 +369,10 @@ def test_what_is_forced_is_what_whole_passes_say():
         following[:, many].astype(np.int32),
     )
     p = probabilities(lm, contexts)
-    for tokens, found in zip(following, logs[:, :5], strict=True):
-        np.testing.assert_allclose(found, log_probs_of(p, tokens), rtol=1e-4, atol=1e-5)
+    for tokens, actual in zip(following, logs[:, :5], strict=True):
+        np.testing.assert_allclose(
+            actual, log_probs_of(p, tokens), rtol=1e-4, atol=1e-5
+        )
     np.testing.assert_allclose(
         collision[:5], brier_lm.collision_probabilities(p)[:, 0], rtol=1e-5
     )
@@ -378,25 +384,29 @@ def test_a_model_that_is_its_source_gives_its_collision_rates_or_100():
     transitions, rng = chain(), np.random.default_rng(0)
     contexts = rng.integers(0, V, (400, T))
     reference = going_on(transitions, contexts, rng)
-    found = brier_lm.evaluate_language_model(
+    actual = brier_lm.evaluate_language_model(
         chain_lm(transitions), contexts, reference, KEY, batch_size=ROWS
     )
     rates = brier_lm.collision_probabilities(
         ngrams(transitions, np.arange(V)[:, None])
     )[contexts[:, -1]]
     for kind in ("sampled", "closed"):
-        error = (values(found[kind], "high") - values(found[kind], "low")) / 3.92
-        assert (np.abs(values(found[kind]) - rates.mean(axis=0)) < 4 * error).all()
+        error = (values(actual[kind], "high") - values(actual[kind], "low")) / 3.92
+        assert (np.abs(values(actual[kind]) - rates.mean(axis=0)) < 4 * error).all()
 
     turn = np.roll(np.eye(V), 1, axis=1)  # after v comes v + 1
     contexts = contexts[:ROWS]
     reference = going_on(turn, contexts, rng)
     assert reference[0].tolist() == [(contexts[0, -1] + i) % V for i in range(1, 5)]
-    found = brier_lm.evaluate_language_model(
+    actual = brier_lm.evaluate_language_model(
         chain_lm(turn), contexts, reference, KEY, batch_size=ROWS
     )
-    assert found["sampled"]["brier_lm"] == {"value": 100.0, "low": 100.0, "high": 100.0}
-    assert found["closed"]["brier_lm"]["value"] == pytest.approx(100.0)
+    assert actual["sampled"]["brier_lm"] == {
+        "value": 100.0,
+        "low": 100.0,
+        "high": 100.0,
+    }
+    assert actual["closed"]["brier_lm"]["value"] == pytest.approx(100.0)
 
 
 # --- Arguments -------------------------------------------------------------------------------

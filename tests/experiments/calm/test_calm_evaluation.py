@@ -58,7 +58,7 @@ def test_positions_are_places_of_the_text(length, context, stride, limit, seed):
 
 
 def test_positions_come_in_an_order_of_chance():
-    """Which seeds change, as they do not change the places."""
+    """Seeds change the order, but not the positions."""
     options = dict(context=4, stride=4, limit=50)
     first, second = (
         calm_evaluation.evaluation_positions(np.arange(400), **options, seed=seed)[0][
@@ -92,43 +92,43 @@ def returned(codec, chunks, latents):
 
 
 def test_reconstruction_is_the_mean_over_all_chunks():
-    """Of an untrained autoencoder; the rest of a chunk at the end is left out."""
+    """An untrained autoencoder; an incomplete last chunk is dropped."""
     codec, tokens = (
         calm.autoencoder_of(tiny.next_vector_lm()),
         np.random.default_rng(0).integers(0, V, 602),
     )
-    found = calm_evaluation.reconstruction_shares(codec, tokens)
-    assert list(found) == ["mean", "sampled", "noisy"]
-    assert all(0 <= share <= 1 for share in found.values())
-    assert len(set(found.values())) == 3
+    actual = calm_evaluation.reconstruction_shares(codec, tokens)
+    assert list(actual) == ["mean", "sampled", "noisy"]
+    assert all(0 <= share <= 1 for share in actual.values())
+    assert len(set(actual.values())) == 3
     chunks = tokens[:600].reshape(-1, 3)
     mean, log_scale = autoencoder.encode(codec, chunks)
-    assert found["mean"] == pytest.approx(returned(codec, chunks, mean), abs=1e-6)
+    assert actual["mean"] == pytest.approx(returned(codec, chunks, mean), abs=1e-6)
     # Noise of variance 1 and of variance 2, of the posterior's scale, from the same draws.
     noise = jnp.exp(log_scale) * jax.random.normal(
         jax.random.fold_in(KEY, 0), mean.shape
     )
     for name, factor in (("sampled", 1.0), ("noisy", 2**0.5)):
-        wanted = returned(codec, chunks, mean + factor * noise)
-        assert found[name] == pytest.approx(wanted, abs=2e-3)
+        expected = returned(codec, chunks, mean + factor * noise)
+        assert actual[name] == pytest.approx(expected, abs=2e-3)
     assert (
         calm_evaluation.reconstruction_shares(codec, tokens, seed=1)["sampled"]
-        != found["sampled"]
+        != actual["sampled"]
     )
-    assert calm_evaluation.reconstruction_shares(codec, tokens[:600]) == found
+    assert calm_evaluation.reconstruction_shares(codec, tokens[:600]) == actual
 
 
 @slow
 def test_reconstruction_of_many_chunks_counts_each_of_them_once():
-    """In parts of unequal sizes."""
+    """Batches have unequal sizes."""
     codec, tokens = (
         calm.autoencoder_of(tiny.next_vector_lm()),
         np.random.default_rng(0).integers(0, V, 3 * 4101),
     )
     tokens[: 3 * 2000] = 0
     chunks = tokens.reshape(-1, 3)
-    found = calm_evaluation.reconstruction_shares(codec, tokens)["mean"]
-    assert found == pytest.approx(
+    actual = calm_evaluation.reconstruction_shares(codec, tokens)["mean"]
+    assert actual == pytest.approx(
         returned(codec, chunks, autoencoder.encode(codec, chunks)[0]), abs=1e-6
     )
 
@@ -141,7 +141,7 @@ def test_reconstruction_of_less_than_a_chunk_is_refused():
 
 
 def test_between_two_texts():
-    """Both ends are what their own latents decode to; what is longer is cut to whole chunks."""
+    """Both ends are decoded from their own latents; the longer text is cut to whole chunks."""
     codec, rng = calm.autoencoder_of(tiny.next_vector_lm()), np.random.default_rng(1)
     first, second = rng.integers(0, V, 11).tolist(), rng.integers(0, V, 8).tolist()
     rows = calm_evaluation.interpolate_texts(codec, first, second, num_points=7)
@@ -205,15 +205,15 @@ def test_settings_of_an_autoencoder_are_checked(settings, message):
     "size", [2, *(pytest.param(size, marks=slow) for size in (1, 4, 8))]
 )
 def test_continuations_have_4_tokens_whatever_a_chunk_has(size):
-    """Those of a loop of single batches, the last of which is filled up."""
+    """Equal to a loop of single batches with a padded last one."""
     lm, rng = tiny.next_vector_lm(chunk_size=size), np.random.default_rng(0)
     contexts = rng.integers(0, V, (5, 8))
     first, second = calm_evaluation.draw_continuations(lm, contexts, KEY, batch_size=2)
-    for made in (first, second):
-        assert made.shape == (5, 4)
-        assert made.dtype.kind == "i"
-        assert (made >= 0).all()
-        assert (made < V).all()
+    for created in (first, second):
+        assert created.shape == (5, 4)
+        assert created.dtype.kind == "i"
+        assert (created >= 0).all()
+        assert (created < V).all()
     assert (first != second).any()
     for i in (0, 2, 4):
         picked = contexts[np.minimum([i, i + 1], 4)]

@@ -1,4 +1,4 @@
-"""That next-vector models learn, on the default text: minutes of training, so slow."""
+"""Next-vector models learn on the default text: minutes of training, so slow."""
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ def tokens():
 @pytest.fixture(scope="module")
 def codec(tokens, tmp_path_factory):
     train, held_out, tokenizer = tokens
-    made = calm_training.create_codec(
+    created = calm_training.create_codec(
         jax.random.key(0),
         vocab_size=1024,
         hidden_size=128,
@@ -40,7 +40,7 @@ def codec(tokens, tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("codec")
     return calm_training.train_codec(
-        made,
+        created,
         train,
         held_out,
         folder=folder,

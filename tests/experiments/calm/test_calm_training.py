@@ -133,8 +133,8 @@ def test_what_is_trained_is_whole(trained):
     chunks = windows.reshape(-1, 2)
     mean, log_scale = autoencoder.encode(codec, chunks)
     latents = mean + jnp.exp(log_scale) * jax.random.normal(KEY, mean.shape)
-    wanted = returned(codec, chunks, latents)
-    assert logged[-1]["reconstructed"] == pytest.approx(wanted, abs=1e-6)
+    target = returned(codec, chunks, latents)
+    assert logged[-1]["reconstructed"] == pytest.approx(target, abs=1e-6)
     for name, size, kind in (("energy", 2, "EnergyHead"), ("flow", 4, "FlowHead")):
         lm = calm.load(trained / name)
         assert lm.model.chunk_size == size
@@ -182,9 +182,9 @@ def test_evaluation_of_both_kinds_at_the_same_positions(trained):
     )
     assert models["energy"]["parameters"] == learned
     positions = {
-        found["positions"]
+        actual["positions"]
         for numbers in models.values()
-        for found in numbers["brier"].values()
+        for actual in numbers["brier"].values()
     }
     assert len(positions) == 1
     table = (trained / "eval" / "brier.csv").read_text().splitlines()
@@ -195,10 +195,10 @@ def test_evaluation_of_both_kinds_at_the_same_positions(trained):
     # By hand, from the folder: the same draws at the same places.
     lm = density_training.load_text_model(str(trained / "energy"))
     held_out = tokens_of(trained, 1)
-    found = calm_evaluation.evaluate_brier_lm(
+    actual = calm_evaluation.evaluate_brier_lm(
         lm, held_out, context=8, stride=8, limit=20
     )
-    assert found == models["energy"]["brier"]
+    assert actual == models["energy"]["brier"]
 
 
 @slow
@@ -214,7 +214,7 @@ def test_samples_and_what_lies_between(trained):
         "exact": {"method": "exact", "temperature": 1.0},
         "between": {"between": between},
     }
-    found = {}
+    actual = {}
     for name, flags in runs.items():
         config = sample_calm.Config(
             **flags,
@@ -225,19 +225,19 @@ def test_samples_and_what_lies_between(trained):
             output_dir=f"s/{name}",
         )
         summary = sample_calm.run(config).summary()
-        found[name] = read(trained / "s" / name / "sample.json")
-        assert len(found[name]["texts"]) == 3
-        for drawn in (*found[name]["texts"], *found[name].get("between", [])):
-            assert drawn in summary
-    assert found["half"]["texts"] == found["again"]["texts"]
-    assert found["one"]["texts"] != found["seed"]["texts"]
+        actual[name] = read(trained / "s" / name / "sample.json")
+        assert len(actual[name]["texts"]) == 3
+        for draws in (*actual[name]["texts"], *actual[name].get("between", [])):
+            assert draws in summary
+    assert actual["half"]["texts"] == actual["again"]["texts"]
+    assert actual["one"]["texts"] != actual["seed"]["texts"]
     lm = calm.load(trained / "energy")
     ends = [lm.tokenizer.encode(end).ids for end in between]
-    assert found["between"]["between"] == [
+    assert actual["between"]["between"] == [
         lm.tokenizer.decode(row)
         for row in calm_evaluation.interpolate_texts(calm.autoencoder_of(lm), *ends)
     ]
-    assert len(found["between"]["between"]) == 5
+    assert len(actual["between"]["between"]) == 5
 
 
 @slow
@@ -275,16 +275,16 @@ def test_the_ablation_has_a_row_for_each_way_and_chunk_size(trained):
         codec = autoencoder.load(trained / {2: "codec", 4: "codec4"}[size])
         begins = np.arange(16) * ((len(held_out) - 1) // 7) // 16 * 7
         chunks = held_out[begins[:, None] + np.arange(size, 8)].reshape(-1, size)
-        own = np.asarray(autoencoder.encode(codec, chunks)[0])
+        single = np.asarray(autoencoder.encode(codec, chunks)[0])
         assert named["decoder"]["kept"] == pytest.approx(
-            returned(codec, chunks, own), abs=1e-6
+            returned(codec, chunks, single), abs=1e-6
         )
-        known = train[: len(train) // size * size].reshape(-1, size)
-        latents = np.asarray(autoencoder.encode(codec, known)[0])
+        reference = train[: len(train) // size * size].reshape(-1, size)
+        latents = np.asarray(autoencoder.encode(codec, reference)[0])
         assert nearest == f"nearest of {len(latents)}"
-        which = ((own[:, None] - latents) ** 2).sum(axis=-1).argmin(axis=1)
-        wanted = returned(codec, chunks, latents[which])
-        assert named[nearest]["kept"] == pytest.approx(wanted, abs=1e-6)
+        which = ((single[:, None] - latents) ** 2).sum(axis=-1).argmin(axis=1)
+        target = returned(codec, chunks, latents[which])
+        assert named[nearest]["kept"] == pytest.approx(target, abs=1e-6)
     lm = calm.load(trained / "energy")
     with pytest.raises(clm.InputError, match="--codes=100000, but there are"):
         code_comparison.compare_latent_quantizers(
@@ -331,8 +331,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(trained, name):
         assert_refused(module, ["frozen"], **(flags | {"codec": "moved"}))
 
 
-# Forks of one process that has imported everything run train, and may be killed: so many
-# seconds after a new checkpoint, or after they began where there is none to wait for.
+# One process imports everything, and its forks run the training. A fork is killed a number of
+# seconds after a new checkpoint, or after its start if there is no checkpoint to wait for.
 _KILLER = """
 import json, os, pathlib, runpy, signal, sys, time
 import continuous_lm.experiments.calm.calm_training
@@ -367,12 +367,12 @@ KILLS = 5
 
 @slow
 def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
-    """By SIGKILL: once before its first step, then amid steps and checkpoints."""
+    """SIGKILL once before the first step, then during steps and checkpoints."""
     steps = 1500
     flags = SHORT | {"data": "text.txt", "codec": "codec", "steps": steps}
     common = [f"--{name}={value}" for name, value in flags.items()]
     common.append(f"--head_settings={','.join(HEAD)}")
-    whole, killed = (trained / name for name in ("whole", "killed"))
+    full, killed = (trained / name for name in ("whole", "killed"))
     server = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _KILLER, "train_calm"],
         cwd=trained,
@@ -390,7 +390,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
 
     rng, reached = random.Random(time.time_ns()), []
     with server:
-        assert call(whole, None) == 0
+        assert call(full, None) == 0
         assert call(killed, rng.uniform(0, 3)) == -signal.SIGKILL
         for _ in range(4 * KILLS):
             if len(reached) == KILLS - 1:
@@ -410,14 +410,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(trained):
         assert call(killed, None) == 0
         server.stdin.close()
     assert 0 < reached[0] < reached[-1] < steps  # it went on from checkpoints
-    assert_same_trees(calm.load(whole).params, calm.load(killed).params)
-    assert (whole / "model.safetensors").read_bytes() == (
+    assert_same_trees(calm.load(full).params, calm.load(killed).params)
+    assert (full / "model.safetensors").read_bytes() == (
         killed / "model.safetensors"
     ).read_bytes()
-    assert metrics(whole) == metrics(killed)
+    assert metrics(full) == metrics(killed)
 
 
-# --- What is refused -------------------------------------------------------------------------
+# --- Refused input ---------------------------------------------------------------------------
 
 ON = SHORT | {"codec": "codec"}
 REFUSED_CALM = {
@@ -485,7 +485,7 @@ def test_bad_input_to_the_training_of_autoencoders(tmp_path, case):
     ],
 )
 def test_flags_out_of_range(module, flag):
-    """Which the flags themselves refuse."""
+    """Bounds of flags are checked when the config is made."""
     with pytest.raises(clm.InputError, match=flag.split("=")[0]):
         program.parse(module.Config, "program", [f"--{flag}"])
 

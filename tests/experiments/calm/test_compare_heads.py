@@ -36,9 +36,9 @@ def test_energy_distances_are_sums_over_pairs():
     )
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 6, 2)), 1.0 + rng.normal(size=(2, 6, 2))
-    for i, found in enumerate(two_mode_target.energy_distances(x, y)):
+    for i, actual in enumerate(two_mode_target.energy_distances(x, y)):
         within = [distance.pdist(a).mean() for a in (x[i], y[i])]
-        assert found == pytest.approx(
+        assert actual == pytest.approx(
             2 * distance.cdist(x[i], y[i]).mean() - sum(within)
         )
 
@@ -91,9 +91,9 @@ def test_the_program_writes_what_it_says(tmp_path):
         "best Gaussian",
         *two_mode_target.make_heads(8, 1, 2),
     ]
-    for found in values["heads"].values():
-        assert found["interval"][0] <= found["distance"] <= found["interval"][1]
-        assert f"{found['distance']:.4f}" in result.summary()
+    for actual in values["heads"].values():
+        assert actual["interval"][0] <= actual["distance"] <= actual["interval"][1]
+        assert f"{actual['distance']:.4f}" in result.summary()
     for ending, least in {
         "png": 20_000,
         "pdf": 5000,

@@ -40,9 +40,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_flags_are_read_or_refused(name, tmp_path):
-    for given, why in REFUSED[name].items():
-        status, _, stderr = call_program(tmp_path, name, *given.split())
-        assert status == 1, given
+    for options, why in REFUSED[name].items():
+        status, _, stderr = call_program(tmp_path, name, *options.split())
+        assert status == 1, options
         assert why in stderr
         assert len(stderr.splitlines()) == 1, stderr
 
@@ -75,10 +75,10 @@ def run_on_eight(cwd, commands):
 
 
 def assert_close(one, other, where=""):
-    """Equal, numbers to 1e-5, apart from what is said of the run."""
+    """Assert equality, numbers to 1e-5, except for the record of the run."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
-        # Times are those of a run, and what comes first of what is equally large is free.
+        # Times differ between runs, and the order of equal values is arbitrary.
         for name in one.keys() - {"run", "microseconds", "order", "best_duration"}:
             assert_close(one[name], other[name], f"{where}/{name}")
     elif isinstance(one, list):
@@ -125,9 +125,9 @@ def test_sweeps_and_searches(name, tmp_path):
         for i, way in enumerate(("", *ways))
     ]
     run_on_eight(tmp_path, commands)
-    found = [read(tmp_path / str(i) / f"{name}.json") for i in range(len(commands))]
-    for way, other in zip(ways, found[1:], strict=True):
-        assert_close(found[0], other, way)
+    actual = [read(tmp_path / str(i) / f"{name}.json") for i in range(len(commands))]
+    for way, other in zip(ways, actual[1:], strict=True):
+        assert_close(actual[0], other, way)
 
 
 TRAIN = "--data=text.txt --batch_size=8 --steps=6 --save_every=6 --accumulate=1".split()
@@ -188,7 +188,7 @@ def test_training_by_pmap(tmp_path):
     assert_close(one, other)
 
 
-JUDGED = {
+EVALUATED = {
     "evaluate": "--models=baseline0,density0,calm0 --data=text.txt --length=16 --windows=8"
     " --positions=16 --context=8",
     "sample_density": "--model=density0 --samples=2 --max_new_tokens=6",
@@ -199,18 +199,18 @@ JUDGED = {
 
 
 @slow
-@pytest.mark.parametrize("name", JUDGED)
+@pytest.mark.parametrize("name", EVALUATED)
 def test_evaluation_and_samples(name, trained):
     file_name = "sample" if name.startswith("sample_") else name
     folders = [f"results/{name}{i}" for i in range(len(MESHES) + 1)]
     commands = [
-        (name, *JUDGED[name].split(), *way.split(), f"--output_dir={folder}")
+        (name, *EVALUATED[name].split(), *way.split(), f"--output_dir={folder}")
         for way, folder in zip(("", *MESHES), folders, strict=True)
     ]
     run_on_eight(trained, commands)
-    found = [read(trained / folder / f"{file_name}.json") for folder in folders]
-    for way, other in zip(MESHES, found[1:], strict=True):
-        assert_close(found[0], other, way)
+    actual = [read(trained / folder / f"{file_name}.json") for folder in folders]
+    for way, other in zip(MESHES, actual[1:], strict=True):
+        assert_close(actual[0], other, way)
 
 
 FIT = """
@@ -276,10 +276,14 @@ def test_training_on_meshes_and_by_pmap(tmp_path):
 def together(cwd, name, *arguments):
     """`many_devices.run_processes` of a program in two processes of four devices."""
     address = f"localhost:{many_devices.find_free_port()}"
-    said = (f"--coordinator={address}", "--num_processes=2", "--heartbeat_timeout=20")
+    message = (
+        f"--coordinator={address}",
+        "--num_processes=2",
+        "--heartbeat_timeout=20",
+    )
     return many_devices.run_processes(
         [
-            ("-m", "continuous_lm", name, *arguments, *said, f"--process_id={i}")
+            ("-m", "continuous_lm", name, *arguments, *message, f"--process_id={i}")
             for i in (0, 1)
         ],
         cwd=cwd,
@@ -288,8 +292,8 @@ def together(cwd, name, *arguments):
 
 def assert_all_end(processes):
     for process in processes:
-        _, told = process.communicate(timeout=600)
-        assert process.returncode == 0, told
+        _, message = process.communicate(timeout=600)
+        assert process.returncode == 0, message
 
 
 @slow
@@ -323,17 +327,17 @@ def test_one_of_two_processes_is_killed_and_the_run_goes_on(lost, tmp_path):
             time.sleep(0.1)
         processes[lost].kill()
         began = time.monotonic()
-        _, told = processes[1 - lost].communicate(timeout=60)
+        _, message = processes[1 - lost].communicate(timeout=60)
         assert time.monotonic() - began < 20  # --heartbeat_timeout
-        assert processes[1 - lost].returncode == 1, told
-        assert told.splitlines()[-1].startswith(
+        assert processes[1 - lost].returncode == 1, message
+        assert message.splitlines()[-1].startswith(
             f"error: process {lost} has ended early"
-        ), told
-    made = [
+        ), message
+    created = [
         step
         for step, _ in run_folder.list_checkpoints(tmp_path / "results/train_lm/run")
     ]
-    assert made[-1] < 60  # or nothing was left to go on with
+    assert created[-1] < 60  # or there was nothing left to resume
 
     with together(tmp_path, "train_lm", *arguments, "--mesh=data=8") as processes:
         assert_all_end(processes)

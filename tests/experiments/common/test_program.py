@@ -31,7 +31,7 @@ class Config(program.RunConfig):
 
     word: str = program.flag("apple", help="A word to repeat.")
     count: int | None = program.flag(None, help="Number of words.", lower_bound=0)
-    loud: bool = program.flag(False, help="Say it aloud.")
+    loud: bool = program.flag(False, help="Print in capitals.")
     kind: Literal["both", "mass"] = program.flag("both", help="Kind of change.")
     names: tuple[str, ...] = program.flag(("a", "b"), help="Names of things.")
     sizes: tuple[int, ...] | None = program.flag(None, help="Sizes of things.")

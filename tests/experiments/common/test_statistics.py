@@ -26,8 +26,8 @@ def scipy_interval(samples, statistic, num_resamples):
 def test_a_mean_has_the_interval_of_scipy():
     values = np.random.default_rng(0).normal(3.0, 2.0, 37)
     expected = scipy_interval((values,), np.mean, 500)
-    found = bootstrap_interval(values, seed=3, num_resamples=500)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    actual = bootstrap_interval(values, seed=3, num_resamples=500)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
     other_seed = bootstrap_interval(values, seed=4, num_resamples=500)
     assert not np.allclose(other_seed, expected, rtol=1e-6)
 
@@ -41,8 +41,8 @@ def test_a_ratio_has_the_interval_of_scipy():
         return sums.sum(axis=axis) / sizes.sum(axis=axis)
 
     expected = scipy_interval((sums, sizes), ratio, 500)
-    found = bootstrap_interval(sums, sizes, seed=3, num_resamples=500)
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    actual = bootstrap_interval(sums, sizes, seed=3, num_resamples=500)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
     unweighted = bootstrap_interval(sums, seed=3, num_resamples=500)
     assert not np.allclose(unweighted, expected, rtol=1e-3)
 

@@ -18,7 +18,7 @@ KINDS = {
 }
 
 
-def made(kind):
+def created(kind):
     config = density_training.trunk_config(
         vocab_size=V, hidden_size=8, num_layers=1, num_heads=2, mlp_size=8
     )
@@ -32,16 +32,16 @@ def text():
 
 
 def windows(held_out, seed=0):
-    """In the order in which `evaluate_density` takes them."""
-    whole = held_out[np.arange(16)[:, None] * LENGTH + np.arange(LENGTH + 1)]
-    return np.random.default_rng(seed).permutation(whole)
+    """Windows in the order of `evaluate_density`."""
+    full = held_out[np.arange(16)[:, None] * LENGTH + np.arange(LENGTH + 1)]
+    return np.random.default_rng(seed).permutation(full)
 
 
 @pytest.mark.parametrize("kind", ["token", "mixture"])
 def test_perplexities_are_those_of_the_logits(kind, text):
     held_out, train = text
-    lm, rows = made(kind), windows(held_out)
-    found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
+    lm, rows = created(kind), windows(held_out)
+    actual = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
     logits = np.asarray(density.token_logits(lm, rows), np.float64)
     targets = rows[:, 1:]
 
@@ -51,38 +51,38 @@ def test_perplexities_are_those_of_the_logits(kind, text):
         )
         return np.exp(-logs.mean())
 
-    assert found["tokens"] == targets.size
-    assert found["perplexity"]["value"] == pytest.approx(perplexity(logits), rel=1e-4)
+    assert actual["tokens"] == targets.size
+    assert actual["perplexity"]["value"] == pytest.approx(perplexity(logits), rel=1e-4)
     other = logits.reshape(2, 8, *logits.shape[1:])  # judged in eights
     other = np.roll(other, 1, axis=1).reshape(logits.shape)
-    assert found["shuffled"]["value"] == pytest.approx(perplexity(other), rel=1e-4)
+    assert actual["shuffled"]["value"] == pytest.approx(perplexity(other), rel=1e-4)
     counts = np.bincount(train, minlength=V) + 1.0
     unigram = np.exp(-np.log(counts / counts.sum())[targets].mean())
-    assert found["unigram"]["value"] == pytest.approx(unigram, rel=1e-6)
+    assert actual["unigram"]["value"] == pytest.approx(unigram, rel=1e-6)
     for name in ("perplexity", "shuffled", "unigram"):
-        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+        assert actual[name]["low"] < actual[name]["value"] < actual[name]["high"]
 
 
 @pytest.mark.slow
 def test_vectors_are_those_of_the_table(text):
     held_out, train = text
-    lm, rows = made("gaussian"), windows(held_out)
-    found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
-    assert found["nll"]["value"] == pytest.approx(
+    lm, rows = created("gaussian"), windows(held_out)
+    actual = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)
+    assert actual["nll"]["value"] == pytest.approx(
         -float(np.mean(density.log_prob(lm, rows))), rel=1e-4
     )
-    assert found["at_bound"]["value"] == pytest.approx(
+    assert actual["at_bound"]["value"] == pytest.approx(
         np.mean(np.asarray(distribution(lm, rows).scale) < 0.99), abs=1e-6
     )
     table = np.asarray(density.token_table(lm))
     mean = np.asarray(distribution(lm, rows).mean)
     nearest = ((mean[..., None, :] - table) ** 2).sum(-1).argmin(-1)
-    assert found["accuracy_mean"]["value"] == pytest.approx(
+    assert actual["accuracy_mean"]["value"] == pytest.approx(
         np.mean(nearest == rows[:, 1:])
     )
     np.testing.assert_allclose(table.std(axis=0), 1.0, rtol=1e-5)
-    assert found["least_variance"] == pytest.approx(1.0, rel=1e-5)
-    assert 1 < found["effective_rank"] <= 8
+    assert actual["least_variance"] == pytest.approx(1.0, rel=1e-5)
+    assert 1 < actual["effective_rank"] <= 8
 
 
 def distribution(lm, rows):
@@ -95,18 +95,18 @@ def distribution(lm, rows):
 )
 def test_use_is_the_perplexity_of_the_mean_weights(kind, text):
     held_out, train = text
-    lm, rows = made(kind), windows(held_out)
-    found = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)["use"]
+    lm, rows = created(kind), windows(held_out)
+    actual = evaluation.evaluate_density(lm, held_out, train, length=LENGTH)["use"]
     weights = np.asarray(distribution(lm, rows).weights)
     if kind == "experts":
         hidden = lm.model.context_states(lm.params, lm.model.make_inputs(rows))
         route = lm.model.head.route(lm.params["head"], hidden)
-        chosen = np.asarray(route.expert_indices)
-        whole = np.zeros((*weights.shape[:-1], 3))
-        np.put_along_axis(whole, chosen, weights, axis=-1)
-        weights = whole
+        selected = np.asarray(route.expert_indices)
+        full = np.zeros((*weights.shape[:-1], 3))
+        np.put_along_axis(full, selected, weights, axis=-1)
+        weights = full
     mean = weights.reshape(-1, weights.shape[-1]).mean(axis=0)
-    assert found == pytest.approx(np.exp(-(mean * np.log(mean)).sum()), rel=1e-3)
+    assert actual == pytest.approx(np.exp(-(mean * np.log(mean)).sum()), rel=1e-3)
 
 
 def test_tables_hold_the_numbers_and_say_where_there_are_none():

@@ -27,7 +27,7 @@ SLOW = [
 
 @pytest.fixture(scope="module", params=["pruning", *SLOW])
 def ran(request, tmp_path_factory):
-    """The program's name, its results and what it printed."""
+    """The program's name, its results and its printed text."""
     name, folder = request.param, tmp_path_factory.mktemp("run") / "out"
     config = dataclasses.replace(CONFIGS[name], output_dir=str(folder))
     summary = MODULES[name].run(config).summary()
@@ -38,17 +38,15 @@ def check_attribution(result, table, folder):
     assert result["answer"] == "6"
     assert result["group"] == ["6"]
     assert result["relative_residual"] < 0.05
-    whole, alone = (
-        result["log_probability"][k] for k in ("whole", "first token alone")
-    )
+    full, alone = (result["log_probability"][k] for k in ("whole", "first token alone"))
     methods = result["methods"]
     exact = methods["integrated gradients"]
     assert sum(exact["tokens"]) == pytest.approx(
-        whole - alone + exact["residual"], abs=1e-6
+        full - alone + exact["residual"], abs=1e-6
     )
     for name, method in methods.items():
         assert len(method["tokens"]) == len(result["pieces"])
-        assert method["deletion"]["values"][0] == pytest.approx(whole, abs=1e-4)
+        assert method["deletion"]["values"][0] == pytest.approx(full, abs=1e-4)
         assert method["deletion"]["values"][-1] == pytest.approx(alone, abs=1e-4)
         assert f"{name:<22} {sum(method['tokens']):8.3f}" in table
     page = (folder / "attribution.html").read_text()
@@ -58,17 +56,17 @@ def check_attribution(result, table, folder):
 
 
 def check_inverse(result, table, folder):
-    found = result["found"]["gradients"]
+    actual = result["found"]["gradients"]
     first, end = result["span"]
     assert result["pieces"][first:end] == ["apple"] * 4
-    d = np.array(found["durations"])
+    d = np.array(actual["durations"])
     assert (np.delete(d, range(first, end)) == 1).all()
-    assert found["says"] == "3"
-    assert found["holds"]
-    assert found["lead"] >= 0.1
-    assert found["total_change"] == pytest.approx(np.abs(d - 1).sum(), abs=1e-5)
-    assert found["total_change"] < 0.7
-    assert found["evaluations"] == result["found"]["random search"]["evaluations"]
+    assert actual["says"] == "3"
+    assert actual["holds"]
+    assert actual["lead"] >= 0.1
+    assert actual["total_change"] == pytest.approx(np.abs(d - 1).sum(), abs=1e-5)
+    assert actual["total_change"] < 0.7
+    assert actual["evaluations"] == result["found"]["random search"]["evaluations"]
 
 
 def check_pruning(result, table, folder):

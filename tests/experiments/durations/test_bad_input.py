@@ -106,8 +106,8 @@ def pickled(name):
 
 def cut(name, keep=0.5):
     def damage(folder):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[: int(len(whole) * keep)])
+        full = (folder / name).read_bytes()
+        (folder / name).write_bytes(full[: int(len(full) * keep)])
 
     return damage
 

@@ -1,4 +1,4 @@
-"""The program on a random model: what it writes is what the model says, point by point."""
+"""The program on a random model: its results equal the model's, point by point."""
 
 import itertools
 import json
@@ -18,7 +18,7 @@ from tests.fixtures.programs import run_program
 PROGRAM = "counting"
 DIGITS = "0123456789"
 POINTS = 12
-# Digits, what merely contains them, and what the prompt needs.
+# Digits, words that contain digits, and the words of the prompt.
 WORDS = tiny.COUNTING_TEXT + " 10 42 x7 dog"
 
 
@@ -61,16 +61,16 @@ RUNS = {
 @pytest.fixture(scope="module")
 def runs(model, tmp_path_factory):
     """Name -> results folder and table of a run, each made when it is first asked for."""
-    made = {}
+    created = {}
 
     def get(name):
-        if name not in made:
+        if name not in created:
             folder = tmp_path_factory.mktemp("runs") / "deep" / name
             config = counting.Config(
                 model=model, output_dir=folder, points=POINTS, **RUNS[name]
             )
-            made[name] = folder, counting.run(config).summary()
-        return made[name]
+            created[name] = folder, counting.run(config).summary()
+        return created[name]
 
     return get
 
@@ -114,14 +114,14 @@ def test_results_are_what_the_model_says_point_by_point(runs, lm, name):
     result = read(runs, name)
     groups = PAPER if name == "paper" else EXACT
     assert [sorted(result["tracked"][d]) for d in DIGITS] == [sorted(g) for g in groups]
-    found = probabilities(result)
+    actual = probabilities(result)
     np.testing.assert_allclose(
-        found, direct(lm, result, name, groups), rtol=0, atol=1e-6
+        actual, direct(lm, result, name, groups), rtol=0, atol=1e-6
     )
     np.testing.assert_allclose(
-        result["curves"]["other"], 1 - found.sum(axis=1), atol=1e-6
+        result["curves"]["other"], 1 - actual.sum(axis=1), atol=1e-6
     )
-    assert np.ptp(found, axis=0).max() > 1e-3  # the sweep changes something
+    assert np.ptp(actual, axis=0).max() > 1e-3  # the sweep changes something
 
 
 def test_what_varies_makes_the_difference(runs):
@@ -171,7 +171,7 @@ def test_own_prompt_and_span(runs):
 
 def test_json_has_the_flags_and_the_versions(runs, model):
     run = read(runs, "dogs")["run"]
-    wanted = {
+    expected = {
         "model": str(model),
         "word": "dog",
         "category": "animal",
@@ -187,7 +187,7 @@ def test_json_has_the_flags_and_the_versions(runs, model):
         "ignore_config_fields": [],
         "output_dir": str(runs("dogs")[0]),
     }
-    assert {name: run["flags"][name] for name in wanted} == wanted
+    assert {name: run["flags"][name] for name in expected} == expected
     assert run["versions"]["continuous_lm"] == clm.__version__
     assert {"python", "jax", "jaxlib", "flax", "numpy", "tokenizers"} <= run[
         "versions"
@@ -197,12 +197,12 @@ def test_json_has_the_flags_and_the_versions(runs, model):
 
 def test_ranges_are_the_most_probable_answers(runs):
     result = read(runs, "both")
-    points, found = result["curves"]["points"], probabilities(result)
+    points, actual = result["curves"]["points"], probabilities(result)
     covered = []
     for r in result["curves"]["ranges"]:
         inside = [i for i, x in enumerate(points) if r["first"] <= x <= r["last"]]
-        assert {DIGITS[found[i].argmax()] for i in inside} == {r["answer"]}
-        assert r["peak"] == found[inside].max()
+        assert {DIGITS[actual[i].argmax()] for i in inside} == {r["answer"]}
+        assert r["peak"] == actual[inside].max()
         covered += inside
         assert f"{r['first']:.3f} - {r['last']:.3f}   {r['answer']}" in runs("both")[1]
     assert covered == list(range(POINTS))

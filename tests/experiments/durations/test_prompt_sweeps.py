@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import inputs
 from hypothesis import strategies as st
 
 import continuous_lm as clm
@@ -44,33 +44,35 @@ def embedded(lm, text):
     return np.asarray(lm.params["embedding"], np.float32)[ids]
 
 
-# --- Interpolation: what a model is given -----------------------------------------------------
+# --- Interpolation: inputs of the model -----------------------------------------------------
 
 
 @pytest.mark.parametrize("phrases", PAIRS)
 def test_the_ends_of_an_interpolation_are_the_ordinary_prompts(lm, phrases):
     prompt_sweep = interpolating(lm, phrases)
-    found = jax.nn.softmax(
+    actual = jax.nn.softmax(
         lm(position=-1, **prompt_sweep.sweep.make_inputs()._asdict())
     )
-    for row, phrase in zip(found, phrases, strict=True):
+    for row, phrase in zip(actual, phrases, strict=True):
         ids = clm.tokenization.encode(lm.tokenizer, TEMPLATE.replace("[]", phrase)).ids
         plain = jax.nn.softmax(lm(jnp.array(ids), position=-1))
         np.testing.assert_allclose(row, plain, atol=1e-6, rtol=0)
-    assert np.abs(found[0] - found[1]).max() > 1e-2
+    assert np.abs(actual[0] - actual[1]).max() > 1e-2
 
 
 def test_phrases_of_one_length_mix_token_by_token(lm):
     prompt_sweep = interpolating(
         lm, ("one two", "three four"), np.array([0.0, 0.5, 1.0])
     )
-    given = prompt_sweep.sweep.make_inputs()._asdict()
+    inputs = prompt_sweep.sweep.make_inputs()._asdict()
     ends = [embedded(lm, TEMPLATE.replace("[]", p)) for p in ("one two", "three four")]
-    np.testing.assert_array_equal(given["embeddings"][[0, 2]], ends)
-    np.testing.assert_allclose(given["embeddings"][1], np.mean(ends, axis=0), atol=1e-7)
+    np.testing.assert_array_equal(inputs["embeddings"][[0, 2]], ends)
+    np.testing.assert_allclose(
+        inputs["embeddings"][1], np.mean(ends, axis=0), atol=1e-7
+    )
     n = prompt_sweep.sweep.num_tokens
-    np.testing.assert_array_equal(given["durations"], np.ones((3, n)))
-    np.testing.assert_array_equal(given["times"], np.tile(np.arange(1, n + 1), (3, 1)))
+    np.testing.assert_array_equal(inputs["durations"], np.ones((3, n)))
+    np.testing.assert_array_equal(inputs["times"], np.tile(np.arange(1, n + 1), (3, 1)))
     assert prompt_sweep.token_names[slice(*prompt_sweep.token_span)] == [
         "one|three",
         "two|four",
@@ -80,26 +82,26 @@ def test_phrases_of_one_length_mix_token_by_token(lm):
 
 
 def test_a_phrase_turns_into_itself_without_a_change(lm):
-    given = interpolating(
+    inputs = interpolating(
         lm, ("one two", "one two"), np.linspace(0, 1, 5), how="spherical"
     )
-    rows = given.sweep.make_inputs().embeddings
+    rows = inputs.sweep.make_inputs().embeddings
     np.testing.assert_allclose(rows, np.broadcast_to(rows[0], rows.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("template", ["[]", "[] here", "we saw []"])
 def test_slots_may_stand_at_either_end(lm, template):
-    given = (
+    inputs = (
         interpolating(lm, ("one two", "three four five"), template=template)
         .sweep.make_inputs()
         ._asdict()
     )
     for i, phrase in enumerate(("one two", "three four five")):
-        kept = given["durations"][i] > 0
+        remaining = inputs["durations"][i] > 0
         rows = embedded(lm, template.replace("[]", phrase))
-        np.testing.assert_array_equal(given["embeddings"][i][kept], rows)
+        np.testing.assert_array_equal(inputs["embeddings"][i][remaining], rows)
         np.testing.assert_allclose(
-            given["times"][i][kept], np.arange(1, len(rows) + 1), rtol=1e-6
+            inputs["times"][i][remaining], np.arange(1, len(rows) + 1), rtol=1e-6
         )
 
 
@@ -107,33 +109,33 @@ def test_slots_may_stand_at_either_end(lm, template):
 
 
 def test_single_tokens_are_aligned_with_each_other():
-    found = alignment.align_phrases(1, 1)
-    np.testing.assert_array_equal(found.end_shares, [1])
-    np.testing.assert_array_equal(found.token_indices, [[0], [0]])
-    np.testing.assert_array_equal(found.sample_durations, [[1], [1]])
+    actual = alignment.align_phrases(1, 1)
+    np.testing.assert_array_equal(actual.end_shares, [1])
+    np.testing.assert_array_equal(actual.token_indices, [[0], [0]])
+    np.testing.assert_array_equal(actual.sample_durations, [[1], [1]])
 
 
 def test_two_tokens_with_three():
-    found = alignment.align_phrases(2, 3)
-    np.testing.assert_allclose(found.end_shares, [1 / 3, 1 / 2, 2 / 3, 1], rtol=1e-15)
-    np.testing.assert_array_equal(found.token_indices, [[0, 0, 1, 1], [0, 1, 1, 2]])
-    np.testing.assert_array_equal(found.sample_durations, [[0, 1, 0, 1], [1, 0, 1, 1]])
+    actual = alignment.align_phrases(2, 3)
+    np.testing.assert_allclose(actual.end_shares, [1 / 3, 1 / 2, 2 / 3, 1], rtol=1e-15)
+    np.testing.assert_array_equal(actual.token_indices, [[0, 0, 1, 1], [0, 1, 1, 2]])
+    np.testing.assert_array_equal(actual.sample_durations, [[0, 1, 0, 1], [1, 0, 1, 1]])
 
 
 def test_two_tokens_with_four():
-    found = alignment.align_phrases(2, 4)
-    np.testing.assert_array_equal(found.end_shares, [0.25, 0.5, 0.75, 1])
-    np.testing.assert_array_equal(found.token_indices, [[0, 0, 1, 1], [0, 1, 2, 3]])
-    np.testing.assert_array_equal(found.sample_durations, [[0, 1, 0, 1], [1, 1, 1, 1]])
+    actual = alignment.align_phrases(2, 4)
+    np.testing.assert_array_equal(actual.end_shares, [0.25, 0.5, 0.75, 1])
+    np.testing.assert_array_equal(actual.token_indices, [[0, 0, 1, 1], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(actual.sample_durations, [[0, 1, 0, 1], [1, 1, 1, 1]])
 
 
-@given(counts, counts)
+@inputs(counts, counts)
 def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
-    found = alignment.align_phrases(first, second)
+    actual = alignment.align_phrases(first, second)
     exact = sorted({Fraction(k, n) for n in (first, second) for k in range(1, n + 1)})
-    np.testing.assert_allclose(found.end_shares, [float(e) for e in exact], rtol=1e-15)
+    np.testing.assert_allclose(actual.end_shares, [float(e) for e in exact], rtol=1e-15)
     for n, tokens, weights in zip(
-        (first, second), found.token_indices, found.sample_durations, strict=True
+        (first, second), actual.token_indices, actual.sample_durations, strict=True
     ):
         for end, token, weight in zip(exact, tokens, weights, strict=True):
             assert Fraction(int(token), n) < end <= Fraction(int(token) + 1, n)
@@ -141,7 +143,7 @@ def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
         assert weights.sum() == n
 
 
-@given(counts, counts)
+@inputs(counts, counts)
 def test_an_alignment_the_other_way_round_is_the_same(first, second):
     one, other = (
         alignment.align_phrases(first, second),
@@ -152,23 +154,23 @@ def test_an_alignment_the_other_way_round_is_the_same(first, second):
     np.testing.assert_array_equal(one.sample_durations, other.sample_durations[::-1])
 
 
-@given(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
+@inputs(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
 def test_durations_and_times_go_from_one_prompt_to_the_other(
     first, second, before, after, share
 ):
-    found = alignment.align_phrases(first, second)
+    actual = alignment.align_phrases(first, second)
     points = np.array([0.0, share, 1.0])
-    durations, times = found.durations_and_times(points, before, after)
+    durations, times = actual.durations_and_times(points, before, after)
     lengths = before + after + (1 - points) * first + points * second
     np.testing.assert_allclose(durations.sum(axis=1), lengths, rtol=1e-6)
     if after:
         np.testing.assert_allclose(times[:, -1], lengths, rtol=1e-6)
     assert (np.diff(times, axis=1) > 0).all()
     for row in (0, 2):  # where only the ordinary tokens of one prompt are left
-        kept = durations[row] > 0
-        np.testing.assert_array_equal(durations[row][kept], 1)
+        remaining = durations[row] > 0
+        np.testing.assert_array_equal(durations[row][remaining], 1)
         np.testing.assert_allclose(
-            times[row][kept], np.arange(1, lengths[row] + 1), rtol=1e-6
+            times[row][remaining], np.arange(1, lengths[row] + 1), rtol=1e-6
         )
 
 
@@ -186,19 +188,19 @@ def unit_vectors(seed, angle):
 seeds, angles = st.integers(0, 2**32 - 1), st.floats(0.05, 3.0)
 
 
-@given(seeds, angles)
+@inputs(seeds, angles)
 def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
     points = np.linspace(0, 1, 9)
     first, second = unit_vectors(seed, angle)
     arc = alignment.interpolate_vectors(first, second, points, "spherical")[:, 0]
     np.testing.assert_allclose(np.linalg.norm(arc, axis=1), 1, atol=2e-5)
-    # Components in the plane say how far the arc has turned.
+    # Components in the plane give the angle of the arc.
     aside = (second[0] - np.cos(angle) * first[0]) / np.sin(angle)
     turned = np.arctan2(arc @ aside, arc @ first[0])
     np.testing.assert_allclose(turned, points * angle, atol=2e-5)
 
 
-@given(seeds, st.floats(0, 1))
+@inputs(seeds, st.floats(0, 1))
 def test_a_line_goes_straight(seed, share):
     first, second = (
         np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
@@ -211,7 +213,7 @@ def test_a_line_goes_straight(seed, share):
     np.testing.assert_allclose(point, first + share * (second - first), atol=1e-5)
 
 
-@given(seeds)
+@inputs(seeds)
 def test_both_ways_begin_and_end_alike(seed):
     first, second = (
         np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
@@ -232,7 +234,7 @@ def test_an_arc_of_parallel_vectors_is_a_line(factor):
 # --- Other sweeps -----------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0.01, 3), min_size=1, max_size=5))
+@inputs(st.lists(st.floats(0.01, 3), min_size=1, max_size=5))
 def test_shrinking_touches_the_words_that_the_characters_touch(factors):
     words = tiny.word_tokenizer(WORDS)
     prompt = "we saw one two near here"
@@ -268,13 +270,13 @@ def test_moving_and_stretching_take_the_whole_prompt():
         }
 
 
-# --- What is refused --------------------------------------------------------------------------
+# --- Refused input ----------------------------------------------------------------------------
 
 
 def refused(lm, *culprits, **changes):
-    given = {"phrases": ("one", "two"), "template": TEMPLATE} | changes
+    inputs = {"phrases": ("one", "two"), "template": TEMPLATE} | changes
     with pytest.raises(clm.InputError) as caught:
-        interpolating(lm, **given).sweep.make_inputs()
+        interpolating(lm, **inputs).sweep.make_inputs()
     for culprit in culprits:
         assert culprit in str(caught.value)
 
@@ -298,7 +300,7 @@ def test_there_are_two_ways_between_vectors(lm):
 
 
 def merging_tokenizer():
-    """A BPE that takes "y" from what follows the slot after "a", but not after "b"."""
+    """A BPE that merges "y" after the slot with "a", but not with "b"."""
     letters = {letter: i for i, letter in enumerate("xabyz")}
     merged = [("a", "y"), ("y", "z")]
     vocab = letters | {"".join(pair): len(letters) + i for i, pair in enumerate(merged)}

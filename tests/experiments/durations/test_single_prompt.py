@@ -1,4 +1,4 @@
-"""The programs of one prompt, on the embedded model: what they write is what the model says.
+"""The programs of one prompt on the bundled model: their results equal the model's.
 
 Bad input goes through the command line, in this process; see `programs.call_program`.
 """
@@ -65,7 +65,7 @@ def ids_of(lm, tokens):
 
 
 def assert_says(lm, curves, tracked, **arguments):
-    """The curves' middle is what one call of the model says."""
+    """Assert that the middle of the curves equals one call of the model."""
     p = np.asarray(jax.nn.softmax(lm(position=-1, **arguments)), np.float64)
     assert list(curves["probabilities"]) == list(tracked)
     for answer, tokens in tracked.items():
@@ -73,12 +73,12 @@ def assert_says(lm, curves, tracked, **arguments):
         assert curves["probabilities"][answer][MIDDLE] == pytest.approx(
             expected, abs=1e-5
         )
-    rest = 1 - sum(row[MIDDLE] for row in curves["probabilities"].values())
-    assert curves["other"][MIDDLE] == pytest.approx(rest, abs=1e-6)
+    others = 1 - sum(row[MIDDLE] for row in curves["probabilities"].values())
+    assert curves["other"][MIDDLE] == pytest.approx(others, abs=1e-6)
 
 
 def assert_shrinks(lm, result, shrunk):
-    """Its span is `shrunk`, and the middle is where that lasts as long as the points say."""
+    """Assert that the span is `shrunk`, and that its duration at the middle point is right."""
     tokens = result["tokens"]
     first, end = result["span"]
     assert " ".join(tokens[first:end]) == shrunk
@@ -207,8 +207,8 @@ def test_boolean(run, lm):
         ids = clm.tokenization.encode(lm.tokenizer, prompt.replace("[]", operator)).ids
         p = jax.nn.softmax(lm(np.array(ids), position=-1))
         for answer in "01":
-            found = cell["curves"]["probabilities"][answer][point]
-            assert found == pytest.approx(
+            actual = cell["curves"]["probabilities"][answer][point]
+            assert actual == pytest.approx(
                 float(p[lm.tokenizer.token_to_id(answer)]), abs=1e-5
             )
     for text in ("OR to XOR", "AND to NAND", "0 > 1"):
@@ -249,7 +249,7 @@ def test_translation_changes_the_answer_with_learned_positions(run, tmp_path):
     prompt = "how many times is apple"
     result, _ = run(shifting, model=folder, prompt=prompt, threshold=0.02)
     assert max(np.ptp(row) for row in result["curves"]["probabilities"].values()) > 1e-2
-    # The model has more tokens than the tokenizer, and says which are likely all the same.
+    # The model has more tokens than the tokenizer; they can be likely too.
     assert [a for a in result["tracked"] if a.startswith("token ")]
     lm, start = clm.load(folder), result["curves"]["points"][MIDDLE]
     ids = ids_of(lm, result["tokens"])
@@ -258,7 +258,7 @@ def test_translation_changes_the_answer_with_learned_positions(run, tmp_path):
 
 # --- Bad input --------------------------------------------------------------------------------
 
-REFUSED = {  # program and flags -> what the message names
+REFUSED = {  # program and flags -> parts of the message
     ("sums", "--numbers=1"): ["--numbers", "two whole numbers"],
     ("sums", "--numbers=a,b"): ["--numbers", "a,b"],
     ("sums", "--numbers=1,-2"): ["--numbers", "1,-2"],

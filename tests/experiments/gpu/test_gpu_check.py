@@ -1,4 +1,4 @@
-"""The check of a GPU, tried on a CPU: all rows come, and what is wrong, hangs or dies is told."""
+"""The GPU check on a CPU: all rows appear, and failed, hanging or crashed checks are reported."""
 
 import doctest
 import json
@@ -161,6 +161,7 @@ def dies(tiny):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_hangs_or_dies_costs_its_own_rows_alone(tmp_path, capfd):
     runs = {"fails": (fails, 60.0), "dies": (dies, 60.0), "works": (works, 60.0)}
     sections = {name: gpu_check.Section(*run) for name, run in runs.items()}
@@ -227,12 +228,14 @@ def test_the_reference_is_the_dense_form_in_float64(name):
             jnp.asarray(x, jnp.float64)
             for x in attention_checks.random_inputs(case, "float32", TINY_SIZES)
         ]
-        found = attention_checks.value_and_gradients(FORMS["dense"], options)(*arrays)
+        actual = attention_checks.value_and_gradients(FORMS["dense"], options)(*arrays)
         exact = attention_checks.float64_reference(
             [np.asarray(x) for x in arrays], options
         )
         assert (
-            max(attention_checks.relative_errors([np.asarray(x) for x in found], exact))
+            max(
+                attention_checks.relative_errors([np.asarray(x) for x in actual], exact)
+            )
             < 1e-13
         )
 

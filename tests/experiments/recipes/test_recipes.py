@@ -61,6 +61,7 @@ def run(folder, data, **flags):
     return [outcome.was_skipped for outcome in steps.run_steps(all_steps, data)]
 
 
+@pytest.mark.slow
 def test_steps_that_are_done_are_skipped(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("A text.")

@@ -1,4 +1,4 @@
-"""The program on hand-made studies: its numbers, its files, and what it refuses."""
+"""The program on hand-made studies: its numbers, its files, and its errors."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def summed(index, item_1, item_2, shrink_1, leaders, seconds=()):
     return record(index, about, SWEEP, answering(leaders, seconds))
 
 
-def asked(index, kind, yes):
+def word_record(index, kind, yes):
     about = {"options": ["apples", "bananas"], "kind": kind, "question": "Are {} red?"}
     yes = np.array(yes)
     return record(
@@ -103,10 +103,10 @@ STUDIES = {
         failed(9),
     ],
     "words": [
-        asked(0, "neither", np.linspace(0.1, 0.5, 21)),
-        asked(1, "first", [0.1, 0.1, 0.6, 0.6, 0.6]),
-        asked(2, "second", [0.5, 0.8, 0.5, 0.5, 0.5]),
-        asked(3, "both", [0.3, 0.3, 0.3]),
+        word_record(0, "neither", np.linspace(0.1, 0.5, 21)),
+        word_record(1, "first", [0.1, 0.1, 0.6, 0.6, 0.6]),
+        word_record(2, "second", [0.5, 0.8, 0.5, 0.5, 0.5]),
+        word_record(3, "both", [0.3, 0.3, 0.3]),
     ],
 }
 
@@ -308,9 +308,9 @@ def names(of, endings):
 
 
 def test_files_are_those_and_no_others(output):
-    wanted = [*names(TABLES, ("csv", "md", "tex")), *names(FIGURES, ("png", "pdf"))]
+    expected = [*names(TABLES, ("csv", "md", "tex")), *names(FIGURES, ("png", "pdf"))]
     assert sorted(p.name for p in output.iterdir()) == sorted(
-        [*wanted, "analysis.json"]
+        [*expected, "analysis.json"]
     )
 
 
@@ -346,7 +346,7 @@ def test_every_form_of_a_table_has_the_same_cells(output, name):
 
 
 def test_cells_are_the_numbers_of_the_json(output, result):
-    found = 0
+    actual = 0
     for study, models in result["studies"].items():
         for layout in study_tables.TABLE_SPECS[study]:
             with open(output / f"{study}_{layout.name}.csv", newline="") as file:
@@ -362,12 +362,12 @@ def test_cells_are_the_numbers_of_the_json(output, result):
                         assert cell == ""
                     else:
                         places = len(cell.partition(".")[2])
-                        wanted = value * 100**percent
+                        expected = value * 100**percent
                         assert float(cell) == pytest.approx(
-                            wanted, abs=0.51 * 10**-places
+                            expected, abs=0.51 * 10**-places
                         )
-                    found += 1
-    assert found > 50
+                    actual += 1
+    assert actual > 50
 
 
 ROWS = {
@@ -513,15 +513,15 @@ def test_models_in_the_legend():
         plots.plt.close(figure)
 
 
-# --- What is refused --------------------------------------------------------------------------
+# --- Refused input ----------------------------------------------------------------------------
 
-COUNTED, SUMMED, ASKED = (
+COUNTED, SUMMED, WORDS = (
     STUDIES["counting"][:1], STUDIES["sums"][:1], STUDIES["words"][:1],
 )  # fmt: skip
 
 
 def changed(records, path, value):
-    """The first record with what is at `path` replaced, or taken away if it is Ellipsis."""
+    """The first record with the value at `path` replaced, or removed if it is Ellipsis."""
     copy = json.loads(json.dumps(records))
     place = copy[0]
     *steps, last = path.split(".")
@@ -553,11 +553,11 @@ BAD_RECORDS = {
     "one point": ("counting", COUNTED, "curves.points", [1.0], ["points must be two or more"]),
     "falling points": ("counting", COUNTED, "curves.points", [1.0, 0.5], ["ascend"]),
     "no factor 1": ("counting", COUNTED, "curves.points", [0.1, 0.9], ["0.1 to 0.9", "to 1"]),
-    "no factor 0": ("words", ASKED, "curves.points", [0.1, 1.0], ["0.1 to 1", "from 0 to 1"]),
+    "no factor 0": ("words", WORDS, "curves.points", [0.1, 1.0], ["0.1 to 1", "from 0 to 1"]),
     "fewer points": ("counting", COUNTED, "curves.points", [0.1, 1.0], ["10 values for 2 points"]),
     "no probabilities": ("counting", COUNTED, P, ..., ["probabilities is missing"]),
     "no digit": ("counting", COUNTED, f"{P}.7", ..., ["record 0: curves: probabilities: 7 is"]),
-    "no No": ("words", ASKED, f"{P}.No", ..., ["No is missing"]),
+    "no No": ("words", WORDS, f"{P}.No", ..., ["No is missing"]),
     "infinity": ("counting", COUNTED, f"{P}.7", [1e400] * 10, ["not valid JSON"]),
     "nested": ("counting", COUNTED, f"{P}.7", [[0.1]] * 10, ["7 must be a list of finite"]),
     "ragged": ("counting", COUNTED, f"{P}.7", [[0.1], 0.2] * 5, ["7 must be a list of finite"]),
@@ -570,9 +570,9 @@ BAD_RECORDS = {
     "no item": ("sums", SUMMED, "about.item_2", ..., ["item_2 is missing"]),
     "negative item": ("sums", SUMMED, "about.item_2", -3, ["item_2 is -3"]),
     "shrink_1": ("sums", SUMMED, "about.shrink_1", 1, ["shrink_1 must be a boolean, not 1"]),
-    "kind": ("words", ASKED, "about.kind", "none", ["kind is 'none'", "neither"]),
-    "failed": ("words", ASKED, "failed", 3, ["record 0", "failed must be text"]),
-    "all failed": ("words", ASKED, "failed", "why", ["no record could be analysed: 1 of 1", "why"]),
+    "kind": ("words", WORDS, "about.kind", "none", ["kind is 'none'", "neither"]),
+    "failed": ("words", WORDS, "failed", 3, ["record 0", "failed must be text"]),
+    "all failed": ("words", WORDS, "failed", "why", ["no record could be analysed: 1 of 1", "why"]),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Data sets of the studies: the made ones hold what they claim, bad files are refused by name."""
+"""Data sets of the studies: generated tasks are right, and errors name bad files."""
 
 import collections
 import copy
@@ -20,7 +20,7 @@ PAPER = pathlib.Path(__file__).parents[4] / "shared" / "data" / "paper"
 
 
 @pytest.fixture(scope="module")
-def made():
+def tasks_by_study():
     return {study: datasets.generate_tasks(study) for study in datasets.STUDIES}
 
 
@@ -28,8 +28,8 @@ def made():
 
 
 @pytest.mark.parametrize("study", datasets.STUDIES)
-def test_two_hundred_tasks_that_are_always_the_same(made, study):
-    tasks = made[study]
+def test_two_hundred_tasks_that_are_always_the_same(tasks_by_study, study):
+    tasks = tasks_by_study[study]
     assert len(tasks) == 200
     assert tasks == datasets.generate_tasks(study)
     assert (
@@ -44,16 +44,16 @@ def texts(task):
 
 
 @pytest.mark.parametrize("study", datasets.STUDIES)
-def test_the_small_language_spells_every_made_prompt(made, study):
+def test_the_small_language_spells_every_made_prompt(tasks_by_study, study):
     tokenizer = prompts.make_tokenizer()
-    for task in made[study]:
+    for task in tasks_by_study[study]:
         for text in texts(task):
-            clm.tokenization.encode(tokenizer, text)  # refuses what it cannot spell
+            clm.tokenization.encode(tokenizer, text)  # raises for words without tokens
 
 
 @pytest.mark.parametrize("study", datasets.STUDIES)
-def test_the_analysis_takes_what_every_made_task_is_about(made, study):
-    for task in made[study]:
+def test_the_analysis_takes_what_every_made_task_is_about(tasks_by_study, study):
+    for task in tasks_by_study[study]:
         analysis.STUDY_SPECS[study].check_fields(task.fields)
 
 
@@ -61,8 +61,8 @@ def varied(task):
     return task.prompt[slice(*task.character_span)]
 
 
-def test_counted_words(made):
-    for task in made["counting"]:
+def test_counted_words(tasks_by_study):
+    for task in tasks_by_study["counting"]:
         word, category, n = (
             task.fields[k] for k in ("word", "category", "repetitions")
         )
@@ -72,13 +72,19 @@ def test_counted_words(made):
             f"many times is {task.fields['category_with_article']} mentioned?"
             in task.prompt
         )
-    assert {task.fields["repetitions"] for task in made["counting"]} == {2, 3, 4, 5, 6}
+    assert {task.fields["repetitions"] for task in tasks_by_study["counting"]} == {
+        2,
+        3,
+        4,
+        5,
+        6,
+    }
 
 
-def test_counted_steps(made):
-    for task in made["tutorials"]:
+def test_counted_steps(tasks_by_study):
+    for task in tasks_by_study["tutorials"]:
         assert_steps(task)
-    assert {task.fields["num_sentences"] for task in made["tutorials"]} == {
+    assert {task.fields["num_sentences"] for task in tasks_by_study["tutorials"]} == {
         2,
         3,
         4,
@@ -115,24 +121,24 @@ def assert_number(task):
     assert "{" not in task.prompt
 
 
-def test_summed_numbers(made):
-    for task in made["sums"]:
+def test_summed_numbers(tasks_by_study):
+    for task in tasks_by_study["sums"]:
         assert_number(task)
         assert {task.fields["item_1"], task.fields["item_2"]} <= set(range(1, 10))
-    assert {task.fields["shrink_1"] for task in made["sums"]} == {True, False}
+    assert {task.fields["shrink_1"] for task in tasks_by_study["sums"]} == {True, False}
 
 
-def test_questions_are_true_of_the_words_that_their_kind_names(made):
-    kinds = collections.Counter(task.fields["kind"] for task in made["words"])
+def test_questions_are_true_of_the_words_that_their_kind_names(tasks_by_study):
+    kinds = collections.Counter(task.fields["kind"] for task in tasks_by_study["words"])
     assert kinds == dict.fromkeys(datasets.QUESTION_KINDS, 50)
     holds = {"both": (1, 1), "neither": (0, 0), "first": (1, 0), "second": (0, 1)}
-    for task in made["words"]:
+    for task in tasks_by_study["words"]:
         true = [
             p in prompts.true_plurals(task.fields["question"]) for p in task.phrases
         ]
         assert tuple(true) == holds[task.fields["kind"]], task
         assert list(task.phrases) == task.fields["options"]
-    assert len({task.phrases for task in made["words"]}) == 50
+    assert len({task.phrases for task in tasks_by_study["words"]}) == 50
 
 
 # --- The paper's files ------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from continuous_lm.experiments.studies import metrics
 
 def counter(leaders, high=1.0):
     """[P, 10]: at each point one digit has probability `high`, and the others share the rest."""
-    found = np.full((len(leaders), 10), (1 - high) / 9)
-    found[np.arange(len(leaders)), leaders] = high
-    return found
+    actual = np.full((len(leaders), 10), (1 - high) / 9)
+    actual[np.arange(len(leaders)), leaders] = high
+    return actual
 
 
 def expected(n):
@@ -83,10 +83,10 @@ def test_bounds_and_observed_over_counterfactual(p, n):
         if share is metrics.sensitivity:
             assert (observed >= ordinary).all()
             assert (np.diff(observed) <= 0).all()
-    found = metrics.peak_rates(p, n)
-    assert 0 <= found.pure <= min(1, found.impure)
-    assert found.impure <= 10 / n
-    assert found.impure >= found.counterfactual == 1 / n
+    actual = metrics.peak_rates(p, n)
+    assert 0 <= actual.pure <= min(1, actual.impure)
+    assert actual.impure <= 10 / n
+    assert actual.impure >= actual.counterfactual == 1 / n
 
 
 # --- Peaks and their order --------------------------------------------------------------------
@@ -99,8 +99,8 @@ def test_two_peaks_of_three():
 
 
 def test_a_constant_answer_is_the_counterfactual():
-    found = metrics.peak_rates(counter([4] * 5, high=0.3), 4)
-    assert found.pure == found.impure == found.counterfactual == 0.25
+    actual = metrics.peak_rates(counter([4] * 5, high=0.3), 4)
+    assert actual.pure == actual.impure == actual.counterfactual == 0.25
 
 
 def test_ties_are_peaks():
@@ -212,8 +212,8 @@ def tier(unshrunk, shrunk, others=()):
         ("invalid", [0.1, 0.6, 0.35], [0.9, 0.3, 0.4], []),
     ],
 )
-def test_tiers_of_sums(wanted, unshrunk, shrunk, others):
-    assert tier(unshrunk, shrunk, others) == wanted
+def test_tiers_of_sums(target, unshrunk, shrunk, others):
+    assert tier(unshrunk, shrunk, others) == target
 
 
 def test_no_tier_where_the_unshrunk_answer_is_a_shrunk_one():
@@ -227,23 +227,23 @@ def test_tiers_of_whole_sums():
         "10": np.array([0.8, 0.0]),
         "11": np.array([0.1, 0.0]),
     }
-    found = metrics.success_tier(curves, unshrunk="12", shrunk=["10"], others=["11"])
-    assert found == "completely"
+    actual = metrics.success_tier(curves, unshrunk="12", shrunk=["10"], others=["11"])
+    assert actual == "completely"
 
 
 def test_shares_of_tiers():
-    found = metrics.tier_shares(
+    actual = metrics.tier_shares(
         {"invalid": 2, "valid": 1, "strongly": 4, "completely": 1}
     )
-    assert found["defined"] == 8
-    assert found["counts"] == {
+    assert actual["defined"] == 8
+    assert actual["counts"] == {
         "valid": 6,
         "successful": 5,
         "strongly": 5,
         "completely": 1,
     }
-    assert found["shares"]["valid"] == 6 / 8
-    assert found["shares"]["completely"] == 1 / 6
+    assert actual["shares"]["valid"] == 6 / 8
+    assert actual["shares"]["completely"] == 1 / 6
     assert set(metrics.tier_shares({"invalid": 1})["shares"].values()) == {0.0, None}
     assert set(metrics.tier_shares({})["shares"].values()) == {None}
 
@@ -301,8 +301,8 @@ def test_a_constant_curve_has_no_lipschitz_estimate():
         ([0.4, 0.4, 0.4], 0.0),
     ],
 )
-def test_variation(values, wanted):
-    assert metrics.variation(np.array(values)) == pytest.approx(wanted)
+def test_variation(values, target):
+    assert metrics.variation(np.array(values)) == pytest.approx(target)
 
 
 @hypothesis.given(
@@ -312,14 +312,16 @@ def test_variation(values, wanted):
 def test_bounds_of_interpolation(values, scale):
     points = np.linspace(0, 1, len(values))
     assert 0 <= metrics.variation(values) <= np.ptp(values)
-    found, trend = metrics.lipschitz(points, values), metrics.trend(values)
-    assert (found is None) == (trend is None)
-    if found is not None:
-        assert 0 < found <= (len(values) - 1) * (1 + 1e-9)
+    actual, trend = metrics.lipschitz(points, values), metrics.trend(values)
+    assert (actual is None) == (trend is None)
+    if actual is not None:
+        assert 0 < actual <= (len(values) - 1) * (1 + 1e-9)
         assert metrics.lipschitz(points, scale * values) == pytest.approx(
-            found, rel=1e-6
+            actual, rel=1e-6
         )
-        assert metrics.lipschitz(points, values[::-1]) == pytest.approx(found, rel=1e-6)
+        assert metrics.lipschitz(points, values[::-1]) == pytest.approx(
+            actual, rel=1e-6
+        )
         assert abs(trend) <= 1 + 1e-12
         if metrics.variation(values) > metrics.MONOTONE_TOLERANCE:
             assert not metrics.is_monotone(values)
@@ -330,19 +332,19 @@ def test_bounds_of_interpolation(values, scale):
 
 def test_counting_is_the_mean_over_records():
     perfect, constant = counter([1, 2, 3, 4]), counter([2, 2])
-    found = metrics.counting_metrics([perfect, constant], [4, 2])
-    assert found["sensitivity"]["observed area"] == pytest.approx((1 + 0.5025) / 2)
-    assert found["sensitivity"]["observed"][100] == 0.75
-    assert found["sensitivity"]["counterfactual"][100] == 0.375
-    assert found["iou"]["observed"][100] == 0.75
-    assert found["peaks"] == {
+    actual = metrics.counting_metrics([perfect, constant], [4, 2])
+    assert actual["sensitivity"]["observed area"] == pytest.approx((1 + 0.5025) / 2)
+    assert actual["sensitivity"]["observed"][100] == 0.75
+    assert actual["sensitivity"]["counterfactual"][100] == 0.375
+    assert actual["iou"]["observed"][100] == 0.75
+    assert actual["peaks"] == {
         "counterfactual": 0.375,
         "pure": 0.75,
         "pure improvement": 2.5,
         "impure": 0.75,
         "impure improvement": 2.5,
     }
-    assert found["order"] == {
+    assert actual["order"] == {
         "in order": 0.5,
         "never falls": 1.0,
         "digits": 2.5,
@@ -352,10 +354,10 @@ def test_counting_is_the_mean_over_records():
 
 def test_the_counterfactual_is_the_last_point():
     for leaders, share in (([7, 1], 1.0), ([1, 7], 0.0)):
-        found = metrics.counting_metrics([counter(leaders)], [1])
-        assert found["sensitivity"]["observed"][50] == 1.0
-        assert found["sensitivity"]["counterfactual"][50] == share
-        assert found["iou"]["counterfactual"][50] == share
+        actual = metrics.counting_metrics([counter(leaders)], [1])
+        assert actual["sensitivity"]["observed"][50] == 1.0
+        assert actual["sensitivity"]["counterfactual"][50] == share
+        assert actual["iou"]["counterfactual"][50] == share
 
 
 @hypothesis.given(
@@ -380,7 +382,7 @@ def test_interpolation_over_records():
         np.where(abs(EVEN - 0.5) < 0.01, 0.3, 0.0),
         np.zeros(41),
     )
-    found = metrics.interpolation_metrics(
+    actual = metrics.interpolation_metrics(
         [EVEN] * 3,
         [
             {"Yes": line, "No": bump},
@@ -389,15 +391,15 @@ def test_interpolation_over_records():
         ],
         ["one", "one", "both"],
     )
-    assert found["lipschitz"] == {
+    assert actual["lipschitz"] == {
         "one Yes": pytest.approx(1.0),
         "one No": pytest.approx((1 + 20) / 2),
         "both Yes": None,
         "both No": None,
         "all": pytest.approx(22 / 3),
     }
-    assert found["constant"] == 3
-    variation = found["variation"]
+    assert actual["constant"] == 3
+    variation = actual["variation"]
     assert variation["mean"] == pytest.approx(
         0.1
     )  # the bump alone, the larger of Yes and No
@@ -406,14 +408,14 @@ def test_interpolation_over_records():
     assert sum(variation["counts"]) == 3
     assert variation["counts"][0] == 2
     assert len(variation["edges"]) == len(variation["counts"]) + 1
-    assert found["monotone"]["share"] == pytest.approx(2 / 3)
-    assert found["monotone"]["trend"] == pytest.approx(2 / 3)
+    assert actual["monotone"]["share"] == pytest.approx(2 / 3)
+    assert actual["monotone"]["trend"] == pytest.approx(2 / 3)
 
 
 def test_the_bound_of_variation_is_an_edge_and_counts_as_large():
     at = np.array([0.0, 0.05, 0.0])
-    found = metrics.interpolation_metrics(
+    actual = metrics.interpolation_metrics(
         [np.linspace(0, 1, 3)], [{"Yes": at}], ["one"]
     )
-    assert found["variation"]["large"] == 1.0
+    assert actual["variation"]["large"] == 1.0
     assert metrics.LARGE_VARIATION in metrics.VARIATION_BINS

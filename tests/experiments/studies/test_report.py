@@ -28,7 +28,7 @@ STUDIES = [f"Study: {name}" for name in datasets.STUDIES]
 
 
 class Page(html.parser.HTMLParser):
-    """What a reader of an HTML file sees, and what it refers to."""
+    """Visible text and references of an HTML file."""
 
     def __init__(self, text):
         super().__init__()
@@ -69,26 +69,26 @@ def read(folder):
 
 def assert_whole(folder):
     """One file that refers to itself alone, with every section and table of report.json."""
-    found, stored = read(folder)
+    actual, stored = read(folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert not found.tags & {"script", "link", "iframe", "object", "embed"}
+    assert not actual.tags & {"script", "link", "iframe", "object", "embed"}
     assert "@import" not in text
     assert "url(" not in text
-    for link in found.links:
+    for link in actual.links:
         assert (
             link.startswith("data:image/png;base64,")
-            or link.removeprefix("#") in found.ids
+            or link.removeprefix("#") in actual.ids
         )
-    assert len(set(found.ids)) == len(found.ids)
-    assert found.heads[: len(stored["sections"])] == [
+    assert len(set(actual.ids)) == len(actual.ids)
+    assert actual.heads[: len(stored["sections"])] == [
         s["title"] for s in stored["sections"]
     ]
     expected = [table for s in stored["sections"] for table in s["tables"].values()]
-    assert found.tables == [
+    assert actual.tables == [
         [[c or "-" for c in row] for row in table] for table in expected
     ]
     pictures = [name for s in stored["sections"] for name in s["figures"]]
-    assert sum(link.startswith("data:") for link in found.links) == len(pictures)
+    assert sum(link.startswith("data:") for link in actual.links) == len(pictures)
     assert_markdown(folder, stored, pictures)
 
 
@@ -145,8 +145,8 @@ def test_text_of_prompts_and_models_is_no_html(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
     assert "<b>cpu" not in text
-    found, _ = read(tmp_path)
-    assert found.tables == [[["answer", NASTY], [NASTY, "0.500"]]]
+    actual, _ = read(tmp_path)
+    assert actual.tables == [[["answer", NASTY], [NASTY, "0.500"]]]
     body = (tmp_path / "report.md").read_text().split("## One")[1]
     assert f"Shown: {NASTY}" not in body
 
@@ -180,7 +180,7 @@ SEARCHES = ("Duration attribution", "Inverse problem", "Prompt pruning")
 
 @pytest.fixture
 def short(monkeypatch):
-    """The report without the sections that search, which take minutes; each says so."""
+    """The report without the slow sections of searches; a note replaces each."""
 
     def left_out(inputs):
         raise clm.InputError("left out")
@@ -202,21 +202,21 @@ def short(monkeypatch):
 
 
 def comparable(folder):
-    """What every run must give again."""
+    """Return the parts that every run must repeat."""
     _, stored = read(folder)
-    kept = [s for s in stored["sections"] if s["title"] not in SEARCHES]
-    assert len(kept) == len(report.SECTIONS) - len(SEARCHES)
-    return kept
+    remaining = [s for s in stored["sections"] if s["title"] not in SEARCHES]
+    assert len(remaining) == len(report.SECTIONS) - len(SEARCHES)
+    return remaining
 
 
 def assert_analysed(folder):
-    """The tables of the studies are what the analysis makes of their stored results."""
+    """Assert that the tables of studies equal the analysis of their stored results."""
     _, stored = read(folder)
     sections = {section["title"]: section for section in stored["sections"]}
     for name in datasets.STUDIES:
-        found = analysis.read_study(folder / "studies" / name)
-        assert len(found.records) + len(found.failed) == 4
-        numbers = analysis.compute_model_metrics([found])
+        actual = analysis.read_study(folder / "studies" / name)
+        assert len(actual.records) + len(actual.failed) == 4
+        numbers = analysis.compute_model_metrics([actual])
         expected = {
             table.name: table.cells for table in study_tables.make_tables(name, numbers)
         }
@@ -303,8 +303,8 @@ def test_sections_take_the_flags_that_their_programs_have():
     config = report.Config(points=7, threshold=0.2, min_factor=0.3, dtype="bfloat16")
     for section in report.SECTIONS:
         if isinstance(section, report.SweepSection):
-            taken = program.with_values_of(section.config, config)
-            assert (taken.points, taken.dtype) == (7, "bfloat16")
-            assert getattr(taken, "min_factor", 0.3) == 0.3
-            assert getattr(taken, "threshold", 0.2) == 0.2
-            assert taken.output_dir is None
+            selected = program.with_values_of(section.config, config)
+            assert (selected.points, selected.dtype) == (7, "bfloat16")
+            assert getattr(selected, "min_factor", 0.3) == 0.3
+            assert getattr(selected, "threshold", 0.2) == 0.2
+            assert selected.output_dir is None

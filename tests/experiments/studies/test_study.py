@@ -1,4 +1,4 @@
-"""Studies: what they store is what the model says, and stopping them changes nothing of it."""
+"""Studies: stored results equal the model's, also after a stop."""
 
 import json
 import os
@@ -47,15 +47,15 @@ def studied(folder, lm, name="counting", tasks=None, points=POINTS, change="both
 
 
 @pytest.fixture(scope="module")
-def whole(lm, tmp_path_factory):
+def full(lm, tmp_path_factory):
     """The records of a run that nobody stopped, and the file it wrote on its way."""
     folder = tmp_path_factory.mktemp("whole")
     records = studied(folder, lm)
     return records, (folder / study.PARTIAL_RESULTS_FILE).read_bytes()
 
 
-def said(lm, name, task, points, change="both"):
-    """What the model says of one prompt by itself."""
+def compute_one(lm, name, task, points, change="both"):
+    """Compute one prompt by itself."""
     settings = study.SweepSettings(points, change)
     prompt_sweep = study.make_prompt_sweep(lm, lm.tokenizer, task, settings)
     groups = list(tracked(lm, name).values())
@@ -83,21 +83,24 @@ def test_records_are_what_the_model_says_prompt_by_prompt(tmp_path, lm, name):
         assert record["curves"]["points"] == points.tolist()
         stored = np.array(list(record["curves"]["probabilities"].values())).T
         np.testing.assert_allclose(
-            stored, said(lm, name, task, points), rtol=0, atol=1e-6
+            stored, compute_one(lm, name, task, points), rtol=0, atol=1e-6
         )
 
 
 def test_what_is_varied_is_what_was_asked(tmp_path, lm):
-    """Of the three, each gives its own numbers, and results of one do not pass for another's."""
-    tasks, found = datasets.generate_tasks("counting")[:2], {}
+    """Three settings give different numbers, and none resumes another's results."""
+    tasks, actual = datasets.generate_tasks("counting")[:2], {}
     for change in ("both", "mass", "times"):
         (record, _) = studied(tmp_path / change, lm, tasks=tasks, change=change)
-        found[change] = np.array(list(record["curves"]["probabilities"].values())).T
+        actual[change] = np.array(list(record["curves"]["probabilities"].values())).T
         np.testing.assert_allclose(
-            found[change], said(lm, "counting", tasks[0], POINTS, change), 0, 1e-6
+            actual[change],
+            compute_one(lm, "counting", tasks[0], POINTS, change),
+            0,
+            1e-6,
         )
-    assert np.abs(found["both"] - found["mass"]).max() > 1e-4
-    assert np.abs(found["both"] - found["times"]).max() > 1e-4
+    assert np.abs(actual["both"] - actual["mass"]).max() > 1e-4
+    assert np.abs(actual["both"] - actual["times"]).max() > 1e-4
     with pytest.raises(clm.InputError, match="another study"):
         studied(tmp_path / "mass", lm, tasks=tasks)
 
@@ -155,22 +158,20 @@ def cuts(content):
     """Bytes after which a file may end: in its first line, around and within others, at random."""
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     around = [end + shift for end in (ends[0], ends[3]) for shift in (-1, 0, 1)]
-    drawn = random.Random(0).sample(range(ends[0], len(content)), 8)
-    return [0, 1, ends[0] // 2, *around, *drawn, len(content) - 1, len(content)]
+    samples = random.Random(0).sample(range(ends[0], len(content)), 8)
+    return [0, 1, ends[0] // 2, *around, *samples, len(content) - 1, len(content)]
 
 
-def test_a_file_cut_anywhere_is_resumed_to_the_same_bits(tmp_path, lm, whole):
-    records, content = whole
+def test_a_file_cut_anywhere_is_resumed_to_the_same_bits(tmp_path, lm, full):
+    records, content = full
     for cut in cuts(content):
         folder = partial(tmp_path / str(cut), content[:cut])
         assert studied(folder, lm) == records, cut
-        assert studied(folder, lm) == records, (
-            cut
-        )  # what it wrote is read again as well
+        assert studied(folder, lm) == records, cut  # its own results are read again too
 
 
-def test_what_is_there_is_not_computed_again(tmp_path, lm, whole, monkeypatch):
-    records, content = whole
+def test_what_is_there_is_not_computed_again(tmp_path, lm, full, monkeypatch):
+    records, content = full
     calls, run_group = [], clm.sweep.run_group
 
     def watched(*arguments):
@@ -199,8 +200,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_line_that_cannot_be_read_is_computed_again(tmp_path, lm, whole, case):
-    records, content = whole
+def test_a_line_that_cannot_be_read_is_computed_again(tmp_path, lm, full, case):
+    records, content = full
     lines = content.splitlines(keepends=True)
     lines[3] = BROKEN[case]
     assert studied(partial(tmp_path, b"".join(lines)), lm) == records
@@ -236,8 +237,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_results_of_something_else_are_refused(tmp_path, lm, whole, case):
-    _, content = whole
+def test_results_of_something_else_are_refused(tmp_path, lm, full, case):
+    _, content = full
     partial(tmp_path, content)
     with pytest.raises(
         clm.InputError,
@@ -293,7 +294,7 @@ def assert_refused(outcome, *culprits):
 
 
 def stored(folder):
-    """study.json but for what may differ: when and where it was made."""
+    """study.json without the time and place of the run."""
     values = json.loads((folder / "study.json").read_text())
     values["run"].pop("date")
     values["run"]["flags"].pop("output_dir")
@@ -321,9 +322,9 @@ def test_the_program_writes_one_file_with_so_many_prompts(run, tmp_path, lm):
     curve = values["records"][0]["curves"]
     task = datasets.generate_tasks("counting")[0]
     assert values["records"][0]["prompt"] == task.prompt
-    found = np.array([curve["probabilities"][digit] for digit in DIGITS]).T
+    actual = np.array([curve["probabilities"][digit] for digit in DIGITS]).T
     np.testing.assert_allclose(
-        found, said(lm, "counting", task, POINTS), rtol=0, atol=1e-6
+        actual, compute_one(lm, "counting", task, POINTS), rtol=0, atol=1e-6
     )
 
 
@@ -340,8 +341,8 @@ def test_folders_and_flags_that_cannot_be_used(run, tmp_path):
     assert os.listdir(tmp_path / "other") == [study.PARTIAL_RESULTS_FILE]
 
 
-# The program in a process that may be killed: one server imports, each job is a fork of it, in
-# which every write takes its time and reaches the disk in two halves.
+# One server process imports everything, and each job is a fork that may be killed. In a fork every
+# write is slow and reaches the disk in two halves.
 _KILLER = """
 import json, os, runpy, signal, sys, time
 from continuous_lm.experiments.studies import study

@@ -1,4 +1,4 @@
-"""The programs of text models, end to end on a small text, and what they refuse."""
+"""The programs of text models, end to end on a small text, and their errors."""
 
 import dataclasses
 import json
@@ -174,7 +174,7 @@ def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(tmp_path):
     }
     config = train_density.Config(**flags)
     train_density.run(config)
-    whole = density.load(tmp_path / "out").params
+    full = density.load(tmp_path / "out").params
     steps = [step for step, _ in run_folder.list_checkpoints(tmp_path / "out" / "run")]
     assert steps == [10, 12]
     shutil.rmtree(
@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(tmp_path):
     )  # as if killed before
     train_density.run(config)
     again = density.load(tmp_path / "out").params
-    for path, leaf in run_folder.leaves_by_path(whole).items():
+    for path, leaf in run_folder.leaves_by_path(full).items():
         np.testing.assert_array_equal(leaf, run_folder.leaves_by_path(again)[path])
     assert_refused(
         train_density, ["batch_size = 4, not 8"], **(flags | {"batch_size": 8})
@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_goes_on_and_others_are_told_apart(tmp_path):
     assert not (tmp_path / "nan" / "density.json").exists()
 
 
-# --- What is refused ------------------------------------------------------------------------------
+# --- Refused input --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +269,7 @@ def test_programs_have_the_flags_that_they_read(module):
     assert len(dataclasses.fields(module.Config)) > 10
 
 
+@pytest.mark.slow
 def test_an_error_ends_a_program_with_one_line(tmp_path):
     for arguments, culprit in (
         (["train_density", "--trunk=apples"], "'trunk'"),
@@ -355,8 +356,8 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_is_kept(texts, tmp_pa
 
 
 def test_values_of_settings_are_json_or_words():
-    given = ["depth=2", "min_scale=0.1", "covariance=full", "expert_size=null"]
-    assert density_training.parse_settings(given, "codec_settings") == {
+    options = ["depth=2", "min_scale=0.1", "covariance=full", "expert_size=null"]
+    assert density_training.parse_settings(options, "codec_settings") == {
         "depth": 2,
         "min_scale": 0.1,
         "covariance": "full",
@@ -365,8 +366,8 @@ def test_values_of_settings_are_json_or_words():
 
 
 def test_values_of_head_settings_have_the_declared_types():
-    given = ("depth=2", "min_scale=0.1", "expert_size=null", "balance=1")
-    config = density_training.HeadFlags(head_settings=given)
+    options = ("depth=2", "min_scale=0.1", "expert_size=null", "balance=1")
+    config = density_training.HeadFlags(head_settings=options)
     parsed = config.parsed_head_settings("experts", heads.DISTRIBUTION_HEADS)
     expected = {"depth": 2, "min_scale": 0.1, "expert_size": None, "balance": 1.0}
     assert parsed == expected

@@ -55,7 +55,7 @@ def data():
     return window_batches.shuffled_windows(TOKENS, length=8, batch_size=8, seed=1)
 
 
-def fitted(folder, loss=loss, params=None, given=None, **changes):
+def fitted(folder, loss=loss, params=None, arguments=None, **changes):
     options = dict(
         steps=45,
         learning_rate=1e-2,
@@ -70,7 +70,7 @@ def fitted(folder, loss=loss, params=None, given=None, **changes):
     return fit.fit(
         loss,
         params,
-        given or data(),
+        arguments or data(),
         folder=folder,
         config=fit.FitConfig(**options),
         **changes,
@@ -81,7 +81,7 @@ def lines(folder, name=run_log.METRICS_FILE):
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def kept(folder):
+def remaining(folder):
     return [step for step, _ in run_folder.list_checkpoints(folder)]
 
 
@@ -95,8 +95,8 @@ def assert_same(params, others):
 class Interrupted:
     """Batches that do something before one of them is drawn."""
 
-    def __init__(self, given, number, act):
-        self.given, self.left, self.act = given, number, act
+    def __init__(self, arguments, number, act):
+        self.given, self.left, self.act = arguments, number, act
 
     def __next__(self):
         if self.left == 0:
@@ -113,7 +113,7 @@ class Interrupted:
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
-    """What takes the time here is compiling the same steps again and again."""
+    """Compile the same steps only once, since compiling takes most of the time."""
     changes = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -130,7 +130,7 @@ def compiled_once(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     """The folder and the parameters of a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, fitted(folder, tokens_per_step=64)
@@ -181,8 +181,8 @@ def quiet(params, batch, key):
     ("accumulate", "steps"), [(4, 23), pytest.param(1, 20, marks=pytest.mark.slow)]
 )
 def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
-    """In dispatches of several steps, the last of them shorter; accumulated or not."""
-    found = fitted(
+    """Dispatches have several steps, the last one fewer; with and without accumulation."""
+    actual = fitted(
         tmp_path,
         quiet,
         steps=steps,
@@ -191,7 +191,7 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
         clip=1.5,
         final_share=0.2,
     )
-    drawn = [batch for batch, _ in zip(data(), range(steps), strict=False)]
+    samples = [batch for batch, _ in zip(data(), range(steps), strict=False)]
 
     @jax.jit
     def gradient(named, batch):
@@ -205,9 +205,9 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
             jax.grad(lambda p: quiet(p, batch, None)[0])(tree)
         )
 
-    wanted, norms, rates = adamw(
+    expected, norms, rates = adamw(
         run_folder.leaves_by_path(initial()),
-        lambda named, step: gradient(named, drawn[step]),
+        lambda named, step: gradient(named, samples[step]),
         steps=steps,
         peak=1e-2,
         warm_up=5,
@@ -218,8 +218,10 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
         clip=1.5,
     )
     assert min(norms) < 1.5 < max(norms)  # some gradients are clipped, some are not
-    for name, leaf in run_folder.leaves_by_path(found).items():
-        np.testing.assert_allclose(leaf, wanted[name], rtol=0, atol=2e-5, err_msg=name)
+    for name, leaf in run_folder.leaves_by_path(actual).items():
+        np.testing.assert_allclose(
+            leaf, expected[name], rtol=0, atol=2e-5, err_msg=name
+        )
     written = lines(tmp_path)
     ends = [5, 10, 15, 20, 23][: len(written)]
     assert [line["step"] for line in written] == ends
@@ -232,9 +234,9 @@ def test_steps_are_those_of_adamw(tmp_path, accumulate, steps):
         )
 
 
-def test_what_a_run_writes(whole):
-    folder, params = whole
-    assert kept(folder) == [40, 45]
+def test_what_a_run_writes(complete):
+    folder, params = complete
+    assert remaining(folder) == [40, 45]
     written, speeds = lines(folder), lines(folder, run_log.SPEED_FILE)
     assert [line["step"] for line in written] == list(range(5, 50, 5))
     assert [line["step"] for line in speeds] == list(range(5, 50, 5))
@@ -274,7 +276,7 @@ def test_weight_decay_is_for_matrices(name, shape, decayed):
 
 
 def test_frozen_parameters(tmp_path):
-    """They stay, need no gradient, take no place in a checkpoint, and must be the same again."""
+    """Frozen parameters do not change, are not in checkpoints, and must be equal when resuming."""
     params = initial() | {"ids": jnp.arange(32)}
 
     def with_ids(params, batch, key):
@@ -283,10 +285,10 @@ def test_frozen_parameters(tmp_path):
     def frozen(name):
         return name.startswith(("ids", "layers"))
 
-    found = fitted(tmp_path, with_ids, params, is_frozen=frozen, steps=10)
-    assert_same(found["layers"], params["layers"])
-    assert_same(found["ids"], params["ids"])
-    assert (found["table"] != params["table"]).any()
+    actual = fitted(tmp_path, with_ids, params, is_frozen=frozen, steps=10)
+    assert_same(actual["layers"], params["layers"])
+    assert_same(actual["ids"], params["ids"])
+    assert (actual["table"] != params["table"]).any()
     ((_, path),) = run_folder.list_checkpoints(tmp_path)
     # The number of updates for each of AdamW and its schedule, and two means for each parameter.
     metadata = json.loads((path / "optimizer" / "_METADATA").read_text())[
@@ -294,8 +296,8 @@ def test_frozen_parameters(tmp_path):
     ]
     assert len(metadata) == 2 + 2 * 2
     restored, _ = run_folder.restore_params(tmp_path, params)
-    assert_same(restored, found)
-    assert_same(fitted(tmp_path, with_ids, params, is_frozen=frozen, steps=10), found)
+    assert_same(restored, actual)
+    assert_same(fitted(tmp_path, with_ids, params, is_frozen=frozen, steps=10), actual)
     other = params | {"ids": params["ids"][::-1]}
     with pytest.raises(clm.InputError, match="holds a run with frozen = "):
         fitted(tmp_path, with_ids, other, is_frozen=frozen, steps=10)
@@ -303,20 +305,20 @@ def test_frozen_parameters(tmp_path):
         fitted(tmp_path / "all", is_frozen=lambda name: True)
 
 
-def test_computing_in_bfloat16(tmp_path, whole):
-    seen = []
+def test_computing_in_bfloat16(tmp_path, complete):
+    visited = []
 
     def spied(params, batch, key):
-        seen.extend(leaf.dtype for leaf in jax.tree.leaves(params))
+        visited.extend(leaf.dtype for leaf in jax.tree.leaves(params))
         return loss(params, batch, key)
 
-    found = fitted(tmp_path, spied, compute_dtype="bfloat16")
-    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
-    ours, others = jax.tree.leaves(found), jax.tree.leaves(whole[1])
+    actual = fitted(tmp_path, spied, compute_dtype="bfloat16")
+    assert set(visited) == {jnp.dtype(jnp.bfloat16)}
+    ours, others = jax.tree.leaves(actual), jax.tree.leaves(complete[1])
     assert {leaf.dtype for leaf in ours} == {jnp.dtype(jnp.float32)}
     assert any((x != y).any() for x, y in zip(ours, others, strict=True))
     assert lines(tmp_path)[-1]["loss"] == pytest.approx(
-        lines(whole[0])[-1]["loss"], abs=0.05
+        lines(complete[0])[-1]["loss"], abs=0.05
     )
 
 
@@ -341,51 +343,51 @@ def crash():
 
 
 @pytest.mark.parametrize("draws", [3, 17, 38])
-def test_a_run_that_crashed_goes_on(tmp_path, whole, draws):
+def test_a_run_that_crashed_goes_on(tmp_path, complete, draws):
     """Before the first checkpoint, and between two of them."""
     with pytest.raises(Crash):
         fitted(tmp_path, given=Interrupted(data(), draws, crash))
-    steps = kept(tmp_path)
-    drawn = []
-    given = Interrupted(data(), 0, lambda: drawn.append(1))
-    found = fitted(tmp_path, given=given)
+    steps = remaining(tmp_path)
+    samples = []
+    arguments = Interrupted(data(), 0, lambda: samples.append(1))
+    actual = fitted(tmp_path, given=arguments)
     # Batches of the steps before are not drawn again.
-    assert -given.left == 45 - (steps[-1] if steps else 0)
-    assert_same(found, whole[1])
-    assert lines(tmp_path) == lines(whole[0])
-    assert kept(tmp_path) == [40, 45]
+    assert -arguments.left == 45 - (steps[-1] if steps else 0)
+    assert_same(actual, complete[1])
+    assert lines(tmp_path) == lines(complete[0])
+    assert remaining(tmp_path) == [40, 45]
     # A run that is done stays as it is.
     before = (tmp_path / run_log.METRICS_FILE).read_bytes()
-    assert_same(fitted(tmp_path, given=Interrupted(data(), 0, crash)), whole[1])
+    assert_same(fitted(tmp_path, given=Interrupted(data(), 0, crash)), complete[1])
     assert (tmp_path / run_log.METRICS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_first(tmp_path, whole, number):
+def test_asked_to_stop_it_saves_first(tmp_path, complete, number):
     def handler(*_):
         raise Crash
 
     before = signal.signal(number, handler)
     try:
         # Batches are drawn one dispatch ahead, so this is while steps 11 to 15 are computed.
-        given = Interrupted(data(), 17, lambda: os.kill(os.getpid(), number))
+        arguments = Interrupted(data(), 17, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Crash):
-            fitted(tmp_path, given=given)
+            fitted(tmp_path, given=arguments)
         assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)
-    assert kept(tmp_path) == [10, 15]
-    assert_same(fitted(tmp_path), whole[1])
-    assert lines(tmp_path) == lines(whole[0])
+    assert remaining(tmp_path) == [10, 15]
+    assert_same(fitted(tmp_path), complete[1])
+    assert lines(tmp_path) == lines(complete[0])
 
 
-def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch):
+def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, complete, monkeypatch):
     warned = []
     monkeypatch.setattr(
         logging, "warning", lambda text, *values: warned.append(text % values)
     )
     folder = tmp_path / "run"
-    shutil.copytree(whole[0], folder)
+    shutil.copytree(complete[0], folder)
     with open(folder / run_log.METRICS_FILE, "a") as file:
         file.write('{"step": 46, "lo')
     newest = folder / run_folder.CHECKPOINTS_FOLDER / "00000045"
@@ -393,10 +395,10 @@ def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(b"")
     (folder / run_folder.CHECKPOINTS_FOLDER / ".writing-x").mkdir()
-    assert_same(fitted(folder), whole[1])
+    assert_same(fitted(folder), complete[1])
     assert len(warned) == 1
     assert "00000045 cannot be read" in warned[0]
-    assert lines(folder) == lines(whole[0])
+    assert lines(folder) == lines(complete[0])
     assert not list(folder.rglob(".writing-*"))
     for _, path in run_folder.list_checkpoints(folder):
         (path / run_folder.STATE_FILE).unlink()
@@ -417,10 +419,10 @@ def test_torn_lines_and_checkpoints_are_passed_over(tmp_path, whole, monkeypatch
         ),
     ],
 )
-def test_other_settings_are_refused(whole, changes, message):
+def test_other_settings_are_refused(complete, changes, message):
     with pytest.raises(clm.InputError, match=message):
-        fitted(whole[0], **changes)
-    assert kept(whole[0]) == [40, 45]
+        fitted(complete[0], **changes)
+    assert remaining(complete[0]) == [40, 45]
 
 
 # How far a run is when it is killed is chance; that it ends the same must not be.
@@ -504,12 +506,12 @@ class Poisoned(Interrupted):
     ],
 )
 def test_what_is_not_finite_ends_the_run(tmp_path, poison, what):
-    """The step is the exact one, and no checkpoint of what came of it is written."""
+    """The error names the step, and no later checkpoint is written."""
     with pytest.raises(
         clm.InputError, match=f"the {what} in step 30; the .* step 20 is kept"
     ):
         fitted(tmp_path, spoilt, given=Poisoned(data(), 30, poison))
-    assert kept(tmp_path) == [10, 20]
+    assert remaining(tmp_path) == [10, 20]
     assert lines(tmp_path)[-1]["step"] == 25
     with pytest.raises(
         clm.InputError, match=f"the {what} in step 2; there is no checkpoint yet"
@@ -527,7 +529,7 @@ def file_size(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, whole):
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, complete):
     calls = []
     with file_size(4096) as full:
 
@@ -541,10 +543,10 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, whole
             clm.InputError, match=r"cannot write to .*step 20 is kept\. Make room"
         ):
             fitted(tmp_path, evaluate=evaluate)
-    assert kept(tmp_path) == [10, 20]
+    assert remaining(tmp_path) == [10, 20]
     assert not list(tmp_path.rglob(".writing-*"))
-    assert_same(fitted(tmp_path), whole[1])
-    assert kept(tmp_path) == [40, 45]
+    assert_same(fitted(tmp_path), complete[1])
+    assert remaining(tmp_path) == [40, 45]
 
 
 def test_evaluations_are_logged_with_checkpoints(tmp_path):
@@ -584,16 +586,16 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboardX")
     fitted(tmp_path)
     (path,) = (tmp_path / "tensorboard").iterdir()
-    found = [
+    actual = [
         (event.step, value.tag, value.simple_value)
         for event in events(path)
         for value in event.summary.value
         if value.tag == "loss"
     ]
-    assert [(step, tag) for step, tag, _ in found] == [
+    assert [(step, tag) for step, tag, _ in actual] == [
         (s, "loss") for s in range(5, 50, 5)
     ]
-    for (_, _, value), line in zip(found, lines(tmp_path), strict=True):
+    for (_, _, value), line in zip(actual, lines(tmp_path), strict=True):
         assert value == pytest.approx(line["loss"])
 
 
@@ -608,13 +610,13 @@ def test_tensorboard_forgets_what_is_made_again(tmp_path):
     assert starts == [11]
 
 
-def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, whole, monkeypatch):
+def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, complete, monkeypatch):
     warned = []
     monkeypatch.setattr(
         logging, "warning", lambda text, *values: warned.append(text % values)
     )
     monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
-    assert_same(fitted(tmp_path), whole[1])
+    assert_same(fitted(tmp_path), complete[1])
     assert warned == [
         "tensorboardX is not installed: nothing is written for TensorBoard"
     ]

@@ -32,6 +32,7 @@ def bpe():
 # --- What every Python carries ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_default_text_is_english_and_each_part_comes_once(default):
     content = [document.encode() for document in default.documents]
     assert default.num_bytes == sum(map(len, content)) > 1_000_000
@@ -59,9 +60,9 @@ def test_a_library_is_read_and_not_run(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    found = text.default_text(tmp_path)
-    assert text.default_text(tmp_path) == found
-    assert found.documents == (
+    actual = text.default_text(tmp_path)
+    assert text.default_text(tmp_path) == actual
+    assert actual.documents == (
         "First\ntopic.\n",
         "Second topic.\n",
         "An ark.\n\nFeeds.\n\nG.\n",
@@ -81,10 +82,10 @@ def test_a_python_without_sources(tmp_path):
 def test_files_are_documents(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\n")
     (tmp_path / "b.txt").write_bytes("\u00e9t\u00e9".encode())
-    found = text.read_text_files([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
-    assert found.documents == ("one\ntwo\n", "\u00e9t\u00e9")
-    assert found.source == "a.txt, b.txt"
-    assert found.num_bytes == 8 + 5
+    actual = text.read_text_files([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    assert actual.documents == ("one\ntwo\n", "\u00e9t\u00e9")
+    assert actual.source == "a.txt, b.txt"
+    assert actual.num_bytes == 8 + 5
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_parts_are_the_text_each_once(documents, every, characters):
         train,
         held,
     ):  # each in its order, and nothing between them is left over
-        rest = iter(left)
-        assert all(character in rest for character in "".join(part))
+        others = iter(left)
+        assert all(character in others for character in "".join(part))
 
 
 def test_held_out_blocks_are_spread_and_end_with_lines():

@@ -14,7 +14,7 @@ from continuous_lm.experiments.training import window_batches
 TOKENS = np.arange(1000, dtype=np.int32)
 
 
-def drawn(array=TOKENS, count=40, **changes):
+def samples(array=TOKENS, count=40, **changes):
     iterator = window_batches.shuffled_windows(
         array, **(dict(length=8, batch_size=5, seed=0) | changes)
     )
@@ -29,10 +29,10 @@ def test_windows_are_pieces_and_an_epoch_has_each_target_once(
         with pytest.raises(
             clm.InputError, match=f"has {size} tokens.*takes {length + 1}"
         ):
-            drawn(TOKENS[:size], length=length)
+            samples(TOKENS[:size], length=length)
         return
     count = max(1, (size - length) // length)  # windows in an epoch
-    some = drawn(
+    some = samples(
         TOKENS[:size], 3 * count, length=length, batch_size=batch_size, seed=seed
     )
     assert some.shape == (3 * count, batch_size, length + 1)
@@ -47,7 +47,7 @@ def test_windows_are_pieces_and_an_epoch_has_each_target_once(
 
 def test_every_epoch_cuts_elsewhere_in_another_order():
     count = (1000 - 8) // 8
-    epochs = drawn(count=count, batch_size=5).reshape(5, count, 9)
+    epochs = samples(count=count, batch_size=5).reshape(5, count, 9)
     offsets = {int(epoch.min()) for epoch in epochs}
     assert len(offsets) > 2
     orders = {tuple(epoch[:, 0] // 8) for epoch in epochs}
@@ -56,42 +56,42 @@ def test_every_epoch_cuts_elsewhere_in_another_order():
 
 
 def test_all_of_a_sequence_is_reached():
-    some = drawn(TOKENS[:30], count=300)
+    some = samples(TOKENS[:30], count=300)
     assert set(some[..., 1:].ravel()) == set(range(1, 30))
 
 
 def test_seeds_and_positions():
-    whole = drawn()
-    np.testing.assert_array_equal(drawn(), whole)
-    assert (drawn(seed=1) != whole).any()
+    full = samples()
+    np.testing.assert_array_equal(samples(), full)
+    assert (samples(seed=1) != full).any()
     # The order of the next seed does not come an epoch later.
     count = (1000 - 8) // 8
     first, second = (
-        drawn(count=2 * count, batch_size=1, seed=s)[:, 0, 0] // 8 for s in (0, 1)
+        samples(count=2 * count, batch_size=1, seed=s)[:, 0, 0] // 8 for s in (0, 1)
     )
     assert (first[count:] != second[:count]).any()
 
     iterator = window_batches.shuffled_windows(TOKENS, length=8, batch_size=5, seed=0)
     for i in range(40):
         state = json.loads(json.dumps(iterator.get_state()))
-        np.testing.assert_array_equal(next(iterator), whole[i])
+        np.testing.assert_array_equal(next(iterator), full[i])
         other = window_batches.shuffled_windows(TOKENS, length=8, batch_size=5, seed=0)
         other.set_state(state)
-        np.testing.assert_array_equal(next(other), whole[i])
+        np.testing.assert_array_equal(next(other), full[i])
     iterator.set_state(state)
-    np.testing.assert_array_equal(next(iterator), whole[39])
+    np.testing.assert_array_equal(next(iterator), full[39])
 
 
 def test_frames_and_mapped_files(tmp_path):
     frames = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
-    some = drawn(frames, count=4)
+    some = samples(frames, count=4)
     assert some.shape == (4, 5, 9, 3)
     assert some.dtype == np.float32
     np.save(tmp_path / "frames.npy", frames)
     mapped = np.load(tmp_path / "frames.npy", mmap_mode="r")
-    np.testing.assert_array_equal(drawn(mapped, count=4), some)
+    np.testing.assert_array_equal(samples(mapped, count=4), some)
     with pytest.raises(clm.InputError, match=r"100 frames.*takes 101"):
-        drawn(frames, length=100)
+        samples(frames, length=100)
 
 
 def test_consecutive_windows():
@@ -116,4 +116,4 @@ def test_sizes(name, value):
     with pytest.raises(
         clm.InputError, match=f"{name} must be at least {value + 1}, not {value}"
     ):
-        drawn(**{name: value})
+        samples(**{name: value})
