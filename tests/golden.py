@@ -1,8 +1,8 @@
 """Golden outputs: the stored outputs of every program, run small, and their comparison.
 
-python -m tests.golden [GROUP...]          # run the programs, print the numbers that moved
-python -m tests.golden --write [GROUP...]  # store the numbers again, of some groups or all
-python -m tests.golden --noise [GROUP...]  # measure again how other compilers move them
+    python -m tests.golden [GROUP...]          # run the programs, print the numbers that moved
+    python -m tests.golden --write [GROUP...]  # store the numbers again, of some groups or all
+    python -m tests.golden --noise [GROUP...]  # measure again how other compilers move them
 
 A group is the first part of a name in PROGRAMS.
 """
