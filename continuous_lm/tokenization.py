@@ -89,7 +89,7 @@ def span(
     """The tokens from where `first` first occurs to where `last` last ends.
 
     Args:
-      encoding: of `text`.
+      encoding: encoding of `text`.
       text: the prompt.
       first: a piece of the text, where the span begins.
       last: a piece of the text, at whose last occurrence the span ends; `first` if omitted.

@@ -126,7 +126,8 @@ def generate(
       sampler: the sampler of items: `Greedy`, `Temperature`, or one of `models.density` and
         `models.calm`.
       max_new_tokens: largest number of new tokens, or vectors, of each prompt.
-      durations: of the prompts' tokens, vectors or chunks: [B, T], or a list of B; 1 if omitted.
+      durations: durations of the prompts' tokens, vectors or chunks: [B, T], or a list of B; 1 if
+        omitted.
       start: the time at which each prompt begins, a scalar or [B].
       new_durations: d >= 0 of the new items: a scalar, [T] or [B, T], where T is `max_new_tokens`
         (over C, rounded up).

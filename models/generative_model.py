@@ -58,10 +58,10 @@ class GenerativeModel(Protocol):
         """The hidden states [B, D] at the last of these items, and the cache with all of them.
 
         Args:
-          params: of the model.
+          params: parameters of the model.
           items: the next ones of B sequences, [B, T, ...].
           durations: d >= 0 [B, T].
-          cache: of the items before these.
+          cache: KV cache of the earlier items.
         """
         ...
 

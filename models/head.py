@@ -120,7 +120,7 @@ def declare_linear(
     """Kernel `name` [*output_axes, input_axis] and bias `name_bias` [*output_axes] of `linear`.
 
     Args:
-      name: of the map.
+      name: name of the linear map.
       sizes: the size of each axis.
       output_axes: letters, as in "X W".
       input_axis: a letter.

@@ -81,10 +81,10 @@ def empty(
     """A cache with room for `length` tokens of each of the `batch_shape` sequences, and none in it.
 
     Args:
-      config: of the model.
+      config: config of the model.
       length: S.
       batch_shape: the sequences' leading axes.
-      dtype: of keys and values; the parameters' own.
+      dtype: dtype of keys and values; the parameters' own.
     """
     check_count("length", length)
     float_dtype = jnp.promote_types(dtype, jnp.float32)
@@ -165,7 +165,7 @@ def extend(
     """Keys and values of one layer, of the past tokens and the new ones.
 
     Args:
-      past: of the earlier tokens.
+      past: keys and values of the earlier tokens.
       k: keys [..., T, K, H] of the new tokens.
       v: values [..., T, K, H].
       offset: int [], the index of the first new token in a cache.

@@ -43,7 +43,7 @@ class LanguageModel(Generic[Model]):
     Attributes:
       model: the Linen module, whose `apply` is a pure function.
       params: parameter tree, layers stacked on a leading axis.
-      tokenizer: of the `tokenizers` library, or None.
+      tokenizer: tokenizer of the `tokenizers` library, or None.
       hf_fields: fields of config.json that do not change the output (special tokens, length of the
         context), stored for `save`.
     """

@@ -67,7 +67,7 @@ def layer_table(config: TransformerConfig, stack: str = "L ") -> dict[str, Decla
     """The parameters of all layers, stacked on axis L, by their paths in a layer.
 
     Args:
-      config: of the model.
+      config: config of the model.
       stack: axes in front of those of one layer.
     """
     sizes = config.sizes
@@ -184,14 +184,14 @@ def attention(
     """The attention of one layer: projections around `attend_problem`.
 
     Args:
-      config: of the model.
-      params: of the layer's attention.
+      config: config of the model.
+      params: parameters of the layer's attention.
       x: normalized residual stream [..., T, D].
-      timing: of the tokens.
+      timing: timing of the tokens.
       past: keys and values of earlier tokens; None if there are none.
       is_windowed: bool [], whether this layer has the config's window.
       position: int or int [...], the only query to compute; all if omitted.
-      implementation: of `attend_problem`.
+      implementation: form of attention, as in `attend_problem`.
 
     Returns:
       [..., T, D] ([..., 1, D] with a position), and the past with the new keys and values.

@@ -125,7 +125,7 @@ def place(mesh: Mesh | None, params: Params, table: ParameterTable) -> Params:
 
     Args:
       mesh: None: where they are.
-      params: of the table.
+      params: parameters, as in the table.
       table: path -> declaration.
     """
     return unflatten(

@@ -116,8 +116,8 @@ def forward(
     here; `trunk_inputs.make_inputs` does that.
 
     Args:
-      config: of the model.
-      params: of `parameter_table(config)`.
+      config: config of the model.
+      params: parameters, as in `parameter_table(config)`.
       inputs: tokens or embeddings with their durations, from `trunk_inputs.make_inputs`. Leading
         axes broadcast.
       position: index of the only token to return logits for, an int or int [...] (-1: the last).
@@ -545,10 +545,10 @@ class Transformer(ParameterModule):
         """The hidden states [B, D] at the last of these items, and the cache with all of them.
 
         Args:
-          params: of `parameter_table`.
+          params: parameters, as in `parameter_table`.
           items: int tokens [B, T] or embeddings [B, T, D].
           durations: d >= 0 [B, T].
-          cache: of the items before these.
+          cache: KV cache of the earlier items.
         """
         states = hidden_states(
             self.config,

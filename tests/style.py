@@ -259,6 +259,16 @@ def banned_phrases(path: str, source: str) -> list[str]:
     ]
 
 
+def entries_without_noun(path: str, source: str) -> list[str]:
+    """Entries of Args and Attributes that start with "of"."""
+    entry = re.compile(r"^[ \t]+(\w+): [Oo]f \w", re.MULTILINE)
+    return [
+        f"{path}:{prose.line}: {match[1]!r} has no noun: write NAME: NOUN of ..."
+        for prose in docstrings(source)
+        for match in entry.finditer(prose.text)
+    ]
+
+
 def unlisted_axes(path: str, source: str) -> list[str]:
     """Axis letters in shapes such as [B, T, D] that `continuous_lm.axes` does not list."""
     shape = re.compile(
@@ -379,6 +389,7 @@ CODE_RULES: Sequence[Rule] = (
     docstring_openings,
     long_sentences,
     banned_phrases,
+    entries_without_noun,
     unlisted_axes,
     short_helps,
 )

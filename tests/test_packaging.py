@@ -163,7 +163,7 @@ def imports(source: str, *, everywhere: bool = True) -> Iterator[str]:
     """Every module imported in `source`, with the names taken from it.
 
     Args:
-      source: of a module.
+      source: source text of a module.
       everywhere: also inside functions and under TYPE_CHECKING.
     """
     tree = ast.parse(source)

@@ -78,6 +78,10 @@ PLANTED = {
         ],
         "# made again\nanew = 1",
     ),
+    style.entries_without_noun: (
+        ['"""Add.\\n\\nArgs:\\n  seed: of the data.\\n"""'],
+        '"""Add.\\n\\nArgs:\\n  seed: seed of the data.\\n\\nSaid: of old.\\n"""',
+    ),
     style.unlisted_axes: (
         ["x = 1  # [B, Y]", '"""Return y [..., O]."""'],
         "x = 1  # [B, T, 2]\ny = x[Y]  # x[Y], [num_panels, B]",

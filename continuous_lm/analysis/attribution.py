@@ -71,7 +71,7 @@ class PromptLogits:
     """A prompt as a function of its durations: [..., T] -> logits [..., V] of the next token.
 
     Attributes:
-      params: of the model.
+      params: parameters of the model.
       inputs: all but the durations: tokens int [T] or embeddings [T, D], and start.
       position: index of the token after which the answer stands, int [].
       model: the transformer.
@@ -333,7 +333,7 @@ def gauss_legendre(edges: np.ndarray, nodes: int) -> tuple[np.ndarray, np.ndarra
     """Gauss-Legendre nodes and weights in each panel.
 
     Args:
-      edges: of the panels [num_panels + 1].
+      edges: edges of the panels [num_panels + 1].
       nodes: in each of them.
 
     Returns:

@@ -206,8 +206,8 @@ def save_tensors(
 
     Args:
       folder: to write into.
-      shapes: of all tensors, by their names.
-      dtype: of all tensors.
+      shapes: shapes of all tensors, by their names.
+      dtype: dtype of all tensors.
       get_tensor: name -> values; called once for each name, when it is to be written, so that only
         one tensor has to be in memory.
       shard_size: the most bytes of tensors in one file; a larger tensor has a file for itself.

@@ -43,7 +43,7 @@ def plot_spectrograms(
 
     Args:
       rows: name -> log-mel frames [B, T, W], B excerpts.
-      mel_config: of the frames.
+      mel_config: settings of the frames.
       prompt_length: frames before a sample begins.
       sampled_rows: the rows that are samples.
     """
@@ -196,7 +196,7 @@ def plot_duration_curves(
     """The log-density of sound at several hops, against the duration given to its frames.
 
     Args:
-      sweep_results: of `sweep_durations`.
+      sweep_results: results of `sweep_durations`.
       milliseconds: the hop in training.
     """
     curves = sweep_results["nats_per_frame"]

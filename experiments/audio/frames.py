@@ -373,12 +373,12 @@ def measure_models(
     """Model -> its likelihood, errors, and how its samples move.
 
     Args:
-      config: of the run.
+      config: config of the run.
       models: the models.
       scores: model -> its scores of the windows.
       excerpts: with the samples.
       windows: held-out frames [num_windows, T + 1, W].
-      deviation: of each band [W], by which frames were divided.
+      deviation: standard deviation of each band [W], the divisor of frames.
     """
     results: dict[str, dict[str, Any]] = {
         name: {

@@ -246,7 +246,7 @@ def griffin_lim(
       length: n; see `istft`.
       iterations: how often.
       momentum: 0 for the original.
-      seed: of the first phases.
+      seed: seed of the first phases.
 
     Returns:
       samples [n].

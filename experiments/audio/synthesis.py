@@ -168,9 +168,9 @@ def synthesize_segments(
     Args:
       segments: one after another.
       rate: samples a second.
-      pitch: of the voice, in Hz; it falls, and wavers.
+      pitch: pitch of the voice in Hz, which falls and wavers.
       formant_factor: multiplies the resonances' frequencies.
-      rng: of the noise and the wavering.
+      rng: random generator of the noise and the wavering.
     """
     end_times = np.cumsum([segment.seconds for segment in segments])
     length = round(end_times[-1] * rate)
@@ -314,7 +314,7 @@ def synthesize_speech(
     Args:
       sentences: read in this order, from the beginning again if they do not last.
       seconds: how long.
-      seed: of speeds, pitches and noise.
+      seed: seed of speeds, pitches and noise.
       rate: samples a second.
       voice: one of those of `espeak-ng --voices`.
 

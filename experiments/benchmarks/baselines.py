@@ -321,7 +321,7 @@ def flex_attention(
       durations: [1, T], all > 0.
       with_gradients: whether those for q, k, v and log d are made.
       num_calls: how often the function that is returned does it.
-      device: of PyTorch.
+      device: device of PyTorch.
     """
     torch = import_baseline("torch")
     flex = import_baseline("torch.nn.attention.flex_attention")

@@ -57,8 +57,8 @@ def brier_lm_from_samples(
       reference: the text's own.
       groups: int [n], which positions are drawn together by the bootstrap; each for itself if left
         out, which makes intervals too narrow where neighbours are alike.
-      seed: of the bootstrap.
-      resamples: of the bootstrap.
+      seed: seed of the bootstrap.
+      resamples: resamples of the bootstrap.
 
     Returns:
       "positions", and "brier_1", ..., "brier_4" and "brier_lm" with "value", "low" and "high".
@@ -93,7 +93,7 @@ def brier_lm_from_probabilities(
     """BrierLM of a model whose probabilities are known.
 
     Args:
-      reference_log_probs: of each token of the references given those before it, nats [n, 4].
+      reference_log_probs: log-probability of each reference token after the earlier ones, [n, 4].
       collision: sum_x P(x)^2 over n-grams x for n = 1, ..., 4, [n, 4], or unbiased estimates of it,
         such as P(x) of an x that is drawn from P.
       groups: as in `brier_lm_from_samples`.

@@ -231,7 +231,7 @@ def evaluate_brier_lm(
       context: as in `evaluation_positions`.
       stride: as in `evaluation_positions`.
       limit: as in `evaluation_positions`.
-      seed: of positions, draws and the bootstrap.
+      seed: seed of positions, draws and the bootstrap.
 
     Returns:
       "sampled", "shuffled" (the same draws scored against the text after other contexts) and, for

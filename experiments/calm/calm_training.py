@@ -50,7 +50,7 @@ def create_codec(
       hidden_size: its width.
       chunk_size: tokens in a vector.
       latent_size: width of the vector.
-      tokenizer: of the tokens.
+      tokenizer: tokenizer of the tokens.
       settings: other fields of `AutoencoderConfig`, or other values of them.
 
     Raises:
@@ -230,7 +230,7 @@ def make_evaluation(
     Args:
       model: the model.
       held_out: tokens [m].
-      window_tokens: of a window.
+      window_tokens: tokens of a window.
     """
     loss = make_loss(model)
     chunk_size = model.chunk_size

@@ -57,7 +57,7 @@ class Result(program.Result):
     Attributes:
       metrics: name -> numbers.
       samplers: name -> sampler.
-      table: of the numbers.
+      table: table of the numbers.
     """
 
     metrics: dict[str, dict[str, Any]]

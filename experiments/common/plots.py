@@ -301,7 +301,7 @@ def heat_maps(
     """A text, once for each row, every piece coloured by its value: orange for, blue against.
 
     Args:
-      token_texts: of the text, [T].
+      token_texts: text of each token, [T].
       separators: what stands before each of them.
       rows: name -> values [T]; colours are full at the largest of a row's absolute values.
       title: above them.
@@ -337,7 +337,7 @@ def durations_over_text(
     A faint line is the duration 1; orange is shorter than that, blue longer, grey is gone.
 
     Args:
-      token_texts: of the text, [T].
+      token_texts: text of each token, [T].
       separators: what stands before each of them.
       rows: name -> durations [T] >= 0.
       title: above them.

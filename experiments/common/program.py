@@ -105,7 +105,7 @@ def flag(
       choices: the words allowed, of a str or of each part of a tuple; Literal says them by itself.
       lower_bound: the smallest number allowed.
       upper_bound: the largest.
-      repeated: of a tuple: the flag is given once for each part, which may hold commas.
+      repeated: for a tuple: the flag is given once for each part, which may hold commas.
     """
     description = FlagDescription(
         help, tuple(choices), lower_bound, upper_bound, repeated

@@ -302,8 +302,8 @@ def make_latent_coders(
 
     Args:
       key: PRNG key of codebooks.
-      latents: of training chunks [n, W]; codes are fitted to them, standardised.
-      settings: of the codes.
+      latents: latents of training chunks [n, W], to which codes are fitted, standardised.
+      settings: settings of the codes.
     """
     if settings.codes > len(latents):
         raise InputError(

@@ -30,7 +30,7 @@ class NewModel(NamedTuple):
     Attributes:
       lm: the model with its first parameters.
       data: the text in its tokens.
-      vocabulary_source: of which model its vocabulary is, for an error.
+      vocabulary_source: the model of the vocabulary, for errors.
     """
 
     lm: LanguageModel[density.DensityModel]

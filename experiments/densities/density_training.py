@@ -242,8 +242,8 @@ def load_text_model(
     """The density or next-vector model in a folder, with a tokenizer.
 
     Args:
-      folder: of the model.
-      codec: of the autoencoder, of a next-vector model that does not hold its own.
+      folder: folder of the model.
+      codec: folder of the autoencoder of a next-vector model that does not hold one.
       mesh: on which its parameters are to lie.
     """
     if _holds_next_vector_model(folder):
@@ -272,7 +272,7 @@ def load_density_model(
     """The density model of tokens in a folder, with a tokenizer.
 
     Args:
-      folder: of the model.
+      folder: folder of the model.
       mesh: on which its parameters are to lie.
     """
     if _holds_next_vector_model(folder):

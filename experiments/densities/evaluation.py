@@ -55,9 +55,9 @@ def evaluate_density(
       lm: a model that reads tokens.
       held_out: tokens int [m].
       train_tokens: tokens int [n], for the unigram.
-      length: of the windows, in inputs.
+      length: length of the windows, in inputs.
       windows: at most so many, spread over the text.
-      seed: of draws, of the order of the windows and of the bootstrap.
+      seed: seed of draws, of the order of the windows and of the bootstrap.
     """
     generator = np.random.default_rng(seed)
     tokens = generator.permutation(

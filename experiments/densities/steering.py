@@ -70,7 +70,7 @@ class SteeredSamples(NamedTuple):
 
     Attributes:
       strength: in units of the rows.
-      share: of the new tokens near the list.
+      share: share of new tokens near the list.
       tokens: the new tokens of each prompt.
     """
 

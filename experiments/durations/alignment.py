@@ -15,8 +15,8 @@ class Alignment:
     Attributes:
       end_shares: when, as shares of the span, ascending [num_samples].
       token_indices: which token of each phrase holds that moment, int [num_samples] each.
-      sample_durations: of the samples in each phrase, in its own tokens, [num_samples] each; 0
-        where none of its ends.
+      sample_durations: durations of the samples in each phrase, in its own tokens, [num_samples]
+        each; 0 where none of its ends.
     """
 
     end_shares: np.ndarray

@@ -116,7 +116,7 @@ class EncodedTemplate:
     """A template with a phrase in its slot, encoded.
 
     Attributes:
-      token_ids: of the text, int [T].
+      token_ids: token ids of the text, int [T].
       token_names: as the tokenizer names them.
       token_span: the tokens of the phrase.
     """

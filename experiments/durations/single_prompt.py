@@ -119,7 +119,7 @@ class SweepResult(program.Result):
 
     Attributes:
       prompt: the text, or the template of an interpolation.
-      token_names: of the prompt, as the tokenizer names them.
+      token_names: the tokenizer's names of the prompt's tokens.
       token_span: the tokens that are changed.
       tracked: answer -> the names of its tokens.
       curves: the probabilities of the answers at every point.

@@ -82,7 +82,7 @@ class Result(program.Result):
     Attributes:
       rows: section -> rows.
       device: the name of the device.
-      seconds: of all sections.
+      seconds: run time of all sections, in seconds.
     """
 
     rows: Mapping[str, Sequence[Check]]

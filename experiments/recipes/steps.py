@@ -71,7 +71,7 @@ class StepOutcome(NamedTuple):
     Attributes:
       step: the step.
       was_skipped: whether its results were there.
-      exit_status: of its program; 0 if it was skipped.
+      exit_status: exit status of the program; 0 if it was skipped.
     """
 
     step: Step

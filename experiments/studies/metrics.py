@@ -138,9 +138,9 @@ class SumAnswers:
     """First digits that a sum m + ab may be answered with.
 
     Attributes:
-        unshrunk: Of m + ab.
-        shrunk: Of m + a and of m + b.
-        others: Of m + x, x = 0..9, that are none of these.
+        unshrunk: First digit of m + ab.
+        shrunk: First digits of m + a and of m + b.
+        others: First digits of m + x, x = 0..9, that are not among these.
     """
 
     unshrunk: str
@@ -256,8 +256,8 @@ def counting_metrics(
     """Time sensitivity, peaks and their order, in the mean over records, ready for JSON.
 
     Args:
-      digits: of each record, the probabilities [P, 10] of the digits; P may differ.
-      counts: of each record, n: 1..n are expected.
+      digits: for each record, the probabilities [P, 10] of the digits; P may differ.
+      counts: for each record, n; the digits 1..n are expected.
     """
     expected = [np.arange(1, n + 1) for n in counts]
     pairs = list(zip(digits, expected, strict=True))
@@ -341,9 +341,9 @@ def interpolation_metrics(
     """Lipschitz estimates, variation and monotonicity over records, ready for JSON.
 
     Args:
-      points: of each record, [P].
-      curves: of each record, answer -> probabilities [P]; the same answers in all.
-      kinds: of each record, the kind of its question.
+      points: for each record, its points [P].
+      curves: for each record, answer -> probabilities [P]; the same answers in all.
+      kinds: for each record, the kind of its question.
     """
     records = list(zip(points, curves, kinds, strict=True))
     estimates = [(k, a, lipschitz(x, y)) for x, ys, k in records for a, y in ys.items()]

@@ -69,7 +69,7 @@ class Result(program.Result):
     Attributes:
       ways: the numbers of each, of next-vector models with the model's name.
       data: source, size and checksum of the text.
-      table: of the same numbers.
+      table: the same numbers as a table.
     """
 
     ways: list[dict[str, Any]]

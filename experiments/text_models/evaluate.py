@@ -76,7 +76,7 @@ class Result(program.Result):
     Attributes:
       models: label -> numbers.
       data: source, size and checksum of the text.
-      tables: of all models.
+      tables: tables of all models.
     """
 
     models: dict[str, dict[str, Any]]

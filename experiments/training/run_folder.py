@@ -68,7 +68,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: optimiser steps made.
       params: the trained parameters by their paths.
-      optimizer_state: of these parameters.
+      optimizer_state: optimiser state of these parameters.
     """
 
     step: int
@@ -170,7 +170,7 @@ def restore_params(
     """The parameters of a run's last checkpoint, for instance while it is running.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
       params: a tree of the model's parameters; those that were frozen are taken from it.
 
     Returns:
@@ -240,7 +240,7 @@ def restore_or_init(
     """The state of the last checkpoint that can be read, or `initial_state` if there is none.
 
     Args:
-      folder: of the run.
+      folder: folder of the run.
       initial_state: whose shapes, dtypes and placement restored arrays have.
       batch_iterator: goes to the checkpoint's position.
 

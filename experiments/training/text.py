@@ -212,8 +212,8 @@ def split_held_out(
 
     Args:
       documents: texts.
-      held_out_every: of so many blocks one is held out, the middle one first.
-      block_characters: of a block; less where a text is too short to hold one out.
+      held_out_every: one of so many blocks is held out, the middle one first.
+      block_characters: characters of a block; fewer in texts too short to hold one out.
 
     Returns:
       Training documents and held-out ones; together they are the text, each part once.
@@ -298,8 +298,8 @@ def check_tokenizer(
 
     Args:
       tokenizer: the tokenizer.
-      vocab_size: of the checkpoint; it may have more rows than there are tokens, as many pad them.
-      model_name: of the checkpoint, for the message.
+      vocab_size: rows of the checkpoint's table, which may be padded beyond its tokens.
+      model_name: name of the checkpoint, for the message.
     """
     largest_id = max(tokenizer.get_vocab().values(), default=-1)
     if largest_id >= vocab_size:

@@ -60,7 +60,7 @@ class Corpus:
       tokenizer: whose tokens they are.
       train: int32 [n].
       held_out: int32 [m], of other parts of the text.
-      bytes_per_token: of the held-out text, to compare tokenizers by.
+      bytes_per_token: mean bytes of a held-out token, to compare tokenizers.
       source: where the text is from, its size in bytes and its SHA-256, for the records.
     """
 

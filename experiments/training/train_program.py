@@ -114,7 +114,7 @@ def write_result(
     """Writes the trained model, then the record of its run.
 
     Args:
-      config: of the run.
+      config: config of the run.
       save_model: writes the model into a folder.
       lm: the model.
       data: source, size and checksum of its text.

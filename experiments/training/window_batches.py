@@ -72,7 +72,7 @@ def shuffled_windows(
       array: [T, ...], time first: tokens int [T] or vectors [T, W]. It may be memory-mapped.
       length: n, the number of inputs of a window.
       batch_size: B, windows in a batch.
-      seed: of offsets and orders; not negative.
+      seed: seed of offsets and orders; not negative.
 
     Returns:
       Iterator over arrays [B, n + 1, ...] of the dtype of `array`: inputs are [:, :-1], targets

@@ -214,7 +214,7 @@ def load(
 
     Args:
       folder: with config.json, model.safetensors (or shards) and, if it has one, tokenizer.json.
-      dtype: of the parameters; as config.json says if omitted.
+      dtype: dtype of the parameters; config.json's dtype if omitted.
       mesh: devices to shard the parameters over, with axes "data" and "model".
       ignore_fields: fields of config.json that are known not to change the result.
 

@@ -54,7 +54,7 @@ class ChunkInputs(NamedTuple):
           durations: d >= 0 [..., T] of each chunk; 1 if omitted.
           times: when each chunk ends, [..., T], instead of start + cumulative durations.
           start: the time at which the first chunk begins, scalar or [...].
-          window: of the trunk's attention, in chunks; None if it has none.
+          window: window of the trunk's attention, in chunks; None if it has none.
           follows: whether there are chunks before these, in a cache.
 
         Raises:

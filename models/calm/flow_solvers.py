@@ -35,7 +35,7 @@ def integrate(
     """The solution at time 1 of dx/dt = velocity(x, t), from x at time 0.
 
     Args:
-      velocity: of x [..., W] at a scalar time, [..., W].
+      velocity: function of x [..., W] and a scalar time, with result [..., W].
       x: [..., W], with all leading axes that velocities have.
       steps: number of equal steps. The error is proportional to 1 / steps (euler) or
         1 / steps^2 (midpoint).

@@ -265,7 +265,7 @@ class TimeConditionedHead(ImplicitHead):
     draws of the target are taken in turn, so that more than `num_samples` are not read.
 
     Attributes:
-      steps: of which a sample is made.
+      steps: number of steps of one sample.
     """
 
     steps: int = dataclasses.field(default=16, metadata=settings.integer(1, MAX_STEPS))

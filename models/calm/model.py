@@ -228,10 +228,10 @@ class NextVectorModel(ParameterModule):
         """Return the trunk's states; `.hidden` [..., T, D] is the head's input.
 
         Args:
-          params: of `parameter_table`.
-          inputs: of `make_inputs`.
+          params: parameters, as in `parameter_table`.
+          inputs: inputs, from `make_inputs`.
           position: the only position to return, as in `transformer.hidden_states`.
-          cache: of the chunks before these.
+          cache: KV cache of the earlier chunks.
         """
         embeddings = self.compress(params, inputs.chunks)
         return transformer.hidden_states(
@@ -261,10 +261,10 @@ class NextVectorModel(ParameterModule):
         """The hidden states [B, D] at the last of these chunks, and the cache with all of them.
 
         Args:
-          params: of `parameter_table`.
+          params: parameters, as in `parameter_table`.
           items: chunks int [B, T, C].
           durations: d >= 0 [B, T].
-          cache: of the chunks before these.
+          cache: KV cache of the earlier chunks.
         """
         inputs = self.make_inputs(items, durations=durations, follows=True)
         states = self.hidden_states(params, inputs, position=-1, cache=cache)

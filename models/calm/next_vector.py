@@ -138,9 +138,9 @@ def create(
 
     Args:
       key: PRNG key.
-      config: of the trunk.
+      config: config of the trunk.
       autoencoder_lm: the autoencoder.
-      head: of the latent's width.
+      head: a head with the latent's width.
       inner_size: see `NextVectorModel`.
       num_targets: see `NextVectorModel`.
     """

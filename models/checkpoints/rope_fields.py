@@ -21,7 +21,7 @@ def read_rope(
     """Base and scaling, from rope_theta and rope_scaling or from rope_parameters.
 
     Args:
-      fields: of config.json.
+      fields: fields of config.json.
       default_theta: the base if none is given.
       fraction: the share of channels that turn if none is given; None if the family knows no other
         than all.

@@ -122,7 +122,7 @@ def has_head(folder: str | os.PathLike[str], ignore_fields: Sequence[str] = ()) 
     the products with that table: one with tied embeddings and no soft-cap of the logits.
 
     Args:
-      folder: of the model.
+      folder: folder of the model.
       ignore_fields: fields of config.json that are known not to change the result.
     """
     folder = absolute_path(folder)

@@ -173,7 +173,8 @@ class DensityModel(ParameterModule):
         Args:
           tokens: int [..., T], for a model that reads tokens, or
           vectors: [..., T, W], for one that reads vectors: the `embeddings` of the inputs.
-          durations: of each token or vector, [..., T]; see `Inputs.make`, also for the following.
+          durations: duration of each token or vector, [..., T]; see `Inputs.make` for this and the
+            next.
           times: when each ends, [..., T].
           start: when the first one begins, [...].
           follows: whether there are others before these, in a cache.
@@ -244,10 +245,10 @@ class DensityModel(ParameterModule):
         """Return the trunk's hidden states [..., T, D], the head's input, and its cache.
 
         Args:
-          params: of `parameter_table`.
-          inputs: of `make_inputs`.
+          params: parameters, as in `parameter_table`.
+          inputs: inputs, from `make_inputs`.
           position: the only position to return, as in `transformer.hidden_states`.
-          cache: of the tokens or vectors before these.
+          cache: KV cache of the earlier tokens or vectors.
         """
         if inputs.embeddings is not None:
             kernel = params[READ]
@@ -281,10 +282,10 @@ class DensityModel(ParameterModule):
         """The hidden states [B, D] at the last of these items, and the cache with all of them.
 
         Args:
-          params: of `parameter_table`.
+          params: parameters, as in `parameter_table`.
           items: int tokens [B, T] or vectors [B, T, W].
           durations: d >= 0 [B, T].
-          cache: of the items before these.
+          cache: KV cache of the earlier items.
         """
         inputs = self._item_inputs(items, durations, follows=True)
         states = self.hidden_states(params, inputs, position=-1, cache=cache)

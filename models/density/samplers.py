@@ -226,7 +226,7 @@ def rerank(
     Args:
       density: that the vectors were drawn from, with the same leading axes.
       x: the vectors.
-      rows: of the tokens [V, W].
+      rows: rows of the tokens [V, W].
       num_candidates: how many rows, the nearest to each vector, are compared.
       norms: `quantize.squared_norms(rows)`; computed if omitted.
     """

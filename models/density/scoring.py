@@ -170,7 +170,7 @@ def create(
 
     Args:
       key: PRNG key.
-      config: of the trunk.
+      config: config of the trunk.
       head: the head.
       input_kind: "tokens" or "vectors"; see `DensityModel`, also for the settings below.
       table: [V, W] rows of the tokens, for example of another model; they are standardised and
@@ -225,7 +225,7 @@ def add_head(
 
     Args:
       lm: the language model.
-      head: of width D.
+      head: a head of width D.
       key: PRNG key of the head's parameters.
       token_loss_weight: see `DensityModel`.
 

@@ -18,7 +18,7 @@ class Family:
       write_config: to the fields of its config.json, model_type and dtype aside.
       tensors: parameter path ("layers/attention/q") -> where it is stored.
       architecture: the name that Hugging Face gives to its causal model.
-      tensor_prefix: of the tensors' names, which checkpoints saved without a head leave out.
+      tensor_prefix: prefix of the tensors' names; checkpoints saved without a head omit it.
       ignored_tensors: regular expressions of tensors that hold nothing to load.
     """
 

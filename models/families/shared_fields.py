@@ -38,7 +38,7 @@ def read_common_fields(
     """The fields that most families share, as arguments of `TransformerConfig`.
 
     Args:
-      fields: of config.json.
+      fields: fields of config.json.
       default_tied: tie_word_embeddings if it is not given.
       default_eps: rms_norm_eps if it is not given.
     """
@@ -103,7 +103,7 @@ def read_windows(
     """sliding_window and layer_types, as arguments of `TransformerConfig`.
 
     Args:
-      fields: of config.json.
+      fields: fields of config.json.
       num_layers: L.
       is_windowed: whether layer i has the window, if layer_types is absent.
     """

@@ -352,7 +352,7 @@ def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"sound": "speech"}, "apt install espeak-ng"),
         ({"seconds": 0.2}, "--seconds: the sound is too short"),

@@ -405,7 +405,7 @@ def test_speech_reads_sentences_at_our_rate(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("sys.exit('no such voice: xx')", "no such voice: xx"),
         ("", "it said nothing"),
@@ -443,7 +443,7 @@ def test_espeak_speaks():
     )
 
 
-@pytest.mark.parametrize("wanted", [8000, 16000, 11025])
+@pytest.mark.parametrize("expected", [8000, 16000, 11025])
 def test_resampling_keeps_a_sine(expected):
     t = np.arange(22050) / 22050
     actual = resample(np.sin(2 * np.pi * 700 * t), 22050, expected)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import inputs
+from hypothesis import given
 from hypothesis import strategies as st
 
 import continuous_lm as clm
@@ -129,7 +129,7 @@ def test_two_tokens_with_four():
     np.testing.assert_array_equal(actual.sample_durations, [[0, 1, 0, 1], [1, 1, 1, 1]])
 
 
-@inputs(counts, counts)
+@given(counts, counts)
 def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
     actual = alignment.align_phrases(first, second)
     exact = sorted({Fraction(k, n) for n in (first, second) for k in range(1, n + 1)})
@@ -143,7 +143,7 @@ def test_samples_are_where_tokens_end_and_of_the_tokens_there(first, second):
         assert weights.sum() == n
 
 
-@inputs(counts, counts)
+@given(counts, counts)
 def test_an_alignment_the_other_way_round_is_the_same(first, second):
     one, other = (
         alignment.align_phrases(first, second),
@@ -154,7 +154,7 @@ def test_an_alignment_the_other_way_round_is_the_same(first, second):
     np.testing.assert_array_equal(one.sample_durations, other.sample_durations[::-1])
 
 
-@inputs(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
+@given(counts, counts, st.integers(0, 5), st.integers(0, 5), st.floats(0, 1))
 def test_durations_and_times_go_from_one_prompt_to_the_other(
     first, second, before, after, share
 ):
@@ -188,7 +188,7 @@ def unit_vectors(seed, angle):
 seeds, angles = st.integers(0, 2**32 - 1), st.floats(0.05, 3.0)
 
 
-@inputs(seeds, angles)
+@given(seeds, angles)
 def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
     points = np.linspace(0, 1, 9)
     first, second = unit_vectors(seed, angle)
@@ -200,7 +200,7 @@ def test_an_arc_keeps_the_norm_and_its_angular_speed(seed, angle):
     np.testing.assert_allclose(turned, points * angle, atol=2e-5)
 
 
-@inputs(seeds, st.floats(0, 1))
+@given(seeds, st.floats(0, 1))
 def test_a_line_goes_straight(seed, share):
     first, second = (
         np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
@@ -213,7 +213,7 @@ def test_a_line_goes_straight(seed, share):
     np.testing.assert_allclose(point, first + share * (second - first), atol=1e-5)
 
 
-@inputs(seeds)
+@given(seeds)
 def test_both_ways_begin_and_end_alike(seed):
     first, second = (
         np.random.default_rng(seed).standard_normal((2, 3, 8)).astype(np.float32)
@@ -234,7 +234,7 @@ def test_an_arc_of_parallel_vectors_is_a_line(factor):
 # --- Other sweeps -----------------------------------------------------------------------------
 
 
-@inputs(st.lists(st.floats(0.01, 3), min_size=1, max_size=5))
+@given(st.lists(st.floats(0.01, 3), min_size=1, max_size=5))
 def test_shrinking_touches_the_words_that_the_characters_touch(factors):
     words = tiny.word_tokenizer(WORDS)
     prompt = "we saw one two near here"

@@ -186,7 +186,7 @@ def tier(unshrunk, shrunk, others=()):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "unshrunk", "shrunk", "others"),
+    ("target", "unshrunk", "shrunk", "others"),
     [
         ("completely", [0.2, 0.3, 0.9], [0.7, 0.5, 0.0], [[0.1, 0.1, 0.0]]),
         ("completely", [0.2, 0.3, 0.9], [0.7, 0.5, 0.0], []),
@@ -292,7 +292,7 @@ def test_a_constant_curve_has_no_lipschitz_estimate():
 
 
 @pytest.mark.parametrize(
-    ("values", "wanted"),
+    ("values", "target"),
     [
         ([0.1, 0.3, 0.8], 0.0),
         ([0.2, 0.9, 0.5], 0.4),

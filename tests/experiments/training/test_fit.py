@@ -55,7 +55,7 @@ def data():
     return window_batches.shuffled_windows(TOKENS, length=8, batch_size=8, seed=1)
 
 
-def fitted(folder, loss=loss, params=None, arguments=None, **changes):
+def fitted(folder, loss=loss, params=None, batches=None, **changes):
     options = dict(
         steps=45,
         learning_rate=1e-2,
@@ -70,7 +70,7 @@ def fitted(folder, loss=loss, params=None, arguments=None, **changes):
     return fit.fit(
         loss,
         params,
-        arguments or data(),
+        batches or data(),
         folder=folder,
         config=fit.FitConfig(**options),
         **changes,
@@ -346,11 +346,11 @@ def crash():
 def test_a_run_that_crashed_goes_on(tmp_path, complete, draws):
     """Before the first checkpoint, and between two of them."""
     with pytest.raises(Crash):
-        fitted(tmp_path, given=Interrupted(data(), draws, crash))
+        fitted(tmp_path, batches=Interrupted(data(), draws, crash))
     steps = remaining(tmp_path)
     samples = []
     arguments = Interrupted(data(), 0, lambda: samples.append(1))
-    actual = fitted(tmp_path, given=arguments)
+    actual = fitted(tmp_path, batches=arguments)
     # Batches of the steps before are not drawn again.
     assert -arguments.left == 45 - (steps[-1] if steps else 0)
     assert_same(actual, complete[1])
@@ -358,7 +358,7 @@ def test_a_run_that_crashed_goes_on(tmp_path, complete, draws):
     assert remaining(tmp_path) == [40, 45]
     # A run that is done stays as it is.
     before = (tmp_path / run_log.METRICS_FILE).read_bytes()
-    assert_same(fitted(tmp_path, given=Interrupted(data(), 0, crash)), complete[1])
+    assert_same(fitted(tmp_path, batches=Interrupted(data(), 0, crash)), complete[1])
     assert (tmp_path / run_log.METRICS_FILE).read_bytes() == before
 
 
@@ -372,7 +372,7 @@ def test_asked_to_stop_it_saves_first(tmp_path, complete, number):
         # Batches are drawn one dispatch ahead, so this is while steps 11 to 15 are computed.
         arguments = Interrupted(data(), 17, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Crash):
-            fitted(tmp_path, given=arguments)
+            fitted(tmp_path, batches=arguments)
         assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)
@@ -510,13 +510,13 @@ def test_what_is_not_finite_ends_the_run(tmp_path, poison, what):
     with pytest.raises(
         clm.InputError, match=f"the {what} in step 30; the .* step 20 is kept"
     ):
-        fitted(tmp_path, spoilt, given=Poisoned(data(), 30, poison))
+        fitted(tmp_path, spoilt, batches=Poisoned(data(), 30, poison))
     assert remaining(tmp_path) == [10, 20]
     assert lines(tmp_path)[-1]["step"] == 25
     with pytest.raises(
         clm.InputError, match=f"the {what} in step 2; there is no checkpoint yet"
     ):
-        fitted(tmp_path / "first", spoilt, given=Poisoned(data(), 2, poison))
+        fitted(tmp_path / "first", spoilt, batches=Poisoned(data(), 2, poison))
 
 
 @contextlib.contextmanager
@@ -602,7 +602,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 def test_tensorboard_forgets_what_is_made_again(tmp_path):
     pytest.importorskip("tensorboardX")
     with pytest.raises(Crash):
-        fitted(tmp_path, given=Interrupted(data(), 23, crash))
+        fitted(tmp_path, batches=Interrupted(data(), 23, crash))
     (first,) = (tmp_path / "tensorboard").iterdir()
     fitted(tmp_path)
     (second,) = set((tmp_path / "tensorboard").iterdir()) - {first}
