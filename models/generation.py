@@ -1,12 +1,12 @@
-"""New items from a model of any kind: prompts in, tokens or vectors out, in one compiled loop.
+"""Generation: continue prompts with tokens or vectors of any kind of model, in one compiled loop.
 
 Prompts of different lengths share a batch by padding on the left with items of duration 0, which
-continuous attention does not see and which take no time. So every row's new items stand at the
-same index, and there are no masks or positions to keep.
+continuous attention does not see and which take no time. So the new items of all rows have the same
+index, and masks and positions are not needed.
 
-    prefill        the prompts go through the model, piece by piece
-    append_item    the sampler draws the next item of each row
-    decode_step    the model reads the last items, and the next ones are appended
+    prefill        compute keys and values of the prompts, piece by piece
+    append_item    sample the next item of each row
+    decode_step    run the model on the last items, and append the next ones
 """
 
 import functools
@@ -64,7 +64,7 @@ Prompts = ArrayLike | Sequence[ArrayLike] | Sequence[Sequence[ArrayLike]]
 
 
 class Generated(NamedTuple):
-    """New tokens or vectors of B prompts, on the host."""
+    """New tokens or vectors of B prompts, as NumPy arrays."""
 
     items: (
         np.ndarray
@@ -112,10 +112,10 @@ def generate(
     stop: int | Sequence[int] | None = None,
     max_prefill_length: int = 1024,
 ) -> Generated:
-    """Continues prompts item by item: a token, a vector, or a chunk of C tokens at a time.
+    """Continue prompts item by item: a token, a vector, or a chunk of C tokens at a time.
 
-    The program is compiled for a batch size and for lengths in steps of 64; other prompts of
-    similar lengths, temperatures, durations and numbers of new items run it again.
+    The program is compiled for a batch size and for lengths rounded up to multiples of 64. Prompts
+    of similar lengths and other temperatures and durations reuse it.
 
     Args:
       lm: a trunk, a density model or a next-vector model. If its parameters lie on a mesh, so does
@@ -281,7 +281,7 @@ def prefill(
 def initial_state(
     request: Request, draw: Draw, hidden: jax.Array, cache: KVCache
 ) -> DecodeState:
-    """The state before the first item is drawn."""
+    """Return the state before the first item."""
     num_rows, capacity = np.shape(request.new_durations)
     none_done = jnp.zeros(num_rows, bool)
     item = jax.eval_shape(draw, request.key, hidden, none_done)
@@ -297,7 +297,7 @@ def initial_state(
 def append_item(
     request: Request, draw: Draw, hidden: jax.Array, state: DecodeState
 ) -> DecodeState:
-    """The state with the items that are drawn from hidden states [B, D]."""
+    """Append the items that the sampler draws from hidden states [B, D]."""
     index, is_done = state.num_items, state.is_done
     item = draw(jax.random.fold_in(request.key, index), hidden, is_done)
     is_dropped = is_done.reshape(-1, *[1] * (item.ndim - 1))
@@ -325,7 +325,7 @@ def is_unfinished(request: Request, state: DecodeState) -> jax.Array:
 def decode_step(
     spec: DecodeSpec, params: Params, request: Request, draw: Draw, state: DecodeState
 ) -> DecodeState:
-    """The model reads the last items, and the next ones are appended."""
+    """Run the model on the last items, and append the next ones."""
     index = state.num_items - 1
     last_items = slice_items(state.new_items, index, 1)
     durations = slice_items(request.new_durations, index, 1)
@@ -347,7 +347,7 @@ def read_prompts(
     prompts: Prompts,
     durations: Prompts | None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The items [T, ...] of each prompt, checked by the model, and their durations [T].
+    """Return the checked items [T, ...] of each prompt, and their durations [T].
 
     One dtype whatever was given, so that one program serves them all.
     """
@@ -379,7 +379,7 @@ def read_prompts(
 
 
 def _split_prompts(prompts: Prompts) -> list[np.ndarray]:
-    """Prompts one by one: int [T], or float [T, W]."""
+    """Split prompts into arrays: int [T], or float [T, W], of each."""
     rows = _as_rows("prompts", prompts)
     is_float = jnp.issubdtype(rows[0].dtype, jnp.floating)
     required_kind = jnp.floating if is_float else jnp.integer

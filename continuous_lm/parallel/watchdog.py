@@ -1,4 +1,4 @@
-"""The watchdog: each of several processes ends when another is lost."""
+"""Watchdog of a multi-process computation: each process ends when another is lost."""
 
 import atexit
 import contextlib
@@ -21,7 +21,7 @@ _HEARTBEAT, _GOODBYE = b".", b"!"
 
 
 class Watchdog:
-    """Keeps process 0 and each of the others informed that they live."""
+    """Connection between process 0 and each other process, with heartbeats."""
 
     def __init__(
         self, process_index: int, num_processes: int, heartbeat_timeout: float
@@ -46,7 +46,7 @@ class Watchdog:
             peer.settimeout(None)
 
     def _connect(self, host: str, port: int, deadline: float) -> socket.socket:
-        """To process 0, which may not be there yet."""
+        """Connect to process 0, waiting until it listens."""
         while True:
             try:
                 peer = socket.create_connection(
@@ -99,7 +99,7 @@ class Watchdog:
                     peer.close()
 
     def start(self) -> None:
-        """From now on to the end of the process."""
+        """Start watching; it lasts until the process ends."""
         if os.name == "posix":
             # An abort by JAX, which has seen the same, waits some seconds for this watch's line:
             # the handler is sleep, the number of the signal its seconds.

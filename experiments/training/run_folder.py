@@ -1,6 +1,6 @@
 """The folder of a training run: its settings and its checkpoints.
 
-settings.json     what must be the same for a run to resume
+settings.json     settings that must be equal to resume the run
 checkpoints/N/    parameters, optimiser state and data position after N steps; the last two
 
 `run_log` writes the logs in the same folder. With several processes, each writes the shards of its
@@ -59,7 +59,7 @@ class BatchIterator(Protocol[Batch_co]):
         """The position, as JSON can hold it."""
 
     def set_state(self, state: dict[str, Any], /) -> None:
-        """Goes to a position."""
+        """Continue from a position."""
 
 
 class TrainState(NamedTuple):
@@ -90,7 +90,7 @@ def dtype_and_shape(leaf: jax.Array) -> str:
 
 
 def replace_leaves(tree: Params, named_leaves: Mapping[str, jax.Array]) -> Params:
-    """A tree of the structure of `tree`, with other leaves."""
+    """Return a tree with the structure of `tree` and other leaves."""
     ordered_leaves = [named_leaves[path] for path in leaves_by_path(tree)]
     replaced: Params = jax.tree.unflatten(jax.tree.structure(tree), ordered_leaves)
     return replaced
@@ -111,7 +111,7 @@ def checksum(arrays: Mapping[str, jax.Array]) -> str | None:
 
 
 def check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of a new run; refuses a folder with a run of others, and names these."""
+    """Write the settings of a new run, or raise InputError for a run with other settings."""
     if (folder / SETTINGS_FILE).exists():
         _check_same_settings(folder, settings)
         return
@@ -223,7 +223,7 @@ def save_checkpoint(
 
 
 def _remove_old_checkpoints(folder: pathlib.Path) -> None:
-    """Removes the checkpoints before the last two: renamed first, as a torn one has no number."""
+    """Remove all checkpoints but the last two, renamed first so that none is half-deleted."""
     for _, path in list_checkpoints(folder)[:-_NUM_KEPT_CHECKPOINTS]:
         temporary_folder = pathlib.Path(
             tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=path.parent)
@@ -249,7 +249,7 @@ def restore_or_init(
     """
     if processes.is_first_process():
         _remove_leftovers(folder)
-    # The checkpoints that process 0 sees count for all.
+    # All processes use the list of process 0.
     steps_and_names = processes.broadcast_from_first(
         [(step, path.name) for step, path in list_checkpoints(folder)]
     )
