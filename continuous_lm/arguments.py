@@ -96,18 +96,18 @@ def check_shapes(
 
 
 def check_positive(name: str, values: jax.Array) -> None:
-    """Refuses values that are not finite and above 0; traced ones are not looked at."""
+    """Raise InputError unless values are finite and above 0; traced values are not checked."""
     check_at_least(name, values, float(jnp.finfo(values.dtype).tiny))
 
 
 def check_at_least(name: str, values: jax.Array, minimum: float) -> None:
-    """Refuses values that are not finite and >= `minimum`; traced ones are not looked at."""
+    """Raise InputError unless values are finite and >= `minimum`; traced values are not checked."""
     if is_concrete(values):
         check_numbers(name, values, minimum)
 
 
 def check_distribution(name: str, p: jax.Array, tolerance: float = 0.02) -> None:
-    """Refuses arrays that are not >= 0 or whose last axis does not add up to 1; traced ones pass.
+    """Raise InputError unless an array is >= 0 and its last axis sums to 1; traced ones pass.
 
     The slack of 0.02 is for bfloat16, which keeps three digits.
     """
@@ -171,7 +171,7 @@ def as_indices(values: ArrayLike) -> jax.Array:
 
 
 def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> None:
-    """Refuses values that are not real, finite and >= `minimum`; traced ones are not looked at."""
+    """Raise InputError unless values are real, finite and >= `minimum`; traced ones pass."""
     _check_real(name, _dtype(values))
     bound_text = f" and >= {minimum:g}" if np.isfinite(minimum) else ""
     _check_values(
@@ -183,7 +183,7 @@ def check_numbers(name: str, values: ArrayLike, minimum: float = -np.inf) -> Non
 
 
 def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
-    """Refuses values that are not integers low, ..., high - 1; traced ones are not looked at."""
+    """Raise InputError unless values are integers from low to high - 1; traced ones pass."""
     check_integer_dtype(name, values)
     _check_values(
         name,
@@ -194,7 +194,7 @@ def check_integers(name: str, values: ArrayLike, low: int, high: int) -> None:
 
 
 def check_integer_dtype(name: str, values: ArrayLike) -> None:
-    """Refuses arrays that do not hold integers."""
+    """Raise InputError unless an array has an integer dtype."""
     dtype = _dtype(values)
     if not jnp.issubdtype(dtype, jnp.integer):
         raise InputError(f"{name} has dtype {dtype}; it must hold integers")

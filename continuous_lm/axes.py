@@ -1,4 +1,4 @@
-"""The letters of axes, each of which means one thing: `LETTERS` lists them.
+"""Letters of axes, one meaning each: `LETTERS` lists them.
 
 Comments, einsums, parameter declarations and checkpoint tables all use them. `...` stands for any
 number of leading batch axes, and an axis that occurs in one place has a word: [num_panels + 1].

@@ -1,4 +1,4 @@
-"""Durations of tokens, and the times at which they end.
+"""Durations and end times of tokens.
 
 Token j lasts d_j >= 0 and ends at t_j = start + d_1 + ... + d_j (Marro et al., arXiv:2504.03933,
 section 3). An ordinary sentence has d = 1 and start = 0. Durations and times are arrays [..., T],
@@ -26,7 +26,7 @@ Span = tuple[int, int]  # the first token of a span, and the one after its last
 
 
 def end_times(durations: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
-    """The time at which each token ends.
+    """Return the end time of each token.
 
     Args:
       durations: [..., T].
@@ -49,7 +49,7 @@ def durations_from_times(times: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
 def scale(
     durations: ArrayLike, factor: ArrayLike, span: Span | None = None
 ) -> jax.Array:
-    """Multiplies the durations of a span (all of them without one) by a factor.
+    """Multiply the durations of a span, or of all tokens, by a factor.
 
     Args:
       durations: [T].
@@ -83,7 +83,7 @@ def translate(times: ArrayLike, shift: ArrayLike) -> jax.Array:
 def check_durations(
     durations: ArrayLike, num_tokens: int, name: str = "durations", minimum: float = 0.0
 ) -> None:
-    """Refuses `durations` that are not finite numbers >= `minimum` of shape [..., num_tokens].
+    """Raise InputError unless `durations` [..., num_tokens] are finite and >= `minimum`.
 
     The shape is checked always; the values only outside of jit, where they are known.
 

@@ -1,4 +1,4 @@
-"""The one error for things that a user gave and that cannot be used."""
+"""The exception for invalid arguments, files and flags."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def about(subject: str) -> Iterator[None]:
-    """Puts `subject` in front of every `InputError` raised inside, to say where it happened."""
+    """Prefix every `InputError` raised inside with `subject`, the place of the problem."""
     try:
         yield
     except InputError as error:

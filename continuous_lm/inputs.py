@@ -230,7 +230,7 @@ def _check_tokens(
 
 
 def _check_first_duration(durations: ArrayLike) -> None:
-    """Refuses durations with which the first token sees nothing, not even itself."""
+    """Raise InputError if the first token has no visible duration, its own included."""
     if isinstance(durations, jax.core.Tracer):
         return
     if not (np.asarray(durations)[..., 0] >= MIN_DURATION).all():
@@ -243,7 +243,7 @@ def _check_first_duration(durations: ArrayLike) -> None:
 def _check_visible_keys(
     durations: ArrayLike | None, times: ArrayLike | None, window: float
 ) -> None:
-    """Refuses tokens that see nothing: all that lies in their window has duration 0."""
+    """Raise InputError for a token whose whole window has duration 0."""
     if durations is None or times is None:
         return  # windows are in the time of the durations: every token sees itself or the last
     if isinstance(durations, jax.core.Tracer) or isinstance(times, jax.core.Tracer):

@@ -518,7 +518,7 @@ def stop_tokens(lm: LanguageModel[Any], stop: int | Sequence[int] | None) -> np.
 
 
 def _check_drawn(items: np.ndarray, lengths: np.ndarray, sampler: Sampler[Any]) -> None:
-    """Refuses rows that end with an item that the sampler could not draw."""
+    """Raise InputError for rows whose last item the sampler could not draw."""
     for i, row in enumerate(items):
         if (row[: lengths[i]] < 0).any():
             raise InputError(

@@ -45,7 +45,7 @@ class GenerativeModel(Protocol):
         ...
 
     def check_prompt(self, items: np.ndarray, durations: np.ndarray) -> None:
-        """Refuses a prompt, items [T, ...] with durations [T], that the model cannot read."""
+        """Raise InputError unless a prompt [T, ...] and its durations [T] fit the model."""
         ...
 
     def read_items(

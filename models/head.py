@@ -1,4 +1,4 @@
-"""The base of all heads: settings, a table of parameters, linear maps.
+"""Base of all heads: settings, table of parameters, linear maps.
 
 A head is a frozen dataclass of checked settings (see `settings`) and holds no parameters. Its
 `parameter_table(hidden_width)` declares them, and pure methods compute with their tree:

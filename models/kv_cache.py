@@ -115,7 +115,7 @@ def place(mesh: Mesh | None, cache: KVCache) -> KVCache:
 
 
 def check_shape(config: TransformerConfig, cache: KVCache, cache_name: str) -> None:
-    """Refuses a cache or prefix of another model."""
+    """Raise InputError for a cache or prefix of another model."""
     expected_shape = (
         config.num_layers,
         *cache.end_time.shape,
@@ -131,7 +131,7 @@ def check_shape(config: TransformerConfig, cache: KVCache, cache_name: str) -> N
 
 
 def check_room(cache: KVCache, num_new: int) -> None:
-    """Refuses a cache without room for so many more tokens, where their number is known."""
+    """Raise InputError for a cache without room for the tokens, if its length is not traced."""
     if isinstance(cache.num_tokens, jax.core.Tracer):
         return
     capacity = cache.durations.shape[-1]

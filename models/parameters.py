@@ -172,7 +172,7 @@ class ParameterModule(nn.Module):
 
 
 def check_shapes(flat_params: Mapping[str, Any], table: ParameterTable) -> None:
-    """Refuses parameters, by their paths, that are not those of the table.
+    """Raise InputError, naming the path, unless parameters are those of the table.
 
     Raises:
       InputError: naming a parameter that is missing, left over or of another shape.

@@ -73,7 +73,7 @@ class Sampler(Protocol[ModelT]):
         ...
 
     def describe_failure(self) -> str:
-        """Why an item failed, and what to do."""
+        """Reason why an item failed, and the remedy."""
         return "nothing was drawn"
 
 
@@ -88,7 +88,7 @@ def float_array(values: ArrayLike) -> np.ndarray:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy(Sampler[TokenModel]):
-    """Takes the likeliest token each time; the first of those that tie.
+    """Sampler of the most probable token; the first one among ties.
 
     For models with logits: trunks, and densities that read tokens (a token head's logits, or the
     density at each row of the table).
@@ -112,7 +112,7 @@ class Greedy(Sampler[TokenModel]):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Temperature(Sampler[TokenModel]):
-    """Draws tokens from softmax(logits / temperature), cut to the likeliest ones.
+    """Sample tokens from softmax(logits / temperature), limited by top_k and top_p.
 
     For the same models as `Greedy`.
 
@@ -165,7 +165,7 @@ def sample_token(
     top_k: int | None = None,
     top_p: ArrayLike | None = None,
 ) -> jax.Array:
-    """Draws tokens from softmax(logits / temperature), cut to the likeliest ones.
+    """Sample tokens from softmax(logits / temperature), limited by top_k and top_p.
 
     Args:
       key: PRNG key.
@@ -227,7 +227,7 @@ def temper_logits(logits: jax.Array, temperature: ArrayLike) -> jax.Array:
 
 
 def check_has_logits(sampler: Sampler[TokenModel], lm: LanguageModel[Any]) -> None:
-    """Refuses models without logits of the next token."""
+    """Raise InputError for models without logits of the next token."""
     model = generative_model(lm)
     if model.input_kind != "tokens":
         package = "calm" if model.input_kind == "chunks" else "density"

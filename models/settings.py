@@ -185,7 +185,7 @@ def check(instance: object) -> None:
 
 
 def check_names(subject: str, settings_class: type, names: Sequence[str]) -> None:
-    """Refuses names that are no settings of a dataclass, which errors call `subject`."""
+    """Raise InputError for names that are not settings; errors call the dataclass `subject`."""
     known_names = declarations(settings_class)
     for name in names:
         if name not in known_names:

@@ -182,7 +182,7 @@ def hidden_states(
 
 
 def _check_capture(capture: tuple[str, ...], prefix: KVCache | None) -> None:
-    """Refuses names that no layer has, and a prefix, after which layers run on fewer positions."""
+    """Raise InputError for unknown names, and for a prefix, where layers skip positions."""
     for name in capture:
         if name not in CAPTURABLE:
             raise InputError(
@@ -532,7 +532,7 @@ class Transformer(ParameterModule):
         return unembed(self.config, params, hidden)
 
     def check_prompt(self, items: ArrayLike, durations: ArrayLike) -> None:
-        """Refuses int tokens [T] or embeddings [T, D], with durations [T], that do not fit."""
+        """Raise InputError unless tokens [T] or embeddings [T, D] and durations [T] fit."""
         self._item_inputs(items, durations, None)
 
     def read_items(

@@ -70,7 +70,7 @@ def check_position(
     cache: KVCache | None = None,
     prefix: KVCache | None = None,
 ) -> None:
-    """Refuses a position outside of the tokens, and leading axes that do not broadcast."""
+    """Raise InputError for a position outside the tokens, or axes that do not broadcast."""
     if position is not None:
         check_integers("position", position, -inputs.num_tokens, inputs.num_tokens)
     leading_axes = dict(inputs.leading_axes())

@@ -120,7 +120,7 @@ def check_counts(counts: Mapping[str, object]) -> None:
 
 
 def check_positive_numbers(numbers: Mapping[str, float]) -> None:
-    """Refuses settings, by their names, that are not above 0."""
+    """Raise InputError, naming the setting, unless settings are above 0."""
     for name, number in numbers.items():
         if not number > 0:
             raise InputError(f"{name} is {number}; it must be positive")

@@ -57,7 +57,7 @@ def _batch_together(
     k: jax.Array,
     v: jax.Array,
 ) -> Callable[[jax.Array], jax.Array]:
-    """A function that leaves an array as it is, but batched wherever q, k or v is.
+    """Return an identity function whose result is batched if q, k or v is.
 
     Under `jax.vmap`, JAX's rule for cuDNN wants q, k, v and the cotangents all batched or all
     unbatched. A condition on all three, which never holds, makes them so.
@@ -67,7 +67,7 @@ def _batch_together(
 
 
 def why_unsupported(problem: AttentionProblem) -> str | None:
-    """Why cuDNN as it is on this machine does not take a problem, if it does not."""
+    """Return the reason why this machine's cuDNN does not support a problem, or None."""
     if problem.softcap is not None:
         return "cuDNN has no soft-capping"
     if problem.window is not None:

@@ -155,7 +155,7 @@ def attend(problem: AttentionProblem) -> jax.Array:
 
 
 def why_unsupported(problem: AttentionProblem) -> str | None:
-    """Why the kernel does not take a problem, if it does not."""
+    """Return the reason why the kernel does not support a problem, or None."""
     name = find_array({"scale": problem.scale, "softcap": problem.softcap})
     return None if name is None else f"{name} is an array; the kernel needs a number"
 

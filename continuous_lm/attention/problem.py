@@ -184,7 +184,7 @@ def check_arguments(
     window: ArrayLike | None,
     query_offset: int | jax.Array | None,
 ) -> None:
-    """Refuses arguments of `attention.attend` that do not fit each other.
+    """Raise InputError unless the arguments of `attention.attend` fit each other.
 
     Shapes always; the window and the offset where they are Python's numbers.
     """

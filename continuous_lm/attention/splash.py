@@ -73,7 +73,7 @@ def _carry_weights(
 
 
 def why_unsupported(problem: AttentionProblem) -> str | None:
-    """Why the kernel does not take a problem, if it does not."""
+    """Return the reason why the kernel does not support a problem, or None."""
     if problem.window is not None:
         return "splash attention's windows count tokens, not time"
     if problem.q.dtype.itemsize > 4:

@@ -37,7 +37,7 @@ def absolute_path(folder: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def check_regular_file(path: pathlib.Path) -> None:
-    """Refuses to open a pipe or a device, which would be waited for without an end."""
+    """Raise InputError for a pipe or a device, which could block forever."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "Not a file")
@@ -132,7 +132,7 @@ def replace_atomically(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Refuses a folder that could not be written, before any work is done for it."""
+    """Raise InputError, before any work, for a folder that cannot be written."""
     folder = absolute_path(folder)
     try:
         with tempfile.TemporaryFile(dir=_nearest_existing(folder)):

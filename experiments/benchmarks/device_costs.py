@@ -26,7 +26,7 @@ from continuous_lm.experiments.common import program, results, tables
 from continuous_lm.models.checkpoints import trunk
 from continuous_lm.models.config import TransformerConfig
 
-# What changes the sizes in the config.json of the published checkpoints.
+# Sizes from the config.json of the published checkpoints.
 _LLAMA_FIELDS = dict(
     model_type="llama",
     vocab_size=128256,

@@ -1,4 +1,4 @@
-"""One way to draw: curves of answers along a sweep, as a figure for a paper."""
+"""Figures: curves of answers, texts with values, histograms."""
 
 import dataclasses
 import pathlib

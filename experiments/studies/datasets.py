@@ -158,7 +158,7 @@ def _make_sum_task(record: Mapping[str, Any]) -> Task:
 
 
 def _check_record(study: str, record: Any) -> None:
-    """Refuses a record that lacks a field, or has one that cannot be used."""
+    """Raise InputError for a record with a missing or invalid field."""
     if not isinstance(record, dict):
         raise clm.InputError(f"it is {record!r:.40}; it must be an object")
     for name, expected_type in _RECORD_FIELDS[study].items():

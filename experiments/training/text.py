@@ -294,7 +294,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> tokenizers.Tok
 def check_tokenizer(
     tokenizer: tokenizers.Tokenizer, vocab_size: int, model_name: str
 ) -> None:
-    """Refuses a tokenizer with tokens that a model of `vocab_size` rows does not know.
+    """Raise InputError for a tokenizer with tokens beyond a model's `vocab_size` rows.
 
     Args:
       tokenizer: the tokenizer.

@@ -41,7 +41,7 @@ class TokenizerConfig(TextConfig):
     )
 
     def check_no_tokenizer(self) -> None:
-        """Refuses both flags, for a model that has a tokenizer."""
+        """Raise InputError if both flags are set for a model with a tokenizer."""
         for name, value in {
             "tokenizer": self.tokenizer,
             "vocab_size": self.vocab_size,

@@ -50,7 +50,7 @@ class _WindowAtIndex:
 
 
 def check_length(array: np.ndarray, length: int, name: str = "the data") -> None:
-    """Refuses a sequence from which no window of `length` inputs and their targets can be cut."""
+    """Raise InputError for a sequence too short for one window of `length` inputs and targets."""
     unit = "tokens" if array.ndim == 1 else "frames"
     if len(array) <= length:
         raise InputError(

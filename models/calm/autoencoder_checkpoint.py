@@ -114,7 +114,7 @@ def alias_table_copy(tensors: safetensors_files.Tensors, prefix: str = "") -> No
 def check_unused_tensors(
     tensors: safetensors_files.Tensors, used_names: set[str], prefix: str = ""
 ) -> None:
-    """Refuses tensors beyond `used_names`, but the decoder's own name for the encoder's table."""
+    """Raise InputError for tensors beyond `used_names`, except a copy of the tied table."""
     table_name = prefix + TABLE_TENSOR
     copy_name = prefix + TABLE_COPY_TENSOR
     for name in sorted(tensors.names - used_names):

@@ -95,7 +95,7 @@ class AutoencoderConfig:
                 )
 
     def _check_types(self) -> None:
-        """Refuses fields that are not of their annotated types, and sizes below 1."""
+        """Raise InputError for fields of another type than annotated, and sizes below 1."""
         for name, expected_type in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             allowed_types = (int, float) if expected_type is float else (expected_type,)

@@ -331,7 +331,7 @@ def _check_tensors(
     tensors: safetensors_files.Tensors,
     autoencoder_folder: str | os.PathLike[str] | None,
 ) -> tuple[dict[str, ParameterLayout], dict[str, dict[str, str]]]:
-    """Refuses tensors that are not those of the model, before any is read.
+    """Raise InputError, before reading, unless the tensors are those of the model.
 
     Returns:
       the layouts of the parts that are read from here, and each part's names: see
@@ -378,7 +378,7 @@ def _check_same_autoencoder(
     checkpoint_names: Mapping[str, str],
     autoencoder_folder: str | os.PathLike[str],
 ) -> None:
-    """Refuses an autoencoder inside that is not the one in the folder."""
+    """Raise InputError unless the autoencoder inside equals the one in its own folder."""
     folder = absolute_path(autoencoder_folder)
     outer_tensors = safetensors_files.open_tensors(folder)
     autoencoder_checkpoint.alias_table_copy(outer_tensors)

@@ -248,7 +248,7 @@ class NextVectorModel(ParameterModule):
         return params["trunk"]
 
     def check_prompt(self, items: ArrayLike, durations: ArrayLike) -> None:
-        """Refuses chunks int [T, C], with durations [T], that do not fit."""
+        """Raise InputError unless chunks [T, C] and durations [T] fit the model."""
         self.make_inputs(items, durations=durations)
 
     def read_items(

@@ -127,7 +127,7 @@ def rejection_sample(
 
 
 def _check_temperature(temperature: ArrayLike, num_rows: int) -> None:
-    """Refuses temperatures that cannot be drawn at; values only where they are known."""
+    """Raise InputError for invalid temperatures; traced values are not checked."""
     check_numbers("temperature", temperature)
     if not isinstance(temperature, jax.core.Tracer):
         temperatures = np.asarray(temperature)

@@ -100,7 +100,7 @@ class ConfigFields:
         return None if value is None else ConfigFields(value, f"{self._prefix}{name}.")
 
     def must_be(self, name: str, *allowed: Any) -> None:
-        """Refuses a field whose value would change the maths in a way that is not handled."""
+        """Raise InputError unless a field has one of the supported values."""
         value = self.get(name, allowed[0])
         if not any(
             value == option and isinstance(value, bool) == isinstance(option, bool)
@@ -114,7 +114,7 @@ class ConfigFields:
     def check_equal(
         self, name: str, value: Any, other_name: str, other_value: Any
     ) -> None:
-        """Refuses two fields that say the same thing and differ; None says nothing."""
+        """Raise InputError if two fields with the same meaning differ; None is no value."""
         if value is not None and other_value is not None and value != other_value:
             raise InputError(
                 f"fields {other_name} ({other_value!r:.60}) and {self._prefix}{name}"

@@ -200,7 +200,7 @@ class ParameterLayout:
         return self.declarations[path].axes[0] in STACKED_AXES
 
     def checkpoint_names(self, tensors: safetensors_files.Tensors) -> dict[str, str]:
-        """Refuses a tensor that is missing or of another shape, before anything is read.
+        """Raise InputError, before reading, for a tensor that is missing or misshapen.
 
         Returns:
           the name of each tensor in the layout's table -> its name in this checkpoint.
@@ -248,7 +248,7 @@ class ParameterLayout:
 
 
 def check_parameters(params: Mapping[str, Any], declarations: ParameterTable) -> None:
-    """Refuses parameters that are not those of the model, or not all here."""
+    """Raise InputError unless the parameters are the model's and all on this host."""
     for path in sorted(set(params) ^ set(declarations)):
         raise InputError(
             f"parameter {path} is"

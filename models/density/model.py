@@ -269,7 +269,7 @@ class DensityModel(ParameterModule):
         return params[TRUNK]
 
     def check_prompt(self, items: ArrayLike, durations: ArrayLike) -> None:
-        """Refuses int tokens [T] or vectors [T, W], with durations [T], that do not fit."""
+        """Raise InputError unless tokens [T] or vectors [T, W] and durations [T] fit."""
         self._item_inputs(items, durations, follows=False)
 
     def read_items(

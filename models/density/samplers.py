@@ -91,7 +91,7 @@ class DensitySampler(Sampler[DensityModel]):
         return bool(np.asarray(self.temperature) > 0)
 
     def check_model(self, model: DensityModel) -> None:
-        """Refuses models without a table of tokens, to whose rows vectors are mapped back."""
+        """Raise InputError for a model without a table of tokens."""
         if not model.has_token_table:
             other = "Greedy or Temperature" if model.predicts_tokens else "NextVector"
             kind = "token head" if model.predicts_tokens else "model that reads vectors"

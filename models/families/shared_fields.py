@@ -91,7 +91,7 @@ def write_common_fields(config: TransformerConfig) -> dict[str, Any]:
 
 
 def require_fields(fields: ConfigFields, *names: str) -> None:
-    """Refuses a config.json without these fields, whose defaults differ from reader to reader."""
+    """Raise InputError if config.json lacks these fields, whose defaults differ between readers."""
     for name in names:
         if name not in fields:
             raise InputError(f"field {name} is missing; write it down, null for none")
