@@ -224,7 +224,7 @@ def write_text(path: pathlib.Path) -> None:
 
 
 def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
-    """Run a group; return "group/name/file/key/..." -> number, array or text."""
+    """Run a group, or one program "group/name"; return "group/name/file/key/..." -> value."""
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         cwd = pathlib.Path(folder)
@@ -233,7 +233,7 @@ def run(group: str, flags: str = FLAGS) -> dict[str, Any]:
             "JAX_COMPILATION_CACHE_DIR": str(cwd / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        names = [name for name in PROGRAMS if name.partition("/")[0] == group]
+        names = [name for name in PROGRAMS if f"{name}/".startswith(f"{group}/")]
         commands = [command(name) for name in names]
         run_all(cwd, commands, environment(flags) | compiled)
         for name in names:
@@ -433,11 +433,12 @@ def incomparable(group: str, stored: Mapping[str, Any]) -> str | None:
 
 
 def differing(group: str, stored: Mapping[str, Any]) -> list[str]:
-    """Runs a group again; a line for each key that is not as stored."""
+    """Run a group, or one program of it, again; return a line for each key that moved."""
     old = {
         k: value for k, value in stored["values"].items() if k.startswith(f"{group}/")
     }
-    noise = None if stored["machines"][group] == machine() else stored["noise"]
+    stored_machine = stored["machines"][group.partition("/")[0]]
+    noise = None if stored_machine == machine() else stored["noise"]
     new = run(group)
     if noise is not None:  # keys that rounding brings forth
         new = {k: v for k, v in new.items() if k in old or noise.get(k) != math.inf}

@@ -38,7 +38,7 @@ PROGRAM = "gpu_check"
 
 # --- The program ----------------------------------------------------------------------------------
 
-FAST, SLOW = ("attention", "generation"), ("sweep", "training", "benchmark")
+FIRST, OTHERS = ("attention", "generation"), ("sweep", "training", "benchmark")
 ROWS = {  # what each section's rows begin with
     "attention": [
         *(f"{form}: " for form in FORMS if form != "auto"),
@@ -98,7 +98,8 @@ def test_unknown_sections_are_refused():
         gpu_check.Config(sections=("atention",))
 
 
-@pytest.mark.parametrize("sections", [FAST, pytest.param(SLOW, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sections", [FIRST, OTHERS])
 def test_every_row_is_there(tmp_path, capsys, monkeypatch, sections):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     config = gpu_check.Config(
