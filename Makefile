@@ -4,10 +4,12 @@ PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 VENV    ?= .venv
 RESULTS ?= results
 WORKERS ?= 2
+# Tests of processes wait for each other: on two cores a third worker fills the gaps.
+TEST_WORKERS ?= 3
 
 python := $(VENV)/bin/python
 program := $(python) -m continuous_lm # NAME --flags
-pytest := $(python) -m pytest -n $(WORKERS) --dist loadfile # fixtures are made once a file
+pytest := $(python) -m pytest -n $(TEST_WORKERS) --dist loadfile # fixtures are made once a file
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips in one environment get in each other's way
