@@ -34,12 +34,30 @@ def end_times(durations: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
 
     Returns:
       times [..., T], at least float32.
+
+    Examples:
+      >>> from continuous_lm import durations
+      >>> print(durations.end_times([1.0, 0.5, 2.0], start=10.0))
+      [11.  11.5 13.5]
     """
     return as_float(start)[..., None] + jnp.cumsum(as_float(durations), axis=-1)
 
 
 def durations_from_times(times: ArrayLike, start: ArrayLike = 0.0) -> jax.Array:
-    """The durations [..., T] of tokens that end at `times` [..., T]; the inverse of `end_times`."""
+    """Return the durations of tokens from their end times, the inverse of `end_times`.
+
+    Args:
+      times: end time of each token, [..., T].
+      start: start time of the first token; a scalar or [...].
+
+    Returns:
+      durations [..., T], at least float32.
+
+    Examples:
+      >>> from continuous_lm import durations
+      >>> print(durations.durations_from_times([11.0, 11.5, 13.5], start=10.0))
+      [1.  0.5 2. ]
+    """
     times = as_float(times)
     start_times = as_float(start)[..., None].astype(times.dtype)
     start_times = jnp.broadcast_to(start_times, (*times.shape[:-1], 1))
@@ -60,7 +78,13 @@ def scale(
       durations [..., T], with the axes of `factor` in front.
 
     Raises:
-      InputError: if the span is empty or reaches outside of the tokens.
+      InputError: if the span is empty or reaches outside the tokens.
+
+    Examples:
+      >>> from continuous_lm import durations
+      >>> print(durations.scale([1.0, 1.0, 1.0], [1.0, 0.5], span=(1, 3)))
+      [[1.  1.  1. ]
+       [1.  0.5 0.5]]
     """
     durations = as_float(durations)
     num_tokens = durations.shape[-1]
@@ -76,7 +100,21 @@ def scale(
 
 
 def translate(times: ArrayLike, shift: ArrayLike) -> jax.Array:
-    """Moves `times` [T] by `shift` [...] (units of a token): [..., T]."""
+    """Shift times.
+
+    Args:
+      times: end times of tokens, [T].
+      shift: a scalar or [...], in units of an ordinary token.
+
+    Returns:
+      times [..., T], with the axes of `shift` in front.
+
+    Examples:
+      >>> from continuous_lm import durations
+      >>> print(durations.translate([1.0, 2.0], [0.0, 0.5]))
+      [[1.  2. ]
+       [1.5 2.5]]
+    """
     return as_float(times) + as_float(shift)[..., None]
 
 
@@ -85,10 +123,16 @@ def check_durations(
 ) -> None:
     """Raise InputError unless `durations` [..., num_tokens] are finite and >= `minimum`.
 
-    The shape is checked always; the values only outside of jit, where they are known.
+    The shape is always checked; values are checked only outside jit.
+
+    Args:
+      durations: durations of tokens, [..., num_tokens].
+      num_tokens: number of tokens, T.
+      name: name of the argument in errors.
+      minimum: smallest valid duration.
 
     Raises:
-      InputError: which entry is wrong, and how.
+      InputError: naming the invalid entry.
     """
     check_shapes(
         {name: (durations, "... T")}, known_sizes={"T": (num_tokens, "tokens")}

@@ -85,7 +85,18 @@ def attend(  # noqa: PLR0913 (a problem's arguments, and how to compute it)
       inputs refuse such durations).
 
     Raises:
-      InputError: if shapes do not fit, the implementation is not known, or does not take them.
+      InputError: if shapes do not fit, or the implementation is unknown or does not support the
+        arguments.
+
+    Examples:
+      A key of weight 2 counts like two equal keys:
+
+      >>> import jax.numpy as jnp
+      >>> from continuous_lm.attention import attend
+      >>> q, k = jnp.zeros((1, 1, 2)), jnp.zeros((2, 1, 2))  # one head, 2 wide
+      >>> v = jnp.array([[[0.0, 3.0]], [[3.0, 0.0]]])
+      >>> print(attend(q, k, v, jnp.array([1.0, 2.0])))
+      [[[2. 1.]]]
     """
     check_arguments(q, k, v, key_weights, intervals, window, query_offset)
     problem = AttentionProblem.make(

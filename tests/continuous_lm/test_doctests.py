@@ -11,7 +11,7 @@ from continuous_lm import losses, quantize
 
 # Packages whose modules hold the public functions, and single modules.
 PACKAGES = ("losses", "quantize")
-MODULES = ()
+MODULES = ("attention", "durations")
 NAMES = [
     *(f"continuous_lm.{name}" for name in MODULES),
     *(
