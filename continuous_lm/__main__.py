@@ -23,7 +23,7 @@ def overview() -> str:
 
 
 def main() -> None:
-    """Runs the program that the first argument names; without one, lists all."""
+    """Run the program that the first argument names; without one, list all programs."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "--helpfull", "help"):
         print(overview())

@@ -148,7 +148,7 @@ def cos_sin(angles: jax.Array, attention_factor: float = 1.0) -> jax.Array:
 
 
 def apply_rotary(x: jax.Array, cos_sin: jax.Array) -> jax.Array:
-    """Turns channel pairs of `x` [..., T, N, H] by `cos_sin` [..., T, rotary_channels].
+    """Turn channel pairs of `x` [..., T, N, H] by `cos_sin` [..., T, rotary_channels].
 
     The first rotary_channels of the H channels turn, paired as two halves; the others pass. The
     dtype is that of x.

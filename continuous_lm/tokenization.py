@@ -54,7 +54,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def encode(tokenizer: "tokenizers.Tokenizer", text: str) -> "tokenizers.Encoding":
-    """Encodes `text`, special tokens added as the tokenizer says.
+    """Encode `text`, special tokens added as the tokenizer says.
 
     Raises:
       InputError: if it has words that the vocabulary cannot spell; all are named.

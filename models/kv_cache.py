@@ -188,7 +188,7 @@ def extend(
 def update_layer(
     buffer: jax.Array, new: jax.Array, layer_index: jax.Array, offset: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes one layer's keys or values of new tokens, and reads that layer's of all.
+    """Write one layer's keys or values of new tokens, and read that layer's of all.
 
     Args:
       buffer: [L, ..., S, K, H].

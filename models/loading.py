@@ -110,7 +110,7 @@ def save(
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes `lm`, of any kind, as a checkpoint folder that `load` reads, in its dtype.
+    """Write `lm`, of any kind, as a checkpoint folder that `load` reads, in its dtype.
 
     The files reach the folder when all of them are written, not before; weights and a tokenizer
     that were there are then gone. Parameters are fetched from their devices tensor by tensor.

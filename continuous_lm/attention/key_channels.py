@@ -32,7 +32,7 @@ def append_log_weights(
     scale: float,
     padded_width: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns q [B, T, N, H] and k [B, S, K, H], for weights d [B, S], `padded_width` wide."""
+    """Return q [B, T, N, H] and k [B, S, K, H], for weights d [B, S], `padded_width` wide."""
     c = 2.0 ** round(-math.log2(scale))
     missing_weight = jnp.maximum(MIN_KEY_WEIGHT - d, 0.0)
     d = d + lax.stop_gradient(missing_weight)

@@ -57,7 +57,7 @@ def reject_duplicate_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object for people to read; NaN and infinity are refused."""
+    """Write a JSON object for people to read; NaN and infinity are refused."""
     try:
         text = json.dumps(values, indent=2, allow_nan=False)
     except ValueError as error:

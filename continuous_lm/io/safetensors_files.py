@@ -59,7 +59,7 @@ class Tensors:
         self._paths: dict[str, pathlib.Path] = {}
 
     def add(self, path: pathlib.Path) -> set[str]:
-        """Adds the tensors of a file; returns their names."""
+        """Add the tensors of a file, and return their names."""
         header, data = _map_file(path)
         for name, entry in header.items():
             if name in self._paths:
@@ -70,7 +70,7 @@ class Tensors:
         return set(header)
 
     def alias(self, name: str, existing_name: str) -> None:
-        """Makes a tensor known by a second name."""
+        """Make a tensor known by a second name."""
         self._tensors[name], self._paths[name] = (
             self._tensors[existing_name],
             self._paths[existing_name],
@@ -100,7 +100,7 @@ class Tensors:
 
 
 def open_tensors(folder: pathlib.Path) -> Tensors:
-    """Opens model.safetensors, or the shards that its index names.
+    """Open model.safetensors, or the shards that its index names.
 
     Raises:
       InputError: if weights are missing, in a pickle, torn, given twice, or not in this folder.
@@ -202,7 +202,7 @@ def save_tensors(
     get_tensor: Callable[[str], np.ndarray],
     shard_size: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes model.safetensors, or shards and their index if it would be too large.
+    """Write model.safetensors, or shards and their index if it would be too large.
 
     Args:
       folder: to write into.

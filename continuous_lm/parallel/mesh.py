@@ -63,7 +63,7 @@ def make_mesh(description: str | None = None) -> Mesh:
 
 @functools.lru_cache
 def _warm_up_collectives(mesh: Mesh) -> None:
-    """Lets the devices along each axis meet now, when the processes are at the same place.
+    """Let the devices along each axis meet now, when the processes are at the same place.
 
     On CPUs (gloo) the first time must be within 30 seconds of each other, which it would not be
     after a compilation that takes longer in one process than in another.

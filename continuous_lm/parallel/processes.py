@@ -168,7 +168,7 @@ def _read_number(name: str, argument: int | None) -> int:
 
 
 def wait_for_watchdog() -> None:
-    """Gives the watch time to end this process, if an error of JAX's is that another was lost."""
+    """Give the watch time to end this process, if an error of JAX's is that another was lost."""
     if jax.distributed.is_initialized():
         time.sleep(3.0)
 

@@ -334,7 +334,7 @@ class Result(program.Result):
 
 
 def run(config: Config) -> Result:
-    """Loads the models, evaluates them, and writes the numbers."""
+    """Load the models, evaluate them, and write the numbers."""
     folder = program.output_folder(config)
     mesh = program.make_mesh(config)
     results: dict[str, ModelResult] = {}

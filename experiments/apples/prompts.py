@@ -117,7 +117,7 @@ def counting_prompt(
     between: str = "",
     style: str = "",
 ) -> Prompt:
-    """Asks how often `category` is mentioned in a sentence of `word` len(gaps) + 1 times.
+    """Ask how often `category` is mentioned in a sentence of `word` len(gaps) + 1 times.
 
     Args:
         category: A category, such as "fruit".
@@ -155,7 +155,7 @@ def events_prompt(
     *,
     between: str = "",
 ) -> Prompt:
-    """Asks how many events there were: one for each of `objects`, in `SCENES[scene]`.
+    """Ask how many events there were: one for each of `objects`, in `SCENES[scene]`.
 
     Args:
         scene: A key of `SCENES`; shop, zoo and beach are the paper's.
@@ -194,7 +194,7 @@ def sum_prompt(
     nouns: str = "apples",
     others: str = "pears",
 ) -> Prompt:
-    """Asks for a + b; wording 0 is the paper's."""
+    """Ask for a + b; wording 0 is the paper's."""
     prefix, suffix = SUM_TEMPLATES[wording].split("{a}")
     fields = dict(a=a, b=b, name=name, nouns=nouns, others=others)
     return _prompt_with_span(
@@ -208,7 +208,7 @@ def sum_prompt(
 
 
 def boolean_prompt(a: int, operator: str, b: int, wording: int = 0) -> Prompt:
-    """Asks for the truth value of `a operator b`; wording 0 is the paper's."""
+    """Ask for the truth value of `a operator b`; wording 0 is the paper's."""
     text = BOOLEAN_TEMPLATES[wording].format(a=a, op=operator, b=b)
     return Prompt(
         "boolean", text, str(OPERATORS[operator](a, b)), (a, operator, b, wording)
@@ -216,7 +216,7 @@ def boolean_prompt(a: int, operator: str, b: int, wording: int = 0) -> Prompt:
 
 
 def attribute_prompt(question: str, plural: str, wording: int = 0) -> Prompt:
-    """Asks a yes/no question of `ATTRIBUTE_QUESTIONS` about a plural; wording 0 is the paper's."""
+    """Ask a yes/no question of `ATTRIBUTE_QUESTIONS` about a plural; wording 0 is the paper's."""
     text = ATTRIBUTE_TEMPLATES[wording].format(question=question.format(plural))
     answer = "yes" if plural in true_plurals(question) else "no"
     return Prompt("attribute", text, answer, (question, plural, wording))
@@ -241,7 +241,7 @@ def true_plurals(question: str) -> frozenset[str]:
 def sample_prompt(
     rng: np.random.Generator, task: str | None = None, held_out: bool = False
 ) -> Prompt:
-    """Draws a prompt.
+    """Draw a prompt.
 
     Args:
         rng: The source of chance; the same state gives the same prompt.
@@ -263,7 +263,7 @@ def sample_prompt(
 
 
 def sample_sentence(rng: np.random.Generator) -> str:
-    """Draws a sentence of filler."""
+    """Draw a sentence of filler."""
     nouns = [_choose(rng, WORDS[_choose(rng, _CATEGORIES)]) for _ in range(2)]
     return _choose(rng, SENTENCE_TEMPLATES).format(
         name=_choose(rng, PEOPLE),
@@ -286,7 +286,7 @@ def sample_gaps(
     separators: Sequence[str] = SEPARATORS,
     filler: Sequence[str] = FILLER_WORDS,
 ) -> list[str]:
-    """Draws what stands between `n` words: n - 1 strings, spaces included.
+    """Draw what stands between `n` words: n - 1 strings, spaces included.
 
     Args:
         rng: The source of chance.

@@ -98,7 +98,7 @@ def draw_batches(
     steps: int,
     prompts_per_step: int,
 ) -> list[Rows]:
-    """Draws `steps` batches of `prompts_per_step` prompts.
+    """Draw `steps` batches of `prompts_per_step` prompts.
 
     Returns:
         A group for each range of lengths, with a leading axis of steps. The groups' B add up to
@@ -244,7 +244,7 @@ def train(
     learning_rate: float = 2e-3,
     mesh: Mesh | None = None,
 ) -> clm.LanguageModel:
-    """Trains a model from scratch; the same arguments give the same one on the same machine."""
+    """Train a model from scratch; the same arguments give the same one on the same machine."""
     tokenizer = prompts.make_tokenizer()
     model = Transformer(apples_config(tokenizer.get_vocab_size()))
     params = parameters.place(
@@ -320,7 +320,7 @@ class Result(program.Result):
 
 
 def run(config: Config) -> Result:
-    """Trains the model and writes it, with the record of its run."""
+    """Train the model and write it, with the record of its run."""
     folder = program.output_folder(config)
     lm = train(
         seed=config.seed,

@@ -82,7 +82,7 @@ def plot_spectrograms(
 
 
 def _show_frames(axes: Axes, frames: np.ndarray, mel_config: sound.MelConfig) -> None:
-    """Draws log-mel frames [T, W], 0 of which is the loudest."""
+    """Draw log-mel frames [T, W], 0 of which is the loudest."""
     end_time = len(frames) * mel_config.seconds_per_frame
     axes.imshow(
         DECIBELS_PER_NAT * frames.T,
@@ -98,14 +98,14 @@ def _show_frames(axes: Axes, frames: np.ndarray, mel_config: sound.MelConfig) ->
 
 
 def _label_prompt(axes: Axes, prompt_end: float, height: float) -> None:
-    """Writes on both sides of the prompt's end."""
+    """Write on both sides of the prompt's end."""
     style: dict[str, Any] = {"color": "white", "fontsize": 7, "va": "top"}
     axes.text(prompt_end - 0.02, height, "given", ha="right", **style)
     axes.text(prompt_end + 0.02, height, "sampled", **style)
 
 
 def _label_frequencies(axes: Axes, mel_config: sound.MelConfig) -> None:
-    """Marks frequencies on the axis of bands."""
+    """Mark frequencies on the axis of bands."""
     band_positions = np.arange(-1, mel_config.bands + 1)
     band_frequencies = sound.band_frequencies(
         rate=mel_config.rate, bands=mel_config.bands, low=mel_config.low

@@ -156,7 +156,7 @@ class Sounds(NamedTuple):
 
 
 def prepare_sounds(config: Config) -> Sounds:
-    """Makes both sounds and their frames.
+    """Make both sounds and their frames.
 
     Raises:
       InputError: if one is too short for a sequence.
@@ -518,7 +518,7 @@ def mean_convergence(
 
 
 def run(config: Config) -> Result:
-    """Makes the sound, trains both models, measures and samples them, and writes all of it."""
+    """Make the sound, train both models, measure and sample them, and write all of it."""
     folder = program.output_folder(config)
     sounds = prepare_sounds(config)
     with tempfile.TemporaryDirectory() as temporary_folder:
@@ -595,7 +595,7 @@ def make_figures(
 def write_waves(
     folder: pathlib.Path, waves: Mapping[str, list[np.ndarray]], rate: int
 ) -> None:
-    """Writes a .wav file of each name's first excerpts, with silence between them."""
+    """Write a .wav file of each name's first excerpts, with silence between them."""
     silence = np.zeros(round(PAUSE_SECONDS * rate))
     for name, excerpts in waves.items():
         pieces = []

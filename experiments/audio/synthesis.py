@@ -215,7 +215,7 @@ def synthesize_segments(
 def _smooth_track(
     values: Sequence[float] | np.ndarray, segment_indices: np.ndarray, seconds: float
 ) -> np.ndarray:
-    """Moves from one segment's value to the next one's within so many seconds."""
+    """Move from one segment's value to the next one's within so many seconds."""
     kernel_size = max(3, round(seconds * _CONTROL_RATE)) | 1
     kernel = hann_window(kernel_size + 1)[1:]
     padded = np.pad(

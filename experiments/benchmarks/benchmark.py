@@ -145,7 +145,7 @@ def failed_cases(rows_by_case: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def run(config: Config) -> Result:
-    """Measures all cases, prints their tables and writes every figure."""
+    """Measure all cases, print their tables and write every figure."""
     folder = program.output_folder(config)
     cases = select_cases(config.cases, config.gigabytes)
     print(f"{jax.devices()[0].device_kind}, {timing.num_cores()} cores\n")

@@ -125,7 +125,7 @@ class Result(program.Result):
         return "\n\n".join(table.as_text() for table in self.result_tables())
 
     def write(self, config: program.RunConfig, folder: pathlib.Path) -> None:
-        """Writes every number, and the tables."""
+        """Write every number, and the tables."""
         values = {"growth": self.growth, "memory": self.memory}
         results.write(
             config, folder, "device_costs", values, tables=self.result_tables()
@@ -293,7 +293,7 @@ def fitting_table(
 
 
 def run(config: Config) -> Result:
-    """Compiles all programs for simulated devices, and writes their costs."""
+    """Compile all programs for simulated devices, and write their costs."""
     folder = program.output_folder(config)
     simulate_devices()
     configs = {name: trunk.read_config(MODEL_FIELDS[name]) for name in config.shapes}
@@ -304,7 +304,7 @@ def run(config: Config) -> Result:
 
 
 def simulate_devices() -> None:
-    """Makes `MAX_DEVICES` devices of the CPU.
+    """Make `MAX_DEVICES` devices of the CPU.
 
     Raises:
       InputError: if this process has used JAX before, with fewer.

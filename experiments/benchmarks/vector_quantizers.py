@@ -288,7 +288,7 @@ def make_runners(config: Config) -> dict[str, dict[str, Runner]]:
 
 
 def run(config: Config) -> Result:
-    """Runs both sides on the same batches, and writes every number.
+    """Run both sides on the same batches, and write every number.
 
     Raises:
       InputError: if PyTorch or vector-quantize-pytorch is not installed.

@@ -80,7 +80,7 @@ def plot(config: Config, result: Result) -> Figure:
 
 
 def write_files(config: Config, folder: pathlib.Path, result: Result) -> None:
-    """Writes the numbers, the table and the figure."""
+    """Write the numbers, the table and the figure."""
     figure = plot(config, result)
     with write_atomically(folder) as staging_folder:
         contents = {"run": program.record(config), "heads": result.metrics}
@@ -90,7 +90,7 @@ def write_files(config: Config, folder: pathlib.Path, result: Result) -> None:
 
 
 def run(config: Config) -> Result:
-    """Fits the heads, compares them, and writes numbers, a table and a figure."""
+    """Fit the heads, compare them, and write numbers, a table and a figure."""
     folder = program.output_folder(config)
     metrics, samplers = two_mode_target.compare_heads(
         two_mode_target.make_heads(

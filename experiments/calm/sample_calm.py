@@ -157,7 +157,7 @@ def interpolate(
 
 
 def run(config: Config) -> Result:
-    """Loads the model, draws texts, and writes them."""
+    """Load the model, sample texts, and write them."""
     folder = program.output_folder(config)
     model_folder = train_program.require(config.model, "model", "a trained model")
     lm = density_training.load_next_vector_model(

@@ -69,7 +69,7 @@ def create_codec(
 def run(
     config: Config,
 ) -> train_program.TrainResult[LanguageModel[Autoencoder]]:
-    """Trains the autoencoder and writes it."""
+    """Train the autoencoder and write it."""
     folder = config.output_folder()
     data = tokenized_text.read_corpus(config)
     codec = create_codec(config, data)

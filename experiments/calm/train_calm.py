@@ -81,7 +81,7 @@ def create_model(
 def run(
     config: Config,
 ) -> train_program.TrainResult[LanguageModel[calm.NextVectorModel]]:
-    """Trains the model and writes it, its autoencoder beside it."""
+    """Train the model and write it, its autoencoder beside it."""
     folder = config.output_folder()
     codec = load_codec(config)
     data = tokenized_text.read_corpus(config, codec.tokenizer)

@@ -69,7 +69,7 @@ def draw_target(key: jax.Array, hidden: jax.Array) -> jax.Array:
 
 @jax.jit
 def draw_best_gaussian(key: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Draws [..., 2] of the Gaussian that has the target's mean and covariance, the best there is.
+    """Draw [..., 2] of the Gaussian that has the target's mean and covariance, the best there is.
 
     It maximises the expected log-likelihood among all Gaussians.
     """

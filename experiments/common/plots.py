@@ -116,7 +116,7 @@ def _name_curve(
     y_limit: float,
     colour: str,
 ) -> None:
-    """Writes an answer above its curve, at a point and a probability."""
+    """Write an answer above its curve, at a point and a probability."""
     label_point, label_height = position
     relative_point = (label_point - points[0]) / np.ptp(points)
     alignment = "center"
@@ -426,7 +426,7 @@ class _TextAxes:
         return token.column, row * self.row_height + token.line * self.line_height
 
     def write(self, row: int, token: _PlacedToken, colour: str) -> None:
-        """Writes a piece at its place."""
+        """Write a piece at its place."""
         x, y = self.place(row, token)
         self.axes.text(x, y, token.text, va="center", color=colour, **_TOKEN_FONT)
 

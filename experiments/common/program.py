@@ -174,7 +174,7 @@ class FlagField:
 
 
 def _flag_field(config_class: type, name: str, annotation: Any) -> FlagField:
-    """Takes a field's type apart; the default is that of its class."""
+    """Take a field's type apart; the default is that of its class."""
     owner = next(
         c for c in config_class.__mro__ if name in vars(c).get("__annotations__", {})
     )
@@ -392,7 +392,7 @@ def main(
     run: Callable[[Config], Result],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Runs a program with flags; an `InputError` ends it with one line and exit status 1.
+    """Run a program with flags; an `InputError` ends it with one line and exit status 1.
 
     Args:
       config_class: the program's Config.
@@ -536,7 +536,7 @@ def _read_value(field: FlagField, value: Any) -> Any:
 
 
 def _join_processes(config: DeviceConfig) -> None:
-    """Joins the other processes, if there are any."""
+    """Join the other processes, if there are any."""
     address = _coordinator_address(config)
     if address is None:
         return
@@ -554,7 +554,7 @@ def _coordinator_address(config: DeviceConfig) -> str | None:
 
 
 def _enable_compilation_cache(config: RunConfig) -> None:
-    """Turns JAX's cache of compiled programs on, unless told otherwise or it cannot be written."""
+    """Turn JAX's cache of compiled programs on, unless told otherwise or it cannot be written."""
     requested_folder = config.compilation_cache
     if requested_folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)

@@ -60,7 +60,7 @@ def encode_prompt(
     text: str,
     answer: str | None,
 ) -> AnsweredPrompt:
-    """Encodes a prompt, and finds the tokens of an answer: the most probable one if it is None.
+    """Encode a prompt, and find the tokens of an answer: the most probable one if it is None.
 
     Raises:
         InputError: if the prompt is empty, or no single token spells the answer.

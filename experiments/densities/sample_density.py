@@ -127,7 +127,7 @@ def draw_samples(
 
 
 def write_files(config: Config, folder: pathlib.Path, result: Result) -> None:
-    """Writes sample.json and, with steering, a figure and a table."""
+    """Write sample.json and, with steering, a figure and a table."""
     sample_records = [
         {
             "strength": strength_samples.strength,
@@ -152,7 +152,7 @@ def write_files(config: Config, folder: pathlib.Path, result: Result) -> None:
 
 
 def run(config: Config) -> Result:
-    """Loads the model, draws texts, and writes them."""
+    """Load the model, sample texts, and write them."""
     folder = program.output_folder(config)
     model_folder = train_program.require(config.model, "model", "a trained model")
     mesh = program.make_mesh(config)

@@ -81,7 +81,7 @@ def create_model(config: Config) -> density_programs.NewModel:
 def run(
     config: Config,
 ) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
-    """Trains the model and writes it."""
+    """Train the model and write it."""
     return density_programs.train_and_write(config, create_model, config.head)
 
 

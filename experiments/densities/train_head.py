@@ -80,7 +80,7 @@ def create_model(config: Config) -> density_programs.NewModel:
 def run(
     config: Config,
 ) -> train_program.TrainResult[LanguageModel[density.DensityModel]]:
-    """Trains the head and writes the model."""
+    """Train the head and write the model."""
     return density_programs.train_and_write(
         config, create_model, config.head, trunk_is_frozen=True
     )

@@ -207,7 +207,7 @@ def as_html(
 
 
 def run(config: Config) -> Result:
-    """Loads the model, attributes its answer, and writes figures, a page and numbers."""
+    """Load the model, attribute its answer, and write figures, a page and numbers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

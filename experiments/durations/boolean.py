@@ -123,7 +123,7 @@ def compute(
 
 
 def run(config: Config) -> Result:
-    """Loads the model, turns operators into each other, and writes the answers."""
+    """Load the model, interpolate between operators, and write the answers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

@@ -85,7 +85,7 @@ def compute(
 
 
 def run(config: Config) -> single_prompt.SweepResult:
-    """Loads the model, shrinks the words, and writes the answers."""
+    """Load the model, shrink the words, and write the answers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

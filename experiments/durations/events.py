@@ -72,7 +72,7 @@ def compute(
 
 
 def run(config: Config) -> single_prompt.SweepResult:
-    """Loads the model, shrinks the events, and writes the answers."""
+    """Load the model, shrink the events, and write the answers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

@@ -89,7 +89,7 @@ def compute(
 
 
 def run(config: Config) -> single_prompt.SweepResult:
-    """Loads the model, turns one word into the other, and writes the answers."""
+    """Load the model, interpolate between the words, and write the answers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

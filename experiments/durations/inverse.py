@@ -205,7 +205,7 @@ def verify(
     prompt: prompt_lib.AnsweredPrompt,
     search: SearchResult,
 ) -> VerifiedSearch:
-    """Asks the plain model, apart from the search."""
+    """Ask the plain model, apart from the search."""
     logits = lm(prompt.tokens, durations=search.durations, position=-1)
     top_token = int(np.asarray(logits).argmax())
     lead = duration_search.answer_lead(logits, jnp.array(prompt.answer_tokens))
@@ -218,7 +218,7 @@ def verify(
 
 
 def run(config: Config) -> Result:
-    """Loads the model, searches, and writes a figure and numbers."""
+    """Load the model, run the searches, and write a figure and numbers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

@@ -141,7 +141,7 @@ class EncodedTemplate:
 def encode_template(
     tokenizer: tokenizers.Tokenizer, template: str, phrase: str
 ) -> EncodedTemplate:
-    """Puts the phrase in the template's slot and encodes the text."""
+    """Put the phrase in the template's slot and encode the text."""
     begin = template.index(SLOT)
     encoding = clm.tokenization.encode(tokenizer, template.replace(SLOT, phrase))
     token_span = clm.tokenization.token_span(encoding, begin, begin + len(phrase))

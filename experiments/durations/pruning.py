@@ -159,7 +159,7 @@ def compute(
 
 
 def run(config: Config) -> Result:
-    """Loads the model, prunes the prompt, and writes a figure and numbers."""
+    """Load the model, prune the prompt, and write a figure and numbers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

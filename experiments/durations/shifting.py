@@ -68,7 +68,7 @@ def compute(
 
 
 def run(config: Config) -> single_prompt.SweepResult:
-    """Loads the model, moves the prompt in time, and writes the answers."""
+    """Load the model, move the prompt in time, and write the answers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

@@ -159,7 +159,7 @@ class SweepResult(program.Result):
         return float(np.abs(probabilities - probabilities[reference_point]).max())
 
     def write(self, config: program.RunConfig, folder: pathlib.Path | None) -> None:
-        """Writes the figure and every number, if there is a folder; process 0 alone."""
+        """Write the figure and every number, if there is a folder; process 0 alone."""
         if folder is None or not processes.is_first_process():
             return
         values = {

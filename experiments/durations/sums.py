@@ -84,7 +84,7 @@ def compute(
 
 
 def run(config: Config) -> single_prompt.SweepResult:
-    """Loads the model, shrinks a number, and writes the answers."""
+    """Load the model, shrink a number, and write the answers."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     result = compute(config, lm, tokenizer)

@@ -239,7 +239,7 @@ def summarize(rows: Mapping[str, Sequence[Check]]) -> str:
 
 
 def run(config: Config) -> Result:
-    """Runs all sections, prints their rows as they come, and writes them with their logs."""
+    """Run all sections, print their rows as they come, and write them with their logs."""
     folder = program.output_folder(config)
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary_folder:
@@ -281,7 +281,7 @@ def check_device(config: Config, folder: pathlib.Path) -> tuple[Result, dict[str
 
 
 def set_environment() -> None:
-    """Prepares the environment that the sections' processes inherit."""
+    """Prepare the environment that the sections' processes inherit."""
     # Other processes use the device too, PyTorch in the same one: JAX must not take all its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     platforms = os.environ.get("JAX_PLATFORMS", "")

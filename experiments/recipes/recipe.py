@@ -77,7 +77,7 @@ class Result(program.Result):
 
 
 def run(config: Config) -> Result:
-    """Runs the steps of a recipe, up to the first that fails."""
+    """Run the steps of a recipe, up to the first that fails."""
     if config.name is None:
         raise InputError(f"--name is missing: one of {', '.join(RECIPES)}")
     folder = program.output_folder(config)

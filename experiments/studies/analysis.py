@@ -478,7 +478,7 @@ class Result(program.Result):
 
 
 def run(config: Config) -> Result:
-    """Reads the studies, computes their numbers, and writes tables and figures."""
+    """Read the studies, compute their numbers, and write tables and figures."""
     folder = program.output_folder(config)
     if not config.studies:
         raise InputError("--studies must name folders with a study.json each")

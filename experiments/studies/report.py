@@ -99,7 +99,7 @@ class SweepSection(Generic[SweepConfig]):
     config: SweepConfig
 
     def write(self, inputs: Inputs) -> report_page.Section:
-        """Computes the sweep; its section has a table and a figure."""
+        """Compute the sweep; its section has a table and a figure."""
         sweep_config = program.with_values_of(self.config, inputs.config)
         result = self.compute(sweep_config, inputs.lm, inputs.tokenizer)
         ranges = result.curves.ranges
@@ -395,7 +395,7 @@ class Result(program.Result):
         )
 
     def write(self, config: Config, folder: pathlib.Path) -> None:
-        """Writes the pages, every figure, table and number."""
+        """Write the pages, every figure, table and number."""
         run_record = program.record(config)
         with write_atomically(folder) as staging_folder:
             for section in self.sections:
@@ -422,7 +422,7 @@ def write_section(section: Section, inputs: Inputs) -> report_page.Section:
 
 
 def run(config: Config) -> Result:
-    """Loads the model, and writes all sections on one page."""
+    """Load the model, and write all sections on one page."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     studies_folder = None if folder is None else folder / "studies"

@@ -196,7 +196,7 @@ def _compute_curves(
     partial_results: "PartialResults",
     progress_label: str,
 ) -> None:
-    """Runs the sets of prompts that are not in the partial results, and adds them."""
+    """Run the sets of prompts that are not in the partial results, and add them."""
     runnable_tasks = list(sweeps_by_task)
     sweeps = [prompt_sweep.sweep for prompt_sweep in sweeps_by_task.values()]
     groups = list(answer_tokens.values())
@@ -242,7 +242,7 @@ class PartialResults:
         self.curves_by_task |= dict(processes.broadcast_from_first(stored_results))
 
     def add(self, new_curves: Mapping[int, dict[str, Any]]) -> None:
-        """Adds the curves of a set of prompts; process 0 writes them."""
+        """Add the curves of a set of prompts; process 0 writes them."""
         if self._path is not None and processes.is_first_process():
             lines = [[task_index, curves] for task_index, curves in new_curves.items()]
             _append_lines(self._path, lines)
@@ -336,7 +336,7 @@ def _encode_line(value: Any) -> bytes:
 
 
 def _append_lines(path: pathlib.Path, lines: Sequence[Any]) -> None:
-    """Adds lines, and waits until they are on the disk."""
+    """Add lines, and wait until they are on the disk."""
     with _explain_write_errors(path), path.open("ab") as file:
         file.write(b"".join(map(_encode_line, lines)))
         file.flush()
@@ -388,7 +388,7 @@ def compute(
 
 
 def run(config: Config) -> Result:
-    """Loads the model, runs the study, and writes its records."""
+    """Load the model, run the study, and write its records."""
     folder = program.output_folder(config)
     lm, tokenizer = pretrained.load(config)
     return compute(config, lm, tokenizer, folder)

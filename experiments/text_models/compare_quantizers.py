@@ -112,7 +112,7 @@ def compare_for_model(
 
 
 def run(config: Config) -> Result:
-    """Loads the models, compares the ways, and writes numbers and a table."""
+    """Load the models, compare the maps, and write numbers and a table."""
     folder = program.output_folder(config)
     if not config.model:
         raise InputError("--model is missing: the folder of a trained model")

@@ -158,7 +158,7 @@ def make_tables(results: dict[str, dict[str, Any]]) -> list[tables.Table]:
 def write_files(
     config: Config, folder: pathlib.Path, result: Result, curves: Figure | None
 ) -> None:
-    """Writes evaluate.json, the tables and the learning curves."""
+    """Write evaluate.json, the tables and the learning curves."""
     with write_atomically(folder) as staging_folder:
         if curves is not None:
             plots.save(curves, staging_folder, "curves")
@@ -171,7 +171,7 @@ def write_files(
 
 
 def run(config: Config) -> Result:
-    """Loads the models, evaluates them, and writes numbers, tables and curves."""
+    """Load the models, evaluate them, and write numbers, tables and curves."""
     folder = program.output_folder(config)
     folder_by_label = config.labels()
     results = evaluate_models(config, folder_by_label, program.make_mesh(config))

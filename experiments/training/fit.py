@@ -53,7 +53,7 @@ class LossFunction(Protocol[Params_contra, Batch_contra]):
     def __call__(
         self, params: Params_contra, batch: Batch_contra, key: jax.Array, /
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns a scalar, and scalars to log.
+        """Return a scalar, and scalars to log.
 
         Where batches are accumulated, the loss should be a mean over rows.
         """
@@ -63,7 +63,7 @@ class Evaluation(Protocol[Params_contra]):
     """Numbers of parameters that are logged with a checkpoint."""
 
     def __call__(self, params: Params_contra, /) -> Mapping[str, float]:
-        """Returns the numbers by name."""
+        """Return the numbers by name."""
 
 
 # The function of `make_train_steps`: (trained parameters, optimiser state, frozen parameters,
@@ -588,7 +588,7 @@ def train_loop(
     progress: tqdm,
     caught_signals: list[int],
 ) -> tuple[TrainState, bool]:
-    """Makes dispatches until the run is at its end or a process got a signal to stop.
+    """Make dispatches until the run is at its end or a process got a signal to stop.
 
     Returns:
       The state, of which a checkpoint is written, and whether it was stopped: a signal that one

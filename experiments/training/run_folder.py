@@ -204,7 +204,7 @@ def restore_params(
 def save_checkpoint(
     folder: pathlib.Path, state: TrainState, data_position: dict[str, Any]
 ) -> None:
-    """Writes a checkpoint, whole or not at all, and removes those before the last two."""
+    """Write a checkpoint, whole or not at all, and remove those before the last two."""
     checkpoint_folder = folder / CHECKPOINTS_FOLDER / f"{state.step:08d}"
     with explain_write_errors(folder), _silence_orbax():
         with _replace_on_all_processes(checkpoint_folder) as temporary_folder:
@@ -277,7 +277,7 @@ def restore_or_init(
 
 
 def _remove_leftovers(folder: pathlib.Path) -> None:
-    """Removes the temporary folders of a run that was killed."""
+    """Remove the temporary folders of a run that was killed."""
     for parent_folder in (folder, folder / CHECKPOINTS_FOLDER):
         for path in parent_folder.glob(f"{_TEMPORARY_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -319,7 +319,7 @@ def _leaves_by_number(tree: object) -> NamedArrays:
 
 
 def _write_arrays(folder: pathlib.Path, arrays: NamedArrays) -> None:
-    """Writes arrays as Orbax does; all processes must call it."""
+    """Write arrays as Orbax does; all processes must call it."""
     from orbax import checkpoint as orbax
 
     tree = traverse_util.unflatten_dict(arrays, sep="/")
@@ -361,7 +361,7 @@ def _read_arrays(
 
 @contextlib.contextmanager
 def explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
-    """Turns errors of writing into one that names the file system's reason and the checkpoint."""
+    """Turn errors of writing into one that names the file system's reason and the checkpoint."""
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore's for a full disk: ValueError
@@ -376,7 +376,7 @@ def explain_write_errors(folder: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence_orbax() -> Iterator[None]:
-    """Keeps Orbax from printing tracebacks of an error that is reported in one line.
+    """Keep Orbax from printing tracebacks of an error that is reported in one line.
 
     A write that fails closes the event loop under the others of its checkpoint. TensorStore's
     threads give that to `sys.unraisablehook`, and asyncio logs the tasks that nobody waited for.

@@ -53,7 +53,7 @@ class RunLog:
     def write(
         self, step: int, metrics: Mapping[str, float], speed: Mapping[str, float]
     ) -> None:
-        """Adds the numbers of the dispatch that ended with `step`."""
+        """Add the numbers of the dispatch that ended with `step`."""
         if not processes.is_first_process():
             return
         with explain_write_errors(self.folder):
@@ -64,7 +64,7 @@ class RunLog:
 
 
 def _append_line(path: pathlib.Path, step: int, values: Mapping[str, float]) -> None:
-    """Adds a line of JSON, in which a number that is not finite is null."""
+    """Add a line of JSON, in which a number that is not finite is null."""
     json_values: dict[str, float | None] = {"step": step}
     for name, value in values.items():
         json_values[name] = value if math.isfinite(value) else None
@@ -73,7 +73,7 @@ def _append_line(path: pathlib.Path, step: int, values: Mapping[str, float]) -> 
 
 
 def _truncate_log(path: pathlib.Path, step: int) -> None:
-    """Removes the lines of later steps, and a line that was cut off."""
+    """Remove the lines of later steps, and a line that was cut off."""
     if not path.exists():
         return
     kept_lines = []

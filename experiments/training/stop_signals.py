@@ -13,7 +13,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[list[int]]:
-    """Yields a list that gets the numbers of stop signals; a second signal takes effect at once.
+    """Yield a list that gets the numbers of stop signals; a second signal takes effect at once.
 
     Outside the main thread no signal is caught.
     """

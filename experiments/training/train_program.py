@@ -111,7 +111,7 @@ def write_result(
     lm: Model,
     data: dict[str, Any],
 ) -> TrainResult[Model]:
-    """Writes the trained model, then the record of its run.
+    """Write the trained model, then the record of its run.
 
     Args:
       config: config of the run.

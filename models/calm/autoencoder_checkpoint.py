@@ -104,7 +104,7 @@ def checkpoint_layout(config: AutoencoderConfig) -> ParameterLayout:
 
 
 def alias_table_copy(tensors: safetensors_files.Tensors, prefix: str = "") -> None:
-    """Lets the table be found where it is stored as the decoder's alone, as tied tensors may be."""
+    """Let the table be found where it is stored as the decoder's alone, as tied tensors may be."""
     table_name = prefix + TABLE_TENSOR
     copy_name = prefix + TABLE_COPY_TENSOR
     if copy_name in tensors.names and table_name not in tensors.names:
@@ -249,7 +249,7 @@ def save(
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the autoencoder as a folder that `load` reads; whole, or not at all.
+    """Write the autoencoder as a folder that `load` reads; whole, or not at all.
 
     Args:
       folder: made if it is not there.

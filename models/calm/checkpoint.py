@@ -361,7 +361,7 @@ def _check_tensors(
 
 
 def _alias_head_copy(tensors: safetensors_files.Tensors) -> None:
-    """Lets the head be found under its first name; where it has both, they must be equal."""
+    """Let the head be found under its first name; where it has both, they must be equal."""
     stored_names = set(tensors.names)
     for name in sorted(stored_names):
         if not name.startswith(_HEAD_COPY_PREFIX):
@@ -465,7 +465,7 @@ def save(
     *,
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model and its autoencoder as one folder that `load` reads; whole, or not at all.
+    """Write the model and its autoencoder as one folder that `load` reads; whole, or not at all.
 
     Args:
       folder: made if it is not there.

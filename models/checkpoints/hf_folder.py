@@ -153,7 +153,7 @@ def _has_tokens_beyond(tokenizer: "tokenizers.Tokenizer", vocab_size: int) -> bo
 def write_tokenizer(
     staging_folder: pathlib.Path, tokenizer: "tokenizers.Tokenizer | None"
 ) -> None:
-    """Writes tokenizer.json, if there is a tokenizer."""
+    """Write tokenizer.json, if there is a tokenizer."""
     if tokenizer is not None:
         tokenizer.save(str(staging_folder / "tokenizer.json"))
 

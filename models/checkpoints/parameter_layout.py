@@ -135,7 +135,7 @@ class ParameterLayout:
         dtype: np.dtype,
         shard_size: int,
     ) -> None:
-        """Writes the parameters as safetensors files, one tensor in memory at a time."""
+        """Write the parameters as safetensors files, one tensor in memory at a time."""
         make_tensor = functools.partial(self.stored_tensor, params, dtype)
         safetensors_files.save_tensors(
             folder, self.tensor_shapes, dtype, make_tensor, shard_size
@@ -291,7 +291,7 @@ def _make_array(
 
 
 def _copy_parts(stack: np.ndarray, parts: Sequence[np.ndarray]) -> None:
-    """Copies and casts each part into its row of the stack, in pieces, one for each core at a time.
+    """Copy and cast each part into its row of the stack, in pieces, one for each core at a time.
 
     NumPy lets other threads run while it copies, and each of them waits for pages of its own.
     """

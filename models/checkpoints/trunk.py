@@ -66,7 +66,7 @@ def write(
     lm: LanguageModel[Transformer],
     shard_size: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the files of a model into a folder that is there, one by one."""
+    """Write the files of a model into a folder that is there, one by one."""
     config = lm.config
     if config.family not in FAMILIES:
         raise InputError(

@@ -192,7 +192,7 @@ def _make_model(config: TransformerConfig, settings: dict[str, Any]) -> DensityM
 
 
 def _write_parameters(path: pathlib.Path, flat_params: dict[str, Any]) -> None:
-    """Writes parameters under their paths, in the dtype that holds all of them."""
+    """Write parameters under their paths, in the dtype that holds all of them."""
     dtypes = [array.dtype for array in flat_params.values()] or [np.float32]
     safetensors_files.save_file(
         path,
